@@ -1,0 +1,35 @@
+# Sourced by launch.sh and tests/run.sh with $root set: sets $python to an interpreter that satisfies pyproject.toml.
+# That is the active environment's where it does, else .venv's, which is made and filled where needed.
+# $needs names the lists of pyproject.toml that must be satisfied.
+
+satisfies() {
+    "$1" - "$root/pyproject.toml" "${needs:-dependencies}" 2>/dev/null <<'PYTHON'
+import re, sys
+from importlib.metadata import version
+from packaging.requirements import Requirement
+text = open(sys.argv[1], encoding="utf-8").read()
+for name in sys.argv[2].split():
+    (wanted,) = re.findall(rf"^{name} = \[(.*?)\]$", text, re.S | re.M)
+    for line in re.findall(r'"([^"]+)"', wanted):
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(version(requirement.name), prereleases=True)
+PYTHON
+}
+
+python=$(command -v python3 || command -v python || true)
+if [ -z "$python" ]; then
+    echo "grpo_core needs Python 3.10 or newer, and there is no python3 here." >&2
+    exit 2
+elif ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+    echo "grpo_core needs Python 3.10 or newer; $python is $("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')." >&2
+    exit 2
+fi
+if ! satisfies "$python"; then
+    venv=$root/.venv/bin/python
+    if ! satisfies "$venv"; then
+        echo "Installing into $root/.venv (once; pinned in constraints.txt) ..."
+        "$python" -m venv "$root/.venv"
+        "$venv" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "$root[test]"
+    fi
+    python=$venv
+fi

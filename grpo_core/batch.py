@@ -1,0 +1,103 @@
+"""What crosses the borders between rooms: a task, what the sampler made of it, and what the loss reads.
+
+Rows are prompt-major: completions n*G .. n*G + G-1 belong to prompt n. Column t of every [B, C] tensor is completion
+token t, so nothing outside policy.py ever shifts by one. Two prompts, G = 1, the second completion cut off:
+
+    prompt_ids       [[0, 5, 6], [7, 8, 9]]     prompt_mask      [[0, 1, 1], [1, 1, 1]]
+    completion_ids   [[4, 2, 0], [4, 4, 4]]     completion_mask  [[1, 1, 0], [1, 1, 1]]     2 ends a completion
+    truncated        [False, True]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the data set, ready to be sampled from."""
+
+    index: int  # row in the data set
+    prompt: str
+    prompt_ids: list[int]
+    columns: dict[str, Any]  # what the rewards may read
+    seed: tuple[int, ...] = (0,)  # entropy of its completions: (run seed, step, position in the step)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Completions as the sampler drew them. Masks come from here and never from ids."""
+
+    prompt_ids: Tensor  # [B, P] padded on either side
+    prompt_mask: Tensor  # [B, P] bool
+    completion_ids: Tensor  # [B, C] padded on the right
+    completion_mask: Tensor  # [B, C] bool, true up to and including the end-of-sequence token that the policy chose
+    rollout_logprobs: Tensor  # [B, C] float32, as the sampler drew them; 0 where masked
+    truncated: Tensor  # [B] bool, no end-of-sequence token within the allowed length
+    completions: tuple[str, ...] = ()  # B texts, where the maker decoded them
+
+    def __post_init__(self) -> None:
+        rows, width = self.completion_ids.shape
+        assert self.prompt_ids.shape == self.prompt_mask.shape and len(self.prompt_ids) == rows
+        assert self.completion_mask.shape == self.rollout_logprobs.shape == (rows, width)
+        assert self.truncated.shape == (rows,) and len(self.completions) in (0, rows)
+        assert self.completion_mask.dtype == self.prompt_mask.dtype == torch.bool
+
+    def __len__(self) -> int:
+        return len(self.completion_ids)
+
+    def lengths(self) -> Tensor:
+        """Completion tokens of each row, [B]."""
+        return self.completion_mask.sum(dim=1)
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """Rollouts with everything the loss compares against, fixed before the first gradient."""
+
+    rollouts: Rollouts
+    advantages: Tensor  # [B, 1]
+    old_logprobs: Tensor | None = None  # [B, C]; None when the batch is used once, where they equal the policy's own
+    ref_logprobs: Tensor | None = None  # [B, C]; None when kl_coef is 0
+
+    def __post_init__(self) -> None:
+        shape = self.rollouts.completion_ids.shape
+        assert self.advantages.shape == (len(self.rollouts), 1)
+        assert all(x is None or x.shape == shape for x in (self.old_logprobs, self.ref_logprobs))
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+    def minibatches(self, count: int, passes: int, generator: torch.Generator) -> Iterator[TrainBatch]:
+        """`passes` shuffled passes over the rows in `count` equal parts, one optimizer step each."""
+        assert len(self) % count == 0
+        for _ in range(passes):
+            order = torch.randperm(len(self), generator=generator) if count > 1 else torch.arange(len(self))
+            yield from (take(self, rows) for rows in order.chunk(count))
+
+
+Batch = TypeVar("Batch", Rollouts, TrainBatch)
+
+
+def split(batch: Batch, size: int) -> Iterator[Batch]:
+    """Consecutive micro-batches of at most `size` rows."""
+    for start in range(0, len(batch), size):
+        yield take(batch, torch.arange(start, min(start + size, len(batch))))
+
+
+def take(batch: Batch, rows: Tensor) -> Batch:
+    """The same rows of every field."""
+
+    def pick(value: Any) -> Any:
+        if value is None or value == ():
+            return value
+        if isinstance(value, Tensor):
+            return value[rows.to(value.device)]
+        return tuple(value[i] for i in rows.tolist()) if isinstance(value, tuple) else take(value, rows)
+
+    return type(batch)(**{f.name: pick(getattr(batch, f.name)) for f in fields(batch)})

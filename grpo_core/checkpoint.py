@@ -1,0 +1,88 @@
+"""What a checkpoint is: a folder step-NNNNNN that is whole or not there.
+
+Every rank writes its engine state into a folder with a working name; when all have, the main rank adds meta.json and
+gives the folder its name, which is atomic. The newest folder with a proper name is the one to go on from. Nothing else needs saving:
+the batch, the sampling noise and the dropout noise are functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from grpo_core import distributed
+from grpo_core.config import RunConfig
+from grpo_core.engine import Engine
+from grpo_core.schema import ConfigError
+
+# what may differ between a checkpoint and the run that goes on from it
+FREE = ("resume", "name", "output_dir", "log", "evaluation", "checkpoint", "trainer.num_steps", "trainer.epochs", "sft")
+
+
+def save(folder: Path, next_step: int, engine: Engine, config: RunConfig) -> None:
+    """Write folder/step-<next_step> and keep the newest `checkpoint.keep`. A collective."""
+    final = folder / f"step-{next_step:06d}"
+    working = folder / f".{final.name}.part"
+    if distributed.is_main():
+        for leftover in folder.glob(".step-*.part"):
+            shutil.rmtree(leftover)
+        working.mkdir(parents=True)
+    distributed.barrier()
+    engine.save(working)
+    distributed.barrier()  # every shard is written now
+    if distributed.is_main():
+        meta = {"next_step": next_step, "world_size": distributed.world_size(), "config": asdict(config)}
+        (working / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        for path in working.rglob("*"):
+            _sync(path)
+        if final.exists():  # the same step of a run that was resumed from an older checkpoint
+            shutil.rmtree(final)
+        os.replace(working, final)
+        _sync(folder)
+        for old in steps(folder)[: -config.checkpoint.keep]:
+            shutil.rmtree(old)
+    distributed.barrier()
+
+
+def steps(folder: Path) -> list[Path]:
+    """The whole checkpoints in `folder`, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def read_meta(checkpoint: Path, config: RunConfig) -> int:
+    """The step that a run continuing from `checkpoint` takes first.
+
+    Raises:
+        ConfigError: the checkpoint is of another configuration, whose differing keys are named, or number of processes.
+    """
+    meta = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
+    if meta["world_size"] != distributed.world_size():
+        raise ConfigError(
+            f"{checkpoint} was written by {meta['world_size']} processes; resume with as many, not {distributed.world_size()}"
+        )
+    then, now = flatten(meta["config"]), flatten(asdict(config))
+    differing = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key) and not key.startswith(FREE)]
+    if differing:
+        shown = ", ".join(f"{key} ({then.get(key)!r} then, {now.get(key)!r} now)" for key in differing[:5])
+        raise ConfigError(f"{checkpoint} is of another configuration: {shown}; start under another name instead of resuming")
+    return meta["next_step"]
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    return {k: v for name, value in tree.items() for k, v in flatten(value, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def _sync(path: Path) -> None:
+    """Make sure that it is on the disk and not only in a cache."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

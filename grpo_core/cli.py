@@ -1,0 +1,92 @@
+"""The commands: python -m grpo_core train | sft | launch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from grpo_core.config import load
+from grpo_core.schema import ConfigError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; what the user did wrong is one sentence on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(prog="grpo_core", description="GRPO with LoRA on DeepSpeed ZeRO-2.", allow_abbrev=False)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher says it here and in LOCAL_RANK
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("train", "train by GRPO, in as many processes as a launcher started"),
+        ("sft", "supervised warm-up through the same engine"),
+        ("launch", "start `train` in several processes of this machine (what launch.sh calls)"),
+    ):
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command.add_argument("--config", type=Path, help="a YAML file; without it configs/gsm8k_qwen2.5_1.5b.yaml on a GPU and configs/tiny.yaml on a CPU")
+        command.add_argument("overrides", nargs="*", metavar="section.key=value")
+        if name == "launch":
+            command.add_argument("--processes", type=int, required=True)
+    options = parser.parse_args(arguments)
+    try:
+        return {"train": _train, "sft": _sft, "launch": _launch}[options.command](options)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"grpo_core: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = load(options.config or _default_config(), options.overrides)
+    from grpo_core import distributed  # the heavy rooms load only where they are used
+    from grpo_core.setup import setup
+    from grpo_core.trainer import train
+
+    run, tokenizer = setup(config)
+    train(run)
+    adapter = run.folder / "adapter"
+    if distributed.is_main():
+        run.policy.save(adapter)
+        tokenizer.save_pretrained(adapter)
+    distributed.barrier()
+    run.log.close()
+    run.log.say(_summary(run.folder, adapter))
+    distributed.shutdown()
+    return 0
+
+
+def _sft(options: argparse.Namespace) -> int:
+    config = load(options.config or CONFIGS / "tiny_sft.yaml", options.overrides)
+    from grpo_core import distributed
+    from grpo_core.sft import run_sft
+
+    output = run_sft(config)
+    if distributed.is_main():
+        print(f"model: {output}")
+    distributed.shutdown()
+    return 0
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from grpo_core.launch import launch
+
+    config = options.config or _default_config()
+    return launch(options.processes, config, options.overrides)
+
+
+def _default_config() -> Path:
+    import torch
+
+    return CONFIGS / ("gsm8k_qwen2.5_1.5b.yaml" if torch.cuda.is_available() else "tiny.yaml")
+
+
+def _summary(folder: Path, adapter: Path) -> str:
+    """The last lines: accuracy before and after, and where the adapter is."""
+    from grpo_core.metrics import describe
+
+    path, lines = folder / "evaluation.jsonl", []
+    if path.exists() and (rows := [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]):
+        lines = [f"before: {describe(rows[0])}", f"after:  {describe(rows[-1])}"]
+    return "\n".join([*lines, f"adapter: {adapter}"])

@@ -1,0 +1,124 @@
+"""Ranks: who we are, sums over all of us, and seeding. The only room besides metrics and checkpoint that asks for a rank."""
+
+import os
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_core.schema import ConfigError
+
+TIMEOUT = timedelta(minutes=30)
+
+
+def setup() -> None:
+    """Join the process group that a launcher described in the environment, or make a group of one.
+
+    Raises:
+        ConfigError: more processes on this machine than it has GPUs, where it has any.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+        os.environ.update({k: str(v) for k, v in alone.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if torch.cuda.is_available():
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > gpus:
+            raise ConfigError(f"{here} processes were started on this machine, but it has only {gpus} GPUs")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """True on the one rank that writes files and to the terminal."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """The sum over all ranks, elementwise, as a new tensor."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
+def all_max(values: Tensor) -> Tensor:
+    """The maximum over all ranks, elementwise, as a new tensor."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's picklable `value` in the order of ranks on the main rank; an empty list elsewhere."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+def from_main(value: Any) -> Any:
+    """The main rank's picklable `value`, on every rank."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def precision(name: str) -> torch.dtype:
+    """The dtype of model.precision; 'auto' is bf16 where the GPU has it, fp16 on older GPUs, fp32 on the CPU.
+
+    Raises:
+        ConfigError: fp16 without a GPU, which DeepSpeed refuses.
+    """
+    if name == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("model.precision is fp16, which needs a GPU; use auto, fp32 or bf16")
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def seed_all(*key: int) -> None:
+    """Make torch's noise on this rank (dropout, new weights) a function of `key`, so that resuming needs no saved state."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+def uniforms(keys: Sequence[tuple[int, ...]], count: int) -> Tensor:
+    """Uniform noise in [0, 1), [len(keys), count] float64: row i depends on keys[i] and on nothing else."""
+    rows = [np.random.default_rng(key).random(count) for key in keys]
+    return torch.from_numpy(np.stack(rows))
+
+
+def _reduced(values: Tensor, operation: Any) -> Tensor:
+    values = values.detach().to(device(), copy=True)
+    if world_size() > 1:
+        dist.all_reduce(values, operation)
+    return values

@@ -1,0 +1,40 @@
+"""Greedy accuracy on held-out tasks, with its interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from grpo_core import distributed
+from grpo_core.batch import Task
+from grpo_core.rewards import Reward, score
+from grpo_core.sampler import Sampler
+
+
+def evaluate(sampler: Sampler, tasks: Sequence[Task], reward: Callable, *, batch_size: int) -> dict[str, float]:
+    """Greedy accuracy over all ranks: a completion is correct where `reward` gives 1.0.
+
+    Returns accuracy, correct, n, ci_low, ci_high (Wilson, 95 %). Tasks that cannot be scored count as wrong.
+    """
+    mine = sorted(tasks[distributed.rank() :: distributed.world_size()], key=lambda task: len(task.prompt_ids))
+    correct = 0
+    for start in range(0, len(mine), batch_size):
+        part = mine[start : start + batch_size]
+        rollouts = sampler.generate(part, 1, greedy=True)
+        values = score([Reward("correct", 1.0, reward)], part, rollouts.completions, 1).rewards
+        correct += int((values == 1.0).sum())
+    total = int(distributed.all_sum(torch.tensor(float(correct))))
+    low, high = wilson_interval(total, len(tasks))
+    return {"accuracy": total / len(tasks), "correct": total, "n": len(tasks), "ci_low": low, "ci_high": high}
+
+
+def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The interval of a proportion, right also near 0 and 1. Wilson 1927, J. Am. Stat. Assoc. 22, 209-212."""
+    if n == 0:
+        return 0.0, 1.0
+    p, spread = correct / n, z * z / n
+    centre = (p + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(p * (1 - p) / n + spread / (4 * n))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,0 +1,216 @@
+"""What a run tells: masked means over ranks, timers, the files of the run folder, the terminal."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from grpo_core import distributed
+from grpo_core.advantages import tied_groups
+from grpo_core.batch import Rollouts, Task
+from grpo_core.config import RunConfig
+from grpo_core.rewards import Scores
+
+
+class Stats:
+    """Means and maxima of a step, kept as tensors until one collective each turns them into numbers.
+
+    Every rank must add the same names.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}  # name -> [sum, count]
+        self._maxima: dict[str, Tensor] = {}
+
+    def mean(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
+        """Let `values` (where `mask`, and not NaN) count in the mean called `name`."""
+        values = values.detach().double()
+        mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.expand_as(values)
+        mask = mask & ~values.isnan()
+        pair = torch.stack([torch.where(mask, values, 0.0).sum(), mask.sum().double()]).to(distributed.device())
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def total(self, name: str, value: Tensor) -> None:
+        """Let `value` count in the sum called `name`."""
+        pair = torch.stack([value.detach().double(), torch.ones_like(value, dtype=torch.double)]).to(distributed.device())
+        pair[1] = 1.0 / distributed.world_size()  # the counts of all ranks add up to 1: a mean that is a sum
+        assert name not in self._sums, f"{name} is added up once a step"
+        self._sums[name] = pair
+
+    def max(self, name: str, value: Tensor) -> None:
+        """Let the greatest of `value` count in the maximum called `name`."""
+        value = value.detach().double().max().to(distributed.device())
+        self._maxima[name] = torch.maximum(self._maxima[name], value) if name in self._maxima else value
+
+    def reduce(self) -> dict[str, float]:
+        """Every name's number over all ranks. A collective."""
+        row = {}
+        if self._sums:
+            for name, (total, count) in zip(self._sums, distributed.all_sum(torch.stack([*self._sums.values()])).tolist(), strict=True):
+                row[name] = total / count if count else 0.0
+        if self._maxima:
+            row |= dict(zip(self._maxima, distributed.all_max(torch.stack([*self._maxima.values()])).tolist(), strict=True))
+        return row
+
+
+class RunLog:
+    """Writes runs/<name>/ and the terminal. Every rank calls every method; the main one writes."""
+
+    def __init__(self, folder: Path, config: RunConfig, start_step: int, num_steps: int) -> None:
+        self.folder, self.config, self.num_steps = folder, config, num_steps
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.started = time.perf_counter()
+        self.bar = None
+        if distributed.is_main():
+            for name, last in (("metrics", start_step - 1), ("completions", start_step - 1), ("evaluation", start_step)):
+                _truncate(folder / f"{name}.jsonl", last)
+            self.bar = tqdm(total=num_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True, leave=False)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the wall-clock seconds inside to the step's phase `name`."""
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[name] += time.perf_counter() - start
+
+    def step(
+        self, step: int, tasks: list[Task], rollouts: Rollouts, scores: Scores, advantages: Tensor, stats: Stats, numbers: dict[str, float]
+    ) -> None:
+        """One row of metrics.jsonl, the rollouts of all ranks to completions.jsonl, and now and then a line.
+
+        `stats` are tensors to reduce over ranks; `numbers` are the same on all of them.
+        """
+        add_rollouts(stats, rollouts, scores, advantages)
+        stats.max("peak_memory_gb", torch.tensor(peak_memory_gb()))
+        row = {"step": step, **stats.reduce(), **numbers}
+        row["reward_std"] = max(0.0, row.pop("reward_square") - row["reward"] ** 2) ** 0.5
+        for name in scores.by_name:
+            square = row.pop(f"rewards/{name}_square")
+            row[f"rewards/{name}_std"] = max(0.0, square - row[f"rewards/{name}"] ** 2) ** 0.5
+        if self.config.log.completions:
+            rows = distributed.gather(_completion_rows(step, tasks, rollouts, scores, advantages))
+            self._append("completions", *[row for part in rows for row in part])
+        self.record(step, row, lambda row: _line(row, list(scores.by_name)))
+
+    def record(self, step: int, row: dict[str, float], line: Callable[[dict[str, float]], str]) -> None:
+        """One row of metrics.jsonl with the seconds of its phases; `line(row)` every log.every steps."""
+        elapsed, self.started = time.perf_counter() - self.started, time.perf_counter()
+        row |= {f"seconds/{name}": value for name, value in self.seconds.items()}
+        row |= {"seconds": elapsed, "tokens_per_second": row["tokens"] / elapsed}
+        self.seconds = defaultdict(float)
+        self._append("metrics", row)
+        if self.bar is not None:
+            self.bar.set_postfix({name: f"{row[name]:.3f}" for name in ("reward", "loss") if name in row}, refresh=False)
+            self.bar.update()
+        if (step + 1) % self.config.log.every == 0 or step + 1 == self.num_steps:
+            self.say(f"step {step + 1:>{len(str(self.num_steps))}}/{self.num_steps}  {line(row)}")
+
+    def evaluation(self, step: int, result: dict[str, float]) -> None:
+        """One row of evaluation.jsonl and a line. `step` is the number of steps taken before it."""
+        self._append("evaluation", {"step": step, **result})
+        self.say(f"evaluation after {step} steps: {describe(result)}")
+
+    def say(self, text: str) -> None:
+        """A line on the terminal, above the progress bar."""
+        if self.bar is not None:
+            self.bar.clear()
+            print(text, flush=True)
+            self.bar.refresh()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _append(self, name: str, *rows: dict[str, Any]) -> None:
+        if distributed.is_main() and rows:
+            with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def add_rollouts(stats: Stats, rollouts: Rollouts, scores: Scores, advantages: Tensor) -> None:
+    """What the rollouts and their scores say of a step."""
+    lengths = rollouts.lengths()
+    stats.mean("reward", scores.rewards)
+    stats.mean("reward_square", scores.rewards.square())
+    for name, values in scores.by_name.items():
+        stats.mean(f"rewards/{name}", values)
+        stats.mean(f"rewards/{name}_square", values.square())
+    stats.mean("tied_groups", tied_groups(scores.rewards))
+    stats.mean("advantage_abs", advantages.abs())
+    stats.mean("length", lengths)
+    stats.max("length_max", lengths)
+    stats.mean("truncated", rollouts.truncated)
+    stats.total("tokens", lengths.sum())
+
+
+def describe(result: dict[str, float]) -> str:
+    """An evaluation in words."""
+    return (
+        f"accuracy {result['accuracy']:.1%} ({result['correct']} of {result['n']}, "
+        f"95 % interval {result['ci_low']:.1%} to {result['ci_high']:.1%})"
+    )
+
+
+def peak_memory_gb() -> float:
+    """The most memory this process has held: on the GPU where there is one, else resident, in GB (1e9 bytes)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _completion_rows(step: int, tasks: list[Task], rollouts: Rollouts, scores: Scores, advantages: Tensor) -> list[dict[str, Any]]:
+    group_size = scores.rewards.shape[1]
+    advantages, lengths, truncated = advantages.flatten().tolist(), rollouts.lengths().tolist(), rollouts.truncated.tolist()
+    return [
+        {
+            "step": step,
+            "task": tasks[i // group_size].index,
+            "sample": i % group_size,
+            "prompt": tasks[i // group_size].prompt,
+            "text": text,
+            "rewards": {name: _or_none(values.flatten()[i]) for name, values in scores.by_name.items()},
+            "reward": _or_none(scores.rewards.flatten()[i]),
+            "advantage": advantages[i],
+            "length": lengths[i],
+            "truncated": truncated[i],
+        }
+        for i, text in enumerate(rollouts.completions)
+    ]
+
+
+def _line(row: dict[str, float], rewards: list[str]) -> str:
+    by_name = "".join(f"  {name} {row[f'rewards/{name}']:.3f}" for name in rewards) if len(rewards) > 1 else ""
+    return (
+        f"reward {row['reward']:.3f}{by_name}  tied {row['tied_groups']:.0%}  length {row['length']:.0f}"
+        f"  kl {row['kl']:.4f}  grad {row['grad_norm']:.3f}  {row['seconds']:.1f} s"
+    )
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    """Drop rows of steps after `last_step` (they will be made again) and a torn last row."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > last_step:
+            break
+        kept.append(line)
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _or_none(value: Tensor) -> float | None:
+    return None if value.isnan() else value.item()

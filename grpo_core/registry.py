@@ -1,0 +1,59 @@
+"""Names for interchangeable pure functions. A function's keyword-only arguments are its configuration schema."""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from grpo_core.schema import ConfigError, known, typed_arguments
+
+
+class Registry:
+    """Maps a name in the YAML, or `file.py:function`, to a pure function, and binds its keyword-only arguments."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.functions: dict[str, Callable] = {}
+
+    def register(self, name: str) -> Callable[[Callable], Callable]:
+        """Decorator: make a function known as `name`."""
+
+        def decorator(function: Callable) -> Callable:
+            assert name not in self.functions, f"{self.kind} {name!r} is registered twice"
+            self.functions[name] = function
+            return function
+
+        return decorator
+
+    def get(self, name: str) -> Callable:
+        """The function called `name`; `path/to/file.py:function` loads it from a user's own file.
+
+        Raises:
+            ConfigError: no such name, file or function; the message lists what is known.
+        """
+        if ".py:" in name:
+            return self._load(name)
+        if name not in self.functions:
+            raise ConfigError(f"unknown {self.kind} {name!r}; {known(name, self.functions)}, or file.py:function")
+        return self.functions[name]
+
+    def build(self, name: str, args: dict[str, Any] | None = None, key: str | None = None) -> Callable:
+        """Return `name` with `args` bound to its keyword-only arguments.
+
+        Raises:
+            ConfigError: as `get`; or an argument it does not take, or of the wrong type, named as `key`.argument.
+        """
+        function = self.get(name)
+        return functools.partial(function, **typed_arguments(function, args or {}, key or f"{self.kind}.args"))
+
+    def _load(self, name: str) -> Callable:
+        path, _, attribute = name.rpartition(":")
+        if not Path(path).is_file():
+            raise ConfigError(f"{self.kind} {name!r}: there is no file {path}")
+        spec = importlib.util.spec_from_file_location(f"grpo_core_user_{Path(path).stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, attribute, None)):
+            raise ConfigError(f"{self.kind} {name!r}: {path} has no function {attribute}")
+        return getattr(module, attribute)

@@ -1,0 +1,103 @@
+"""What a user may write: typed values, and one sentence when a value does not fit."""
+
+import difflib
+import inspect
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+class ConfigError(ValueError):
+    """What a user asked for cannot be run.
+
+    The message is one sentence that names the key, the value and what is allowed; the commands print it without a
+    traceback and exit with code 2.
+    """
+
+
+def keyword_arguments(function: Callable) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of `function` that have a default: its configuration schema."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+
+
+def typed_arguments(function: Callable, given: dict[str, Any], key: str) -> dict[str, Any]:
+    """Check `given` against the schema of `function`.
+
+    Raises:
+        ConfigError: an argument that `function` does not take, or a value of the wrong type.
+    """
+    schema = keyword_arguments(function)
+    hints = get_type_hints(function)
+    for name in given:
+        if name not in schema:
+            raise ConfigError(f"unknown key {key}.{name}; {known(name, schema)}")
+    return {name: coerce(value, _kind(schema[name], hints), f"{key}.{name}") for name, value in given.items()}
+
+
+def known(name: str, names: Iterable[str]) -> str:
+    """'known: a, b (did you mean a?)' for an error message."""
+    names = sorted(names)
+    close = difflib.get_close_matches(str(name), names, n=1)
+    return f"known: {', '.join(names) or 'none'}" + (f" (did you mean {close[0]}?)" if close else "")
+
+
+def coerce(value: Any, kind: Any, key: str) -> Any:
+    """Return `value` as the type `kind`, or raise.
+
+    Understands bool, int, float, str, None, Literal, unions, list[...], dict and Any. A float may be written as an
+    integer or as text such as 5e-5, which YAML 1.1 reads as a string. Nothing else is converted.
+
+    Raises:
+        ConfigError: the value is not of that type; the message names the key, the value and the type.
+    """
+    if kind is Any:
+        return value
+    origin, options = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        for option in options:
+            try:
+                return coerce(value, option, key)
+            except ConfigError:
+                continue
+    elif origin is Literal:
+        if value in options and type(value) in {type(option) for option in options}:
+            return value
+    elif origin is list:
+        if isinstance(value, list):
+            return [coerce(item, options[0], f"{key}[{i}]") for i, item in enumerate(value)]
+    elif kind is float:
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif kind in (None, type(None)):
+        if value is None:
+            return None
+    elif isinstance(value, origin or kind):
+        return value
+    raise ConfigError(f"{key} is {value!r}; it must be {describe(kind)}")
+
+
+def describe(kind: Any) -> str:
+    """A type in words: 'one of a, b', 'int or null'."""
+    origin, options = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return ("one of " if len(options) > 1 else "") + ", ".join(str(option) for option in options)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(option) for option in options)
+    if origin is list:
+        return f"a list of {describe(options[0])}"
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "text", dict: "a mapping"}
+    return "null" if kind in (None, type(None)) else names.get(origin or kind, getattr(kind, "__name__", str(kind)))
+
+
+def _kind(parameter: inspect.Parameter, hints: dict[str, Any]) -> Any:
+    """The annotation, or the type of the default where a user's function has no annotation."""
+    if parameter.name in hints:
+        return hints[parameter.name]
+    return Any if parameter.default is None else type(parameter.default)

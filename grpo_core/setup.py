@@ -1,0 +1,131 @@
+"""From a configuration to a `Run`: everything that happens once, before the first step."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from grpo_core import checkpoint, distributed
+from grpo_core.advantages import ADVANTAGES
+from grpo_core.config import RunConfig, dump, prompts_per_rank
+from grpo_core.data import TaskStream, load_splits, load_tokenizer, make_tasks
+from grpo_core.engine import Engine, deepspeed_config
+from grpo_core.losses import LOSSES
+from grpo_core.metrics import RunLog
+from grpo_core.policy import load_policy
+from grpo_core.rewards import REWARDS, Reward
+from grpo_core.sampler import Sampler
+from grpo_core.trainer import Run
+
+
+def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
+    """Build the run, continue from a checkpoint where asked to, and write config.yaml.
+
+    Raises:
+        ConfigError: anything the user asked for that cannot be run, before the model loads where that can be told.
+    """
+    dtype = start(config)
+    per_rank = prompts_per_rank(config, distributed.world_size())
+    folder, latest = run_folder(config)
+    start_step = checkpoint.read_meta(latest, config) if latest else 0
+
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    rows, eval_rows = load_splits(config.data, config.evaluation.num_tasks, config.seed)
+    tasks, left_out = make_tasks(rows, config.data, tokenizer)
+    eval_tasks, _ = make_tasks(eval_rows, config.data, tokenizer)
+    stream = TaskStream(tasks, config.prompts_per_step, config.seed, distributed.rank(), distributed.world_size())
+    num_steps = config.trainer.num_steps or max(1, int(config.trainer.epochs * len(tasks) / config.prompts_per_step))
+
+    policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
+    optimizer_steps = num_steps * config.trainer.num_minibatches * config.trainer.num_passes
+    engine = Engine(policy.model, config, dtype=dtype, total_steps=optimizer_steps, world_size=distributed.world_size())
+    policy.model.eval()
+    if latest:
+        engine.load(latest)
+    sampler = Sampler(
+        policy.causal_lm,
+        tokenizer,
+        max_new_tokens=config.sampling.max_new_tokens,
+        temperature=config.sampling.temperature,
+    )
+    log = open_log(folder, config, start_step, num_steps)
+    log.say(
+        f"{len(tasks)} tasks ({left_out} left out: prompt over {config.data.max_prompt_tokens} tokens), {num_steps} steps of "
+        f"{config.trainer.completions_per_step} completions = {distributed.world_size()} processes × {per_rank} prompts × "
+        f"{config.sampling.group_size}, in micro-batches of {config.trainer.micro_batch_size}, {str(dtype).removeprefix('torch.')}"
+    )
+    if config.lora.dropout and config.trainer.num_minibatches * config.trainer.num_passes > 1:
+        log.say("lora.dropout is above 0 with several optimizer steps per batch: the ratios carry dropout noise")
+    if start_step:
+        log.say(f"resumed from {latest} after {start_step} steps")
+    return Run(
+        config=config,
+        folder=folder,
+        start_step=start_step,
+        num_steps=num_steps,
+        tasks=stream,
+        eval_tasks=eval_tasks,
+        policy=policy,
+        sampler=sampler,
+        engine=engine,
+        rewards=[Reward(r.name, r.weight, REWARDS.build(r.name, r.args)) for r in config.rewards],
+        advantage_fn=ADVANTAGES.build(config.advantage.name, config.advantage.args),
+        loss_fn=LOSSES.build(config.loss.name, config.loss.args),
+        log=log,
+        steps_per_epoch=stream.steps_per_epoch,
+    ), tokenizer
+
+
+def start(config: RunConfig) -> torch.dtype:
+    """Join the other ranks, seed, check the DeepSpeed JSON, and return the run's precision."""
+    if not config.log.verbose:
+        quieten()
+    distributed.setup()
+    distributed.seed_all(config.seed)
+    dtype = distributed.precision(config.model.precision)
+    deepspeed_config(config, dtype, distributed.world_size())
+    return dtype
+
+
+def open_log(folder: Path, config: RunConfig, start_step: int, num_steps: int) -> RunLog:
+    """The run folder with its config.yaml, and the log that writes into it."""
+    if distributed.is_main():
+        (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+    return RunLog(folder, config, start_step, num_steps)
+
+
+def run_folder(config: RunConfig) -> tuple[Path, Path | None]:
+    """The folder of this run and the checkpoint to go on from, the same on all ranks.
+
+    A new run takes <output_dir>/<name>, or <name>-2, -3, ... where that exists: no run overwrites another. With
+    resume: auto the newest of these is continued.
+    """
+    base = Path(config.output_dir) / config.name
+    folder, latest = None, None
+    if distributed.is_main():
+        number = 1
+        while (candidate := base if number == 1 else base.with_name(f"{base.name}-{number}")).exists():
+            folder, number = candidate, number + 1
+        if config.resume is None or folder is None:
+            folder = candidate
+        found = checkpoint.steps(folder / "checkpoints")
+        latest = found[-1] if found else None
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    return distributed.from_main((folder, latest))
+
+
+def quieten() -> None:
+    """Silence what libraries say about themselves; errors still come through."""
+    warnings.filterwarnings("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("torch", "torch.distributed", "datasets", "peft", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,60 @@
+"""A new small Qwen2 with a tokenizer of its own: what the built-in policy is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+PAD, EOS = "<|pad|>", "<|end|>"
+
+
+def new_model(
+    texts: Sequence[str],
+    *,
+    vocab_size: int = 768,
+    hidden_size: int = 128,
+    intermediate_size: int = 384,
+    num_hidden_layers: int = 4,
+    num_attention_heads: int = 4,
+    num_key_value_heads: int = 2,
+) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
+    """A randomly initialised Qwen2 and a byte-level BPE tokenizer learned from `texts`.
+
+    Every digit is a token of its own, <think> and </think> are one token each, and any text can be encoded.
+    """
+    tokenizer = new_tokenizer(texts, vocab_size)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=False,
+    )
+    return Qwen2ForCausalLM(config), tokenizer
+
+
+def new_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """See `new_model`."""
+    core = tokenizers.Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    core.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    core.add_tokens(["<think>", "</think>"])  # ordinary tokens: decoding keeps them
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS)

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# bash launch.sh [PROCESSES] [--config FILE] [section.key=value ...]
+#
+# Trains in PROCESSES processes of this machine (default: one a GPU, or one). On a machine with a GPU the default job is
+# configs/gsm8k_qwen2.5_1.5b.yaml, without one configs/tiny.yaml. NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT in the
+# environment make this machine one node of several.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ] && [ "$gpus" -gt 0 ]; then
+    visible=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[0-9A-Za-z]' || true)
+    [ "$visible" -lt "$gpus" ] && gpus=$visible
+fi
+
+processes=$((gpus > 0 ? gpus : 1))
+case "${1:-}" in
+    [0-9]*) processes=$1; shift ;;
+esac
+case "$processes" in
+    *[!0-9]* | 0) echo "PROCESSES is '$processes'; it must be a whole number from 1 up." >&2; exit 2 ;;
+esac
+if [ "$gpus" -eq 0 ]; then
+    case " $* " in
+        *" --config"*) echo "No GPU here: running on the CPU, processes: $processes." ;;
+        *) echo "No GPU here: running the embedded default, configs/tiny.yaml, on the CPU, processes: $processes." ;;
+    esac
+elif [ "$processes" -gt "$gpus" ]; then
+    echo "$processes processes were asked for, but only $gpus GPU(s) are visible." >&2
+    exit 2
+fi
+
+source "$root/environment.sh"
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+exec "$python" -m grpo_core launch --processes "$processes" "$@"

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Sets up the environment as launch.sh does and runs every test that this machine can run. Arguments go to pytest.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+needs="dependencies test"
+source "$root/environment.sh"
+cd "$root"
+export PYTHONPATH=$root OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+exec "$python" -m pytest -q "$@"
