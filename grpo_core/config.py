@@ -138,6 +138,7 @@ class SftConfig:
     targets: list[TargetConfig] = field(default_factory=lambda: [TargetConfig("<think>{cot}</think>\n{answer}")])
     new_model: dict[str, int] | None = None  # sizes of a new Qwen2 with its own tokenizer, instead of model.path
     output: str | None = None  # null: runs/<name>/model
+    save_precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: as trained
 
 
 @dataclass(frozen=True)

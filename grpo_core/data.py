@@ -42,8 +42,9 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     Raises:
         ConfigError: it cannot be loaded.
     """
+    folder = model_path(path)
     try:
-        return AutoTokenizer.from_pretrained(model_path(path), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path is {path!r}, and its tokenizer cannot be loaded: {_first_line(error)}") from error
 

@@ -113,7 +113,8 @@ class RunLog:
         self.seconds = defaultdict(float)
         self._append("metrics", row)
         if self.bar is not None:
-            self.bar.set_postfix({name: f"{row[name]:.3f}" for name in ("reward", "loss") if name in row}, refresh=False)
+            shown = [name for name in row if name in ("reward", "loss") or name.startswith("rewards/") and not name.endswith("_std")]
+            self.bar.set_postfix({name.removeprefix("rewards/"): f"{row[name]:.3f}" for name in shown}, refresh=False)
             self.bar.update()
         if (step + 1) % self.config.log.every == 0 or step + 1 == self.num_steps:
             self.say(f"step {step + 1:>{len(str(self.num_steps))}}/{self.num_steps}  {line(row)}")

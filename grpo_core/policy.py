@@ -107,9 +107,10 @@ def load_policy(model: ModelConfig, lora: LoraConfig, *, dtype: torch.dtype, tem
     Raises:
         ConfigError: a model that cannot be loaded, or target modules that it does not have.
     """
+    folder = model_path(model.path)
     try:
         base = AutoModelForCausalLM.from_pretrained(
-            model_path(model.path),
+            folder,
             dtype=dtype,
             attn_implementation=model.attention,
             trust_remote_code=model.trust_remote_code,

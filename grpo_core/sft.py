@@ -72,6 +72,7 @@ def run_sft(config: RunConfig) -> Path:
             evaluate_now(run, step + 1)
     output = Path(config.sft.output or folder / "model")
     if distributed.is_main():
+        policy.model.to(distributed.precision(config.sft.save_precision))
         policy.save(output)
         tokenizer.save_pretrained(output)
     distributed.barrier()

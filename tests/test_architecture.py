@@ -1,0 +1,91 @@
+"""Imports point one way, each heavy dependency has one door, and rooms stay rooms."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "grpo_core"
+
+LAYERS = [  # a module imports only from rows above its own
+    {"schema"},
+    {"registry", "batch"},
+    {"advantages", "losses", "logprobs", "rewards", "problems"},  # the mathematics: torch and the standard library
+    {"config", "distributed", "tiny"},
+    {"data", "metrics"},
+    {"policy", "sampler", "engine"},
+    {"checkpoint", "evaluation"},
+    {"trainer"},
+    {"setup"},
+    {"sft"},
+    {"launch", "cli"},
+    {"__main__", "__init__"},
+]
+DOORS = {
+    "deepspeed": {"engine"},
+    "peft": {"policy"},
+    "datasets": {"data"},
+    "yaml": {"config"},
+    "tokenizers": {"tiny"},
+    "transformers": {"policy", "sampler", "data", "tiny", "setup", "sft"},
+}
+SIDE_DOORS = {"setup", "sft"}  # these name transformers' types and set its log level; they load nothing with it
+MATHEMATICS = {"grpo_core", "torch", "numpy"} | set(sys.stdlib_module_names)
+
+
+def imports(module: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            if node.module == "grpo_core":
+                names |= {f"grpo_core.{alias.name}" for alias in node.names}
+            else:
+                names.add(node.module)
+    return names
+
+
+HEIGHT = {name: row for row, names in enumerate(LAYERS) for name in names}
+
+
+@pytest.mark.parametrize("module", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_imports_point_down_and_every_dependency_uses_its_door(module):
+    assert module.stem in HEIGHT, f"{module.stem} has no layer"
+    for name in imports(module):
+        root, _, rest = name.partition(".")
+        if root == "grpo_core" and rest:
+            room = rest.split(".")[0]
+            down = HEIGHT[room] < HEIGHT[module.stem]
+            beside = HEIGHT[room] == HEIGHT[module.stem] and {room, module.stem} == {"launch", "cli"}
+            assert down or beside, f"{module.stem} must not import {room}"
+        assert module.stem in DOORS.get(root, {module.stem}), f"{module.stem} must not import {root}"
+        if HEIGHT[module.stem] <= HEIGHT["losses"]:
+            assert root in MATHEMATICS, f"{module.stem} is mathematics and must not import {root}"
+
+
+def test_rooms_are_small_and_functions_smaller():
+    for module in PACKAGE.glob("*.py"):
+        text = module.read_text()
+        assert len(text.splitlines()) <= 350, f"{module.name} is too long: two rooms"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno <= 60, f"{module.name}: {node.name} is too long"
+
+
+def test_rank_tests_stay_in_their_rooms():
+    allowed = {"metrics", "checkpoint", "distributed", "setup", "sft", "cli"}
+    for module in PACKAGE.glob("*.py"):
+        if "is_main()" in module.read_text():
+            assert module.stem in allowed, f"{module.name} asks for the rank"
+
+
+def test_the_mathematics_loads_no_heavy_library():
+    code = (
+        "import sys, grpo_core.losses, grpo_core.advantages, grpo_core.rewards, grpo_core.logprobs;"
+        "print([m for m in ('transformers', 'deepspeed', 'peft', 'datasets') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,127 @@
+import json
+
+import pytest
+from datasets import Dataset
+from fakes import Alphabet
+
+from grpo_core.batch import Task
+from grpo_core.config import DataConfig
+from grpo_core.data import TaskStream, load_splits, load_tokenizer, make_tasks, model_path, render_prompt
+
+ROWS = [{"question": f"q{i}", "cot": f"c{i}", "answer": str(i)} for i in range(10)]
+
+
+def write(folder, suffix):
+    path = folder / f"rows{suffix}"
+    if suffix == ".json":
+        path.write_text(json.dumps(ROWS))
+    elif suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    elif suffix == ".csv":
+        path.write_text("question,cot,answer\n" + "".join(",".join(row.values()) + "\n" for row in ROWS))
+    else:
+        pandas = pytest.importorskip("pandas")
+        pandas.DataFrame(ROWS).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+def test_local_files(tmp_path, suffix):
+    rows, held_out = load_splits(DataConfig(path=str(write(tmp_path, suffix))), 3, 0)
+    questions, held = list(rows["question"]), list(held_out["question"])
+    assert len(questions) == 7 and len(held) == 3 and sorted(questions + held) == [row["question"] for row in ROWS]
+
+
+def test_a_local_folder_and_splits(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({**row, "split": split}) + "\n" for row in ROWS))
+    rows, held_out = load_splits(DataConfig(path=str(tmp_path), eval_split="test", limit=4), 6, 0)
+    assert list(rows["split"]) == ["train"] * 4 and list(held_out["split"]) == ["test"] * 6
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (DataConfig(path="nowhere/at-all"), "data.path is 'nowhere/at-all'"),
+        (DataConfig(path="builtin:poems"), "not built in; known: builtin:word_problems"),
+        (DataConfig(path=__file__), "a file must end in .json"),
+    ],
+)
+def test_data_that_cannot_be_loaded_is_one_sentence(config, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_splits(config, 1, 0)
+    assert "\n" not in str(error.value)
+
+
+def test_too_few_rows_to_hold_out(tmp_path):
+    with pytest.raises(ValueError, match="num_tasks is 10, but .* has only 10 rows"):
+        load_splits(DataConfig(path=str(write(tmp_path, ".json"))), 10, 0)
+
+
+def test_columns_are_renamed_to_ours(tmp_path):
+    rows, _ = load_splits(DataConfig(path=str(write(tmp_path, ".json"))), 1, 0)
+    config = DataConfig(template="ab{question}{fact}", columns={"fact": "cot"})
+    made, _ = make_tasks(rows, config, Alphabet())
+    first = made[0].columns
+    assert first.keys() == {"question", "fact", "answer"} and made[0].prompt == f"ab{first['question']}{first['fact']}"
+
+
+def test_long_prompts_are_left_out_and_counted():
+    rows = Dataset.from_list([{"question": "abc"}, {"question": "abcdefg"}, {"question": "b"}])
+    tasks, left_out = make_tasks(rows, DataConfig(template="{question}", max_prompt_tokens=3), Alphabet())
+    assert [task.index for task in tasks] == [0, 2] and left_out == 1
+    assert tasks[0].prompt_ids == [0, 1, 2] and tasks[1].columns == {"question": "b"}
+    with pytest.raises(ValueError, match="every prompt is longer"):
+        make_tasks(rows.select([1]), DataConfig(template="{question}", max_prompt_tokens=3), Alphabet())
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (DataConfig(template="{problem}"), "data.template uses {problem}, but the data has the columns question"),
+        (DataConfig(columns={"answer": "anser"}), "data.columns.answer is 'anser'; known: question"),
+        (DataConfig(template="{question"), "is malformed"),
+        (DataConfig(prompt="chat"), "has no chat template"),
+    ],
+)
+def test_prompt_mistakes(config, message):
+    with pytest.raises(ValueError, match=message):
+        make_tasks(Dataset.from_list([{"question": "abc"}]), config, Alphabet())
+
+
+def test_chat_prompts_hold_the_system_turn_and_end_where_the_model_starts():
+    tokenizer = load_tokenizer("builtin:tiny")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    config = DataConfig(prompt="chat", template="Q {question}", system="be kind")
+    assert render_prompt({"question": "x"}, config, tokenizer) == "<system>be kind<user>Q x<assistant>"
+
+
+def test_unknown_builtin_model():
+    with pytest.raises(ValueError, match="model.path is 'builtin:huge'; known: builtin:tiny"):
+        model_path("builtin:huge")
+
+
+def tasks(count=10):
+    return [Task(i, "p", [1], {}) for i in range(count)]
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    stream = TaskStream(tasks(), 4, seed=3)
+    want = [[t.index for t in stream.batch(step)] for step in range(6)]
+    assert [[t.index for t in TaskStream(tasks(), 4, seed=3).batch(step)] for step in reversed(range(6))] == want[::-1]
+    assert [[t.index for t in TaskStream(tasks(), 4, seed=4).batch(step)] for step in range(6)] != want
+
+
+def test_every_epoch_is_a_permutation_and_they_differ():
+    stream = TaskStream(tasks(), 4, seed=0)
+    places = [t.index for step in range(5) for t in stream.batch(step)]
+    assert sorted(places[:10]) == sorted(places[10:]) == list(range(10)) and places[:10] != places[10:]
+
+
+def test_ranks_share_a_step_and_no_completion_has_the_same_seed():
+    whole = TaskStream(tasks(), 4, seed=0)
+    for step in range(4):
+        parts = [t for rank in range(2) for t in TaskStream(tasks(), 4, 0, rank, 2).batch(step)]
+        assert parts == whole.batch(step)
+    seeds = [t.seed for step in range(9) for t in whole.batch(step)]
+    assert len(set(seeds)) == len(seeds)

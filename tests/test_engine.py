@@ -1,0 +1,64 @@
+"""ZeRO-2 on two processes against plain AdamW on one, written out by hand: same weights, any micro-batch split."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import tiny_policy
+from test_policy import naive_logprobs
+from workers.zero2 import CLIP, PASSES, ROWS, STEPS, step_data
+
+WORKER = Path(__file__).parent / "workers" / "zero2.py"
+
+
+def plain_adamw(average):
+    """The same updates with nothing of grpo_core's trainer, losses, weights or engine in them."""
+    policy = tiny_policy(lora_noise=0.1)
+    parameters = policy.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+    norms, losses = [], []
+    for step in range(STEPS):
+        rollouts, advantages = step_data(step)
+        mask, lengths = rollouts.completion_mask, rollouts.completion_mask.sum(1)
+        with torch.no_grad():
+            old = naive_logprobs(policy, rollouts)
+            with policy.model.disable_adapter():
+                ref = naive_logprobs(policy, rollouts)
+        step_norms, step_losses = [], []
+        for _ in range(PASSES):
+            new = naive_logprobs(policy, rollouts)
+            terms = []
+            for i in range(ROWS):
+                n, a = int(lengths[i]), advantages[i]
+                ratio = (new[i, :n] - old[i, :n]).exp()
+                clipped = ratio.clamp(1 - CLIP["clip_low"], 1 + CLIP["clip_high"])
+                d = ref[i, :n] - new[i, :n]
+                per_token = -torch.min(ratio * a, clipped * a) + 0.5 * (d.exp() - d - 1)
+                terms.append(per_token.sum() / {"sequence": n * ROWS, "token": int(mask.sum()), "constant": ROWS * 9}[average])
+            loss = torch.stack(terms).sum()
+            loss.backward()
+            step_norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 0.1)))
+            step_losses.append(float(loss.detach()))
+            optimizer.step()
+            optimizer.zero_grad()
+        norms.append(sum(step_norms) / PASSES)
+        losses.append(sum(step_losses) / PASSES)
+    return torch.cat([p.detach().flatten() for p in parameters]), norms, losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("average, sizes", [("sequence", (1, 3, 8)), ("token", (3,)), ("constant", (5,))])
+def test_zero2_on_two_processes_is_plain_adamw_on_one(tmp_path, environment, average, sizes):
+    out = tmp_path / "out.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*command, WORKER, out, average, *map(str, sizes)], check=True, env=environment, timeout=300)
+    parameters, norms, losses = plain_adamw(average)
+    start = torch.cat([p.detach().flatten() for p in tiny_policy(lora_noise=0.1).parameters()])
+    assert (parameters - start).abs().max() > 1e-2  # it moved, far more than the tolerance
+    for size, result in torch.load(out).items():
+        assert (result["parameters"] - parameters).abs().max() <= 1e-5, f"micro-batches of {size}"
+        assert result["norms"] == pytest.approx(norms, rel=1e-4)
+        assert result["losses"] == pytest.approx(losses, rel=1e-4, abs=1e-6)
+    assert min(norms) > 0.1  # or clipping was not tested

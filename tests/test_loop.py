@@ -1,0 +1,141 @@
+"""The whole loop on a CPU with a two-layer model: it learns a bandit, and what it writes is right."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from fakes import Alphabet, FixedTasks, TorchEngine, tiny_policy
+
+from grpo_core.advantages import ADVANTAGES
+from grpo_core.config import (
+    CheckpointConfig, EvaluationConfig, LogConfig, LossConfig, RewardConfig, RunConfig, SamplingConfig, TrainerConfig,
+)  # fmt: skip
+from grpo_core.losses import LOSSES
+from grpo_core.metrics import RunLog
+from grpo_core.rewards import Reward
+from grpo_core.sampler import Sampler
+from grpo_core.trainer import Run, freeze, train, update_policy
+
+GOOD = "h"
+
+
+def count_good(completions):
+    return [float(text.count(GOOD)) for text in completions]
+
+
+def make_run(folder, num_steps=25, loss="grpo", kl_coef=0.0, policy=None, learning_rate=2e-2, **trainer) -> Run:
+    policy = policy or tiny_policy()
+    config = RunConfig(
+        sampling=SamplingConfig(group_size=8, max_new_tokens=5),
+        rewards=[RewardConfig("good")],
+        loss=LossConfig(name=loss, kl_coef=kl_coef, average="token"),
+        trainer=TrainerConfig(**{"completions_per_step": 32, "micro_batch_size": 12, **trainer}),
+        evaluation=EvaluationConfig(num_tasks=0),
+        checkpoint=CheckpointConfig(every=0),
+        log=LogConfig(every=10),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    return Run(
+        config=config, folder=folder, start_step=0, num_steps=num_steps, tasks=FixedTasks(), eval_tasks=[], policy=policy,
+        sampler=Sampler(policy.causal_lm, Alphabet(), max_new_tokens=5), engine=TorchEngine(policy.parameters(), learning_rate),
+        rewards=[Reward("good", 1.0, count_good)], advantage_fn=ADVANTAGES.build("grpo"), loss_fn=LOSSES.build(loss),
+        log=RunLog(folder, config, 0, num_steps), steps_per_epoch=1,
+    )  # fmt: skip
+
+
+def rows(folder, name="metrics"):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("loss", ["grpo", "gspo", "cispo", "reinforce"])
+def test_it_learns_a_bandit(tmp_path, loss):
+    train(make_run(tmp_path, loss=loss, kl_coef=0.01))
+    rewards = [row["reward"] for row in rows(tmp_path)]
+    first, last = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
+    assert last > 3 * first and last > 1.5, (first, last)
+
+
+def test_on_policy_the_first_ratio_is_one_and_old_logprobs_cost_nothing(tmp_path):
+    run = make_run(tmp_path, num_steps=3)
+    batch = freeze(run, run.sampler.generate(run.tasks.batch(0), 8), torch.zeros(4, 8))
+    assert batch.old_logprobs is None and batch.ref_logprobs is None
+    train(run)
+    for row in rows(tmp_path):
+        assert row["ratio"] == 1.0 and row["clip_frac"] == 0.0
+        assert row["logprob_gap_max"] < 1e-4  # sampler and trainer are the same distribution
+
+
+def test_several_minibatches_and_passes_move_the_ratio(tmp_path):
+    run = make_run(tmp_path, num_steps=2, num_minibatches=2, num_passes=2)
+    batch = freeze(run, run.sampler.generate(run.tasks.batch(0), 8), torch.zeros(4, 8))
+    torch.testing.assert_close(batch.old_logprobs, batch.rollouts.rollout_logprobs, atol=1e-4, rtol=0)
+    train(run)
+    assert run.engine.backwards == 2 * 4 * 2  # 2 steps × 4 minibatches of 16 rows × 2 micro-batches
+    assert all(row["ratio"] != 1.0 and row["clip_frac"] > 0 for row in rows(tmp_path))
+
+
+def test_the_reference_pulls(tmp_path):
+    """With no reward to gain, a moved adapter goes back towards the base model."""
+    policy = tiny_policy(lora_noise=0.2)
+    run = make_run(tmp_path, num_steps=40, kl_coef=1.0, policy=policy)
+    train(replace(run, rewards=[Reward("good", 1.0, lambda completions: [0.0] * len(completions))]))
+    kl = [row["kl"] for row in rows(tmp_path)]
+    assert kl[0] > 0.05 and kl[-1] < kl[0] / 2
+    assert all(row["tied_groups"] == 1.0 for row in rows(tmp_path))
+
+
+def test_the_micro_batch_size_changes_nothing(tmp_path):
+    norms = []
+    for size in (1, 5, 32):
+        run = make_run(tmp_path / str(size), num_steps=2, micro_batch_size=size, kl_coef=0.1)
+        train(run)
+        norms.append(torch.cat([p.detach().flatten() for p in run.policy.parameters()]))
+    torch.testing.assert_close(norms[1], norms[0], atol=2e-5, rtol=0)
+    torch.testing.assert_close(norms[2], norms[0], atol=2e-5, rtol=0)
+
+
+def test_what_a_run_leaves_behind(tmp_path):
+    run = make_run(tmp_path, num_steps=2, kl_coef=0.1)
+    train(run)
+    metrics, completions = rows(tmp_path), rows(tmp_path, "completions")
+    wanted = {
+        "step", "loss", "kl", "reward", "reward_std", "rewards/good", "rewards/good_std", "tied_groups", "length", "length_max",
+        "truncated", "entropy", "ratio", "clip_frac", "logprob_gap", "logprob_gap_max", "grad_norm", "learning_rate",
+        "adapter_norm", "tokens", "seconds", "seconds/sample", "seconds/reward", "seconds/freeze", "seconds/update",
+        "tokens_per_second", "peak_memory_gb", "epoch", "skipped",
+    }  # fmt: skip
+    assert wanted <= metrics[0].keys() and [row["step"] for row in metrics] == [0, 1]
+    assert len(completions) == 2 * 32
+    of_first = [row for row in completions if row["step"] == 0]
+    mean = sum(row["reward"] for row in of_first) / 32
+    assert metrics[0]["reward"] == pytest.approx(mean)
+    spread = (sum((row["reward"] - mean) ** 2 for row in of_first) / 32) ** 0.5
+    assert metrics[0]["reward_std"] == metrics[0]["rewards/good_std"] == pytest.approx(spread, rel=1e-5)
+    assert metrics[0]["tokens"] == sum(row["length"] for row in of_first)
+    assert metrics[0]["truncated"] == pytest.approx(sum(row["truncated"] for row in of_first) / 32)
+    for row in of_first:
+        assert row["reward"] == row["rewards"]["good"] == row["text"].count(GOOD)
+    for group in range(4):
+        assert sum(row["advantage"] for row in of_first[8 * group : 8 * group + 8]) == pytest.approx(0, abs=1e-4)
+    assert (tmp_path / "checkpoints" / "step-000002" / "meta.json").exists()
+
+
+def test_unscored_completions_are_null_and_pull_nothing(tmp_path):
+    run = make_run(tmp_path, num_steps=1)
+    train(replace(run, rewards=[Reward("good", 1.0, lambda completions: [None, 1.0, 0.0, None] * 8)]))
+    completions = rows(tmp_path, "completions")
+    assert completions[0]["reward"] is None and completions[0]["advantage"] == 0 and completions[1]["advantage"] > 0
+    assert rows(tmp_path)[0]["reward"] == 0.5
+
+
+def test_dropout_noise_is_a_function_of_seed_and_step(tmp_path):
+    results = []
+    for state in (0, 1):
+        torch.manual_seed(state)
+        policy = tiny_policy(dropout=0.5, lora_noise=0.1)
+        run = make_run(tmp_path / str(state), policy=policy)
+        batch = freeze(run, run.sampler.generate(run.tasks.batch(0), 8), torch.ones(4, 8))
+        torch.manual_seed(state)  # whatever torch's state before
+        results.append(update_policy(run, batch, 7)[0].reduce()["entropy"])
+    assert results[0] == results[1]

@@ -1,0 +1,40 @@
+import json
+
+import pytest
+import torch
+
+from grpo_core.config import RunConfig
+from grpo_core.evaluation import wilson_interval
+from grpo_core.metrics import RunLog, Stats
+
+
+def test_stats_are_masked_means_totals_and_maxima():
+    stats = Stats()
+    stats.mean("a", torch.tensor([[1.0, 9.0], [2.0, 3.0]]), torch.tensor([[True, False], [True, True]]))
+    stats.mean("a", torch.tensor([[10.0, float("nan")]]))
+    stats.mean("none", torch.tensor([1.0]), torch.tensor([False]))
+    stats.total("t", torch.tensor(7))
+    stats.max("m", torch.tensor([1.0, 5.0]))
+    stats.max("m", torch.tensor(3.0))
+    assert stats.reduce() == {"a": 4.0, "none": 0.0, "t": 7.0, "m": 5.0}
+
+
+def test_resuming_drops_later_and_torn_rows(tmp_path):
+    for name in ("metrics", "completions", "evaluation"):
+        lines = [json.dumps({"step": step}) + "\n" for step in (0, 1, 1, 2, 3)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines) + '{"step": 4, "lo')
+    RunLog(tmp_path, RunConfig(), start_step=2, num_steps=5).close()
+
+    def steps(name):
+        return [json.loads(line)["step"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+
+    assert steps("metrics") == steps("completions") == [0, 1, 1]
+    assert steps("evaluation") == [0, 1, 1, 2]  # the one after two steps stands
+
+
+@pytest.mark.parametrize(
+    "correct, n, low, high",
+    [(0, 500, 0.0, 0.0076), (500, 500, 0.9924, 1.0), (50, 100, 0.4038, 0.5962), (1, 10, 0.0179, 0.4042), (0, 0, 0.0, 1.0)],
+)
+def test_wilson_interval_against_tables(correct, n, low, high):
+    assert wilson_interval(correct, n) == pytest.approx((low, high), abs=1e-4)

@@ -1,0 +1,81 @@
+"""Log-probs against the plainest possible computation, on either side of padding; the reference; dropout."""
+
+import pytest
+import torch
+from fakes import ragged_rollouts, tiny_policy
+
+from grpo_core.batch import split, take
+
+
+def naive_logprobs(policy, rollouts):
+    """One row at a time, no padding, the model's own logits."""
+    rows = torch.zeros(rollouts.completion_ids.shape)
+    for i in range(len(rollouts)):
+        prompt = rollouts.prompt_ids[i][rollouts.prompt_mask[i]]
+        completion = rollouts.completion_ids[i][rollouts.completion_mask[i]]
+        logits = policy.model(torch.cat([prompt, completion])[None]).logits[0] / policy.temperature
+        predicting = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        rows[i, : len(completion)] = predicting.gather(1, completion[:, None]).squeeze(1)
+    return rows
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_the_models_own(side, temperature):
+    policy = tiny_policy(lora_noise=0.1, temperature=temperature)
+    rollouts = ragged_rollouts(side=side)
+    torch.testing.assert_close(policy.logprobs(rollouts), naive_logprobs(policy, rollouts), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_and_neighbours_change_nothing():
+    policy, rollouts = tiny_policy(lora_noise=0.1), ragged_rollouts()
+    whole = policy.logprobs(rollouts)
+    parts = torch.cat([policy.logprobs(micro) for micro in split(rollouts, 3)])
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+    short = take(rollouts, (rollouts.lengths() <= 3).nonzero().squeeze(1))  # all-padding columns on the right
+    assert policy.logprobs(short).shape == short.completion_ids.shape
+    assert (whole[~rollouts.completion_mask] == 0).all()
+
+
+def test_the_gradient_is_the_naive_one_with_and_without_checkpointing():
+    rollouts, weights = ragged_rollouts(), torch.rand(8, 6)
+    grads = []
+    for checkpointing, compute in ((False, naive_logprobs), (False, None), (True, None)):
+        policy = tiny_policy(lora_noise=0.1, gradient_checkpointing=checkpointing)
+        with policy.training():
+            logprobs = compute(policy, rollouts) if compute else policy.logprobs(rollouts)
+            (logprobs * weights * rollouts.completion_mask).sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    assert grads[0].abs().max() > 1e-3
+    torch.testing.assert_close(grads[1], grads[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(grads[2], grads[0], atol=1e-5, rtol=1e-4)
+
+
+def test_the_reference_is_the_base_model():
+    policy, rollouts = tiny_policy(lora_noise=0.1), ragged_rollouts()
+    with torch.no_grad():
+        with policy.reference():
+            reference = policy.logprobs(rollouts)
+        base = tiny_policy(lora_noise=0.0).logprobs(rollouts)  # B = 0: the adapter adds nothing
+        assert not torch.allclose(policy.logprobs(rollouts), reference, atol=1e-3)
+    torch.testing.assert_close(reference, base)
+
+
+def test_dropout_is_on_only_in_training():
+    policy, rollouts = tiny_policy(lora_noise=0.3, dropout=0.5), ragged_rollouts()
+    with torch.no_grad():
+        quiet = policy.logprobs(rollouts)
+        assert torch.equal(quiet, policy.logprobs(rollouts))
+        with policy.training():
+            assert not torch.allclose(quiet, policy.logprobs(rollouts), atol=1e-3)
+        assert torch.equal(quiet, policy.logprobs(rollouts))
+
+
+def test_only_the_adapter_is_trained_and_its_norm_is_told():
+    policy = tiny_policy()
+    names = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+    assert names and all("lora_" in name for name in names)
+    before = policy.norm()
+    with torch.no_grad():
+        policy.parameters()[0].mul_(2)
+    assert policy.norm() > before

@@ -1,0 +1,221 @@
+"""The real thing: processes, DeepSpeed, files. Short runs of the embedded default."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+SHORT = ["evaluation.num_tasks=8", "trainer.completions_per_step=32", "sampling.max_new_tokens=24", "log.every=1"]
+
+
+def overrides(out, **more):
+    return [f"output_dir={out}", *SHORT, *(f"{key.replace('__', '.')}={value}" for key, value in more.items())]
+
+
+def python(*arguments, environment, **kwargs):
+    return subprocess.run([sys.executable, *map(str, arguments)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def launch(*arguments, environment, timeout=300):
+    command = ["bash", "launch.sh", *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per", "peak"))} for row in rows]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_launch_trains_and_the_adapter_loads_in_plain_peft(tmp_path, environment):
+    done = launch(2, *overrides(tmp_path, trainer__num_steps=2), environment=environment)
+    assert done.returncode == 0, done.stderr
+    out = done.stdout.splitlines()
+    if not torch.cuda.is_available():
+        assert out[0].startswith("No GPU here: running the embedded default, configs/tiny.yaml")
+    assert out[-3].startswith("before: accuracy") and out[-2].startswith("after:  accuracy")
+    assert out[-1] == f"adapter: {tmp_path / 'tiny' / 'adapter'}"
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
+
+    folder = tmp_path / "tiny"
+    assert [row["step"] for row in read(folder / "metrics.jsonl")] == [0, 1]
+    assert [row["step"] for row in read(folder / "evaluation.jsonl")] == [0, 2]
+    completions = read(folder / "completions.jsonl")
+    assert len(completions) == 2 * 32 and len({row["prompt"] for row in completions}) == 8
+
+    code = (
+        "import sys\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "from peft import PeftModel\n"
+        "base, adapter = sys.argv[1:]\n"
+        "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(adapter)\n"
+        "inputs = tokenizer('Question: Ben has 5 pens. How many?\\n<think>', return_tensors='pt')\n"
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=8)[0]))\n"
+    )
+    loaded = python("-c", code, ROOT / "grpo_core" / "builtin" / "tiny", folder / "adapter", environment=environment)
+    assert loaded.returncode == 0 and loaded.stdout.startswith("Question: Ben has 5 pens."), loaded.stderr
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert any(value.abs().max() > 0 for name, value in adapter.items() if "lora_B" in name)
+
+
+def test_the_written_config_alone_re_runs_the_run(tmp_path, environment):
+    first = tmp_path / "first"
+    assert launch(1, *overrides(first, trainer__num_steps=1), environment=environment).returncode == 0
+    config = yaml.safe_load((first / "tiny" / "config.yaml").read_text())
+    config["output_dir"] = str(tmp_path / "again")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert launch(1, "--config", tmp_path / "config.yaml", environment=environment).returncode == 0
+    for name in ("metrics", "completions"):
+        rows = [without_times(read(folder / "tiny" / f"{name}.jsonl")) for folder in (first, tmp_path / "again")]
+        assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_resumed_is_bitwise_never_stopped(tmp_path, environment, processes):
+    """10 steps equal 5 steps, kill -9, resume, 5 steps: weights, metrics and completions. Dropout is on."""
+    settings = {"trainer__num_steps": 10, "checkpoint__every": 5, "evaluation__every": 5, "lora__dropout": 0.1}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert launch(processes, *overrides(whole, **settings), environment=environment).returncode == 0
+
+    command = ["bash", "launch.sh", str(processes), *overrides(cut, **settings)]
+    victim = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 200
+    while not (cut / "tiny" / "checkpoints" / "step-000005").exists():
+        assert time.time() < deadline and victim.poll() is None
+        time.sleep(0.02)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert not (cut / "tiny" / "checkpoints" / "step-000010").exists()
+
+    resumed = launch(processes, *overrides(cut, **settings), "resume=auto", environment=environment)
+    assert resumed.returncode == 0 and "after 5 steps" in resumed.stdout, resumed.stderr
+    for name in ("metrics", "completions", "evaluation"):
+        assert without_times(read(cut / "tiny" / f"{name}.jsonl")) == without_times(read(whole / "tiny" / f"{name}.jsonl"))
+    one, other = (load_file(folder / "tiny" / "adapter" / "adapter_model.safetensors") for folder in (whole, cut))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert [p.name for p in sorted((cut / "tiny" / "checkpoints").glob("*"))] == ["step-000005", "step-000010"]
+
+
+def test_rollouts_do_not_depend_on_the_number_of_processes(tmp_path, environment):
+    texts = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        assert launch(processes, *overrides(out, trainer__num_steps=2), environment=environment).returncode == 0
+        texts.append([(row["step"], row["prompt"], row["sample"], row["text"]) for row in read(out / "tiny" / "completions.jsonl")])
+    assert texts[0] == texts[1]  # the second step's also show that the first update was the same
+
+
+def test_another_run_never_overwrites_and_another_config_is_not_resumed(tmp_path, environment):
+    run = overrides(tmp_path, trainer__num_steps=1)
+    for _ in range(2):
+        assert launch(1, *run, environment=environment).returncode == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny", "tiny-2"]
+    refused = launch(1, *run, "resume=auto", "loss.kl_coef=0.5", "lora.r=4", environment=environment)
+    assert refused.returncode == 2
+    assert "loss.kl_coef (0.01 then, 0.5 now)" in refused.stderr and "lora.r (16 then, 4 now)" in refused.stderr
+    other = launch(2, *run, "resume=auto", environment=environment)
+    assert other.returncode == 2 and "was written by 1 processes" in other.stderr
+
+
+def test_torchrun_and_the_deepspeed_launcher_start_the_same_job(tmp_path, environment):
+    bin_folder = Path(sys.executable).parent
+    run = ["train", "--config", "configs/tiny.yaml", "trainer.num_steps=1"]
+    commands = {
+        "torchrun": [bin_folder / "torchrun", "--standalone", "--nproc_per_node", "2", "-m", "grpo_core"],
+        "deepspeed": [bin_folder / "deepspeed", "--num_gpus", "2", "--master_port", free_port(), "--module", "grpo_core"],
+    }
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
+    texts = []
+    for name, command in commands.items():
+        done = subprocess.run(
+            [*map(str, command), *run, *overrides(tmp_path / name)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        texts.append([row["text"] for row in read(tmp_path / name / "tiny" / "completions.jsonl")])
+    assert texts[0] == texts[1]
+
+
+def test_two_nodes_of_one_process(tmp_path, environment):
+    port = free_port()
+    nodes = [
+        subprocess.Popen(
+            ["bash", "launch.sh", "1", *overrides(tmp_path, trainer__num_steps=1)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**environment, "NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outs = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outs
+    assert "2 processes × 2 prompts × 8" in outs[0] and "adapter:" in outs[0] and "adapter:" not in outs[1]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["2", "trainer.num_step=3"], "unknown key trainer.num_step"),
+        (["--config", "configs/none.yaml"], "cannot read configs/none.yaml: No such file"),
+        (["0"], "PROCESSES is '0'"),
+        (["2x"], "PROCESSES is '2x'"),
+        (["3"], "must be a multiple of sampling.group_size × processes"),
+        (["1", "engine.deepspeed={gradient_clipping: 3.0}"], "gradient_clipping is 3.0"),
+        (["1", "model.path=nowhere/at-all"], "model.path is 'nowhere/at-all'"),
+        (["1", "lora.target_modules=[qq_proj]"], "lora.target_modules is ['qq_proj']"),
+        (["1", "model.precision=fp16"], "model.precision is fp16, which needs a GPU"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, message, environment, tmp_path):
+    done = launch(*arguments, f"output_dir={tmp_path}", environment={**environment, "CUDA_VISIBLE_DEVICES": ""})
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and len(lines) == 1 and message in lines[0], done.stderr
+
+
+def fake_command(folder, name, text):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+    return f"{folder}{os.pathsep}"
+
+
+def test_an_old_python_and_too_many_processes_are_one_sentence(tmp_path, environment):
+    old = fake_command(tmp_path / "old", "python3", 'case "$*" in *"%d.%d"*) echo 3.9;; *) exit 1;; esac')
+    done = launch(1, environment={**environment, "PATH": old + environment["PATH"]})
+    assert done.returncode == 2 and "needs Python 3.10 or newer" in done.stderr and "is 3.9." in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    smi = fake_command(tmp_path / "smi", "nvidia-smi", "echo 'GPU 0: A'; echo 'GPU 1: B'")
+    env = {k: v for k, v in environment.items() if k != "CUDA_VISIBLE_DEVICES"}
+    done = launch(3, environment={**env, "PATH": smi + env["PATH"]})
+    assert done.returncode == 2 and done.stderr.strip() == "3 processes were asked for, but only 2 GPU(s) are visible."
+    done = launch(2, environment={**env, "PATH": smi + env["PATH"], "CUDA_VISIBLE_DEVICES": "1"})
+    assert done.returncode == 2 and "only 1 GPU(s)" in done.stderr
+
+
+def test_a_rank_that_dies_is_named(tmp_path, environment):
+    reward = tmp_path / "mine.py"
+    reward.write_text(
+        "import os\ndef die(completions, **columns):\n"
+        "    if os.environ['RANK'] == '1':\n        os._exit(7)\n    return [0.0] * len(completions)\n"
+    )
+    done = launch(2, *overrides(tmp_path, trainer__num_steps=1, rewards=f"{reward}:die"), environment=environment)
+    assert done.returncode == 7 and "grpo_core: rank 1 failed with exit code 7" in done.stderr

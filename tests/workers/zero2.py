@@ -1,0 +1,66 @@
+"""Runs in several processes: a few updates through DeepSpeed ZeRO-2 for each micro-batch size; rank 0 writes the weights.
+
+    torchrun --nproc-per-node 2 tests/workers/zero2.py OUT AVERAGE MICRO_BATCH_SIZE...
+"""
+
+import sys
+from types import SimpleNamespace
+
+import torch
+from fakes import ragged_rollouts, tiny_policy
+
+from grpo_core import distributed
+from grpo_core.batch import take
+from grpo_core.config import EngineConfig, LossConfig, RunConfig, SamplingConfig, TrainerConfig
+from grpo_core.engine import Engine
+from grpo_core.losses import LOSSES
+from grpo_core.trainer import freeze, update_policy
+
+STEPS, ROWS, PASSES = 3, 16, 2
+CLIP = {"clip_low": 0.05, "clip_high": 0.1}
+
+
+def run_config(average, micro_batch_size):
+    return RunConfig(
+        sampling=SamplingConfig(max_new_tokens=9),
+        loss=LossConfig(average=average, kl_coef=0.5),
+        trainer=TrainerConfig(completions_per_step=ROWS, micro_batch_size=micro_batch_size, num_passes=PASSES),
+        engine=EngineConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant", weight_decay=0.1, max_grad_norm=0.1,
+                            deepspeed={"zero_optimization": {"stage": 2, "overlap_comm": False}}),
+    )  # fmt: skip
+
+
+def step_data(step):
+    """The whole step's rollouts and advantages; a rank has its part of the rows."""
+    advantages = torch.randn(ROWS, generator=torch.Generator().manual_seed(step))
+    return ragged_rollouts(ROWS, seed=step), advantages
+
+
+def main(out, average, sizes):
+    distributed.setup()
+    rank, world = distributed.rank(), distributed.world_size()
+    rows = torch.arange(rank * ROWS // world, (rank + 1) * ROWS // world)
+    results = {}
+    for size in sizes:
+        config, policy = run_config(average, size), tiny_policy(lora_noise=0.1)
+        engine = Engine(policy.model, config, dtype=torch.float32, total_steps=STEPS * PASSES, world_size=world)
+        policy.model.eval()
+        run = SimpleNamespace(config=config, policy=policy, engine=engine, loss_fn=LOSSES.build("grpo", CLIP), steps_per_epoch=1)
+        norms, losses = [], []
+        for step in range(STEPS):
+            rollouts, advantages = step_data(step)
+            batch = freeze(run, take(rollouts, rows), advantages[rows])
+            stats, numbers = update_policy(run, batch, step)
+            norms.append(numbers["grad_norm"])
+            losses.append(stats.reduce()["loss"])
+        results[size] = {
+            "parameters": torch.cat([p.detach().flatten() for p in policy.parameters()]), "norms": norms, "losses": losses
+        }  # fmt: skip
+    if distributed.is_main():
+        torch.save(results, out)
+    distributed.barrier()
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], [int(size) for size in sys.argv[3:]])
