@@ -26,7 +26,7 @@ def grpo_advantages(rewards: Tensor, *, eps: float = 1e-4, std_ddof: int = 1) ->
 
 @ADVANTAGES.register("dr_grpo")
 def dr_grpo_advantages(rewards: Tensor) -> Tensor:
-    """r - mean: dividing by the spread up-weights prompts that are nearly solved or nearly hopeless. arXiv:2503.20783."""
+    """r - mean: dividing by the spread up-weights prompts nearly solved or nearly hopeless. arXiv:2503.20783."""
     return _center(rewards)[0]
 
 
@@ -45,7 +45,7 @@ def tied_groups(rewards: Tensor) -> Tensor:
 
 
 def _center(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewards minus their group's mean [N, G], exactly 0 for tied groups and unscored rows; scored rows a group [N, 1]."""
+    """Rewards minus their group's mean [N, G], exactly 0 where tied or unscored; scored rows of each group [N, 1]."""
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be [N, G] with G >= 2, got {tuple(rewards.shape)}")
     scored = ~rewards.isnan()

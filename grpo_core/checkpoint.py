@@ -1,8 +1,8 @@
 """What a checkpoint is: a folder step-NNNNNN that is whole or not there.
 
 Every rank writes its engine state into a folder with a working name; when all have, the main rank adds meta.json and
-gives the folder its name, which is atomic. The newest folder with a proper name is the one to go on from. Nothing else needs saving:
-the batch, the sampling noise and the dropout noise are functions of (seed, step).
+gives the folder its name, which is atomic. The newest folder with a proper name is the one to go on from. Nothing else
+needs saving: the batch, the sampling noise and the dropout noise are functions of (seed, step).
 """
 
 from __future__ import annotations
@@ -62,13 +62,18 @@ def read_meta(checkpoint: Path, config: RunConfig) -> int:
     meta = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
     if meta["world_size"] != distributed.world_size():
         raise ConfigError(
-            f"{checkpoint} was written by {meta['world_size']} processes; resume with as many, not {distributed.world_size()}"
+            f"{checkpoint} was written by {meta['world_size']} processes; "
+            f"resume with as many, not {distributed.world_size()}"
         )
     then, now = flatten(meta["config"]), flatten(asdict(config))
-    differing = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key) and not key.startswith(FREE)]
+    differing = [
+        key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key) and not key.startswith(FREE)
+    ]
     if differing:
         shown = ", ".join(f"{key} ({then.get(key)!r} then, {now.get(key)!r} now)" for key in differing[:5])
-        raise ConfigError(f"{checkpoint} is of another configuration: {shown}; start under another name instead of resuming")
+        raise ConfigError(
+            f"{checkpoint} is of another configuration: {shown}; start under another name instead of resuming"
+        )
     return meta["next_step"]
 
 

@@ -16,7 +16,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; what the user did wrong is one sentence on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(prog="grpo_core", description="GRPO with LoRA on DeepSpeed ZeRO-2.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="grpo_core", description="GRPO with LoRA on DeepSpeed ZeRO-2.", allow_abbrev=False
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher says it here and in LOCAL_RANK
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
@@ -25,7 +27,11 @@ def main(arguments: list[str] | None = None) -> int:
         ("launch", "start `train` in several processes of this machine (what launch.sh calls)"),
     ):
         command = commands.add_parser(name, help=text, allow_abbrev=False)
-        command.add_argument("--config", type=Path, help="a YAML file; without it configs/gsm8k_qwen2.5_1.5b.yaml on a GPU and configs/tiny.yaml on a CPU")
+        command.add_argument(
+            "--config",
+            type=Path,
+            help="a YAML file; without it configs/gsm8k_qwen2.5_1.5b.yaml on a GPU and configs/tiny.yaml on a CPU",
+        )
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
         if name == "launch":
             command.add_argument("--processes", type=int, required=True)
@@ -44,6 +50,7 @@ def _train(options: argparse.Namespace) -> int:
     from grpo_core.setup import setup
     from grpo_core.trainer import train
 
+    distributed.die_with_launcher()
     run, tokenizer = setup(config)
     train(run)
     adapter = run.folder / "adapter"

@@ -1,7 +1,8 @@
 """A run's configuration: dataclasses, YAML with overrides, and the checks that need no model.
 
-The YAML's sections and keys are the fields below; configs/tiny.yaml comments every one. Whatever the file leaves out has
-the default given here. Nothing that a user wrote is changed silently: it runs as written, or one sentence says why not.
+The YAML's sections and keys are the fields below; configs/tiny.yaml comments every one. Whatever the file leaves out
+has the default given here. Nothing that a user wrote is changed silently: it runs as written, or one sentence says why
+not.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from grpo_core.schema import ConfigError, coerce, known
 @dataclass(frozen=True)
 class ModelConfig:
     path: str = "builtin:tiny"  # hub id, local folder, or builtin:tiny
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where the GPU has it, fp16 on older ones, fp32 on CPU
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = (
+        "auto"  # auto: bf16 where the GPU has it, fp16 on older ones, fp32 on CPU
+    )
     attention: str = "sdpa"  # transformers' attn_implementation
     gradient_checkpointing: bool = False
     logprob_chunk: int = 1024  # tokens whose logits are held at once
@@ -181,7 +184,9 @@ def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     deepspeed = config.engine.deepspeed
     if isinstance(deepspeed, str):  # the content, so that the written config.yaml alone re-runs the run
         beside = path.parent / deepspeed
-        data.setdefault("engine", {})["deepspeed"] = _read(beside if beside.is_file() else Path(deepspeed), json.loads, "JSON")
+        data.setdefault("engine", {})["deepspeed"] = _read(
+            beside if beside.is_file() else Path(deepspeed), json.loads, "JSON"
+        )
         config = build(RunConfig, data, "")
     check(config)
     return config
@@ -242,9 +247,13 @@ def check(config: RunConfig) -> None:
     for name, value in (("loss.kl_coef", config.loss.kl_coef), ("engine.max_grad_norm", config.engine.max_grad_norm)):
         _at_least(name, value, 0)
     if config.sampling.temperature <= 0:
-        raise ConfigError(f"sampling.temperature is {config.sampling.temperature}; it must be above 0 (evaluation is greedy anyway)")
+        raise ConfigError(
+            f"sampling.temperature is {config.sampling.temperature}; it must be above 0 (evaluation is greedy anyway)"
+        )
     if config.lora.r == 0 and config.loss.kl_coef > 0:
-        raise ConfigError(f"loss.kl_coef is {config.loss.kl_coef}, but lora.r is 0: without an adapter there is no reference")
+        raise ConfigError(
+            f"loss.kl_coef is {config.loss.kl_coef}, but lora.r is 0: without an adapter there is no reference"
+        )
 
 
 def prompts_per_rank(config: RunConfig, world_size: int) -> int:

@@ -46,7 +46,9 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path is {path!r}, and its tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise ConfigError(
+            f"model.path is {path!r}, and its tokenizer cannot be loaded: {_first_line(error)}"
+        ) from error
 
 
 def load_splits(config: DataConfig, num_eval: int, seed: int) -> tuple[Dataset, Dataset]:
@@ -83,9 +85,13 @@ def make_tasks(rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizer
     rows = rows.rename_columns({theirs: ours for ours, theirs in config.columns.items() if ours != theirs})
     for name in template_fields(config.template):
         if name not in rows.column_names:
-            raise ConfigError(f"data.template uses {{{name}}}, but the data has the columns {', '.join(rows.column_names)}")
+            raise ConfigError(
+                f"data.template uses {{{name}}}, but the data has the columns {', '.join(rows.column_names)}"
+            )
     if config.prompt == "chat" and not tokenizer.chat_template:
-        raise ConfigError("data.prompt is chat, but the model's tokenizer has no chat template; use data.prompt: template")
+        raise ConfigError(
+            "data.prompt is chat, but the model's tokenizer has no chat template; use data.prompt: template"
+        )
     columns = list(rows)
     prompts = [render_prompt(row, config, tokenizer) for row in columns]
     ids = tokenizer(prompts, add_special_tokens=config.prompt != "chat")["input_ids"] if prompts else []
@@ -128,7 +134,9 @@ class TaskStream:
     prompts of a step do not depend on the number of ranks; rank r has the r-th part of them.
     """
 
-    def __init__(self, tasks: Sequence[Task], prompts_per_step: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, tasks: Sequence[Task], prompts_per_step: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
         assert prompts_per_step % world_size == 0 and tasks
         self.tasks, self.prompts_per_step, self.seed = tasks, prompts_per_step, seed
         share = prompts_per_step // world_size
@@ -161,7 +169,9 @@ def _permutation(count: int, *key: int) -> np.ndarray:
 def _load(path: str, subset: str | None, split: str) -> Dataset:
     if path.startswith("builtin:"):
         if path != "builtin:word_problems" or split not in BUILTIN_ROWS:
-            raise ConfigError(f"data.path {path!r} with split {split!r} is not built in; known: builtin:word_problems with train or test")
+            raise ConfigError(
+                f"data.path {path!r} (split {split!r}) is not built in; known: builtin:word_problems with train or test"
+            )
         return Dataset.from_list(word_problems(split, BUILTIN_ROWS[split]))
     try:
         local = Path(path)
@@ -173,7 +183,9 @@ def _load(path: str, subset: str | None, split: str) -> Dataset:
     except ConfigError:
         raise
     except Exception as error:  # datasets raises many kinds; all of them mean the same to the user
-        raise ConfigError(f"data.path is {path!r} (split {split!r}), and it cannot be loaded: {_first_line(error)}") from error
+        raise ConfigError(
+            f"data.path is {path!r} (split {split!r}), and it cannot be loaded: {_first_line(error)}"
+        ) from error
 
 
 def _limited(rows: Dataset, limit: int | None) -> Dataset:

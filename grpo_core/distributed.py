@@ -1,7 +1,10 @@
-"""Ranks: who we are, sums over all of us, and seeding. The only room besides metrics and checkpoint that asks for a rank."""
+"""Ranks: who we are, sums over all of us, and seeding."""
 
+import ctypes
 import os
+import signal
 import socket
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -35,6 +38,12 @@ def setup() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+
+
+def die_with_launcher() -> None:
+    """Let the kernel end this rank when its launcher ends, however that ends: no rank trains on as an orphan (Linux)."""
+    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def shutdown() -> None:
@@ -107,7 +116,7 @@ def precision(name: str) -> torch.dtype:
 
 
 def seed_all(*key: int) -> None:
-    """Make torch's noise on this rank (dropout, new weights) a function of `key`, so that resuming needs no saved state."""
+    """Make torch's noise on this rank (dropout, new weights) a function of `key`: resuming needs no saved state."""
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 

@@ -50,16 +50,20 @@ class StepResult:
 class Engine:
     """A DeepSpeed engine around `model` with AdamW over what requires a gradient."""
 
-    def __init__(self, model: nn.Module, config: RunConfig, *, dtype: torch.dtype, total_steps: int, world_size: int) -> None:
+    def __init__(
+        self, model: nn.Module, config: RunConfig, *, dtype: torch.dtype, total_steps: int, world_size: int
+    ) -> None:
         self.world_size = world_size
         settings = config.engine
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(  # torch's own, offloaded or not: it compiles nothing, and LoRA's states are small
-            [p for p in model.parameters() if p.requires_grad],
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.adam_eps,
-            weight_decay=settings.weight_decay,
+        optimizer = (
+            torch.optim.AdamW(  # torch's own, offloaded or not: it compiles nothing, and LoRA's states are small
+                [p for p in model.parameters() if p.requires_grad],
+                lr=settings.learning_rate,
+                betas=(settings.beta1, settings.beta2),
+                eps=settings.adam_eps,
+                weight_decay=settings.weight_decay,
+            )
         )
         schedule = learning_rate_schedule(settings.schedule, settings.warmup_steps, total_steps)
         with _quiet(not config.log.verbose):
@@ -71,7 +75,7 @@ class Engine:
             )
 
     def backward(self, loss: Tensor) -> None:
-        """Add this micro-batch's share of the gradient. The sum over all micro-batches and ranks is the step's gradient."""
+        """Add this micro-batch's part: the sum over all micro-batches and ranks is the step's gradient."""
         self.engine.backward(loss * self.world_size)
 
     def step(self) -> StepResult:
@@ -116,7 +120,9 @@ class Engine:
         if path is None:
             raise ConfigError(f"there is no engine state in {folder}")
         if missing:
-            raise ConfigError(f"the checkpoint {folder} lacks {missing[0]} and {len(missing) - 1} more of the trained weights")
+            raise ConfigError(
+                f"the checkpoint {folder} lacks {missing[0]} and {len(missing) - 1} more of the trained weights"
+            )
 
 
 def deepspeed_config(config: RunConfig, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
@@ -132,7 +138,10 @@ def deepspeed_config(config: RunConfig, dtype: torch.dtype, world_size: int) -> 
             raise ConfigError(f"the DeepSpeed JSON has a block {block!r}; remove it, the run config's {instead} say it")
     stage = given.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2):
-        raise ConfigError(f"the DeepSpeed JSON's zero_optimization.stage is {stage}; it must be 0, 1 or 2 (the sampler needs whole weights)")
+        raise ConfigError(
+            f"the DeepSpeed JSON's zero_optimization.stage is {stage}; "
+            f"it must be 0, 1 or 2: the sampler needs whole weights"
+        )
     per_optimizer_step = trainer.completions_per_step // trainer.num_minibatches
     _agree(given, "train_batch_size", per_optimizer_step, "trainer.completions_per_step / trainer.num_minibatches")
     _agree(given, "train_micro_batch_size_per_gpu", trainer.micro_batch_size, "trainer.micro_batch_size")
@@ -141,7 +150,9 @@ def deepspeed_config(config: RunConfig, dtype: torch.dtype, world_size: int) -> 
     _agree(given, "gradient_accumulation_steps", accumulation, "the micro-batches of a minibatch on one rank")
     for block, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         given[block] = {"enabled": "auto", **given.get(block, {})}
-        _agree(given[block], "enabled", dtype is wanted, f"model.precision ({config.model.precision})", f"{block}.enabled")
+        _agree(
+            given[block], "enabled", dtype is wanted, f"model.precision ({config.model.precision})", f"{block}.enabled"
+        )
     given.pop("train_batch_size")  # ours counts completions of an optimizer step; DeepSpeed's would be of a micro-batch
     if given.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
         given.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -170,8 +181,8 @@ def learning_rate_schedule(kind: str, warmup_steps: int, total_steps: int) -> Ca
 def _agree(given: dict[str, Any], key: str, value: Any, run_key: str, shown: str | None = None) -> None:
     if given.get(key, "auto") not in ("auto", value):
         raise ConfigError(
-            f"the DeepSpeed JSON's {shown or key} is {given[key]!r}, but the run config's {run_key} makes it {value!r}; "
-            f'write "auto" in the JSON, or make them agree'
+            f"the DeepSpeed JSON's {shown or key} is {given[key]!r}, but the run config's {run_key} makes it "
+            f'{value!r}; write "auto" in the JSON, or make them agree'
         )
     given[key] = value
 

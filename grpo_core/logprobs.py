@@ -15,7 +15,7 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk_size: int = 1024,
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(lm_head(hidden) / temperature)[token] and the entropy of that distribution in nats, both [B, C] float32.
+    """log softmax(lm_head(hidden) / temperature)[token] and that distribution's entropy in nats, both [B, C] float32.
 
     Peak memory is a few [chunk_size, V] float32: with a gradient, backward computes each chunk again. The entropy
     carries no gradient.
@@ -38,4 +38,3 @@ def _chunk(hidden: Tensor, lm_head: Callable, token_ids: Tensor, temperature: fl
     with torch.no_grad():
         entropy = normaliser - (logits.softmax(dim=-1) * logits).sum(dim=-1)
     return logprobs, entropy
-

@@ -4,8 +4,8 @@ A loss maps log-probs [B, C] to an unreduced loss [B, C]. It does not average, l
 micro-batches and ranks: `token_weights` says how much each token counts, once per optimizer step, and the trainer's
 loss is (per_token_loss * token_weights).sum(). So no gradient can depend on how a step is cut into pieces.
 
-On policy the ratio is 1 and the value of most losses is the (zero-mean) advantage: a loss of 0.0 is normal. Its gradient
-is not zero; watch the reward and grad_norm.
+On policy the ratio is 1 and the value of most losses is the (zero-mean) advantage: a loss of 0.0 is normal. Its
+gradient is not zero; watch the reward and grad_norm.
 
     B completions, C tokens in the longest one; column t is completion token t; l = log-prob of the token.
 """
@@ -82,9 +82,7 @@ def cispo_loss(
 
 
 @LOSSES.register("reinforce")
-def reinforce_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, completion_mask: Tensor
-) -> PolicyLoss:
+def reinforce_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, completion_mask: Tensor) -> PolicyLoss:
     """-A l. With A = 1 it is the supervised loss."""
     ratio = (logprobs - old_logprobs).exp().detach()
     return PolicyLoss(-advantages * logprobs, {"ratio": ratio, "clip_frac": torch.zeros_like(ratio)})

@@ -43,7 +43,9 @@ class Stats:
 
     def total(self, name: str, value: Tensor) -> None:
         """Let `value` count in the sum called `name`."""
-        pair = torch.stack([value.detach().double(), torch.ones_like(value, dtype=torch.double)]).to(distributed.device())
+        pair = torch.stack([value.detach().double(), torch.ones_like(value, dtype=torch.double)]).to(
+            distributed.device()
+        )
         pair[1] = 1.0 / distributed.world_size()  # the counts of all ranks add up to 1: a mean that is a sum
         assert name not in self._sums, f"{name} is added up once a step"
         self._sums[name] = pair
@@ -57,10 +59,14 @@ class Stats:
         """Every name's number over all ranks. A collective."""
         row = {}
         if self._sums:
-            for name, (total, count) in zip(self._sums, distributed.all_sum(torch.stack([*self._sums.values()])).tolist(), strict=True):
+            for name, (total, count) in zip(
+                self._sums, distributed.all_sum(torch.stack([*self._sums.values()])).tolist(), strict=True
+            ):
                 row[name] = total / count if count else 0.0
         if self._maxima:
-            row |= dict(zip(self._maxima, distributed.all_max(torch.stack([*self._maxima.values()])).tolist(), strict=True))
+            row |= dict(
+                zip(self._maxima, distributed.all_max(torch.stack([*self._maxima.values()])).tolist(), strict=True)
+            )
         return row
 
 
@@ -73,9 +79,15 @@ class RunLog:
         self.started = time.perf_counter()
         self.bar = None
         if distributed.is_main():
-            for name, last in (("metrics", start_step - 1), ("completions", start_step - 1), ("evaluation", start_step)):
+            for name, last in (
+                ("metrics", start_step - 1),
+                ("completions", start_step - 1),
+                ("evaluation", start_step),
+            ):
                 _truncate(folder / f"{name}.jsonl", last)
-            self.bar = tqdm(total=num_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True, leave=False)
+            self.bar = tqdm(
+                total=num_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True, leave=False
+            )
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -87,7 +99,14 @@ class RunLog:
         self.seconds[name] += time.perf_counter() - start
 
     def step(
-        self, step: int, tasks: list[Task], rollouts: Rollouts, scores: Scores, advantages: Tensor, stats: Stats, numbers: dict[str, float]
+        self,
+        step: int,
+        tasks: list[Task],
+        rollouts: Rollouts,
+        scores: Scores,
+        advantages: Tensor,
+        stats: Stats,
+        numbers: dict[str, float],
     ) -> None:
         """One row of metrics.jsonl, the rollouts of all ranks to completions.jsonl, and now and then a line.
 
@@ -113,7 +132,11 @@ class RunLog:
         self.seconds = defaultdict(float)
         self._append("metrics", row)
         if self.bar is not None:
-            shown = [name for name in row if name in ("reward", "loss") or name.startswith("rewards/") and not name.endswith("_std")]
+            shown = [
+                name
+                for name in row
+                if name in ("reward", "loss") or (name.startswith("rewards/") and not name.endswith("_std"))
+            ]
             self.bar.set_postfix({name.removeprefix("rewards/"): f"{row[name]:.3f}" for name in shown}, refresh=False)
             self.bar.update()
         if (step + 1) % self.config.log.every == 0 or step + 1 == self.num_steps:
@@ -173,9 +196,15 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def _completion_rows(step: int, tasks: list[Task], rollouts: Rollouts, scores: Scores, advantages: Tensor) -> list[dict[str, Any]]:
+def _completion_rows(
+    step: int, tasks: list[Task], rollouts: Rollouts, scores: Scores, advantages: Tensor
+) -> list[dict[str, Any]]:
     group_size = scores.rewards.shape[1]
-    advantages, lengths, truncated = advantages.flatten().tolist(), rollouts.lengths().tolist(), rollouts.truncated.tolist()
+    advantages, lengths, truncated = (
+        advantages.flatten().tolist(),
+        rollouts.lengths().tolist(),
+        rollouts.truncated.tolist(),
+    )
     return [
         {
             "step": step,

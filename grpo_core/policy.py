@@ -47,7 +47,9 @@ class Policy:
             position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
             use_cache=False,
         ).last_hidden_state
-        predicting = hidden.gather(1, _predictors(rollouts.prompt_mask, used)[..., None].expand(-1, -1, hidden.shape[2]))
+        predicting = hidden.gather(
+            1, _predictors(rollouts.prompt_mask, used)[..., None].expand(-1, -1, hidden.shape[2])
+        )
         logprobs, entropy = token_logprobs(
             predicting, self._logits, completion_ids, temperature=self.temperature, chunk_size=self.chunk_size
         )
@@ -116,8 +118,9 @@ def load_policy(model: ModelConfig, lora: LoraConfig, *, dtype: torch.dtype, tem
             trust_remote_code=model.trust_remote_code,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.path is {model.path!r}, and it cannot be loaded: {str(error).splitlines()[0]}") from error
-    base.config.use_cache = False
+        raise ConfigError(
+            f"model.path is {model.path!r}, and it cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
     return wrap(base, model, lora, temperature=temperature)
 
 
@@ -136,5 +139,7 @@ def wrap(base: PreTrainedModel, model: ModelConfig, lora: LoraConfig, *, tempera
         try:
             base = get_peft_model(base, adapter, autocast_adapter_dtype=False)
         except ValueError as error:
-            raise ConfigError(f"lora.target_modules is {lora.target_modules!r}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(
+                f"lora.target_modules is {lora.target_modules!r}: {str(error).splitlines()[0]}"
+            ) from error
     return Policy(base, temperature=temperature, chunk_size=model.logprob_chunk)

@@ -39,7 +39,7 @@ def solve(left: int, sign: str, right: int) -> int:
 
 
 def _buys_and_gives(rng: random.Random) -> Problem:
-    name, item, a, b = rng.choice(NAMES), rng.choice(ITEMS), rng.randint(10, 60), rng.randint(5, 40)
+    name, item, a, b = rng.choice(NAMES), rng.choice(ITEMS), rng.randint(10, 50), rng.randint(5, 40)
     c = rng.randint(2, a + b - 1)
     return (
         f"{name} has {a} {item}. {name} buys {b} more and gives {c} away. How many {item} are left?",
@@ -48,10 +48,13 @@ def _buys_and_gives(rng: random.Random) -> Problem:
 
 
 def _boxes(rng: random.Random) -> Problem:
-    name, item, n, k, extra = rng.choice(NAMES), rng.choice(ITEMS), *(rng.randint(3, 12) for _ in range(2)), rng.randint(5, 40)
+    name, item, n, k = rng.choice(NAMES), rng.choice(ITEMS), rng.randint(3, 9), rng.randint(3, 9)
+    extra = rng.randint(5, 40)
+    sold = rng.randint(2, n * k + extra - 1)
     return (
-        f"{name} has {n} boxes with {k} {item} each and {extra} loose {item}. How many {item} in all?",
-        [(n, "*", k), (n * k, "+", extra)],
+        f"{name} has {n} boxes with {k} {item} each and {extra} loose {item}, and sells {sold}. "
+        f"How many {item} are left?",
+        [(n, "*", k), (n * k, "+", extra), (n * k + extra, "-", sold)],
     )
 
 
@@ -65,27 +68,28 @@ def _change(rng: random.Random) -> Problem:
 
 
 def _shares(rng: random.Random) -> Problem:
-    name, item, people, each = rng.choice(NAMES), rng.choice(ITEMS), rng.randint(3, 9), rng.randint(3, 12)
-    total = people * each
-    a = rng.randint(2, total - 1)
+    name, item, people, each = rng.choice(NAMES), rng.choice(ITEMS), rng.randint(3, 9), rng.randint(3, 9)
+    total, lost = people * each, rng.randint(3, 20)
+    a = rng.randint(2, total + lost - 2)
     return (
-        f"{name} finds {a} {item}, then {total - a} more, and shares them evenly among {people} friends. "
-        f"How many {item} does each friend get?",
-        [(a, "+", total - a), (total, "/", people)],
+        f"{name} finds {a} {item}, then {total + lost - a} more, loses {lost}, and shares the rest evenly among "
+        f"{people} friends. How many {item} does each friend get?",
+        [(a, "+", total + lost - a), (total + lost, "-", lost), (total, "/", people)],
     )
 
 
 def _ages(rng: random.Random) -> Problem:
-    (one, two, three), a, b, k = rng.sample(NAMES, 3), rng.randint(5, 40), rng.randint(3, 20), rng.randint(2, 4)
+    (one, two, three), a, b, k = rng.sample(NAMES, 3), rng.randint(5, 20), rng.randint(3, 12), rng.randint(2, 3)
     return (
-        f"{one} is {a} years old. {two} is {b} years older. {three} is {k} times as old as {two}. How old is {three}?",
-        [(a, "+", b), (a + b, "*", k)],
+        f"{one} is {a} years old. {two} is {b} years older. {three} is {k} times as old as {two}. "
+        f"How old are {one} and {three} together?",
+        [(a, "+", b), (a + b, "*", k), (k * (a + b), "+", a)],
     )
 
 
 def _days(rng: random.Random) -> Problem:
-    name, item, a, days, c = rng.choice(NAMES), rng.choice(ITEMS), rng.randint(3, 12), rng.randint(3, 9), rng.randint(5, 40)
-    b = rng.randint(2, a * days - 1)
+    name, item, a, days = rng.choice(NAMES), rng.choice(ITEMS), rng.randint(3, 9), rng.randint(3, 9)
+    b, c = rng.randint(2, a * days - 1), rng.randint(5, 40)
     return (
         f"{name} makes {a} {item} a day for {days} days, sells {b} and then gets {c} as a gift. "
         f"How many {item} does {name} have now?",
@@ -95,7 +99,7 @@ def _days(rng: random.Random) -> Problem:
 
 def _two_shops(rng: random.Random) -> Problem:
     name, (first, second) = rng.choice(NAMES), rng.sample(ITEMS, 2)
-    a, p, b, q = rng.randint(3, 9), rng.randint(2, 9), rng.randint(3, 9), rng.randint(2, 9)
+    a, p, b, q = rng.randint(3, 9), rng.randint(3, 9), rng.randint(3, 9), rng.randint(3, 9)
     return (
         f"{name} buys {a} {first} for {p} dollars each and {b} {second} for {q} dollars each. "
         f"How many dollars does {name} spend?",
@@ -104,7 +108,7 @@ def _two_shops(rng: random.Random) -> Problem:
 
 
 def _teams(rng: random.Random) -> Problem:
-    item, a, b, c, k = rng.choice(ITEMS), *(rng.randint(5, 30) for _ in range(3)), rng.randint(2, 5)
+    item, a, b, c, k = rng.choice(ITEMS), *(rng.randint(3, 12) for _ in range(3)), rng.randint(2, 4)
     return (
         f"Three teams collect {a}, {b} and {c} {item}. A fourth team collects {k} times as many as the three together. "
         f"How many {item} does the fourth team collect?",

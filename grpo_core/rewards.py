@@ -40,7 +40,7 @@ def num_unique_chars(completions: Sequence[str]) -> list[float]:
 def combined(
     completions: Sequence[str], *, prompts: Sequence[str], think_weight: float = 0.7, diversity_weight: float = 0.3
 ) -> list[float]:
-    """The published recipe's reward: think_weight * has_think_tags + diversity_weight * num_unique_chars (a raw count)."""
+    """The published recipe's: think_weight * has_think_tags + diversity_weight * num_unique_chars (a raw count)."""
     scores = zip(has_think_tags(completions, prompts=prompts), num_unique_chars(completions), strict=True)
     return [think_weight * think + diversity_weight * diversity for think, diversity in scores]
 
@@ -106,7 +106,9 @@ def _number(text: str, *, last: bool) -> Fraction | None:
     value = Fraction(match["value"].replace(",", ""))
     if match["under"] and int(match["under"]):
         value /= int(match["under"])
-    minus = match["sign"] and not re.search(r"[\d)\]}]\s*$|\w$", text[: match.start()])  # else a subtraction or a hyphen
+    minus = match["sign"] and not re.search(
+        r"[\d)\]}]\s*$|\w$", text[: match.start()]
+    )  # else a subtraction or a hyphen
     negative = bool(minus or match["inner_sign"])
     return -value if negative else value
 

@@ -1,8 +1,8 @@
 """Prompts to rollouts: the model's own forward with a key-value cache, one token for all rows at a time.
 
-Every prompt is prefilled once and its cache fanned out to the G rows of its group. A row that has ended leaves the batch
-at once. The noise of a row depends on its task's seed, its number in the group and the token's place, and on nothing
-else: not on the rank, nor on the other rows.
+Every prompt is prefilled once and its cache fanned out to the G rows of its group. A row that has ended leaves the
+batch at once. The noise of a row depends on its task's seed, its number in the group and the token's place, and on
+nothing else: not on the rank, nor on the other rows.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Sampler:
 
 
 def draw(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One token a row from logits [B, V] and its log-prob, both [B]: inverse-CDF sampling, or the argmax without noise."""
+    """One token a row from logits [B, V] and its log-prob, both [B]: by inverse CDF, or the argmax without noise."""
     logprobs = (logits.float() / temperature).log_softmax(dim=-1)
     if uniform is None:
         token = logprobs.argmax(dim=-1, keepdim=True)

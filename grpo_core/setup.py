@@ -13,12 +13,13 @@ from transformers.utils import logging as transformers_logging
 
 from grpo_core import checkpoint, distributed
 from grpo_core.advantages import ADVANTAGES
+from grpo_core.batch import Task
 from grpo_core.config import RunConfig, dump, prompts_per_rank
 from grpo_core.data import TaskStream, load_splits, load_tokenizer, make_tasks
 from grpo_core.engine import Engine, deepspeed_config
 from grpo_core.losses import LOSSES
 from grpo_core.metrics import RunLog
-from grpo_core.policy import load_policy
+from grpo_core.policy import Policy, load_policy
 from grpo_core.rewards import REWARDS, Reward
 from grpo_core.sampler import Sampler
 from grpo_core.trainer import Run
@@ -34,52 +35,73 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     per_rank = prompts_per_rank(config, distributed.world_size())
     folder, latest = run_folder(config)
     start_step = checkpoint.read_meta(latest, config) if latest else 0
-
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    tasks, eval_tasks, left_out = all_tasks(config, tokenizer)
+    policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
+    run = assemble(config, folder, policy, tokenizer, tasks, eval_tasks, config.prompts_per_step, dtype, start_step)
+    if latest:
+        run.engine.load(latest)
+        run.log.say(f"resumed from {latest} after {start_step} steps")
+    sampling, trainer = config.sampling, config.trainer
+    run.log.say(
+        f"{len(tasks)} tasks ({left_out} left out: prompt over {config.data.max_prompt_tokens} tokens), "
+        f"{run.num_steps} steps of {trainer.completions_per_step} completions = {distributed.world_size()} processes "
+        f"× {per_rank} prompts × {sampling.group_size}, in micro-batches of {trainer.micro_batch_size}, "
+        f"{str(dtype).removeprefix('torch.')}"
+    )
+    if config.lora.dropout and trainer.num_minibatches * trainer.num_passes > 1:
+        run.log.say("lora.dropout is above 0 with several optimizer steps per batch: the ratios carry dropout noise")
+    return run, tokenizer
+
+
+def all_tasks(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Task], list[Task], int]:
+    """Tasks to train on, tasks to evaluate on, and how many of the first were left out as too long."""
     rows, eval_rows = load_splits(config.data, config.evaluation.num_tasks, config.seed)
     tasks, left_out = make_tasks(rows, config.data, tokenizer)
-    eval_tasks, _ = make_tasks(eval_rows, config.data, tokenizer)
-    stream = TaskStream(tasks, config.prompts_per_step, config.seed, distributed.rank(), distributed.world_size())
-    num_steps = config.trainer.num_steps or max(1, int(config.trainer.epochs * len(tasks) / config.prompts_per_step))
+    return tasks, make_tasks(eval_rows, config.data, tokenizer)[0], left_out
 
-    policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
-    optimizer_steps = num_steps * config.trainer.num_minibatches * config.trainer.num_passes
-    engine = Engine(policy.model, config, dtype=dtype, total_steps=optimizer_steps, world_size=distributed.world_size())
-    policy.model.eval()
-    if latest:
-        engine.load(latest)
-    sampler = Sampler(
-        policy.causal_lm,
-        tokenizer,
-        max_new_tokens=config.sampling.max_new_tokens,
-        temperature=config.sampling.temperature,
-    )
-    log = open_log(folder, config, start_step, num_steps)
-    log.say(
-        f"{len(tasks)} tasks ({left_out} left out: prompt over {config.data.max_prompt_tokens} tokens), {num_steps} steps of "
-        f"{config.trainer.completions_per_step} completions = {distributed.world_size()} processes × {per_rank} prompts × "
-        f"{config.sampling.group_size}, in micro-batches of {config.trainer.micro_batch_size}, {str(dtype).removeprefix('torch.')}"
-    )
-    if config.lora.dropout and config.trainer.num_minibatches * config.trainer.num_passes > 1:
-        log.say("lora.dropout is above 0 with several optimizer steps per batch: the ratios carry dropout noise")
-    if start_step:
-        log.say(f"resumed from {latest} after {start_step} steps")
+
+def assemble(
+    config: RunConfig,
+    folder: Path,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[Task],
+    eval_tasks: list[Task],
+    tasks_per_step: int,  # over all ranks
+    dtype: torch.dtype,
+    start_step: int = 0,
+) -> Run:
+    """The parts of a run around a policy and its tasks."""
+    trainer, world_size = config.trainer, distributed.world_size()
+    stream = TaskStream(tasks, tasks_per_step, config.seed, distributed.rank(), world_size)
+    num_steps = trainer.num_steps or max(1, int(trainer.epochs * len(tasks) / tasks_per_step))
+    total_steps = num_steps * trainer.num_minibatches * trainer.num_passes
+    engine = Engine(policy.model, config, dtype=dtype, total_steps=total_steps, world_size=world_size)
+    policy.model.eval()  # DeepSpeed leaves it in training mode
+    if distributed.is_main():
+        (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
     return Run(
         config=config,
         folder=folder,
         start_step=start_step,
         num_steps=num_steps,
+        steps_per_epoch=stream.steps_per_epoch,
         tasks=stream,
         eval_tasks=eval_tasks,
         policy=policy,
-        sampler=sampler,
+        sampler=Sampler(
+            policy.causal_lm,
+            tokenizer,
+            max_new_tokens=config.sampling.max_new_tokens,
+            temperature=config.sampling.temperature,
+        ),
         engine=engine,
         rewards=[Reward(r.name, r.weight, REWARDS.build(r.name, r.args)) for r in config.rewards],
         advantage_fn=ADVANTAGES.build(config.advantage.name, config.advantage.args),
         loss_fn=LOSSES.build(config.loss.name, config.loss.args),
-        log=log,
-        steps_per_epoch=stream.steps_per_epoch,
-    ), tokenizer
+        log=RunLog(folder, config, start_step, num_steps),
+    )
 
 
 def start(config: RunConfig) -> torch.dtype:
@@ -91,13 +113,6 @@ def start(config: RunConfig) -> torch.dtype:
     dtype = distributed.precision(config.model.precision)
     deepspeed_config(config, dtype, distributed.world_size())
     return dtype
-
-
-def open_log(folder: Path, config: RunConfig, start_step: int, num_steps: int) -> RunLog:
-    """The run folder with its config.yaml, and the log that writes into it."""
-    if distributed.is_main():
-        (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
-    return RunLog(folder, config, start_step, num_steps)
 
 
 def run_folder(config: RunConfig) -> tuple[Path, Path | None]:

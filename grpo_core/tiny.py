@@ -38,7 +38,6 @@ def new_model(
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        use_cache=False,
     )
     return Qwen2ForCausalLM(config), tokenizer
 

@@ -106,7 +106,12 @@ def update_policy(run: Run, batch: TrainBatch, step: int) -> tuple[Stats, dict[s
                 run.engine.backward(loss)
                 loss_sum += loss.detach()
                 gap = (old_logprobs - micro.rollouts.rollout_logprobs).abs()
-                for name, values in {**policy_loss.diagnostics, "kl": kl, "entropy": entropy, "logprob_gap": gap}.items():
+                for name, values in {
+                    **policy_loss.diagnostics,
+                    "kl": kl,
+                    "entropy": entropy,
+                    "logprob_gap": gap,
+                }.items():
                     stats.mean(name, values, mask)
                 stats.max("logprob_gap_max", gap * mask)
             losses.append(loss_sum)

@@ -94,7 +94,9 @@ def test_a_missing_or_broken_file_is_one_sentence(tmp_path):
 
 
 def test_shorthands():
-    c = load(TINY, ["rewards=combined", "engine.learning_rate=5e-5", "lora.target_modules=all-linear", "trainer.epochs=2"])
+    c = load(
+        TINY, ["rewards=combined", "engine.learning_rate=5e-5", "lora.target_modules=all-linear", "trainer.epochs=2"]
+    )
     assert [(r.name, r.weight) for r in c.rewards] == [("combined", 1.0)]
     assert c.engine.learning_rate == 5e-5 and c.lora.target_modules == "all-linear"
     assert isinstance(c.trainer.epochs, float)
@@ -112,7 +114,10 @@ def test_batch_arithmetic():
 @pytest.mark.parametrize(
     "json, message",
     [
-        ({"train_micro_batch_size_per_gpu": 8}, r"train_micro_batch_size_per_gpu is 8, .*trainer.micro_batch_size makes it 64"),
+        (
+            {"train_micro_batch_size_per_gpu": 8},
+            r"train_micro_batch_size_per_gpu is 8, .*trainer.micro_batch_size makes it 64",
+        ),
         ({"train_batch_size": 64}, r"train_batch_size is 64, .*completions_per_step.* makes it 128"),
         ({"gradient_clipping": 0.5}, r"gradient_clipping is 0.5, .*engine.max_grad_norm makes it 1.0"),
         ({"gradient_accumulation_steps": 8}, r"gradient_accumulation_steps is 8, .* makes it 1"),
@@ -124,7 +129,9 @@ def test_batch_arithmetic():
 )
 def test_a_contradicting_deepspeed_json_names_both_sides(json, message):
     with pytest.raises(ValueError, match=message):
-        deepspeed_config(load(TINY, [f"engine.deepspeed={yaml.safe_dump(json, default_flow_style=True).strip()}"]), torch.float32, 2)
+        deepspeed_config(
+            load(TINY, [f"engine.deepspeed={yaml.safe_dump(json, default_flow_style=True).strip()}"]), torch.float32, 2
+        )
 
 
 def test_an_agreeing_deepspeed_json_is_fine():
@@ -137,5 +144,5 @@ def test_an_agreeing_deepspeed_json_is_fine():
 def test_the_learning_rate_rises_from_above_zero_and_never_stops_before_the_end(kind):
     factors = [learning_rate_schedule(kind, 4, 20)(k) for k in range(20)]
     assert factors[:4] == [0.2, 0.4, 0.6, 0.8] and factors[4] == 1.0
-    assert all(a >= b for a, b in zip(factors[4:], factors[5:], strict=False)) and factors[-1] > 0
+    assert factors[4:] == sorted(factors[4:], reverse=True) and factors[-1] > 0
     assert (factors[12] == pytest.approx(0.5)) == (kind != "constant")

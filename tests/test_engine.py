@@ -36,7 +36,9 @@ def plain_adamw(average):
                 clipped = ratio.clamp(1 - CLIP["clip_low"], 1 + CLIP["clip_high"])
                 d = ref[i, :n] - new[i, :n]
                 per_token = -torch.min(ratio * a, clipped * a) + 0.5 * (d.exp() - d - 1)
-                terms.append(per_token.sum() / {"sequence": n * ROWS, "token": int(mask.sum()), "constant": ROWS * 9}[average])
+                terms.append(
+                    per_token.sum() / {"sequence": n * ROWS, "token": int(mask.sum()), "constant": ROWS * 9}[average]
+                )
             loss = torch.stack(terms).sum()
             loss.backward()
             step_norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 0.1)))

@@ -19,10 +19,16 @@ def test_chunking_changes_nothing(chunk_size, temperature):
     assert not entropy.requires_grad
     upstream = torch.randn(3, 5)
     parameters = [hidden, lm_head.weight]
-    for a, b in zip(torch.autograd.grad(naive, parameters, upstream), torch.autograd.grad(chunked, parameters, upstream), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(naive, parameters, upstream),
+        torch.autograd.grad(chunked, parameters, upstream),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
     with torch.no_grad():
-        torch.testing.assert_close(token_logprobs(hidden, lm_head, ids, temperature=temperature, chunk_size=chunk_size)[0], naive)
+        torch.testing.assert_close(
+            token_logprobs(hidden, lm_head, ids, temperature=temperature, chunk_size=chunk_size)[0], naive
+        )
 
 
 def test_the_whole_table_is_never_held():

@@ -9,7 +9,14 @@ from fakes import Alphabet, FixedTasks, TorchEngine, tiny_policy
 
 from grpo_core.advantages import ADVANTAGES
 from grpo_core.config import (
-    CheckpointConfig, EvaluationConfig, LogConfig, LossConfig, RewardConfig, RunConfig, SamplingConfig, TrainerConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    LogConfig,
+    LossConfig,
+    RewardConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainerConfig,
 )  # fmt: skip
 from grpo_core.losses import LOSSES
 from grpo_core.metrics import RunLog

@@ -50,7 +50,7 @@ def test_a_loss_is_unreduced_and_its_diagnostics_are_detached(loss_fn, batch):
 
 
 def test_the_first_step_is_reinforce(loss_fn, average, batch):
-    """Before any update the ratio is 1. With row weights that do not differ within a row, every loss pulls a token by -A * weight."""
+    """Before any update the ratio is 1, and every loss pulls a token by -A * weight."""
     logprobs, advantages, mask = batch
     w = weights(mask, average)
     logprobs.requires_grad_()

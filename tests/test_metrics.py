@@ -34,7 +34,13 @@ def test_resuming_drops_later_and_torn_rows(tmp_path):
 
 @pytest.mark.parametrize(
     "correct, n, low, high",
-    [(0, 500, 0.0, 0.0076), (500, 500, 0.9924, 1.0), (50, 100, 0.4038, 0.5962), (1, 10, 0.0179, 0.4042), (0, 0, 0.0, 1.0)],
+    [
+        (0, 500, 0.0, 0.0076),
+        (500, 500, 0.9924, 1.0),
+        (50, 100, 0.4038, 0.5962),
+        (1, 10, 0.0179, 0.4042),
+        (0, 0, 0.0, 1.0),
+    ],
 )
 def test_wilson_interval_against_tables(correct, n, low, high):
     assert wilson_interval(correct, n) == pytest.approx((low, high), abs=1e-4)

@@ -119,7 +119,9 @@ def test_a_reward_of_the_wrong_length_is_named():
 
 def test_a_reward_from_a_users_own_file(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("def shout(completions, *, mark='!', **columns):\n    return [float(mark in c) for c in completions]\n")
+    file.write_text(
+        "def shout(completions, *, mark='!', **columns):\n    return [float(mark in c) for c in completions]\n"
+    )
     assert REWARDS.build(f"{file}:shout", {"mark": "?"})(["a?", "a!"]) == [1.0, 0.0]
     with pytest.raises(ValueError, match="unknown key reward.args.sign; known: mark"):
         REWARDS.build(f"{file}:shout", {"sign": "?"})

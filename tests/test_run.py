@@ -25,7 +25,15 @@ def overrides(out, **more):
 
 
 def python(*arguments, environment, **kwargs):
-    return subprocess.run([sys.executable, *map(str, arguments)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **kwargs,
+    )
 
 
 def launch(*arguments, environment, timeout=300):
@@ -99,7 +107,9 @@ def test_killed_and_resumed_is_bitwise_never_stopped(tmp_path, environment, proc
     assert launch(processes, *overrides(whole, **settings), environment=environment).returncode == 0
 
     command = ["bash", "launch.sh", str(processes), *overrides(cut, **settings)]
-    victim = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    victim = subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.time() + 200
     while not (cut / "tiny" / "checkpoints" / "step-000005").exists():
         assert time.time() < deadline and victim.poll() is None
@@ -111,7 +121,9 @@ def test_killed_and_resumed_is_bitwise_never_stopped(tmp_path, environment, proc
     resumed = launch(processes, *overrides(cut, **settings), "resume=auto", environment=environment)
     assert resumed.returncode == 0 and "after 5 steps" in resumed.stdout, resumed.stderr
     for name in ("metrics", "completions", "evaluation"):
-        assert without_times(read(cut / "tiny" / f"{name}.jsonl")) == without_times(read(whole / "tiny" / f"{name}.jsonl"))
+        assert without_times(read(cut / "tiny" / f"{name}.jsonl")) == without_times(
+            read(whole / "tiny" / f"{name}.jsonl")
+        )
     one, other = (load_file(folder / "tiny" / "adapter" / "adapter_model.safetensors") for folder in (whole, cut))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert [p.name for p in sorted((cut / "tiny" / "checkpoints").glob("*"))] == ["step-000005", "step-000010"]
@@ -122,7 +134,12 @@ def test_rollouts_do_not_depend_on_the_number_of_processes(tmp_path, environment
     for processes in (1, 2):
         out = tmp_path / str(processes)
         assert launch(processes, *overrides(out, trainer__num_steps=2), environment=environment).returncode == 0
-        texts.append([(row["step"], row["prompt"], row["sample"], row["text"]) for row in read(out / "tiny" / "completions.jsonl")])
+        texts.append(
+            [
+                (row["step"], row["prompt"], row["sample"], row["text"])
+                for row in read(out / "tiny" / "completions.jsonl")
+            ]
+        )
     assert texts[0] == texts[1]  # the second step's also show that the first update was the same
 
 
@@ -143,14 +160,27 @@ def test_torchrun_and_the_deepspeed_launcher_start_the_same_job(tmp_path, enviro
     run = ["train", "--config", "configs/tiny.yaml", "trainer.num_steps=1"]
     commands = {
         "torchrun": [bin_folder / "torchrun", "--standalone", "--nproc_per_node", "2", "-m", "grpo_core"],
-        "deepspeed": [bin_folder / "deepspeed", "--num_gpus", "2", "--master_port", free_port(), "--module", "grpo_core"],
+        "deepspeed": [
+            bin_folder / "deepspeed",
+            "--num_gpus",
+            "2",
+            "--master_port",
+            free_port(),
+            "--module",
+            "grpo_core",
+        ],
     }
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     texts = []
     for name, command in commands.items():
         done = subprocess.run(
-            [*map(str, command), *run, *overrides(tmp_path / name)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+            [*map(str, command), *run, *overrides(tmp_path / name)],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
         texts.append([row["text"] for row in read(tmp_path / name / "tiny" / "completions.jsonl")])

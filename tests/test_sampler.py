@@ -25,7 +25,18 @@ def test_the_samplers_logprobs_are_the_trainers(temperature):
 
 def test_a_model_without_rotary_positions():
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3, eos_token_id=EOS, bos_token_id=None))
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCAB,
+            n_positions=64,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            initializer_range=0.3,
+            eos_token_id=EOS,
+            bos_token_id=None,
+        )
+    )
     policy = Policy(model)
     rollouts = make(policy).generate(TASKS, 4)
     torch.testing.assert_close(policy.logprobs(rollouts), rollouts.rollout_logprobs, atol=1e-4, rtol=0)
@@ -35,7 +46,9 @@ def test_greedy_is_what_generate_gives():
     policy = tiny_policy(lora_noise=0.1)
     rollouts = make(policy).generate(TASKS, 1, greedy=True)
     for i, task in enumerate(TASKS):
-        want = policy.causal_lm.generate(torch.tensor([task.prompt_ids]), max_new_tokens=12, do_sample=False)[0, len(task.prompt_ids) :]
+        want = policy.causal_lm.generate(torch.tensor([task.prompt_ids]), max_new_tokens=12, do_sample=False)[
+            0, len(task.prompt_ids) :
+        ]
         got = rollouts.completion_ids[i][rollouts.completion_mask[i]]
         assert got.tolist() == want.tolist()
 
@@ -66,7 +79,10 @@ def test_a_rows_noise_does_not_depend_on_the_other_rows():
         alone = sampler.generate([task], 6)
         for sample in range(4):
             row = 4 * i + sample
-            assert alone.completion_ids[sample][alone.completion_mask[sample]].tolist() == whole.completion_ids[row][whole.completion_mask[row]].tolist()
+            assert (
+                alone.completion_ids[sample][alone.completion_mask[sample]].tolist()
+                == whole.completion_ids[row][whole.completion_mask[row]].tolist()
+            )
 
 
 def test_other_seeds_give_other_completions_and_the_same_seed_the_same():

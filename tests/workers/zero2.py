@@ -1,6 +1,6 @@
-"""Runs in several processes: a few updates through DeepSpeed ZeRO-2 for each micro-batch size; rank 0 writes the weights.
+"""In several processes: a few updates through DeepSpeed ZeRO-2 for each micro-batch size; rank 0 writes the weights.
 
-    torchrun --nproc-per-node 2 tests/workers/zero2.py OUT AVERAGE MICRO_BATCH_SIZE...
+torchrun --nproc-per-node 2 tests/workers/zero2.py OUT AVERAGE MICRO_BATCH_SIZE...
 """
 
 import sys
@@ -45,7 +45,9 @@ def main(out, average, sizes):
         config, policy = run_config(average, size), tiny_policy(lora_noise=0.1)
         engine = Engine(policy.model, config, dtype=torch.float32, total_steps=STEPS * PASSES, world_size=world)
         policy.model.eval()
-        run = SimpleNamespace(config=config, policy=policy, engine=engine, loss_fn=LOSSES.build("grpo", CLIP), steps_per_epoch=1)
+        run = SimpleNamespace(
+            config=config, policy=policy, engine=engine, loss_fn=LOSSES.build("grpo", CLIP), steps_per_epoch=1
+        )
         norms, losses = [], []
         for step in range(STEPS):
             rollouts, advantages = step_data(step)
