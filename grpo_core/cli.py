@@ -58,8 +58,8 @@ def _train(options: argparse.Namespace) -> int:
         run.policy.save(adapter)
         tokenizer.save_pretrained(adapter)
     distributed.barrier()
-    run.log.close()
     run.log.say(_summary(run.folder, adapter))
+    run.log.close()
     distributed.shutdown()
     return 0
 

@@ -47,7 +47,7 @@ class DataConfig:
     split: str = "train"
     limit: int | None = None  # use only the first so many rows
     eval_path: str | None = None  # null: the same path with eval_split
-    eval_split: str | None = None  # null with eval_path null: rows held out of the training data
+    eval_split: str | None = None  # both null: the built-in test split, or rows held out of the training data
     columns: dict[str, str] = field(default_factory=dict)  # our name -> the data set's, where they differ
     prompt: Literal["template", "chat"] = "template"
     template: str = "Question: {question}\n"  # with prompt: chat, the user's turn

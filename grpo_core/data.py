@@ -58,10 +58,10 @@ def load_splits(config: DataConfig, num_eval: int, seed: int) -> tuple[Dataset, 
         ConfigError: data that cannot be loaded, or too few rows to hold `num_eval` of them out.
     """
     train = _limited(_load(config.path, config.subset, config.split), config.limit)
-    if config.eval_path is None and config.eval_split is None and config.path.startswith("builtin:"):
-        held_out = _load(config.path, None, "test")
-    elif config.eval_path is not None or config.eval_split is not None:
+    if config.eval_path is not None or config.eval_split is not None:
         held_out = _load(config.eval_path or config.path, config.subset, config.eval_split or "train")
+    elif config.path.startswith("builtin:"):
+        held_out = _load(config.path, None, "test")
     else:
         if num_eval >= len(train):
             raise ConfigError(
@@ -175,6 +175,8 @@ def _load(path: str, subset: str | None, split: str) -> Dataset:
         return Dataset.from_list(word_problems(split, BUILTIN_ROWS[split]))
     try:
         local = Path(path)
+        if local.is_file() and split != "train":
+            raise ConfigError(f"{path} is one file and has no split {split!r}; name another file as data.eval_path")
         if local.is_file() and local.suffix in FORMATS:
             return load_dataset(FORMATS[local.suffix], data_files=str(local), split="train")
         if local.is_file():

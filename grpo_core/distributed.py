@@ -41,7 +41,7 @@ def setup() -> None:
 
 
 def die_with_launcher() -> None:
-    """Let the kernel end this rank when its launcher ends, however that ends: no rank trains on as an orphan (Linux)."""
+    """Let the kernel end this rank when its launcher ends, however that ends: no orphan trains on (Linux only)."""
     if "LOCAL_RANK" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 

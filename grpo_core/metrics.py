@@ -39,16 +39,15 @@ class Stats:
         mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.expand_as(values)
         mask = mask & ~values.isnan()
         pair = torch.stack([torch.where(mask, values, 0.0).sum(), mask.sum().double()]).to(distributed.device())
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        self._add(name, pair)
 
     def total(self, name: str, value: Tensor) -> None:
         """Let `value` count in the sum called `name`."""
-        pair = torch.stack([value.detach().double(), torch.ones_like(value, dtype=torch.double)]).to(
-            distributed.device()
-        )
-        pair[1] = 1.0 / distributed.world_size()  # the counts of all ranks add up to 1: a mean that is a sum
-        assert name not in self._sums, f"{name} is added up once a step"
-        self._sums[name] = pair
+        pair = torch.zeros(2, dtype=torch.double, device=distributed.device())
+        pair[0] = value.detach()
+        if name not in self._sums:
+            pair[1] = 1.0 / distributed.world_size()  # over all ranks the counts add up to 1: a mean that is a sum
+        self._add(name, pair)
 
     def max(self, name: str, value: Tensor) -> None:
         """Let the greatest of `value` count in the maximum called `name`."""
@@ -68,6 +67,9 @@ class Stats:
                 zip(self._maxima, distributed.all_max(torch.stack([*self._maxima.values()])).tolist(), strict=True)
             )
         return row
+
+    def _add(self, name: str, pair: Tensor) -> None:
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
 
 class RunLog:

@@ -86,45 +86,44 @@ def all_logprobs(run: Run, rollouts: Rollouts) -> Tensor:
 def update_policy(run: Run, batch: TrainBatch, step: int) -> tuple[Stats, dict[str, float]]:
     """One optimizer step per minibatch; its micro-batches' gradients add up to the minibatch's, over all ranks.
 
-    Returns what to average over ranks, and the numbers that all ranks share.
+    Returns what is to be averaged over ranks, and the numbers that all ranks share.
     """
-    config, kl_fn, stats, results, losses = run.config, KLS.get(run.config.loss.kl), Stats(), [], []
+    config, trainer, stats, results = run.config, run.config.trainer, Stats(), []
     distributed.seed_all(config.seed, step, distributed.rank())  # dropout
-    order = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     with run.policy.training():
-        for minibatch in batch.minibatches(config.trainer.num_minibatches, config.trainer.num_passes, order):
+        for minibatch in batch.minibatches(trainer.num_minibatches, trainer.num_passes, shuffle):
             totals = count_over_ranks(minibatch, config.sampling.max_new_tokens)
-            loss_sum = torch.zeros((), dtype=torch.double, device=totals.tokens.device)
-            for micro in split(minibatch, config.trainer.micro_batch_size):
-                mask = micro.rollouts.completion_mask
-                logprobs, entropy = run.policy.logprobs_and_entropy(micro.rollouts)  # [b, C], the first with gradient
-                old_logprobs = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
-                policy_loss = run.loss_fn(logprobs, old_logprobs, micro.advantages, mask)
-                kl = torch.zeros_like(logprobs) if micro.ref_logprobs is None else kl_fn(logprobs, micro.ref_logprobs)
-                per_token_loss = policy_loss.per_token_loss + config.loss.kl_coef * kl
-                loss = (per_token_loss * token_weights(mask, average=config.loss.average, totals=totals)).sum()
-                run.engine.backward(loss)
-                loss_sum += loss.detach()
-                gap = (old_logprobs - micro.rollouts.rollout_logprobs).abs()
-                for name, values in {
-                    **policy_loss.diagnostics,
-                    "kl": kl,
-                    "entropy": entropy,
-                    "logprob_gap": gap,
-                }.items():
-                    stats.mean(name, values, mask)
-                stats.max("logprob_gap_max", gap * mask)
-            losses.append(loss_sum)
+            for micro in split(minibatch, trainer.micro_batch_size):
+                run.engine.backward(micro_loss(run, micro, totals, stats))
             results.append(run.engine.step())
-    stats.total("loss", torch.stack(losses).mean())
-    count = len(results)
     return stats, {
-        "grad_norm": sum(r.grad_norm for r in results) / count,
+        "grad_norm": sum(result.grad_norm for result in results) / len(results),
         "learning_rate": results[-1].learning_rate,
-        "skipped": sum(not r.applied for r in results),
+        "skipped": sum(not result.applied for result in results),
         "adapter_norm": float(run.policy.norm()),
         "epoch": (step + 1) / run.steps_per_epoch,
     }
+
+
+def micro_loss(run: Run, micro: TrainBatch, totals: Totals, stats: Stats) -> Tensor:
+    """A micro-batch's part of its minibatch's loss, a scalar: surrogate, + kl_coef * KL, * token_weights, summed."""
+    config, mask = run.config.loss, micro.rollouts.completion_mask
+    logprobs, entropy = run.policy.logprobs_and_entropy(micro.rollouts)  # [b, C], the first with gradient
+    old_logprobs = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
+    kl = torch.zeros_like(logprobs)
+    if micro.ref_logprobs is not None:
+        kl = KLS.get(config.kl)(logprobs, micro.ref_logprobs)
+    surrogate = run.loss_fn(logprobs, old_logprobs, micro.advantages, mask)
+    per_token_loss = surrogate.per_token_loss + config.kl_coef * kl
+    loss = (per_token_loss * token_weights(mask, average=config.average, totals=totals)).sum()
+
+    gap = (old_logprobs - micro.rollouts.rollout_logprobs).abs()
+    for name, values in (*surrogate.diagnostics.items(), ("kl", kl), ("entropy", entropy), ("logprob_gap", gap)):
+        stats.mean(name, values, mask)
+    stats.max("logprob_gap_max", gap * mask)
+    stats.total("loss", loss / (run.config.trainer.num_minibatches * run.config.trainer.num_passes))
+    return loss
 
 
 def count_over_ranks(minibatch: TrainBatch, max_new_tokens: int) -> Totals:

@@ -72,7 +72,7 @@ def test_rooms_are_small_and_functions_smaller():
         assert len(text.splitlines()) <= 350, f"{module.name} is too long: two rooms"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno <= 60, f"{module.name}: {node.name} is too long"
+                assert node.end_lineno - node.lineno <= 50, f"{module.name}: {node.name} is too long"
 
 
 def test_rank_tests_stay_in_their_rooms():

@@ -45,6 +45,7 @@ def test_a_local_folder_and_splits(tmp_path):
         (DataConfig(path="nowhere/at-all"), "data.path is 'nowhere/at-all'"),
         (DataConfig(path="builtin:poems"), "not built in; known: builtin:word_problems"),
         (DataConfig(path=__file__), "a file must end in .json"),
+        (DataConfig(path=__file__, split="test"), "is one file and has no split 'test'"),
     ],
 )
 def test_data_that_cannot_be_loaded_is_one_sentence(config, message):

@@ -13,7 +13,8 @@ def test_stats_are_masked_means_totals_and_maxima():
     stats.mean("a", torch.tensor([[1.0, 9.0], [2.0, 3.0]]), torch.tensor([[True, False], [True, True]]))
     stats.mean("a", torch.tensor([[10.0, float("nan")]]))
     stats.mean("none", torch.tensor([1.0]), torch.tensor([False]))
-    stats.total("t", torch.tensor(7))
+    stats.total("t", torch.tensor(3))
+    stats.total("t", torch.tensor(4))
     stats.max("m", torch.tensor([1.0, 5.0]))
     stats.max("m", torch.tensor(3.0))
     assert stats.reduce() == {"a": 4.0, "none": 0.0, "t": 7.0, "m": 5.0}

@@ -108,7 +108,7 @@ def test_draw_follows_the_distribution_and_reports_its_logprob():
     torch.testing.assert_close(torch.bincount(token, minlength=4) / len(token), want, atol=1e-3, rtol=0)
     torch.testing.assert_close(logprob, want.log()[token])
     assert draw(logits[None], 1.0, torch.tensor([1.0 - 1e-16], dtype=torch.double))[0] == 3
-    assert draw(logits[None], 1.0, torch.tensor([0.0], dtype=torch.double))[0] == 0
+    assert draw(logits.flip(0)[None, 1:], 1.0, torch.tensor([0.0], dtype=torch.double))[0] == 1  # the first has p = 0
 
 
 def test_prompts_of_very_different_lengths():

@@ -1,0 +1,70 @@
+"""The embedded job against its reach: accuracy before and after, seconds, seconds to the first step.
+
+    python benchmarks/embedded.py [PROCESSES] [section.key=value ...]
+
+Runs `bash launch.sh` in an environment that is already installed and prints one JSON line a figure, in the format of
+benchmarks/results/: bench, workload, ours, peer, ratio, reach, met, hardware, versions, date.
+"""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def main(processes: str, overrides: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as out:
+        start = time.perf_counter()
+        command = ["bash", str(ROOT / "launch.sh"), processes, f"output_dir={out}", *overrides]
+        job = subprocess.Popen(command, cwd=ROOT)
+        files = {
+            "first file of the run": Path(out, "tiny", "config.yaml"),
+            "first step": Path(out, "tiny", "metrics.jsonl"),
+        }
+        seen: dict[str, float] = {}
+        while job.poll() is None:
+            for name, path in files.items():
+                if name not in seen and path.exists():
+                    seen[name] = time.perf_counter() - start
+            time.sleep(0.02)
+        total = time.perf_counter() - start
+        if job.returncode:
+            sys.exit(job.returncode)
+        folder = Path(out, "tiny")
+        rows = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+        steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    before, after = rows[0], rows[-1]
+    gain = after["accuracy"] - before["accuracy"]
+    think = "rewards/has_think_tags"
+    report("accuracy before", before["accuracy"], "0.08 to 0.40", 0.08 <= before["accuracy"] <= 0.40, before)
+    report("accuracy gained", gain, ">= 0.40", gain >= 0.40, after)
+    report("share that thinks, first and last step", [steps[0][think], steps[-1][think]], "", True)
+    report("seconds in all", total, "<= 240", total <= 240)
+    begins = seen["first step"] - steps[0]["seconds"]
+    report("seconds until the first step begins, evaluation before it included", begins, "", True)
+    ready = seen["first file of the run"]
+    report("seconds until the policy and the engine stand", ready, "<= 15", ready <= 15)
+
+
+def report(workload: str, ours, reach: str, met: bool, detail: dict | None = None) -> None:
+    versions = {name: version(name) for name in ("torch", "transformers", "peft", "deepspeed")}
+    row = {
+        "bench": "embedded", "workload": workload, "ours": ours, "peer": None, "ratio": None, "reach": reach, "met": met,
+        "hardware": f"{os.cpu_count()} cores, {platform.machine()}", "versions": versions,
+        "date": datetime.date.today().isoformat(), **({"detail": detail} if detail else {}),
+    }  # fmt: skip
+    print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    processes = arguments.pop(0) if arguments and arguments[0].isdigit() else "2"
+    main(processes, arguments)
