@@ -106,6 +106,8 @@ class Engine:
         Raises:
             ConfigError: no state there, or the weights in it are not the ones that are trained now.
         """
+        if not (folder / TAG).is_dir():
+            raise ConfigError(f"there is no engine state in {folder}")
         missing: list[str] = []
 
         def note(module: nn.Module, keys: Any) -> None:
@@ -117,12 +119,9 @@ class Engine:
                 path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
         finally:
             hook.remove()
-        if path is None:
-            raise ConfigError(f"there is no engine state in {folder}")
+        assert path is not None
         if missing:
-            raise ConfigError(
-                f"the checkpoint {folder} lacks {missing[0]} and {len(missing) - 1} more of the trained weights"
-            )
+            raise ConfigError(f"{folder} lacks {len(missing)} of the trained weights, {missing[0]} among them")
 
 
 def deepspeed_config(config: RunConfig, dtype: torch.dtype, world_size: int) -> dict[str, Any]:

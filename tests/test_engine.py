@@ -10,7 +10,7 @@ from fakes import tiny_policy
 from test_policy import naive_logprobs
 from workers.zero2 import CLIP, PASSES, ROWS, STEPS, step_data
 
-WORKER = Path(__file__).parent / "workers" / "zero2.py"
+WORKERS = Path(__file__).parent / "workers"
 
 
 def plain_adamw(average):
@@ -55,7 +55,9 @@ def plain_adamw(average):
 def test_zero2_on_two_processes_is_plain_adamw_on_one(tmp_path, environment, average, sizes):
     out = tmp_path / "out.pt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*command, WORKER, out, average, *map(str, sizes)], check=True, env=environment, timeout=300)
+    subprocess.run(
+        [*command, WORKERS / "zero2.py", out, average, *map(str, sizes)], check=True, env=environment, timeout=300
+    )
     parameters, norms, losses = plain_adamw(average)
     start = torch.cat([p.detach().flatten() for p in tiny_policy(lora_noise=0.1).parameters()])
     assert (parameters - start).abs().max() > 1e-2  # it moved, far more than the tolerance
@@ -64,3 +66,19 @@ def test_zero2_on_two_processes_is_plain_adamw_on_one(tmp_path, environment, ave
         assert result["norms"] == pytest.approx(norms, rel=1e-4)
         assert result["losses"] == pytest.approx(losses, rel=1e-4, abs=1e-6)
     assert min(norms) > 0.1  # or clipping was not tested
+
+
+@pytest.mark.slow
+def test_a_checkpoint_holds_the_adapter_only_and_a_lacking_one_is_refused(tmp_path, environment):
+    out = subprocess.run(
+        [sys.executable, WORKERS / "state.py", tmp_path],
+        check=True,
+        env=environment,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    lines = out.stdout.splitlines()
+    assert lines[0] == "saved 16 of 16"
+    assert lines[1].startswith("refused: ") and "lacks 1 of the trained weights, base_model" in lines[1]
+    assert lines[2].startswith("refused: there is no engine state in ")
