@@ -57,7 +57,8 @@ def main(processes: str, overrides: list[str]) -> None:
 def report(workload: str, ours, reach: str, met: bool, detail: dict | None = None) -> None:
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "deepspeed")}
     row = {
-        "bench": "embedded", "workload": workload, "ours": ours, "peer": None, "ratio": None, "reach": reach, "met": met,
+        "bench": "embedded", "workload": workload, "ours": ours, "peer": None, "ratio": None,
+        "reach": reach, "met": met,
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}", "versions": versions,
         "date": datetime.date.today().isoformat(), **({"detail": detail} if detail else {}),
     }  # fmt: skip

@@ -127,10 +127,14 @@ class RunLog:
         self.record(step, row, lambda row: _line(row, list(scores.by_name)))
 
     def record(self, step: int, row: dict[str, float], line: Callable[[dict[str, float]], str]) -> None:
-        """One row of metrics.jsonl with the seconds of its phases; `line(row)` every log.every steps."""
+        """One row of metrics.jsonl with the seconds of its phases; `line(row)` every log.every steps.
+
+        Seconds count from the row before, so an evaluation or a checkpoint belongs to the step after it.
+        """
         elapsed, self.started = time.perf_counter() - self.started, time.perf_counter()
         row |= {f"seconds/{name}": value for name, value in self.seconds.items()}
-        row |= {"seconds": elapsed, "tokens_per_second": row["tokens"] / elapsed}
+        pauses = self.seconds["evaluate"] + self.seconds["checkpoint"]  # before this step
+        row |= {"seconds": elapsed, "tokens_per_second": row["tokens"] / (elapsed - pauses)}
         self.seconds = defaultdict(float)
         self._append("metrics", row)
         if self.bar is not None:

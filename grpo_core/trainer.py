@@ -59,7 +59,8 @@ def train(run: Run) -> None:
         if due(config.evaluation.every, step + 1, run) or step + 1 == run.num_steps:
             evaluate_now(run, step + 1)
         if due(config.checkpoint.every, step + 1, run) or step + 1 == run.num_steps:
-            checkpoint.save(run.folder / "checkpoints", step + 1, run.engine, config)
+            with run.log.phase("checkpoint"):
+                checkpoint.save(run.folder / "checkpoints", step + 1, run.engine, config)
 
 
 @torch.no_grad()
@@ -137,7 +138,8 @@ def evaluate_now(run: Run, steps_taken: int) -> None:
     """Greedy accuracy on the held-out tasks, into the log."""
     if run.eval_tasks:
         reward = REWARDS.build(run.config.evaluation.reward)
-        result = evaluate(run.sampler, run.eval_tasks, reward, batch_size=run.config.evaluation.batch_size)
+        with run.log.phase("evaluate"):
+            result = evaluate(run.sampler, run.eval_tasks, reward, batch_size=run.config.evaluation.batch_size)
         run.log.evaluation(steps_taken, result)
 
 
