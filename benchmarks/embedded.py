@@ -25,15 +25,10 @@ def main(processes: str, overrides: list[str]) -> None:
         start = time.perf_counter()
         command = ["bash", str(ROOT / "launch.sh"), processes, f"output_dir={out}", *overrides]
         job = subprocess.Popen(command, cwd=ROOT)
-        files = {
-            "first file of the run": Path(out, "tiny", "config.yaml"),
-            "first step": Path(out, "tiny", "metrics.jsonl"),
-        }
-        seen: dict[str, float] = {}
+        first_step = None
         while job.poll() is None:
-            for name, path in files.items():
-                if name not in seen and path.exists():
-                    seen[name] = time.perf_counter() - start
+            if first_step is None and Path(out, "tiny", "metrics.jsonl").exists():
+                first_step = time.perf_counter() - start
             time.sleep(0.02)
         total = time.perf_counter() - start
         if job.returncode:
@@ -48,10 +43,8 @@ def main(processes: str, overrides: list[str]) -> None:
     report("accuracy gained", gain, ">= 0.40", gain >= 0.40, after)
     report("share that thinks, first and last step", [steps[0][think], steps[-1][think]], "", True)
     report("seconds in all", total, "<= 240", total <= 240)
-    begins = seen["first step"] - steps[0]["seconds"]
-    report("seconds until the first step begins, evaluation before it included", begins, "", True)
-    ready = seen["first file of the run"]
-    report("seconds until the policy and the engine stand", ready, "<= 15", ready <= 15)
+    begins = first_step - (steps[0]["seconds"] - steps[0]["seconds/evaluate"])
+    report("seconds until the first step begins, the evaluation before it included", begins, "<= 15", begins <= 15)
 
 
 def report(workload: str, ours, reach: str, met: bool, detail: dict | None = None) -> None:

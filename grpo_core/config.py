@@ -292,14 +292,20 @@ def _apply(data: dict, override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"{override!r} is not an override; write section.key=value")
     *sections, last = key.split(".")
+    kind: Any = RunConfig
+    for name in (*sections, last):
+        kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
             raise ConfigError(f"unknown key {key}; {section} has no keys of its own")
     try:
-        data[last] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
-        data[last] = text
+        value = text
+    if kind in (str, str | None) and not isinstance(value, (str, type(None))):
+        value = text  # a key that holds text: {question} is a template there, not a mapping
+    data[last] = value
 
 
 def _read(path: Path, parse: Any, kind: str) -> Any:
