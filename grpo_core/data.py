@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import Dataset, disable_progress_bars, load_dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
@@ -49,6 +49,11 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         raise ConfigError(
             f"model.path is {path!r}, and its tokenizer cannot be loaded: {_first_line(error)}"
         ) from error
+
+
+def quieten() -> None:
+    """No progress bars of the data library."""
+    disable_progress_bars()
 
 
 def load_splits(config: DataConfig, num_eval: int, seed: int) -> tuple[Dataset, Dataset]:

@@ -138,12 +138,9 @@ class RunLog:
         self.seconds = defaultdict(float)
         self._append("metrics", row)
         if self.bar is not None:
-            shown = [
-                name
-                for name in row
-                if name in ("reward", "loss") or (name.startswith("rewards/") and not name.endswith("_std"))
-            ]
-            self.bar.set_postfix({name.removeprefix("rewards/"): f"{row[name]:.3f}" for name in shown}, refresh=False)
+            by_name = [name for name in row if name.startswith("rewards/") and not name.endswith("_std")]
+            names = ["reward", *by_name] if by_name else ["loss"]
+            self.bar.set_postfix({name.removeprefix("rewards/"): f"{row[name]:.3f}" for name in names}, refresh=False)
             self.bar.update()
         if (step + 1) % self.config.log.every == 0 or step + 1 == self.num_steps:
             self.say(f"step {step + 1:>{len(str(self.num_steps))}}/{self.num_steps}  {line(row)}")

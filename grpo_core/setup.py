@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from grpo_core import checkpoint, distributed
+from grpo_core import checkpoint, data, distributed
 from grpo_core.advantages import ADVANTAGES
 from grpo_core.batch import Task
 from grpo_core.config import RunConfig, dump, prompts_per_rank
@@ -140,7 +140,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    data.quieten()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("torch", "torch.distributed", "datasets", "peft", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
