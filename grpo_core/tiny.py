@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-PAD, EOS = "<|pad|>", "<|end|>"
+PAD, EOS = "<|endoftext|>", "<|end|>"  # the first is what Qwen2Tokenizer pads with
 
 
 def new_model(
@@ -20,7 +20,7 @@ def new_model(
     num_hidden_layers: int = 4,
     num_attention_heads: int = 4,
     num_key_value_heads: int = 2,
-) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
+) -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:
     """A randomly initialised Qwen2 and a byte-level BPE tokenizer learned from `texts`.
 
     Every digit is a token of its own, <think> and </think> are one token each, and any text can be encoded.
@@ -42,12 +42,11 @@ def new_model(
     return Qwen2ForCausalLM(config), tokenizer
 
 
-def new_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """See `new_model`."""
-    core = tokenizers.Tokenizer(models.BPE())
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    core.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    core.decoder = decoders.ByteLevel()
+def new_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2Tokenizer:
+    """See `new_model`. It is the class that transformers loads for a Qwen2 folder, with merges of its own."""
+    blank = Qwen2Tokenizer().backend_tokenizer
+    core = Tokenizer(models.BPE())
+    core.normalizer, core.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 2,
         special_tokens=[PAD, EOS],
@@ -55,5 +54,8 @@ def new_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerF
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
-    core.add_tokens(["<think>", "</think>"])  # ordinary tokens: decoding keeps them
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS)
+    learned = json.loads(core.to_str())["model"]
+    merges = [tuple(merge) for merge in learned["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=learned["vocab"], merges=merges, eos_token=EOS, pad_token=PAD)
+    tokenizer.add_tokens(["<think>", "</think>"])  # ordinary tokens: decoding keeps them
+    return tokenizer
