@@ -155,6 +155,30 @@ def test_another_run_never_overwrites_and_another_config_is_not_resumed(tmp_path
     assert other.returncode == 2 and "was written by 1 processes" in other.stderr
 
 
+def test_every_deepspeed_json_trains_the_same(tmp_path, environment):
+    rows = {}
+    for path in sorted((ROOT / "configs").glob("*.json")):
+        run = overrides(tmp_path / path.stem, trainer__num_steps=2, engine__deepspeed=path.name)
+        assert launch(2, *run, environment=environment).returncode == 0
+        rows[path.stem] = without_times(read(tmp_path / path.stem / "tiny" / "metrics.jsonl"))
+    assert len(rows) == 3 and rows["ds_zero2"] == rows["ds_zero1"] == rows["ds_zero2_offload"]
+
+
+def test_the_real_config_runs_on_small_parts(tmp_path, environment):
+    """The recipe as shipped (offload, dropout, gradient checkpointing) with the built-in model and data in place of the hub's."""
+    small = [
+        "model.path=builtin:tiny",
+        "data.path=builtin:word_problems",
+        "trainer.num_steps=1",
+        "sampling.max_new_tokens=16",
+    ]
+    config = ["--config", "configs/gsm8k_qwen2.5_1.5b.yaml", f"output_dir={tmp_path}", "evaluation.num_tasks=4", *small]
+    done = launch(2, *config, environment=environment)
+    assert done.returncode == 0, done.stderr
+    (row,) = read(tmp_path / "gsm8k_qwen2.5_1.5b" / "metrics.jsonl")
+    assert row["grad_norm"] > 0 and row["rewards/combined"] == row["reward"] > 0
+
+
 def test_torchrun_and_the_deepspeed_launcher_start_the_same_job(tmp_path, environment):
     bin_folder = Path(sys.executable).parent
     run = ["train", "--config", "configs/tiny.yaml", "trainer.num_steps=1"]
