@@ -26,10 +26,12 @@ elif ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
 fi
 if ! satisfies "$python"; then
     venv=$root/.venv/bin/python
+    if command -v flock >/dev/null; then exec 9>"$root/.venv.lock" && flock 9; fi  # two starts at once install once
     if ! satisfies "$venv"; then
         echo "Installing into $root/.venv (once; pinned in constraints.txt) ..."
         "$python" -m venv "$root/.venv"
         "$venv" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "$root[test]"
     fi
+    exec 9>&-
     python=$venv
 fi

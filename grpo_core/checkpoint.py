@@ -1,5 +1,6 @@
-"""What a checkpoint is: a folder step-NNNNNN that is whole or not there.
+"""What is kept on disk: the run folder, checkpoints, the adapter.
 
+A checkpoint is a folder step-NNNNNN that is whole or not there.
 Every rank writes its engine state into a folder with a working name; when all have, the main rank adds meta.json and
 gives the folder its name, which is atomic. The newest folder with a proper name is the one to go on from. Nothing else
 needs saving: the batch, the sampling noise and the dropout noise are functions of (seed, step).
@@ -14,13 +15,36 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from grpo_core import distributed
 from grpo_core.config import RunConfig
 from grpo_core.engine import Engine
+from grpo_core.policy import Policy
 from grpo_core.schema import ConfigError
 
 # what may differ between a checkpoint and the run that goes on from it
 FREE = ("resume", "name", "output_dir", "log", "evaluation", "checkpoint", "trainer.num_steps", "trainer.epochs", "sft")
+
+
+def run_folder(config: RunConfig) -> tuple[Path, Path | None]:
+    """The folder of this run and the checkpoint to go on from, the same on all ranks.
+
+    A new run takes <output_dir>/<name>, or <name>-2, -3, ... where that exists: no run overwrites another. With
+    resume: auto the newest of these is continued.
+    """
+    base = Path(config.output_dir) / config.name
+    folder, latest = None, None
+    if distributed.is_main():
+        number = 1
+        while (candidate := base if number == 1 else base.with_name(f"{base.name}-{number}")).exists():
+            folder, number = candidate, number + 1
+        if config.resume is None or folder is None:
+            folder = candidate
+        found = steps(folder / "checkpoints")
+        latest = found[-1] if found else None
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    return distributed.from_main((folder, latest))
 
 
 def save(folder: Path, next_step: int, engine: Engine, config: RunConfig) -> None:
@@ -75,6 +99,14 @@ def read_meta(checkpoint: Path, config: RunConfig) -> int:
             f"{checkpoint} is of another configuration: {shown}; start under another name instead of resuming"
         )
     return meta["next_step"]
+
+
+def export(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the adapter (or the model, where there is none) and its tokenizer for others to load. A collective."""
+    if distributed.is_main():
+        policy.save(folder)
+        tokenizer.save_pretrained(folder)
+    distributed.barrier()
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

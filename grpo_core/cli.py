@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     config = load(options.config or _default_config(), options.overrides)
-    from grpo_core import distributed  # the heavy rooms load only where they are used
+    from grpo_core import checkpoint, distributed  # the heavy rooms load only where they are used
     from grpo_core.setup import setup
     from grpo_core.trainer import train
 
@@ -54,10 +54,7 @@ def _train(options: argparse.Namespace) -> int:
     run, tokenizer = setup(config)
     train(run)
     adapter = run.folder / "adapter"
-    if distributed.is_main():
-        run.policy.save(adapter)
-        tokenizer.save_pretrained(adapter)
-    distributed.barrier()
+    checkpoint.export(adapter, run.policy, tokenizer)
     run.log.say(_summary(run.folder, adapter))
     run.log.close()
     distributed.shutdown()
@@ -69,9 +66,7 @@ def _sft(options: argparse.Namespace) -> int:
     from grpo_core import distributed
     from grpo_core.sft import run_sft
 
-    output = run_sft(config)
-    if distributed.is_main():
-        print(f"model: {output}")
+    run_sft(config)
     distributed.shutdown()
     return 0
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from grpo_core import distributed
 from grpo_core.advantages import tied_groups
 from grpo_core.batch import Rollouts, Task
-from grpo_core.config import RunConfig
+from grpo_core.config import RunConfig, dump
 from grpo_core.rewards import Scores
 
 
@@ -81,6 +81,7 @@ class RunLog:
         self.started = time.perf_counter()
         self.bar = None
         if distributed.is_main():
+            (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
             for name, last in (
                 ("metrics", start_step - 1),
                 ("completions", start_step - 1),

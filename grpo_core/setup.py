@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from grpo_core import checkpoint, data, distributed
 from grpo_core.advantages import ADVANTAGES
 from grpo_core.batch import Task
-from grpo_core.config import RunConfig, dump, prompts_per_rank
+from grpo_core.config import RunConfig, prompts_per_rank
 from grpo_core.data import TaskStream, load_splits, load_tokenizer, make_tasks
 from grpo_core.engine import Engine, deepspeed_config
 from grpo_core.losses import LOSSES
@@ -33,7 +33,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     """
     dtype = start(config)
     per_rank = prompts_per_rank(config, distributed.world_size())
-    folder, latest = run_folder(config)
+    folder, latest = checkpoint.run_folder(config)
     start_step = checkpoint.read_meta(latest, config) if latest else 0
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     tasks, eval_tasks, left_out = all_tasks(config, tokenizer)
@@ -79,8 +79,6 @@ def assemble(
     total_steps = num_steps * trainer.num_minibatches * trainer.num_passes
     engine = Engine(policy.model, config, dtype=dtype, total_steps=total_steps, world_size=world_size)
     policy.model.eval()  # DeepSpeed leaves it in training mode
-    if distributed.is_main():
-        (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
     return Run(
         config=config,
         folder=folder,
@@ -113,26 +111,6 @@ def start(config: RunConfig) -> torch.dtype:
     dtype = distributed.precision(config.model.precision)
     deepspeed_config(config, dtype, distributed.world_size())
     return dtype
-
-
-def run_folder(config: RunConfig) -> tuple[Path, Path | None]:
-    """The folder of this run and the checkpoint to go on from, the same on all ranks.
-
-    A new run takes <output_dir>/<name>, or <name>-2, -3, ... where that exists: no run overwrites another. With
-    resume: auto the newest of these is continued.
-    """
-    base = Path(config.output_dir) / config.name
-    folder, latest = None, None
-    if distributed.is_main():
-        number = 1
-        while (candidate := base if number == 1 else base.with_name(f"{base.name}-{number}")).exists():
-            folder, number = candidate, number + 1
-        if config.resume is None or folder is None:
-            folder = candidate
-        found = checkpoint.steps(folder / "checkpoints")
-        latest = found[-1] if found else None
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    return distributed.from_main((folder, latest))
 
 
 def quieten() -> None:

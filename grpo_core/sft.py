@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grpo_core import distributed
+from grpo_core import checkpoint, distributed
 from grpo_core.batch import Rollouts, Task, TrainBatch
 from grpo_core.config import AdvantageConfig, LossConfig, RunConfig, SftConfig
 from grpo_core.data import load_splits, load_tokenizer, template_fields
 from grpo_core.policy import Policy, load_policy, wrap
 from grpo_core.sampler import eos_ids
 from grpo_core.schema import ConfigError
-from grpo_core.setup import all_tasks, assemble, run_folder, start
+from grpo_core.setup import all_tasks, assemble, start
 from grpo_core.tiny import new_model
 from grpo_core.trainer import due, evaluate_now, update_policy
 
@@ -34,7 +34,7 @@ def run_sft(config: RunConfig) -> Path:
     supervised = LossConfig(name="reinforce", average="token", kl_coef=0.0)
     config = replace(config, loss=supervised, advantage=AdvantageConfig("dr_grpo"))
     dtype = start(config)
-    folder, _ = run_folder(config)
+    folder, _ = checkpoint.run_folder(config)
     policy, tokenizer = starting_point(config, dtype)
     tasks, eval_tasks, _ = all_tasks(config, tokenizer)
     for target in config.sft.targets:
@@ -53,11 +53,9 @@ def run_sft(config: RunConfig) -> Path:
         if due(config.evaluation.every, step + 1, run) or step + 1 == run.num_steps:
             evaluate_now(run, step + 1)
     output = Path(config.sft.output or folder / "model")
-    if distributed.is_main():
-        policy.model.to(distributed.precision(config.sft.save_precision))
-        policy.save(output)
-        tokenizer.save_pretrained(output)
-    distributed.barrier()
+    policy.model.to(distributed.precision(config.sft.save_precision))
+    checkpoint.export(output, policy, tokenizer)
+    run.log.say(f"model: {output}")
     run.log.close()
     return output
 
