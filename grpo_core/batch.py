@@ -73,12 +73,18 @@ class TrainBatch:
     def __len__(self) -> int:
         return len(self.rollouts)
 
-    def minibatches(self, count: int, passes: int, generator: torch.Generator) -> Iterator[TrainBatch]:
-        """`passes` shuffled passes over the rows in `count` equal parts, one optimizer step each."""
-        assert len(self) % count == 0
+    def minibatches(self, count: int, passes: int, group_size: int, generator: torch.Generator) -> Iterator[TrainBatch]:
+        """`passes` passes over the rows in `count` equal parts, one optimizer step each.
+
+        A part holds the same shuffled share of every group's samples: it does not depend on the number of ranks.
+        """
         for _ in range(passes):
-            order = torch.randperm(len(self), generator=generator) if count > 1 else torch.arange(len(self))
-            yield from (take(self, rows) for rows in order.chunk(count))
+            if count == 1:
+                yield self
+                continue
+            rows = torch.arange(len(self)).view(-1, group_size)
+            for samples in torch.randperm(group_size, generator=generator).chunk(count):
+                yield take(self, rows[:, samples].flatten())
 
 
 Batch = TypeVar("Batch", Rollouts, TrainBatch)

@@ -24,26 +24,27 @@ from grpo_core.policy import Policy
 from grpo_core.schema import ConfigError
 
 # what may differ between a checkpoint and the run that goes on from it
-FREE = ("resume", "name", "output_dir", "log", "evaluation", "checkpoint", "trainer.num_steps", "trainer.epochs", "sft")
+FREE = ("resume", "name", "output_dir", "log", "checkpoint", "trainer.num_steps", "trainer.epochs", "sft")
+FREE += ("evaluation.every", "evaluation.batch_size", "evaluation.reward")  # not num_tasks: it may hold rows out
 
 
 def run_folder(config: RunConfig) -> tuple[Path, Path | None]:
-    """The folder of this run and the checkpoint to go on from, the same on all ranks.
+    """The folder of this run and the checkpoint to go on from, the same on all ranks. Nothing is made yet.
 
     A new run takes <output_dir>/<name>, or <name>-2, -3, ... where that exists: no run overwrites another. With
-    resume: auto the newest of these is continued.
+    resume: auto the newest of these that has a checkpoint is continued.
     """
     base = Path(config.output_dir) / config.name
-    folder, latest = None, None
+    folder, latest = base, None
     if distributed.is_main():
-        number = 1
-        while (candidate := base if number == 1 else base.with_name(f"{base.name}-{number}")).exists():
-            folder, number = candidate, number + 1
-        if config.resume is None or folder is None:
-            folder = candidate
-        found = steps(folder / "checkpoints")
-        latest = found[-1] if found else None
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        number, found = 1, []
+        while folder.exists():
+            found = steps(folder / "checkpoints")[-1:] or found
+            number += 1
+            folder = base.with_name(f"{base.name}-{number}")
+        if config.resume is not None and found:
+            latest = found[0]
+            folder = latest.parent.parent
     return distributed.from_main((folder, latest))
 
 

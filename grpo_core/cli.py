@@ -35,11 +35,14 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
         if name == "launch":
             command.add_argument("--processes", type=int, required=True)
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") for word in rest):
+        parser.error(f"unknown option {rest[0]}")
+    options.overrides += rest  # those that stood before --config
     try:
         return {"train": _train, "sft": _sft, "launch": _launch}[options.command](options)
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
             print(f"grpo_core: {error}", file=sys.stderr)
         return 2
 

@@ -8,6 +8,7 @@ not.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -232,6 +233,10 @@ def check(config: RunConfig) -> None:
         raise ConfigError("rewards must name at least one reward, and each only once")
     if all(reward.weight == 0 for reward in config.rewards):
         raise ConfigError("rewards: every weight is 0, so there is nothing to learn")
+    _check_numbers(config)
+
+
+def _check_numbers(config: RunConfig) -> None:
     _at_least("sampling.group_size", config.sampling.group_size, 2)
     for name in ("completions_per_step", "micro_batch_size", "num_minibatches", "num_passes"):
         _at_least(f"trainer.{name}", getattr(config.trainer, name), 1)
@@ -244,9 +249,33 @@ def check(config: RunConfig) -> None:
         ("log.every", config.log.every),
     ):
         _at_least(name, value, 1)
-    for name, value in (("loss.kl_coef", config.loss.kl_coef), ("engine.max_grad_norm", config.engine.max_grad_norm)):
+    for name, value in (("trainer.num_steps", config.trainer.num_steps), ("data.limit", config.data.limit)):
+        _at_least(name, 1 if value is None else value, 1)
+    for name, value in (
+        ("loss.kl_coef", config.loss.kl_coef),
+        ("engine.max_grad_norm", config.engine.max_grad_norm),
+        ("engine.warmup_steps", config.engine.warmup_steps),
+        ("evaluation.num_tasks", config.evaluation.num_tasks),
+        ("lora.r", config.lora.r),
+        ("seed", config.seed),
+    ):
         _at_least(name, value, 0)
-    if config.sampling.temperature <= 0:
+    for name, every in (("evaluation.every", config.evaluation.every), ("checkpoint.every", config.checkpoint.every)):
+        _at_least(name, 0 if every == "epoch" else every, 0)
+    if config.sampling.group_size % config.trainer.num_minibatches:
+        raise ConfigError(
+            f"trainer.num_minibatches is {config.trainer.num_minibatches}; it must divide sampling.group_size "
+            f"({config.sampling.group_size})"
+        )
+    if not 0 <= config.lora.dropout < 1:
+        raise ConfigError(f"lora.dropout is {config.lora.dropout}; it must be from 0 up to, but not, 1")
+    for name, value in (
+        ("engine.learning_rate", config.engine.learning_rate),
+        ("trainer.epochs", config.trainer.epochs),
+    ):
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name} is {value}; it must be above 0")
+    if not config.sampling.temperature > 0 or config.sampling.temperature == math.inf:
         raise ConfigError(
             f"sampling.temperature is {config.sampling.temperature}; it must be above 0 (evaluation is greedy anyway)"
         )
@@ -260,18 +289,13 @@ def prompts_per_rank(config: RunConfig, world_size: int) -> int:
     """N, the prompts of one step on one rank.
 
     Raises:
-        ConfigError: completions_per_step does not divide into ranks, groups and minibatches.
+        ConfigError: completions_per_step does not divide into ranks and groups.
     """
     total, group = config.trainer.completions_per_step, config.sampling.group_size
     if total % (group * world_size):
         raise ConfigError(
             f"trainer.completions_per_step is {total}; it must be a multiple of sampling.group_size × processes "
             f"= {group} × {world_size} = {group * world_size}"
-        )
-    if (total // world_size) % config.trainer.num_minibatches:
-        raise ConfigError(
-            f"trainer.num_minibatches is {config.trainer.num_minibatches}; it must divide the {total // world_size} "
-            f"completions of a rank (completions_per_step {total} / {world_size} processes)"
         )
     return total // group // world_size
 
@@ -318,7 +342,7 @@ def _read(path: Path, parse: Any, kind: str) -> Any:
 
 
 def _at_least(key: str, value: float, least: float) -> None:
-    if value < least:
+    if not value >= least:  # NaN is refused too
         raise ConfigError(f"{key} is {value}; it must be at least {least}")
 
 

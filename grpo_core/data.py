@@ -178,8 +178,10 @@ def _load(path: str, subset: str | None, split: str) -> Dataset:
                 f"data.path {path!r} (split {split!r}) is not built in; known: builtin:word_problems with train or test"
             )
         return Dataset.from_list(word_problems(split, BUILTIN_ROWS[split]))
+    local = Path(path)
+    if local.suffix in FORMATS and not local.exists():
+        raise ConfigError(f"data: there is no file {path}")
     try:
-        local = Path(path)
         if local.is_file() and split != "train":
             raise ConfigError(f"{path} is one file and has no split {split!r}; name another file as data.eval_path")
         if local.is_file() and local.suffix in FORMATS:
@@ -200,4 +202,8 @@ def _limited(rows: Dataset, limit: int | None) -> Dataset:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (
+        str(error).splitlines() or ["the data is empty" if isinstance(error, StopIteration) else type(error).__name__]
+    )[0]

@@ -24,7 +24,7 @@ def launch(processes: int, config: Path, overrides: list[str]) -> int:
     """
     nodes = int(os.environ.get("NNODES", 1))
     prompts_per_rank(load(config, overrides), processes * nodes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (2 * processes))))
     logging.disable(logging.CRITICAL)  # of this process, torch's launcher; the ranks' own errors come through
     where = ["--standalone"]
     if nodes > 1:

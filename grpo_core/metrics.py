@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,9 @@ class Stats:
         self._maxima: dict[str, Tensor] = {}
 
     def mean(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
-        """Let `values` (where `mask`, and not NaN) count in the mean called `name`."""
+        """Let `values` (where `mask`) count in the mean called `name`."""
         values = values.detach().double()
         mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.expand_as(values)
-        mask = mask & ~values.isnan()
         pair = torch.stack([torch.where(mask, values, 0.0).sum(), mask.sum().double()]).to(distributed.device())
         self._add(name, pair)
 
@@ -81,11 +81,12 @@ class RunLog:
         self.started = time.perf_counter()
         self.bar = None
         if distributed.is_main():
-            (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(dump(replace(config, resume=None)), encoding="utf-8")
             for name, last in (
                 ("metrics", start_step - 1),
                 ("completions", start_step - 1),
-                ("evaluation", start_step),
+                ("evaluation", start_step or -1),  # the one before the first step is made again
             ):
                 _truncate(folder / f"{name}.jsonl", last)
             self.bar = tqdm(
@@ -171,11 +172,10 @@ class RunLog:
 def add_rollouts(stats: Stats, rollouts: Rollouts, scores: Scores, advantages: Tensor) -> None:
     """What the rollouts and their scores say of a step."""
     lengths = rollouts.lengths()
-    stats.mean("reward", scores.rewards)
-    stats.mean("reward_square", scores.rewards.square())
-    for name, values in scores.by_name.items():
-        stats.mean(f"rewards/{name}", values)
-        stats.mean(f"rewards/{name}_square", values.square())
+    named = {"reward": scores.rewards, **{f"rewards/{name}": values for name, values in scores.by_name.items()}}
+    for name, values in named.items():
+        stats.mean(name, values, ~values.isnan())
+        stats.mean(f"{name}_square", values.square(), ~values.isnan())
     stats.mean("tied_groups", tied_groups(scores.rewards))
     stats.mean("advantage_abs", advantages.abs())
     stats.mean("length", lengths)
@@ -231,6 +231,7 @@ def _line(row: dict[str, float], rewards: list[str]) -> str:
     return (
         f"reward {row['reward']:.3f}{by_name}  tied {row['tied_groups']:.0%}  length {row['length']:.0f}"
         f"  kl {row['kl']:.4f}  grad {row['grad_norm']:.3f}  {row['seconds']:.1f} s"
+        + ("  update skipped: gradient not finite" if row["skipped"] else "")
     )
 
 

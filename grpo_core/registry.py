@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,13 @@ class Registry:
             raise ConfigError(f"{self.kind} {name!r}: there is no file {path}")
         spec = importlib.util.spec_from_file_location(f"grpo_core_user_{Path(path).stem}", path)
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise ConfigError(
+                f"{self.kind} {name!r}: {path} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
         if not callable(getattr(module, attribute, None)):
             raise ConfigError(f"{self.kind} {name!r}: {path} has no function {attribute}")
         return getattr(module, attribute)

@@ -8,7 +8,7 @@ Its keyword-only arguments with a default are its configuration. Your own needs 
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grpo_core.batch import Task
 from grpo_core.registry import Registry
+from grpo_core.schema import keyword_arguments
 
 REWARDS = Registry("reward")
 
@@ -143,17 +144,19 @@ def score(
     """Call every reward on all completions and add them up by weight. A None is left out of its sum.
 
     Raises:
-        ValueError: a reward returned a list of the wrong length, or something that is not a number.
+        ValueError: a reward returned a list of the wrong length, an infinite value, or something not a number.
     """
     rows = [task for task in tasks for _ in range(group_size)]
     available = {name: [task.columns[name] for task in rows] for name in rows[0].columns}
     available["prompts"] = [task.prompt for task in rows]
     by_name = {}
     for reward in rewards:
-        values = reward.function(list(completions), **_accepted(reward.function, available))
+        values = _call(reward.function, list(completions), available)
         if len(values) != len(rows):
             raise ValueError(f"reward {reward.name} returned {len(values)} values for {len(rows)} completions")
         numbers = [math.nan if value is None else float(value) for value in values]
+        if any(math.isinf(number) for number in numbers):
+            raise ValueError(f"reward {reward.name} returned an infinite value")
         by_name[reward.name] = torch.tensor(numbers, dtype=torch.float32).view(-1, group_size)
     stacked = torch.stack(list(by_name.values()))  # [K, N, G]
     weights = torch.tensor([reward.weight for reward in rewards]).view(-1, 1, 1)
@@ -162,9 +165,20 @@ def score(
     return Scores(total.masked_fill(~counted.any(dim=0), math.nan), by_name)
 
 
-def _accepted(function: Callable, available: dict[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return available
-    bound = getattr(function, "keywords", {})
-    return {p.name: available[p.name] for p in parameters if p.name in available and p.name not in bound}
+def missing_columns(function: Callable, columns: Collection[str]) -> list[str]:
+    """What `function` needs and data with these columns does not have."""
+    given = {*columns, "completions", "prompts"}
+    _, *others = inspect.signature(function).parameters.values()
+    named = (p.name for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty)
+    return [name for name in named if name not in given]
+
+
+def _call(function: Callable, completions: list[str], available: dict[str, Any]) -> list[float | None]:
+    """Hand over the completions and the columns that `function` takes; its configuration is never a column's."""
+    parameters = inspect.signature(function).parameters
+    everything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    configured = keyword_arguments(function)
+    columns = {k: v for k, v in available.items() if (everything or k in parameters) and k not in configured}
+    if "completions" in parameters:
+        return function(completions=completions, **columns)
+    return function(completions, **columns)

@@ -20,8 +20,9 @@ from grpo_core.engine import Engine, deepspeed_config
 from grpo_core.losses import LOSSES
 from grpo_core.metrics import RunLog
 from grpo_core.policy import Policy, load_policy
-from grpo_core.rewards import REWARDS, Reward
+from grpo_core.rewards import REWARDS, Reward, missing_columns
 from grpo_core.sampler import Sampler
+from grpo_core.schema import ConfigError
 from grpo_core.trainer import Run
 
 
@@ -37,11 +38,14 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     start_step = checkpoint.read_meta(latest, config) if latest else 0
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     tasks, eval_tasks, left_out = all_tasks(config, tokenizer)
+    check_columns(config, tasks, eval_tasks)
     policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
     run = assemble(config, folder, policy, tokenizer, tasks, eval_tasks, config.prompts_per_step, dtype, start_step)
     if latest:
         run.engine.load(latest)
         run.log.say(f"resumed from {latest} after {start_step} steps")
+    elif config.resume:
+        run.log.say("resume: auto, but there is no checkpoint of this name: starting from the beginning")
     sampling, trainer = config.sampling, config.trainer
     run.log.say(
         f"{len(tasks)} tasks ({left_out} left out: prompt over {config.data.max_prompt_tokens} tokens), "
@@ -59,6 +63,15 @@ def all_tasks(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[li
     rows, eval_rows = load_splits(config.data, config.evaluation.num_tasks, config.seed)
     tasks, left_out = make_tasks(rows, config.data, tokenizer)
     return tasks, make_tasks(eval_rows, config.data, tokenizer)[0], left_out
+
+
+def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task]) -> None:
+    """Raise ConfigError for a reward that needs a column the data does not have."""
+    wanted = [(reward.name, tasks) for reward in config.rewards] + [(config.evaluation.reward, eval_tasks)]
+    for name, rows in wanted:
+        if rows and (missing := missing_columns(REWARDS.get(name), rows[0].columns)):
+            columns = ", ".join(rows[0].columns)
+            raise ConfigError(f"reward {name} needs {missing[0]!r}, but the data has the columns {columns}")
 
 
 def assemble(

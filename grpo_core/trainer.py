@@ -93,7 +93,9 @@ def update_policy(run: Run, batch: TrainBatch, step: int) -> tuple[Stats, dict[s
     distributed.seed_all(config.seed, step, distributed.rank())  # dropout
     shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     with run.policy.training():
-        for minibatch in batch.minibatches(trainer.num_minibatches, trainer.num_passes, shuffle):
+        for minibatch in batch.minibatches(
+            trainer.num_minibatches, trainer.num_passes, config.sampling.group_size, shuffle
+        ):
             totals = count_over_ranks(minibatch, config.sampling.max_new_tokens)
             for micro in split(minibatch, trainer.micro_batch_size):
                 run.engine.backward(micro_loss(run, micro, totals, stats))

@@ -42,6 +42,7 @@ def test_a_local_folder_and_splits(tmp_path):
 @pytest.mark.parametrize(
     "config, message",
     [
+        (DataConfig(path="nowhere.jsonl"), "there is no file nowhere.jsonl"),
         (DataConfig(path="nowhere/at-all"), "data.path is 'nowhere/at-all'"),
         (DataConfig(path="builtin:poems"), "not built in; known: builtin:word_problems"),
         (DataConfig(path=__file__), "a file must end in .json"),

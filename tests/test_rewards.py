@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from grpo_core.batch import Task
-from grpo_core.rewards import REWARDS, Reward, final_number, score
+from grpo_core.rewards import REWARDS, Reward, final_number, missing_columns, score
 
 
 def call(name, completions, **columns):
@@ -110,6 +110,37 @@ def test_scores_are_weighted_named_and_prompt_major():
     assert math.isnan(scores.by_name["len"][1, 0])
     alone = score(rewards[1:], TASKS, ["x", "xx", "?", "xxxx"], 2)
     assert math.isnan(alone.rewards[1, 0]) and torch.isfinite(alone.rewards).sum() == 3
+
+
+def test_what_a_function_may_take():
+    tasks = [Task(0, "p", [1], {"answer": "a", "limit": 9})]
+
+    def trl_style(prompts, completions, answer=None, **kwargs):
+        return [float(p == "p" and a == "a") for p, a in zip(prompts, answer, strict=True)]
+
+    def configured(texts, *, limit: int = 3, **columns):
+        return [float(limit)] * len(texts)  # not the column of that name
+
+    assert score([Reward("r", 1.0, trl_style)], tasks, ["x", "y"], 2).rewards.tolist() == [[1, 1]]
+    assert score([Reward("r", 1.0, configured)], tasks, ["x", "y"], 2).rewards.tolist() == [[3, 3]]
+    assert missing_columns(REWARDS.get("correct_answer"), ["question"]) == ["answer"]
+    assert missing_columns(trl_style, []) == missing_columns(configured, []) == []
+
+
+def test_an_infinite_reward_is_refused():
+    with pytest.raises(ValueError, match="reward big returned an infinite value"):
+        score([Reward("big", 1.0, lambda completions: [math.inf, 0.0])], TASKS[:1], ["a", "b"], 2)
+
+
+def test_a_file_that_cannot_be_loaded_is_one_sentence(tmp_path):
+    (tmp_path / "bad.py").write_text("def f(:")
+    with pytest.raises(ValueError, match="bad.py cannot be loaded: SyntaxError"):
+        REWARDS.get(f"{tmp_path / 'bad.py'}:f")
+    (tmp_path / "good.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int = 1\n"
+        "def f(completions):\n    return [A().x] * len(completions)\n"
+    )
+    assert REWARDS.get(f"{tmp_path / 'good.py'}:f")(["a"]) == [1]
 
 
 def test_a_reward_of_the_wrong_length_is_named():

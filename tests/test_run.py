@@ -133,7 +133,8 @@ def test_rollouts_do_not_depend_on_the_number_of_processes(tmp_path, environment
     texts = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        assert launch(processes, *overrides(out, trainer__num_steps=2), environment=environment).returncode == 0
+        run = overrides(out, trainer__num_steps=2, trainer__num_minibatches=2)
+        assert launch(processes, *run, environment=environment).returncode == 0
         texts.append(
             [
                 (row["step"], row["prompt"], row["sample"], row["text"])
@@ -148,6 +149,10 @@ def test_another_run_never_overwrites_and_another_config_is_not_resumed(tmp_path
     for _ in range(2):
         assert launch(1, *run, environment=environment).returncode == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny", "tiny-2"]
+    (tmp_path / "tiny-3").mkdir()  # a run that failed before its first checkpoint is not in the way
+    again = launch(1, *run, "resume=auto", environment=environment)
+    assert again.returncode == 0 and "resumed from" in again.stdout and "tiny-2" in again.stdout
+    assert yaml.safe_load((tmp_path / "tiny-2" / "config.yaml").read_text())["resume"] is None
     refused = launch(1, *run, "resume=auto", "loss.kl_coef=0.5", "lora.r=4", environment=environment)
     assert refused.returncode == 2
     assert "loss.kl_coef (0.01 then, 0.5 now)" in refused.stderr and "lora.r (16 then, 4 now)" in refused.stderr
