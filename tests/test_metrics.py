@@ -45,3 +45,10 @@ def test_resuming_drops_later_and_torn_rows(tmp_path):
 )
 def test_wilson_interval_against_tables(correct, n, low, high):
     assert wilson_interval(correct, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_starting_over_keeps_no_row_of_a_run_that_died_before_its_first_checkpoint(tmp_path):
+    for name in ("metrics", "completions", "evaluation"):
+        (tmp_path / f"{name}.jsonl").write_text('{"step": 0}\n')
+    RunLog(tmp_path, RunConfig(), start_step=0, num_steps=5).close()
+    assert all((tmp_path / f"{name}.jsonl").read_text() == "" for name in ("metrics", "completions", "evaluation"))
