@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -62,13 +63,16 @@ class TrainBatch:
 
     rollouts: Rollouts
     advantages: Tensor  # [B, 1]
+    loss_mask: Tensor  # [B, C] bool, completion tokens that are trained
+    surrogate_mask: Tensor | None = None  # [B, C] bool, those of them that the surrogate acts on; None: all
     old_logprobs: Tensor | None = None  # [B, C]; None when the batch is used once, where they equal the policy's own
-    ref_logprobs: Tensor | None = None  # [B, C]; None when kl_coef is 0
+    ref_logprobs: Tensor | None = None  # [B, C]; None when the loss has no KL of theirs
 
     def __post_init__(self) -> None:
         shape = self.rollouts.completion_ids.shape
-        assert self.advantages.shape == (len(self.rollouts), 1)
-        assert all(x is None or x.shape == shape for x in (self.old_logprobs, self.ref_logprobs))
+        assert self.advantages.shape == (len(self.rollouts), 1) and self.loss_mask.shape == shape
+        rest = (self.surrogate_mask, self.old_logprobs, self.ref_logprobs)
+        assert all(x is None or x.shape == shape for x in rest)
 
     def __len__(self) -> int:
         return len(self.rollouts)
@@ -85,6 +89,26 @@ class TrainBatch:
             rows = torch.arange(len(self)).view(-1, group_size)
             for samples in torch.randperm(group_size, generator=generator).chunk(count):
                 yield take(self, rows[:, samples].flatten())
+
+
+def replace_rows(rollouts: Rollouts, rows: Tensor, others: Rollouts) -> Rollouts:
+    """`rollouts` with `others` in the places `rows` [len(others)]; the narrower of the two is padded."""
+
+    def put(name: str, left: bool) -> Tensor:
+        ours, theirs = getattr(rollouts, name), getattr(others, name)
+        width = max(ours.shape[1], theirs.shape[1])
+        ours, theirs = (F.pad(x, (width - x.shape[1], 0) if left else (0, width - x.shape[1])) for x in (ours, theirs))
+        ours = ours.clone()
+        ours[rows.to(ours.device)] = theirs
+        return ours
+
+    truncated, texts = rollouts.truncated.clone(), list(rollouts.completions)
+    truncated[rows.to(truncated.device)] = others.truncated
+    for row, text in zip(rows.tolist(), others.completions, strict=True):
+        texts[row] = text
+    wide = {"prompt_ids": True, "prompt_mask": True}
+    wide |= {"completion_ids": False, "completion_mask": False, "rollout_logprobs": False}
+    return Rollouts(**{n: put(n, left) for n, left in wide.items()}, truncated=truncated, completions=tuple(texts))
 
 
 Batch = TypeVar("Batch", Rollouts, TrainBatch)

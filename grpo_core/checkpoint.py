@@ -2,7 +2,8 @@
 
 A checkpoint is a folder step-NNNNNN that is whole or not there.
 Every rank writes its engine state into a folder with a working name; when all have, the main rank adds meta.json and
-gives the folder its name, which is atomic. The newest folder with a proper name is the one to go on from. Nothing else
+gives the folder its name, which is atomic. The newest folder with a proper name is the one to go on from. Besides
+the engine's there are two states: a reference that moves, and coefficients that adapt (in meta.json). Nothing else
 needs saving: the batch, the sampling noise and the dropout noise are functions of (seed, step).
 """
 
@@ -15,13 +16,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core import distributed
 from grpo_core.config import RunConfig
-from grpo_core.engine import Engine
+from grpo_core.control import Control
 from grpo_core.policy import Policy
+from grpo_core.run import Run
 from grpo_core.schema import ConfigError
+
+REFERENCE = "reference.pt"  # only where the reference moves
 
 # what may differ between a checkpoint and the run that goes on from it
 FREE = ("resume", "name", "output_dir", "log", "checkpoint", "trainer.num_steps", "trainer.epochs", "sft")
@@ -48,8 +53,9 @@ def run_folder(config: RunConfig) -> tuple[Path, Path | None]:
     return distributed.from_main((folder, latest))
 
 
-def save(folder: Path, next_step: int, engine: Engine, config: RunConfig) -> None:
-    """Write folder/step-<next_step> and keep the newest `checkpoint.keep`. A collective."""
+def save(run: Run, next_step: int, control: Control) -> None:
+    """Write <run folder>/checkpoints/step-<next_step> and keep the newest `checkpoint.keep`. A collective."""
+    folder, config = run.folder / "checkpoints", run.config
     final = folder / f"step-{next_step:06d}"
     working = folder / f".{final.name}.part"
     if distributed.is_main():
@@ -57,10 +63,13 @@ def save(folder: Path, next_step: int, engine: Engine, config: RunConfig) -> Non
             shutil.rmtree(leftover)
         working.mkdir(parents=True)
     distributed.barrier()
-    engine.save(working)
+    run.engine.save(working)
     distributed.barrier()  # every shard is written now
     if distributed.is_main():
-        meta = {"next_step": next_step, "world_size": distributed.world_size(), "config": asdict(config)}
+        if (reference := run.policy.reference_state()) is not None:
+            torch.save([value.cpu() for value in reference], working / REFERENCE)
+        meta = {"next_step": next_step, "world_size": distributed.world_size()}
+        meta |= {"control": asdict(control), "config": asdict(config)}
         (working / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         for path in working.rglob("*"):
             _sync(path)
@@ -78,8 +87,8 @@ def steps(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def read_meta(checkpoint: Path, config: RunConfig) -> int:
-    """The step that a run continuing from `checkpoint` takes first.
+def read_meta(checkpoint: Path, config: RunConfig) -> tuple[int, Control]:
+    """The step that a run continuing from `checkpoint` takes first, and its control.
 
     Raises:
         ConfigError: the checkpoint is of another configuration, whose differing keys are named, or number of processes.
@@ -99,7 +108,14 @@ def read_meta(checkpoint: Path, config: RunConfig) -> int:
         raise ConfigError(
             f"{checkpoint} is of another configuration: {shown}; start under another name instead of resuming"
         )
-    return meta["next_step"]
+    return meta["next_step"], Control(**meta["control"])
+
+
+def load(checkpoint: Path, run: Run) -> None:
+    """Put the weights, the optimizer and a reference that moves back to where they were. A collective."""
+    run.engine.load(checkpoint)
+    if (checkpoint / REFERENCE).exists():
+        run.policy.load_reference(torch.load(checkpoint / REFERENCE, weights_only=True))
 
 
 def export(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,4 +1,4 @@
-"""The commands: python -m grpo_core train | sft | launch."""
+"""The commands: python -m grpo_core train | sft | launch | losses | check-loss | check-advantage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from grpo_core.config import load
+from grpo_core.config_file import arguments_of, load
 from grpo_core.schema import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -35,12 +35,20 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
         if name == "launch":
             command.add_argument("--processes", type=int, required=True)
+    commands.add_parser("losses", help="every loss, average, KL, advantage and preset, with arguments and sources")
+    for kind in ("loss", "advantage"):
+        command = commands.add_parser(
+            f"check-{kind}", help=f"is this {kind} sound? a table of laws, in seconds", allow_abbrev=False
+        )
+        command.add_argument("name", help=f"a name, or my_file.py:my_{kind}")
+        command.add_argument("overrides", nargs="*", metavar="argument=value")
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") for word in rest):
         parser.error(f"unknown option {rest[0]}")
-    options.overrides += rest  # those that stood before --config
+    if rest:
+        options.overrides += rest  # those that stood before --config
     try:
-        return {"train": _train, "sft": _sft, "launch": _launch}[options.command](options)
+        return COMMANDS[options.command](options)
     except ConfigError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
             print(f"grpo_core: {error}", file=sys.stderr)
@@ -55,7 +63,11 @@ def _train(options: argparse.Namespace) -> int:
 
     distributed.die_with_launcher()
     run, tokenizer = setup(config)
-    train(run)
+    try:
+        train(run)
+    except ConfigError as error:  # unlike those of `setup` it may be one rank's alone
+        print(f"grpo_core: process {distributed.rank()}: {error}", file=sys.stderr)
+        return 2
     adapter = run.folder / "adapter"
     checkpoint.export(adapter, run.policy, tokenizer)
     run.log.say(_summary(run.folder, adapter))
@@ -81,6 +93,20 @@ def _launch(options: argparse.Namespace) -> int:
     return launch(options.processes, config, options.overrides)
 
 
+def _losses(options: argparse.Namespace) -> int:
+    from grpo_core.catalogue import catalogue
+
+    print(catalogue())
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from grpo_core import check
+
+    run = check.run_check_loss if options.command == "check-loss" else check.run_check_advantage
+    return run(options.name, arguments_of(options.overrides))
+
+
 def _default_config() -> Path:
     import torch
 
@@ -95,3 +121,13 @@ def _summary(folder: Path, adapter: Path) -> str:
     if path.exists() and (rows := [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]):
         lines = [f"before: {describe(rows[0])}", f"after:  {describe(rows[-1])}"]
     return "\n".join([*lines, f"adapter: {adapter}"])
+
+
+COMMANDS = {
+    "train": _train,
+    "sft": _sft,
+    "launch": _launch,
+    "losses": _losses,
+    "check-loss": _check,
+    "check-advantage": _check,
+}

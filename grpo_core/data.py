@@ -160,6 +160,19 @@ class TaskStream:
             for position in self.positions
         ]
 
+    def replacements(self, step: int, attempt: int) -> list[Task]:
+        """This rank's N tasks to take the places of tied ones in the `attempt`-th (from 1) resampling of `step`.
+
+        Drawn from the whole data by (seed, step, attempt), so that what was resampled before is nobody's business.
+        """
+        total, whole = len(self.tasks), self.prompts_per_step
+        generator = np.random.default_rng((self.seed, step, attempt, 2))
+        rows = generator.choice(total, whole, replace=whole > total)
+        return [
+            replace(self.tasks[rows[position]], seed=(self.seed, step, attempt * whole + position))
+            for position in self.positions
+        ]
+
     def _at(self, place: int) -> Task:
         epoch, offset = divmod(place, len(self.tasks))
         if epoch != self._epoch:

@@ -83,6 +83,21 @@ def all_max(values: Tensor) -> Tensor:
     return _reduced(values, dist.ReduceOp.MAX)
 
 
+def all_rows(values: Tensor) -> Tensor:
+    """Every rank's rows, [n of rank 0 + n of rank 1 + ..., ...], on every rank; ranks may have different numbers."""
+    values = values.detach().to(device())
+    if world_size() == 1:
+        return values
+    count = torch.tensor([len(values)], device=device())
+    counts = [torch.zeros_like(count) for _ in range(world_size())]
+    dist.all_gather(counts, count)
+    widest = int(torch.cat(counts).max())
+    padded = torch.cat([values, values.new_zeros(widest - len(values), *values.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+
 def gather(value: Any) -> list[Any]:
     """Every rank's picklable `value` in the order of ranks on the main rank; an empty list elsewhere."""
     if world_size() == 1:

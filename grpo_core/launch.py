@@ -11,7 +11,8 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
-from grpo_core.config import load, prompts_per_rank
+from grpo_core.config_check import prompts_per_rank
+from grpo_core.config_file import load
 
 
 def launch(processes: int, config: Path, overrides: list[str]) -> int:

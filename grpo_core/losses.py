@@ -1,13 +1,23 @@
-"""Policy losses, KL estimators and averages: pure functions of tensors.
+"""Policy losses: pure functions of tensors.
 
 A loss maps log-probs [B, C] to an unreduced loss [B, C]. It does not average, look at padding, or know about
-micro-batches and ranks: `token_weights` says how much each token counts, once per optimizer step, and the trainer's
-loss is (per_token_loss * token_weights).sum(). So no gradient can depend on how a step is cut into pieces.
+micro-batches and ranks: `averages.token_weights` says how much each token counts, once per optimizer step, and the
+trainer's loss is (per_token_loss * token_weights).sum(). So no gradient can depend on how a step is cut into pieces.
 
 On policy the ratio is 1 and the value of most losses is the (zero-mean) advantage: a loss of 0.0 is normal. Its
 gradient is not zero; watch the reward and grad_norm.
 
-    B completions, C tokens in the longest one; column t is completion token t; l = log-prob of the token.
+    B completions, C tokens in the longest one; column t is completion token t
+    l, l_old   log-prob of the token, now and before this step's first update
+    r          exp(l - l_old); for a whole completion exp(mean_t(l - l_old)), written R
+    sg         stop-gradient
+
+The first line of a docstring is the formula in the function's own arguments; it is what `python -m grpo_core losses`
+shows and what config.yaml carries. Facts about a loss (attributes, see registry.py):
+
+    ratio              "token" or "sequence": what its ratio is of; left out where it has none that the gradient sees
+    averages           the averages that it is defined with, where others make it another loss
+    corrects_rollout   it has the correction of the sampler's log-probs in it, through l_old
 """
 
 from dataclasses import dataclass, field
@@ -16,10 +26,11 @@ import torch
 from torch import Tensor
 
 from grpo_core.registry import Registry
+from grpo_core.schema import ConfigError
 
 LOSSES = Registry("loss")
-KLS = Registry("kl")
-AVERAGES = Registry("average")
+
+DETACHED = "the ratio is detached: the gradient is that of -A l times a weight, not of the value"
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,17 @@ class PolicyLoss:
     diagnostics: dict[str, Tensor] = field(default_factory=dict)  # name -> [B, C] detached; averaged over tokens
 
 
-@LOSSES.register("grpo")
+def token_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """r = exp(l - l_old), [B, C], with gradient. The difference is clamped to +-20, so that it is finite."""
+    return (logprobs - old_logprobs).clamp(-20, 20).exp()
+
+
+def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, completion_mask: Tensor) -> Tensor:
+    """R = exp(mean_t(l - l_old)), the same in all of a row's columns, [B, C]; gradient through the mean."""
+    return _row_mean((logprobs - old_logprobs).clamp(-20, 20), completion_mask).exp().expand_as(logprobs)
+
+
+@LOSSES.register("grpo", ratio="token")
 def grpo_loss(
     logprobs: Tensor,  # [B, C] policy, with gradient
     old_logprobs: Tensor,  # [B, C] policy before this step's first update
@@ -37,15 +58,38 @@ def grpo_loss(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    delta: float | None = None,
 ) -> PolicyLoss:
-    """-min(rA, clip(r, 1 - clip_low, 1 + clip_high) A), r = exp(l - l_old) per token.
+    """-min(min(r, delta) A, clip(r, 1 - clip_low, 1 + clip_high) A)
 
-    arXiv:2402.03300; clip_high > clip_low is clip-higher of DAPO, arXiv:2503.14476.
+    arXiv:2402.03300. clip_high > clip_low is DAPO's clip-higher, arXiv:2503.14476. `delta` (null: none), above
+    1 + clip_high, bounds what a token with A < 0 can weigh: two-sided clipping, arXiv:2505.07291.
     """
-    return _clipped((logprobs - old_logprobs).exp(), advantages, clip_low, clip_high)
+    return _clipped(token_ratio(logprobs, old_logprobs), advantages, clip_low, clip_high, delta)
 
 
-@LOSSES.register("gspo")
+@LOSSES.register("dual_clip", ratio="token")
+def dual_clip_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    c: float = 3.0,
+) -> PolicyLoss:
+    """-max(min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), c A) where A < 0, and grpo's where A >= 0
+
+    The loss of a token with A < 0 stops growing at -c A, and with it the gradient: grpo's `delta` under its older name.
+    arXiv:1912.09729.
+    """
+    if not c > 1 + clip_high:
+        raise ConfigError(f"c is {c}; it must be above 1 + clip_high ({1 + clip_high:g})")
+    return _clipped(token_ratio(logprobs, old_logprobs), advantages, clip_low, clip_high, delta=c)
+
+
+@LOSSES.register("gspo", ratio="sequence")
 def gspo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -54,14 +98,78 @@ def gspo_loss(
     *,
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
+    delta: float | None = None,
 ) -> PolicyLoss:
-    """As grpo with one ratio a sequence, exp(mean_t(l - l_old)), gradient through the mean. arXiv:2507.18071."""
-    log_ratio = ((logprobs - old_logprobs) * completion_mask).sum(dim=1, keepdim=True)
-    ratio = (log_ratio / completion_mask.sum(dim=1, keepdim=True).clamp(min=1)).exp().expand_as(logprobs)
+    """-min(min(R, delta) A, clip(R, 1 - clip_low, 1 + clip_high) A)
+
+    grpo with one ratio a completion. arXiv:2507.18071.
+    """
+    return _clipped(sequence_ratio(logprobs, old_logprobs, completion_mask), advantages, clip_low, clip_high, delta)
+
+
+@LOSSES.register("gspo_token", ratio="sequence", breaks={"gradcheck": "sg(R) exp(l - sg l) has R's value only"})
+def gspo_token_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    *,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+) -> PolicyLoss:
+    """-min(r' A, clip(r', 1 - clip_low, 1 + clip_high) A), r' = sg(R) exp(l - sg(l))
+
+    gspo in value; each token's gradient is its own, so that advantages could differ within a row. arXiv:2507.18071.
+    """
+    ratio = sequence_ratio(logprobs, old_logprobs, completion_mask).detach() * (logprobs - logprobs.detach()).exp()
     return _clipped(ratio, advantages, clip_low, clip_high)
 
 
-@LOSSES.register("cispo")
+@LOSSES.register("luspo", ratio="sequence", averages=("row_sum",))
+def luspo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    *,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+) -> PolicyLoss:
+    """-min(R A, clip(R, 1 - clip_low, 1 + clip_high) A), summed over the row: times its length
+
+    gspo's surrogate; the average row_sum is what makes it unbiased in length. arXiv:2602.05261.
+    """
+    return _clipped(sequence_ratio(logprobs, old_logprobs, completion_mask), advantages, clip_low, clip_high)
+
+
+@LOSSES.register("gmpo", ratio="sequence", averages=("sequence",))
+def gmpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    *,
+    clip_low: float = 0.4,
+    clip_high: float = 0.4,
+) -> PolicyLoss:
+    """-exp(mean_t(d)) A, d = min(l - l_old, clip_high) where A > 0, max(l - l_old, -clip_low) where A < 0
+
+    The geometric mean of the clipped token ratios, so that one token cannot carry a completion away; clipping is in
+    log space and, as in PPO, only where it removes an incentive. arXiv:2507.20673.
+    """
+    _check_bounds(clip_low, clip_high, lowest=None)
+    difference = (logprobs - old_logprobs).clamp(-20, 20)
+    kept = torch.where(
+        advantages > 0,
+        difference.clamp(max=clip_high),
+        torch.where(advantages < 0, difference.clamp(min=-clip_low), 0.0),
+    )
+    ratio = _row_mean(kept, completion_mask).exp().expand_as(logprobs)
+    clipped = (kept != difference) & (advantages != 0)
+    return PolicyLoss(-ratio * advantages, {"ratio": difference.exp().detach(), "clip_frac": clipped.float()})
+
+
+@LOSSES.register("cispo", breaks={"gradcheck": DETACHED})
 def cispo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -70,73 +178,113 @@ def cispo_loss(
     *,
     cap: float = 5.0,
 ) -> PolicyLoss:
-    """-sg(min(r, cap)) A l: a truncated, detached ratio weighs REINFORCE, so no token loses its gradient.
+    """-sg(min(r, cap)) A l
 
-    `cap` is the ratio itself at which it is cut; other trainers give eps_high or 1 + eps_high under the same name.
+    A truncated, detached ratio weighs REINFORCE, so no token loses its gradient. `cap` is the ratio itself at which it
+    is cut; TRL gives it as epsilon_high, open-instruct as 1 + epsilon_high, and verl cuts from below too.
     arXiv:2506.13585.
     """
-    ratio = (logprobs - old_logprobs).exp().detach()
-    return PolicyLoss(
-        -ratio.clamp(max=cap) * advantages * logprobs, {"ratio": ratio, "clip_frac": (ratio > cap).float()}
-    )
+    if not cap > 0:
+        raise ConfigError(f"cap is {cap}; it is a ratio and must be above 0")
+    ratio = token_ratio(logprobs, old_logprobs).detach()
+    return _weighted(ratio.clamp(max=cap), ratio, ratio > cap, advantages, logprobs)
+
+
+@LOSSES.register("sapo", ratio="token")
+def sapo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    *,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+) -> PolicyLoss:
+    """-(4 / tau) sigmoid(tau (r - 1)) A, tau = tau_pos where A > 0, else tau_neg
+
+    A soft gate in place of the clip: the pull fades with the distance from 1, on both sides. arXiv:2511.20347.
+    """
+    if not (tau_pos > 0 and tau_neg > 0):
+        raise ConfigError(f"tau_pos is {tau_pos} and tau_neg {tau_neg}; both must be above 0")
+    ratio = token_ratio(logprobs, old_logprobs)
+    tau = torch.where(advantages > 0, tau_pos, tau_neg).to(ratio.dtype)
+    gate = 4 / tau * torch.sigmoid(tau * (ratio - 1))
+    return PolicyLoss(-gate * advantages, {"ratio": ratio.detach(), "clip_frac": torch.zeros_like(ratio.detach())})
+
+
+@LOSSES.register("vespo", corrects_rollout=True, breaks={"gradcheck": DETACHED})
+def vespo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    *,
+    k_pos: float = 2.0,
+    lambda_pos: float = 3.0,
+    k_neg: float = 3.0,
+    lambda_neg: float = 2.0,
+) -> PolicyLoss:
+    """-sg(exp(lam + k s - lam exp(s))) A l, s = sum_t(l - l_old)
+
+    (k, lam) = (k_pos, lambda_pos) where A >= 0, else (k_neg, lambda_neg): a weight of the whole completion's ratio
+    that is 1 on policy and falls on both sides. l - l_old is clamped to +-20 and s to [log 1e-8, 20].
+    arXiv:2602.10693.
+    """
+    if not (lambda_pos > 0 and lambda_neg > 0):
+        raise ConfigError(f"lambda_pos is {lambda_pos} and lambda_neg {lambda_neg}; both must be above 0")
+    difference = (logprobs - old_logprobs).detach().clamp(-20, 20)
+    s = (difference * completion_mask).sum(dim=1, keepdim=True).clamp(-18.420680743952367, 20)
+    k = torch.where(advantages >= 0, k_pos, k_neg).to(s.dtype)
+    lam = torch.where(advantages >= 0, lambda_pos, lambda_neg).to(s.dtype)
+    weight = (lam + k * s - lam * s.exp()).exp().expand_as(logprobs)
+    return _weighted(weight, difference.exp(), torch.zeros_like(difference), advantages, logprobs)
 
 
 @LOSSES.register("reinforce")
 def reinforce_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, completion_mask: Tensor) -> PolicyLoss:
-    """-A l. With A = 1 it is the supervised loss."""
-    ratio = (logprobs - old_logprobs).exp().detach()
-    return PolicyLoss(-advantages * logprobs, {"ratio": ratio, "clip_frac": torch.zeros_like(ratio)})
+    """-A l
+
+    Williams 1992. With A = 1 it is the supervised loss.
+    """
+    ratio = token_ratio(logprobs, old_logprobs).detach()
+    return _weighted(torch.ones_like(ratio), ratio, torch.zeros_like(ratio), advantages, logprobs)
 
 
-def _clipped(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> PolicyLoss:
+@LOSSES.register("gpg")
+def gpg_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, completion_mask: Tensor) -> PolicyLoss:
+    """-A l, with the advantage gpg, which carries the factor completions / (completions with A != 0)
+
+    That factor is of the whole step and not of a micro-batch, so it cannot be taken here. arXiv:2504.02546.
+    """
+    return reinforce_loss(logprobs, old_logprobs, advantages, completion_mask)
+
+
+def _clipped(
+    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, delta: float | None = None
+) -> PolicyLoss:
     """PPO's pessimistic surrogate (arXiv:1707.06347); the clip only ever removes an incentive."""
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    clipped = (surrogate < ratio * advantages).float()
+    _check_bounds(clip_low, clip_high, lowest=1.0)
+    if delta is not None and not delta > 1 + clip_high:
+        raise ConfigError(f"delta is {delta}; it must be above 1 + clip_high ({1 + clip_high:g}), or null")
+    free = ratio if delta is None else ratio.clamp(max=delta)
+    surrogate = torch.minimum(free * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    clipped = (surrogate != ratio * advantages).float()
     return PolicyLoss(-surrogate, {"ratio": ratio.detach(), "clip_frac": clipped})
 
 
-@KLS.register("k3")
-def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """exp(d) - d - 1, d = l_ref - l, [B, C]: never negative, 0 where the two agree, unbiased in value on policy.
-
-    http://joschu.net/blog/kl-approx.html; used by arXiv:2402.03300. d is clamped to +-20 against overflow.
-    """
-    difference = (ref_logprobs - logprobs).clamp(-20, 20)
-    return difference.expm1() - difference
+def _weighted(weight: Tensor, ratio: Tensor, clipped: Tensor, advantages: Tensor, logprobs: Tensor) -> PolicyLoss:
+    """-weight A l with a weight that has no gradient."""
+    return PolicyLoss(-weight * advantages * logprobs, {"ratio": ratio, "clip_frac": clipped.float()})
 
 
-@dataclass(frozen=True)
-class Totals:
-    """Counts over a whole optimizer step: all micro-batches, all ranks."""
-
-    tokens: Tensor  # completion tokens
-    completions: Tensor
-    max_new_tokens: int  # the configured length limit, not the longest row
+def _row_mean(values: Tensor, completion_mask: Tensor) -> Tensor:
+    """Mean over each row's own tokens, [B, 1]; 0 for a row without any."""
+    return (values * completion_mask).sum(dim=1, keepdim=True) / completion_mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-@AVERAGES.register("sequence")
-def sequence_average(completion_mask: Tensor, totals: Totals) -> Tensor:
-    """1 / (n_i * completions): every completion counts the same, long or short. arXiv:2402.03300."""
-    lengths = completion_mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return completion_mask / (lengths * totals.completions)
-
-
-@AVERAGES.register("token")
-def token_average(completion_mask: Tensor, totals: Totals) -> Tensor:
-    """1 / tokens: every token counts the same. DAPO, arXiv:2503.14476."""
-    return completion_mask / totals.tokens
-
-
-@AVERAGES.register("constant")
-def constant_average(completion_mask: Tensor, totals: Totals) -> Tensor:
-    """1 / (completions * max_new_tokens): no length in it, so no length bias. Dr. GRPO, arXiv:2503.20783."""
-    return completion_mask / (totals.completions * totals.max_new_tokens)
-
-
-def token_weights(completion_mask: Tensor, *, average: str, totals: Totals) -> Tensor:
-    """How much each token counts in the loss, [B, C] float; 0 where masked.
-
-    Raises:
-        ConfigError: `average` is not a known name.
-    """
-    return AVERAGES.get(average)(completion_mask.float(), totals)
+def _check_bounds(clip_low: float, clip_high: float, lowest: float | None) -> None:
+    if not (clip_low >= 0 and clip_high >= 0 and (lowest is None or clip_low <= lowest)):
+        bound = "" if lowest is None else " and clip_low at most 1"
+        raise ConfigError(
+            f"clip_low is {clip_low} and clip_high {clip_high}; both are distances from 1 and must be at least 0{bound}"
+        )

@@ -18,9 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grpo_core import distributed
-from grpo_core.advantages import tied_groups
+from grpo_core.advantages import level, tied_groups
 from grpo_core.batch import Rollouts, Task
-from grpo_core.config import RunConfig, dump
+from grpo_core.config import RunConfig
+from grpo_core.config_file import dump
 from grpo_core.rewards import Scores
 
 
@@ -48,6 +49,14 @@ class Stats:
         if name not in self._sums:
             pair[1] = 1.0 / distributed.world_size()  # over all ranks the counts add up to 1: a mean that is a sum
         self._add(name, pair)
+
+    def weights(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Importance weights: their mean as `name`, and as `name`_ess their effective sample size over their number.
+
+        ESS / n = mean(w)^2 / mean(w^2): 1 where all are equal.
+        """
+        self.mean(name, values, mask)
+        self.mean(f"{name}_square", values.double().square(), mask)
 
     def max(self, name: str, value: Tensor) -> None:
         """Let the greatest of `value` count in the maximum called `name`."""
@@ -111,22 +120,24 @@ class RunLog:
         advantages: Tensor,
         stats: Stats,
         numbers: dict[str, float],
-    ) -> None:
+    ) -> dict[str, float]:
         """One row of metrics.jsonl, the rollouts of all ranks to completions.jsonl, and now and then a line.
 
-        `stats` are tensors to reduce over ranks; `numbers` are the same on all of them.
+        `stats` are tensors to reduce over ranks; `numbers` are the same on all of them. Returns the row.
         """
-        add_rollouts(stats, rollouts, scores, advantages)
+        add_rollouts(stats, rollouts, scores, advantages, self.config.advantage.min_group_std)
         stats.max("peak_memory_gb", torch.tensor(peak_memory_gb()))
-        row = {"step": step, **stats.reduce(), **numbers}
-        row["reward_std"] = max(0.0, row.pop("reward_square") - row["reward"] ** 2) ** 0.5
-        for name in scores.by_name:
-            square = row.pop(f"rewards/{name}_square")
-            row[f"rewards/{name}_std"] = max(0.0, square - row[f"rewards/{name}"] ** 2) ** 0.5
+        row = {"step": step, "kl": 0.0, **stats.reduce(), **numbers}
+        for name in ("reward", *(f"rewards/{name}" for name in scores.by_name)):
+            row[f"{name}_std"] = max(0.0, row.pop(f"{name}_square") - row[name] ** 2) ** 0.5
+        if "rollout_weight_square" in row:
+            square = row.pop("rollout_weight_square")
+            row["rollout_weight_ess"] = row["rollout_weight"] ** 2 / square if square else 0.0
         if self.config.log.completions:
             rows = distributed.gather(_completion_rows(step, tasks, rollouts, scores, advantages))
             self._append("completions", *[row for part in rows for row in part])
         self.record(step, row, lambda row: _line(row, list(scores.by_name)))
+        return row
 
     def record(self, step: int, row: dict[str, float], line: Callable[[dict[str, float]], str]) -> None:
         """One row of metrics.jsonl with the seconds of its phases; `line(row)` every log.every steps.
@@ -169,14 +180,16 @@ class RunLog:
                 file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def add_rollouts(stats: Stats, rollouts: Rollouts, scores: Scores, advantages: Tensor) -> None:
+def add_rollouts(
+    stats: Stats, rollouts: Rollouts, scores: Scores, advantages: Tensor, min_group_std: float = 0.0
+) -> None:
     """What the rollouts and their scores say of a step."""
     lengths = rollouts.lengths()
     named = {"reward": scores.rewards, **{f"rewards/{name}": values for name, values in scores.by_name.items()}}
     for name, values in named.items():
         stats.mean(name, values, ~values.isnan())
         stats.mean(f"{name}_square", values.square(), ~values.isnan())
-    stats.mean("tied_groups", tied_groups(scores.rewards))
+    stats.mean("tied_groups", tied_groups(level(scores.rewards, min_group_std)))
     stats.mean("advantage_abs", advantages.abs())
     stats.mean("length", lengths)
     stats.max("length_max", lengths)

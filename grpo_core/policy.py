@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,8 +17,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from grpo_core.batch import Rollouts
 from grpo_core.config import LoraConfig, ModelConfig
 from grpo_core.data import model_path
-from grpo_core.logprobs import token_logprobs
+from grpo_core.logprobs import token_divergence, token_logprobs
 from grpo_core.schema import ConfigError
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Of every completion token, [B, C] float32, 0 where masked."""
+
+    logprobs: Tensor  # with gradient
+    entropy: Tensor  # nats
+    divergence: Tensor | None = None
 
 
 class Policy:
@@ -30,36 +40,98 @@ class Policy:
         self.model = model.eval()
         self.causal_lm: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         self.temperature, self.chunk_size = temperature, chunk_size
+        self._reference: list[Tensor] | None = None  # the adapter of a reference that moves
 
     def logprobs(self, rollouts: Rollouts) -> Tensor:
         """Log-prob of every completion token at the sampling temperature, [B, C] float32; 0 where masked."""
-        return self.logprobs_and_entropy(rollouts)[0]
+        return self.forward(rollouts).logprobs
 
-    def logprobs_and_entropy(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-        """As `logprobs`, with the entropy of every token's distribution (nats, no gradient), both [B, C]."""
-        width = rollouts.completion_ids.shape[1]
-        used = max(1, int(rollouts.lengths().max()))  # no row of these has a token further right
-        completion_ids, completion_mask = rollouts.completion_ids[:, :used], rollouts.completion_mask[:, :used]
-        mask = torch.cat([rollouts.prompt_mask, completion_mask], dim=1).long()
+    def forward(
+        self, rollouts: Rollouts, *, entropy_gradient: bool = False, divergence: Callable | None = None
+    ) -> TokenStats:
+        """Log-probs and entropies of the completion tokens; with `divergence` (see kl.py) also that from the reference.
+
+        The divergence costs a forward of the reference.
+        """
+        hidden = self._hidden(rollouts)
+        ids = rollouts.completion_ids[:, : hidden.shape[1]]
+        how = {"temperature": self.temperature, "chunk_size": self.chunk_size}
+        values = [*token_logprobs(hidden, self._logits, ids, entropy_gradient=entropy_gradient, **how)]
+        if divergence is not None:
+            with torch.no_grad(), self.reference():
+                ref_hidden = self._hidden(rollouts)
+            values.append(token_divergence(hidden, ref_hidden, self._logits, divergence, **how))
+        mask, width = rollouts.completion_mask, rollouts.completion_mask.shape[1]
+        return TokenStats(*(F.pad(x * mask[:, : x.shape[1]], (0, width - x.shape[1])) for x in values))
+
+    @torch.no_grad()
+    def divergence(self, rollouts: Rollouts, function: Callable, keep: Tensor) -> Tensor:
+        """`function` (see kl.py) between policy and reference at the tokens where `keep` [B, C] bool, [n] float32."""
+        hidden = self._hidden(rollouts)
+        with self.reference():
+            ref_hidden = self._hidden(rollouts)
+        keep = keep[:, : hidden.shape[1]]
+        return token_divergence(
+            hidden[keep],
+            ref_hidden[keep],
+            self._logits,
+            function,
+            temperature=self.temperature,
+            chunk_size=self.chunk_size,
+        )
+
+    def _hidden(self, rollouts: Rollouts) -> Tensor:
+        """The hidden states that predict the completion tokens, [B, up to C, H]: none beyond the longest row."""
+        used = max(1, int(rollouts.lengths().max()))
+        mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask[:, :used]], dim=1).long()
         hidden = self.causal_lm.base_model(
-            input_ids=torch.cat([rollouts.prompt_ids, completion_ids], dim=1),
+            input_ids=torch.cat([rollouts.prompt_ids, rollouts.completion_ids[:, :used]], dim=1),
             attention_mask=mask,
             position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
             use_cache=False,
         ).last_hidden_state
-        predicting = hidden.gather(
-            1, _predictors(rollouts.prompt_mask, used)[..., None].expand(-1, -1, hidden.shape[2])
-        )
-        logprobs, entropy = token_logprobs(
-            predicting, self._logits, completion_ids, temperature=self.temperature, chunk_size=self.chunk_size
-        )
-        return tuple(F.pad(x * completion_mask, (0, width - used)) for x in (logprobs, entropy))
+        return hidden.gather(1, _predictors(rollouts.prompt_mask, used)[..., None].expand(-1, -1, hidden.shape[2]))
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the policy answers as the frozen base model."""
-        with self.model.disable_adapter():
+        """Inside, the policy answers as the reference: the frozen base model, or what `move_reference` made of it."""
+        if self._reference is None:
+            with self.model.disable_adapter():
+                yield
+            return
+        parameters = self.parameters()
+        own = [parameter.data for parameter in parameters]
+        try:
+            for parameter, value in zip(parameters, self._reference, strict=True):
+                parameter.data = value
             yield
+        finally:
+            for parameter, value in zip(parameters, own, strict=True):
+                parameter.data = value
+
+    @torch.no_grad()
+    def move_reference(self, mixing: float = 1.0) -> None:
+        """Reference <- mixing * policy + (1 - mixing) * reference, in the adapter's factors. arXiv:2404.09656.
+
+        With mixing 1 it becomes the policy. Below 1 LoRA's two factors are mixed each by itself, as TRL mixes
+        parameters, which is not the mixture of their products. Called on a fresh adapter, whose product is 0, it
+        makes a reference that equals the base model.
+        """
+        now = [parameter.detach() for parameter in self.parameters()]
+        if self._reference is None:
+            self._reference = [value.clone() for value in now]
+        for old, new in zip(self._reference, now, strict=True):
+            old.lerp_(new, mixing)
+
+    def reference_state(self) -> list[Tensor] | None:
+        """What a checkpoint must keep of a reference that moves; None for one that does not."""
+        return self._reference
+
+    def load_reference(self, state: list[Tensor]) -> None:
+        """Take back what `reference_state` gave."""
+        assert self._reference is not None
+        for own, value in zip(self._reference, state, strict=True):
+            own.copy_(value)
 
     @contextmanager
     def training(self) -> Iterator[None]:

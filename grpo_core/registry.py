@@ -1,4 +1,10 @@
-"""Names for interchangeable pure functions. A function's keyword-only arguments are its configuration schema."""
+"""Names for interchangeable pure functions. A function's keyword-only arguments are its configuration schema.
+
+What else is to be known of a function stands on it as attributes, which a user's function may set too:
+
+    breaks     {law: reason}, the laws of laws.py that it breaks knowingly
+    others     what its registry's module documents
+"""
 
 import functools
 import importlib.util
@@ -17,12 +23,14 @@ class Registry:
         self.kind = kind
         self.functions: dict[str, Callable] = {}
 
-    def register(self, name: str) -> Callable[[Callable], Callable]:
-        """Decorator: make a function known as `name`."""
+    def register(self, name: str, **facts: Any) -> Callable[[Callable], Callable]:
+        """Decorator: make a function known as `name`, with `facts` as its attributes."""
 
         def decorator(function: Callable) -> Callable:
             assert name not in self.functions, f"{self.kind} {name!r} is registered twice"
             self.functions[name] = function
+            for fact, value in facts.items():
+                setattr(function, fact, value)
             return function
 
         return decorator
@@ -64,3 +72,8 @@ class Registry:
         if not callable(getattr(module, attribute, None)):
             raise ConfigError(f"{self.kind} {name!r}: {path} has no function {attribute}")
         return getattr(module, attribute)
+
+
+def fact(function: Callable, name: str, default: Any = None) -> Any:
+    """An attribute of `function`, or of the function that it binds arguments to."""
+    return getattr(getattr(function, "func", function), name, default)

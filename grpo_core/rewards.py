@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grpo_core.batch import Task
 from grpo_core.registry import Registry
-from grpo_core.schema import keyword_arguments
+from grpo_core.schema import ConfigError, keyword_arguments
 
 REWARDS = Registry("reward")
 
@@ -144,7 +144,7 @@ def score(
     """Call every reward on all completions and add them up by weight. A None is left out of its sum.
 
     Raises:
-        ValueError: a reward returned a list of the wrong length, an infinite value, or something not a number.
+        ConfigError: a reward returned a list of the wrong length, or something that is neither a finite number nor None.
     """
     rows = [task for task in tasks for _ in range(group_size)]
     available = {name: [task.columns[name] for task in rows] for name in rows[0].columns}
@@ -152,17 +152,32 @@ def score(
     by_name = {}
     for reward in rewards:
         values = _call(reward.function, list(completions), available)
-        if len(values) != len(rows):
-            raise ValueError(f"reward {reward.name} returned {len(values)} values for {len(rows)} completions")
-        numbers = [math.nan if value is None else float(value) for value in values]
-        if any(math.isinf(number) for number in numbers):
-            raise ValueError(f"reward {reward.name} returned an infinite value")
+        numbers = _numbers(reward.name, values, len(rows))
         by_name[reward.name] = torch.tensor(numbers, dtype=torch.float32).view(-1, group_size)
     stacked = torch.stack(list(by_name.values()))  # [K, N, G]
     weights = torch.tensor([reward.weight for reward in rewards]).view(-1, 1, 1)
     counted = ~stacked.isnan() & (weights != 0)  # weight 0: logged and nothing else
     total = torch.where(counted, stacked * weights, 0.0).sum(dim=0)
     return Scores(total.masked_fill(~counted.any(dim=0), math.nan), by_name)
+
+
+def _numbers(name: str, values: Any, count: int) -> list[float]:
+    """What a reward returned as floats, NaN for None."""
+    if isinstance(values, str) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
+        raise ConfigError(f"reward {name} returned {values!r}; it must return a list with a number for each completion")
+    if len(values) != count:
+        raise ConfigError(f"reward {name} returned {len(values)} values for {count} completions")
+    numbers = []
+    for i, value in enumerate(values):
+        try:
+            number = math.nan if value is None or isinstance(value, str) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if value is not None and not math.isfinite(number):
+            what = repr(value)[:40]
+            raise ConfigError(f"reward {name} returned {what} for completion {i}; it must be a finite number, or None")
+        numbers.append(number)
+    return numbers
 
 
 def missing_columns(function: Callable, columns: Collection[str]) -> list[str]:

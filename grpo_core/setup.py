@@ -14,16 +14,22 @@ from transformers.utils import logging as transformers_logging
 from grpo_core import checkpoint, data, distributed
 from grpo_core.advantages import ADVANTAGES
 from grpo_core.batch import Task
-from grpo_core.config import RunConfig, prompts_per_rank
+from grpo_core.config import RunConfig
+from grpo_core.config_check import prompts_per_rank
+from grpo_core.control import Control, first_control
+from grpo_core.corrections import CORRECTIONS
 from grpo_core.data import TaskStream, load_splits, load_tokenizer, make_tasks
 from grpo_core.engine import Engine, deepspeed_config
+from grpo_core.kl import KLS
 from grpo_core.losses import LOSSES
 from grpo_core.metrics import RunLog
+from grpo_core.objective import remarks
 from grpo_core.policy import Policy, load_policy
 from grpo_core.rewards import REWARDS, Reward, missing_columns
+from grpo_core.run import Run
 from grpo_core.sampler import Sampler
 from grpo_core.schema import ConfigError
-from grpo_core.trainer import Run
+from grpo_core.truncation import TRUNCATIONS
 
 
 def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
@@ -35,14 +41,18 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     dtype = start(config)
     per_rank = prompts_per_rank(config, distributed.world_size())
     folder, latest = checkpoint.run_folder(config)
-    start_step = checkpoint.read_meta(latest, config) if latest else 0
+    start_step, control = checkpoint.read_meta(latest, config) if latest else (0, first_control(config.loss))
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     tasks, eval_tasks, left_out = all_tasks(config, tokenizer)
     check_columns(config, tasks, eval_tasks)
     policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
-    run = assemble(config, folder, policy, tokenizer, tasks, eval_tasks, config.prompts_per_step, dtype, start_step)
+    run = assemble(
+        config, folder, policy, tokenizer, tasks, eval_tasks, config.prompts_per_step, dtype, start_step, control
+    )
+    if config.reference.every:
+        policy.move_reference()  # the adapter is fresh: it starts as the base model
     if latest:
-        run.engine.load(latest)
+        checkpoint.load(latest, run)
         run.log.say(f"resumed from {latest} after {start_step} steps")
     elif config.resume:
         run.log.say("resume: auto, but there is no checkpoint of this name: starting from the beginning")
@@ -53,6 +63,8 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
         f"× {per_rank} prompts × {sampling.group_size}, in micro-batches of {trainer.micro_batch_size}, "
         f"{str(dtype).removeprefix('torch.')}"
     )
+    for remark in remarks(config):
+        run.log.say(f"note: {remark}")
     if config.lora.dropout and trainer.num_minibatches * trainer.num_passes > 1:
         run.log.say("lora.dropout is above 0 with several optimizer steps per batch: the ratios carry dropout noise")
     return run, tokenizer
@@ -84,9 +96,10 @@ def assemble(
     tasks_per_step: int,  # over all ranks
     dtype: torch.dtype,
     start_step: int = 0,
+    control: Control | None = None,
 ) -> Run:
     """The parts of a run around a policy and its tasks."""
-    trainer, world_size = config.trainer, distributed.world_size()
+    loss, trainer, world_size = config.loss, config.trainer, distributed.world_size()
     stream = TaskStream(tasks, tasks_per_step, config.seed, distributed.rank(), world_size)
     num_steps = trainer.num_steps or max(1, int(trainer.epochs * len(tasks) / tasks_per_step))
     total_steps = num_steps * trainer.num_minibatches * trainer.num_passes
@@ -97,6 +110,7 @@ def assemble(
         folder=folder,
         start_step=start_step,
         num_steps=num_steps,
+        control=control or first_control(config.loss),
         steps_per_epoch=stream.steps_per_epoch,
         tasks=stream,
         eval_tasks=eval_tasks,
@@ -109,8 +123,11 @@ def assemble(
         ),
         engine=engine,
         rewards=[Reward(r.name, r.weight, REWARDS.build(r.name, r.args)) for r in config.rewards],
+        truncation_fn=TRUNCATIONS.build(config.truncation.name, config.truncation.args),
         advantage_fn=ADVANTAGES.build(config.advantage.name, config.advantage.args),
-        loss_fn=LOSSES.build(config.loss.name, config.loss.args),
+        loss_fn=LOSSES.build(loss.name, loss.args),
+        kl_fn=KLS.get(loss.kl),
+        correction_fn=CORRECTIONS.build(loss.rollout_correction.name, loss.rollout_correction.args),
         log=RunLog(folder, config, start_step, num_steps),
     )
 

@@ -17,6 +17,7 @@ from grpo_core import checkpoint, distributed
 from grpo_core.batch import Rollouts, Task, TrainBatch
 from grpo_core.config import AdvantageConfig, LossConfig, RunConfig, SftConfig
 from grpo_core.data import load_splits, load_tokenizer, template_fields
+from grpo_core.metrics import Stats
 from grpo_core.policy import Policy, load_policy, wrap
 from grpo_core.sampler import eos_ids
 from grpo_core.schema import ConfigError
@@ -46,8 +47,8 @@ def run_sft(config: RunConfig) -> Path:
     for step in range(run.num_steps):
         with run.log.phase("update"):
             rollouts = supervised_rollouts(run.tasks.batch(step), config.sft, tokenizer, eos, run.sampler.device)
-            ones = torch.ones(len(rollouts), 1, device=run.sampler.device)
-            stats, numbers = update_policy(run, TrainBatch(rollouts, ones), step)
+            ones, stats = torch.ones(len(rollouts), 1, device=run.sampler.device), Stats()
+            numbers = update_policy(run, TrainBatch(rollouts, ones, rollouts.completion_mask), step, run.control, stats)
         stats.total("tokens", rollouts.lengths().sum())
         run.log.record(step, {"step": step, **stats.reduce(), **numbers}, _line)
         if due(config.evaluation.every, step + 1, run) or step + 1 == run.num_steps:

@@ -2,138 +2,185 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from grpo_core import checkpoint, distributed
-from grpo_core.batch import Rollouts, Task, TrainBatch, split
-from grpo_core.config import RunConfig
+from grpo_core.averages import Totals, entropy_weights, token_weights
+from grpo_core.batch import Rollouts, TrainBatch, split, take
+from grpo_core.collect import advantages_over_ranks, collect, rewards_to_learn_from
+from grpo_core.control import Control, adapt
+from grpo_core.corrections import corrected_old_logprobs, off_policy_mask, quantile
 from grpo_core.evaluation import evaluate
-from grpo_core.losses import KLS, Totals, token_weights
-from grpo_core.metrics import RunLog, Stats
-from grpo_core.rewards import REWARDS, Reward, score
-
-
-@dataclass(frozen=True)
-class Run:
-    """What `setup` built. Each part knows its job and none of the others."""
-
-    config: RunConfig
-    folder: Path
-    start_step: int
-    num_steps: int
-    tasks: Any  # .batch(step) -> this rank's N tasks
-    eval_tasks: list[Task]
-    policy: Any  # .logprobs_and_entropy(rollouts), .reference(), .training(), .norm(), .save(folder)
-    sampler: Any  # .generate(tasks, group_size) -> Rollouts
-    engine: Any  # .backward(loss), .step()
-    rewards: list[Reward]
-    advantage_fn: Callable[[Tensor], Tensor]  # [N, G] -> [N, G]
-    loss_fn: Callable  # see losses.py
-    log: RunLog
-    steps_per_epoch: int
+from grpo_core.kl import kl_exact
+from grpo_core.metrics import Stats
+from grpo_core.registry import fact
+from grpo_core.rewards import REWARDS
+from grpo_core.run import Run
 
 
 def train(run: Run) -> None:
-    """Take the run's steps; step s is a function of the weights before it and of (seed, s)."""
-    config, group_size = run.config, run.config.sampling.group_size
+    """Take the run's steps; step s is a function of the weights and the control before it and of (seed, s)."""
+    config, control = run.config, run.control
     if run.start_step == 0:
         evaluate_now(run, 0)
     for step in range(run.start_step, run.num_steps):
-        with run.log.phase("sample"):
-            tasks = run.tasks.batch(step)  # this rank's N tasks
-            rollouts = run.sampler.generate(tasks, group_size)  # B = N * G rows
-        with run.log.phase("reward"):
-            scores = score(run.rewards, tasks, rollouts.completions, group_size)
-        advantages = run.advantage_fn(scores.rewards)  # [N, G]
+        stats = Stats()
+        tasks, rollouts, scores = collect(run, step, stats)  # N tasks, B = N * G rows, rewards [N, G]
         with run.log.phase("freeze"):
-            batch = freeze(run, rollouts, advantages)
+            rewards, trained = rewards_to_learn_from(run, rollouts, scores, control.kl_coef, stats)  # [N, G] both
+            advantages = advantages_over_ranks(run, rewards, rollouts, scores)  # [N, G]
+            batch = freeze(run, rollouts, advantages, trained)
+            if config.log.exact_kl_every and step % config.log.exact_kl_every == 0:
+                measure_exact_kl(run, rollouts, step, stats)
         with run.log.phase("update"):
-            stats, numbers = update_policy(run, batch, step)
-        run.log.step(step, tasks, rollouts, scores, advantages, stats, numbers)
+            numbers = update_policy(run, batch, step, control, stats)
+        row = run.log.step(step, tasks, rollouts, scores, advantages, stats, numbers)
+        control = adapt(control, config.loss, row["kl"], row["entropy"], config.trainer.completions_per_step)
+        if config.reference.every and (step + 1) % config.reference.every == 0:
+            run.policy.move_reference(config.reference.mixing)
         if due(config.evaluation.every, step + 1, run) or step + 1 == run.num_steps:
             evaluate_now(run, step + 1)
         if due(config.checkpoint.every, step + 1, run) or step + 1 == run.num_steps:
             with run.log.phase("checkpoint"):
-                checkpoint.save(run.folder / "checkpoints", step + 1, run.engine, config)
+                checkpoint.save(run, step + 1, control)
 
 
 @torch.no_grad()
-def freeze(run: Run, rollouts: Rollouts, advantages: Tensor) -> TrainBatch:
-    """Everything the loss compares against, computed once, before the first gradient.
+def freeze(run: Run, rollouts: Rollouts, advantages: Tensor, trained: Tensor | None = None) -> TrainBatch:
+    """Everything the loss compares against, computed once, before the first gradient. `trained` [N, G] bool: all.
 
     Old log-probs cost a forward only where the batch is used more than once; a batch that is used once has ratio 1.
     """
-    trainer, old_logprobs, ref_logprobs = run.config.trainer, None, None
-    if trainer.num_minibatches * trainer.num_passes > 1:
-        old_logprobs = all_logprobs(run, rollouts)
-    if run.config.loss.kl_coef > 0:
+    config, trainer = run.config.loss, run.config.trainer
+    device, mask = rollouts.completion_ids.device, rollouts.completion_mask
+    if trained is not None:
+        mask = mask & trained.reshape(-1, 1).to(device)
+    several = trainer.num_minibatches * trainer.num_passes > 1
+    old_logprobs = surrogate_mask = ref_logprobs = None
+    if several or config.top_entropy < 1:
+        old_logprobs, entropy = forward_all(run, rollouts)
+        surrogate_mask = top_entropy_mask(entropy, mask, config.top_entropy) if config.top_entropy < 1 else None
+    if config.kl_coef > 0 and config.kl_in == "loss" and not fact(run.kl_fn, "full_vocabulary"):
         with run.policy.reference():
-            ref_logprobs = all_logprobs(run, rollouts)
-    column = advantages.reshape(-1, 1).to(rollouts.completion_ids.device)
-    return TrainBatch(rollouts, column, old_logprobs, ref_logprobs)
+            ref_logprobs, _ = forward_all(run, rollouts)
+    column = advantages.reshape(-1, 1).to(device)
+    return TrainBatch(rollouts, column, mask, surrogate_mask, old_logprobs if several else None, ref_logprobs)
 
 
-def all_logprobs(run: Run, rollouts: Rollouts) -> Tensor:
-    """Log-probs [B, C] in micro-batches."""
-    return torch.cat([run.policy.logprobs(micro) for micro in split(rollouts, run.config.trainer.micro_batch_size)])
+def forward_all(run: Run, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [B, C] in micro-batches."""
+    parts = [run.policy.forward(micro) for micro in split(rollouts, run.config.trainer.micro_batch_size)]
+    return torch.cat([part.logprobs for part in parts]), torch.cat([part.entropy for part in parts])
 
 
-def update_policy(run: Run, batch: TrainBatch, step: int) -> tuple[Stats, dict[str, float]]:
+def top_entropy_mask(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
+    """The `share` of the step's tokens, over all ranks, whose entropy is highest, [B, C] bool. arXiv:2506.01939.
+
+    A collective.
+    """
+    everywhere = distributed.all_rows(entropy[mask].float())
+    if len(everywhere) == 0:
+        return mask
+    return mask & (entropy >= quantile(everywhere, 1 - share))
+
+
+def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stats: Stats) -> dict[str, float]:
     """One optimizer step per minibatch; its micro-batches' gradients add up to the minibatch's, over all ranks.
 
-    Returns what is to be averaged over ranks, and the numbers that all ranks share.
+    Adds to `stats` what is to be averaged over ranks, and returns the numbers that all ranks share.
     """
-    config, trainer, stats, results = run.config, run.config.trainer, Stats(), []
+    config, trainer, results = run.config, run.config.trainer, []
     distributed.seed_all(config.seed, step, distributed.rank())  # dropout
     shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     with run.policy.training():
         for minibatch in batch.minibatches(
             trainer.num_minibatches, trainer.num_passes, config.sampling.group_size, shuffle
         ):
-            totals = count_over_ranks(minibatch, config.sampling.max_new_tokens)
+            totals = count_over_ranks(run, minibatch)
             for micro in split(minibatch, trainer.micro_batch_size):
-                run.engine.backward(micro_loss(run, micro, totals, stats))
+                run.engine.backward(micro_loss(run, micro, totals, control, stats))
             results.append(run.engine.step())
-    return stats, {
+    return {
         "grad_norm": sum(result.grad_norm for result in results) / len(results),
         "learning_rate": results[-1].learning_rate,
         "skipped": sum(not result.applied for result in results),
         "adapter_norm": float(run.policy.norm()),
         "epoch": (step + 1) / run.steps_per_epoch,
+        "kl_coef": control.kl_coef,
+        "entropy_coef": control.entropy_bonus,
     }
 
 
-def micro_loss(run: Run, micro: TrainBatch, totals: Totals, stats: Stats) -> Tensor:
-    """A micro-batch's part of its minibatch's loss, a scalar: surrogate, + kl_coef * KL, * token_weights, summed."""
-    config, mask = run.config.loss, micro.rollouts.completion_mask
-    logprobs, entropy = run.policy.logprobs_and_entropy(micro.rollouts)  # [b, C], the first with gradient
-    old_logprobs = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
-    kl = torch.zeros_like(logprobs)
-    if micro.ref_logprobs is not None:
-        kl = KLS.get(config.kl)(logprobs, micro.ref_logprobs)
-    surrogate = run.loss_fn(logprobs, old_logprobs, micro.advantages, mask)
-    per_token_loss = surrogate.per_token_loss + config.kl_coef * kl
-    loss = (per_token_loss * token_weights(mask, average=config.average, totals=totals)).sum()
+def micro_loss(run: Run, micro: TrainBatch, totals: Totals, control: Control, stats: Stats) -> Tensor:
+    """A micro-batch's part of its minibatch's loss, a scalar. This function is the order of operations:
 
-    gap = (old_logprobs - micro.rollouts.rollout_logprobs).abs()
-    for name, values in (*surrogate.diagnostics.items(), ("kl", kl), ("entropy", entropy), ("logprob_gap", gap)):
+    surrogate, * off-policy mask, * top-entropy mask, * rollout correction, + kl_coef KL, * token_weights, summed, less
+    the entropy bonus.
+    """
+    config, mask = run.config.loss, micro.loss_mask
+    rollout_logprobs = micro.rollouts.rollout_logprobs
+    in_loss = control.kl_coef > 0 and config.kl_in == "loss"
+    whole = run.kl_fn if in_loss and fact(run.kl_fn, "full_vocabulary") else None
+    tokens = run.policy.forward(micro.rollouts, entropy_gradient=control.entropy_bonus > 0, divergence=whole)
+    logprobs = tokens.logprobs  # [b, C], with gradient
+    old_logprobs = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
+    correction = run.correction_fn(old_logprobs, rollout_logprobs, mask)  # [b, C] or [b, 1], or None
+    compared = old_logprobs
+    if correction is not None and fact(run.loss_fn, "corrects_rollout"):
+        compared = corrected_old_logprobs(old_logprobs, correction, mask)
+
+    surrogate = run.loss_fn(logprobs, compared, micro.advantages, mask)
+    loss = surrogate.per_token_loss
+    if config.off_policy_mask is not None:
+        kept = off_policy_mask(logprobs, rollout_logprobs, micro.advantages, mask, config.off_policy_mask)
+        loss = loss * kept
+        stats.mean("off_policy_kept", kept, mask.any(dim=1, keepdim=True))
+    if micro.surrogate_mask is not None:
+        loss = loss * micro.surrogate_mask
+    if correction is not None and compared is old_logprobs:
+        loss = loss * correction
+    if in_loss:
+        kl = tokens.divergence if whole else run.kl_fn(logprobs, micro.ref_logprobs, old_logprobs)
+        loss = loss + control.kl_coef * kl
+        stats.mean("kl", kl, mask)
+    loss = (loss * token_weights(mask, average=config.average, totals=totals, dtype=loss.dtype)).sum()
+    if control.entropy_bonus > 0:
+        acting = mask if micro.surrogate_mask is None else mask & micro.surrogate_mask
+        entropy = (tokens.entropy * entropy_weights(acting, totals, dtype=loss.dtype)).sum()
+        loss = loss - control.entropy_bonus * entropy
+
+    gap = (old_logprobs - rollout_logprobs).abs()
+    for name, values in (*surrogate.diagnostics.items(), ("entropy", tokens.entropy), ("logprob_gap", gap)):
         stats.mean(name, values, mask)
+    if correction is not None:
+        stats.weights("rollout_weight", correction, mask if correction.shape[1] > 1 else mask.any(dim=1, keepdim=True))
     stats.max("logprob_gap_max", gap * mask)
     stats.total("loss", loss / (run.config.trainer.num_minibatches * run.config.trainer.num_passes))
     return loss
 
 
-def count_over_ranks(minibatch: TrainBatch, max_new_tokens: int) -> Totals:
-    """Completion tokens and completions of one optimizer step: all micro-batches, all ranks. A collective."""
-    mask = minibatch.rollouts.completion_mask
-    counts = distributed.all_sum(torch.stack([mask.sum(), torch.tensor(len(mask), device=mask.device)]))
-    return Totals(tokens=counts[0], completions=counts[1], max_new_tokens=max_new_tokens)
+def count_over_ranks(run: Run, minibatch: TrainBatch) -> Totals:
+    """What one optimizer step is averaged over: all micro-batches, all ranks. A collective."""
+    mask, size = minibatch.loss_mask, run.config.trainer.micro_batch_size
+    acting = mask if minibatch.surrogate_mask is None else mask & minibatch.surrogate_mask
+    here = [mask.sum(), len(mask), acting.sum(), -(-len(mask) // size)]
+    tokens, completions, entropy_tokens, micro_batches = distributed.all_sum(
+        torch.stack([torch.as_tensor(count, device=mask.device) for count in here])
+    )
+    return Totals(tokens, completions, run.config.sampling.max_new_tokens, entropy_tokens, micro_batches)
+
+
+@torch.no_grad()
+def measure_exact_kl(run: Run, rollouts: Rollouts, step: int, stats: Stats) -> None:
+    """The KL from the reference over the whole vocabulary, at a sample of tokens, into the log as kl_exact."""
+    draw = torch.Generator().manual_seed(run.config.seed * 1_000_003 + step)
+    rows = take(rollouts, torch.randperm(len(rollouts), generator=draw)[: run.config.trainer.micro_batch_size])
+    places = rows.completion_mask.nonzero()
+    chosen = places[torch.randperm(len(places), generator=draw)[: run.config.log.exact_kl_tokens].to(places.device)]
+    keep = torch.zeros_like(rows.completion_mask)
+    keep[chosen.unbind(dim=1)] = True
+    stats.mean("kl_exact", run.policy.divergence(rows, kl_exact, keep))
 
 
 def evaluate_now(run: Run, steps_taken: int) -> None:

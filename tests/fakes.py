@@ -1,6 +1,6 @@
 """Small real things for tests: a two-layer random model with LoRA, an engine without DeepSpeed, an alphabet."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -78,7 +78,14 @@ class FixedTasks:
     prompts: list[list[int]] = field(default_factory=lambda: [[5, 6, 7], [8, 9], [4], [10, 11, 12, 13]])
 
     def batch(self, step):
-        return [Task(i, "p", ids, {"answer": "x"}, seed=(0, step, i)) for i, ids in enumerate(self.prompts)]
+        return [Task(i, "p", ids, {"answer": "x", "row": i}, seed=(0, step, i)) for i, ids in enumerate(self.prompts)]
+
+    def replacements(self, step, attempt):
+        whole = len(self.prompts)
+        return [
+            replace(task, index=i + 100 * attempt, columns={"answer": "x", "row": i + 100 * attempt}, seed=(0, step, attempt * whole + i))
+            for i, task in enumerate(self.batch(step))
+        ]  # fmt: skip
 
 
 def ragged_rollouts(batch=8, prompt_width=5, width=6, seed=0, side="left") -> Rollouts:

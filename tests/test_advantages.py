@@ -3,63 +3,117 @@
 import pytest
 import torch
 
-from grpo_core.advantages import ADVANTAGES, tied_groups
+from grpo_core.advantage_laws import ADVANTAGE_LAWS, check_advantage
+from grpo_core.advantages import ADVANTAGES, advantages, level, tied_groups
+from grpo_core.registry import fact
 
 NAN = float("nan")
-
-
-@pytest.fixture(params=sorted(ADVANTAGES.functions))
-def advantage_fn(request):
-    return ADVANTAGES.build(request.param)
+REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 0.0, 0.0, 0.0]])
 
 
 def close(a, b, **kwargs):
     torch.testing.assert_close(a, torch.as_tensor(b, dtype=a.dtype), **kwargs)
 
 
+def values(name, rewards=REWARDS, *, args=None, **given):
+    return advantages(ADVANTAGES.build(name, args), rewards, **given)
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGES.functions))
+def test_it_holds_the_laws_or_says_which_it_breaks(name):
+    outcomes = check_advantage(ADVANTAGES.get(name))
+    assert [o for o in outcomes if not o.ok] == []
+    assert {o.law for o in outcomes if not o.holds} == (fact(ADVANTAGES.get(name), "breaks") or {}).keys()
+
+
+UNSOUND = {
+    "ties": lambda r: (r - r.mean(dim=1, keepdim=True)) / 1e-9,
+    "unscored": lambda r: (r.nan_to_num(0.0) - r.nan_to_num(0.0).mean(dim=1, keepdim=True)),
+    "zero_mean": lambda r: r - r.amin(dim=1, keepdim=True),
+    "order": lambda r: r.mean(dim=1, keepdim=True) - r,
+    "shift": lambda r: r / r.mean(dim=1, keepdim=True) - 1,
+    "places": lambda r: (r - r.mean(dim=1, keepdim=True)) * torch.arange(r.shape[1]),
+    "groups": lambda r: r - r.mean(),
+    "shape": lambda r: (r - r.mean(dim=1, keepdim=True)).flatten(),
+}
+
+
+@pytest.mark.parametrize("law", ADVANTAGE_LAWS)
+def test_an_unsound_advantage_is_caught_by_its_law(law):
+    assert law in {outcome.law for outcome in check_advantage(UNSOUND[law]) if not outcome.ok}
+
+
 def test_by_hand():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 0.0, 0.0, 0.0]])
-    grpo = ADVANTAGES.build("grpo", {"eps": 0.0})(rewards)
+    grpo = values("grpo", args={"eps": 0.0})
     close(grpo[0], [3**0.5 / 2, -(3**0.5) / 2, -(3**0.5) / 2, 3**0.5 / 2])  # std with ddof 1 is 1/sqrt(3)
-    close(ADVANTAGES.build("grpo", {"eps": 0.0, "std_ddof": 0})(rewards)[0], [1.0, -1.0, -1.0, 1.0])
-    close(ADVANTAGES.build("grpo", {"eps": 1.0, "std_ddof": 0})(rewards)[0], [1 / 3, -1 / 3, -1 / 3, 1 / 3])
-    close(ADVANTAGES.build("dr_grpo")(rewards)[1], [1.5, -0.5, -0.5, -0.5])
-    close(ADVANTAGES.build("rloo")(rewards)[1], [2.0, -2 / 3, -2 / 3, -2 / 3])
+    close(values("grpo", args={"eps": 0.0, "std_ddof": 0})[0], [1.0, -1.0, -1.0, 1.0])
+    close(values("grpo", args={"eps": 1.0, "std_ddof": 0})[0], [1 / 3, -1 / 3, -1 / 3, 1 / 3])
+    for name in ("dr_grpo", "centered"):
+        close(values(name)[1], [1.5, -0.5, -0.5, -0.5])
+    close(values("rloo")[1], [2.0, -2 / 3, -2 / 3, -2 / 3])
+    close(values("maxrl")[1], [3.0, -1.0, -1.0, -1.0])
+    close(values("pass_at_k"), [[0.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]])  # the first group's best is shared
+    close(values("pass_at_k", torch.tensor([[0.2, NAN, 0.9, 0.5]])), [[0.0, 0.0, 0.4, 0.0]])
 
 
-@pytest.mark.parametrize("value", [0.0, 0.1, 0.3, 0.7, 1.1, -4.3])
-@pytest.mark.parametrize("group_size", [2, 8, 12, 16, 55])
-def test_a_tied_group_is_exactly_zero(advantage_fn, value, group_size):
-    """0.1 is no binary fraction: the mean of equal rewards leaves noise that a small eps would blow up."""
-    rewards = torch.full((3, group_size), value)
-    assert (advantage_fn(rewards) == 0).all() and tied_groups(rewards).all()
+def test_batch_statistics_by_hand():
+    spread = 4**0.5 / 7**0.5  # rewards 1 0 0 1 2 0 0 0: mean 1/2, squares about it add up to 4
+    close(values("batch_std", args={"eps": 0.0}), (REWARDS - REWARDS.mean(dim=1, keepdim=True)) / spread)
+    centered = torch.tensor([0.5, -0.5, -0.5, 0.5, 1.5, -0.5, -0.5, -0.5])
+    close(values("reinforce_pp_baseline", args={"eps": 0.0}).flatten(), centered / centered.std())
+    tied = torch.cat([REWARDS, torch.ones(2, 4)])
+    gpg = values("gpg", tied)
+    close(gpg[:2], 2 * (REWARDS - REWARDS.mean(dim=1, keepdim=True)))  # half of the completions pull
+    assert (gpg[2:] == 0).all()
 
 
-def test_groups_do_not_mix_and_order_does_not_matter(advantage_fn):
-    rewards = torch.rand(5, 8, generator=torch.Generator().manual_seed(0))
-    whole = advantage_fn(rewards)
-    close(torch.cat([advantage_fn(row[None]) for row in rewards]), whole)
-    shuffle = torch.randperm(8, generator=torch.Generator().manual_seed(1))
-    close(advantage_fn(rewards[:, shuffle]), whole[:, shuffle])
+def test_opo_weighs_its_baseline_by_length():
+    lengths = torch.tensor([[1, 1, 1, 1], [3, 1, 1, 1]])
+    close(values("opo", lengths=lengths), [[0.5, -0.5, -0.5, 0.5], [1.0, -1.0, -1.0, -1.0]])
 
 
-def test_zero_mean_order_preserving_and_shift_invariant(advantage_fn):
-    rewards = torch.rand(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.double)
-    advantages = advantage_fn(rewards)
-    close(advantages.mean(1), torch.zeros(5), atol=1e-12, rtol=0)
-    assert (advantages.argsort(1) == rewards.argsort(1)).all()
-    close(advantage_fn(rewards + 3), advantages)
+def test_gdpo_normalises_each_reward_by_itself():
+    components = torch.tensor([[[1.0, 0.0, 0.0, 1.0]], [[10.0, 10.0, 30.0, 30.0]]])
+    weights = torch.tensor([1.0, 0.5])
+    ours = values("gdpo", components.sum(dim=0), args={"eps": 0.0}, components=components, weights=weights)
+    one = 3**0.5 / 2
+    summed = torch.tensor([[one - one / 2, -one - one / 2, -one + one / 2, one + one / 2]])
+    close(ours, summed / summed.std())
+    scaled = components * torch.tensor([1.0, 100.0]).view(2, 1, 1)
+    close(values("gdpo", scaled.sum(dim=0), args={"eps": 0.0}, components=scaled, weights=weights), ours)
 
 
-def test_an_unscored_row_is_as_if_it_were_not_there(advantage_fn):
-    rewards = torch.tensor([[1.0, NAN, 0.0, 0.5], [NAN, NAN, NAN, 1.0], [0.3, 0.3, NAN, 0.3]])
-    advantages = advantage_fn(rewards)
-    close(advantages[0, [0, 2, 3]], advantage_fn(torch.tensor([[1.0, 0.0, 0.5]]))[0])
-    assert advantages[0, 1] == 0 and (advantages[1:] == 0).all()
-    assert tied_groups(rewards).tolist() == [False, True, True]
+def test_near_ties_are_levelled():
+    """Without it a gap of 1e-3 is an advantage of 1.25."""
+    rewards = torch.tensor([[0.0, 0.0, 0.0, 0.001], [1.0, 0.0, 0.0, NAN], [0.1, NAN, 0.1001, 0.1]])
+    assert values("grpo", rewards)[0].max() > 1.2
+    levelled = level(rewards, 0.01)
+    assert tied_groups(levelled).tolist() == [True, False, True]
+    assert (values("grpo", levelled)[[0, 2]] == 0).all() and (levelled.isnan() == rewards.isnan()).all()
+    close(values("grpo", levelled)[1], values("grpo", rewards)[1])
+    assert level(rewards, 0.0) is rewards
 
 
+@pytest.mark.parametrize("name", sorted(ADVANTAGES.functions))
 @pytest.mark.parametrize("shape", [(16,), (4, 1), (2, 3, 4)])
-def test_a_batch_without_groups_is_refused(advantage_fn, shape):
-    with pytest.raises(ValueError, match=r"\[N, G\]"):
-        advantage_fn(torch.rand(shape))
+def test_a_batch_without_groups_is_refused(name, shape):
+    with pytest.raises(ValueError, match=r"\[N, G\] with G >= 2"):
+        values(name, torch.rand(shape))
+
+
+def test_tied_groups_with_unscored_rows():
+    rewards = torch.tensor([[1.0, NAN, 0.0, 0.5], [NAN, NAN, NAN, 1.0], [0.3, 0.3, NAN, 0.3], [NAN] * 4])
+    assert tied_groups(rewards).tolist() == [False, True, True, True]
+
+
+def test_what_an_own_advantage_returns_is_checked():
+    with pytest.raises(ValueError, match=r"advantage flat returned \(8,\); it must return \[N, G\] = \(2, 4\)"):
+        def flat(rewards):
+            return rewards.flatten()
+
+        advantages(flat, REWARDS)
+    with pytest.raises(ValueError, match="advantage worse returned a value that is not finite"):
+        def worse(rewards):
+            return rewards / 0
+
+        advantages(worse, REWARDS)

@@ -12,11 +12,15 @@ PACKAGE = Path(__file__).parents[1] / "grpo_core"
 LAYERS = [  # a module imports only from rows above its own
     {"schema"},
     {"registry", "batch"},
-    {"advantages", "losses", "logprobs", "rewards", "problems"},  # the mathematics: torch and the standard library
-    {"config", "distributed", "tiny"},
-    {"data", "metrics"},
-    {"policy", "sampler", "engine"},
-    {"checkpoint", "evaluation"},
+    # the mathematics: torch and the standard library
+    {"advantages", "averages", "corrections", "kl", "losses", "logprobs", "problems", "rewards", "truncation"},
+    {"config", "distributed", "presets", "tiny"},
+    {"config_check", "control", "objective"},
+    {"catalogue", "config_file", "laws"},
+    {"advantage_laws"},
+    {"check", "data", "metrics"},
+    {"policy", "sampler", "engine", "run"},
+    {"checkpoint", "collect", "evaluation"},
     {"trainer"},
     {"setup"},
     {"sft"},
@@ -27,7 +31,7 @@ DOORS = {
     "deepspeed": {"engine"},
     "peft": {"policy"},
     "datasets": {"data"},
-    "yaml": {"config"},
+    "yaml": {"config_file"},
     "tokenizers": {"tiny"},
     # the last three name its types and set its log level; they load nothing with it
     "transformers": {"policy", "sampler", "data", "tiny", "checkpoint", "setup", "sft"},

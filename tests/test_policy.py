@@ -5,6 +5,7 @@ import torch
 from fakes import ragged_rollouts, tiny_policy
 
 from grpo_core.batch import split, take
+from grpo_core.kl import kl_exact
 
 
 def naive_logprobs(policy, rollouts):
@@ -79,3 +80,39 @@ def test_only_the_adapter_is_trained_and_its_norm_is_told():
     with torch.no_grad():
         policy.parameters()[0].mul_(2)
     assert policy.norm() > before
+
+
+def test_the_exact_divergence_is_zero_from_itself_and_agrees_with_its_sample():
+    policy, rollouts = tiny_policy(lora_noise=0.1), ragged_rollouts()
+    whole = policy.forward(rollouts, divergence=kl_exact).divergence
+    assert (whole[rollouts.completion_mask] > 0).all() and (whole[~rollouts.completion_mask] == 0).all()
+    keep = rollouts.completion_mask & (torch.arange(6) % 2 == 0)
+    torch.testing.assert_close(policy.divergence(rollouts, kl_exact, keep), whole[keep].detach())
+    assert tiny_policy().forward(rollouts, divergence=kl_exact).divergence.abs().max() < 1e-6
+
+
+def test_a_moving_reference_starts_as_the_base_and_goes_towards_the_policy():
+    policy, rollouts = tiny_policy(), ragged_rollouts()
+    policy.move_reference()  # of a fresh adapter
+    base = policy.logprobs(rollouts).detach()
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    own = [p.detach().clone() for p in policy.parameters()]
+
+    def reference():
+        with torch.no_grad(), policy.reference():
+            return policy.logprobs(rollouts)
+
+    torch.testing.assert_close(reference(), base)
+    policy.move_reference(0.25)
+    for value, p in zip(policy.reference_state(), own, strict=True):
+        assert torch.allclose(value, 0.25 * p) or torch.allclose(value, p)  # B was 0, A has not moved
+    policy.move_reference(1.0)
+    torch.testing.assert_close(reference(), policy.logprobs(rollouts).detach())
+    assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), own, strict=True))  # the policy is left alone
+    fresh = tiny_policy()
+    fresh.move_reference()
+    fresh.load_reference(policy.reference_state())
+    assert all(torch.equal(a, b) for a, b in zip(fresh.reference_state(), own, strict=True))

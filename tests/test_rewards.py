@@ -127,9 +127,26 @@ def test_what_a_function_may_take():
     assert missing_columns(trl_style, []) == missing_columns(configured, []) == []
 
 
-def test_an_infinite_reward_is_refused():
-    with pytest.raises(ValueError, match="reward big returned an infinite value"):
-        score([Reward("big", 1.0, lambda completions: [math.inf, 0.0])], TASKS[:1], ["a", "b"], 2)
+@pytest.mark.parametrize("values, message", [
+    ([math.inf, 0.0], "reward bad returned inf for completion 0; it must be a finite number, or None"),
+    ([0.0, math.nan], "reward bad returned nan for completion 1"),
+    ([0.0, "1.0"], "reward bad returned '1.0' for completion 1"),
+    ([0.0, [1.0, 2.0]], r"reward bad returned \[1.0, 2.0\] for completion 1"),
+    ([1.0], "reward bad returned 1 values for 2"),
+    (1.0, "reward bad returned 1.0; it must return a list"),
+    ("ab", "reward bad returned 'ab'; it must return a list"),
+    (None, "reward bad returned None; it must return a list"),
+])  # fmt: skip
+def test_what_a_reward_returns_is_checked_in_one_sentence(values, message):
+    with pytest.raises(ValueError, match=message) as error:
+        score([Reward("bad", 1.0, lambda completions: values)], TASKS[:1], ["a", "b"], 2)
+    assert "\n" not in str(error.value)
+
+
+def test_arrays_and_truth_values_are_numbers():
+    for values in (torch.tensor([1.0, 0.0]), [True, False], (1, 0)):
+        rewards = score([Reward("fine", 1.0, lambda completions, v=values: v)], TASKS[:1], ["a", "b"], 2).rewards
+        assert rewards.tolist() == [[1.0, 0.0]]
 
 
 def test_a_file_that_cannot_be_loaded_is_one_sentence(tmp_path):
@@ -141,11 +158,6 @@ def test_a_file_that_cannot_be_loaded_is_one_sentence(tmp_path):
         "def f(completions):\n    return [A().x] * len(completions)\n"
     )
     assert REWARDS.get(f"{tmp_path / 'good.py'}:f")(["a"]) == [1]
-
-
-def test_a_reward_of_the_wrong_length_is_named():
-    with pytest.raises(ValueError, match="reward short returned 1 values for 2"):
-        score([Reward("short", 1.0, lambda completions: [1.0])], TASKS[:1], ["a", "b"], 2)
 
 
 def test_a_reward_from_a_users_own_file(tmp_path):

@@ -6,10 +6,13 @@ import torch
 from test_run import SHORT, python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grpo_core.averages import Totals
 from grpo_core.batch import Task, TrainBatch
 from grpo_core.config import LoraConfig, LossConfig, ModelConfig, RunConfig, SftConfig, TargetConfig
+from grpo_core.control import Control
+from grpo_core.corrections import CORRECTIONS
 from grpo_core.data import load_tokenizer
-from grpo_core.losses import LOSSES, Totals
+from grpo_core.losses import LOSSES
 from grpo_core.metrics import Stats
 from grpo_core.policy import load_policy
 from grpo_core.problems import word_problems
@@ -32,10 +35,11 @@ def test_the_loss_is_the_models_own_cross_entropy():
         make_tasks(tokenizer, 6), SftConfig(), tokenizer, tokenizer.eos_token_id, torch.device("cpu")
     )
     config = RunConfig(loss=LossConfig(name="reinforce", average="token", kl_coef=0.0))
-    run = SimpleNamespace(config=config, policy=policy, loss_fn=LOSSES.build("reinforce"))
+    correction_fn = CORRECTIONS.get("none")
+    run = SimpleNamespace(config=config, policy=policy, loss_fn=LOSSES.build("reinforce"), correction_fn=correction_fn)
     mask = rollouts.completion_mask
     totals = Totals(tokens=mask.sum(), completions=torch.tensor(6), max_new_tokens=1)
-    ours = micro_loss(run, TrainBatch(rollouts, torch.ones(6, 1)), totals, Stats())
+    ours = micro_loss(run, TrainBatch(rollouts, torch.ones(6, 1), mask), totals, Control(0.0, 0.0), Stats())
     summed = 0.0
     for i in range(6):
         prompt, target = rollouts.prompt_ids[i][rollouts.prompt_mask[i]], rollouts.completion_ids[i][mask[i]]

@@ -12,8 +12,12 @@ from fakes import ragged_rollouts, tiny_policy
 from grpo_core import distributed
 from grpo_core.batch import take
 from grpo_core.config import EngineConfig, LossConfig, RunConfig, SamplingConfig, TrainerConfig
+from grpo_core.control import first_control
+from grpo_core.corrections import CORRECTIONS
 from grpo_core.engine import Engine
+from grpo_core.kl import KLS
 from grpo_core.losses import LOSSES
+from grpo_core.metrics import Stats
 from grpo_core.trainer import freeze, update_policy
 
 STEPS, ROWS, PASSES = 3, 16, 2
@@ -46,13 +50,15 @@ def main(out, average, sizes):
         engine = Engine(policy.model, config, dtype=torch.float32, total_steps=STEPS * PASSES, world_size=world)
         policy.model.eval()
         run = SimpleNamespace(
-            config=config, policy=policy, engine=engine, loss_fn=LOSSES.build("grpo", CLIP), steps_per_epoch=1
-        )
+            config=config, policy=policy, engine=engine, loss_fn=LOSSES.build("grpo", CLIP), kl_fn=KLS.get("k3"),
+            correction_fn=CORRECTIONS.get("none"), steps_per_epoch=1,
+        )  # fmt: skip
         norms, losses = [], []
         for step in range(STEPS):
             rollouts, advantages = step_data(step)
             batch = freeze(run, take(rollouts, rows), advantages[rows])
-            stats, numbers = update_policy(run, batch, step)
+            stats = Stats()
+            numbers = update_policy(run, batch, step, first_control(config.loss), stats)
             norms.append(numbers["grad_norm"])
             losses.append(stats.reduce()["loss"])
         results[size] = {

@@ -1,0 +1,77 @@
+"""What there is to choose from: `losses` prints every function that a name in the YAML can pick, and every preset."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+
+from grpo_core.advantages import ADVANTAGES
+from grpo_core.averages import AVERAGES
+from grpo_core.corrections import CORRECTIONS
+from grpo_core.kl import KLS
+from grpo_core.losses import LOSSES
+from grpo_core.objective import formula
+from grpo_core.presets import PRESETS
+from grpo_core.registry import Registry
+from grpo_core.schema import keyword_arguments
+from grpo_core.truncation import TRUNCATIONS
+
+KEYS: dict[str, Registry] = {
+    "loss.name": LOSSES,
+    "loss.average": AVERAGES,
+    "loss.kl": KLS,
+    "loss.rollout_correction.name": CORRECTIONS,
+    "advantage.name": ADVANTAGES,
+    "truncation.name": TRUNCATIONS,
+}
+
+LETTERS = """\
+l, l_old, l_ref, l_roll   log-prob of a token: now, before the step's first update, under the reference, as sampled
+r, R                      exp(l - l_old) of a token; exp of its mean over a completion
+d                         l_ref - l
+A                         advantage of the completion
+w                         exp(l_old - l_roll)
+sg                        stop-gradient
+n_i                       tokens of completion i; tokens, completions: of the whole optimizer step"""
+
+
+def catalogue() -> str:
+    """Every function by its key, with its formula, arguments, defaults and source; then the presets."""
+    parts = [LETTERS]
+    for key, registry in KEYS.items():
+        entries = [_entry(name, function) for name, function in registry.functions.items()]
+        parts.append(f"{key}\n" + "\n".join(entries))
+    presets = [f"  {name:<22} {source}\n{'':<24} {_differences(name)}" for name, (source, _) in PRESETS.items()]
+    parts.append("preset (over grpo, on policy, no reference)\n" + "\n".join(presets))
+    return "\n\n".join(parts)
+
+
+def _entry(name: str, function: Callable) -> str:
+    lines = [f"  {name:<22} {formula(function)}"]
+    given = ", ".join(
+        f"{key} = {'null' if p.default is None else p.default}" for key, p in keyword_arguments(function).items()
+    )
+    if given:
+        lines.append(f"{'':<24} args: {given}")
+    if found := sources(function):
+        lines.append(f"{'':<24} {', '.join(found)}")
+    return "\n".join(lines)
+
+
+def sources(function: Callable) -> list[str]:
+    """arXiv numbers and addresses in a docstring."""
+    return re.findall(r"arXiv:\d{4}\.\d{5}|https?://\S+[^\s.,;)]", inspect.getdoc(function) or "")
+
+
+def _differences(name: str) -> str:
+    def flat(tree: dict, prefix: str) -> list[str]:
+        found = []
+        for key, value in tree.items():
+            if isinstance(value, dict) and key != "args":
+                found += flat(value, f"{prefix}{key}.")
+            elif value != {}:
+                found.append(f"{prefix}{key}={value}")
+        return found
+
+    return " ".join(flat(PRESETS[name][1], ""))

@@ -1,0 +1,69 @@
+"""`check-loss` and `check-advantage`: is a function sound? Seconds on a CPU, before any GPU is booked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from grpo_core.advantage_laws import ADVANTAGE_LAWS, check_advantage
+from grpo_core.advantages import ADVANTAGES
+from grpo_core.laws import LOSS_LAWS, Outcome, check_loss, clip_table, ranks, start_rank_gaps
+from grpo_core.losses import LOSSES
+from grpo_core.registry import fact
+from grpo_core.schema import ConfigError, known
+
+
+def run_check_loss(name: str, args: dict[str, Any]) -> int:
+    """Print the laws that the loss holds and breaks, with the numbers; 0 if all are as they should be, else 1.
+
+    Raises:
+        ConfigError: no such loss, or arguments that it does not take.
+    """
+    loss_fn = LOSSES.build(name, args)
+    _check_breaks(name, loss_fn, [*LOSS_LAWS, "ranks"])
+    gaps = start_rank_gaps([(name, args)])  # they start while the rest runs
+    outcomes = check_loss(loss_fn)
+    holds, shown = ranks(gaps()[0])
+    outcomes.append(Outcome("ranks", holds, shown, (fact(loss_fn, "breaks") or {}).get("ranks")))
+    code = _table(name, args, outcomes, {**LOSS_LAWS, "ranks": ranks})
+    try:
+        table = clip_table(loss_fn)
+    except Exception:
+        return code  # the laws above have said why
+    print("\nwhere it pulls: -(d loss / d log-prob) / A; 1 is REINFORCE's, 0 is clipped")
+    print("       " + "".join(f"  ratio {ratio:<8.4g}" for ratio, _, _ in table[:3]))
+    for row in (table[:3], table[3:]):
+        print(f"  A {'>' if row[0][1] > 0 else '<'} 0" + "".join(f"  {pull:<14.4g}" for _, _, pull in row))
+    return code
+
+
+def run_check_advantage(name: str, args: dict[str, Any]) -> int:
+    """As `run_check_loss`, for an advantage."""
+    advantage_fn = ADVANTAGES.build(name, args)
+    _check_breaks(name, advantage_fn, [*ADVANTAGE_LAWS])
+    return _table(name, args, check_advantage(advantage_fn), ADVANTAGE_LAWS)
+
+
+def _check_breaks(name: str, function: Callable, laws: list[str]) -> None:
+    for law in fact(function, "breaks") or {}:
+        if law not in laws:
+            raise ConfigError(f"{name}: its attribute `breaks` names {law!r}; {known(law, laws)}")
+
+
+def _table(name: str, args: dict[str, Any], outcomes: list[Outcome], laws: dict[str, Callable]) -> int:
+    given = f"  {', '.join(f'{key} = {value}' for key, value in args.items())}" if args else ""
+    print(f"{name}{given}\n")
+    for outcome in outcomes:
+        verdict = "holds" if outcome.holds else "FAILS"
+        if outcome.declared is not None:
+            verdict = "HOLDS" if outcome.holds else "breaks"
+        print(f"{verdict:<7} {outcome.law:<15} {outcome.shown:<16} {laws[outcome.law].__doc__}")
+        if outcome.declared is not None:
+            said = "declared as broken, but it holds: take it out of `breaks`" if outcome.holds else "as declared"
+            print(f"{'':<40} ({said}: {outcome.declared})")
+    failed = [outcome.law for outcome in outcomes if not outcome.ok]
+    print(
+        f"\n{len(outcomes)} laws, "
+        + (f"not as it should be: {', '.join(failed)}" if failed else "all as they should be")
+    )
+    return 1 if failed else 0

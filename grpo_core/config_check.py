@@ -1,0 +1,177 @@
+"""The checks of a configuration that need no model: names, arguments, ranges, and what does not go together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from grpo_core.advantages import ADVANTAGES, advantages
+from grpo_core.averages import AVERAGES
+from grpo_core.config import RunConfig
+from grpo_core.corrections import CORRECTIONS
+from grpo_core.kl import KLS
+from grpo_core.losses import LOSSES, PolicyLoss
+from grpo_core.registry import fact
+from grpo_core.rewards import REWARDS
+from grpo_core.schema import ConfigError
+from grpo_core.truncation import TRUNCATIONS
+
+
+def check(config: RunConfig) -> None:
+    """Names, arguments and ranges; what depends on the number of ranks is checked by `prompts_per_rank`.
+
+    Raises:
+        ConfigError: the first thing that does not hold.
+    """
+    _check_functions(config)
+    _check_rewards(config)
+    _check_numbers(config)
+    _check_objective(config)
+
+
+def _check_functions(config: RunConfig) -> None:
+    """Every function is there, takes its arguments, and works on a batch of two."""
+    loss = config.loss
+    KLS.get(loss.kl), AVERAGES.get(loss.average)
+    old = torch.tensor([[-1.0, -2.0, -0.5], [-0.1, -3.0, -1.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    column = torch.tensor([[1.0], [-0.5]])
+    rewards = torch.tensor([[1.0, 0.0], [0.5, 1.0]])
+    logprobs = (old + 0.1).requires_grad_()
+    function = LOSSES.build(loss.name, loss.args, "loss.args")
+    out = _try("loss", loss.name, function, logprobs, old, column, mask)
+    if not isinstance(out, PolicyLoss) or out.per_token_loss.shape != old.shape:
+        raise ConfigError(f"loss {loss.name} must return a PolicyLoss whose per_token_loss is [B, C], unreduced")
+    name = config.advantage.name
+    function = ADVANTAGES.build(name, config.advantage.args, "advantage.args")
+    _try("advantage", name, advantages, function, rewards)
+    chosen = loss.rollout_correction
+    function = CORRECTIONS.build(chosen.name, chosen.args, "loss.rollout_correction.args")
+    _try("loss.rollout_correction", chosen.name, function, old, old, mask)
+    chosen = config.truncation
+    function = TRUNCATIONS.build(chosen.name, chosen.args, "truncation.args")
+    _try("truncation", chosen.name, function, rewards, torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool), 8)
+
+
+def _try(key: str, name: str, function: Callable, *given: Any) -> Any:
+    try:
+        return function(*given)
+    except ConfigError as error:
+        raise ConfigError(f"{key} {name}: {error}") from None
+    except Exception as error:
+        raise ConfigError(f"{key} {name} fails on a batch of two: {type(error).__name__}: {error}") from error
+
+
+def _check_rewards(config: RunConfig) -> None:
+    REWARDS.get(config.evaluation.reward)
+    for i, reward in enumerate(config.rewards):
+        REWARDS.build(reward.name, reward.args, f"rewards[{i}].args")
+    if len({reward.name for reward in config.rewards}) < len(config.rewards) or not config.rewards:
+        raise ConfigError("rewards must name at least one reward, and each only once")
+    if all(reward.weight == 0 for reward in config.rewards):
+        raise ConfigError("rewards: every weight is 0, so there is nothing to learn")
+
+
+def _check_objective(config: RunConfig) -> None:
+    """Ranges of the switches, and those that do not go together."""
+    loss, reference = config.loss, config.reference
+    for name, value in (("loss.top_entropy", loss.top_entropy), ("reference.mixing", reference.mixing)):
+        if not 0 < value <= 1:
+            raise ConfigError(f"{name} is {value}; it must be above 0 and at most 1")
+    for name, value in (("loss.kl_target", loss.kl_target), ("loss.kl_horizon", loss.kl_horizon)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name} is {value}; it must be above 0")
+    if not loss.entropy_min <= loss.entropy_coef <= loss.entropy_max and loss.entropy_target is not None:
+        raise ConfigError(
+            f"loss.entropy_coef is {loss.entropy_coef}; it must be from entropy_min ({loss.entropy_min}) "
+            f"to entropy_max ({loss.entropy_max})"
+        )
+    if loss.kl_target is not None and not loss.kl_coef > 0:
+        raise ConfigError("loss.kl_target steers loss.kl_coef, which is 0; give it a value to start from")
+    if reference.every and not loss.kl_coef > 0:
+        raise ConfigError("reference.every moves a reference that loss.kl_coef 0 does not use")
+    if config.lora.r == 0 and (loss.kl_coef > 0 or config.log.exact_kl_every):
+        key, value = (
+            ("loss.kl_coef", loss.kl_coef) if loss.kl_coef else ("log.exact_kl_every", config.log.exact_kl_every)
+        )
+        raise ConfigError(f"{key} is {value}, but lora.r is 0: without an adapter there is no reference")
+    if config.advantage.name == "gdpo":
+        changed = fact(TRUNCATIONS.get(config.truncation.name), "changes_reward")
+        if changed or (loss.kl_coef and loss.kl_in == "reward"):
+            key = f"truncation {config.truncation.name}" if changed else "loss.kl_in reward"
+            raise ConfigError(f"advantage gdpo reads the single rewards, and {key} changes only their sum")
+
+
+def _check_numbers(config: RunConfig) -> None:
+    _at_least("sampling.group_size", config.sampling.group_size, 2)
+    for name in ("completions_per_step", "micro_batch_size", "num_minibatches", "num_passes"):
+        _at_least(f"trainer.{name}", getattr(config.trainer, name), 1)
+    for name, value in (
+        ("sampling.max_new_tokens", config.sampling.max_new_tokens),
+        ("model.logprob_chunk", config.model.logprob_chunk),
+        ("data.max_prompt_tokens", config.data.max_prompt_tokens),
+        ("evaluation.batch_size", config.evaluation.batch_size),
+        ("checkpoint.keep", config.checkpoint.keep),
+        ("log.every", config.log.every),
+        ("log.exact_kl_tokens", config.log.exact_kl_tokens),
+    ):
+        _at_least(name, value, 1)
+    for name, value in (("trainer.num_steps", config.trainer.num_steps), ("data.limit", config.data.limit)):
+        _at_least(name, 1 if value is None else value, 1)
+    for name, value in (
+        ("loss.kl_coef", config.loss.kl_coef),
+        ("engine.max_grad_norm", config.engine.max_grad_norm),
+        ("engine.warmup_steps", config.engine.warmup_steps),
+        ("loss.entropy_coef", config.loss.entropy_coef),
+        ("loss.entropy_delta", config.loss.entropy_delta),
+        ("advantage.min_group_std", config.advantage.min_group_std),
+        ("sampling.dynamic_attempts", config.sampling.dynamic_attempts),
+        ("reference.every", config.reference.every),
+        ("log.exact_kl_every", config.log.exact_kl_every),
+        ("evaluation.num_tasks", config.evaluation.num_tasks),
+        ("lora.r", config.lora.r),
+        ("seed", config.seed),
+    ):
+        _at_least(name, value, 0)
+    for name, every in (("evaluation.every", config.evaluation.every), ("checkpoint.every", config.checkpoint.every)):
+        _at_least(name, 0 if every == "epoch" else every, 0)
+    if config.sampling.group_size % config.trainer.num_minibatches:
+        raise ConfigError(
+            f"trainer.num_minibatches is {config.trainer.num_minibatches}; it must divide sampling.group_size "
+            f"({config.sampling.group_size})"
+        )
+    if not 0 <= config.lora.dropout < 1:
+        raise ConfigError(f"lora.dropout is {config.lora.dropout}; it must be from 0 up to, but not, 1")
+    for name, value in (
+        ("engine.learning_rate", config.engine.learning_rate),
+        ("trainer.epochs", config.trainer.epochs),
+    ):
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name} is {value}; it must be above 0")
+    if not config.sampling.temperature > 0 or config.sampling.temperature == math.inf:
+        raise ConfigError(
+            f"sampling.temperature is {config.sampling.temperature}; it must be above 0 (evaluation is greedy anyway)"
+        )
+
+
+def prompts_per_rank(config: RunConfig, world_size: int) -> int:
+    """N, the prompts of one step on one rank.
+
+    Raises:
+        ConfigError: completions_per_step does not divide into ranks and groups.
+    """
+    total, group = config.trainer.completions_per_step, config.sampling.group_size
+    if total % (group * world_size):
+        raise ConfigError(
+            f"trainer.completions_per_step is {total}; it must be a multiple of sampling.group_size × processes "
+            f"= {group} × {world_size} = {group * world_size}"
+        )
+    return total // group // world_size
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if not value >= least:  # NaN is refused too
+        raise ConfigError(f"{key} is {value}; it must be at least {least}")

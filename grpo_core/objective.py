@@ -1,0 +1,125 @@
+"""The objective in words: the formula of a run with its values in it, and what about it deserves a warning.
+
+The formula of a function is the first line of its docstring, in its own arguments.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+from grpo_core.advantages import ADVANTAGES
+from grpo_core.averages import AVERAGES
+from grpo_core.config import RunConfig
+from grpo_core.corrections import CORRECTIONS
+from grpo_core.kl import KLS
+from grpo_core.losses import LOSSES
+from grpo_core.registry import Registry, fact
+from grpo_core.schema import keyword_arguments
+from grpo_core.truncation import TRUNCATIONS
+
+
+def render(config: RunConfig) -> str:
+    """What the run minimises, a few lines, every number in its place."""
+    loss, reference = config.loss, config.reference
+    terms, rows = ["L"], []
+    if loss.off_policy_mask is not None:
+        terms.append("[A >= 0 or mean_t(l_roll - l) <= " + _number(loss.off_policy_mask) + "]")
+    if loss.top_entropy < 1:
+        terms.append(f"[entropy in the top {loss.top_entropy:.0%}]")
+    if loss.rollout_correction.name != "none":
+        correction = _formula(CORRECTIONS, loss.rollout_correction.name, loss.rollout_correction.args)
+        inside = fact(LOSSES.get(loss.name), "corrects_rollout", False)
+        if not inside:
+            terms.append("w")
+        rows.append(("w" if not inside else "in l_old", f"{correction}, w = exp(l_old - l_roll)"))
+    sum_of = " ".join(terms)
+    if loss.kl_coef and loss.kl_in == "loss":
+        sum_of += f" + {_coefficient(loss.kl_coef, loss.kl_target)} KL"
+    if loss.entropy_coef or loss.entropy_target is not None:
+        sum_of += f" - {_coefficient(loss.entropy_coef, loss.entropy_target)} H (H averaged over tokens)"
+    rows.insert(0, ("token", sum_of))
+    rows.insert(1, ("L", f"{_formula(LOSSES, loss.name, loss.args)}    ({loss.name})"))
+    rows.append(
+        ("weight", f"{_formula(AVERAGES, loss.average, {}, config.sampling.max_new_tokens)}    ({loss.average})")
+    )
+    if loss.kl_coef:
+        base = "the base model" if not reference.every else _moving(reference.every, reference.mixing)
+        rows.append(("KL", f"{_formula(KLS, loss.kl, {})}, d = l_ref - l    ({loss.kl}; the reference is {base})"))
+    advantage = config.advantage
+    tied = f"; 0 where std < {_number(advantage.min_group_std)}" if advantage.min_group_std else ""
+    rows.append(("A", f"{_formula(ADVANTAGES, advantage.name, advantage.args)}{tied}    ({advantage.name})"))
+    rewards = " + ".join(f"{_number(r.weight)} {r.name}" for r in config.rewards)
+    if loss.kl_coef and loss.kl_in == "reward":
+        rewards += f" - {_coefficient(loss.kl_coef, loss.kl_target)} sum_t KL"
+    rows.append(("r", rewards))
+    truncation = _formula(TRUNCATIONS, config.truncation.name, config.truncation.args, config.sampling.max_new_tokens)
+    rows.append(("truncated", f"{truncation}    ({config.truncation.name})"))
+    if config.sampling.dynamic_attempts:
+        rows.append(("tied", f"replaced by fresh prompts, up to {config.sampling.dynamic_attempts} times a step"))
+    return "\n".join(f"{name:<9}  {text}" for name, text in rows)
+
+
+def remarks(config: RunConfig) -> list[str]:
+    """What the objective does that its author may not have meant; none of it stops a run."""
+    loss, found = config.loss, []
+    function = LOSSES.get(loss.name)
+    ratio, averages = fact(function, "ratio"), fact(function, "averages")
+    if loss.average == "row_sum" and ratio == "token":
+        found.append(
+            f"loss.average row_sum adds up {loss.name}'s token ratios, so a completion pulls in proportion to its "
+            f"length; it is meant for a ratio of the whole sequence (luspo, gspo) or for reinforce"
+        )
+    if averages and loss.average not in averages:
+        found.append(f"loss {loss.name} is defined with the average {' or '.join(averages)}, not {loss.average}")
+    if loss.average == "micro_token":
+        found.append("loss.average micro_token makes the gradient depend on trainer.micro_batch_size; token does not")
+    if (loss.name == "gpg") != (config.advantage.name == "gpg"):
+        found.append("gpg is the loss gpg with the advantage gpg, which carries its factor; here is only one of them")
+    if loss.kl_coef and loss.kl_in == "loss" and loss.kl in ("k1", "abs"):
+        why = "its expected gradient is 0 on policy" if loss.kl == "k1" else "its gradient is that of no KL"
+        found.append(f"loss.kl {loss.kl} in the loss does not pull to the reference: {why}; k1+ or k3+ do")
+    if loss.name == "cispo" and loss.args.get("cap", 5.0) < 1:
+        found.append("loss.args.cap is the ratio itself: below 1 it scales every gradient, on policy too")
+    if config.advantage.name == "maxrl" and any(reward.weight < 0 for reward in config.rewards):
+        found.append("advantage maxrl is made for rewards of 0 and 1, and a reward has a negative weight")
+    return found
+
+
+def arguments(function: Callable, given: dict[str, Any]) -> dict[str, Any]:
+    """All of a function's keyword arguments, with the given values in place of the defaults."""
+    return {name: p.default for name, p in keyword_arguments(function).items()} | given
+
+
+def formula(function: Callable) -> str:
+    """The first line of a function's docstring, or its name."""
+    text = inspect.getdoc(function) or function.__name__
+    return text.splitlines()[0]
+
+
+def _formula(registry: Registry, name: str, given: dict[str, Any], max_new_tokens: int | None = None) -> str:
+    function = registry.get(name)
+    text = formula(function)
+    if max_new_tokens is not None:
+        text = text.replace("max_new_tokens", str(max_new_tokens))
+    rest = []
+    for argument, value in arguments(function, given).items():
+        text, times = re.subn(rf"\b{argument}\b", _number(value), text)
+        if not times:
+            rest.append(f"{argument} {_number(value)}")
+    return text + (f", {', '.join(rest)}" if rest else "")
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def _coefficient(value: float, target: float | None) -> str:
+    return _number(value) if target is None else f"{_number(value)} (steered to {_number(target)})"
+
+
+def _moving(every: int, mixing: float) -> str:
+    far = "" if mixing == 1 else f", {_number(mixing)} of the way"
+    return f"moved to the policy every {every} steps{far}"

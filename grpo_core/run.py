@@ -1,0 +1,40 @@
+"""What `setup` built: one frozen record that the loop's functions are handed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from grpo_core.batch import Task
+from grpo_core.config import RunConfig
+from grpo_core.control import Control
+from grpo_core.metrics import RunLog
+from grpo_core.rewards import Reward
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run. Each knows its job and none of the others."""
+
+    config: RunConfig
+    folder: Path
+    start_step: int
+    num_steps: int
+    control: Control  # as it is before start_step
+    tasks: Any  # .batch(step) -> this rank's N tasks; .replacements(step, attempt) -> N others
+    eval_tasks: list[Task]
+    policy: Any  # .forward(rollouts), .reference(), .training(), .move_reference(), .norm(), .save(folder)
+    sampler: Any  # .generate(tasks, group_size) -> Rollouts
+    engine: Any  # .backward(loss), .step()
+    rewards: list[Reward]
+    truncation_fn: Callable  # see truncation.py
+    advantage_fn: Callable[..., Tensor]  # see advantages.py
+    loss_fn: Callable  # see losses.py
+    kl_fn: Callable  # see kl.py
+    correction_fn: Callable  # see corrections.py
+    log: RunLog
+    steps_per_epoch: int

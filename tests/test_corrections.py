@@ -1,0 +1,118 @@
+"""What is masked and weighed, truncation, and the coefficients that adapt: by hand."""
+
+import math
+
+import pytest
+import torch
+
+from grpo_core.config import LossConfig
+from grpo_core.control import Control, adapt, first_control
+from grpo_core.corrections import CORRECTIONS, corrected_old_logprobs, off_policy_mask, quantile
+from grpo_core.metrics import Stats
+from grpo_core.truncation import TRUNCATIONS, soft_overlong_penalty
+
+MASK = torch.tensor([[True, True], [True, False]])
+OLD = torch.tensor([[4.0, 0.5], [3.0, 9.0]]).log()  # ratios to a sampler's log-probs of 0; the last is padding
+ZERO = torch.zeros(2, 2)
+
+
+@pytest.mark.parametrize("name, weights", [
+    ("token_truncate", [[2.0, 0.6], [2.0, 1.0]]),
+    ("token_mask", [[0.0, 0.0], [0.0, 1.0]]),
+    ("sequence_truncate", [[2.0], [2.0]]),
+    ("sequence_mask", [[2.0], [0.0]]),
+])  # fmt: skip
+def test_the_four_corrections(name, weights):
+    correction = CORRECTIONS.build(name, {"clip_min": 0.6, "clip_max": 2.0})
+    torch.testing.assert_close(correction(OLD, ZERO, MASK), torch.tensor(weights))
+
+
+def test_no_bounds_and_bounds_out_of_order():
+    free = CORRECTIONS.build("token_truncate", {"clip_max": None})(OLD, ZERO, MASK)
+    torch.testing.assert_close(free, torch.tensor([[4.0, 0.5], [3.0, 1.0]]))
+    with pytest.raises(ValueError, match="clip_min is 3.0 and clip_max 2.0"):
+        CORRECTIONS.build("token_mask", {"clip_min": 3.0})(OLD, ZERO, MASK)
+    assert CORRECTIONS.get("none")(OLD, ZERO, MASK) is None
+
+
+def test_a_loss_with_the_correction_in_it_gets_it_through_the_old_logprobs():
+    """sum_t(l - l_old) becomes sum_t(l - l_old) + sum_t log w."""
+    for name in ("token_truncate", "sequence_truncate"):
+        weights = CORRECTIONS.get(name)(OLD, ZERO, MASK)
+        moved = ((OLD - corrected_old_logprobs(OLD, weights, MASK)) * MASK).sum(dim=1)
+        wanted = weights.log().squeeze(1) if weights.shape[1] == 1 else (weights.log() * MASK).sum(dim=1)
+        torch.testing.assert_close(moved, wanted)
+    assert corrected_old_logprobs(OLD, torch.zeros(2, 2), MASK).isfinite().all()
+
+
+def test_effective_sample_size():
+    stats = Stats()
+    stats.weights("w", torch.tensor([[1.0, 3.0], [2.0, 77.0]]), MASK)
+    row = stats.reduce()
+    assert row["w"] == pytest.approx(2.0) and row["w_square"] == pytest.approx(14 / 3)  # ESS / n = 4 / (14 / 3)
+
+
+def test_the_off_policy_mask_drops_bad_completions_that_the_policy_has_left():
+    logprobs = torch.tensor([[-2.0, -2.0], [-2.0, 0.0], [-2.0, -2.0], [-0.1, -0.1]])
+    sampled = torch.tensor([[-1.0, -1.0], [-1.0, -9.0], [-1.0, -1.0], [-1.0, -1.0]])
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1]]).bool()
+    kept = off_policy_mask(logprobs, sampled, torch.tensor([[-1.0], [-1.0], [0.0], [-1.0]]), mask, 0.9)
+    assert kept.squeeze(1).tolist() == [False, False, True, True]
+    assert off_policy_mask(logprobs, sampled, -torch.ones(4, 1), mask, 1.0).all()
+
+
+@pytest.mark.parametrize("q", [0.0, 0.2, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("count", [1, 2, 7, 100])
+def test_quantile_is_torchs(q, count):
+    values = torch.rand(count, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(quantile(values, q), torch.quantile(values, q))
+
+
+REWARDS = torch.tensor([[1.0, float("nan"), 0.5, 1.0]])
+LENGTHS, TRUNCATED = torch.tensor([[10, 10, 9, 4]]), torch.tensor([[True, True, False, False]])
+
+
+@pytest.mark.parametrize("name, rewards, trained", [
+    ("keep", [1.0, None, 0.5, 1.0], [True, True, True, True]),
+    ("mask_loss", [1.0, None, 0.5, 1.0], [False, False, True, True]),
+    ("mask_loss_and_baseline", [None, None, 0.5, 1.0], [False, False, True, True]),
+    ("zero_reward", [0.0, None, 0.5, 1.0], [True, True, True, True]),
+    ("soft_penalty", [0.0, None, 0.0, 1.0], [True, True, True, True]),
+])  # fmt: skip
+def test_truncation_in_five_modes(name, rewards, trained):
+    """max_new_tokens 10, the last two of them penalised: 9 tokens cost 0.5, 10 cost 1."""
+    ours, kept = TRUNCATIONS.get(name)(REWARDS, LENGTHS, TRUNCATED, 10)
+    wanted = torch.tensor([[float("nan") if r is None else r for r in rewards]])
+    torch.testing.assert_close(ours, wanted, equal_nan=True)
+    assert kept.tolist() == [trained]
+
+
+def test_the_soft_penalty_is_dapos():
+    """L_max 20480, L_cache 4096."""
+    lengths = torch.tensor([1, 16384, 18432, 20480])
+    torch.testing.assert_close(soft_overlong_penalty(lengths, 20480), torch.tensor([0.0, 0.0, -0.5, -1.0]))
+    with pytest.raises(ValueError, match="cache_share is 0.0"):
+        soft_overlong_penalty(lengths, 100, 0.0)
+
+
+def test_the_kl_coefficient_follows_its_target():
+    config = LossConfig(kl_coef=0.1, kl_target=0.05, kl_horizon=1000)
+    start = first_control(config)
+    assert adapt(start, config, 0.055, 1.0, 100).kl_coef == pytest.approx(0.1 * (1 + 0.1 * 0.1))
+    assert adapt(start, config, 5.0, 1.0, 100).kl_coef == pytest.approx(0.1 * (1 + 0.2 * 0.1))  # clipped
+    assert adapt(start, config, 0.0, 1.0, 100).kl_coef == pytest.approx(0.1 * (1 - 0.2 * 0.1))
+    assert adapt(start, LossConfig(kl_coef=0.1), 5.0, 1.0, 100) == start
+
+
+def test_the_entropy_bonus_is_on_only_below_its_target():
+    config = LossConfig(entropy_coef=0.01, entropy_target=0.5, entropy_delta=0.004, entropy_max=0.02)
+    control = first_control(config)
+    assert control.entropy_bonus == 0.01
+    low = adapt(control, config, 0.0, 0.5, 64)
+    assert (low.entropy_coef, low.entropy_on, low.entropy_bonus) == (pytest.approx(0.014), True, pytest.approx(0.014))
+    high = adapt(low, config, 0.0, 0.6, 64)
+    assert (high.entropy_coef, high.entropy_bonus) == (pytest.approx(0.01), 0.0)
+    for _ in range(5):
+        low, high = adapt(low, config, 0.0, 0.1, 64), adapt(high, config, 0.0, 9.0, 64)
+    assert low.entropy_coef == 0.02 and high.entropy_coef == 0.0
+    assert math.isclose(adapt(Control(0.0, 0.3), LossConfig(entropy_coef=0.3), 0.0, 0.0, 64).entropy_bonus, 0.3)

@@ -1,0 +1,363 @@
+"""Every switch of the objective through the whole loop, on a two-layer model."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from fakes import FixedTasks, ragged_rollouts, tiny_policy
+from test_loop import GOOD, count_good, make_run, rows
+
+from grpo_core.advantages import ADVANTAGES
+from grpo_core.batch import replace_rows, take
+from grpo_core.collect import advantages_over_ranks, collect, rewards_to_learn_from
+from grpo_core.config import (
+    AdvantageConfig,
+    FunctionConfig,
+    LogConfig,
+    LossConfig,
+    ReferenceConfig,
+    RunConfig,
+    SamplingConfig,
+)
+from grpo_core.config_file import build
+from grpo_core.kl import kl_exact
+from grpo_core.losses import LOSSES
+from grpo_core.metrics import Stats
+from grpo_core.presets import PRESETS, preset
+from grpo_core.rewards import Reward
+from grpo_core.trainer import count_over_ranks, freeze, micro_loss, top_entropy_mask, train
+
+EVERYTHING = LossConfig(
+    average="token", kl="k3_corrected", kl_coef=0.1, entropy_coef=0.05, top_entropy=0.5, off_policy_mask=0.02,
+    rollout_correction=FunctionConfig("token_truncate", {"clip_max": 1.5}),
+)  # fmt: skip
+
+
+def sampling(**more):
+    return lambda config: replace(config, sampling=replace(config.sampling, **more))
+
+
+def parameters(run):
+    return torch.cat([p.detach().flatten() for p in run.policy.parameters()])
+
+
+def zeros(completions):
+    return [0.0] * len(completions)
+
+
+# --- the micro-batch
+
+
+@pytest.mark.parametrize("loss", [
+    EVERYTHING,
+    replace(EVERYTHING, kl="exact", average="sequence"),
+    replace(EVERYTHING, name="vespo", average="constant", rollout_correction=FunctionConfig("sequence_mask")),
+    replace(EVERYTHING, kl="k1", kl_in="reward", name="luspo", average="row_sum"),
+], ids=["everything", "exact", "vespo", "reward"])  # fmt: skip
+def test_no_switch_depends_on_the_micro_batch(tmp_path, loss):
+    ends, losses = [], []
+    for size in (3, 32):
+        run = make_run(tmp_path / str(size), num_steps=2, loss=loss, policy=tiny_policy(lora_noise=0.1),
+                       micro_batch_size=size, num_minibatches=2, num_passes=2,
+                       change=lambda c: replace(c, truncation=FunctionConfig("mask_loss")))  # fmt: skip
+        train(run)
+        ends.append(parameters(run))
+        losses.append([row["loss"] for row in rows(tmp_path / str(size))])
+    torch.testing.assert_close(*ends, atol=2e-5, rtol=0)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_micro_token_does_depend_on_it(tmp_path):
+    ends = []
+    for size in (3, 32):
+        run = make_run(tmp_path / str(size), num_steps=1, loss=LossConfig(average="micro_token", kl_coef=0), micro_batch_size=size)
+        train(run)
+        ends.append(parameters(run))
+    assert (ends[0] - ends[1]).abs().max() > 1e-4
+
+
+def test_every_switch_has_a_hand_in_the_loss(tmp_path):
+    """The loss of one micro-batch, taken apart: each factor and term of FORMULAS' order, written out."""
+    policy = tiny_policy(lora_noise=0.1)
+    run = make_run(tmp_path, loss=EVERYTHING, policy=policy, num_minibatches=2)
+    rollouts = replace(ragged_rollouts(8), rollout_logprobs=-2.5 * torch.ones(8, 6))
+    advantages = torch.tensor([[1.0, -1.0, 0.5, -0.5], [2.0, -2.0, -1.0, 1.0]])
+    trained = torch.tensor([[True] * 4, [True, True, True, False]])
+    batch = freeze(run, rollouts, advantages, trained)
+    batch = replace(batch, old_logprobs=batch.old_logprobs + 0.1 * torch.sin(torch.arange(48.0)).view(8, 6))
+    ours = micro_loss(run, batch, count_over_ranks(run, batch), run.control, Stats())
+
+    mask = rollouts.completion_mask & trained.view(8, 1)
+    tokens = policy.forward(rollouts)
+    with policy.reference():
+        d = policy.logprobs(rollouts) - tokens.logprobs
+    entropies = tokens.entropy[mask].detach()
+    high = mask & (tokens.entropy >= torch.quantile(entropies, 0.5))
+    column = advantages.view(8, 1)
+    ratio = (tokens.logprobs - batch.old_logprobs).exp()
+    surrogate = -torch.minimum(ratio * column, ratio.clamp(0.8, 1.2) * column)
+    drift = ((-2.5 - tokens.logprobs) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    kept = (column >= 0) | (drift <= 0.02)
+    weight = (batch.old_logprobs + 2.5).exp().clamp(max=1.5)
+    loss = surrogate * kept * high * weight + 0.1 * ratio * (d.exp() - d - 1)
+    by_hand = (loss * mask).sum() / mask.sum() - 0.05 * (tokens.entropy * high).sum() / high.sum()
+    torch.testing.assert_close(ours, by_hand)
+    assert 0 < kept.sum() < 8 and 0 < high.sum() < mask.sum() and (weight == 1.5).any() and (weight < 1.5).any()
+    with torch.no_grad():
+        assert ours != micro_loss(run, batch, count_over_ranks(run, batch), replace(run.control, entropy_coef=0.0), Stats())
+
+
+# --- dynamic sampling
+
+
+def rows_above_100(completions, row):
+    return [text.count(GOOD) + 0.01 * i if r >= 100 else 0.0 for i, (text, r) in enumerate(zip(completions, row, strict=True))]
+
+
+def test_tied_groups_are_replaced_counted_and_bounded(tmp_path):
+    run = make_run(tmp_path / "a", num_steps=2, change=sampling(dynamic_attempts=3))
+    train(replace(run, rewards=[Reward("good", 1.0, rows_above_100)]))
+    for row in rows(tmp_path / "a"):
+        assert row["first_draw/tied_groups"] == 1.0 and row["tied_groups"] == 0.0
+        assert row["resampled_groups"] == 4 and row["resampling_attempts"] == 1
+        assert row["tokens_sampled"] > row["tokens"] and row["first_draw/reward"] == 0.0 < row["reward"]
+    assert {row["task"] for row in rows(tmp_path / "a", "completions")} == {100, 101, 102, 103}
+    run = make_run(tmp_path / "b", num_steps=1, change=sampling(dynamic_attempts=3))
+    train(replace(run, rewards=[Reward("good", 1.0, zeros)]))
+    (row,) = rows(tmp_path / "b")
+    assert row["resampling_attempts"] == 3 and row["resampled_groups"] == 12 and row["tied_groups"] == 1.0
+
+
+def test_only_tied_groups_are_replaced_and_the_others_stay_as_they_were(tmp_path):
+    def two_are_tied(completions, row):
+        return [float(i) if r in (1, 3) or r >= 100 else 0.0 for i, r in enumerate(row)]
+
+    plain = make_run(tmp_path / "a")
+    plain = replace(plain, rewards=[Reward("good", 1.0, two_are_tied)])
+    dynamic = replace(plain, config=sampling(dynamic_attempts=1)(plain.config))
+    _, before, _ = collect(plain, 0, Stats())
+    tasks, after, scores = collect(dynamic, 0, Stats())
+    assert [task.index for task in tasks] == [100, 1, 102, 3]
+    for row in range(32):
+        same = before.completions[row] == after.completions[row] and torch.equal(
+            before.completion_ids[row][before.completion_mask[row]], after.completion_ids[row][after.completion_mask[row]]
+        )
+        assert same == (row // 8 in (1, 3))
+    assert (scores.rewards[[0, 2]] > 0).any() and torch.equal(scores.rewards, scores.by_name["good"])
+    # what was put in is what was sampled: the trainer's log-probs are the sampler's, in every row
+    torch.testing.assert_close(
+        plain.policy.logprobs(after)[after.completion_mask], after.rollout_logprobs[after.completion_mask], atol=1e-4, rtol=0
+    )
+
+
+def test_near_ties_count_as_ties(tmp_path):
+    def almost(completions):
+        return [1e-4 * (i % 3) for i in range(len(completions))]
+
+    def levelled(config):
+        return replace(config, advantage=AdvantageConfig(min_group_std=0.01))
+
+    run = make_run(tmp_path, num_steps=1, change=levelled)
+    train(replace(run, rewards=[Reward("good", 1.0, almost)]))
+    (row,) = rows(tmp_path)
+    assert row["tied_groups"] == 1.0 and row["advantage_abs"] == 0.0 and row["grad_norm"] == 0.0
+
+
+def test_rows_are_replaced_whatever_their_widths():
+    wide, narrow = ragged_rollouts(4, prompt_width=7, width=9), ragged_rollouts(2, prompt_width=3, width=4, seed=1)
+    wide, narrow = (replace(r, completions=tuple(f"{n}{i}" for i in range(len(r)))) for r, n in ((wide, "w"), (narrow, "n")))
+    for ours, theirs in ((wide, narrow), (take(narrow, torch.tensor([0, 1, 0, 1])), take(wide, torch.tensor([2, 3])))):
+        mixed = replace_rows(ours, torch.tensor([1, 3]), theirs)
+        for row, (source, i) in enumerate([(ours, 0), (theirs, 0), (ours, 2), (theirs, 1)]):
+            for ids, mask in (("prompt_ids", "prompt_mask"), ("completion_ids", "completion_mask")):
+                got = getattr(mixed, ids)[row][getattr(mixed, mask)[row]]
+                assert torch.equal(got, getattr(source, ids)[i][getattr(source, mask)[i]])
+            assert mixed.completions[row] == source.completions[i] and mixed.truncated[row] == source.truncated[i]
+        assert mixed.prompt_mask[:, -1].all()  # prompts stay next to their completions
+
+
+# --- rewards before they count
+
+
+def test_the_kl_can_stand_in_the_reward(tmp_path):
+    policy = tiny_policy(lora_noise=0.3)
+    run = make_run(tmp_path, loss=LossConfig(kl="k1", kl_coef=0.5, kl_in="reward"), policy=policy)
+    _, rollouts, scores = collect(run, 0, Stats())
+    stats = Stats()
+    rewards, trained = rewards_to_learn_from(run, rollouts, scores, 0.5, stats)
+    with torch.no_grad():
+        gap = policy.logprobs(rollouts)
+        with policy.reference():
+            gap = gap - policy.logprobs(rollouts)
+    torch.testing.assert_close(rewards, scores.rewards - 0.5 * gap.sum(dim=1).view(4, 8))
+    assert gap.abs().max() > 0.1 and trained.all()
+    assert stats.reduce()["kl"] == pytest.approx(float(gap.sum() / rollouts.completion_mask.sum()), rel=1e-4)
+    batch = freeze(run, rollouts, torch.zeros(4, 8))
+    assert batch.ref_logprobs is None  # and not in the loss
+    exact = replace(run, kl_fn=kl_exact)
+    ours = rewards_to_learn_from(exact, rollouts, scores, 0.5, Stats())[0]
+    whole = policy.forward(rollouts, divergence=kl_exact).divergence.detach()
+    torch.testing.assert_close(ours, scores.rewards - 0.5 * whole.sum(dim=1).view(4, 8))
+
+
+def test_the_kl_in_the_reward_pulls_to_the_reference(tmp_path):
+    policy = tiny_policy(lora_noise=0.5)
+    run = make_run(tmp_path, num_steps=40, learning_rate=5e-3, loss=LossConfig(kl="k1", kl_coef=1.0, kl_in="reward", average="token"), policy=policy,
+                   change=lambda c: replace(c, advantage=AdvantageConfig("dr_grpo")))  # fmt: skip
+    train(replace(run, rewards=[Reward("good", 1.0, zeros)]))
+    kl = [row["kl"] for row in rows(tmp_path)]
+    assert sum(kl[-10:]) / 10 < 0.6 * sum(kl[:3]) / 3
+
+
+def test_truncated_completions_are_not_trained_when_masked(tmp_path):
+    """5 tokens, no end among them: everything is truncated."""
+    run = make_run(tmp_path, num_steps=1, change=lambda c: replace(c, truncation=FunctionConfig("mask_loss")))
+    run.sampler.eos_ids = torch.tensor([10_000])
+    train(run)
+    (row,) = rows(tmp_path)
+    assert row["truncated"] == 1.0 and row["grad_norm"] == 0.0 and row["loss"] == 0.0 and row["advantage_abs"] > 0
+
+
+def test_the_masked_rows_tokens_leave_the_denominator(tmp_path):
+    run = make_run(tmp_path)
+    rollouts, advantages = ragged_rollouts(8), torch.ones(1, 8)
+    trained = torch.tensor([[True, False] * 4])
+    totals = count_over_ranks(run, freeze(run, rollouts, advantages, trained))
+    assert totals.tokens == rollouts.lengths()[::2].sum() and totals.completions == 8
+    assert count_over_ranks(run, freeze(run, rollouts, advantages)).tokens == rollouts.lengths().sum()
+
+
+def test_a_step_without_any_reward_is_one_sentence(tmp_path):
+    run = make_run(tmp_path, num_steps=1)
+    with pytest.raises(ValueError, match="no completion of this step has a reward"):
+        train(replace(run, rewards=[Reward("good", 1.0, lambda completions: [None] * len(completions))]))
+
+
+def test_advantages_see_lengths_single_rewards_and_weights(tmp_path):
+    run = make_run(tmp_path)
+    rewards = [Reward("good", 1.0, count_good), Reward("long", 0.5, lambda completions: [float(len(c)) for c in completions])]
+    seen = {}
+
+    def spy(rewards, lengths, components, weights):
+        seen.update(lengths=lengths, components=components, weights=weights)
+        return rewards - rewards.mean(dim=1, keepdim=True)
+
+    run = replace(run, rewards=rewards, advantage_fn=spy)
+    _, rollouts, scores = collect(run, 0, Stats())
+    advantages_over_ranks(run, scores.rewards, rollouts, scores)
+    assert torch.equal(seen["lengths"].flatten().long(), rollouts.lengths()) and seen["weights"].tolist() == [1.0, 0.5]
+    assert torch.equal(seen["components"], torch.stack([*scores.by_name.values()]))
+
+
+# --- masks and weights
+
+
+def test_top_entropy_keeps_the_share_it_says():
+    entropy = torch.rand(10, 20, generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(10, 20, generator=torch.Generator().manual_seed(1)) < 0.6
+    kept = top_entropy_mask(entropy, mask, 0.25)
+    assert not kept[~mask].any() and abs(kept.sum() - 0.25 * mask.sum()) <= 1
+    assert entropy[kept].min() >= entropy[mask & ~kept].max()
+    assert not top_entropy_mask(entropy, torch.zeros_like(mask), 0.25).any()
+
+
+def test_tokens_of_low_entropy_are_not_pulled(tmp_path):
+    run = make_run(tmp_path, loss=LossConfig(kl_coef=0.0, top_entropy=0.3))
+    batch = freeze(run, ragged_rollouts(8), torch.ones(1, 8))
+    leaf = run.policy.forward(batch.rollouts)
+    logprobs = leaf.logprobs.detach().requires_grad_()
+    run = replace(run, policy=type("Given", (), {"forward": lambda self, r, **how: replace(leaf, logprobs=logprobs)})())
+    micro_loss(run, batch, count_over_ranks(run, batch), run.control, Stats()).backward()
+    assert torch.equal(logprobs.grad != 0, batch.surrogate_mask) and batch.surrogate_mask.any()
+    assert batch.old_logprobs is None  # used once: the ratio stays exactly 1
+
+
+def test_effective_sample_size_and_masks_are_in_the_log(tmp_path):
+    loss = replace(EVERYTHING, rollout_correction=FunctionConfig("sequence_truncate"))
+    train(make_run(tmp_path, num_steps=1, loss=loss))
+    (row,) = rows(tmp_path)
+    assert row["rollout_weight"] == pytest.approx(1.0, abs=1e-3) and row["rollout_weight_ess"] == pytest.approx(1.0, abs=1e-3)
+    assert row["off_policy_kept"] == 1.0 and not any("square" in name for name in row)
+
+
+# --- entropy, KL and the reference
+
+
+def test_an_entropy_bonus_raises_the_entropy(tmp_path):
+    policy = tiny_policy(lora_noise=0.3)
+    run = make_run(tmp_path, num_steps=25, loss=LossConfig(kl_coef=0.0, entropy_coef=1.0), policy=policy)
+    train(replace(run, rewards=[Reward("good", 1.0, zeros)]))
+    entropy = [row["entropy"] for row in rows(tmp_path)]
+    assert entropy[-1] > entropy[0] + 0.1 and entropy[-1] > 0.95 * math.log(16)
+
+
+def test_coefficients_adapt_and_are_logged(tmp_path):
+    loss = LossConfig(kl_coef=0.1, kl_target=1e-3, kl_horizon=64, entropy_coef=0.0, entropy_target=1.0, entropy_delta=0.01)
+    train(make_run(tmp_path, num_steps=25, loss=loss, learning_rate=5e-2))
+    made = rows(tmp_path)
+    for before, after in itertools.pairwise(made):
+        error = min(max(before["kl"] / 1e-3 - 1, -0.2), 0.2)
+        assert after["kl_coef"] == pytest.approx(before["kl_coef"] * (1 + error * 32 / 64))
+        assert (after["entropy_coef"] > 0) == (before["entropy"] <= 1.0)
+    assert made[-1]["kl_coef"] > made[0]["kl_coef"] and {row["entropy_coef"] > 0 for row in made} == {True, False}
+
+
+def test_the_exact_kl_pulls_and_is_measured_on_the_side(tmp_path):
+    policy = tiny_policy(lora_noise=0.2)
+    run = make_run(tmp_path, num_steps=25, loss=LossConfig(kl="exact", kl_coef=1.0, average="token"), policy=policy,
+                   change=lambda c: replace(c, log=LogConfig(exact_kl_every=5, exact_kl_tokens=40)))  # fmt: skip
+    train(replace(run, rewards=[Reward("good", 1.0, zeros)]))
+    made = rows(tmp_path)
+    assert made[-1]["kl"] < made[0]["kl"] / 3
+    assert [row["step"] for row in made if "kl_exact" in row] == [0, 5, 10, 15, 20]
+    assert made[0]["kl_exact"] == pytest.approx(made[0]["kl"], rel=0.5) and made[0]["kl_exact"] > 0
+
+
+def test_the_reference_moves_when_it_should(tmp_path):
+    run = make_run(tmp_path, num_steps=5, loss=LossConfig(kl_coef=0.01, average="token"),
+                   change=lambda c: replace(c, reference=ReferenceConfig(every=2)))  # fmt: skip
+    run.policy.move_reference()
+    train(run)
+    kl = [row["kl"] for row in rows(tmp_path)]
+    assert kl[0] == kl[2] == kl[4] == 0.0 and kl[1] > 0 and kl[3] > 0
+    state = torch.load(tmp_path / "checkpoints" / "step-000005" / "reference.pt", weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(state, run.policy.reference_state(), strict=True))
+
+
+# --- names
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES.functions))
+def test_every_loss_learns_the_bandit_through_the_loop(tmp_path, name):
+    train(make_run(tmp_path, num_steps=15, loss=name, num_passes=2))
+    rewards = [row["reward"] for row in rows(tmp_path)]
+    assert sum(rewards[-3:]) > 3 * sum(rewards[:3])
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGES.functions))
+def test_every_advantage_learns_the_bandit_through_the_loop(tmp_path, name):
+    rate = {"pass_at_k": 5e-2}.get(name, 2e-2)
+    run = make_run(tmp_path, learning_rate=rate, change=lambda c: replace(c, advantage=AdvantageConfig(name)))
+    train(run)
+    rewards = [row["reward"] for row in rows(tmp_path)]
+    assert sum(rewards[-5:]) > 2 * sum(rewards[:5])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_learns_the_bandit_through_the_loop(tmp_path, name):
+    def change(config):
+        sections = preset(name)
+        attempts = sections.pop("sampling")["dynamic_attempts"]
+        objective = build(RunConfig, sections, "")
+        chosen = {section: getattr(objective, section) for section in sections}
+        return replace(config, sampling=SamplingConfig(group_size=8, max_new_tokens=5, dynamic_attempts=attempts), **chosen)
+
+    policy = tiny_policy()
+    run = make_run(tmp_path, policy=policy, change=change)
+    loss = run.config.loss
+    run = replace(run, loss_fn=LOSSES.build(loss.name, loss.args), tasks=FixedTasks())
+    train(run)
+    rewards = [row["reward"] for row in rows(tmp_path)]
+    assert sum(rewards[-5:]) > 2 * sum(rewards[:5])
