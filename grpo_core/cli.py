@@ -63,11 +63,7 @@ def _train(options: argparse.Namespace) -> int:
 
     distributed.die_with_launcher()
     run, tokenizer = setup(config)
-    try:
-        train(run)
-    except ConfigError as error:  # unlike those of `setup` it may be one rank's alone
-        print(f"grpo_core: process {distributed.rank()}: {error}", file=sys.stderr)
-        return 2
+    train(run)
     adapter = run.folder / "adapter"
     checkpoint.export(adapter, run.policy, tokenizer)
     run.log.say(_summary(run.folder, adapter))

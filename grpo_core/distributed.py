@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -96,6 +96,22 @@ def all_rows(values: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+
+def together(function: Callable, *args: Any) -> Any:
+    """function(*args); if it raises a ConfigError on any rank, that one is raised on all of them. A collective."""
+    result, error = None, None
+    try:
+        result = function(*args)
+    except ConfigError as raised:
+        error = str(raised)
+    if all_max(torch.tensor(float(error is not None))):
+        errors = [error] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(errors, error)
+        first = next(i for i, text in enumerate(errors) if text is not None)
+        raise ConfigError(f"process {first}: {errors[first]}" if world_size() > 1 else errors[first])
+    return result
 
 
 def gather(value: Any) -> list[Any]:

@@ -144,7 +144,7 @@ def score(
     """Call every reward on all completions and add them up by weight. A None is left out of its sum.
 
     Raises:
-        ConfigError: a reward returned a list of the wrong length, or something that is neither a finite number nor None.
+        ConfigError: a reward returned a list of the wrong length, or what is neither a finite number nor None.
     """
     rows = [task for task in tasks for _ in range(group_size)]
     available = {name: [task.columns[name] for task in rows] for name in rows[0].columns}

@@ -26,7 +26,8 @@ def train(run: Run) -> None:
         evaluate_now(run, 0)
     for step in range(run.start_step, run.num_steps):
         stats = Stats()
-        tasks, rollouts, scores = collect(run, step, stats)  # N tasks, B = N * G rows, rewards [N, G]
+        # N tasks, B = N * G completions, rewards [N, G]
+        tasks, rollouts, scores = distributed.together(collect, run, step, stats)
         with run.log.phase("freeze"):
             rewards, trained = rewards_to_learn_from(run, rollouts, scores, control.kl_coef, stats)  # [N, G] both
             advantages = advantages_over_ranks(run, rewards, rollouts, scores)  # [N, G]

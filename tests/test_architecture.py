@@ -88,7 +88,18 @@ def test_rank_tests_stay_in_their_rooms():
 
 def test_the_mathematics_loads_no_heavy_library():
     code = (
-        "import sys, grpo_core.losses, grpo_core.advantages, grpo_core.rewards, grpo_core.logprobs;"
+        "import sys, time, torch; start = time.perf_counter();"
+        f"import {', '.join(f'grpo_core.{name}' for name in sorted(LAYERS[2]))}; seconds = time.perf_counter() - start;"
+        "print([m for m in ('transformers', 'deepspeed', 'peft', 'datasets') if m in sys.modules], seconds < 0.5)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert out.stdout.strip() == "[] True"  # half a second on top of torch's own; 0.02 s in benchmarks/losses.py
+
+
+def test_choosing_and_checking_functions_loads_no_heavy_library():
+    """`losses` and `check-loss` are for a laptop."""
+    code = (
+        "import sys, grpo_core.cli, grpo_core.check, grpo_core.catalogue;"
         "print([m for m in ('transformers', 'deepspeed', 'peft', 'datasets') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)

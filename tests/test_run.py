@@ -101,8 +101,13 @@ def test_the_written_config_alone_re_runs_the_run(tmp_path, environment):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_is_bitwise_never_stopped(tmp_path, environment, processes):
-    """10 steps equal 5 steps, kill -9, resume, 5 steps: weights, metrics and completions. Dropout is on."""
+    """10 steps equal 5 steps, kill -9, resume, 5 steps: weights, metrics and completions.
+
+    Dropout is on, and everything that a run carries from step to step: a moving reference and adapting coefficients.
+    """
     settings = {"trainer__num_steps": 10, "checkpoint__every": 5, "evaluation__every": 5, "lora__dropout": 0.1}
+    settings |= {"reference__every": 3, "reference__mixing": 0.5, "loss__kl_target": 0.001, "loss__kl_horizon": 100}
+    settings |= {"loss__entropy_target": 0.4, "sampling__dynamic_attempts": 1}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert launch(processes, *overrides(whole, **settings), environment=environment).returncode == 0
 
@@ -129,12 +134,23 @@ def test_killed_and_resumed_is_bitwise_never_stopped(tmp_path, environment, proc
     assert [p.name for p in sorted((cut / "tiny" / "checkpoints").glob("*"))] == ["step-000005", "step-000010"]
 
 
-def test_rollouts_do_not_depend_on_the_number_of_processes(tmp_path, environment):
-    texts = []
+ACROSS_RANKS = {
+    "advantage__name": "reinforce_pp_baseline", "loss__top_entropy": 0.4, "loss__average": "token", "loss__entropy_coef": 0.01,
+    "sampling__dynamic_attempts": 2, "loss__rollout_correction": "{name: token_truncate}", "truncation__name": "mask_loss",
+    "loss__kl": "exact", "log__exact_kl_every": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("switches", [{}, ACROSS_RANKS], ids=["plain", "switches"])
+def test_rollouts_do_not_depend_on_the_number_of_processes(tmp_path, environment, switches):
+    """Nor does the update: what is relative to the batch, or a share of it, is of all ranks' batch."""
+    texts, metrics = [], []
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        run = overrides(out, trainer__num_steps=2, trainer__num_minibatches=2)
-        assert launch(processes, *run, environment=environment).returncode == 0
+        run = overrides(out, trainer__num_steps=2, trainer__num_minibatches=2, **switches)
+        done = launch(processes, *run, environment=environment)
+        assert done.returncode == 0, done.stderr
+        metrics.append(without_times(read(out / "tiny" / "metrics.jsonl")))
         texts.append(
             [
                 (row["step"], row["prompt"], row["sample"], row["text"])
@@ -142,6 +158,55 @@ def test_rollouts_do_not_depend_on_the_number_of_processes(tmp_path, environment
             ]
         )
     assert texts[0] == texts[1]  # the second step's also show that the first update was the same
+    for one, two in zip(*metrics, strict=True):
+        assert one.keys() == two.keys()
+        for name in one.keys() - {"kl_exact", "logprob_gap", "logprob_gap_max"}:  # the first is measured on a sample
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+
+
+OWN = """
+from grpo_core.losses import PolicyLoss, token_ratio
+
+def soft(logprobs, old_logprobs, advantages, completion_mask, *, power: float = 0.5):
+    '''-(r ** power) A / power'''
+    ratio = token_ratio(logprobs, old_logprobs)
+    return PolicyLoss(-advantages * ratio**power / power, {"ratio": ratio.detach(), "clip_frac": 0 * ratio.detach()})
+
+def best(rewards, *, bonus: float = 1.0):
+    return bonus * (rewards - rewards.mean(dim=1, keepdim=True))
+
+def short(completions, *, limit: int = 20, **columns):
+    return [float(len(text) < limit) for text in completions]
+"""
+
+
+def test_a_loss_an_advantage_and_a_reward_from_a_users_own_file_train(tmp_path, environment):
+    file = tmp_path / "mine.py"
+    file.write_text(OWN)
+    run = overrides(tmp_path, trainer__num_steps=2, loss__name=f"{file}:soft", loss__args="{power: 0.25}", advantage__name=f"{file}:best",
+                    advantage__args="{bonus: 2.0}", rewards=f"[{{name: '{file}:short', args: {{limit: 30}}}}]")  # fmt: skip
+    done = launch(2, *run, environment=environment)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "tiny"
+    assert "-(r ** 0.25) A / 0.25" in (folder / "config.yaml").read_text()
+    completions = read(folder / "completions.jsonl")
+    assert all(row["reward"] == float(len(row["text"]) < 30) for row in completions)
+    group = completions[:8]
+    mean = sum(row["reward"] for row in group) / 8
+    assert [row["advantage"] for row in group] == pytest.approx([2 * (row["reward"] - mean) for row in group])
+    assert read(folder / "metrics.jsonl")[-1]["grad_norm"] > 0
+
+
+def test_a_reward_that_goes_wrong_on_one_rank_is_one_sentence_and_ends_all(tmp_path, environment):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import os\n\ndef bad(completions, **columns):\n"
+        "    return [float('nan') if os.environ['RANK'] == '1' else 0.0 for _ in completions]\n"
+    )
+    done = launch(2, *overrides(tmp_path, rewards=f"[{{name: '{file}:bad'}}]"), environment=environment)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert lines[0].startswith("grpo_core: process 1: reward") and "returned nan for completion 0" in lines[0]
 
 
 def test_another_run_never_overwrites_and_another_config_is_not_resumed(tmp_path, environment):
