@@ -1,0 +1,45 @@
+"""The README's walk through a new loss, each command as it is written there."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_run import SHORT
+
+ROOT = Path(__file__).parents[1]
+SECTION = re.search(r"## Change the loss\n(.*?)\n### ", (ROOT / "README.md").read_text(), re.S)[1]
+COMMANDS = re.findall(r"^    (.+)$", re.sub(r"```.*?```", "", SECTION, flags=re.S), re.M)
+(PYTHON,) = re.findall(r"```python\n(.*?)```", SECTION, re.S)
+
+
+def test_there_are_the_five_commands():
+    starts = ["python -m grpo_core losses", "python -m grpo_core check-loss", "sed -i", "python -m grpo_core check-loss", "bash launch.sh 2", "head -n 10"]
+    assert [command[: len(start)] for command, start in zip(COMMANDS, starts, strict=True)] == starts
+
+
+@pytest.mark.slow
+def test_they_do_what_is_said(tmp_path, environment):
+    """In a copy of the repository, so that my_losses.py and runs/ are nobody's; the run is cut to two steps."""
+    for name in ("grpo_core", "configs", "launch.sh", "environment.sh", "pyproject.toml", "constraints.txt"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    (tmp_path / "my_losses.py").write_text(PYTHON)
+    environment = {**environment, "PYTHONPATH": environment["PYTHONPATH"].replace(str(ROOT), str(tmp_path), 1)}
+
+    def run(command):
+        return subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    assert run(COMMANDS[0]).returncode == 0
+    first = run(COMMANDS[1])
+    assert first.returncode == 1 and re.findall(r"^FAILS +(\w+) +(\S+)", first.stdout, re.M) == [("on_policy", "0.08")]
+    assert run(COMMANDS[2]).returncode == 0
+    again = run(COMMANDS[3])
+    assert again.returncode == 0 and "11 laws, all as they should be" in again.stdout and "1.625" in again.stdout, again.stdout
+    short = " ".join([*SHORT, "trainer.num_steps=2"])
+    trained = run(f"{COMMANDS[4]} {short}")
+    assert trained.returncode == 0, trained.stderr
+    shown = run(COMMANDS[5]).stdout
+    assert "-ratio**0.7 / 0.7 A" in shown
+    assert '"accuracy"' in shown
