@@ -7,7 +7,7 @@ spreads, and its advantage is 0. A group whose rewards are all equal has advanta
 floats is not always that float and rounding noise over a small eps is not small.
 
 A function may also take, by these names: `lengths` [N, G] (completion tokens), `components` [K, N, G] (the single
-rewards) and `weights` [K].
+rewards) and `weights` [K]. With the fact `reads_components` a group counts as tied only where every component is.
 
 Raises (all): ConfigError, a ValueError, unless rewards are [N, G] with G >= 2.
 """
@@ -73,7 +73,8 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
 def opo_advantages(rewards: Tensor, lengths: Tensor) -> Tensor:
     """r - sum(length r) / sum(length), over the group
 
-    The baseline of least variance, if a completion's gradient grows with its length. arXiv:2505.23585.
+    The baseline of least variance where the squared norm of a completion's gradient grows with its length, as it does
+    under every average but `sequence`. arXiv:2505.23585.
     """
     centered, _ = _center(rewards)  # shifts r by a constant of the group, and makes ties exact
     weight = lengths.to(rewards.dtype) * ~rewards.isnan()
@@ -85,22 +86,30 @@ def opo_advantages(rewards: Tensor, lengths: Tensor) -> Tensor:
 def reinforce_pp_baseline_advantages(rewards: Tensor, *, eps: float = 1e-4, std_ddof: int = 1) -> Tensor:
     """(d - mean(d)) / (std(d) + eps) over the batch (n - std_ddof), d = r - mean of the group
 
-    REINFORCE++ with a group baseline, arXiv:2501.03262. Tied groups count in the batch's spread and stay at 0.
+    REINFORCE++ with a group baseline, arXiv:2501.03262. Tied groups count in the batch's spread and stay at 0. Over
+    completions; implementations that whiten over tokens let long ones count more.
     """
-    return _whiten(_center(rewards)[0], rewards, eps, std_ddof)
+    return _whiten(_center(rewards)[0], rewards, _signal(rewards), eps, std_ddof)
 
 
-@ADVANTAGES.register("gdpo", breaks={"groups": BATCH, "order": "it ranks by the sum of normalised rewards, not by r"})
+@ADVANTAGES.register(
+    "gdpo",
+    reads_components=True,
+    breaks={"groups": BATCH, "order": "it ranks by the sum of normalised rewards, not by r"},
+)
 def gdpo_advantages(
     rewards: Tensor, components: Tensor, weights: Tensor, *, eps: float = 1e-4, std_ddof: int = 1
 ) -> Tensor:
     """(z - mean(z)) / (std(z) + eps) over the batch, z = sum_k w_k (r_k - mean_k) / (std_k + eps) in the group
 
     Every reward is normalised by itself before they are added, so that none drowns in another's spread.
-    arXiv:2601.05242.
+    A group is tied where all of them are: rewards that cancel in their sum may still differ. arXiv:2601.05242.
     """
+    _check_groups(rewards)
     normalised = torch.stack([grpo_advantages(component, eps=eps, std_ddof=std_ddof) for component in components])
-    return _whiten((normalised * weights.to(rewards.dtype).view(-1, 1, 1)).sum(dim=0), rewards, eps, std_ddof)
+    z = (normalised * weights.to(rewards.dtype).view(-1, 1, 1)).sum(dim=0)
+    signal = ~rewards.isnan() & ~torch.stack([tied_groups(c) for c in components[weights != 0]]).all(dim=0)[:, None]
+    return _whiten(z, rewards, signal, eps, std_ddof)
 
 
 @ADVANTAGES.register("pass_at_k", breaks={"zero_mean": "only the best of the group has any", "order": "as zero_mean"})
@@ -119,7 +128,7 @@ def pass_at_k_advantages(rewards: Tensor) -> Tensor:
 def maxrl_advantages(rewards: Tensor) -> Tensor:
     """(r - mean) / mean of the group, for rewards of 0 and 1
 
-    The weight of a prompt falls with its pass rate, as in maximum likelihood. MaxRL, as in prime-rl. Rewards whose
+    The weight of a prompt falls with its pass rate, as in maximum likelihood. MaxRL, arXiv:2602.02710. Groups whose
     mean is not above 0 get 0.
     """
     centered, counts = _center(rewards)
@@ -129,12 +138,11 @@ def maxrl_advantages(rewards: Tensor) -> Tensor:
 
 @ADVANTAGES.register("gpg", breaks={"groups": BATCH})
 def gpg_advantages(rewards: Tensor) -> Tensor:
-    """(r - mean of the group) * completions / (completions with an advantage)
+    """(r - mean of the group) * completions / (completions in groups that are not tied)
 
-    The factor makes up for the completions of the batch that pull nothing. arXiv:2504.02546.
+    The factor makes up for the groups of the batch that pull nothing. arXiv:2504.02546.
     """
-    centered, _ = _center(rewards)
-    return centered * ((~rewards.isnan()).sum() / (centered != 0).sum().clamp(min=1))
+    return _center(rewards)[0] * ((~rewards.isnan()).sum() / _signal(rewards).sum().clamp(min=1))
 
 
 def advantages(
@@ -190,9 +198,13 @@ def tied_groups(rewards: Tensor) -> Tensor:
 
 def _signal(rewards: Tensor) -> Tensor:
     """Where an advantage may differ from 0, [N, G] bool: scored, in a group that is not tied."""
+    _check_groups(rewards)
+    return ~rewards.isnan() & ~tied_groups(rewards)[:, None]
+
+
+def _check_groups(rewards: Tensor) -> None:
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ConfigError(f"rewards must be [N, G] with G >= 2, got {list(rewards.shape)}")
-    return ~rewards.isnan() & ~tied_groups(rewards)[:, None]
 
 
 def _center(rewards: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,8 +220,8 @@ def _batch_std(rewards: Tensor, ddof: int) -> Tensor:
     return (scored - scored.mean()).square().sum().div(max(1, scored.numel() - ddof)).sqrt().nan_to_num()
 
 
-def _whiten(values: Tensor, rewards: Tensor, eps: float, ddof: int) -> Tensor:
-    """Zero mean and unit spread over the batch's scored completions; tied groups stay at exactly 0."""
+def _whiten(values: Tensor, rewards: Tensor, signal: Tensor, eps: float, ddof: int) -> Tensor:
+    """Zero mean and unit spread over the batch's scored completions; exactly 0 where there is no signal."""
     scored = torch.where(rewards.isnan(), torch.nan, values)
     centered = values - scored.nanmean().nan_to_num()
-    return torch.where(_signal(rewards), centered / (_batch_std(scored, ddof) + eps), 0.0)
+    return torch.where(signal, centered / (_batch_std(scored, ddof) + eps), 0.0)

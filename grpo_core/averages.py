@@ -38,7 +38,8 @@ def sequence_average(completion_mask: Tensor, totals: Totals) -> Tensor:
 def token_average(completion_mask: Tensor, totals: Totals) -> Tensor:
     """1 / tokens
 
-    Every token counts the same. DAPO, arXiv:2503.14476.
+    Every token of the step counts the same: DAPO as verl and TRL run it. In the paper (arXiv:2503.14476) the
+    denominator is that of one prompt's group, and prompts are averaged.
     """
     return completion_mask / _at_least_one(totals.tokens)
 

@@ -25,16 +25,24 @@ def collect(run: Run, step: int, stats: Stats) -> tuple[list[Task], Rollouts, Sc
     With sampling.dynamic_attempts, groups without a signal are replaced by fresh prompts, so many times at most.
     DAPO, arXiv:2503.14476.
     """
-    attempts, group_size = run.config.sampling.dynamic_attempts, run.config.sampling.group_size
     tasks = run.tasks.batch(step)
     rollouts, scores = _draw(run, tasks)
-    if attempts == 0:
-        return tasks, rollouts, scores
+    if run.config.sampling.dynamic_attempts:
+        tasks, rollouts, scores = _resample(run, step, stats, tasks, rollouts, scores)
+    stats.mean("tied_groups", _tied(run, scores))
+    return tasks, rollouts, scores
+
+
+def _resample(
+    run: Run, step: int, stats: Stats, tasks: list[Task], rollouts: Rollouts, scores: Scores
+) -> tuple[list[Task], Rollouts, Scores]:
+    """`collect`'s tasks, completions and scores with tied groups replaced."""
+    group_size, tasks = run.config.sampling.group_size, list(tasks)
     stats.mean("first_draw/reward", scores.rewards, ~scores.rewards.isnan())
-    stats.mean("first_draw/tied_groups", _tied(run, scores.rewards))
+    stats.mean("first_draw/tied_groups", _tied(run, scores))
     replaced, used, tokens = 0, 0, rollouts.lengths().sum()
-    for attempt in range(1, attempts + 1):
-        tied = _tied(run, scores.rewards).nonzero().squeeze(1)
+    for attempt in range(1, run.config.sampling.dynamic_attempts + 1):
+        tied = _tied(run, scores).nonzero().squeeze(1)
         if len(tied) == 0:
             break
         others = run.tasks.replacements(step, attempt)
@@ -90,8 +98,13 @@ def _draw(run: Run, tasks: list[Task]) -> tuple[Rollouts, Scores]:
         return rollouts, score(run.rewards, tasks, rollouts.completions, group_size)
 
 
-def _tied(run: Run, rewards: Tensor) -> Tensor:
-    return tied_groups(level(rewards, run.config.advantage.min_group_std))
+def _tied(run: Run, scores: Scores) -> Tensor:
+    """Groups without a signal for the advantage, [N] bool."""
+    least = run.config.advantage.min_group_std
+    if not fact(run.advantage_fn, "reads_components"):
+        return tied_groups(level(scores.rewards, least))
+    counting = [scores.by_name[reward.name] for reward in run.rewards if reward.weight]
+    return torch.stack([tied_groups(level(values, least)) for values in counting]).all(dim=0)
 
 
 def _replace_scores(scores: Scores, groups: Tensor, others: Scores) -> Scores:

@@ -77,7 +77,7 @@ class AdvantageConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """-> per token: surrogate, masked and weighed, + kl_coef KL, - entropy_coef entropy; then averaged."""
+    """Of a token: the surrogate, masked and weighed, + kl_coef KL; averaged, less entropy_coef * mean entropy."""
 
     name: str = "grpo"
     args: dict[str, Any] = field(default_factory=dict)

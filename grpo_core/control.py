@@ -25,9 +25,9 @@ def first_control(config: LossConfig) -> Control:
 
 
 def next_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, completions: int) -> float:
-    """kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) completions / horizon). arXiv:1909.08593, section 2.2.
+    """kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) completions / horizon). arXiv:1909.08593, in its code's form.
 
-    `kl` is the step's mean per token, `horizon` the completions over which a full error changes the coefficient e-fold.
+    `kl` is the step's mean per token. Over `horizon` completions the coefficient changes by a factor of 1.22 at most.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * completions / horizon)
@@ -39,7 +39,7 @@ def next_entropy_coef(
     """entropy_coef + delta where the entropy is at or below its target, else - delta, within [lowest, highest].
 
     Also whether the bonus is on in the next step, which it is only at or below the target. `entropy` is the step's mean
-    per token in nats. Skywork-OR1, arXiv:2505.22312, section 4.
+    per token in nats, so the bonus goes by the step before. Skywork-OR1, arXiv:2505.22312.
     """
     below = entropy <= target
     return min(max(entropy_coef + (delta if below else -delta), lowest), highest), below

@@ -3,8 +3,9 @@
 An estimator is fn(logprobs, ref_logprobs, old_logprobs) -> [B, C] and may leave the third out. d = l_ref - l, clamped
 to +-20 against overflow. Under tokens drawn from the policy, the mean of k1 and of k3 is KL(policy || reference).
 
-What acts is the gradient, not the value: on policy the expected gradient of k1 is 0, that of k3 is the gradient of
-KL(reference || policy), and that of k2 the gradient of KL(policy || reference).
+What acts is the gradient, not the value. At a token, its prefix given and drawn from the policy, the expected gradient
+of k1 is 0, that of k3 is the gradient of KL(reference || policy), and that of k2 the gradient of KL(policy ||
+reference). None of them knows that a token also chooses the prefixes of later ones; the KL in the reward does.
 
 A function with the fact `full_vocabulary` gets whole distributions of log-probs [..., V] and returns [...].
 """

@@ -81,15 +81,15 @@ def dual_clip_loss(
 ) -> PolicyLoss:
     """-max(min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), c A) where A < 0, and grpo's where A >= 0
 
-    The loss of a token with A < 0 stops growing at -c A, and with it the gradient: grpo's `delta` under its older name.
-    arXiv:1912.09729.
+    The loss of a token with A < 0 stops growing at -c A, and with it the gradient. Above 1 + clip_high, c is grpo's
+    `delta`. arXiv:1912.09729.
     """
-    if not c > 1 + clip_high:
-        raise ConfigError(f"c is {c}; it must be above 1 + clip_high ({1 + clip_high:g})")
-    return _clipped(token_ratio(logprobs, old_logprobs), advantages, clip_low, clip_high, delta=c)
+    if not c > 1:
+        raise ConfigError(f"c is {c}; it must be above 1")
+    return _clipped(token_ratio(logprobs, old_logprobs), advantages, clip_low, clip_high, c=c)
 
 
-@LOSSES.register("gspo", ratio="sequence")
+@LOSSES.register("gspo", ratio="sequence", averages=("sequence",))
 def gspo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -107,7 +107,12 @@ def gspo_loss(
     return _clipped(sequence_ratio(logprobs, old_logprobs, completion_mask), advantages, clip_low, clip_high, delta)
 
 
-@LOSSES.register("gspo_token", ratio="sequence", breaks={"gradcheck": "sg(R) exp(l - sg l) has R's value only"})
+@LOSSES.register(
+    "gspo_token",
+    ratio="sequence",
+    averages=("sequence",),
+    breaks={"gradcheck": "sg(R) exp(l - sg l) has R's value only"},
+)
 def gspo_token_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -202,7 +207,8 @@ def sapo_loss(
 ) -> PolicyLoss:
     """-(4 / tau) sigmoid(tau (r - 1)) A, tau = tau_pos where A > 0, else tau_neg
 
-    A soft gate in place of the clip: the pull fades with the distance from 1, on both sides. arXiv:2511.20347.
+    A soft gate in place of the clip, of slope 1 at r = 1. The pull r sech(tau (r - 1) / 2)^2 is greatest near r = 2 and
+    fades beyond. arXiv:2511.20347.
     """
     if not (tau_pos > 0 and tau_neg > 0):
         raise ConfigError(f"tau_pos is {tau_pos} and tau_neg {tau_neg}; both must be above 0")
@@ -227,7 +233,8 @@ def vespo_loss(
     """-sg(exp(lam + k s - lam exp(s))) A l, s = sum_t(l - l_old)
 
     (k, lam) = (k_pos, lambda_pos) where A >= 0, else (k_neg, lambda_neg): a weight of the whole completion's ratio
-    that is 1 on policy and falls on both sides. l - l_old is clamped to +-20 and s to [log 1e-8, 20].
+    that is 1 on policy, greatest at a ratio of k / lam, and falls on both sides of that. l - l_old is clamped to +-20
+    and s to [log 1e-8, 20].
     arXiv:2602.10693.
     """
     if not (lambda_pos > 0 and lambda_neg > 0):
@@ -260,7 +267,12 @@ def gpg_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, complet
 
 
 def _clipped(
-    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, delta: float | None = None
+    ratio: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    delta: float | None = None,
+    c: float | None = None,
 ) -> PolicyLoss:
     """PPO's pessimistic surrogate (arXiv:1707.06347); the clip only ever removes an incentive."""
     _check_bounds(clip_low, clip_high, lowest=1.0)
@@ -268,6 +280,8 @@ def _clipped(
         raise ConfigError(f"delta is {delta}; it must be above 1 + clip_high ({1 + clip_high:g}), or null")
     free = ratio if delta is None else ratio.clamp(max=delta)
     surrogate = torch.minimum(free * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    if c is not None:
+        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, c * advantages), surrogate)
     clipped = (surrogate != ratio * advantages).float()
     return PolicyLoss(-surrogate, {"ratio": ratio.detach(), "clip_frac": clipped})
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grpo_core import distributed
-from grpo_core.advantages import level, tied_groups
 from grpo_core.batch import Rollouts, Task
 from grpo_core.config import RunConfig
 from grpo_core.config_file import dump
@@ -125,7 +124,7 @@ class RunLog:
 
         `stats` are tensors to reduce over ranks; `numbers` are the same on all of them. Returns the row.
         """
-        add_rollouts(stats, rollouts, scores, advantages, self.config.advantage.min_group_std)
+        add_rollouts(stats, rollouts, scores, advantages)
         stats.max("peak_memory_gb", torch.tensor(peak_memory_gb()))
         row = {"step": step, "kl": 0.0, **stats.reduce(), **numbers}
         for name in ("reward", *(f"rewards/{name}" for name in scores.by_name)):
@@ -180,16 +179,13 @@ class RunLog:
                 file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def add_rollouts(
-    stats: Stats, rollouts: Rollouts, scores: Scores, advantages: Tensor, min_group_std: float = 0.0
-) -> None:
+def add_rollouts(stats: Stats, rollouts: Rollouts, scores: Scores, advantages: Tensor) -> None:
     """What the rollouts and their scores say of a step."""
     lengths = rollouts.lengths()
     named = {"reward": scores.rewards, **{f"rewards/{name}": values for name, values in scores.by_name.items()}}
     for name, values in named.items():
         stats.mean(name, values, ~values.isnan())
         stats.mean(f"{name}_square", values.square(), ~values.isnan())
-    stats.mean("tied_groups", tied_groups(level(scores.rewards, min_group_std)))
     stats.mean("advantage_abs", advantages.abs())
     stats.mean("length", lengths)
     stats.max("length_max", lengths)

@@ -78,9 +78,12 @@ def remarks(config: RunConfig) -> list[str]:
         found.append("loss.average micro_token makes the gradient depend on trainer.micro_batch_size; token does not")
     if (loss.name == "gpg") != (config.advantage.name == "gpg"):
         found.append("gpg is the loss gpg with the advantage gpg, which carries its factor; here is only one of them")
-    if loss.kl_coef and loss.kl_in == "loss" and loss.kl in ("k1", "abs"):
-        why = "its expected gradient is 0 on policy" if loss.kl == "k1" else "its gradient is that of no KL"
-        found.append(f"loss.kl {loss.kl} in the loss does not pull to the reference: {why}; k1+ or k3+ do")
+    if loss.kl_coef and loss.kl_in == "loss" and loss.kl == "k1":
+        found.append(
+            "loss.kl k1 in the loss does not pull to the reference: on policy its expected gradient is 0; k1+ does"
+        )
+    if config.advantage.name == "opo" and loss.average == "sequence":
+        found.append("advantage opo weighs by length what loss.average sequence does not let grow with it")
     if loss.name == "cispo" and loss.args.get("cap", 5.0) < 1:
         found.append("loss.args.cap is the ratio itself: below 1 it scales every gradient, on policy too")
     if config.advantage.name == "maxrl" and any(reward.weight < 0 for reward in config.rewards):

@@ -34,10 +34,13 @@ _PLAIN = {  # grpo, on policy, no reference
 }
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> where it is from, what differs from the plain one
-    "grpo_paper": ("arXiv:2402.03300", {"loss": {"kl_coef": 0.04}}),
+    "grpo_paper": (
+        "arXiv:2402.03300, one iteration; clip_low, clip_high, eps and std_ddof are the field's, the paper names none",
+        {"loss": {"kl_coef": 0.04}},
+    ),
     "dr_grpo": ("arXiv:2503.20783", {"advantage": {"name": "dr_grpo", "args": {}}, "loss": {"average": "constant"}}),
     "dapo": (
-        "arXiv:2503.14476",
+        "arXiv:2503.14476; its penalty of -1 is for rewards of 1 and -1",
         {
             "loss": {"args": {"clip_low": 0.2, "clip_high": 0.28}, "average": "token"},
             "truncation": {"name": "soft_penalty", "args": {"cache_share": 0.2}},
@@ -49,11 +52,11 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> where it is from, 
         {"loss": {"name": "gspo", "args": {"clip_low": 3e-4, "clip_high": 4e-4, "delta": None}}},
     ),
     "cispo": (
-        "arXiv:2506.13585; the cap as in arXiv:2510.13786, the paper names none",
+        "arXiv:2506.13585, the loss alone; the cap as in arXiv:2510.13786, the paper names none",
         {"loss": {"name": "cispo", "args": {"cap": 5.0}, "average": "token"}},
     ),
     "rloo": (
-        "arXiv:2402.14740",
+        "arXiv:2402.14740; kl_coef as in TRL's RLOOConfig, the paper tunes it",
         {
             "advantage": {"name": "rloo", "args": {}},
             "loss": {
@@ -66,7 +69,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> where it is from, 
             },
         },
     ),
-    "trl_1_16_default": ("TRL 1.16.0, GRPOConfig", {"loss": {"average": "token", "kl": "k3_corrected"}}),
+    "trl_1_16_default": ("TRL 1.16.0, GRPOConfig without vLLM", {"loss": {"average": "token", "kl": "k3_corrected"}}),
     "verl_default": (
         "verl, ppo_trainer.yaml with adv_estimator=grpo (2026)",
         {
@@ -75,9 +78,9 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> where it is from, 
         },
     ),
     "open_instruct_default": (
-        "open-instruct, grpo_fast (2026)",
+        "open-instruct, grpo_fast (2026); tied groups, which it drops, stay in the denominator here",
         {
-            "advantage": {"args": {"eps": 1e-8, "std_ddof": 0}},
+            "advantage": {"name": "dr_grpo", "args": {}},
             "loss": {
                 "args": {"clip_low": 0.2, "clip_high": 0.272},
                 "average": "token",

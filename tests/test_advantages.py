@@ -65,6 +65,8 @@ def test_batch_statistics_by_hand():
     gpg = values("gpg", tied)
     close(gpg[:2], 2 * (REWARDS - REWARDS.mean(dim=1, keepdim=True)))  # half of the completions pull
     assert (gpg[2:] == 0).all()
+    at_its_mean = torch.tensor([[0.0, 0.5, 1.0], [1.0, 1.0, 1.0]])  # a completion at its group's mean is no tie
+    close(values("gpg", at_its_mean)[0], [-1.0, 0.0, 1.0])
 
 
 def test_opo_weighs_its_baseline_by_length():
@@ -79,6 +81,10 @@ def test_gdpo_normalises_each_reward_by_itself():
     one = 3**0.5 / 2
     summed = torch.tensor([[one - one / 2, -one - one / 2, -one + one / 2, one + one / 2]])
     close(ours, summed / summed.std())
+    # rewards that cancel in their sum are no tie: w z = -z_1 + 2 z_2 = z_1 of the first group
+    cancel = torch.tensor([[[0.0, 1.0, 0.0, 1.0], [1.0] * 4], [[1.0, 0.5, 1.0, 0.5], [2.0] * 4]])
+    both = values("gdpo", (cancel * torch.tensor([1.0, 2.0]).view(2, 1, 1)).sum(dim=0), components=cancel, weights=torch.tensor([1.0, 2.0]))
+    assert (both[0, [0, 2]] > 0.5).all() and (both[0, [1, 3]] < -0.5).all() and (both[1] == 0).all()
     scaled = components * torch.tensor([1.0, 100.0]).view(2, 1, 1)
     close(values("gdpo", scaled.sum(dim=0), args={"eps": 0.0}, components=scaled, weights=weights), ours)
 
@@ -87,6 +93,8 @@ def test_near_ties_are_levelled():
     """Without it a gap of 1e-3 is an advantage of 1.25."""
     rewards = torch.tensor([[0.0, 0.0, 0.0, 0.001], [1.0, 0.0, 0.0, NAN], [0.1, NAN, 0.1001, 0.1]])
     assert values("grpo", rewards)[0].max() > 1.2
+    assert tied_groups(level(torch.tensor([[0.0, 0.02]]), 0.01)).tolist() == [False]  # a std of 0.014
+    assert tied_groups(level(torch.tensor([[0.0, 0.013]]), 0.01)).tolist() == [True]  # 0.009
     levelled = level(rewards, 0.01)
     assert tied_groups(levelled).tolist() == [True, False, True]
     assert (values("grpo", levelled)[[0, 2]] == 0).all() and (levelled.isnan() == rewards.isnan()).all()

@@ -102,12 +102,12 @@ def test_clipping_only_ever_removes_incentive(name, ratio, advantage, pulls):
     assert out.diagnostics["clip_frac"].mean() == (not pulls)
 
 
-@pytest.mark.parametrize("name, args", [("grpo", {"delta": 2.0}), ("gspo", {"delta": 2.0}), ("dual_clip", {"c": 2.0})])
+@pytest.mark.parametrize("name, args", [("grpo", {"delta": 2.0}), ("gspo", {"delta": 2.0}), ("dual_clip", {"c": 2.0}), ("dual_clip", {"c": 2.0, "clip_high": 1.5})])
 def test_two_sided_clipping_lets_go_of_bad_tokens_that_grew(name, args):
     for ratio, pulls in ((1.9, True), (2.1, False)):
         old = torch.full((1, 2), -3.0)
         logprobs = (old + math.log(ratio)).requires_grad_()
-        loss_fn = LOSSES.build(name, {"clip_low": 0.2, "clip_high": 0.4, **args})
+        loss_fn = LOSSES.build(name, {"clip_low": 0.2, "clip_high": 0.4} | args)
         out = loss_fn(logprobs, old, torch.tensor([[-1.0]]), torch.ones(1, 2, dtype=torch.bool))
         out.per_token_loss.sum().backward()
         assert (logprobs.grad != 0).all() == pulls
@@ -143,6 +143,7 @@ def test_values_by_hand():
     # gmpo: log 2 is cut to 0.4 where A > 0, -log 2 to -0.4 where A < 0; half their sum with the other is exponentiated
     close(value("gmpo")[0], [-math.exp((0.4 - math.log(2)) / 2)] * 2)
     close(value("gmpo", clip_low=0.1)[1], [math.exp((math.log(2) - 0.1) / 2)] * 2)
+    close(value("gmpo", clip_high=0.1)[0], [-math.exp((0.1 - math.log(2)) / 2)] * 2)
 
 
 def test_vespo_by_hand():
@@ -213,7 +214,7 @@ def test_names_and_arguments_are_checked():
     ("gspo", {"clip_high": -1.0}, "clip_high -1.0"),
     ("gmpo", {"clip_low": -0.4}, "clip_low is -0.4"),
     ("grpo", {"delta": 1.1}, "delta is 1.1; it must be above 1"),
-    ("dual_clip", {"c": 1.0}, "c is 1.0; it must be above 1"),
+    ("dual_clip", {"c": 1.0}, "c is 1.0; it must be above 1"),  # 1 < c < 1 + clip_high is the paper's
     ("cispo", {"cap": 0.0}, "cap is 0.0"),
     ("sapo", {"tau_neg": 0.0}, "both must be above 0"),
     ("vespo", {"lambda_pos": -1.0}, "both must be above 0"),
