@@ -10,7 +10,8 @@ from fakes import FixedTasks, ragged_rollouts, tiny_policy
 from test_loop import GOOD, count_good, make_run, rows
 
 from grpo_core.advantages import ADVANTAGES
-from grpo_core.batch import replace_rows, take
+from grpo_core.averages import token_weights
+from grpo_core.batch import replace_rows, split, take
 from grpo_core.collect import advantages_over_ranks, collect, rewards_to_learn_from
 from grpo_core.config import (
     AdvantageConfig,
@@ -76,6 +77,15 @@ def test_micro_token_does_depend_on_it(tmp_path):
         train(run)
         ends.append(parameters(run))
     assert (ends[0] - ends[1]).abs().max() > 1e-4
+
+
+def test_a_micro_batch_is_one_whatever_it_holds(tmp_path):
+    """8 rows in micro-batches of 3 are three: micro_token's weights add up to 1."""
+    run = make_run(tmp_path, micro_batch_size=3)
+    batch = freeze(run, ragged_rollouts(8), torch.zeros(1, 8))
+    totals = count_over_ranks(run, batch)
+    weights = [token_weights(m.loss_mask, average="micro_token", totals=totals) for m in split(batch, 3)]
+    assert totals.micro_batches == 3 and [float(w.sum()) for w in weights] == pytest.approx([1 / 3] * 3)
 
 
 def test_every_switch_has_a_hand_in_the_loss(tmp_path):
@@ -165,6 +175,22 @@ def test_near_ties_count_as_ties(tmp_path):
     assert row["tied_groups"] == 1.0 and row["advantage_abs"] == 0.0 and row["grad_norm"] == 0.0
 
 
+def test_gdpo_has_a_signal_where_any_reward_that_counts_has_one(tmp_path):
+    def up(completions):
+        return [float(i % 2) for i in range(len(completions))]
+
+    def down(completions):
+        return [1.0 - i % 2 for i in range(len(completions))]
+
+    for name, weights, tied in (("gdpo", (1.0, 1.0), 0.0), ("grpo", (1.0, 1.0), 1.0), ("gdpo", (0.0, 1.0), 1.0)):
+        run = make_run(tmp_path / f"{name}{weights[0]}", change=lambda c, name=name: replace(c, advantage=AdvantageConfig(name)))
+        second = down if weights[0] else zeros
+        run = replace(run, rewards=[Reward("up", weights[0], up), Reward("down", weights[1], second)])
+        stats = Stats()
+        collect(run, 0, stats)
+        assert stats.reduce()["tied_groups"] == tied
+
+
 def test_rows_are_replaced_whatever_their_widths():
     wide, narrow = ragged_rollouts(4, prompt_width=7, width=9), ragged_rollouts(2, prompt_width=3, width=4, seed=1)
     wide, narrow = (replace(r, completions=tuple(f"{n}{i}" for i in range(len(r)))) for r, n in ((wide, "w"), (narrow, "n")))
@@ -249,6 +275,11 @@ def test_advantages_see_lengths_single_rewards_and_weights(tmp_path):
     advantages_over_ranks(run, scores.rewards, rollouts, scores)
     assert torch.equal(seen["lengths"].flatten().long(), rollouts.lengths()) and seen["weights"].tolist() == [1.0, 0.5]
     assert torch.equal(seen["components"], torch.stack([*scores.by_name.values()]))
+    out_of_the_baseline = scores.rewards.clone()
+    out_of_the_baseline[0, 3] = float("nan")
+    advantages_over_ranks(replace(run, advantage_fn=lambda rewards, components: seen.update(c=components) or 0 * rewards.nan_to_num()),
+                          out_of_the_baseline, rollouts, scores)  # fmt: skip
+    assert seen["c"][:, 0, 3].isnan().all() and seen["c"].isnan().sum() == 2
 
 
 # --- masks and weights
