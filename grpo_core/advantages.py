@@ -32,7 +32,7 @@ def grpo_advantages(rewards: Tensor, *, eps: float = 1e-4, std_ddof: int = 1) ->
 
     DeepSeekMath, arXiv:2402.03300.
     """
-    centered, counts = _center(rewards)
+    centered, counts = center(rewards)
     variance = centered.square().sum(dim=1, keepdim=True) / (counts - std_ddof).clamp(min=1)
     return centered / (variance.sqrt() + eps)
 
@@ -43,7 +43,7 @@ def dr_grpo_advantages(rewards: Tensor) -> Tensor:
 
     Dividing by the spread up-weights prompts nearly solved or nearly hopeless. arXiv:2503.20783.
     """
-    return _center(rewards)[0]
+    return center(rewards)[0]
 
 
 ADVANTAGES.register("centered")(dr_grpo_advantages)
@@ -55,7 +55,7 @@ def batch_std_advantages(rewards: Tensor, *, eps: float = 1e-4, std_ddof: int = 
 
     arXiv:2508.08221 (Lite PPO).
     """
-    centered, _ = _center(rewards)
+    centered, _ = center(rewards)
     return centered / (_batch_std(rewards, std_ddof) + eps)
 
 
@@ -65,7 +65,7 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
 
     arXiv:2402.14740.
     """
-    centered, counts = _center(rewards)
+    centered, counts = center(rewards)
     return centered * counts / (counts - 1).clamp(min=1)
 
 
@@ -76,7 +76,7 @@ def opo_advantages(rewards: Tensor, lengths: Tensor) -> Tensor:
     The baseline of least variance where the squared norm of a completion's gradient grows with its length, as it does
     under every average but `sequence`. arXiv:2505.23585.
     """
-    centered, _ = _center(rewards)  # shifts r by a constant of the group, and makes ties exact
+    centered, _ = center(rewards)  # shifts r by a constant of the group, and makes ties exact
     weight = lengths.to(rewards.dtype) * ~rewards.isnan()
     baseline = (weight * centered).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp(min=1)
     return torch.where(_signal(rewards), centered - baseline, 0.0)
@@ -89,7 +89,7 @@ def reinforce_pp_baseline_advantages(rewards: Tensor, *, eps: float = 1e-4, std_
     REINFORCE++ with a group baseline, arXiv:2501.03262. Tied groups count in the batch's spread and stay at 0. Over
     completions; implementations that whiten over tokens let long ones count more.
     """
-    return _whiten(_center(rewards)[0], rewards, _signal(rewards), eps, std_ddof)
+    return _whiten(center(rewards)[0], rewards, _signal(rewards), eps, std_ddof)
 
 
 @ADVANTAGES.register(
@@ -131,7 +131,7 @@ def maxrl_advantages(rewards: Tensor) -> Tensor:
     The weight of a prompt falls with its pass rate, as in maximum likelihood. MaxRL, arXiv:2602.02710. Groups whose
     mean is not above 0 get 0.
     """
-    centered, counts = _center(rewards)
+    centered, counts = center(rewards)
     mean = rewards.nansum(dim=1, keepdim=True) / counts.clamp(min=1)
     return torch.where(mean > 0, centered / mean.where(mean > 0, 1.0), 0.0)
 
@@ -142,7 +142,7 @@ def gpg_advantages(rewards: Tensor) -> Tensor:
 
     The factor makes up for the groups of the batch that pull nothing. arXiv:2504.02546.
     """
-    return _center(rewards)[0] * ((~rewards.isnan()).sum() / _signal(rewards).sum().clamp(min=1))
+    return center(rewards)[0] * ((~rewards.isnan()).sum() / _signal(rewards).sum().clamp(min=1))
 
 
 def advantages(
@@ -207,7 +207,7 @@ def _check_groups(rewards: Tensor) -> None:
         raise ConfigError(f"rewards must be [N, G] with G >= 2, got {list(rewards.shape)}")
 
 
-def _center(rewards: Tensor) -> tuple[Tensor, Tensor]:
+def center(rewards: Tensor) -> tuple[Tensor, Tensor]:
     """Rewards minus their group's mean [N, G], exactly 0 where tied or unscored; scored rows of each group [N, 1]."""
     signal = _signal(rewards)
     counts = (~rewards.isnan()).sum(dim=1, keepdim=True)

@@ -11,7 +11,7 @@ from grpo_core.averages import AVERAGES
 from grpo_core.corrections import CORRECTIONS
 from grpo_core.kl import KLS
 from grpo_core.losses import LOSSES
-from grpo_core.objective import formula
+from grpo_core.objective import LETTERS, formula
 from grpo_core.presets import PRESETS
 from grpo_core.registry import Registry
 from grpo_core.schema import keyword_arguments
@@ -25,15 +25,6 @@ KEYS: dict[str, Registry] = {
     "advantage.name": ADVANTAGES,
     "truncation.name": TRUNCATIONS,
 }
-
-LETTERS = """\
-l, l_old, l_ref, l_roll   log-prob of a token: now, before the step's first update, under the reference, as sampled
-r, R                      exp(l - l_old) of a token; exp of its mean over a completion
-d                         l_ref - l
-A                         advantage of the completion
-w                         exp(l_old - l_roll)
-sg                        stop-gradient
-n_i                       tokens of completion i; tokens, completions: of the whole optimizer step"""
 
 
 def catalogue() -> str:

@@ -6,11 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_core.advantage_laws import ADVANTAGE_LAWS, check_advantage
-from grpo_core.advantages import ADVANTAGES
-from grpo_core.laws import LOSS_LAWS, Outcome, check_loss, clip_table, ranks, start_rank_gaps
-from grpo_core.losses import LOSSES
+from grpo_core.config_check import try_advantage, try_loss
+from grpo_core.laws import LOSS_LAWS, RATIOS, Outcome, check_loss, clip_table, ranks, start_rank_gaps
 from grpo_core.registry import fact
 from grpo_core.schema import ConfigError, known
+
+HINTS = {
+    "finite": "losses.token_ratio is exp(l - l_old) with the difference clamped",
+    "on_policy": "a factor changes the learning rate, a wrong sign its direction; averaging is the trainer's",
+    "clip": "is the sign right? the loss of a good token falls as its log-prob rises",
+    "ties": "advantages.center is r - mean, exactly 0 in a tied group",
+    "unscored": "advantages.center is r - mean over the scored, 0 for the others",
+    "gradcheck": "if something is detached on purpose, declare it: my_loss.breaks = {'gradcheck': 'why'}",
+}
 
 
 def run_check_loss(name: str, args: dict[str, Any]) -> int:
@@ -19,27 +27,25 @@ def run_check_loss(name: str, args: dict[str, Any]) -> int:
     Raises:
         ConfigError: no such loss, or arguments that it does not take.
     """
-    loss_fn = LOSSES.build(name, args)
+    loss_fn = try_loss(name, args)
     _check_breaks(name, loss_fn, [*LOSS_LAWS, "ranks"])
     gaps = start_rank_gaps([(name, args)])  # they start while the rest runs
     outcomes = check_loss(loss_fn)
     holds, shown = ranks(gaps()[0])
     outcomes.append(Outcome("ranks", holds, shown, (fact(loss_fn, "breaks") or {}).get("ranks")))
     code = _table(name, args, outcomes, {**LOSS_LAWS, "ranks": ranks})
-    try:
-        table = clip_table(loss_fn)
-    except Exception:
-        return code  # the laws above have said why
+    if not next(outcome.holds for outcome in outcomes if outcome.law == "shape"):
+        return code
     print("\nwhere it pulls: -(d loss / d log-prob) / A; 1 is REINFORCE's, 0 is clipped")
-    print("       " + "".join(f"  ratio {ratio:<8.4g}" for ratio, _, _ in table[:3]))
-    for row in (table[:3], table[3:]):
-        print(f"  A {'>' if row[0][1] > 0 else '<'} 0" + "".join(f"  {pull:<14.4g}" for _, _, pull in row))
+    print("ratio  " + "".join(f"  {ratio:<7g}" for ratio in RATIOS))
+    for sign, pulls, where in clip_table(loss_fn):
+        print(f"{sign:<7}" + "".join(f"  {pull:<7.3g}" for pull in pulls) + f"  pulls {where}")
     return code
 
 
 def run_check_advantage(name: str, args: dict[str, Any]) -> int:
     """As `run_check_loss`, for an advantage."""
-    advantage_fn = ADVANTAGES.build(name, args)
+    advantage_fn = try_advantage(name, args)
     _check_breaks(name, advantage_fn, [*ADVANTAGE_LAWS])
     return _table(name, args, check_advantage(advantage_fn), ADVANTAGE_LAWS)
 
@@ -58,6 +64,8 @@ def _table(name: str, args: dict[str, Any], outcomes: list[Outcome], laws: dict[
         if outcome.declared is not None:
             verdict = "HOLDS" if outcome.holds else "breaks"
         print(f"{verdict:<7} {outcome.law:<15} {outcome.shown:<16} {laws[outcome.law].__doc__}")
+        if not outcome.ok and outcome.law in HINTS:
+            print(f"{'':<40} ({HINTS[outcome.law]})")
         if outcome.declared is not None:
             said = "declared as broken, but it holds: take it out of `breaks`" if outcome.holds else "as declared"
             print(f"{'':<40} ({said}: {outcome.declared})")

@@ -29,7 +29,7 @@ from grpo_core.schema import ConfigError
 REFERENCE = "reference.pt"  # only where the reference moves
 
 # what may differ between a checkpoint and the run that goes on from it
-FREE = ("resume", "name", "output_dir", "log", "checkpoint", "trainer.num_steps", "trainer.epochs", "sft")
+FREE = ("resume", "preset", "name", "output_dir", "log", "checkpoint", "trainer.num_steps", "trainer.epochs", "sft")
 FREE += ("evaluation.every", "evaluation.batch_size", "evaluation.reward")  # not num_tasks: it may hold rows out
 
 

@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") for word in rest):
         parser.error(f"unknown option {rest[0]}")
+    if rest and not hasattr(options, "overrides"):
+        parser.error(f"{options.command} takes no arguments; got {rest[0]}")
     if rest:
         options.overrides += rest  # those that stood before --config
     try:

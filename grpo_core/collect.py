@@ -29,7 +29,6 @@ def collect(run: Run, step: int, stats: Stats) -> tuple[list[Task], Rollouts, Sc
     rollouts, scores = _draw(run, tasks)
     if run.config.sampling.dynamic_attempts:
         tasks, rollouts, scores = _resample(run, step, stats, tasks, rollouts, scores)
-    stats.mean("tied_groups", _tied(run, scores))
     return tasks, rollouts, scores
 
 
@@ -39,10 +38,10 @@ def _resample(
     """`collect`'s tasks, completions and scores with tied groups replaced."""
     group_size, tasks = run.config.sampling.group_size, list(tasks)
     stats.mean("first_draw/reward", scores.rewards, ~scores.rewards.isnan())
-    stats.mean("first_draw/tied_groups", _tied(run, scores))
+    stats.mean("first_draw/tied_groups", _tied(run, scores.rewards, scores))
     replaced, used, tokens = 0, 0, rollouts.lengths().sum()
     for attempt in range(1, run.config.sampling.dynamic_attempts + 1):
-        tied = _tied(run, scores).nonzero().squeeze(1)
+        tied = _tied(run, scores.rewards, scores).nonzero().squeeze(1)
         if len(tied) == 0:
             break
         others = run.tasks.replacements(step, attempt)
@@ -71,13 +70,14 @@ def rewards_to_learn_from(
     return run.truncation_fn(rewards, lengths, truncated, run.config.sampling.max_new_tokens)
 
 
-def advantages_over_ranks(run: Run, rewards: Tensor, rollouts: Rollouts, scores: Scores) -> Tensor:
+def advantages_over_ranks(run: Run, rewards: Tensor, rollouts: Rollouts, scores: Scores, stats: Stats) -> Tensor:
     """This rank's advantages [N, G]; the function sees the groups of all ranks. A collective.
 
     Raises:
         ConfigError: no completion of the step has a reward, or what `advantages` raises.
     """
     least, shape = run.config.advantage.min_group_std, rewards.shape
+    stats.mean("tied_groups", _tied(run, rewards, scores))
     components = torch.stack([*scores.by_name.values()]).masked_fill(rewards.isnan(), torch.nan)  # [K, N, G]
     lengths = rollouts.lengths().view(shape).cpu().to(rewards.dtype)
     mine = torch.cat([level(rewards, least)[None], lengths[None], level(components, least)])
@@ -98,11 +98,11 @@ def _draw(run: Run, tasks: list[Task]) -> tuple[Rollouts, Scores]:
         return rollouts, score(run.rewards, tasks, rollouts.completions, group_size)
 
 
-def _tied(run: Run, scores: Scores) -> Tensor:
+def _tied(run: Run, rewards: Tensor, scores: Scores) -> Tensor:
     """Groups without a signal for the advantage, [N] bool."""
     least = run.config.advantage.min_group_std
     if not fact(run.advantage_fn, "reads_components"):
-        return tied_groups(level(scores.rewards, least))
+        return tied_groups(level(rewards, least))
     counting = [scores.by_name[reward.name] for reward in run.rewards if reward.weight]
     return torch.stack([tied_groups(level(values, least)) for values in counting]).all(dim=0)
 

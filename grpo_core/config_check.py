@@ -16,7 +16,7 @@ from grpo_core.kl import KLS
 from grpo_core.losses import LOSSES, PolicyLoss
 from grpo_core.registry import fact
 from grpo_core.rewards import REWARDS
-from grpo_core.schema import ConfigError
+from grpo_core.schema import ConfigError, in_short
 from grpo_core.truncation import TRUNCATIONS
 
 
@@ -36,18 +36,9 @@ def _check_functions(config: RunConfig) -> None:
     """Every function is there, takes its arguments, and works on a batch of two."""
     loss = config.loss
     KLS.get(loss.kl), AVERAGES.get(loss.average)
-    old = torch.tensor([[-1.0, -2.0, -0.5], [-0.1, -3.0, -1.0]])
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    column = torch.tensor([[1.0], [-0.5]])
-    rewards = torch.tensor([[1.0, 0.0], [0.5, 1.0]])
-    logprobs = (old + 0.1).requires_grad_()
-    function = LOSSES.build(loss.name, loss.args, "loss.args")
-    out = _try("loss", loss.name, function, logprobs, old, column, mask)
-    if not isinstance(out, PolicyLoss) or out.per_token_loss.shape != old.shape:
-        raise ConfigError(f"loss {loss.name} must return a PolicyLoss whose per_token_loss is [B, C], unreduced")
-    name = config.advantage.name
-    function = ADVANTAGES.build(name, config.advantage.args, "advantage.args")
-    _try("advantage", name, advantages, function, rewards)
+    try_loss(loss.name, loss.args)
+    try_advantage(config.advantage.name, config.advantage.args)
+    old, mask, rewards = torch.full((2, 3), -1.0), torch.ones(2, 3, dtype=torch.bool), torch.eye(2)
     chosen = loss.rollout_correction
     function = CORRECTIONS.build(chosen.name, chosen.args, "loss.rollout_correction.args")
     _try("loss.rollout_correction", chosen.name, function, old, old, mask)
@@ -56,13 +47,40 @@ def _check_functions(config: RunConfig) -> None:
     _try("truncation", chosen.name, function, rewards, torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool), 8)
 
 
+def try_loss(name: str, args: dict[str, Any]) -> Callable:
+    """The loss `name` with `args`, once it has been seen to work on a batch of two.
+
+    Raises:
+        ConfigError: it is not there, does not take the arguments, raises, or does not return what a loss returns.
+    """
+    function = LOSSES.build(name, args, "loss.args")
+    old = torch.tensor([[-1.0, -2.0, -0.5], [-0.1, -3.0, -1.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    column = torch.tensor([[1.0], [-0.5]])
+    out = _try("loss", name, function, (old + 0.1).requires_grad_(), old, column, mask)
+    if not isinstance(out, PolicyLoss):
+        raise ConfigError(f"loss {name} returned {type(out).__name__}; it must return a PolicyLoss")
+    if out.per_token_loss.shape != old.shape:
+        shape = list(out.per_token_loss.shape)
+        raise ConfigError(f"loss {name} returned per_token_loss {shape}; it must be [B, C] = [2, 3], unreduced")
+    return function
+
+
+def try_advantage(name: str, args: dict[str, Any]) -> Callable:
+    """As `try_loss`, for an advantage."""
+    function = ADVANTAGES.build(name, args, "advantage.args")
+    _try("advantage", name, advantages, function, torch.tensor([[1.0, 0.0], [0.5, 1.0]]))
+    return function
+
+
 def _try(key: str, name: str, function: Callable, *given: Any) -> Any:
     try:
         return function(*given)
     except ConfigError as error:
-        raise ConfigError(f"{key} {name}: {error}") from None
+        named = str(error).startswith(key)
+        raise ConfigError(str(error) if named else f"{key} {name}: {error}") from None
     except Exception as error:
-        raise ConfigError(f"{key} {name} fails on a batch of two: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{key} {name} fails on a batch of two: {in_short(error)}") from error
 
 
 def _check_rewards(config: RunConfig) -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from grpo_core.config import RunConfig
 from grpo_core.config_check import check
-from grpo_core.objective import render
+from grpo_core.objective import LETTERS, render
 from grpo_core.presets import merge, preset
 from grpo_core.schema import ConfigError, coerce, known
 
@@ -27,8 +27,10 @@ def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     if isinstance(data, dict) and data.get("preset") is not None:
         data = merge(preset(data["preset"]), data)
     for override in overrides:
-        if override.startswith("preset="):
-            data = merge(data, preset(override.removeprefix("preset=")))
+        if override.startswith("preset=") and (name := yaml.safe_load(override.removeprefix("preset="))) is not None:
+            data = merge(data, preset(str(name)))
+    for override in overrides:
+        _forget_arguments(data, override)
     for override in overrides:
         _apply(data, override)
     config = build(RunConfig, data, "")
@@ -60,8 +62,8 @@ def arguments_of(overrides: list[str]) -> dict[str, Any]:
 
 def dump(config: RunConfig) -> str:
     """The whole configuration as YAML that `load` reads back to an equal one, with the objective as a comment."""
-    objective = "".join(f"#   {line}\n" for line in render(config).splitlines())
-    return f"# What is minimised, a sum over completion tokens of token * weight:\n#\n{objective}\n" + yaml.safe_dump(
+    objective = "".join(f"#   {line}\n" for line in [*render(config).splitlines(), "", *LETTERS.splitlines()])
+    return f"# What is minimised:\n#\n{objective}\n" + yaml.safe_dump(
         asdict(config), sort_keys=False, allow_unicode=True, width=120
     )
 
@@ -116,6 +118,16 @@ def _apply(data: dict, override: str) -> None:
     if kind in (str, str | None) and not isinstance(value, (str, type(None))):
         value = text  # a key that holds text: {question} is a template there, not a mapping
     data[last] = value
+
+
+def _forget_arguments(data: dict, override: str) -> None:
+    """`section.name=another` takes the arguments of the function before with it."""
+    key, _, text = override.partition("=")
+    *sections, last = key.split(".")
+    for section in sections:
+        data = data.get(section) if isinstance(data, dict) else None
+    if last == "name" and sections and isinstance(data, dict) and data.get("name") != text:
+        data.pop("args", None)
 
 
 def _read(path: Path, parse: Any, kind: str) -> Any:

@@ -45,8 +45,8 @@ def next_entropy_coef(
     return min(max(entropy_coef + (delta if below else -delta), lowest), highest), below
 
 
-def adapt(control: Control, config: LossConfig, kl: float, entropy: float, completions: int) -> Control:
-    """The coefficients of the next step, from this step's mean KL and entropy per token."""
+def adapt(control: Control, config: LossConfig, kl: float | None, entropy: float, completions: int) -> Control:
+    """The coefficients of the next step, from this step's mean KL (None: not measured) and entropy per token."""
     if config.kl_target is not None:
         kl_coef = next_kl_coef(
             control.kl_coef, kl, target=config.kl_target, horizon=config.kl_horizon, completions=completions

@@ -1,7 +1,7 @@
 """What takes tokens and completions out of the surrogate, or weighs them: all [B, C] or [B, 1], none with a gradient.
 
 The sampler's distribution is not quite the trainer's: other kernels, another precision. A rollout correction weighs the
-surrogate by w = exp(l_old - l_roll), bounded. A correction is fn(old_logprobs, rollout_logprobs, completion_mask) and
+surrogate by v = exp(l_old - l_roll), bounded. A correction is fn(old_logprobs, rollout_logprobs, completion_mask) and
 its bounds `clip_min` and `clip_max` are ratios; null is no bound. https://fengyao.notion.site/off-policy-rl.
 """
 
@@ -29,7 +29,7 @@ def token_truncate(
     clip_min: float | None = None,
     clip_max: float | None = 2.0,
 ) -> Tensor:
-    """clip(w, clip_min, clip_max) of each token"""
+    """clip(v, clip_min, clip_max) of each token"""
     return _truncate(_token_ratio(old_logprobs, rollout_logprobs, completion_mask), clip_min, clip_max)
 
 
@@ -42,7 +42,7 @@ def token_mask(
     clip_min: float | None = None,
     clip_max: float | None = 2.0,
 ) -> Tensor:
-    """w of each token, 0 outside [clip_min, clip_max]"""
+    """v of each token, 0 outside [clip_min, clip_max]"""
     return _mask(_token_ratio(old_logprobs, rollout_logprobs, completion_mask), clip_min, clip_max)
 
 
@@ -55,7 +55,7 @@ def sequence_truncate(
     clip_min: float | None = None,
     clip_max: float | None = 2.0,
 ) -> Tensor:
-    """clip(prod_t w, clip_min, clip_max) of each completion"""
+    """clip(prod_v, clip_min, clip_max), prod_v the product of a completion's v"""
     return _truncate(_sequence_ratio(old_logprobs, rollout_logprobs, completion_mask), clip_min, clip_max)
 
 
@@ -68,7 +68,7 @@ def sequence_mask(
     clip_min: float | None = None,
     clip_max: float | None = 3.0,
 ) -> Tensor:
-    """prod_t w of each completion, 0 outside [clip_min, clip_max]"""
+    """prod_v, the product of a completion's v, 0 outside [clip_min, clip_max]"""
     return _mask(_sequence_ratio(old_logprobs, rollout_logprobs, completion_mask), clip_min, clip_max)
 
 

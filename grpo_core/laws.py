@@ -22,11 +22,12 @@ from grpo_core import distributed
 from grpo_core.advantages import grpo_advantages
 from grpo_core.averages import Totals, token_weights
 from grpo_core.losses import LOSSES
-from grpo_core.objective import arguments
 from grpo_core.registry import fact
 
 B, C = 6, 7
 LENGTHS = [7, 1, 4, 3, 7, 2]
+RATIOS = [0.05, 0.5, 1.0, 2.0, 20.0]  # what the clip table shows
+GRID = torch.linspace(-math.log(20), math.log(20), 6001, dtype=torch.double)  # of log-ratios, where the clip law looks
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,13 @@ def outcomes_of(function: Callable, laws: dict[str, Callable[[Callable], tuple[b
 
 
 def shape(loss_fn: Callable) -> tuple[bool, str]:
-    """the loss is unreduced, [B, C]; its diagnostics, ratio and clip_frac among them, are [B, C] and detached"""
+    """the loss is unreduced, [B, C]; its diagnostics, if any, are [B, C] and detached"""
     logprobs, old, advantages, mask = batch()
     out = loss_fn(logprobs.requires_grad_(), old, advantages, mask)
-    detached = all(d.shape == (B, C) and not d.requires_grad for d in out.diagnostics.values())
-    named = {"ratio", "clip_frac"} <= out.diagnostics.keys()
-    return out.per_token_loss.shape == (B, C) and detached and named, str(list(out.per_token_loss.shape))
+    for name, values in out.diagnostics.items():
+        if values.shape != (B, C) or values.requires_grad:
+            return False, f"{name} {'has a gradient' if values.requires_grad else list(values.shape)}"
+    return out.per_token_loss.shape == (B, C), str(list(out.per_token_loss.shape))
 
 
 def pure(loss_fn: Callable) -> tuple[bool, str]:
@@ -146,10 +148,10 @@ def gradcheck(loss_fn: Callable) -> tuple[bool, str]:
 
 
 def clip(loss_fn: Callable) -> tuple[bool, str]:
-    """a token is never pushed against its advantage, and on policy it is pulled"""
-    pulls = [pull for _, _, pull in clip_table(loss_fn)]
-    on = [pull for ratio, _, pull in clip_table(loss_fn) if ratio == 1]
-    return min(pulls) >= 0 and min(on) > 0, f"{min(pulls):.2g} to {max(pulls):.2g}"
+    """a token is never pushed against its advantage, whatever its ratio, and on policy it is pulled"""
+    lowest = min(float(pull(loss_fn, sign, GRID).min()) for sign in (1, -1))
+    on_policy = min(float(pull(loss_fn, sign, torch.zeros(1))) for sign in (1, -1))
+    return lowest >= 0 and on_policy > 0, f"{lowest + 0.0:.2g} at least"
 
 
 def learns(loss_fn: Callable) -> tuple[bool, str]:
@@ -180,24 +182,42 @@ LOSS_LAWS: dict[str, Callable[[Callable], tuple[bool, str]]] = {
 }
 
 
-def clip_table(loss_fn: Callable) -> list[tuple[float, int, float]]:
-    """(ratio, sign of A, pull) where the ratio is below, on and above 1, past the loss's bounds.
+def pull(loss_fn: Callable, sign: int, log_ratios: Tensor) -> Tensor:
+    """-(d loss / d log-prob) / A of single tokens at `log_ratios` [n], with A = `sign`: [n].
 
-    pull = -(d loss / d log-prob) / A: 1 is REINFORCE's, 0 is a token that is clipped.
+    1 is REINFORCE's, 0 is a token that is clipped.
     """
-    args = arguments(getattr(loss_fn, "func", loss_fn), getattr(loss_fn, "keywords", {}))
-    bounds = {name: value for name, value in args.items() if isinstance(value, float) and value > 0}
-    low = math.exp(-2 * bounds.get("clip_low", math.log(2) / 2))
-    high = max(math.exp(2 * bounds.get("clip_high", math.log(2) / 2)), 2 * bounds.get("cap", 0), 2 * bounds.get("c", 0))
+    difference = log_ratios.double()[:, None]
+    old, mask = torch.full_like(difference, -6.0), torch.ones_like(difference, dtype=torch.bool)
+    advantages = torch.full_like(difference, float(sign))
+    return -gradient_of(loss_fn, old + difference, old, advantages, mask, w=torch.ones_like(old)).squeeze(1) / sign
+
+
+def clip_table(loss_fn: Callable) -> list[tuple[str, list[float], str]]:
+    """The six regions: for either sign of A the pull below, on and above ratio 1 (RATIOS), and where it pulls."""
     table = []
     for sign in (1, -1):
-        for ratio in (low, 1.0, high):
-            old = torch.full((1, 3), -6.0, dtype=torch.double)
-            logprobs, mask = old + math.log(ratio), torch.ones(1, 3, dtype=torch.bool)
-            advantages = torch.full((1, 1), float(sign), dtype=torch.double)
-            gradient = gradient_of(loss_fn, logprobs, old, advantages, mask, w=torch.ones(1, 3))
-            table.append((ratio, sign, float(-gradient.mean() / sign) + 0.0))
+        pulling = (pull(loss_fn, sign, GRID).abs() > 1e-9).nonzero().squeeze(1).tolist()
+        low, high = "0", "any"
+        if pulling and pulling[0] > 0:
+            low = f"{_edge(loss_fn, sign, GRID[pulling[0]], GRID[pulling[0] - 1]):.6g}"
+        if pulling and pulling[-1] < len(GRID) - 1:
+            high = f"{_edge(loss_fn, sign, GRID[pulling[-1]], GRID[pulling[-1] + 1]):.6g}"
+        where = "everywhere" if (low, high) == ("0", "any") else f"from ratio {low} to {high}"
+        shown = (pull(loss_fn, sign, torch.tensor(RATIOS, dtype=torch.double).log()) + 0.0).tolist()
+        table.append((f"A {'>' if sign > 0 else '<'} 0", shown, where if pulling else "nowhere"))
     return table
+
+
+def _edge(loss_fn: Callable, sign: int, inside: Tensor, outside: Tensor) -> float:
+    """The ratio between the two logarithms at which the pull ends, by bisection."""
+    for _ in range(40):
+        middle = (inside + outside) / 2
+        if abs(float(pull(loss_fn, sign, middle[None]))) > 1e-9:
+            inside = middle
+        else:
+            outside = middle
+    return math.exp(float(inside))
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -140,9 +140,9 @@ def luspo_loss(
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
 ) -> PolicyLoss:
-    """-min(R A, clip(R, 1 - clip_low, 1 + clip_high) A), summed over the row: times its length
+    """-min(R A, clip(R, 1 - clip_low, 1 + clip_high) A)
 
-    gspo's surrogate; the average row_sum is what makes it unbiased in length. arXiv:2602.05261.
+    gspo's surrogate; with the average row_sum, which makes it unbiased in length. arXiv:2602.05261.
     """
     return _clipped(sequence_ratio(logprobs, old_logprobs, completion_mask), advantages, clip_low, clip_high)
 
@@ -259,9 +259,10 @@ def reinforce_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, c
 
 @LOSSES.register("gpg")
 def gpg_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, completion_mask: Tensor) -> PolicyLoss:
-    """-A l, with the advantage gpg, which carries the factor completions / (completions with A != 0)
+    """-A l
 
-    That factor is of the whole step and not of a micro-batch, so it cannot be taken here. arXiv:2504.02546.
+    With the advantage gpg, which carries the factor completions / (completions in groups that are not tied): it is of
+    the whole step and not of a micro-batch, so it cannot be taken here. arXiv:2504.02546.
     """
     return reinforce_loss(logprobs, old_logprobs, advantages, completion_mask)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -91,6 +92,9 @@ class RunLog:
         if distributed.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(dump(replace(config, resume=None)), encoding="utf-8")
+            for file in own_files(config):  # what the run was made with
+                (folder / "code").mkdir(exist_ok=True)
+                shutil.copy(file, folder / "code")
             for name, last in (
                 ("metrics", start_step - 1),
                 ("completions", start_step - 1),
@@ -116,6 +120,7 @@ class RunLog:
         tasks: list[Task],
         rollouts: Rollouts,
         scores: Scores,
+        rewards: Tensor,  # [N, G] what the advantages are of: the scores after truncation and a KL in the reward
         advantages: Tensor,
         stats: Stats,
         numbers: dict[str, float],
@@ -126,17 +131,24 @@ class RunLog:
         """
         add_rollouts(stats, rollouts, scores, advantages)
         stats.max("peak_memory_gb", torch.tensor(peak_memory_gb()))
-        row = {"step": step, "kl": 0.0, **stats.reduce(), **numbers}
+        row = {"step": step, **stats.reduce(), **numbers}
         for name in ("reward", *(f"rewards/{name}" for name in scores.by_name)):
             row[f"{name}_std"] = max(0.0, row.pop(f"{name}_square") - row[name] ** 2) ** 0.5
         if "rollout_weight_square" in row:
             square = row.pop("rollout_weight_square")
             row["rollout_weight_ess"] = row["rollout_weight"] ** 2 / square if square else 0.0
         if self.config.log.completions:
-            rows = distributed.gather(_completion_rows(step, tasks, rollouts, scores, advantages))
+            rows = distributed.gather(
+                _completion_rows(step, tasks, rollouts, scores, self._shaped(rewards), advantages)
+            )
             self._append("completions", *[row for part in rows for row in part])
         self.record(step, row, lambda row: _line(row, list(scores.by_name)))
         return row
+
+    def _shaped(self, rewards: Tensor) -> Tensor | None:
+        """The rewards that the advantages are of, where they may differ from the scores."""
+        same = self.config.truncation.name == "keep" and self.config.loss.kl_in == "loss"
+        return None if same else rewards
 
     def record(self, step: int, row: dict[str, float], line: Callable[[dict[str, float]], str]) -> None:
         """One row of metrics.jsonl with the seconds of its phases; `line(row)` every log.every steps.
@@ -179,6 +191,14 @@ class RunLog:
                 file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def own_files(config: RunConfig) -> set[str]:
+    """The user's files that the configuration takes functions from."""
+    loss = config.loss
+    names = [loss.name, loss.average, loss.kl, loss.rollout_correction.name, config.advantage.name]
+    names += [config.truncation.name, config.evaluation.reward, *(reward.name for reward in config.rewards)]
+    return {name.rpartition(":")[0] for name in names if ".py:" in name}
+
+
 def add_rollouts(stats: Stats, rollouts: Rollouts, scores: Scores, advantages: Tensor) -> None:
     """What the rollouts and their scores say of a step."""
     lengths = rollouts.lengths()
@@ -210,7 +230,7 @@ def peak_memory_gb() -> float:
 
 
 def _completion_rows(
-    step: int, tasks: list[Task], rollouts: Rollouts, scores: Scores, advantages: Tensor
+    step: int, tasks: list[Task], rollouts: Rollouts, scores: Scores, shaped: Tensor | None, advantages: Tensor
 ) -> list[dict[str, Any]]:
     group_size = scores.rewards.shape[1]
     advantages, lengths, truncated = (
@@ -227,6 +247,7 @@ def _completion_rows(
             "text": text,
             "rewards": {name: _or_none(values.flatten()[i]) for name, values in scores.by_name.items()},
             "reward": _or_none(scores.rewards.flatten()[i]),
+            **({} if shaped is None else {"shaped_reward": _or_none(shaped.flatten()[i])}),
             "advantage": advantages[i],
             "length": lengths[i],
             "truncated": truncated[i],
@@ -239,7 +260,8 @@ def _line(row: dict[str, float], rewards: list[str]) -> str:
     by_name = "".join(f"  {name} {row[f'rewards/{name}']:.3f}" for name in rewards) if len(rewards) > 1 else ""
     return (
         f"reward {row['reward']:.3f}{by_name}  tied {row['tied_groups']:.0%}  length {row['length']:.0f}"
-        f"  kl {row['kl']:.4f}  grad {row['grad_norm']:.3f}  {row['seconds']:.1f} s"
+        + (f"  kl {row['kl']:.4f}" if "kl" in row else "")
+        + f"  grad {row['grad_norm']:.3f}  {row['seconds']:.1f} s"
         + ("  update skipped: gradient not finite" if row["skipped"] else "")
     )
 

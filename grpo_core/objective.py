@@ -20,46 +20,64 @@ from grpo_core.registry import Registry, fact
 from grpo_core.schema import keyword_arguments
 from grpo_core.truncation import TRUNCATIONS
 
+LETTERS = """\
+l, l_old, l_ref, l_roll   log-prob of a token: now, before the step's first update, under the reference, as sampled
+r, R                      exp(l - l_old) of a token; exp of its mean over a completion
+v                         exp(l_old - l_roll)
+d                         l_ref - l
+A                         advantage of the completion; in its own formula r is the reward
+sg                        stop-gradient
+n_i                       tokens of completion i; tokens, completions: of the whole optimizer step"""
+
 
 def render(config: RunConfig) -> str:
-    """What the run minimises, a few lines, every number in its place."""
-    loss, reference = config.loss, config.reference
-    terms, rows = ["L"], []
-    if loss.off_policy_mask is not None:
-        terms.append("[A >= 0 or mean_t(l_roll - l) <= " + _number(loss.off_policy_mask) + "]")
-    if loss.top_entropy < 1:
-        terms.append(f"[entropy in the top {loss.top_entropy:.0%}]")
+    """What the run minimises: a few lines, every number in its place, and what should be remarked about them."""
+    loss = config.loss
+    rows = [("loss", _sum(config)), ("L", f"{_formula(LOSSES, loss.name, loss.args)}    ({loss.name})")]
     if loss.rollout_correction.name != "none":
-        correction = _formula(CORRECTIONS, loss.rollout_correction.name, loss.rollout_correction.args)
-        inside = fact(LOSSES.get(loss.name), "corrects_rollout", False)
-        if not inside:
-            terms.append("w")
-        rows.append(("w" if not inside else "in l_old", f"{correction}, w = exp(l_old - l_roll)"))
-    sum_of = " ".join(terms)
-    if loss.kl_coef and loss.kl_in == "loss":
-        sum_of += f" + {_coefficient(loss.kl_coef, loss.kl_target)} KL"
-    if loss.entropy_coef or loss.entropy_target is not None:
-        sum_of += f" - {_coefficient(loss.entropy_coef, loss.entropy_target)} H (H averaged over tokens)"
-    rows.insert(0, ("token", sum_of))
-    rows.insert(1, ("L", f"{_formula(LOSSES, loss.name, loss.args)}    ({loss.name})"))
-    rows.append(
-        ("weight", f"{_formula(AVERAGES, loss.average, {}, config.sampling.max_new_tokens)}    ({loss.average})")
-    )
+        weight = _formula(CORRECTIONS, loss.rollout_correction.name, loss.rollout_correction.args)
+        inside = "; within L, through l_old" if fact(LOSSES.get(loss.name), "corrects_rollout") else ""
+        rows.append(("w", f"{weight}    ({loss.rollout_correction.name}{inside})"))
+    average = _formula(AVERAGES, loss.average, {}, config.sampling.max_new_tokens)
+    rows.append(("weight", f"{average}    ({loss.average})"))
     if loss.kl_coef:
-        base = "the base model" if not reference.every else _moving(reference.every, reference.mixing)
-        rows.append(("KL", f"{_formula(KLS, loss.kl, {})}, d = l_ref - l    ({loss.kl}; the reference is {base})"))
+        rows.append(("KL", f"{_formula(KLS, loss.kl, {})}    ({loss.kl}; {_reference(config)})"))
+        if loss.kl_target is not None:
+            rows.append(("", f"its coefficient adapts towards a KL of {_number(loss.kl_target)}"))
+    if loss.entropy_coef or loss.entropy_target is not None:
+        tokens = "the tokens of highest entropy" if loss.top_entropy < 1 else "the step's tokens"
+        rows.append(("H", f"mean entropy of {tokens}"))
+        if loss.entropy_target is not None:
+            rows.append(("", f"its coefficient adapts towards an entropy of {_number(loss.entropy_target)}"))
     advantage = config.advantage
     tied = f"; 0 where std < {_number(advantage.min_group_std)}" if advantage.min_group_std else ""
     rows.append(("A", f"{_formula(ADVANTAGES, advantage.name, advantage.args)}{tied}    ({advantage.name})"))
-    rewards = " + ".join(f"{_number(r.weight)} {r.name}" for r in config.rewards)
+    rewards = " + ".join(f"{_number(reward.weight)} {reward.name}" for reward in config.rewards)
     if loss.kl_coef and loss.kl_in == "reward":
-        rewards += f" - {_coefficient(loss.kl_coef, loss.kl_target)} sum_t KL"
-    rows.append(("r", rewards))
+        rewards += f" - {_number(loss.kl_coef)} sum_t KL"
+    rows.append(("reward", rewards))
     truncation = _formula(TRUNCATIONS, config.truncation.name, config.truncation.args, config.sampling.max_new_tokens)
     rows.append(("truncated", f"{truncation}    ({config.truncation.name})"))
     if config.sampling.dynamic_attempts:
         rows.append(("tied", f"replaced by fresh prompts, up to {config.sampling.dynamic_attempts} times a step"))
+    rows += [("note", remark) for remark in remarks(config)]
     return "\n".join(f"{name:<9}  {text}" for name, text in rows)
+
+
+def _sum(config: RunConfig) -> str:
+    """The order of operations of trainer.micro_loss."""
+    loss, factors = config.loss, ["L"]
+    if loss.off_policy_mask is not None:
+        factors.append(f"[A >= 0 or mean_t(l_roll - l) <= {_number(loss.off_policy_mask)}]")
+    if loss.top_entropy < 1:
+        factors.append(f"[entropy in the top {loss.top_entropy:.0%}]")
+    if loss.rollout_correction.name != "none" and not fact(LOSSES.get(loss.name), "corrects_rollout"):
+        factors.append("w")
+    token = " ".join(factors)
+    if loss.kl_coef and loss.kl_in == "loss":
+        token = f"({token} + {_number(loss.kl_coef)} KL)"
+    bonus = loss.entropy_coef or loss.entropy_target is not None
+    return f"sum over tokens of {token} * weight" + (f", - {_number(loss.entropy_coef)} H" if bonus else "")
 
 
 def remarks(config: RunConfig) -> list[str]:
@@ -103,6 +121,7 @@ def formula(function: Callable) -> str:
 
 
 def _formula(registry: Registry, name: str, given: dict[str, Any], max_new_tokens: int | None = None) -> str:
+    """A function's formula with the values of its arguments in their places, bounds that are not there left out."""
     function = registry.get(name)
     text = formula(function)
     if max_new_tokens is not None:
@@ -112,6 +131,11 @@ def _formula(registry: Registry, name: str, given: dict[str, Any], max_new_token
         text, times = re.subn(rf"\b{argument}\b", _number(value), text)
         if not times:
             rest.append(f"{argument} {_number(value)}")
+    text = re.sub(r"min\((\w+), none\)", r"\1", text)
+    text = re.sub(r"clip\((\w+), none, none\)", r"\1", text)
+    text = re.sub(r"clip\((\w+), none, (\S+)\)", r"min(\1, \2)", text)
+    text = re.sub(r"clip\((\w+), (\S+), none\)", r"max(\1, \2)", text)
+    text = text.replace("[none, ", "[0, ").replace(", none]", ", inf)")
     return text + (f", {', '.join(rest)}" if rest else "")
 
 
@@ -119,10 +143,9 @@ def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
-def _coefficient(value: float, target: float | None) -> str:
-    return _number(value) if target is None else f"{_number(value)} (steered to {_number(target)})"
-
-
-def _moving(every: int, mixing: float) -> str:
+def _reference(config: RunConfig) -> str:
+    every, mixing = config.reference.every, config.reference.mixing
+    if not every:
+        return "the reference is the base model"
     far = "" if mixing == 1 else f", {_number(mixing)} of the way"
-    return f"moved to the policy every {every} steps{far}"
+    return f"the reference moves to the policy every {every} steps{far}"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grpo_core.batch import Task
 from grpo_core.registry import Registry
-from grpo_core.schema import ConfigError, keyword_arguments
+from grpo_core.schema import ConfigError, in_short, keyword_arguments
 
 REWARDS = Registry("reward")
 
@@ -144,14 +144,17 @@ def score(
     """Call every reward on all completions and add them up by weight. A None is left out of its sum.
 
     Raises:
-        ConfigError: a reward returned a list of the wrong length, or what is neither a finite number nor None.
+        ConfigError: a reward raised, or did not return a finite number or None for each completion.
     """
     rows = [task for task in tasks for _ in range(group_size)]
     available = {name: [task.columns[name] for task in rows] for name in rows[0].columns}
     available["prompts"] = [task.prompt for task in rows]
     by_name = {}
     for reward in rewards:
-        values = _call(reward.function, list(completions), available)
+        try:
+            values = _call(reward.function, list(completions), available)
+        except Exception as error:
+            raise ConfigError(f"reward {reward.name} raised {in_short(error)}") from error
         numbers = _numbers(reward.name, values, len(rows))
         by_name[reward.name] = torch.tensor(numbers, dtype=torch.float32).view(-1, group_size)
     stacked = torch.stack(list(by_name.values()))  # [K, N, G]

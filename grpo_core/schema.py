@@ -2,8 +2,10 @@
 
 import difflib
 import inspect
+import traceback
 import types
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -13,6 +15,13 @@ class ConfigError(ValueError):
     The message is one sentence that names the key, the value and what is allowed; the commands print it without a
     traceback and exit with code 2.
     """
+
+
+def in_short(error: Exception) -> str:
+    """An exception in one line: its type, its message's first line, and where it was raised."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text} ({Path(place.filename).name}, line {place.lineno})"
 
 
 def keyword_arguments(function: Callable) -> dict[str, inspect.Parameter]:
@@ -31,7 +40,9 @@ def typed_arguments(function: Callable, given: dict[str, Any], key: str) -> dict
     hints = get_type_hints(function)
     for name in given:
         if name not in schema:
-            raise ConfigError(f"unknown key {key}.{name}; {known(name, schema)}")
+            hint = "; to be one, an argument stands after a * and has a default"
+            there = hint if name in inspect.signature(function).parameters else ""
+            raise ConfigError(f"unknown key {key}.{name}; {known(name, schema)}{there}")
     return {name: coerce(value, _kind(schema[name], hints), f"{key}.{name}") for name, value in given.items()}
 
 

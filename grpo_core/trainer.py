@@ -30,14 +30,14 @@ def train(run: Run) -> None:
         tasks, rollouts, scores = distributed.together(collect, run, step, stats)
         with run.log.phase("freeze"):
             rewards, trained = rewards_to_learn_from(run, rollouts, scores, control.kl_coef, stats)  # [N, G] both
-            advantages = advantages_over_ranks(run, rewards, rollouts, scores)  # [N, G]
+            advantages = advantages_over_ranks(run, rewards, rollouts, scores, stats)  # [N, G]
             batch = freeze(run, rollouts, advantages, trained)
             if config.log.exact_kl_every and step % config.log.exact_kl_every == 0:
                 measure_exact_kl(run, rollouts, step, stats)
         with run.log.phase("update"):
             numbers = update_policy(run, batch, step, control, stats)
-        row = run.log.step(step, tasks, rollouts, scores, advantages, stats, numbers)
-        control = adapt(control, config.loss, row["kl"], row["entropy"], config.trainer.completions_per_step)
+        row = run.log.step(step, tasks, rollouts, scores, rewards, advantages, stats, numbers)
+        control = adapt(control, config.loss, row.get("kl"), row["entropy"], config.trainer.completions_per_step)
         if config.reference.every and (step + 1) % config.reference.every == 0:
             run.policy.move_reference(config.reference.mixing)
         if due(config.evaluation.every, step + 1, run) or step + 1 == run.num_steps:
@@ -121,17 +121,18 @@ def micro_loss(run: Run, micro: TrainBatch, totals: Totals, control: Control, st
     """
     config, mask = run.config.loss, micro.loss_mask
     rollout_logprobs = micro.rollouts.rollout_logprobs
-    in_loss = control.kl_coef > 0 and config.kl_in == "loss"
-    whole = run.kl_fn if in_loss and fact(run.kl_fn, "full_vocabulary") else None
-    tokens = run.policy.forward(micro.rollouts, entropy_gradient=control.entropy_bonus > 0, divergence=whole)
+    kl_in_loss = control.kl_coef > 0 and config.kl_in == "loss"
+    divergence = run.kl_fn if kl_in_loss and fact(run.kl_fn, "full_vocabulary") else None
+    tokens = run.policy.forward(micro.rollouts, entropy_gradient=control.entropy_bonus > 0, divergence=divergence)
     logprobs = tokens.logprobs  # [b, C], with gradient
     old_logprobs = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
     correction = run.correction_fn(old_logprobs, rollout_logprobs, mask)  # [b, C] or [b, 1], or None
-    compared = old_logprobs
     if correction is not None and fact(run.loss_fn, "corrects_rollout"):
-        compared = corrected_old_logprobs(old_logprobs, correction, mask)
-
-    surrogate = run.loss_fn(logprobs, compared, micro.advantages, mask)
+        surrogate = run.loss_fn(
+            logprobs, corrected_old_logprobs(old_logprobs, correction, mask), micro.advantages, mask
+        )
+    else:
+        surrogate = run.loss_fn(logprobs, old_logprobs, micro.advantages, mask)
     loss = surrogate.per_token_loss
     if config.off_policy_mask is not None:
         kept = off_policy_mask(logprobs, rollout_logprobs, micro.advantages, mask, config.off_policy_mask)
@@ -139,10 +140,10 @@ def micro_loss(run: Run, micro: TrainBatch, totals: Totals, control: Control, st
         stats.mean("off_policy_kept", kept, mask.any(dim=1, keepdim=True))
     if micro.surrogate_mask is not None:
         loss = loss * micro.surrogate_mask
-    if correction is not None and compared is old_logprobs:
+    if correction is not None and not fact(run.loss_fn, "corrects_rollout"):
         loss = loss * correction
-    if in_loss:
-        kl = tokens.divergence if whole else run.kl_fn(logprobs, micro.ref_logprobs, old_logprobs)
+    if kl_in_loss:
+        kl = tokens.divergence if divergence else run.kl_fn(logprobs, micro.ref_logprobs, old_logprobs)
         loss = loss + control.kl_coef * kl
         stats.mean("kl", kl, mask)
     loss = (loss * token_weights(mask, average=config.average, totals=totals, dtype=loss.dtype)).sum()

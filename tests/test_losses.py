@@ -24,6 +24,7 @@ def test_it_holds_the_laws_or_says_which_it_breaks(name):
     assert [o for o in outcomes if not o.ok] == []
     assert {o.law for o in outcomes if not o.holds} == (fact(LOSSES.get(name), "breaks") or {}).keys()
     assert len(outcomes) == 10
+    assert {"ratio", "clip_frac"} <= LOSSES.get(name)(*batch()).diagnostics.keys()
 
 
 @pytest.mark.slow
@@ -165,10 +166,26 @@ def test_a_sequence_ratio_is_over_the_rows_own_tokens(name):
 
 
 def test_the_six_regions_as_check_loss_draws_them():
-    table = clip_table(LOSSES.build("grpo", {"clip_low": 0.1, "clip_high": 0.3}))
-    assert [(sign, round(pull, 3)) for _, sign, pull in table] == [
-        (1, round(math.exp(-0.2), 3)), (1, 1.0), (1, 0.0), (-1, 0.0), (-1, 1.0), (-1, round(math.exp(0.6), 3))
-    ]  # fmt: skip
+    def table(name, **args):
+        return [(sign, [round(p, 5) for p in pulls], where) for sign, pulls, where in clip_table(LOSSES.build(name, args))]
+
+    assert table("grpo", clip_low=0.1, clip_high=0.3) == [
+        ("A > 0", [0.05, 0.5, 1.0, 0.0, 0.0], "from ratio 0 to 1.3"),
+        ("A < 0", [0.0, 0.0, 1.0, 2.0, 20.0], "from ratio 0.9 to any"),
+    ]
+    assert [where for _, _, where in table("gspo")] == ["from ratio 0 to 1.0004", "from ratio 0.9997 to any"]
+    assert [where for _, _, where in table("dual_clip")] == ["from ratio 0 to 1.2", "from ratio 0.8 to 3"]
+    assert [where for _, _, where in table("cispo")] == ["everywhere"] * 2
+    assert table("cispo")[0][1] == [0.05, 0.5, 1.0, 2.0, 5.0]
+
+
+def test_a_push_the_wrong_way_at_any_ratio_is_seen():
+    """A surrogate that is sound at 0.5, 1 and 2 and wrong between."""
+    def kinked(logprobs, old_logprobs, advantages, completion_mask):
+        ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
+        return sound(-torch.where((ratio > 1.4) & (ratio < 1.6), -ratio, ratio) * advantages, logprobs)
+
+    assert [o.law for o in check_loss(kinked) if not o.ok] == ["clip"]
 
 
 def test_weights_by_hand():

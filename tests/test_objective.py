@@ -72,6 +72,11 @@ def test_what_is_said_later_counts(tmp_path):
 
 
 def test_another_functions_arguments_do_not_shine_through():
+    assert load(TINY, ["preset=dapo", "loss.name=gspo"]).loss.args == {}
+    assert load(TINY, ["loss.name=gspo", "preset=dapo", "loss.args={clip_high: 0.1}"]).loss.args == {"clip_high": 0.1}
+    assert load(TINY, ["preset=dapo", "loss.name=grpo"]).loss.args["clip_high"] == 0.28
+    assert load(TINY, ["preset=verl_default", "advantage.name=dr_grpo"]).advantage.args == {}
+    assert load(TINY, ["preset=null"]).preset is None
     assert merge(preset("dapo"), {"loss": {"name": "sapo"}})["loss"].get("args") is None
     assert merge(preset("dapo"), {"loss": {"kl_coef": 1}})["loss"]["args"]["clip_high"] == 0.28
     before = preset("dapo")
@@ -88,7 +93,7 @@ def test_the_formula_has_the_values_in_it():
     ])  # fmt: skip
     text = render(config)
     for part in (
-        "min(r, 4.5)", "1 - 0.1, 1 + 0.37", "0.021 (steered to 0.08) KL", "completions * 48", "0.003 H", "top 15%", "<= 0.7", "clip(w, none, 1.9)",
+        "min(r, 4.5)", "1 - 0.1, 1 + 0.37", "0.021 KL", "a KL of 0.08", "completions * 48", "0.003 H", "top 15%", "<= 0.7", "min(v, 1.9)",
         "std + 0.005", "std < 0.06", "mask_loss", "up to 7 times", "every 11 steps, 0.65 of the way", "1 correct_answer",
     ):  # fmt: skip
         assert part in text, (part, text)
@@ -175,6 +180,14 @@ def raises(logprobs, old_logprobs, advantages, completion_mask):
     return logprobs @ old_logprobs
 
 
+def bare(logprobs, old_logprobs, advantages, completion_mask):
+    return -logprobs * advantages
+
+
+def loose(logprobs, old_logprobs, advantages, completion_mask, power=0.5):
+    return PolicyLoss(-logprobs * advantages)
+
+
 def ranks(rewards, *, scale: float = 1.0):
     """scale (rank - mean rank)"""
     order = rewards.argsort(dim=1).argsort(dim=1).to(rewards.dtype)
@@ -200,8 +213,11 @@ def test_an_own_functions_arguments_are_yaml_keys_and_it_is_tried_before_the_mod
     for overrides, message in (
         (["loss.args={powr: 1}"], "unknown key loss.args.powr; known: power (did you mean power?)"),
         ([f"loss.name={own}:sof"], "has no function sof"),
-        ([f"loss.name={own}:reduced"], "per_token_loss is [B, C], unreduced"),
+        ([f"loss.name={own}:reduced"], "returned per_token_loss []; it must be [B, C] = [2, 3], unreduced"),
         ([f"loss.name={own}:raises"], "fails on a batch of two: RuntimeError"),
+        ([f"loss.name={own}:raises"], "(my_losses.py, line 22)"),
+        ([f"loss.name={own}:bare"], "returned Tensor; it must return a PolicyLoss"),
+        ([f"loss.name={own}:loose", "loss.args={power: 1.0}"], "to be one, an argument stands after a * and has a default"),
         ([f"loss.name={own}:soft", f"advantage.name={own}:flat"], "advantage flat returned (4,)"),
     ):
         with pytest.raises(ValueError) as error:
@@ -232,7 +248,7 @@ def test_check_loss_tells_sound_from_unsound_within_15_seconds(own, capsys):
     assert time.perf_counter() - start < 15
     text = capsys.readouterr().out
     assert "11 laws, all as they should be" in text and "FAILS" not in text and "power = 0.25" in text
-    assert "A > 0" in text and "A < 0" in text
+    assert "A > 0" in text and "A < 0" in text and "pulls everywhere" in text
     assert run_check_loss(f"{own}:crooked", {}) == 1
     text = capsys.readouterr().out
     assert "not as it should be: on_policy, clip, learns" in text
@@ -243,14 +259,15 @@ def test_check_loss_tells_sound_from_unsound_within_15_seconds(own, capsys):
 def test_check_advantage(own, capsys):
     assert run_check_advantage("opo", {}) == 0
     assert "breaks  zero_mean" in capsys.readouterr().out
-    assert run_check_advantage(f"{own}:flat", {}) == 1
+    assert main(["check-advantage", f"{own}:flat"]) == 2
+    assert "advantage flat returned (4,); it must return [N, G] = (2, 2)" in capsys.readouterr().err
     assert main(["check-advantage", f"{own}:ranks", "scale=2.0"]) == 1  # a reward of None has a rank there
     assert re.search(r"^FAILS +unscored ", capsys.readouterr().out, re.M)
 
 
 def test_a_law_that_is_not_there_cannot_be_declared(own, tmp_path, capsys):
-    Path(own).write_text(OWN + '\nflat.breaks = {"zero_men": "a slip"}\n')
-    assert main(["check-advantage", f"{own}:flat"]) == 2
+    Path(own).write_text(OWN + '\nranks.breaks = {"zero_men": "a slip"}\n')
+    assert main(["check-advantage", f"{own}:ranks"]) == 2
     assert "did you mean zero_mean?" in capsys.readouterr().err
 
 
@@ -260,6 +277,7 @@ def test_a_law_that_is_not_there_cannot_be_declared(own, tmp_path, capsys):
     (["check-loss", "grpoo"], 2),
     (["check-loss", "grpo", "clip_hihg=0.3"], 2),
     (["check-loss", "grpo", "0.3"], 2),
+    (["check-loss", "grpo", "clip_low=-1"], 2),
     (["losses"], 0),
 ])  # fmt: skip
 def test_the_commands_exit_codes(words, code, environment):
@@ -268,6 +286,12 @@ def test_the_commands_exit_codes(words, code, environment):
     )
     assert done.returncode == code, done.stderr
     assert (code == 2) == (len(done.stderr.splitlines()) == 1)
+
+
+def test_words_that_mean_nothing_are_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["losses", "grpo"])
+    assert stopped.value.code == 2 and "losses takes no arguments; got grpo" in capsys.readouterr().err
 
 
 def test_words_are_arguments():

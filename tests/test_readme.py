@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 from test_run import SHORT
 
+from grpo_core.advantage_laws import check_advantage
+from grpo_core.advantages import ADVANTAGES
+
 ROOT = Path(__file__).parents[1]
 SECTION = re.search(r"## Change the loss\n(.*?)\n### ", (ROOT / "README.md").read_text(), re.S)[1]
 COMMANDS = re.findall(r"^    (.+)$", re.sub(r"```.*?```", "", SECTION, flags=re.S), re.M)
 (PYTHON,) = re.findall(r"```python\n(.*?)```", SECTION, re.S)
+(ADVANTAGE,) = re.findall(r"```python\n(from grpo_core.advantages.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
 def test_there_are_the_five_commands():
-    starts = ["python -m grpo_core losses", "python -m grpo_core check-loss", "sed -i", "python -m grpo_core check-loss", "bash launch.sh 2", "head -n 10"]
+    starts = ["python -m grpo_core losses", "python -m grpo_core check-loss", "sed -i", "bash launch.sh 2", "head -n 10"]
     assert [command[: len(start)] for command, start in zip(COMMANDS, starts, strict=True)] == starts
 
 
@@ -34,12 +38,18 @@ def test_they_do_what_is_said(tmp_path, environment):
     assert run(COMMANDS[0]).returncode == 0
     first = run(COMMANDS[1])
     assert first.returncode == 1 and re.findall(r"^FAILS +(\w+) +(\S+)", first.stdout, re.M) == [("on_policy", "0.08")]
-    assert run(COMMANDS[2]).returncode == 0
-    again = run(COMMANDS[3])
-    assert again.returncode == 0 and "11 laws, all as they should be" in again.stdout and "1.625" in again.stdout, again.stdout
-    short = " ".join([*SHORT, "trainer.num_steps=2"])
-    trained = run(f"{COMMANDS[4]} {short}")
+    again = run(COMMANDS[2])
+    assert again.returncode == 0 and "11 laws, all as they should be" in again.stdout, again.stdout
+    assert re.search(r"^A > 0 +0.123 +0.616 +1 +1.62 +8.14 +pulls everywhere$", again.stdout, re.M), again.stdout
+    short = " ".join([*SHORT, "trainer.num_steps=2", "output_dir=runs"])
+    trained = run(f"{COMMANDS[3]} {short}")
     assert trained.returncode == 0, trained.stderr
-    shown = run(COMMANDS[5]).stdout
-    assert "-ratio**0.7 / 0.7 A" in shown
+    shown = run(COMMANDS[4]).stdout
+    assert "-(r**0.7 / 0.7) A" in shown
+    assert (tmp_path / "runs" / "soft" / "code" / "my_losses.py").read_text() == (tmp_path / "my_losses.py").read_text()
     assert '"accuracy"' in shown
+
+
+def test_the_advantage_shown_is_sound(tmp_path):
+    (tmp_path / "mine.py").write_text(ADVANTAGE)
+    assert all(outcome.ok for outcome in check_advantage(ADVANTAGES.get(f"{tmp_path / 'mine.py'}:tempered")))

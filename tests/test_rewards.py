@@ -143,6 +143,14 @@ def test_what_a_reward_returns_is_checked_in_one_sentence(values, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_reward_that_raises_is_named_with_its_place():
+    def raising(completions):
+        return [1.0 / 0 for _ in completions]
+
+    with pytest.raises(ValueError, match=r"reward bad raised ZeroDivisionError: float division by zero \(test_rewards.py, line \d+\)"):
+        score([Reward("bad", 1.0, raising)], TASKS[:1], ["a", "b"], 2)
+
+
 def test_arrays_and_truth_values_are_numbers():
     for values in (torch.tensor([1.0, 0.0]), [True, False], (1, 0)):
         rewards = score([Reward("fine", 1.0, lambda completions, v=values: v)], TASKS[:1], ["a", "b"], 2).rewards

@@ -187,7 +187,8 @@ def test_gdpo_has_a_signal_where_any_reward_that_counts_has_one(tmp_path):
         second = down if weights[0] else zeros
         run = replace(run, rewards=[Reward("up", weights[0], up), Reward("down", weights[1], second)])
         stats = Stats()
-        collect(run, 0, stats)
+        _, rollouts, scores = collect(run, 0, stats)
+        advantages_over_ranks(run, scores.rewards, rollouts, scores, stats)
         assert stats.reduce()["tied_groups"] == tied
 
 
@@ -272,13 +273,13 @@ def test_advantages_see_lengths_single_rewards_and_weights(tmp_path):
 
     run = replace(run, rewards=rewards, advantage_fn=spy)
     _, rollouts, scores = collect(run, 0, Stats())
-    advantages_over_ranks(run, scores.rewards, rollouts, scores)
+    advantages_over_ranks(run, scores.rewards, rollouts, scores, Stats())
     assert torch.equal(seen["lengths"].flatten().long(), rollouts.lengths()) and seen["weights"].tolist() == [1.0, 0.5]
     assert torch.equal(seen["components"], torch.stack([*scores.by_name.values()]))
     out_of_the_baseline = scores.rewards.clone()
     out_of_the_baseline[0, 3] = float("nan")
     advantages_over_ranks(replace(run, advantage_fn=lambda rewards, components: seen.update(c=components) or 0 * rewards.nan_to_num()),
-                          out_of_the_baseline, rollouts, scores)  # fmt: skip
+                          out_of_the_baseline, rollouts, scores, Stats())  # fmt: skip
     assert seen["c"][:, 0, 3].isnan().all() and seen["c"].isnan().sum() == 2
 
 
