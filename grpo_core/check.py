@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from grpo_core.registry import fact
 from grpo_core.schema import ConfigError, known
 
 HINTS = {
-    "finite": "losses.token_ratio is exp(l - l_old) with the difference clamped",
+    "finite": "a wholly masked row has 0 tokens; losses.token_ratio is exp(l - l_old) with the difference clamped",
     "on_policy": "a factor changes the learning rate, a wrong sign its direction; averaging is the trainer's",
     "clip": "is the sign right? the loss of a good token falls as its log-prob rises",
     "ties": "advantages.center is r - mean, exactly 0 in a tied group",
@@ -29,6 +30,7 @@ def run_check_loss(name: str, args: dict[str, Any]) -> int:
     """
     loss_fn = try_loss(name, args)
     _check_breaks(name, loss_fn, [*LOSS_LAWS, "ranks"])
+    _note_arguments(loss_fn)
     gaps = start_rank_gaps([(name, args)])  # they start while the rest runs
     outcomes = check_loss(loss_fn)
     holds, shown = ranks(gaps()[0])
@@ -47,7 +49,16 @@ def run_check_advantage(name: str, args: dict[str, Any]) -> int:
     """As `run_check_loss`, for an advantage."""
     advantage_fn = try_advantage(name, args)
     _check_breaks(name, advantage_fn, [*ADVANTAGE_LAWS])
+    _note_arguments(advantage_fn)
     return _table(name, args, check_advantage(advantage_fn), ADVANTAGE_LAWS)
+
+
+def _note_arguments(function: Callable) -> None:
+    """Say which arguments no YAML can set."""
+    parameters = inspect.signature(getattr(function, "func", function)).parameters.values()
+    hidden = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty]
+    if hidden:
+        print(f"note: no configuration can set {', '.join(hidden)}: an argument to be set stands after a *\n")
 
 
 def _check_breaks(name: str, function: Callable, laws: list[str]) -> None:
@@ -63,7 +74,10 @@ def _table(name: str, args: dict[str, Any], outcomes: list[Outcome], laws: dict[
         verdict = "holds" if outcome.holds else "FAILS"
         if outcome.declared is not None:
             verdict = "HOLDS" if outcome.holds else "breaks"
-        print(f"{verdict:<7} {outcome.law:<15} {outcome.shown:<16} {laws[outcome.law].__doc__}")
+        shown = outcome.shown if len(outcome.shown) <= 16 else ""
+        print(f"{verdict:<7} {outcome.law:<15} {shown:<16} {laws[outcome.law].__doc__}")
+        if not shown:
+            print(f"{'':<40} {outcome.shown}")
         if not outcome.ok and outcome.law in HINTS:
             print(f"{'':<40} ({HINTS[outcome.law]})")
         if outcome.declared is not None:

@@ -84,7 +84,7 @@ def kl_k3_straight_through(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs:
 
 @KLS.register("exact", full_vocabulary=True)
 def kl_exact(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None = None) -> Tensor:
-    """sum_v p_v (log p_v - log p_ref_v)
+    """sum_v p_v (log p_v - log p_ref_v), v the vocabulary
 
     Over the whole vocabulary: nothing is estimated at the place itself. One reference forward a micro-batch, and the
     sum is taken in chunks. [..., V] -> [...].

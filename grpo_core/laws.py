@@ -204,6 +204,8 @@ def clip_table(loss_fn: Callable) -> list[tuple[str, list[float], str]]:
         if pulling and pulling[-1] < len(GRID) - 1:
             high = f"{_edge(loss_fn, sign, GRID[pulling[-1]], GRID[pulling[-1] + 1]):.6g}"
         where = "everywhere" if (low, high) == ("0", "any") else f"from ratio {low} to {high}"
+        if float(pull(loss_fn, sign, GRID).min()) < -1e-9:
+            where = "the wrong way somewhere"
         shown = (pull(loss_fn, sign, torch.tensor(RATIOS, dtype=torch.double).log()) + 0.0).tolist()
         table.append((f"A {'>' if sign > 0 else '<'} 0", shown, where if pulling else "nowhere"))
     return table

@@ -43,16 +43,18 @@ def render(config: RunConfig) -> str:
     if loss.kl_coef:
         rows.append(("KL", f"{_formula(KLS, loss.kl, {})}    ({loss.kl}; {_reference(config)})"))
         if loss.kl_target is not None:
-            rows.append(("", f"its coefficient adapts towards a KL of {_number(loss.kl_target)}"))
+            towards = f"{_number(loss.kl_target)}, with a horizon of {loss.kl_horizon} completions"
+            rows.append(("", f"its coefficient starts so and adapts towards a KL of {towards}"))
     if loss.entropy_coef or loss.entropy_target is not None:
         tokens = "the tokens of highest entropy" if loss.top_entropy < 1 else "the step's tokens"
         rows.append(("H", f"mean entropy of {tokens}"))
         if loss.entropy_target is not None:
-            rows.append(("", f"its coefficient adapts towards an entropy of {_number(loss.entropy_target)}"))
+            towards = f"{_number(loss.entropy_target)}, by {_number(loss.entropy_delta)} a step"
+            rows.append(("", f"its coefficient starts so and adapts towards an entropy of {towards}"))
     advantage = config.advantage
     tied = f"; 0 where std < {_number(advantage.min_group_std)}" if advantage.min_group_std else ""
     rows.append(("A", f"{_formula(ADVANTAGES, advantage.name, advantage.args)}{tied}    ({advantage.name})"))
-    rewards = " + ".join(f"{_number(reward.weight)} {reward.name}" for reward in config.rewards)
+    rewards = " + ".join(f"{_number(reward.weight)} {reward.name}{_given(reward.args)}" for reward in config.rewards)
     if loss.kl_coef and loss.kl_in == "reward":
         rewards += f" - {_number(loss.kl_coef)} sum_t KL"
     rows.append(("reward", rewards))
@@ -65,7 +67,7 @@ def render(config: RunConfig) -> str:
 
 
 def _sum(config: RunConfig) -> str:
-    """The order of operations of trainer.micro_loss."""
+    """The order of operations of trainer.token_loss."""
     loss, factors = config.loss, ["L"]
     if loss.off_policy_mask is not None:
         factors.append(f"[A >= 0 or mean_t(l_roll - l) <= {_number(loss.off_policy_mask)}]")
@@ -102,6 +104,9 @@ def remarks(config: RunConfig) -> list[str]:
         )
     if config.advantage.name == "opo" and loss.average == "sequence":
         found.append("advantage opo weighs by length what loss.average sequence does not let grow with it")
+    several = config.trainer.num_minibatches * config.trainer.num_passes > 1
+    if config.reference.every == 1 and config.reference.mixing == 1 and not several:
+        found.append("reference.every 1 makes the reference the policy at every step, so the KL and its gradient are 0")
     if loss.name == "cispo" and loss.args.get("cap", 5.0) < 1:
         found.append("loss.args.cap is the ratio itself: below 1 it scales every gradient, on policy too")
     if config.advantage.name == "maxrl" and any(reward.weight < 0 for reward in config.rewards):
@@ -141,6 +146,10 @@ def _formula(registry: Registry, name: str, given: dict[str, Any], max_new_token
 
 def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def _given(args: dict[str, Any]) -> str:
+    return f"({', '.join(f'{name}={value}' for name, value in args.items())})" if args else ""
 
 
 def _reference(config: RunConfig) -> str:

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import sys
 import traceback
 import types
 from collections.abc import Callable, Iterable
@@ -18,8 +19,11 @@ class ConfigError(ValueError):
 
 
 def in_short(error: Exception) -> str:
-    """An exception in one line: its type, its message's first line, and where it was raised."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
+    """An exception in one line: its type, its message's first line, and the line of the user's that it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = (sys.prefix, sys.base_prefix, str(Path(__file__).parent), "<")
+    own = [frame for frame in frames if not frame.filename.startswith(libraries) and "-packages" not in frame.filename]
+    place = (own or frames)[-1]
     text = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {text} ({Path(place.filename).name}, line {place.lineno})"
 

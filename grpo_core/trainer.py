@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from grpo_core.corrections import corrected_old_logprobs, off_policy_mask, quant
 from grpo_core.evaluation import evaluate
 from grpo_core.kl import kl_exact
 from grpo_core.metrics import Stats
+from grpo_core.policy import TokenStats
 from grpo_core.registry import fact
 from grpo_core.rewards import REWARDS
 from grpo_core.run import Run
@@ -114,52 +117,65 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
 
 
 def micro_loss(run: Run, micro: TrainBatch, totals: Totals, control: Control, stats: Stats) -> Tensor:
-    """A micro-batch's part of its minibatch's loss, a scalar. This function is the order of operations:
-
-    surrogate, * off-policy mask, * top-entropy mask, * rollout correction, + kl_coef KL, * token_weights, summed, less
-    the entropy bonus.
-    """
+    """A micro-batch's part of its minibatch's loss, a scalar: token_loss * token_weights, less the entropy bonus."""
     config, mask = run.config.loss, micro.loss_mask
-    rollout_logprobs = micro.rollouts.rollout_logprobs
-    kl_in_loss = control.kl_coef > 0 and config.kl_in == "loss"
-    divergence = run.kl_fn if kl_in_loss and fact(run.kl_fn, "full_vocabulary") else None
-    tokens = run.policy.forward(micro.rollouts, entropy_gradient=control.entropy_bonus > 0, divergence=divergence)
-    logprobs = tokens.logprobs  # [b, C], with gradient
-    old_logprobs = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
-    correction = run.correction_fn(old_logprobs, rollout_logprobs, mask)  # [b, C] or [b, 1], or None
-    if correction is not None and fact(run.loss_fn, "corrects_rollout"):
-        surrogate = run.loss_fn(
-            logprobs, corrected_old_logprobs(old_logprobs, correction, mask), micro.advantages, mask
-        )
-    else:
-        surrogate = run.loss_fn(logprobs, old_logprobs, micro.advantages, mask)
+    tokens = run.policy.forward(
+        micro.rollouts, entropy_gradient=control.entropy_bonus > 0, divergence=_divergence(run, control)
+    )  # [b, C] each
+    old_logprobs = tokens.logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
+    loss = token_loss(run, micro, tokens, old_logprobs, control, stats)
+    loss = (loss * token_weights(mask, average=config.average, totals=totals, dtype=loss.dtype)).sum()
+    if control.entropy_bonus > 0:
+        acting = mask if micro.surrogate_mask is None else mask & micro.surrogate_mask
+        bonus = (tokens.entropy * entropy_weights(acting, totals, dtype=loss.dtype)).sum()
+        loss = loss - control.entropy_bonus * bonus
+
+    gap = (old_logprobs - micro.rollouts.rollout_logprobs).abs()
+    stats.mean("entropy", tokens.entropy, mask)
+    stats.mean("logprob_gap", gap, mask)
+    stats.max("logprob_gap_max", gap * mask)
+    stats.total("loss", loss / (run.config.trainer.num_minibatches * run.config.trainer.num_passes))
+    return loss
+
+
+def token_loss(
+    run: Run, micro: TrainBatch, tokens: TokenStats, old_logprobs: Tensor, control: Control, stats: Stats
+) -> Tensor:
+    """The loss of every token, [b, C]. This function is the order of operations:
+
+    surrogate, * off-policy mask, * top-entropy mask, * rollout correction, + kl_coef KL.
+    """
+    config, mask, rollout_logprobs = run.config.loss, micro.loss_mask, micro.rollouts.rollout_logprobs
+    weight = run.correction_fn(old_logprobs, rollout_logprobs, mask)  # [b, C] or [b, 1], or None
+    inside = weight is not None and fact(run.loss_fn, "corrects_rollout")
+    compared = corrected_old_logprobs(old_logprobs, weight, mask) if inside else old_logprobs
+
+    surrogate = run.loss_fn(tokens.logprobs, compared, micro.advantages, mask)
     loss = surrogate.per_token_loss
     if config.off_policy_mask is not None:
-        kept = off_policy_mask(logprobs, rollout_logprobs, micro.advantages, mask, config.off_policy_mask)
+        kept = off_policy_mask(tokens.logprobs, rollout_logprobs, micro.advantages, mask, config.off_policy_mask)
         loss = loss * kept
         stats.mean("off_policy_kept", kept, mask.any(dim=1, keepdim=True))
     if micro.surrogate_mask is not None:
         loss = loss * micro.surrogate_mask
-    if correction is not None and not fact(run.loss_fn, "corrects_rollout"):
-        loss = loss * correction
-    if kl_in_loss:
-        kl = tokens.divergence if divergence else run.kl_fn(logprobs, micro.ref_logprobs, old_logprobs)
+    if weight is not None:
+        loss = loss if inside else loss * weight
+        stats.weights("rollout_weight", weight, mask if weight.shape[1] > 1 else mask.any(dim=1, keepdim=True))
+    if control.kl_coef > 0 and config.kl_in == "loss":
+        kl = tokens.divergence
+        if kl is None:
+            kl = run.kl_fn(tokens.logprobs, micro.ref_logprobs, old_logprobs)
         loss = loss + control.kl_coef * kl
         stats.mean("kl", kl, mask)
-    loss = (loss * token_weights(mask, average=config.average, totals=totals, dtype=loss.dtype)).sum()
-    if control.entropy_bonus > 0:
-        acting = mask if micro.surrogate_mask is None else mask & micro.surrogate_mask
-        entropy = (tokens.entropy * entropy_weights(acting, totals, dtype=loss.dtype)).sum()
-        loss = loss - control.entropy_bonus * entropy
-
-    gap = (old_logprobs - rollout_logprobs).abs()
-    for name, values in (*surrogate.diagnostics.items(), ("entropy", tokens.entropy), ("logprob_gap", gap)):
+    for name, values in surrogate.diagnostics.items():
         stats.mean(name, values, mask)
-    if correction is not None:
-        stats.weights("rollout_weight", correction, mask if correction.shape[1] > 1 else mask.any(dim=1, keepdim=True))
-    stats.max("logprob_gap_max", gap * mask)
-    stats.total("loss", loss / (run.config.trainer.num_minibatches * run.config.trainer.num_passes))
     return loss
+
+
+def _divergence(run: Run, control: Control) -> Callable | None:
+    """The KL that the policy's forward must take over the whole vocabulary, if that is the one in the loss."""
+    in_loss = control.kl_coef > 0 and run.config.loss.kl_in == "loss"
+    return run.kl_fn if in_loss and fact(run.kl_fn, "full_vocabulary") else None
 
 
 def count_over_ranks(run: Run, minibatch: TrainBatch) -> Totals:

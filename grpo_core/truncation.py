@@ -46,9 +46,9 @@ def zero_reward(rewards: Tensor, lengths: Tensor, truncated: Tensor, max_new_tok
 def soft_penalty(
     rewards: Tensor, lengths: Tensor, truncated: Tensor, max_new_tokens: int, *, cache_share: float = 0.2
 ) -> tuple[Tensor, Tensor]:
-    """reward + soft_overlong_penalty, falling over the last cache_share of max_new_tokens
+    """reward + clip((max_new_tokens - cache - length) / cache, -1, 0), cache = cache_share * max_new_tokens
 
-    arXiv:2503.14476, with 4,096 of 20,480 tokens.
+    The soft overlong penalty of arXiv:2503.14476, there with 4,096 of 20,480 tokens.
     """
     return rewards + soft_overlong_penalty(lengths, max_new_tokens, cache_share), torch.ones_like(truncated)
 

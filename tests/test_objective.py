@@ -93,7 +93,7 @@ def test_the_formula_has_the_values_in_it():
     ])  # fmt: skip
     text = render(config)
     for part in (
-        "min(r, 4.5)", "1 - 0.1, 1 + 0.37", "0.021 KL", "a KL of 0.08", "completions * 48", "0.003 H", "top 15%", "<= 0.7", "min(v, 1.9)",
+        "min(r, 4.5)", "1 - 0.1, 1 + 0.37", "0.021 KL", "a KL of 0.08, with a horizon of 10000 completions", "correct_answer(strict=True)", "completions * 48", "0.003 H", "top 15%", "<= 0.7", "min(v, 1.9)",
         "std + 0.005", "std < 0.06", "mask_loss", "up to 7 times", "every 11 steps, 0.65 of the way", "1 correct_answer",
     ):  # fmt: skip
         assert part in text, (part, text)
@@ -119,6 +119,8 @@ def test_every_preset_renders_without_a_left_over_name(name):
     (["loss.kl=k1"], "expected gradient is 0"),
     (["loss.name=gspo", "loss.average=token"], "loss gspo is defined with the average sequence, not token"),
     (["advantage.name=opo"], "advantage opo weighs by length"),
+    (["reference.every=1"], "makes the reference the policy at every step"),
+    (["reference.every=1", "trainer.num_passes=2"], None),
     (["loss.name=cispo", "loss.args={cap: 0.2}"], "below 1 it scales every gradient"),
     ([], None),
     (["loss.average=row_sum", "loss.name=reinforce"], None),
@@ -177,7 +179,7 @@ def reduced(logprobs, old_logprobs, advantages, completion_mask):
 
 
 def raises(logprobs, old_logprobs, advantages, completion_mask):
-    return logprobs @ old_logprobs
+    return torch.nn.functional.huber_loss(logprobs @ old_logprobs, old_logprobs)
 
 
 def bare(logprobs, old_logprobs, advantages, completion_mask):
@@ -263,6 +265,14 @@ def test_check_advantage(own, capsys):
     assert "advantage flat returned (4,); it must return [N, G] = (2, 2)" in capsys.readouterr().err
     assert main(["check-advantage", f"{own}:ranks", "scale=2.0"]) == 1  # a reward of None has a rank there
     assert re.search(r"^FAILS +unscored ", capsys.readouterr().out, re.M)
+
+
+def test_arguments_that_no_configuration_can_set_are_noted(own, capsys):
+    run_check_advantage(f"{own}:ranks", {})
+    assert "note:" not in capsys.readouterr().out
+    Path(own).write_text(OWN.replace("def ranks(rewards, *, scale", "def ranks(rewards, scale"))
+    run_check_advantage(f"{own}:ranks", {})
+    assert "note: no configuration can set scale: an argument to be set stands after a *" in capsys.readouterr().out
 
 
 def test_a_law_that_is_not_there_cannot_be_declared(own, tmp_path, capsys):
