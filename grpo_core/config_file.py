@@ -62,7 +62,8 @@ def arguments_of(overrides: list[str]) -> dict[str, Any]:
 
 def dump(config: RunConfig) -> str:
     """The whole configuration as YAML that `load` reads back to an equal one, with the objective as a comment."""
-    objective = "".join(f"#   {line}".rstrip() + "\n" for line in [*render(config).splitlines(), "", *LETTERS.splitlines()])
+    lines = [*render(config).splitlines(), "", *LETTERS.splitlines()]
+    objective = "".join(f"#   {line}".rstrip() + "\n" for line in lines)
     return f"# What is minimised:\n#\n{objective}\n" + yaml.safe_dump(
         asdict(config), sort_keys=False, allow_unicode=True, width=120
     )
