@@ -119,6 +119,31 @@ def test_every_switch_has_a_hand_in_the_loss(tmp_path):
         assert ours != micro_loss(run, batch, count_over_ranks(run, batch), replace(run.control, entropy_coef=0.0), Stats())
 
 
+@pytest.mark.parametrize("correction", ["token_truncate", "sequence_mask"])
+def test_vespo_takes_the_rollout_correction_into_its_own_ratio(tmp_path, correction):
+    """s = sum_t(l - l_old) + sum_t log w, and the surrogate is not weighed once more. arXiv:2602.10693."""
+    loss = LossConfig(name="vespo", average="token", kl_coef=0.0, rollout_correction=FunctionConfig(correction, {"clip_max": 1.3}))
+    run = make_run(tmp_path, loss=loss, policy=tiny_policy(lora_noise=0.1), num_minibatches=2)
+    rollouts, column = ragged_rollouts(8), torch.tensor([[1.0], [-1.0]] * 4)
+    mask = rollouts.completion_mask
+    rollouts = replace(rollouts, rollout_logprobs=run.policy.logprobs(rollouts).detach() + 0.05 * torch.sin(torch.arange(48.0)).view(8, 6) * mask)
+    batch = freeze(run, rollouts, column)
+    batch = replace(batch, old_logprobs=batch.old_logprobs - 0.03 * mask)
+    ours = micro_loss(run, batch, count_over_ranks(run, batch), run.control, Stats())
+
+    tokens, gap = run.policy.forward(rollouts).logprobs, (batch.old_logprobs - rollouts.rollout_logprobs) * mask
+    if correction == "token_truncate":
+        log_w = (gap.exp().clamp(max=1.3).log() * mask).sum(dim=1, keepdim=True)
+    else:
+        log_w = gap.sum(dim=1, keepdim=True)
+        assert (log_w.exp() <= 1.3).all()
+    s = ((tokens - batch.old_logprobs) * mask).sum(dim=1, keepdim=True).detach() + log_w
+    k, lam = torch.where(column > 0, 2.0, 3.0), torch.where(column > 0, 3.0, 2.0)
+    by_hand = -((lam + k * s - lam * s.exp()).exp() * column * tokens * mask).sum() / mask.sum()
+    torch.testing.assert_close(ours, by_hand)
+    assert log_w.abs().max() > 0.01
+
+
 # --- dynamic sampling
 
 
