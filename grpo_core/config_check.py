@@ -116,11 +116,13 @@ def _check_objective(config: RunConfig) -> None:
             ("loss.kl_coef", loss.kl_coef) if loss.kl_coef else ("log.exact_kl_every", config.log.exact_kl_every)
         )
         raise ConfigError(f"{key} is {value}, but lora.r is 0: without an adapter there is no reference")
-    if config.advantage.name == "gdpo":
+    if fact(ADVANTAGES.get(config.advantage.name), "reads_components"):
         changed = fact(TRUNCATIONS.get(config.truncation.name), "changes_reward")
         if changed or (loss.kl_coef and loss.kl_in == "reward"):
             key = f"truncation {config.truncation.name}" if changed else "loss.kl_in reward"
-            raise ConfigError(f"advantage gdpo reads the single rewards, and {key} changes only their sum")
+            raise ConfigError(
+                f"advantage {config.advantage.name} reads the single rewards, and {key} changes only their sum"
+            )
 
 
 def _check_numbers(config: RunConfig) -> None:

@@ -24,10 +24,12 @@ def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     """
     path = Path(path)
     data = _read(path, yaml.safe_load, "YAML") or {}
-    if isinstance(data, dict) and data.get("preset") is not None:
-        data = merge(preset(data["preset"]), data)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} is not a mapping of sections and keys")
+    if data.get("preset") is not None:
+        data = merge(preset(str(data["preset"])), data)
     for override in overrides:
-        if override.startswith("preset=") and (name := yaml.safe_load(override.removeprefix("preset="))) is not None:
+        if override.startswith("preset=") and (name := _parse(override.removeprefix("preset="))) is not None:
             data = merge(data, preset(str(name)))
     for override in overrides:
         _forget_arguments(data, override)
@@ -56,7 +58,7 @@ def arguments_of(overrides: list[str]) -> dict[str, Any]:
         name, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"{override!r} is not an argument; write name=value")
-        given[name] = yaml.safe_load(text)
+        given[name] = _parse(text)
     return given
 
 
@@ -100,6 +102,14 @@ def _value(kind: Any, value: Any, key: str) -> Any:
     return coerce(value, kind, key)
 
 
+def _parse(text: str) -> Any:
+    """A value from the command line: YAML, or the text itself where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
 def _apply(data: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -112,10 +122,7 @@ def _apply(data: dict, override: str) -> None:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
             raise ConfigError(f"unknown key {key}; {section} has no keys of its own")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
+    value = _parse(text)
     if kind in (str, str | None) and not isinstance(value, (str, type(None))):
         value = text  # a key that holds text: {question} is a template there, not a mapping
     data[last] = value

@@ -46,7 +46,7 @@ def token_mask(
     return _mask(_token_ratio(old_logprobs, rollout_logprobs, completion_mask), clip_min, clip_max)
 
 
-@CORRECTIONS.register("sequence_truncate", per="sequence")
+@CORRECTIONS.register("sequence_truncate")
 def sequence_truncate(
     old_logprobs: Tensor,
     rollout_logprobs: Tensor,
@@ -59,7 +59,7 @@ def sequence_truncate(
     return _truncate(_sequence_ratio(old_logprobs, rollout_logprobs, completion_mask), clip_min, clip_max)
 
 
-@CORRECTIONS.register("sequence_mask", per="sequence")
+@CORRECTIONS.register("sequence_mask")
 def sequence_mask(
     old_logprobs: Tensor,
     rollout_logprobs: Tensor,

@@ -34,6 +34,7 @@ class Stats:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}  # name -> [sum, count]
         self._maxima: dict[str, Tensor] = {}
+        self._weights: set[str] = set()
 
     def mean(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
         """Let `values` (where `mask`) count in the mean called `name`."""
@@ -57,6 +58,7 @@ class Stats:
         """
         self.mean(name, values, mask)
         self.mean(f"{name}_square", values.double().square(), mask)
+        self._weights.add(name)
 
     def max(self, name: str, value: Tensor) -> None:
         """Let the greatest of `value` count in the maximum called `name`."""
@@ -71,6 +73,9 @@ class Stats:
                 self._sums, distributed.all_sum(torch.stack([*self._sums.values()])).tolist(), strict=True
             ):
                 row[name] = total / count if count else 0.0
+        for name in self._weights:
+            square = row.pop(f"{name}_square")
+            row[f"{name}_ess"] = row[name] ** 2 / square if square else 0.0
         if self._maxima:
             row |= dict(
                 zip(self._maxima, distributed.all_max(torch.stack([*self._maxima.values()])).tolist(), strict=True)
@@ -134,9 +139,6 @@ class RunLog:
         row = {"step": step, **stats.reduce(), **numbers}
         for name in ("reward", *(f"rewards/{name}" for name in scores.by_name)):
             row[f"{name}_std"] = max(0.0, row.pop(f"{name}_square") - row[name] ** 2) ** 0.5
-        if "rollout_weight_square" in row:
-            square = row.pop("rollout_weight_square")
-            row["rollout_weight_ess"] = row["rollout_weight"] ** 2 / square if square else 0.0
         if self.config.log.completions:
             rows = distributed.gather(
                 _completion_rows(step, tasks, rollouts, scores, self._shaped(rewards), advantages)

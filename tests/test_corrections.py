@@ -49,7 +49,10 @@ def test_effective_sample_size():
     stats = Stats()
     stats.weights("w", torch.tensor([[1.0, 3.0], [2.0, 77.0]]), MASK)
     row = stats.reduce()
-    assert row["w"] == pytest.approx(2.0) and row["w_square"] == pytest.approx(14 / 3)  # ESS / n = 4 / (14 / 3)
+    assert row == {"w": pytest.approx(2.0), "w_ess": pytest.approx(4 / (14 / 3))}
+    nothing = Stats()
+    nothing.weights("w", torch.zeros(2, 2), MASK)
+    assert nothing.reduce()["w_ess"] == 0.0
 
 
 def test_the_off_policy_mask_drops_bad_completions_that_the_policy_has_left():

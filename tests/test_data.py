@@ -127,3 +127,18 @@ def test_ranks_share_a_step_and_no_completion_has_the_same_seed():
         assert parts == whole.batch(step)
     seeds = [t.seed for step in range(9) for t in whole.batch(step)]
     assert len(set(seeds)) == len(seeds)
+
+
+def test_replacements_are_of_the_step_and_the_attempt_and_of_no_rank():
+    """Fresh prompts with noise of their own: a function of (seed, step, attempt, position)."""
+    whole = TaskStream(tasks(), 4, seed=0)
+    made = {(step, attempt): whole.replacements(step, attempt) for step in range(3) for attempt in (1, 2, 3)}
+    for (step, attempt), drawn in made.items():
+        parts = [t for rank in range(2) for t in TaskStream(tasks(), 4, 0, rank, 2).replacements(step, attempt)]
+        assert parts == drawn and len({task.index for task in drawn}) == 4
+    assert len({tuple(task.index for task in drawn) for drawn in made.values()}) == 9
+    assert [t.index for t in TaskStream(tasks(), 4, seed=1).replacements(0, 1)] != [t.index for t in made[0, 1]]
+    seeds = [task.seed for drawn in made.values() for task in drawn]
+    seeds += [task.seed for step in range(3) for task in whole.batch(step)]
+    assert len(set(seeds)) == len(seeds)
+    assert len(TaskStream(tasks()[:2], 4, seed=0).replacements(0, 1)) == 4  # fewer rows than places

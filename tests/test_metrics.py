@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from grpo_core.config import RunConfig
+from grpo_core.config import AdvantageConfig, FunctionConfig, LossConfig, RewardConfig, RunConfig
 from grpo_core.evaluation import wilson_interval
-from grpo_core.metrics import RunLog, Stats
+from grpo_core.metrics import RunLog, Stats, own_files
 
 
 def test_stats_are_masked_means_totals_and_maxima():
@@ -52,3 +52,21 @@ def test_starting_over_keeps_no_row_of_a_run_that_died_before_its_first_checkpoi
         (tmp_path / f"{name}.jsonl").write_text('{"step": 0}\n')
     RunLog(tmp_path, RunConfig(), start_step=0, num_steps=5).close()
     assert all((tmp_path / f"{name}.jsonl").read_text() == "" for name in ("metrics", "completions", "evaluation"))
+
+
+def test_a_users_files_are_kept_with_the_run(tmp_path):
+    names = ("loss", "advantage", "reward", "correction")
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(f"# {name}")
+    files = {name: f"{tmp_path / name}.py:f" for name in names}
+    config = RunConfig(
+        loss=LossConfig(name=files["loss"], rollout_correction=FunctionConfig(files["correction"])),
+        advantage=AdvantageConfig(files["advantage"]), rewards=[RewardConfig(files["reward"]), RewardConfig("combined")],
+    )  # fmt: skip
+    assert own_files(config) == {f"{tmp_path / name}.py" for name in names} and own_files(RunConfig()) == set()
+    with pytest.raises(ValueError):  # the functions are not there, so the run's formula cannot be written
+        RunLog(tmp_path / "run", config, 0, 1)
+    for name in names:
+        (tmp_path / f"{name}.py").write_text("def f(*given):\n    return given\n")
+    RunLog(tmp_path / "run", config, 0, 1).close()
+    assert {path.name for path in (tmp_path / "run" / "code").iterdir()} == {f"{name}.py" for name in names}

@@ -1,6 +1,5 @@
 """Presets, the rendered formula, remarks, and the commands that show and check functions."""
 
-import json
 import re
 import subprocess
 import sys
@@ -179,7 +178,7 @@ def reduced(logprobs, old_logprobs, advantages, completion_mask):
 
 
 def raises(logprobs, old_logprobs, advantages, completion_mask):
-    return torch.nn.functional.huber_loss(logprobs @ old_logprobs, old_logprobs)
+    return torch.nn.functional.huber_loss(logprobs, old_logprobs[:, :2])  # raises within torch
 
 
 def bare(logprobs, old_logprobs, advantages, completion_mask):
@@ -306,4 +305,15 @@ def test_words_that_mean_nothing_are_refused(capsys):
 
 def test_words_are_arguments():
     assert arguments_of(["a=1", "b=x", "c=null", "d=1.0e-4"]) == {"a": 1, "b": "x", "c": None, "d": 1e-4}
-    assert json.dumps(arguments_of([])) == "{}"
+    assert arguments_of([]) == {} and arguments_of(["a={"]) == {"a": "{"}  # no YAML: text
+
+
+def test_a_file_without_keys_and_a_preset_that_is_no_name_are_one_sentence(tmp_path):
+    (tmp_path / "list.yaml").write_text("- loss\n")
+    for overrides in ([], ["preset=dapo"], ["seed=1"]):
+        with pytest.raises(ValueError, match="list.yaml is not a mapping of sections and keys"):
+            load(tmp_path / "list.yaml", overrides)
+    (tmp_path / "odd.yaml").write_text("preset: [dapo]\n")
+    for path, overrides in ((tmp_path / "odd.yaml", []), (TINY, ["preset={"]), (TINY, ["preset=[dapo]"])):
+        with pytest.raises(ValueError, match="unknown preset"):
+            load(path, overrides)

@@ -263,6 +263,21 @@ def test_the_kl_in_the_reward_pulls_to_the_reference(tmp_path):
     assert sum(kl[-10:]) / 10 < 0.6 * sum(kl[:3]) / 3
 
 
+def test_the_shaped_reward_is_on_disk_where_it_may_differ(tmp_path):
+    """5 tokens are the limit and a fifth of them the penalised end: -1 for 5 of them, nothing for 4."""
+    train(make_run(tmp_path / "a", num_steps=1, change=lambda c: replace(c, truncation=FunctionConfig("soft_penalty"))))
+    made = rows(tmp_path / "a", "completions")
+    assert {row["length"] == 5 for row in made} == {True, False}
+    for row in made:
+        assert row["shaped_reward"] == row["reward"] - (row["length"] == 5)
+    for group in range(4):
+        part = made[8 * group : 8 * group + 8]
+        mean = sum(row["shaped_reward"] for row in part) / 8
+        assert all((row["advantage"] > 0) == (row["shaped_reward"] > mean) for row in part)
+    train(make_run(tmp_path / "b", num_steps=1))
+    assert all("shaped_reward" not in row for row in rows(tmp_path / "b", "completions"))
+
+
 def test_truncated_completions_are_not_trained_when_masked(tmp_path):
     """5 tokens, no end among them: everything is truncated."""
     run = make_run(tmp_path, num_steps=1, change=lambda c: replace(c, truncation=FunctionConfig("mask_loss")))
