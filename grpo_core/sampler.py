@@ -1,24 +1,34 @@
-"""Prompts to rollouts: the model's own forward with a key-value cache, one token for all rows at a time.
+"""Prompts to rollouts, from the live weights.
 
-Every prompt is prefilled once and its cache fanned out to the G rows of its group. A row that has ended leaves the
-batch at once. The noise of a row depends on its task's seed, its number in the group and the token's place, and on
-nothing else: not on the rank, nor on the other rows.
+The noise of a row depends on its task's seed, its number in the group and the token's place, and on nothing else: not
+on the rank, nor on the other rows, nor on how many of them are decoded at once. Two decoders draw the same completions
+up to rounding: the fused one for the models that it knows, the plain one, the model's own forward, for all others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_core.batch import Rollouts, Task
 from grpo_core.distributed import uniforms
+from grpo_core.draw import Decoding, Draws
+from grpo_core.fused_decoder import FusedDecoder
+from grpo_core.fused_model import Unsupported
+from grpo_core.plain_decoder import PlainDecoder, left_padded
+from grpo_core.schema import ConfigError
 
 
 class Sampler:
-    """Draws completions from the live weights, at the temperature that the trainer's log-probs use."""
+    """Draws completions at the temperature that the trainer's log-probs use.
+
+    `decoder` is auto (fused where the model allows it) or plain. `rows_at_once` bounds the completions decoded at once;
+    where the GPU's memory does not suffice for all, it halves by itself, and the completions stay the same.
+    """
 
     def __init__(
         self,
@@ -27,88 +37,119 @@ class Sampler:
         *,
         max_new_tokens: int,
         temperature: float = 1.0,
+        decoder: str = "auto",
+        rows_at_once: int | None = None,
+        say: Callable[[str], None] = logging.getLogger("grpo_core").warning,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.model, self.tokenizer, self.say = model, tokenizer, say
+        self.max_new_tokens, self.temperature, self.rows_at_once = max_new_tokens, temperature, rows_at_once
         self.device = model.device
-        self.eos_ids = torch.tensor(sorted(eos_ids(model, tokenizer)), device=self.device)
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(self.eos_ids[0])
+        self.eos_ids = sorted(eos_ids(model, tokenizer))
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
+        self._plain = PlainDecoder(model, self.pad_id, self.eos_ids)
+        self._decoder: PlainDecoder | FusedDecoder | None = self._plain if decoder == "plain" else None
 
-    @torch.no_grad()
-    def generate(self, tasks: Sequence[Task], group_size: int, *, greedy: bool = False) -> Rollouts:
-        """`group_size` completions of every task, B = N * G rows, prompt-major.
+    def generate(
+        self,
+        tasks: Sequence[Task],
+        group_size: int,
+        *,
+        greedy: bool = False,
+        settings: Decoding | None = None,
+        limits: Tensor | None = None,
+    ) -> Rollouts:
+        """`group_size` completions of every task, B = N * G rows, prompt-major, none longer than max_new_tokens.
 
-        Log-probs are those of the drawn tokens at the sampling temperature, greedy or not.
+        Log-probs are those of the drawn tokens at the sampling temperature, greedy or not. `settings` takes the place
+        of temperature and greedy; `limits` [B] int64 allows some rows fewer tokens.
+
+        Raises:
+            ConfigError: an empty prompt, or one that leaves no room for max_new_tokens.
         """
-        prompt_ids, prompt_mask = self._pad([task.prompt_ids for task in tasks])
-        keys = [(*task.seed, sample) for task in tasks for sample in range(group_size)]
-        noise = None if greedy else uniforms(keys, self.max_new_tokens).to(self.device)
-        cache = DynamicCache(config=self.model.config)
-        logits = self._forward(prompt_ids, prompt_mask, prompt_mask, cache).repeat_interleave(group_size, dim=0)
-        cache.batch_repeat_interleave(group_size)
-        prompt_ids, prompt_mask = (x.repeat_interleave(group_size, dim=0) for x in (prompt_ids, prompt_mask))
+        settings = settings or Decoding(self.temperature, greedy)
+        prompts = [task.prompt_ids for task in tasks]
+        check_lengths(prompts, self.max_new_tokens, self.model.config)
+        noise = None
+        if not settings.greedy:
+            noise = uniforms([(*task.seed, i) for task in tasks for i in range(group_size)], self.max_new_tokens)
+        if limits is None:
+            limits = torch.full((len(tasks) * group_size,), self.max_new_tokens)
+        draws = self._decode(prompts, group_size, noise, limits, settings)
+        prompt_ids, prompt_mask = (
+            x.repeat_interleave(group_size, dim=0) for x in left_padded(prompts, self.pad_id, self.device)
+        )
+        mask = torch.arange(draws.ids.shape[1], device=self.device) < draws.lengths[:, None]
+        texts = self._texts(draws)
+        return Rollouts(prompt_ids, prompt_mask, draws.ids, mask, draws.logprobs, ~draws.ended, texts)
 
-        shape = (len(keys), self.max_new_tokens)
-        ids = torch.full(shape, self.pad_id, device=self.device)
-        logprobs = torch.zeros(shape, device=self.device)
-        mask = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        rows = torch.arange(len(keys), device=self.device)  # the rows that have not ended
-        for t in range(self.max_new_tokens):
-            token, logprob = draw(logits, self.temperature, None if noise is None else noise[rows, t])
-            ids[rows, t], logprobs[rows, t], mask[rows, t] = token, logprob, True
-            going = ~torch.isin(token, self.eos_ids)
-            if not going.all():
-                rows, token = rows[going], token[going]
-                cache.batch_select_indices(going.nonzero().squeeze(1))
-            if len(rows) == 0 or t + 1 == self.max_new_tokens:
-                break
-            seen = torch.cat([prompt_mask[rows], mask[rows, : t + 1]], dim=1)
-            logits = self._forward(token[:, None], seen[:, -1:], seen, cache)
-        truncated = torch.zeros(len(keys), dtype=torch.bool, device=self.device)
-        truncated[rows] = True
-        ids, mask, logprobs = ids[:, : t + 1], mask[:, : t + 1], logprobs[:, : t + 1]
-        return Rollouts(prompt_ids, prompt_mask, ids, mask, logprobs, truncated, self._decode(ids, mask))
+    def release(self) -> None:
+        """Give back all memory that is held between calls; the next one takes it again."""
+        if self._decoder is not None:
+            self._decoder.release()
 
-    def _forward(self, ids: Tensor, new: Tensor, seen: Tensor, cache: DynamicCache) -> Tensor:
-        """Next-token logits [rows, V] after `ids`; `seen` masks everything up to and including them."""
-        positions = (seen.long().cumsum(dim=1) - 1).clamp(min=0)[:, -new.shape[1] :]
-        return self.model(
-            input_ids=ids,
-            attention_mask=seen.long(),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+    def _decode(
+        self, prompts: list[list[int]], group_size: int, noise: Tensor | None, limits: Tensor, settings: Decoding
+    ) -> Draws:
+        """Of `_fitting`, by the fused decoder where that can."""
+        if self._decoder is None:
+            try:
+                self._decoder = FusedDecoder(self.model, self.pad_id, self.eos_ids)
+            except Unsupported as reason:
+                self._use_plain(reason)
+        try:
+            return self._fitting(prompts, group_size, noise, limits, settings)
+        except Unsupported as reason:
+            self._use_plain(reason)
+            return self._fitting(prompts, group_size, noise, limits, settings)
 
-    def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Left-padded ids and their mask, [N, P]."""
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=self.device)
-        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
-        return ids, torch.arange(width, device=self.device) >= width - lengths[:, None]
+    def _use_plain(self, reason: Unsupported) -> None:
+        self.say(f"sampling by the model's own forward, which is slower: {reason}")
+        self.release()
+        self._decoder = self._plain
 
-    def _decode(self, ids: Tensor, mask: Tensor) -> tuple[str, ...]:
-        kept = [row[: int(length)] for row, length in zip(ids.tolist(), mask.sum(dim=1), strict=True)]
+    def _fitting(
+        self, prompts: list[list[int]], group_size: int, noise: Tensor | None, limits: Tensor, settings: Decoding
+    ) -> Draws:
+        """Decode as many rows at once as fit, at most rows_at_once."""
+        while True:
+            rows = min(len(limits), self.rows_at_once or len(limits))
+            try:
+                return self._decoder.decode(prompts, group_size, noise, limits, settings, rows)
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise
+            self.release()
+            torch.cuda.empty_cache()
+            self.rows_at_once = (rows + 1) // 2
+            self.say(f"{rows} completions at once do not fit into the GPU's memory; going on with {self.rows_at_once}")
+
+    def _texts(self, draws: Draws) -> tuple[str, ...]:
+        kept = [row[:length] for row, length in zip(draws.ids.tolist(), draws.lengths.tolist(), strict=True)]
         return tuple(self.tokenizer.batch_decode(kept, skip_special_tokens=True))
 
 
-def draw(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One token a row from logits [B, V] and its log-prob, both [B]: by inverse CDF, or the argmax without noise."""
-    logprobs = (logits.float() / temperature).log_softmax(dim=-1)
-    if uniform is None:
-        token = logprobs.argmax(dim=-1, keepdim=True)
-    else:
-        cdf = logprobs.double().exp().cumsum(dim=-1)  # double: 150,000 terms, and tails that still can be drawn
-        token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
-    return token.squeeze(1), logprobs.gather(1, token).squeeze(1)
+def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: object) -> None:
+    """Raise ConfigError for an empty prompt, and for one that leaves no room for max_new_tokens."""
+    if not all(prompts):
+        raise ConfigError("a prompt is empty: a completion needs at least one token to follow")
+    longest, positions = max(len(prompt) for prompt in prompts), getattr(config, "max_position_embeddings", None)
+    if positions is not None and longest + max_new_tokens > positions:
+        raise ConfigError(
+            f"a prompt of {longest} tokens and sampling.max_new_tokens {max_new_tokens} are together more than the "
+            f"model's {positions} positions"
+        )
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every id that ends a completion: the generation config's, the model config's and the tokenizer's."""
+    """Every id that ends a completion: the generation config's, the model config's and the tokenizer's.
+
+    Raises:
+        ConfigError: there is none, so no completion would ever end.
+    """
     found: set[int] = set()
     for source in (model.generation_config, model.config, tokenizer):
         value = getattr(source, "eos_token_id", None)
         found |= {value} if isinstance(value, int) else set(value or ())
-    assert found, "the model names no end-of-sequence token"
+    if not found:
+        raise ConfigError("the model and its tokenizer name no end-of-sequence token, so no completion would ever end")
     return found

@@ -1,0 +1,275 @@
+"""The sampler against Hugging Face generate in the same run, and against itself with parts switched off.
+
+python benchmarks/sampling.py [WORKLOAD ...]      on a GPU: small, large, ragged, memory, ranks; on a CPU: cpu, tiny
+python benchmarks/sampling.py smollm2 FOLDER [FILE.gguf]
+
+Without a workload, all that this machine can run. The model has Qwen2.5-1.5B's shape, random weights and a LoRA of rank 16
+on q, k, v and o whose B is not zero, in bf16. No completion ends before its length: no end-of-sequence token can be drawn.
+"""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from grpo_core.batch import Task
+from grpo_core.config import LoraConfig, ModelConfig
+from grpo_core.policy import wrap
+from grpo_core.sampler import Sampler
+
+ROOT = Path(__file__).parents[1]
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+
+
+class Words:
+    """A tokenizer without an end: ids in, nothing out."""
+
+    pad_token_id, eos_token_id = 0, -1
+
+    def batch_decode(self, rows, skip_special_tokens=True):
+        return ["" for _ in rows]
+
+
+def with_lora(base):
+    policy = wrap(base, ModelConfig(), LoraConfig(), temperature=1.0)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.02)
+    return policy
+
+
+def qwen():
+    """Qwen2.5-1.5B's shape."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with DEVICE:
+        base = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+                num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32_768, bos_token_id=None, eos_token_id=None,
+            )
+        )  # fmt: skip
+        policy = with_lora(base)
+    torch.set_default_dtype(torch.float32)
+    return policy
+
+
+def tasks(count, length, vocabulary):
+    made = torch.Generator().manual_seed(0)
+    return [Task(i, "", torch.randint(2, vocabulary, (length,), generator=made).tolist(), {}, (0, 0, i)) for i in range(count)]
+
+
+def wait():
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def seconds(function, times=3):
+    """The median of `times` calls, and what the last one returned."""
+    found = []
+    for _ in range(times):
+        wait()
+        start = time.perf_counter()
+        result = function()
+        wait()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found), result
+
+
+def hf_generate(model, rows, group_size, new, **how):
+    """The same prompts through generate: `new` tokens of each, seconds."""
+    ids = torch.tensor([task.prompt_ids for task in rows], device=DEVICE)
+    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "num_return_sequences": group_size, **how}
+
+    def run():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, max_new_tokens=new, pad_token_id=0, **how)
+        assert out.shape == (len(rows) * group_size, ids.shape[1] + new)
+        return out
+
+    return run
+
+
+def report(workload, ours, unit, peer=None, ratio=None, reach="", met=True, **detail):
+    hardware = torch.cuda.get_device_name() if GPU else f"{os.cpu_count()} cores, {platform.machine()}"
+    row = {
+        "bench": "sampling", "workload": workload, "ours": round(ours, 3), "unit": unit, "peer": peer and round(peer, 3),
+        "ratio": ratio and round(ratio, 2), "reach": reach, "met": bool(met), "hardware": hardware,
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "date": datetime.date.today().isoformat(), **({"detail": detail} if detail else {}),
+    }  # fmt: skip
+    print(json.dumps(row), flush=True)
+    with (ROOT / "benchmarks" / "results" / "sampling.json").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def sampler_of(policy, new, **how):
+    return Sampler(policy.causal_lm, Words(), max_new_tokens=new, **how)
+
+
+def small(policy):
+    """4 prompts × 8 completions, prompt 128, 256 new tokens."""
+    rows, sampler = tasks(4, 128, 151_936), sampler_of(policy, 256)
+    first, _ = seconds(lambda: sampler.generate(rows, 8), times=1)
+    took, rollouts = seconds(lambda: sampler.generate(rows, 8), times=5)
+    assert rollouts.completion_mask.all() and rollouts.completion_ids.shape == (32, 256)
+    step, peer = 1000 * took / 256, seconds(hf_generate(policy.causal_lm, rows, 8, 256), times=1)[0]
+    report("32 rows, prompt 128, 256 new", step, "ms a token step, prefill included", 1000 * peer / 256, peer / took, "<= 2.5", step <= 2.5)
+    report("32 rows, prompt 128, 256 new, against generate", took, "s", peer, peer / took, ">= 15 times", peer / took >= 15)
+    report("first call of a process", first - took, "s more than later ones", reach="<= 2", met=first - took <= 2)
+    later = []
+    for count in (6, 12, 24):
+        longer = tasks(count, 96, 151_936)
+        once = seconds(lambda longer=longer: sampler.generate(longer, 8), times=1)[0]
+        later.append(once - seconds(lambda longer=longer: sampler.generate(longer, 8), times=1)[0])
+    report("first call of another shape", max(later), "s more than later ones", reach="<= 0.5", met=max(later) <= 0.5, each=later)
+
+
+def large(policy):
+    """32 prompts × 8 completions, prompt 128, 512 new tokens."""
+    rows, sampler = tasks(32, 128, 151_936), sampler_of(policy, 512)
+    sampler.generate(rows, 8)
+    took, _ = seconds(lambda: sampler.generate(rows, 8))
+    step, rate = 1000 * took / 512, 256 * 512 / took
+    peer = 1000 * seconds(hf_generate(policy.causal_lm, rows, 8, 64), times=1)[0] / 64
+    report("256 rows, prompt 128, 512 new", step, "ms a token step, prefill included", peer, peer / step, "<= 4", step <= 4, peer_tokens=64)
+    report("256 rows, prompt 128, 512 new", rate, "tokens/s", reach=">= 64000", met=rate >= 64_000)
+
+
+def ragged(policy):
+    """Lengths geometric with mean a quarter of the maximum."""
+    draws = torch.rand(256, generator=torch.Generator().manual_seed(0))
+    limits = (draws.log() / torch.log1p(torch.tensor(-1 / 128))).ceil().long().clamp(1, 512)
+    rows, sampler = tasks(32, 128, 151_936), sampler_of(policy, 512)
+
+    def run():
+        return sampler.generate(rows, 8, limits=limits)
+
+    run()
+    took, _ = seconds(run)
+    sampler._decoder.compact = False
+    run()
+    whole, _ = seconds(run)
+    detail = {"mean_length": float(limits.float().mean()), "longest": int(limits.max())}
+    report("256 rows, geometric lengths, mean a quarter of 512", took, "s", whole, whole / took, ">= 1.5 times without compaction", whole / took >= 1.5, **detail)
+    sampler._decoder.compact, sampler.rows_at_once = True, 64
+    run()
+    took, _ = seconds(run)
+    report("the same, 64 rows at once, refilled", took, "s", whole, whole / took, **detail)
+
+
+def memory(policy):
+    """What a call takes beyond the weights and its keys and values."""
+    rows = tasks(32, 128, 151_936)
+    torch.cuda.empty_cache()
+    before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    sampler = sampler_of(policy, 512)
+    torch.cuda.reset_peak_memory_stats()
+    sampler.generate(rows, 8)
+    cache = 28 * 2 * 2 * 128 * 2 * (32 * 128 + 256 * 512)
+    extra = (torch.cuda.max_memory_allocated() - before - cache) / 2**30
+    more = (torch.cuda.max_memory_reserved() - reserved - cache) / 2**30
+    torch.cuda.empty_cache()
+    held = (torch.cuda.memory_allocated() - before) / 2**30
+    report("GPU memory beyond weights and cache, 256 rows", extra, "GiB allocated", reach="<= 0.3", met=extra <= 0.3, reserved=more, held_between_calls=held)
+
+
+def ranks(policy):
+    """How many completions change when the same rows are decoded in two halves, as on two ranks."""
+    rows, sampler = tasks(32, 128, 151_936), sampler_of(policy, 256)
+    whole = sampler.generate(rows, 8)
+    again = sampler.generate(rows, 8)
+    halves = [sampler.generate(part, 8) for part in (rows[:16], rows[16:])]
+    ids = torch.cat([half.completion_ids for half in halves])
+    same = (ids == whole.completion_ids).all(dim=1).float().mean().item()
+    until = (ids == whole.completion_ids).cumprod(dim=1).sum(dim=1).float().mean().item()
+    repeat = torch.equal(whole.completion_ids, again.completion_ids)
+    report("completions of 256 tokens equal when decoded in halves", same, "share", equal_tokens_before_the_first_difference=until, same_call_again_is_bitwise_equal=repeat, met=repeat)
+    rollouts = sampler.generate(rows[:4], 8)
+    gap = (policy.logprobs(rollouts) - rollouts.rollout_logprobs).abs()
+    report("log-probs against a teacher-forced forward, bf16", gap.mean().item(), "nats, mean", max=gap.max().item())
+
+
+def smollm2(folder, gguf=None):
+    """64 GSM8K-like prompts, greedy, 256 new tokens: here random ids of their lengths, the model's weights real."""
+    how = {"gguf_file": gguf} if gguf else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **how).to(DEVICE).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, **how)
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    questions = [f"A farmer has {i + 3} fields and puts {2 * i + 5} sheep on each. He sells {i} sheep at market for {i + 11} coins each, and buys {i % 7} cows with it. How many animals has he now? Think step by step." for i in range(64)]
+    texts = [tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True) for q in questions]
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    rows = [Task(i, "", row, {}) for i, row in enumerate(ids)]
+    sampler = Sampler(model, Words(), max_new_tokens=256)
+    sampler.generate(rows, 1, greedy=True)
+    took, rollouts = seconds(lambda: sampler.generate(rows, 1, greedy=True), times=5)
+    width = max(map(len, ids))
+    padded = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=DEVICE)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=DEVICE)
+    peer, out = seconds(lambda: model.generate(padded, attention_mask=mask, min_new_tokens=256, max_new_tokens=256, do_sample=False, pad_token_id=0), times=1)
+    same = (out[:, width:] == rollouts.completion_ids).all(dim=1).float().mean().item()
+    report("SmolLM2-135M, 64 prompts greedy, 256 new", took, "s", peer, peer / took, "<= 0.6", took <= 0.6, rows_equal_to_generate_in_bf16=same)
+
+
+def cpu():
+    """100M model, 4 × 8 rows, prompt 64, 48 new, float32."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32_000, hidden_size=640, intermediate_size=1792, num_hidden_layers=16, num_attention_heads=10,
+            num_key_value_heads=5, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+        )
+    )  # fmt: skip
+    policy = with_lora(base.eval())
+    rows, sampler = tasks(4, 64, 32_000), sampler_of(policy, 48)
+    pairs = [(seconds(lambda: sampler.generate(rows, 8), 1)[0], seconds(hf_generate(policy.causal_lm, rows, 8, 48), 1)[0]) for _ in range(4)][1:]
+    took, peer = (statistics.median(x) for x in zip(*pairs, strict=True))
+    ratio = statistics.median(b / a for a, b in pairs)
+    size = sum(p.numel() for p in base.parameters()) / 1e6
+    report(f"CPU, {size:.0f}M model, 4 × 8 rows, prompt 64, 48 new", took, "s", peer, ratio, ">= 1.7 times", ratio >= 1.7)
+
+
+def tiny():
+    """tiny.yaml's sampling: the built-in policy, 16 prompts × 8, completions that end by themselves."""
+    folder = ROOT / "grpo_core" / "builtin" / "tiny"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    policy = wrap(AutoModelForCausalLM.from_pretrained(folder), ModelConfig(), LoraConfig(target_modules="all-linear"), temperature=1.0)
+    questions = [f"Question: Tom has {i + 2} pens and buys {i % 5 + 1} more. How many pens has he now?\n" for i in range(16)]
+    rows = [Task(i, q, tokenizer(q)["input_ids"], {}, (0, 0, i)) for i, q in enumerate(questions)]
+    sampler = Sampler(policy.causal_lm, tokenizer, max_new_tokens=48)
+    width = max(len(row.prompt_ids) for row in rows)
+    ids = torch.tensor([[0] * (width - len(row.prompt_ids)) + row.prompt_ids for row in rows])
+    mask = torch.tensor([[0] * (width - len(row.prompt_ids)) + [1] * len(row.prompt_ids) for row in rows])
+
+    def peer():
+        return policy.causal_lm.generate(ids, attention_mask=mask, max_new_tokens=48, do_sample=True, top_k=0, num_return_sequences=8)
+
+    pairs = [(seconds(lambda: sampler.generate(rows, 8), 1)[0], seconds(peer, 1)[0]) for _ in range(8)][1:]
+    ratio = statistics.median(b / a for a, b in pairs)
+    took, theirs = (statistics.median(x) for x in zip(*pairs, strict=True))
+    report("CPU, tiny.yaml's sampling, 128 rows", took, "s", theirs, ratio, ">= 2.5 times", ratio >= 2.5)
+
+
+def main():
+    chosen = sys.argv[1:]
+    if chosen[:1] == ["smollm2"]:
+        return smollm2(*chosen[1:])
+    on_gpu, on_cpu = [small, large, ragged, memory, ranks], [cpu, tiny]
+    chosen = [f for f in (on_gpu if GPU else on_cpu) if not chosen or f.__name__ in chosen]
+    policy = qwen() if GPU else None
+    for workload in chosen:
+        workload(policy) if GPU else workload()
+    return None
+
+
+if __name__ == "__main__":
+    main()

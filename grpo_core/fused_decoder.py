@@ -1,0 +1,196 @@
+"""Completions by the fused model: one captured graph a token step on a GPU, rows that end leave or make room."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_core.decode_ops import DONE, DRAWN, FIELDS, LIMIT, PROMPT, ROW, SLOT, START, TOKEN, Tables, TorchOps
+from grpo_core.draw import Decoding, Draws, restrict
+from grpo_core.fused_model import FusedModel, Unsupported, norms, window
+
+ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # a graph is captured for so many rows, or multiples of 1024
+AT_A_TIME = 64  # rows whose first logits are computed at once
+
+
+class FusedDecoder:
+    """Draws completions from `model`'s live weights.
+
+    Raises:
+        Unsupported: the fast path does not know this model, or this device.
+    """
+
+    def __init__(self, model: Any, pad_id: int, eos_ids: Sequence[int], *, compact: bool = True) -> None:
+        self.ops = _ops(model.device)
+        self.on_gpu = type(self.ops) is not TorchOps
+        self.causal_lm, self.pad_id, self.compact = model, pad_id, compact
+        self.check_every = 16 if self.on_gpu else 4
+        self.eos = torch.tensor(sorted(eos_ids), device=model.device)
+        self._build()
+
+    def _build(self) -> None:
+        self.model = FusedModel(self.causal_lm, self.ops)
+        self.cache = self.ops.cache(self.model.shape, self.model.dtype, self.model.device)
+        self.release()
+
+    def release(self) -> None:
+        """Forget the graphs and what they hold; they are captured again when needed."""
+        self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
+        self._flat: dict[str, Tensor] = {}
+        self._state, self._place = self.eos.new_zeros(FIELDS, 0), self.model.place()
+
+    @torch.no_grad()
+    def decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        noise: Tensor | None,
+        limits: Tensor,
+        settings: Decoding,
+        slots: int,
+    ) -> Draws:
+        """`group_size` completions of every prompt, at most limits [B] tokens each, B = N * G rows, prompt-major.
+
+        noise [B, T] float64 are the uniforms, None where settings.greedy. At most `slots` rows are decoded at once; the
+        others wait until one ends.
+
+        Raises:
+            Unsupported: the completions could outgrow a sliding window.
+        """
+        rows, longest, width = len(limits), int(limits.max()), max(len(prompt) for prompt in prompts)
+        limited = window(self.causal_lm.config)
+        if limited is not None and width + longest > limited:
+            raise Unsupported(f"{width + longest} tokens are more than its sliding window ({limited})")
+        self._settings, self._group = settings, group_size
+        self._prepare(width + longest, min(slots, rows), rows, longest)
+        if noise is not None:
+            self._tables.noise.copy_(noise[:, :longest])
+        lengths = torch.tensor([len(prompt) for prompt in prompts]).repeat_interleave(group_size)
+        self._bounds = torch.stack([lengths, limits.cpu()]).to(self.model.device)
+        try:
+            self.cache.take(len(prompts), width, min(slots, rows), longest)
+            self._hidden = self.model.prefill(prompts, self.cache)
+            self._run(rows, min(slots, rows))
+        finally:
+            self._hidden = None
+            self.cache.give_back()
+        out, used = self._tables, int(self._tables.lengths.max())
+        return Draws(out.ids[:, :used].clone(), out.logprobs[:, :used].clone(), out.lengths.clone(), out.ended.clone())
+
+    def _prepare(self, positions: int, slots: int, rows: int, longest: int) -> None:
+        """Room for this call, and the weights as they are now; what a graph reads stays where it is if it can."""
+        place = self.model.place()
+        if place != self._place:
+            self._build()  # somebody moved the model's weights
+        self.model.refresh()
+        self.model.reach(positions)
+        if self._state.shape[1] < self._bucket(slots) or len(self._flat.get("ids", ())) < rows * longest:
+            self.release()
+            self._state = self.eos.new_zeros(FIELDS, self._bucket(slots))
+            kinds = {"noise": torch.float64, "ids": torch.int64, "logprobs": torch.float32, "lengths": torch.int64, "ended": torch.bool}
+            count = rows * longest
+            self._flat = {name: torch.empty(count, dtype=kind, device=self.eos.device) for name, kind in kinds.items()}
+        elif self.model.place() != self._place:  # the table of rotations grew
+            self._graphs.clear()
+            self._pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
+        self._place = self.model.place()
+        wide = {name: self._flat[name][: rows * longest].view(rows, longest) for name in ("noise", "ids", "logprobs")}
+        self._tables = Tables(**wide, **{name: self._flat[name][:rows] for name in ("lengths", "ended")}, eos=self.eos)
+        self._tables.ids.fill_(self.pad_id)
+        self._tables.logprobs.zero_()
+        self.ops.columns(longest)
+
+    def _run(self, rows: int, slots: int) -> None:
+        """Decode until all `rows` rows have ended."""
+        n = slots
+        self._state[:, :n] = self._enter(torch.arange(n), torch.arange(n))
+        waiting = n  # rows from here on have not begun
+        while True:
+            now = self._state[:, :n].cpu()
+            done = now[DONE] == 1
+            free = done.nonzero().squeeze(1)
+            if waiting < rows and len(free):
+                free = free[: rows - waiting]
+                new = torch.arange(waiting, waiting + len(free))
+                self._state[:, free.to(self._state.device)] = self._enter(new, now[SLOT, free])
+                waiting += len(free)
+                continue
+            if bool(done.all()):
+                return
+            if self.compact and self._bucket(int((~done).sum())) < self._bucket(n):
+                index = (~done).nonzero().squeeze(1).to(self._state.device)
+                n = len(index)
+                self._state[:, :n] = self._state[:, index]
+                self.cache.keep(self._state[:, :n])
+            left = int((now[LIMIT] - now[DRAWN])[~done].max())
+            size = self._bucket(n)
+            self._state[DONE, n:size] = 1
+            for _ in range(min(self.check_every, left)):
+                self._step(size)
+
+    def _bucket(self, n: int) -> int:
+        """Rows that a step of n rows is computed for: on a GPU one of a few sizes, so that few graphs exist."""
+        if not self.on_gpu:
+            return n
+        return next((size for size in ROWS if size >= n), -(-n // ROWS[-1]) * ROWS[-1])
+
+    def _enter(self, rows: Tensor, slots: Tensor) -> Tensor:
+        """The columns of rows that begin, their first token drawn."""
+        state = torch.zeros(FIELDS, len(rows), dtype=torch.int64, device=self._state.device)
+        rows = rows.to(state.device)
+        state[START], state[LIMIT] = self._bounds[:, rows]
+        state[PROMPT], state[ROW], state[SLOT] = rows // self._group, rows, slots.to(state.device)
+        self.cache.admit(state)
+        for part in state.split(AT_A_TIME, dim=1):
+            self._draw(self.model.logits(self._hidden[part[PROMPT]]), part)
+        return state
+
+    def _draw(self, logits: Tensor, state: Tensor) -> None:
+        if self._settings.restricted:
+            logits = restrict(logits, self._settings)
+        self.ops.draw(logits, state, self._tables, self._settings)
+
+    def _body(self, size: int) -> None:
+        """One token of the first `size` columns."""
+        state, model = self._state[:, :size], self.model
+        self.cache.begin(state, model.cos, model.sin)
+        hidden = model.hidden(model.embed(state[TOKEN]), lambda i, qkv, layer: self.cache.attend(i, qkv, *norms(layer)))
+        self._draw(model.logits(hidden), state)
+
+    def _step(self, size: int) -> None:
+        if not self.on_gpu:
+            return self._body(size)
+        key = (size, self._settings)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(size)
+        self._graphs[key].replay()
+        return None
+
+    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
+        """A graph of `_body`. It is run once before, with every row done: then it writes nothing that is read."""
+        kept = self._state[DONE].clone()
+        self._state[DONE] = 1
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._body(size)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._body(size)
+        self._state[DONE] = kept
+        return graph
+
+
+def _ops(device: torch.device) -> TorchOps:
+    if device.type == "cpu":
+        return TorchOps()
+    try:
+        from grpo_core.decode_kernels import TritonOps
+    except ImportError as error:
+        raise Unsupported(f"there is no triton: {error}") from error
+    return TritonOps(device)

@@ -1,0 +1,133 @@
+"""The Triton kernels against their definitions in torch. On a CPU they run in Triton's interpreter:
+
+TRITON_INTERPRET=1 python -m pytest tests/test_decode_kernels.py        (where triton is installed)
+"""
+
+import os
+
+import pytest
+import torch
+
+from grpo_core import decode_ops as ops
+from grpo_core.draw import Decoding
+
+triton = pytest.importorskip("triton")
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a CUDA GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+from grpo_core.decode_kernels import TritonOps  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def close(ours, want, atol=1e-5):
+    torch.testing.assert_close(ours, want, atol=atol, rtol=1e-5)
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def both():
+    torch.manual_seed(0)
+    return TritonOps(DEVICE), ops.TorchOps()
+
+
+@pytest.mark.parametrize("width", [96, 1536])
+def test_add_norm(width):
+    triton_ops, torch_ops = both()
+    x, delta, weight = random(5, width), random(5, width + 16)[:, :width], random(width)
+    ours, theirs = x.clone(), x.clone()
+    close(triton_ops.add_norm(ours, delta, weight, 1e-6), torch_ops.add_norm(theirs, delta, weight, 1e-6))
+    close(ours, theirs)
+    close(ours, x + delta)
+    close(triton_ops.add_norm(ours, None, weight, 1e-6), torch_ops.add_norm(theirs, None, weight, 1e-6))
+
+
+def test_silu_mul_of_a_part_of_wider_rows():
+    triton_ops, torch_ops = both()
+    x = random(5, 3 * 700)[:, :1400]
+    close(triton_ops.silu_mul(x), torch_ops.silu_mul(x))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("greedy", [False, True])
+def test_draw_with_rows_that_are_done_and_tokens_that_cannot_be(greedy, temperature):
+    triton_ops, torch_ops = both()
+    rows, width, vocabulary = 6, 4, 9000
+    noise = torch.rand(rows, width, dtype=torch.double).to(DEVICE)
+    state = torch.zeros(ops.FIELDS, rows, dtype=torch.long)
+    state[ops.ROW], state[ops.LIMIT] = torch.randperm(rows), 2
+    state[ops.DRAWN], state[ops.DONE, 2] = torch.tensor([0, 1, 0, 1, 0, 0]), 1
+    logits = 3 * random(rows, vocabulary)
+    logits[0, 5:] = logits[1, 4096:8192] = -torch.inf
+    logits[3, 7] = 100  # an end-of-sequence token
+    got = []
+    for one in (triton_ops, torch_ops):
+        tables = ops.Tables(
+            noise,
+            torch.zeros(rows, width, dtype=torch.long, device=DEVICE),
+            torch.zeros(rows, width, device=DEVICE),
+            torch.zeros(rows, dtype=torch.long, device=DEVICE),
+            torch.zeros(rows, dtype=torch.bool, device=DEVICE),
+            torch.tensor([3, 7], device=DEVICE),
+        )
+        mine = state.clone().to(DEVICE)
+        one.columns(width)
+        one.draw(logits, mine, tables, Decoding(temperature, greedy))
+        got.append((mine, tables))
+    (ours, table), (theirs, other) = got
+    assert torch.equal(ours, theirs) and torch.equal(table.ids, other.ids)
+    assert torch.equal(table.lengths, other.lengths) and torch.equal(table.ended, other.ended)
+    assert table.ended[state[ops.ROW, 3]] and ours[ops.DONE].tolist() == [0, 1, 1, 1, 0, 0]
+    close(table.logprobs, other.logprobs)
+
+
+@pytest.mark.parametrize("uniform, want", [(0.0, 1), (0.5, 1), (1 - 1e-16, 2)])
+def test_draw_at_the_ends_never_takes_a_token_without_probability(uniform, want):
+    triton_ops, _ = both()
+    logits = torch.full((1, 9000), -torch.inf, device=DEVICE)
+    logits[0, 1], logits[0, 2] = 1.0, -2.0
+    state = torch.zeros(ops.FIELDS, 1, dtype=torch.long, device=DEVICE)
+    state[ops.LIMIT] = 1
+    tables = ops.Tables(
+        torch.full((1, 1), uniform, dtype=torch.double, device=DEVICE),
+        *(torch.zeros(1, 1, dtype=kind, device=DEVICE) for kind in (torch.long, torch.float)),
+        *(torch.zeros(1, dtype=kind, device=DEVICE) for kind in (torch.long, torch.bool)),
+        torch.tensor([0], device=DEVICE),
+    )
+    triton_ops.columns(1)
+    triton_ops.draw(logits, state, tables, Decoding())
+    assert tables.ids.item() == want
+    close(tables.logprobs[0], logits.log_softmax(-1)[0, want][None])
+
+
+@pytest.mark.parametrize(
+    "rows, heads, kv_heads, dim, normed", [(5, 6, 2, 32, True), (40, 4, 4, 16, False), (300, 9, 3, 24, False), (3, 12, 2, 128, False)]
+)
+def test_attention_with_ragged_prompts_shared_by_rows_in_any_slot(rows, heads, kv_heads, dim, normed):
+    triton_ops, torch_ops = both()
+    prompts, width, length, shape = 3, 70, 90, ops.Shape(2, heads, kv_heads, dim, 1e-6)
+    ours, theirs = (one.cache(shape, torch.float32, DEVICE) for one in (triton_ops, torch_ops))
+    for cache in (ours, theirs):
+        cache.take(prompts, width, rows, length)
+    ours.buffer.fill_(torch.nan)  # what nobody wrote must not be read
+    for layer in range(2):
+        keys, values = random(prompts, kv_heads, width, dim), random(prompts, kv_heads, width, dim)
+        ours.store(layer, 0, keys, values), theirs.store(layer, 0, keys, values)
+    state = torch.zeros(ops.FIELDS, rows, dtype=torch.long)
+    state[ops.PROMPT] = torch.randint(0, prompts, (rows,))
+    state[ops.START] = torch.tensor([70, 3, 64])[state[ops.PROMPT]]
+    state[ops.DRAWN], state[ops.SLOT] = 1, torch.randperm(rows)
+    state = state.to(DEVICE)
+    straight = state.clone()
+    straight[ops.SLOT] = torch.arange(rows)
+    theirs.admit(straight)
+    cos, sin = random(200, dim // 2), random(200, dim // 2)
+    weights = (random(dim), random(dim)) if normed else (None, None)
+    for _ in range(3 if rows < 200 else 1):
+        for layer in range(2):
+            qkv = random(rows, (heads + 2 * kv_heads) * dim + 8)[:, :-8]
+            ours.begin(state, cos, sin), theirs.begin(straight, cos, sin)
+            close(ours.attend(layer, qkv, *weights), theirs.attend(layer, qkv, *weights), 2e-4)
+        state[ops.DRAWN] += 1
+        straight[ops.DRAWN] += 1
