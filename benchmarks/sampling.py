@@ -1,7 +1,7 @@
 """The sampler against Hugging Face generate in the same run, and against itself with parts switched off.
 
 python benchmarks/sampling.py [WORKLOAD ...]      on a GPU: small, large, ragged, memory, ranks; on a CPU: cpu, tiny
-python benchmarks/sampling.py smollm2 FOLDER [FILE.gguf]
+python benchmarks/sampling.py smollm2 FOLDER QUESTIONS.jsonl [FILE.gguf]
 
 Without a workload, all that this machine can run. The model has Qwen2.5-1.5B's shape, random weights and a LoRA of rank 16
 on q, k, v and o whose B is not zero, in bf16. No completion ends before its length: no end-of-sequence token can be drawn.
@@ -199,13 +199,13 @@ def ranks(policy):
     report("log-probs against a teacher-forced forward, bf16", gap.mean().item(), "nats, mean", max=gap.max().item())
 
 
-def smollm2(folder, gguf=None):
-    """64 GSM8K-like prompts, greedy, 256 new tokens: here random ids of their lengths, the model's weights real."""
+def smollm2(folder, questions, gguf=None):
+    """The first 64 questions of a GSM8K file, as chats, greedy, 256 new tokens, real weights."""
     how = {"gguf_file": gguf} if gguf else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **how).to(DEVICE).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, **how)
     model.generation_config.eos_token_id = model.config.eos_token_id = None
-    questions = [f"A farmer has {i + 3} fields and puts {2 * i + 5} sheep on each. He sells {i} sheep at market for {i + 11} coins each, and buys {i % 7} cows with it. How many animals has he now? Think step by step." for i in range(64)]
+    questions = [json.loads(line)["question"] for line in Path(questions).read_text().splitlines()[:64]]
     texts = [tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True) for q in questions]
     ids = [tokenizer(text)["input_ids"] for text in texts]
     rows = [Task(i, "", row, {}) for i, row in enumerate(ids)]

@@ -8,6 +8,7 @@ a token float64.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,15 +26,17 @@ _OFFSET, _PROMPTS, _WIDTH, _SLOTS, _LENGTH, _COLUMNS = (tl.constexpr(x) for x in
 
 CHUNK = 4096  # of the vocabulary in one program
 BLOCK = 64  # keys in one go
+SPLITS = 16  # parts of a row's attention at most
 
 
-@triton.jit
-def _add_norm(x, delta, delta_stride, weight, out, eps, H: tl.constexpr, BLOCK_H: tl.constexpr, ADD: tl.constexpr):
+# What varies from call to call is not specialised on, so that every kernel is compiled once.
+@triton.jit(do_not_specialize=["adds"])
+def _add_norm(x, delta, delta_stride, weight, out, eps, adds, H: tl.constexpr, BLOCK_H: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK_H)
     inside = at < H
     value = tl.load(x + row * H + at, inside, other=0.0)
-    if ADD:
+    if adds != 0:
         more = tl.load(delta + row * delta_stride + at, inside, other=0.0)
         value = (value.to(tl.float32) + more.to(tl.float32)).to(value.dtype)
         tl.store(x + row * H + at, value, inside)
@@ -113,19 +116,19 @@ def _rotate_and_store(
 
 @triton.jit(do_not_specialize=["layer", "capacity"])
 def _attend(
-    q, out, logsums, state, capacity, anchor, layout, layer, scale,
+    q, out, parts, logsums, state, capacity, anchor, layout, layer, scale,
     LAYERS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One row's query heads that share a key head, over one of SPLITS parts of the prompt and the row's own tokens."""
+    """One row's query heads that share a key head, over one of several parts of the prompt and the row's own tokens."""
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
-    split = tl.program_id(2)
+    split, splits = tl.program_id(2), tl.num_programs(2)
     column = state + row
     if tl.load(column + _DONE * capacity) == 0:
         start = tl.load(column + _START * capacity)
         total = start + tl.load(column + _DRAWN * capacity)
-        share = tl.cdiv(tl.cdiv(total, SPLITS), BLOCK_K) * BLOCK_K
+        share = tl.cdiv(tl.cdiv(total, splits), BLOCK_K) * BLOCK_K
         low = split * share
         high = tl.minimum(low + share, total)
         prompt, slot = tl.load(column + _PROMPT * capacity), tl.load(column + _SLOT * capacity)
@@ -162,25 +165,29 @@ def _attend(
             top = higher
         mixed = mixed / tl.maximum(weight_sum, 1e-30)[:, None]
         heads = first_head + member
-        if SPLITS == 1:
+        if splits == 1:
             tl.store(out + heads[:, None] * DIM + d[None, :], mixed, real)
         else:
-            tl.store(out + (heads[:, None] * SPLITS + split) * DIM + d[None, :], mixed, real)
+            tl.store(parts + (heads[:, None] * splits + split) * DIM + d[None, :], mixed, real)
             logsum = tl.where(weight_sum > 0, top + tl.log(tl.maximum(weight_sum, 1e-30)), -1e30)
-            tl.store(logsums + heads * SPLITS + split, logsum, member < GROUP)
+            tl.store(logsums + heads * splits + split, logsum, member < GROUP)
 
 
-@triton.jit(do_not_specialize=["capacity"])
-def _combine(parts, logsums, out, state, capacity, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
+@triton.jit(do_not_specialize=["capacity", "splits"])
+def _combine(
+    parts, logsums, out, state, capacity, splits,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if tl.load(state + row + _DONE * capacity) == 0:
         head = row * HEADS + tl.program_id(1)
-        split = tl.arange(0, SPLITS)
+        split = tl.arange(0, MOST)
         d = tl.arange(0, BLOCK_D)
-        logsum = tl.load(logsums + head * SPLITS + split)
+        logsum = tl.load(logsums + head * splits + split, split < splits, other=-1e30)
         weights = tl.exp(logsum - tl.max(logsum, 0))
         weights = weights / tl.sum(weights, 0)
-        values = tl.load(parts + (head * SPLITS + split)[:, None] * DIM + d[None, :], (d < DIM)[None, :], other=0.0)
+        there = (split < splits)[:, None] & (d < DIM)[None, :]
+        values = tl.load(parts + (head * splits + split)[:, None] * DIM + d[None, :], there, other=0.0)
         tl.store(out + head * DIM + d, tl.sum(values * weights[:, None], 0), d < DIM)
 
 
@@ -251,11 +258,15 @@ class TritonOps(TorchOps):
     def __init__(self, device: torch.device) -> None:
         self.layout = torch.zeros(6, dtype=torch.int64, device=device)
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         out, width = torch.empty_like(x), x.shape[1]
         block = triton.next_power_of_2(width)
         given = (x, 0) if delta is None else (delta, delta.stride(0))
-        _add_norm[(len(x),)](x, *given, weight, out, eps, width, block, delta is not None, num_warps=min(8, max(1, block // 512)))
+        warps = min(8, max(1, block // 512))
+        _add_norm[(len(x),)](x, *given, weight, out, eps, int(delta is not None), width, block, num_warps=warps)
         return out
 
     def silu_mul(self, both: Tensor) -> Tensor:
@@ -329,24 +340,23 @@ class TritonCache:
             qkv, qkv.stride(0), q, self._cos, self._sin, *weights, s.eps, *given, *sizes, half, q_norm is not None, num_warps=1
         )
         out, splits = torch.empty_like(q), _splits(rows * s.kv_heads)
-        parts, logsums = out, out
-        if splits > 1:
-            parts = torch.empty(rows * s.heads * splits, s.head_dim, dtype=torch.float32, device=q.device)
-            logsums = torch.empty(rows * s.heads * splits, dtype=torch.float32, device=q.device)
+        parts = torch.empty(rows * s.heads * splits, s.head_dim, dtype=torch.float32, device=q.device)
+        logsums = torch.empty(rows * s.heads * splits, dtype=torch.float32, device=q.device)
         block_d = max(16, triton.next_power_of_2(s.head_dim))
         block_q = max(16, triton.next_power_of_2(s.heads // s.kv_heads))
         precision = "ieee" if q.dtype == torch.float32 else "tf32"
         _attend[(rows, s.kv_heads, splits)](
-            q, parts, logsums, *given, s.head_dim**-0.5, *sizes, block_d, block_q, BLOCK, splits, precision, num_warps=4
+            q, out, parts, logsums, *given, s.head_dim**-0.5, *sizes, block_d, block_q, BLOCK, precision, num_warps=4
         )
         if splits > 1:
-            _combine[(rows, s.heads)](parts, logsums, out, state, state.stride(0), s.heads, s.head_dim, block_d, splits, num_warps=2)
+            into = (parts, logsums, out, state, state.stride(0), splits)
+            _combine[(rows, s.heads)](*into, s.heads, s.head_dim, block_d, SPLITS, num_warps=2)
         return out
 
 
 def _splits(programs: int) -> int:
     """Parts that a row's tokens are read in, so that few rows still fill the card."""
     splits = 1
-    while programs * splits < 256 and splits < 16:
+    while programs * splits < 256 and splits < SPLITS:
         splits *= 2
     return splits

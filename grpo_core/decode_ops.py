@@ -52,6 +52,12 @@ class Tables:
 class TorchOps:
     """The operations on any device, eagerly."""
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x Wᵀ + b, [R, O]; with several threads as (W xᵀ)ᵀ, which they share better (a tenth to a third faster)."""
+        if bias is None and len(x) >= 16 and torch.get_num_threads() > 1:
+            return (weight @ x.t()).t()
+        return F.linear(x, weight, bias)
+
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """x [R, H] += delta in place; then RMSNorm(x) * weight."""
         if delta is not None:
@@ -126,7 +132,8 @@ class TorchCache:
         self._at = (torch.arange(len(place), device=place.device), place)
         self._width, self._cos, self._sin = width, cos[place][:, None], sin[place][:, None]
         seen = torch.arange(width, device=place.device) <= place[:, None]
-        self._mask = None if bool(seen.all()) else seen[:, None, None]
+        hidden = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill(~seen, -torch.inf)
+        self._mask = None if bool(seen.all()) else hidden[:, None, None]
 
     def attend(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
         """Attention of one new token a row: qkv [R, (heads + 2 kv_heads) dim] -> [R, heads dim]; stores k and v."""
@@ -135,9 +142,12 @@ class TorchCache:
         keys, values = self.rows[layer, 0, : len(qkv)], self.rows[layer, 1, : len(qkv)]
         row, place = self._at
         keys[row, :, place], values[row, :, place] = k, v
-        seen = (x[:, :, : self._width] for x in (keys, values))
+        keys, values = keys[:, :, : self._width], values[:, :, : self._width]
         grouped = q.reshape(len(qkv), kv_heads, heads // kv_heads, dim)  # a group's heads as positions: no repeat
-        return F.scaled_dot_product_attention(grouped, *seen, attn_mask=self._mask).reshape(len(qkv), -1)
+        scores = (grouped * dim**-0.5) @ keys.transpose(2, 3)  # on two threads faster than SDPA for one position
+        if self._mask is not None:
+            scores += self._mask
+        return (scores.softmax(dim=-1) @ values).reshape(len(qkv), -1)
 
 
 def rotated(

@@ -58,7 +58,8 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Te
 
     With `uniform` [B] float64 in [0, 1) the first token whose cumulative probability exceeds it; without, the argmax.
     """
-    probabilities = (logits.float() / temperature).softmax(dim=-1)
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    probabilities = logits.softmax(dim=-1)
     if uniform is None:
         token = logits.argmax(dim=-1, keepdim=True)
     else:

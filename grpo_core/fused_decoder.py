@@ -27,7 +27,7 @@ class FusedDecoder:
         self.ops = _ops(model.device)
         self.on_gpu = type(self.ops) is not TorchOps
         self.causal_lm, self.pad_id, self.compact = model, pad_id, compact
-        self.check_every = 16 if self.on_gpu else 4
+        self.check_every = 16 if self.on_gpu else 2
         self.eos = torch.tensor(sorted(eos_ids), device=model.device)
         self._build()
 
@@ -121,7 +121,7 @@ class FusedDecoder:
                 continue
             if bool(done.all()):
                 return
-            if self.compact and self._bucket(int((~done).sum())) < self._bucket(n):
+            if self.compact and self._bucket(int((~done).sum())) <= 0.875 * self._bucket(n):
                 index = (~done).nonzero().squeeze(1).to(self._state.device)
                 n = len(index)
                 self._state[:, :n] = self._state[:, index]

@@ -27,7 +27,8 @@ class Unsupported(Exception):
 class Product:
     """y = x Wᵀ + b of linear layers that share their input, joined; with LoRA, + s (x Aᵀ) Bᵀ of each."""
 
-    def __init__(self, linears: Sequence[nn.Module]) -> None:
+    def __init__(self, linears: Sequence[nn.Module], ops: TorchOps) -> None:
+        self.linear = ops.linear
         self.linears = list(linears)
         self.bases: list[nn.Linear] = [getattr(linear, "base_layer", linear) for linear in linears]
         for linear, base in zip(self.linears, self.bases, strict=True):
@@ -66,7 +67,7 @@ class Product:
     def __call__(self, x: Tensor) -> Tensor:
         if self.trained:
             return torch.cat([F.linear(x, base.weight, base.bias) for base in self.bases], dim=1)
-        y = F.linear(x, self.weight, self.bias)
+        y = self.linear(x, self.weight, self.bias)
         return y[:, : self.width].addmm_(y[:, self.width :], self.b.t()) if self.rank else y
 
     def used(self) -> list[Tensor]:
@@ -75,14 +76,14 @@ class Product:
 
 
 class Layer:
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, ops: TorchOps) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.input_norm, self.post_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.o = Product([attention.o_proj])
-        self.gate_up = Product([mlp.gate_proj, mlp.up_proj])
-        self.down = Product([mlp.down_proj])
+        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj], ops)
+        self.o = Product([attention.o_proj], ops)
+        self.gate_up = Product([mlp.gate_proj, mlp.up_proj], ops)
+        self.down = Product([mlp.down_proj], ops)
         self.products = (self.qkv, self.o, self.gate_up, self.down)
 
 
@@ -106,7 +107,11 @@ class FusedModel:
         for layer in body.layers:  # all of them are looked at before any is changed
             for linear in (getattr(part, name) for part in (layer.self_attn, layer.mlp) for name in dir(part) if name.endswith("_proj")):
                 _check_linear(linear, getattr(linear, "base_layer", linear))
-        self.layers = [Layer(layer) for layer in body.layers]
+        self.layers = []
+        for layer in body.layers:
+            self.layers.append(Layer(layer, ops))
+            if model.device.type == "cuda":
+                torch.cuda.empty_cache()  # the weights' old places, too small for the next layer's
         self.dtype, self.device = self.embedding.weight.dtype, self.embedding.weight.device
         self.cos = self.sin = self.embedding.weight.new_zeros(0, dim // 2)
 
@@ -148,7 +153,7 @@ class FusedModel:
         return F.embedding(tokens, self.embedding.weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.head.weight)
+        return self.ops.linear(hidden, self.head.weight)
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: Any) -> Tensor:
         """Hidden states [N, H] after each prompt's last token; their keys and values go to `cache`."""
