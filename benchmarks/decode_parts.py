@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 HIDDEN, INTER, HEADS, KV_HEADS, DIM, VOCAB, RANK = 1536, 8960, 12, 2, 128, 151_936, 16
 BANDWIDTH = 3.9e6  # bytes a microsecond: the most that was seen here, reading the lm_head
-RESULTS = Path(__file__).parent / "results" / "decode_parts.jsonl"
+RESULTS = Path(__file__).parent / "results" / "decode_parts.json"
 ROWS = []
 
 

@@ -16,7 +16,7 @@ import torch
 from grpo_core.losses import LOSSES
 
 SHAPE = (64, 1024)
-RESULTS = Path(__file__).parent / "results" / "losses.jsonl"
+RESULTS = Path(__file__).parent / "results" / "losses.json"
 REACH_MS, REACH_IMPORT_S = 5.0, 1.5
 
 

@@ -134,7 +134,7 @@ def main(trials):
         "versions": {"trl": trl.__version__, "torch": torch.__version__}, "date": str(date.today()),
     }  # fmt: skip
     print(json.dumps(row))
-    path = Path(__file__).parent / "results" / "trl_parity.jsonl"
+    path = Path(__file__).parent / "results" / "trl_parity.json"
     path.write_text(json.dumps(row) + "\n")
 
 

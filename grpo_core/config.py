@@ -51,6 +51,8 @@ class SamplingConfig:
     max_new_tokens: int = 256
     temperature: float = 1.0
     dynamic_attempts: int = 0  # how often tied groups are replaced by freshly drawn prompts in a step; 0: never
+    rows_at_once: int | None = None  # completions decoded at once on one rank; null: all that fit
+    decoder: Literal["auto", "plain"] = "auto"  # plain: the model's own forward; auto: a faster one where there is
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,10 @@ class EvaluationConfig:
     num_tasks: int = 500  # 0: no evaluation
     batch_size: int = 64  # prompts sampled at once on one rank
     reward: str = "correct_answer"  # 1.0 counts as correct
+    temperature: float = 0.0  # 0: greedy
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,10 @@ class SftConfig:
     new_model: dict[str, int] | None = None  # sizes of a new Qwen2 with its own tokenizer, instead of model.path
     output: str | None = None  # null: runs/<name>/model
     save_precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: as trained
+
+
+_CUT = "training samples from the whole distribution, whose log-probs the loss uses; evaluation.{} cuts it off there"
+REFUSED = {f"sampling.{name}": _CUT.format(name) for name in ("top_k", "top_p", "min_p")}  # key -> why there is none
 
 
 @dataclass(frozen=True)

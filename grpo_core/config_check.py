@@ -12,6 +12,7 @@ from grpo_core.advantages import ADVANTAGES, advantages
 from grpo_core.averages import AVERAGES
 from grpo_core.config import RunConfig
 from grpo_core.corrections import CORRECTIONS
+from grpo_core.draw import Decoding
 from grpo_core.kl import KLS
 from grpo_core.losses import LOSSES, PolicyLoss
 from grpo_core.registry import fact
@@ -139,7 +140,11 @@ def _check_numbers(config: RunConfig) -> None:
         ("log.exact_kl_tokens", config.log.exact_kl_tokens),
     ):
         _at_least(name, value, 1)
-    for name, value in (("trainer.num_steps", config.trainer.num_steps), ("data.limit", config.data.limit)):
+    for name, value in (
+        ("trainer.num_steps", config.trainer.num_steps),
+        ("data.limit", config.data.limit),
+        ("sampling.rows_at_once", config.sampling.rows_at_once),
+    ):
         _at_least(name, 1 if value is None else value, 1)
     for name, value in (
         ("loss.kl_coef", config.loss.kl_coef),
@@ -173,8 +178,24 @@ def _check_numbers(config: RunConfig) -> None:
             raise ConfigError(f"{name} is {value}; it must be above 0")
     if not config.sampling.temperature > 0 or config.sampling.temperature == math.inf:
         raise ConfigError(
-            f"sampling.temperature is {config.sampling.temperature}; it must be above 0 (evaluation is greedy anyway)"
+            f"sampling.temperature is {config.sampling.temperature}; it must be above 0 (evaluation's may be 0)"
         )
+    _check_evaluation(config)
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    """Its sampling settings; what cuts the distribution off needs a temperature."""
+    chosen = config.evaluation
+    cuts = {name: getattr(chosen, name) for name in ("top_k", "top_p", "min_p")}
+    if chosen.temperature == 0:
+        for name, value in cuts.items():
+            if value is not None:
+                raise ConfigError(f"evaluation.{name} is {value}, but evaluation.temperature is 0, which is greedy")
+        return
+    try:
+        Decoding(chosen.temperature, **cuts)
+    except ValueError as error:
+        raise ConfigError(f"evaluation.{error}") from None
 
 
 def prompts_per_rank(config: RunConfig, world_size: int) -> int:

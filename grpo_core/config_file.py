@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from grpo_core.config import RunConfig
+from grpo_core.config import REFUSED, RunConfig
 from grpo_core.config_check import check
 from grpo_core.objective import LETTERS, render
 from grpo_core.presets import merge, preset
@@ -83,7 +83,8 @@ def build(cls: type, data: Any, key: str) -> Any:
     names = {f.name for f in fields(cls)}
     for name, value in data.items():
         if name not in names:
-            raise ConfigError(f"unknown key {_join(key, name)}; {known(name, names)}")
+            why = REFUSED.get(_join(key, name)) or known(name, names)
+            raise ConfigError(f"unknown key {_join(key, name)}; {why}")
         values[name] = _value(hints[name], value, _join(key, name))
     for f in fields(cls):
         if f.name not in values and f.default is MISSING and f.default_factory is MISSING:

@@ -157,12 +157,11 @@ def rotated(
 
     cos and sin are [..., 1, dim / 2]. arXiv:2104.09864, in the halves that Llama's family uses.
     """
-    q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=-2)
+    both, v = qkv.split([shape.heads + shape.kv_heads, shape.kv_heads], dim=-2)
     if q_norm is not None and k_norm is not None:
-        q, k = (F.rms_norm(x, (shape.head_dim,), w, shape.eps) for x, w in ((q, q_norm), (k, k_norm)))
-    return _rotate(q, cos, sin), _rotate(k, cos, sin), v
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        weight = torch.cat([q_norm.expand(shape.heads, -1), k_norm.expand(shape.kv_heads, -1)])
+        both = F.rms_norm(both, (shape.head_dim,), eps=shape.eps) * weight
+    first, second = both.chunk(2, dim=-1)
+    turned = [torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)]
+    q, k = torch.cat(turned, dim=-1).split([shape.heads, shape.kv_heads], dim=-2)
+    return q, k, v

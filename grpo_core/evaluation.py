@@ -1,28 +1,36 @@
-"""Greedy accuracy on held-out tasks, with its interval."""
+"""Accuracy on held-out tasks, with its interval."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from grpo_core import distributed
 from grpo_core.batch import Task
+from grpo_core.draw import Decoding
 from grpo_core.rewards import Reward, score
 from grpo_core.sampler import Sampler
 
+GREEDY = Decoding(greedy=True)
 
-def evaluate(sampler: Sampler, tasks: Sequence[Task], reward: Callable, *, batch_size: int) -> dict[str, float]:
-    """Greedy accuracy over all ranks: a completion is correct where `reward` gives 1.0.
 
-    Returns accuracy, correct, n, ci_low, ci_high (Wilson, 95 %). Tasks that cannot be scored count as wrong.
+def evaluate(
+    sampler: Sampler, tasks: Sequence[Task], reward: Callable, *, batch_size: int, settings: Decoding = GREEDY
+) -> dict[str, float]:
+    """Accuracy of one completion a task over all ranks: it is correct where `reward` gives 1.0.
+
+    Returns accuracy, correct, n, ci_low, ci_high (Wilson, 95 %). Tasks that cannot be scored count as wrong. Where it
+    is not greedy, a task's noise depends on its own seed and row.
     """
+    tasks = [replace(task, seed=(*task.seed, task.index)) for task in tasks]
     mine = sorted(tasks[distributed.rank() :: distributed.world_size()], key=lambda task: len(task.prompt_ids))
     correct = 0
     for start in range(0, len(mine), batch_size):
         part = mine[start : start + batch_size]
-        rollouts = sampler.generate(part, 1, greedy=True)
+        rollouts = sampler.generate(part, 1, settings=settings)
         values = score([Reward("correct", 1.0, reward)], part, rollouts.completions, 1).rewards
         correct += int((values == 1.0).sum())
     total = int(distributed.all_sum(torch.tensor(float(correct))))

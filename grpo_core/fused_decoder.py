@@ -12,7 +12,20 @@ from grpo_core.decode_ops import DONE, DRAWN, FIELDS, LIMIT, PROMPT, ROW, SLOT, 
 from grpo_core.draw import Decoding, Draws, restrict
 from grpo_core.fused_model import FusedModel, Unsupported, norms, window
 
-ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # a graph is captured for so many rows, or multiples of 1024
+ROWS = (
+    16,
+    32,
+    48,
+    64,
+    96,
+    128,
+    192,
+    256,
+    384,
+    512,
+    768,
+    1024,
+)  # a graph is captured for so many rows, or multiples of 1024
 AT_A_TIME = 64  # rows whose first logits are computed at once
 
 
@@ -91,7 +104,13 @@ class FusedDecoder:
         if self._state.shape[1] < self._bucket(slots) or len(self._flat.get("ids", ())) < rows * longest:
             self.release()
             self._state = self.eos.new_zeros(FIELDS, self._bucket(slots))
-            kinds = {"noise": torch.float64, "ids": torch.int64, "logprobs": torch.float32, "lengths": torch.int64, "ended": torch.bool}
+            kinds = {
+                "noise": torch.float64,
+                "ids": torch.int64,
+                "logprobs": torch.float32,
+                "lengths": torch.int64,
+                "ended": torch.bool,
+            }
             count = rows * longest
             self._flat = {name: torch.empty(count, dtype=kind, device=self.eos.device) for name, kind in kinds.items()}
         elif self.model.place() != self._place:  # the table of rotations grew

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grpo_core.decode_ops import Shape, TorchOps, rotated
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-PREFILL_TOKENS = 2048  # of prompts that go through the model at once: memory, not speed
+# Without cuDNN's, which takes up to a second for every new shape.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+PREFILL_TOKENS = 4096  # of prompts that go through the model at once: memory, not speed
 
 
 class Unsupported(Exception):
@@ -49,7 +52,10 @@ class Product:
             base.weight.data = part
         self.bias = None
         if any(base.bias is not None for base in self.bases):
-            biases = [first.new_zeros(n) if base.bias is None else base.bias.data for base, n in zip(self.bases, self.sizes, strict=True)]
+            biases = [
+                first.new_zeros(n) if base.bias is None else base.bias.data
+                for base, n in zip(self.bases, self.sizes, strict=True)
+            ]
             self.bias = torch.cat([*biases, first.new_zeros(self.rank)])
 
     def refresh(self) -> None:
@@ -103,9 +109,16 @@ class FusedModel:
             if type(module) not in (nn.Linear, nn.Embedding):
                 raise Unsupported(f"its {type(module).__name__} is not a plain layer")
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.shape = Shape(len(body.layers), config.num_attention_heads, config.num_key_value_heads, dim, config.rms_norm_eps)
+        self.shape = Shape(
+            len(body.layers), config.num_attention_heads, config.num_key_value_heads, dim, config.rms_norm_eps
+        )
         for layer in body.layers:  # all of them are looked at before any is changed
-            for linear in (getattr(part, name) for part in (layer.self_attn, layer.mlp) for name in dir(part) if name.endswith("_proj")):
+            for linear in (
+                getattr(part, name)
+                for part in (layer.self_attn, layer.mlp)
+                for name in dir(part)
+                if name.endswith("_proj")
+            ):
                 _check_linear(linear, getattr(linear, "base_layer", linear))
         self.layers = []
         for layer in body.layers:
@@ -176,7 +189,8 @@ class FusedModel:
             parts = rotated(qkv.reshape(count, width, -1, dim), self.shape, cos, sin, *norms(layer))
             q, k, v = (x.transpose(1, 2) for x in parts)
             cache.store(i, first, k, v)
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            with sdpa_kernel(BACKENDS):
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             return out.transpose(1, 2).reshape(count * width, heads * dim)
 
         return attend
@@ -212,7 +226,11 @@ def _check_linear(linear: nn.Module, base: nn.Module) -> None:
     if linear is base:
         return
     active = [name for name in linear.active_adapters if name in getattr(linear, "lora_A", {})]
-    plain = len(active) == 1 and not linear.merged and not getattr(linear, "lora_variant", {}).get(active[0] if active else "")
+    plain = (
+        len(active) == 1
+        and not linear.merged
+        and not getattr(linear, "lora_variant", {}).get(active[0] if active else "")
+    )
     if not plain or linear.lora_B[active[0]].bias is not None:
         raise Unsupported("its adapter is more than one plain LoRA")
     if base.weight.requires_grad:

@@ -1,4 +1,4 @@
-"""Completions by the model's own forward, one token for all rows at a time: any architecture, and what others must equal.
+"""Completions by the model's own forward, one token for all rows at a time: any architecture, and what is right.
 
 Every prompt is prefilled once and its cache fanned out to the rows of its group. A row that has ended leaves at once.
 """
@@ -48,7 +48,9 @@ class PlainDecoder:
         )
         for first in range(0, shape[0], slots):
             rows = torch.arange(first, min(first + slots, shape[0]), device=device)
-            self._wave(prompts, group_size, rows, None if noise is None else noise.to(device), limits.to(device), settings, out)
+            self._wave(
+                prompts, group_size, rows, None if noise is None else noise.to(device), limits.to(device), settings, out
+            )
         used = int(out.lengths.max())
         return Draws(out.ids[:, :used], out.logprobs[:, :used], out.lengths, out.ended)
 

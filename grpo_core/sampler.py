@@ -22,6 +22,8 @@ from grpo_core.fused_model import Unsupported
 from grpo_core.plain_decoder import PlainDecoder, left_padded
 from grpo_core.schema import ConfigError
 
+LOG = logging.getLogger("grpo_core")
+
 
 class Sampler:
     """Draws completions at the temperature that the trainer's log-probs use.
@@ -39,7 +41,7 @@ class Sampler:
         temperature: float = 1.0,
         decoder: str = "auto",
         rows_at_once: int | None = None,
-        say: Callable[[str], None] = logging.getLogger("grpo_core").warning,
+        say: Callable[[str], None] = LOG.warning,
     ) -> None:
         self.model, self.tokenizer, self.say = model, tokenizer, say
         self.max_new_tokens, self.temperature, self.rows_at_once = max_new_tokens, temperature, rows_at_once

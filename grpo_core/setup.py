@@ -27,7 +27,7 @@ from grpo_core.objective import remarks
 from grpo_core.policy import Policy, load_policy
 from grpo_core.rewards import REWARDS, Reward, missing_columns
 from grpo_core.run import Run
-from grpo_core.sampler import Sampler
+from grpo_core.sampler import Sampler, check_lengths
 from grpo_core.schema import ConfigError
 from grpo_core.truncation import TRUNCATIONS
 
@@ -46,6 +46,8 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     tasks, eval_tasks, left_out = all_tasks(config, tokenizer)
     check_columns(config, tasks, eval_tasks)
     policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
+    prompts = [task.prompt_ids for task in (*tasks, *eval_tasks)]
+    check_lengths(prompts, config.sampling.max_new_tokens, policy.causal_lm.config)
     run = assemble(
         config, folder, policy, tokenizer, tasks, eval_tasks, config.prompts_per_step, dtype, start_step, control
     )
@@ -105,6 +107,7 @@ def assemble(
     total_steps = num_steps * trainer.num_minibatches * trainer.num_passes
     engine = Engine(policy.model, config, dtype=dtype, total_steps=total_steps, world_size=world_size)
     policy.model.eval()  # DeepSpeed leaves it in training mode
+    sampling, log = config.sampling, RunLog(folder, config, start_step, num_steps)
     return Run(
         config=config,
         folder=folder,
@@ -118,8 +121,11 @@ def assemble(
         sampler=Sampler(
             policy.causal_lm,
             tokenizer,
-            max_new_tokens=config.sampling.max_new_tokens,
-            temperature=config.sampling.temperature,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            decoder=sampling.decoder,
+            rows_at_once=sampling.rows_at_once,
+            say=log.say,
         ),
         engine=engine,
         rewards=[Reward(r.name, r.weight, REWARDS.build(r.name, r.args)) for r in config.rewards],
@@ -128,7 +134,7 @@ def assemble(
         loss_fn=LOSSES.build(loss.name, loss.args),
         kl_fn=KLS.get(loss.kl),
         correction_fn=CORRECTIONS.build(loss.rollout_correction.name, loss.rollout_correction.args),
-        log=RunLog(folder, config, start_step, num_steps),
+        log=log,
     )
 
 

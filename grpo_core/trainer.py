@@ -13,6 +13,7 @@ from grpo_core.batch import Rollouts, TrainBatch, split, take
 from grpo_core.collect import advantages_over_ranks, collect, rewards_to_learn_from
 from grpo_core.control import Control, adapt
 from grpo_core.corrections import corrected_old_logprobs, off_policy_mask, quantile
+from grpo_core.draw import Decoding
 from grpo_core.evaluation import evaluate
 from grpo_core.kl import kl_exact
 from grpo_core.metrics import Stats
@@ -202,11 +203,13 @@ def measure_exact_kl(run: Run, rollouts: Rollouts, step: int, stats: Stats) -> N
 
 
 def evaluate_now(run: Run, steps_taken: int) -> None:
-    """Greedy accuracy on the held-out tasks, into the log."""
+    """Accuracy on the held-out tasks, into the log."""
     if run.eval_tasks:
-        reward = REWARDS.build(run.config.evaluation.reward)
+        chosen = run.config.evaluation
+        settings = Decoding(chosen.temperature or 1.0, not chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
+        reward = REWARDS.build(chosen.reward)
         with run.log.phase("evaluate"):
-            result = evaluate(run.sampler, run.eval_tasks, reward, batch_size=run.config.evaluation.batch_size)
+            result = evaluate(run.sampler, run.eval_tasks, reward, batch_size=chosen.batch_size, settings=settings)
         run.log.evaluation(steps_taken, result)
 
 

@@ -13,11 +13,11 @@ LAYERS = [  # a module imports only from rows above its own
     {"schema"},
     {"registry", "batch"},
     # the mathematics: torch and the standard library
-    {"advantages", "averages", "corrections", "kl", "losses", "logprobs", "problems", "rewards", "truncation"},
-    {"config", "distributed", "presets", "tiny"},
-    {"config_check", "control", "objective"},
-    {"catalogue", "config_file", "laws"},
-    {"advantage_laws"},
+    {"advantages", "averages", "corrections", "kl", "losses", "logprobs", "problems", "rewards", "truncation", "draw"},
+    {"config", "distributed", "presets", "tiny", "decode_ops"},
+    {"config_check", "control", "objective", "attention_kernels", "fused_model", "plain_decoder"},
+    {"catalogue", "config_file", "laws", "decode_kernels"},
+    {"advantage_laws", "fused_decoder"},
     {"check", "data", "metrics"},
     {"policy", "sampler", "engine", "run"},
     {"checkpoint", "collect", "evaluation"},
@@ -34,7 +34,8 @@ DOORS = {
     "yaml": {"config_file"},
     "tokenizers": {"tiny"},
     # the last three name its types and set its log level; they load nothing with it
-    "transformers": {"policy", "sampler", "data", "tiny", "checkpoint", "setup", "sft"},
+    "triton": {"decode_kernels", "attention_kernels"},
+    "transformers": {"policy", "sampler", "plain_decoder", "data", "tiny", "checkpoint", "setup", "sft"},
 }
 MATHEMATICS = {"grpo_core", "torch", "numpy"} | set(sys.stdlib_module_names)
 

@@ -14,7 +14,7 @@ from grpo_core.draw import Decoding
 triton = pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA GPU, or TRITON_INTERPRET=1", allow_module_level=True)
-from grpo_core.decode_kernels import TritonOps  # noqa: E402
+from grpo_core.decode_kernels import TritonOps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

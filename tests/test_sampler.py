@@ -22,7 +22,6 @@ from grpo_core.batch import Task
 from grpo_core.config import LoraConfig, ModelConfig
 from grpo_core.draw import Decoding, draw, restrict
 from grpo_core.fused_decoder import FusedDecoder
-from grpo_core.plain_decoder import PlainDecoder
 from grpo_core.policy import Policy, wrap
 from grpo_core.sampler import Sampler, eos_ids
 from grpo_core.schema import ConfigError
@@ -85,7 +84,7 @@ def test_every_architecture_greedy_as_generate_and_logprobs_as_teacher_forced(na
     kind, config, expected = MODELS[name]
     model = kind(config).to(DEVICE).eval()
     with torch.no_grad():
-        for key, parameter in model.named_parameters():  # norms and biases that are not ones and zeros
+        for parameter in model.parameters():  # norms and biases that are not ones and zeros
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     lora = LoraConfig(target_modules=["c_attn"] if name == "gpt2" else ["q_proj", "o_proj", "gate_proj", "down_proj"])
