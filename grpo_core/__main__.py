@@ -1,5 +1,10 @@
+import os
 import sys
 
 from grpo_core.cli import main
 
-sys.exit(main())
+code = main()
+if code:  # threads of a process group that still lives can turn an ordinary end into an abort
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

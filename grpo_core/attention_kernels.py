@@ -21,6 +21,7 @@ OFFSET, PROMPTS, WIDTH, SLOTS, LENGTH, COLUMNS = range(6)
 _OFFSET, _PROMPTS, _WIDTH, _SLOTS, _LENGTH = (tl.constexpr(x) for x in range(5))
 
 BLOCK = 64  # keys in one go
+FILL = 256  # programs that fill a card
 SPLITS = 16  # parts of a row's attention at most
 
 
@@ -102,8 +103,7 @@ def _attend(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One row's query heads that share a key head, over one of several parts of the prompt and the row's own tokens."""
-    row = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
+    row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split, splits = tl.program_id(2), tl.num_programs(2)
     column = state + row
     if tl.load(column + _DONE * capacity) == 0:
@@ -132,8 +132,8 @@ def _attend(
             there = seen[:, None] & (d < DIM)[None, :]
             keys = tl.load(anchor + k_at[:, None] + d[None, :], there, other=0.0)
             values = tl.load(anchor + v_at[:, None] + d[None, :], there, other=0.0)
-            scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
-            scores = tl.where(seen[None, :], scores, -1e30)
+            scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+            scores = tl.where(seen[None, :], scores * scale, -1e30)
             higher = tl.maximum(top, tl.max(scores, 1))
             weights = tl.exp(scores - higher[:, None])  # some key of a block is always seen
             fade = tl.exp(top - higher)
@@ -242,6 +242,6 @@ class TritonCache:
 def _splits(programs: int) -> int:
     """Parts that a row's tokens are read in, so that few rows still fill the card."""
     splits = 1
-    while programs * splits < 256 and splits < SPLITS:
+    while programs * splits < FILL and splits < SPLITS:
         splits *= 2
     return splits

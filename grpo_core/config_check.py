@@ -30,6 +30,7 @@ def check(config: RunConfig) -> None:
     _check_functions(config)
     _check_rewards(config)
     _check_numbers(config)
+    _check_sampling(config)
     _check_objective(config)
 
 
@@ -176,15 +177,14 @@ def _check_numbers(config: RunConfig) -> None:
     ):
         if not 0 < value < math.inf:
             raise ConfigError(f"{name} is {value}; it must be above 0")
+
+
+def _check_sampling(config: RunConfig) -> None:
+    """The settings of training's and of evaluation's sampling; what cuts a distribution off needs a temperature."""
     if not config.sampling.temperature > 0 or config.sampling.temperature == math.inf:
         raise ConfigError(
             f"sampling.temperature is {config.sampling.temperature}; it must be above 0 (evaluation's may be 0)"
         )
-    _check_evaluation(config)
-
-
-def _check_evaluation(config: RunConfig) -> None:
-    """Its sampling settings; what cuts the distribution off needs a temperature."""
     chosen = config.evaluation
     cuts = {name: getattr(chosen, name) for name in ("top_k", "top_p", "min_p")}
     if chosen.temperature == 0:

@@ -130,6 +130,8 @@ def _choose(
 class TritonOps(TorchOps):
     """The operations on a GPU, each one or two launches and fit for a captured graph."""
 
+    head_multiple = 8  # loads of 16 bytes
+
     def __init__(self, device: torch.device) -> None:
         self.layout = torch.zeros(6, dtype=torch.int64, device=device)
 

@@ -52,6 +52,8 @@ class Tables:
 class TorchOps:
     """The operations on any device, eagerly."""
 
+    head_multiple = 2  # of which a head's dimension must be one
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x Wᵀ + b, [R, O]; with several threads as (W xᵀ)ᵀ, which they share better (a tenth to a third faster)."""
         if bias is None and len(x) >= 16 and torch.get_num_threads() > 1:

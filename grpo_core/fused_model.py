@@ -34,11 +34,9 @@ class Product:
         self.linear = ops.linear
         self.linears = list(linears)
         self.bases: list[nn.Linear] = [getattr(linear, "base_layer", linear) for linear in linears]
-        for linear, base in zip(self.linears, self.bases, strict=True):
-            _check_linear(linear, base)
         self.sizes = [base.out_features for base in self.bases]
         self.width = sum(self.sizes)
-        self.trained = any(base.weight.requires_grad for base in self.bases)
+        self.trained = any(p.requires_grad for base in self.bases for p in base.parameters())
         if self.trained:
             return
         first = self.bases[0].weight
@@ -76,10 +74,6 @@ class Product:
         y = self.linear(x, self.weight, self.bias)
         return y[:, : self.width].addmm_(y[:, self.width :], self.b.t()) if self.rank else y
 
-    def used(self) -> list[Tensor]:
-        """The model's own weights that must stay where they are."""
-        return [base.weight for base in self.bases]
-
 
 class Layer:
     def __init__(self, layer: nn.Module, ops: TorchOps) -> None:
@@ -101,31 +95,22 @@ class FusedModel:
     """
 
     def __init__(self, model: Any, ops: TorchOps) -> None:
-        check_family(model)
+        check_model(model)
         config, body = model.config, model.model
-        self.model, self.ops = model, ops
-        self.embedding, self.norm, self.head, self.rotary = body.embed_tokens, body.norm, model.lm_head, body.rotary_emb
-        for module in (self.head, self.embedding):
-            if type(module) not in (nn.Linear, nn.Embedding):
-                raise Unsupported(f"its {type(module).__name__} is not a plain layer")
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.shape = Shape(
-            len(body.layers), config.num_attention_heads, config.num_key_value_heads, dim, config.rms_norm_eps
-        )
-        for layer in body.layers:  # all of them are looked at before any is changed
-            for linear in (
-                getattr(part, name)
-                for part in (layer.self_attn, layer.mlp)
-                for name in dir(part)
-                if name.endswith("_proj")
-            ):
-                _check_linear(linear, getattr(linear, "base_layer", linear))
+        if dim % ops.head_multiple:
+            raise Unsupported(f"its heads have {dim} dimensions, no multiple of {ops.head_multiple}")
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.shape = Shape(len(body.layers), heads, kv_heads, dim, config.rms_norm_eps)
+        self.ops, self.rotary = ops, body.rotary_emb
+        self.embedding, self.norm, self.head = body.embed_tokens, body.norm, model.lm_head
+        self.dtype, self.device = self.embedding.weight.dtype, self.embedding.weight.device
         self.layers = []
         for layer in body.layers:
             self.layers.append(Layer(layer, ops))
-            if model.device.type == "cuda":
+            if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # the weights' old places, too small for the next layer's
-        self.dtype, self.device = self.embedding.weight.dtype, self.embedding.weight.device
+        self.weights = [weight for name, weight in model.named_parameters() if "lora_" not in name]
         self.cos = self.sin = self.embedding.weight.new_zeros(0, dim // 2)
 
     def refresh(self) -> None:
@@ -135,10 +120,8 @@ class FusedModel:
                 product.refresh()
 
     def place(self) -> tuple[int, ...]:
-        """Where the weights lie that a captured graph reads."""
-        weights = [w for layer in self.layers for product in layer.products for w in product.used()]
-        norms = [norm.weight for layer in self.layers for norm in (layer.input_norm, layer.post_norm)]
-        return tuple(w.data_ptr() for w in (*weights, *norms, self.norm.weight, self.head.weight, self.cos))
+        """Where everything lies that a captured graph reads and that is not the fused model's own."""
+        return tuple(weight.data_ptr() for weight in (*self.weights, self.cos))
 
     def reach(self, positions: int) -> None:
         """Have the table of rotations for so many positions; it grows by doubling."""
@@ -166,7 +149,7 @@ class FusedModel:
         return F.embedding(tokens, self.embedding.weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.ops.linear(hidden, self.head.weight)
+        return self.ops.linear(hidden, self.head.weight, self.head.bias)
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: Any) -> Tensor:
         """Hidden states [N, H] after each prompt's last token; their keys and values go to `cache`."""
@@ -201,8 +184,8 @@ def norms(layer: Layer) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if layer.q_norm is None else (layer.q_norm.weight, layer.k_norm.weight)
 
 
-def check_family(model: Any) -> None:
-    """Raise Unsupported for a model whose layers are not RMSNorm, rotary grouped-query attention and SwiGLU."""
+def check_model(model: Any) -> None:
+    """Raise Unsupported unless it is RMSNorm, rotary grouped-query attention and SwiGLU, in plain layers throughout."""
     config = model.config
     if config.model_type not in FAMILIES:
         raise Unsupported(f"model type {config.model_type}; the fast path knows {', '.join(FAMILIES)}")
@@ -211,6 +194,13 @@ def check_family(model: Any) -> None:
     kind = (config.rope_parameters or {}).get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
         raise Unsupported(f"its rotation ({kind}) changes with the length")
+    for module in (model.lm_head, model.model.embed_tokens):
+        if type(module) not in (nn.Linear, nn.Embedding):
+            raise Unsupported(f"its {type(module).__name__} is not a plain layer")
+    for layer in model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for linear in (module for name, module in part.named_children() if name.endswith("_proj")):
+                _check_linear(linear, getattr(linear, "base_layer", linear))
 
 
 def window(config: Any) -> int | None:
