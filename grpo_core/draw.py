@@ -68,6 +68,9 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Te
 def _first_above(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Where the cumulative sum of each row [B, V] exceeds `uniform` [B, 1] of its total, [B, 1]: first among chunks."""
     rows, width = probabilities.shape
+    if width <= 4 * CHUNK:
+        exact = probabilities.double()
+        return _search(exact, uniform * exact.sum(dim=-1, keepdim=True))[0]
     whole = width // CHUNK * CHUNK
     parts = [probabilities[:, :whole].view(rows, whole // CHUNK, CHUNK).sum(dim=-1, dtype=torch.double)]
     if whole < width:

@@ -1,9 +1,18 @@
-"""On a GPU: the embedded job in each precision and with each DeepSpeed JSON, through launch.sh."""
+"""On a GPU: the embedded job in each precision and with each DeepSpeed JSON, and what only the sampler's graphs do."""
 
 import math
 
 import pytest
+import torch
+from fakes import Alphabet
 from test_run import launch, overrides, read
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from grpo_core.batch import Task
+from grpo_core.config import LoraConfig, ModelConfig
+from grpo_core.fused_decoder import FusedDecoder
+from grpo_core.policy import wrap
+from grpo_core.sampler import Sampler
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -31,3 +40,61 @@ def test_it_trains_in_every_precision(tmp_path, environment, precision, deepspee
         assert all(math.isfinite(value) for value in row.values()) and row["skipped"] == 0
         assert 0 < row["logprob_gap"] < gap
     assert rows[0]["grad_norm"] > 0 and rows[-1]["adapter_norm"] != rows[0]["adapter_norm"]
+
+
+@pytest.fixture
+def decoder_policy():
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.1, eos_token_id=1, pad_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    policy = wrap(Qwen2ForCausalLM(config), ModelConfig(), LoraConfig(), temperature=1.0)
+    policy.model.to("cuda")
+    return policy
+
+
+def tasks(count, length=9):
+    return [Task(i, "", [2 + (i + j) % 500 for j in range(length)], {}, (0, 0, i)) for i in range(count)]
+
+
+def test_new_weights_need_no_new_graph_and_other_sizes_only_a_few(decoder_policy, monkeypatch):
+    sampler, captured = Sampler(decoder_policy.causal_lm, Alphabet(), max_new_tokens=64), []
+    capture = FusedDecoder._capture
+    monkeypatch.setattr(FusedDecoder, "_capture", lambda self, size: (captured.append(size), capture(self, size))[1])
+    first = sampler.generate(tasks(8), 8)
+    count = len(captured)
+    assert 1 <= count <= 4 and len(set(captured)) == count
+    with torch.no_grad():
+        for parameter in decoder_policy.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    second = sampler.generate(tasks(8), 8)
+    assert first.completions != second.completions and len(captured) == count
+    torch.testing.assert_close(decoder_policy.logprobs(second), second.rollout_logprobs, atol=1e-4, rtol=0)
+    for prompts in (1, 3, 5, 7, 8):  # smaller calls, other prompt lengths: the cache lies elsewhere each time
+        rollouts = sampler.generate(tasks(prompts, 5 + prompts), 8)
+        torch.testing.assert_close(decoder_policy.logprobs(rollouts), rollouts.rollout_logprobs, atol=1e-4, rtol=0)
+    assert len(captured) <= 4
+
+
+def test_what_does_not_fit_is_halved_and_comes_out_the_same(decoder_policy):
+    """512 rows of 2,048 tokens need 2 GiB of keys and values; the process may have 1 more than it has."""
+    said = []
+    want = Sampler(decoder_policy.causal_lm, Alphabet(), max_new_tokens=2048, rows_at_once=32).generate(tasks(64), 8)
+    sampler = Sampler(decoder_policy.causal_lm, Alphabet(), max_new_tokens=2048, say=said.append)
+    torch.cuda.empty_cache()
+    used, whole = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((used + 2**30) / whole)
+    try:
+        rollouts = sampler.generate(tasks(64), 8)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert 1 <= len(said) <= 4 and "do not fit" in said[0] and sampler.rows_at_once < 512
+    assert torch.equal(rollouts.completion_ids, want.completion_ids)
+
+
+def test_bf16_log_probs_are_near_the_trainers(decoder_policy):
+    decoder_policy.model.to(torch.bfloat16)
+    rollouts = Sampler(decoder_policy.causal_lm, Alphabet(), max_new_tokens=64).generate(tasks(8), 8)
+    gap = (decoder_policy.logprobs(rollouts) - rollouts.rollout_logprobs).abs()[rollouts.completion_mask]
+    assert gap.mean() < 0.03

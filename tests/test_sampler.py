@@ -336,3 +336,21 @@ def test_prompts_of_very_different_lengths():
     tasks = [Task(0, "p", [3] * 30, {}), Task(1, "p", [4], {})]
     rollouts = make(policy).generate(tasks, 4)
     torch.testing.assert_close(policy.logprobs(rollouts), rollouts.rollout_logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("width", [5, 2047, 5000, 4 * 512 + 1])
+def test_draw_is_the_inverse_of_the_cumulative_sum_at_any_width(width):
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(64, width)
+    logits[:, torch.rand(width) < 0.3] = -torch.inf
+    logits[:32, width // 2 :] = -torch.inf  # whole chunks without probability
+    logits[:, 0] = 1.0
+    uniform = torch.rand(64, dtype=torch.double)
+    uniform[:4] = torch.tensor([0.0, 0.5, 1 - 1e-16, 1e-9], dtype=torch.double)
+    probabilities = logits.double().softmax(-1)
+    cumulative = probabilities.cumsum(-1)
+    token, logprob = draw(logits, 1.0, uniform)
+    rows = torch.arange(64)
+    before = torch.where(token > 0, cumulative[rows, (token - 1).clamp(min=0)], 0.0)
+    assert (before <= uniform + 1e-6).all() and (cumulative[rows, token] >= uniform - 1e-6).all()
+    torch.testing.assert_close(logprob.double(), probabilities.log()[rows, token], atol=1e-5, rtol=0)

@@ -1,0 +1,19 @@
+"""The figures that the sampler must reach on a CPU, by the committed benchmark."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def test_sampling_on_two_cores_against_generate(tmp_path, environment):
+    environment = {**environment, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "sampling.py"), f"--out={tmp_path / 'rows.json'}", "cpu", "tiny"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
+    assert [row["met"] for row in rows] == [True, True], [(row["workload"], row["ratio"]) for row in rows]
