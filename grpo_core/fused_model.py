@@ -20,7 +20,7 @@ from grpo_core.decode_ops import Shape, TorchOps, rotated
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Without cuDNN's, which takes up to a second for every new shape.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-PREFILL_TOKENS = 4096  # of prompts that go through the model at once: memory, not speed
+PREFILL_TOKENS = 2048  # of prompts that go through the model at once: memory, not speed
 
 
 class Unsupported(Exception):
