@@ -8,6 +8,7 @@ import torch
 from fakes import Alphabet, FixedTasks, TorchEngine, tiny_policy
 
 from grpo_core.advantages import ADVANTAGES
+from grpo_core.batch import Task
 from grpo_core.config import (
     CheckpointConfig,
     EvaluationConfig,
@@ -23,10 +24,10 @@ from grpo_core.corrections import CORRECTIONS
 from grpo_core.kl import KLS
 from grpo_core.losses import LOSSES
 from grpo_core.metrics import RunLog, Stats
-from grpo_core.rewards import Reward
+from grpo_core.rewards import Reward, score
 from grpo_core.run import Run
 from grpo_core.sampler import Sampler
-from grpo_core.trainer import freeze, train, update_policy
+from grpo_core.trainer import evaluate_now, freeze, train, update_policy
 from grpo_core.truncation import TRUNCATIONS
 
 GOOD = "h"
@@ -159,3 +160,21 @@ def test_dropout_noise_is_a_function_of_seed_and_step(tmp_path):
         update_policy(run, batch, 7, run.control, stats)
         results.append(stats.reduce()["entropy"])
     assert results[0] == results[1]
+
+
+def test_evaluation_is_greedy_or_as_its_settings_say_with_noise_of_each_tasks_own(tmp_path, monkeypatch):
+    """Forty tasks with one prompt: greedy gives one completion, a temperature many, top_k 1 one again."""
+    seen = []
+    monkeypatch.setattr("grpo_core.evaluation.score", lambda rewards, tasks, texts, size: (seen.append(texts), score(rewards, tasks, texts, size))[1])
+    tasks = [Task(i, "p", [5, 6, 7], {"answer": "1"}, (0,)) for i in range(40)]
+
+    def texts(**settings):
+        run = make_run(tmp_path, change=lambda config: replace(config, evaluation=EvaluationConfig(batch_size=16, **settings)))
+        seen.clear()
+        evaluate_now(replace(run, eval_tasks=tasks), 0)
+        return [text for part in seen for text in part]
+
+    assert len(set(texts())) == 1 and len(texts()) == 40
+    assert len(set(texts(temperature=1.0))) > 20 and texts(temperature=1.0) == texts(temperature=1.0)
+    assert len(set(texts(temperature=1.0, top_k=1))) == 1
+    assert len(set(texts(temperature=1.0, min_p=1.0))) == len(set(texts(temperature=1.0, top_p=1e-6))) == 1

@@ -41,6 +41,16 @@ MODELS = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=16), True),
     "llama, untied": (LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True), True),
     "llama, scaled": (LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=LLAMA3, max_position_embeddings=64), True),
+    "llama, dynamic": (
+        LlamaForCausalLM,
+        LlamaConfig(
+            **SIZES, max_position_embeddings=64, rope_parameters={"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
+        ),
+        False,
+    ),
+    "qwen2, window": (
+        Qwen2ForCausalLM, Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1), False,
+    ),
     "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=64), True),
     "mistral, window": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=6), False),
     "gemma2": (
@@ -271,9 +281,21 @@ def test_limits():
     with pytest.raises(ConfigError, match="14 positions"):
         sampler.generate([Task(0, "", [4] * 3, {})], 2)
     sampler.generate([Task(0, "", [4] * 2, {})], 2)
-    limits = torch.tensor([1, 2, 3, 12])
-    lengths = make(policy).generate([Task(0, "", [4] * 2, {})], 4, limits=limits).lengths().cpu()
-    assert (lengths <= limits).all() and lengths[0] == 1
+
+
+@pytest.mark.parametrize("decoder", ["auto", "plain"])
+def test_rows_may_be_allowed_fewer_tokens(decoder):
+    sampler, limits = make(policy_on_device(), decoder=decoder), torch.tensor([1, 2, 3, 12] * 4)
+    whole, rollouts = sampler.generate(TASKS, 4), sampler.generate(TASKS, 4, limits=limits)
+    assert kept(rollouts) == [row[:limit] for row, limit in zip(kept(whole), limits.tolist(), strict=True)]
+    assert rollouts.truncated.tolist() == [row[-1] != EOS for row in kept(rollouts)]
+
+
+def test_prompts_that_go_through_the_model_in_several_parts(monkeypatch):
+    policy = policy_on_device(lora_noise=0.1)
+    want = make(policy).generate(TASKS, 4)
+    monkeypatch.setattr("grpo_core.fused_model.PREFILL_TOKENS", 5)  # one or two prompts at a time
+    assert kept(make(policy).generate(TASKS, 4)) == kept(want)
 
 
 def test_the_mask_runs_through_the_chosen_end_and_truncation_is_told():
