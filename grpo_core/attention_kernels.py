@@ -189,6 +189,7 @@ class TritonCache:
 
     def give_back(self) -> None:
         self.buffer = self.prompts = self.anchor[:0]
+        self._state = None
 
     def store(self, layer: int, first: int, keys: Tensor, values: Tensor) -> None:
         for j, part in enumerate((keys, values)):
@@ -230,8 +231,11 @@ class TritonCache:
         block_d = max(16, triton.next_power_of_2(s.head_dim))
         block_q = max(16, triton.next_power_of_2(s.heads // s.kv_heads))
         precision = "ieee" if q.dtype == torch.float32 else "tf32"
+        wide = block_d * q.element_size() >= 512  # smaller blocks: smaller cards have less shared memory
+        how = {"num_warps": 4, "num_stages": 1 if wide else 3}
+        into = (q, out, parts, logsums, *given, s.head_dim**-0.5)
         _attend[(rows, s.kv_heads, splits)](
-            q, out, parts, logsums, *given, s.head_dim**-0.5, *sizes, block_d, block_q, BLOCK, precision, num_warps=4
+            *into, *sizes, block_d, block_q, BLOCK // 2 if wide else BLOCK, precision, **how
         )
         if splits > 1:
             into = (parts, logsums, out, state, state.stride(0), splits)

@@ -120,7 +120,7 @@ def _choose(
             value = _scaled(logits, position, chunk * CHUNK_ + i, temperature, V)
             weights = tl.exp(value - own_top)
             inner = _first(weights, (rest * tl.exp(top - own_top).to(tl.float64)).to(tl.float32), i, CHUNK_)
-        token = (chunk * CHUNK_ + inner).to(tl.int64)
+        token = tl.minimum(chunk * CHUNK_ + inner, V - 1).to(tl.int64)  # logits of NaN must not leave the vocabulary
         chosen = tl.max(tl.where(i == inner, value, -float("inf")), 0)
         tl.store(ids + at, token)
         tl.store(logprobs + at, chosen - top - tl.log(total).to(tl.float32))

@@ -14,6 +14,7 @@ from grpo_core.draw import Decoding
 from grpo_core.rewards import Reward, score
 from grpo_core.sampler import Sampler
 
+STREAM = 0x6576616C  # keeps the noise of evaluation apart from that of training
 GREEDY = Decoding(greedy=True)
 
 
@@ -25,7 +26,7 @@ def evaluate(
     Returns accuracy, correct, n, ci_low, ci_high (Wilson, 95 %). Tasks that cannot be scored count as wrong. Where it
     is not greedy, a task's noise depends on its own seed and row.
     """
-    tasks = [replace(task, seed=(*task.seed, task.index)) for task in tasks]
+    tasks = [replace(task, seed=(*task.seed, task.index, STREAM)) for task in tasks]
     mine = sorted(tasks[distributed.rank() :: distributed.world_size()], key=lambda task: len(task.prompt_ids))
     correct = 0
     for start in range(0, len(mine), batch_size):

@@ -10,22 +10,17 @@ from torch import Tensor
 
 from grpo_core.decode_ops import DONE, DRAWN, FIELDS, LIMIT, PROMPT, ROW, SLOT, START, TOKEN, Tables, TorchOps
 from grpo_core.draw import Decoding, Draws, restrict
-from grpo_core.fused_model import FusedModel, Unsupported, norms, window
+from grpo_core.fused_model import FusedModel, Unsupported, check_model, norms, window
 
-ROWS = (
-    16,
-    32,
-    48,
-    64,
-    96,
-    128,
-    192,
-    256,
-    384,
-    512,
-    768,
-    1024,
-)  # a graph is captured for so many rows, or multiples of 1024
+# A graph is captured for so many rows, or for multiples of the last.
+ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+KINDS = {  # of the tables
+    "noise": torch.float64,
+    "ids": torch.int64,
+    "logprobs": torch.float32,
+    "lengths": torch.int64,
+    "ended": torch.bool,
+}
 AT_A_TIME = 64  # rows whose first logits are computed at once
 
 
@@ -37,24 +32,30 @@ class FusedDecoder:
     """
 
     def __init__(self, model: Any, pad_id: int, eos_ids: Sequence[int], *, compact: bool = True) -> None:
-        self.ops = _ops(model.device)
-        self.on_gpu = type(self.ops) is not TorchOps
         self.causal_lm, self.pad_id, self.compact = model, pad_id, compact
-        self.check_every = 16 if self.on_gpu else 2
-        self.eos = torch.tensor(sorted(eos_ids), device=model.device)
+        self.eos_ids = sorted(eos_ids)
         self._build()
+        self.check_every = 16 if self.on_gpu else 2
 
     def _build(self) -> None:
+        self.model = None  # two would hold the weights twice
+        self.ops = _ops(self.causal_lm.device)
+        self.on_gpu = type(self.ops) is not TorchOps
+        self.eos = torch.tensor(self.eos_ids, device=self.causal_lm.device)
         self.model = FusedModel(self.causal_lm, self.ops)
         self.cache = self.ops.cache(self.model.shape, self.model.dtype, self.model.device)
         self.release()
 
     def release(self) -> None:
         """Forget the graphs and what they hold; they are captured again when needed."""
-        self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
+        self._forget_graphs()
+        self._tables: Tables | None = None
         self._flat: dict[str, Tensor] = {}
         self._state, self._place = self.eos.new_zeros(FIELDS, 0), self.model.place()
+
+    def _forget_graphs(self) -> None:
+        self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.on_gpu else None  # a pool ends with its last graph
 
     @torch.no_grad()
     def decode(
@@ -96,26 +97,18 @@ class FusedDecoder:
 
     def _prepare(self, positions: int, slots: int, rows: int, longest: int) -> None:
         """Room for this call, and the weights as they are now; what a graph reads stays where it is if it can."""
-        place = self.model.place()
-        if place != self._place:
+        check_model(self.causal_lm)
+        if self.model.place() != self._place:
             self._build()  # somebody moved the model's weights
         self.model.refresh()
         self.model.reach(positions)
         if self._state.shape[1] < self._bucket(slots) or len(self._flat.get("ids", ())) < rows * longest:
             self.release()
             self._state = self.eos.new_zeros(FIELDS, self._bucket(slots))
-            kinds = {
-                "noise": torch.float64,
-                "ids": torch.int64,
-                "logprobs": torch.float32,
-                "lengths": torch.int64,
-                "ended": torch.bool,
-            }
-            count = rows * longest
-            self._flat = {name: torch.empty(count, dtype=kind, device=self.eos.device) for name, kind in kinds.items()}
+            count, device = rows * longest, self.eos.device
+            self._flat = {name: torch.empty(count, dtype=kind, device=device) for name, kind in KINDS.items()}
         elif self.model.place() != self._place:  # the table of rotations grew
-            self._graphs.clear()
-            self._pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
+            self._forget_graphs()
         self._place = self.model.place()
         wide = {name: self._flat[name][: rows * longest].view(rows, longest) for name in ("noise", "ids", "logprobs")}
         self._tables = Tables(**wide, **{name: self._flat[name][:rows] for name in ("lengths", "ended")}, eos=self.eos)

@@ -50,11 +50,11 @@ class Product:
             base.weight.data = part
         self.bias = None
         if any(base.bias is not None for base in self.bases):
-            biases = [
-                first.new_zeros(n) if base.bias is None else base.bias.data
-                for base, n in zip(self.bases, self.sizes, strict=True)
-            ]
-            self.bias = torch.cat([*biases, first.new_zeros(self.rank)])
+            self.bias = first.new_zeros(sum(rows))
+            for base, part in zip(self.bases, self.bias.split(rows), strict=False):
+                if base.bias is not None:
+                    part.copy_(base.bias.data)
+                    base.bias.data = part
 
     def refresh(self) -> None:
         """Take LoRA's factors as they are now, scale included; zeros where the adapter is off."""
@@ -64,6 +64,8 @@ class Product:
         for linear, size, rank in zip(self.linears, self.sizes, self.ranks, strict=True):
             if rank:
                 a, b, scale = _factors(linear)
+                if len(a) != rank:
+                    raise Unsupported("its active adapter has another rank than before")
                 self.a[column : column + rank] = a
                 self.b[row : row + size, column : column + rank] = b * scale
             row, column = row + size, column + rank
@@ -102,7 +104,7 @@ class FusedModel:
             raise Unsupported(f"its heads have {dim} dimensions, no multiple of {ops.head_multiple}")
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.shape = Shape(len(body.layers), heads, kv_heads, dim, config.rms_norm_eps)
-        self.ops, self.rotary = ops, body.rotary_emb
+        self.model, self.ops, self.rotary = model, ops, body.rotary_emb
         self.embedding, self.norm, self.head = body.embed_tokens, body.norm, model.lm_head
         self.dtype, self.device = self.embedding.weight.dtype, self.embedding.weight.device
         self.layers = []
@@ -110,7 +112,6 @@ class FusedModel:
             self.layers.append(Layer(layer, ops))
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # the weights' old places, too small for the next layer's
-        self.weights = [weight for name, weight in model.named_parameters() if "lora_" not in name]
         self.cos = self.sin = self.embedding.weight.new_zeros(0, dim // 2)
 
     def refresh(self) -> None:
@@ -119,9 +120,10 @@ class FusedModel:
             for product in layer.products:
                 product.refresh()
 
-    def place(self) -> tuple[int, ...]:
-        """Where everything lies that a captured graph reads and that is not the fused model's own."""
-        return tuple(weight.data_ptr() for weight in (*self.weights, self.cos))
+    def place(self) -> tuple:
+        """Where everything lies that a captured graph reads, and what decides how it is read."""
+        named = [(n, p) for n, p in self.model.named_parameters() if "lora_" not in n]
+        return tuple((name, weight.data_ptr(), weight.requires_grad) for name, weight in named), self.cos.data_ptr()
 
     def reach(self, positions: int) -> None:
         """Have the table of rotations for so many positions; it grows by doubling."""
@@ -187,6 +189,8 @@ def norms(layer: Layer) -> tuple[Tensor | None, Tensor | None]:
 def check_model(model: Any) -> None:
     """Raise Unsupported unless it is RMSNorm, rotary grouped-query attention and SwiGLU, in plain layers throughout."""
     config = model.config
+    if not type(model).__module__.startswith("transformers.models."):
+        raise Unsupported(f"{type(model).__name__} is not transformers' own")
     if config.model_type not in FAMILIES:
         raise Unsupported(f"model type {config.model_type}; the fast path knows {', '.join(FAMILIES)}")
     if config.hidden_act not in ("silu", "swish"):
@@ -197,10 +201,13 @@ def check_model(model: Any) -> None:
     for module in (model.lm_head, model.model.embed_tokens):
         if type(module) not in (nn.Linear, nn.Embedding):
             raise Unsupported(f"its {type(module).__name__} is not a plain layer")
-    for layer in model.model.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for linear in (module for name, module in part.named_children() if name.endswith("_proj")):
-                _check_linear(linear, getattr(linear, "base_layer", linear))
+    parts = [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]
+    linears = [module for part in parts for name, module in part.named_children() if name.endswith("_proj")]
+    bases = [getattr(linear, "base_layer", linear) for linear in linears]
+    for linear, base in zip(linears, bases, strict=True):
+        _check_linear(linear, base)
+    if linears != bases and any(p.requires_grad for base in bases for p in base.parameters()):
+        raise Unsupported("it trains weights beside an adapter")
 
 
 def window(config: Any) -> int | None:
@@ -223,8 +230,6 @@ def _check_linear(linear: nn.Module, base: nn.Module) -> None:
     )
     if not plain or linear.lora_B[active[0]].bias is not None:
         raise Unsupported("its adapter is more than one plain LoRA")
-    if base.weight.requires_grad:
-        raise Unsupported("it trains a weight that also has an adapter")
 
 
 def _factors(linear: nn.Module) -> tuple[Tensor | None, Tensor | None, float]:

@@ -63,7 +63,7 @@ class Sampler:
         """`group_size` completions of every task, B = N * G rows, prompt-major, none longer than max_new_tokens.
 
         Log-probs are those of the drawn tokens at the sampling temperature, greedy or not. `settings` takes the place
-        of temperature and greedy; `limits` [B] int64 allows some rows fewer tokens.
+        of temperature and greedy; `limits` [B] int64, from 1 on, allows some rows fewer tokens.
 
         Raises:
             ConfigError: an empty prompt, or one that leaves no room for max_new_tokens.
@@ -76,6 +76,7 @@ class Sampler:
             noise = uniforms([(*task.seed, i) for task in tasks for i in range(group_size)], self.max_new_tokens)
         if limits is None:
             limits = torch.full((len(tasks) * group_size,), self.max_new_tokens)
+        assert limits.shape == (len(tasks) * group_size,) and 1 <= limits.min() <= limits.max() <= self.max_new_tokens
         draws = self._decode(prompts, group_size, noise, limits, settings)
         prompt_ids, prompt_mask = (
             x.repeat_interleave(group_size, dim=0) for x in left_padded(prompts, self.pad_id, self.device)

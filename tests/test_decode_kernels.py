@@ -83,11 +83,8 @@ def test_draw_with_rows_that_are_done_and_tokens_that_cannot_be(greedy, temperat
     close(table.logprobs, other.logprobs)
 
 
-@pytest.mark.parametrize("uniform, want", [(0.0, 1), (0.5, 1), (1 - 1e-16, 2)])
-def test_draw_at_the_ends_never_takes_a_token_without_probability(uniform, want):
-    triton_ops, _ = both()
-    logits = torch.full((1, 9000), -torch.inf, device=DEVICE)
-    logits[0, 1], logits[0, 2] = 1.0, -2.0
+def draw_one(logits, uniform, greedy=False):
+    """The tables after one draw of one row."""
     state = torch.zeros(ops.FIELDS, 1, dtype=torch.long, device=DEVICE)
     state[ops.LIMIT] = 1
     tables = ops.Tables(
@@ -96,10 +93,25 @@ def test_draw_at_the_ends_never_takes_a_token_without_probability(uniform, want)
         *(torch.zeros(1, dtype=kind, device=DEVICE) for kind in (torch.long, torch.bool)),
         torch.tensor([0], device=DEVICE),
     )
+    triton_ops, _ = both()
     triton_ops.columns(1)
-    triton_ops.draw(logits, state, tables, Decoding())
+    triton_ops.draw(logits, state, tables, Decoding(greedy=greedy))
+    return tables
+
+
+@pytest.mark.parametrize("uniform, want", [(0.0, 1), (0.5, 1), (1 - 1e-16, 2)])
+def test_draw_at_the_ends_never_takes_a_token_without_probability(uniform, want):
+    logits = torch.full((1, 9000), -torch.inf, device=DEVICE)
+    logits[0, 1], logits[0, 2] = 1.0, -2.0
+    tables = draw_one(logits, uniform)
     assert tables.ids.item() == want
     close(tables.logprobs[0], logits.log_softmax(-1)[0, want][None])
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("greedy", [False, True])
+def test_draw_from_broken_logits_stays_in_the_vocabulary(value, greedy):
+    assert 0 <= draw_one(torch.full((1, 9000), value, device=DEVICE), 0.5, greedy).ids.item() < 9000
 
 
 @pytest.mark.parametrize(

@@ -202,9 +202,51 @@ def test_it_draws_from_the_live_adapter_and_leaves_the_weights_alone():
     torch.testing.assert_close(policy.logprobs(moved), moved.rollout_logprobs, atol=1e-4, rtol=0)
 
 
+def check(policy, sampler, expected=True):
+    rollouts = sampler.generate(TASKS, 4)
+    torch.testing.assert_close(policy.logprobs(rollouts), rollouts.rollout_logprobs, atol=1e-4, rtol=0)
+    assert fused(sampler) == expected
+
+
+def test_a_model_that_is_changed_between_calls_is_sampled_as_it_is():
+    policy = policy_on_device(lora_noise=0.1)
+    sampler, layer = make(policy), policy.causal_lm.model.layers[0]
+    check(policy, sampler)
+    layer.self_attn.q_proj.base_layer.bias.data.add_(1)  # in place
+    check(policy, sampler)
+    state = {name: 1.2 * value for name, value in policy.causal_lm.state_dict().items()}
+    policy.causal_lm.load_state_dict(state, assign=True)
+    check(policy, sampler)
+    policy.model.merge_adapter()
+    check(policy, sampler, expected=False)
+
+    base = Qwen2ForCausalLM(Qwen2Config(**SIZES)).to(DEVICE).eval()
+    sampler = make(Policy(base))
+    check(Policy(base), sampler)
+    policy = wrap(base, ModelConfig(), LoraConfig(), temperature=1.0)  # an adapter put on afterwards
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.normal_(0, 0.1)
+    check(policy, sampler)
+
+
+def test_what_only_looks_like_a_known_family_is_left_to_its_own_forward():
+    class Scaled(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = 0.25 * out.logits
+            return out
+
+    said = []
+    make(Policy(Scaled(LlamaConfig(**SIZES)).to(DEVICE)), say=said.append).generate(TASKS, 2)
+    assert "Scaled is not transformers' own" in said[0]
+    policy = policy_on_device(lora_noise=0.1)
+    policy.causal_lm.model.layers[0].self_attn.q_proj.base_layer.bias.requires_grad_(True)
+    check(policy, make(policy), expected=False)
+
+
 def test_all_weights_trained():
     """Without an adapter the weights themselves are live, and stay the parameters that an optimizer moves."""
-    policy = Policy(policy_on_device().causal_lm.to(DEVICE))
     model = Qwen2ForCausalLM(Qwen2Config(**SIZES)).to(DEVICE)
     policy = Policy(model)
     sampler = make(policy)
