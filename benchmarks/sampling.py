@@ -1,6 +1,6 @@
 """The sampler against Hugging Face generate in the same run, and against itself with parts switched off.
 
-python benchmarks/sampling.py [--out=FILE] [WORKLOAD ...]      on a GPU: first, small, later, large,
+python benchmarks/sampling.py [--out FILE] [WORKLOAD ...]      on a GPU: first, small, later, large,
                                 ragged, memory, ranks; on a CPU: cpu, tiny
 python benchmarks/sampling.py smollm2 FOLDER QUESTIONS.jsonl [FILE.gguf]
 
@@ -8,6 +8,7 @@ Without a workload, all that this machine can run. The model has Qwen2.5-1.5B's 
 on q, k, v and o whose B is not zero, in bf16. No completion ends before its length: no end-of-sequence token can be drawn.
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -30,12 +31,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 from grpo_core.batch import Task
 from grpo_core.config import LoraConfig, ModelConfig
 from grpo_core.policy import wrap
 from grpo_core.sampler import Sampler
 
-ROOT = Path(__file__).parents[1]
 GPU = torch.cuda.is_available()
 OUT = ROOT / "benchmarks" / "results" / "sampling.json"
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -304,13 +306,17 @@ def tiny():
 
 def main():
     global OUT
-    chosen = sys.argv[1:]
-    if chosen and chosen[0].startswith("--out="):
-        OUT = Path(chosen.pop(0).removeprefix("--out="))
-    if chosen[:1] == ["smollm2"]:
-        return smollm2(*chosen[1:])
     known = [first, small, later, large, ragged, memory, ranks] if GPU else [cpu, tiny]
-    chosen = [once] if chosen == ["once"] else [f for f in known if not chosen or f.__name__ in chosen]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("workloads", nargs="*")
+    options = parser.parse_args()
+    OUT, names = options.out, options.workloads
+    if names[:1] == ["smollm2"]:
+        return smollm2(*names[1:])
+    chosen = [f for f in (*known, *([once] if GPU else [])) if (f.__name__ in names) or (not names and f in known)]
+    if unknown := set(names) - {f.__name__ for f in chosen}:
+        parser.error(f"{', '.join(sorted(unknown))}: known here are {', '.join(f.__name__ for f in known)}, smollm2")
     policy = None
     for workload in chosen:
         if workload in (first, cpu, tiny):

@@ -187,6 +187,8 @@ def _check_sampling(config: RunConfig) -> None:
         )
     chosen = config.evaluation
     cuts = {name: getattr(chosen, name) for name in ("top_k", "top_p", "min_p")}
+    if not 0 <= chosen.temperature < math.inf:
+        raise ConfigError(f"evaluation.temperature is {chosen.temperature}; it must be at least 0 (0: greedy)")
     if chosen.temperature == 0:
         for name, value in cuts.items():
             if value is not None:

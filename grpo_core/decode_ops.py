@@ -41,7 +41,7 @@ class Shape:
 class Tables:
     """What a call reads and writes, B rows of T tokens."""
 
-    noise: Tensor  # [B, T] float64, the uniforms; not read when greedy
+    noise: Tensor  # [B, T] float64, the uniforms; not read when greedy. What follows is written, but for eos
     ids: Tensor  # [B, T] int64
     logprobs: Tensor  # [B, T] float32
     lengths: Tensor  # [B] int64, tokens drawn
@@ -84,7 +84,7 @@ class TorchOps:
         state[DONE, live] = (ended | (at + 1 >= state[LIMIT, live])).long()
 
     def columns(self, longest: int) -> None:
-        """The tables of this call are `longest` wide."""
+        """Say how wide the tables of this call are: graphs need to know, here the tables say it themselves."""
 
     def cache(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> TorchCache:
         """Keys and values, empty."""
@@ -92,7 +92,11 @@ class TorchOps:
 
 
 class TorchCache:
-    """Keys and values: those of the prompts, and every row's own copy with its completion behind it."""
+    """Keys and values: those of the prompts, and every row's own copy with its completion behind it.
+
+    In a call: `take`, `store` for every layer and part of the prompts, `admit` for rows that begin; then for each token
+    `begin`, and `attend` for every layer; `keep` between tokens; `give_back`.
+    """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device

@@ -24,7 +24,7 @@ class Decoding:
 
     temperature: float = 1.0
     greedy: bool = False
-    top_k: int | None = None  # the k most probable tokens
+    top_k: int | None = None  # the k most probable tokens, and those as probable as the k-th
     top_p: float | None = None  # the fewest tokens that hold this much probability. arXiv:1904.09751
     min_p: float | None = None  # tokens with at least this share of the most probable one's. arXiv:2407.01082
 
@@ -39,7 +39,7 @@ class Decoding:
 
     @property
     def restricted(self) -> bool:
-        """Whether some tokens can never be drawn."""
+        """Whether any of them is set."""
         return not (self.top_k is None and self.top_p is None and self.min_p is None)
 
 

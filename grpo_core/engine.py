@@ -34,6 +34,8 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from grpo_core.config import RunConfig
 from grpo_core.schema import ConfigError
 
+# Python 3.11.0 to 3.11.3 (Debian 12's among them) would write an enum by getattr, which such a load refuses.
+ZeroStageEnum.__reduce_ex__ = lambda self, protocol: (ZeroStageEnum, (self.value,))
 torch.serialization.add_safe_globals([fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler])
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a C++ build of half a minute, for nothing that is used
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
@@ -24,7 +24,7 @@ def evaluate(
     """Accuracy of one completion a task over all ranks: it is correct where `reward` gives 1.0.
 
     Returns accuracy, correct, n, ci_low, ci_high (Wilson, 95 %). Tasks that cannot be scored count as wrong. Where it
-    is not greedy, a task's noise depends on its own seed and row.
+    is not greedy, a task's noise depends on its own seed and row, and the settings are returned too.
     """
     tasks = [replace(task, seed=(*task.seed, task.index, STREAM)) for task in tasks]
     mine = sorted(tasks[distributed.rank() :: distributed.world_size()], key=lambda task: len(task.prompt_ids))
@@ -36,7 +36,8 @@ def evaluate(
         correct += int((values == 1.0).sum())
     total = int(distributed.all_sum(torch.tensor(float(correct))))
     low, high = wilson_interval(total, len(tasks))
-    return {"accuracy": total / len(tasks), "correct": total, "n": len(tasks), "ci_low": low, "ci_high": high}
+    how = {} if settings.greedy else {k: v for k, v in asdict(settings).items() if v is not None and k != "greedy"}
+    return {"accuracy": total / len(tasks), "correct": total, "n": len(tasks), "ci_low": low, "ci_high": high, **how}
 
 
 def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -27,6 +27,9 @@ AT_A_TIME = 64  # rows whose first logits are computed at once
 class FusedDecoder:
     """Draws completions from `model`'s live weights.
 
+    Without `compact`, rows that have ended are carried along. A column of the state is a row that is being decoded; a
+    row of the tables is a completion; a slot is where a row's keys and values lie.
+
     Raises:
         Unsupported: the fast path does not know this model, or this device.
     """
@@ -35,7 +38,7 @@ class FusedDecoder:
         self.causal_lm, self.pad_id, self.compact = model, pad_id, compact
         self.eos_ids = sorted(eos_ids)
         self._build()
-        self.check_every = 16 if self.on_gpu else 2
+        self.check_every = 16 if self.on_gpu else 2  # steps between looks at who has ended: on a GPU each look waits
 
     def _build(self) -> None:
         self.model = None  # two would hold the weights twice
@@ -51,7 +54,7 @@ class FusedDecoder:
         self._forget_graphs()
         self._tables: Tables | None = None
         self._flat: dict[str, Tensor] = {}
-        self._state, self._place = self.eos.new_zeros(FIELDS, 0), self.model.place()
+        self._state, self._addresses = self.eos.new_zeros(FIELDS, 0), self.model.addresses()
 
     def _forget_graphs(self) -> None:
         self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
@@ -78,7 +81,7 @@ class FusedDecoder:
         rows, longest, width = len(limits), int(limits.max()), max(len(prompt) for prompt in prompts)
         limited = window(self.causal_lm.config)
         if limited is not None and width + longest > limited:
-            raise Unsupported(f"{width + longest} tokens are more than its sliding window ({limited})")
+            raise Unsupported(f"the completions could outgrow its sliding window of {limited} tokens")
         self._settings, self._group = settings, group_size
         self._prepare(width + longest, min(slots, rows), rows, longest)
         if noise is not None:
@@ -98,7 +101,7 @@ class FusedDecoder:
     def _prepare(self, positions: int, slots: int, rows: int, longest: int) -> None:
         """Room for this call, and the weights as they are now; what a graph reads stays where it is if it can."""
         check_model(self.causal_lm)
-        if self.model.place() != self._place:
+        if self.model.addresses() != self._addresses:
             self._build()  # somebody moved the model's weights
         self.model.refresh()
         self.model.reach(positions)
@@ -107,9 +110,9 @@ class FusedDecoder:
             self._state = self.eos.new_zeros(FIELDS, self._bucket(slots))
             count, device = rows * longest, self.eos.device
             self._flat = {name: torch.empty(count, dtype=kind, device=device) for name, kind in KINDS.items()}
-        elif self.model.place() != self._place:  # the table of rotations grew
+        elif self.model.addresses() != self._addresses:  # the table of rotations grew
             self._forget_graphs()
-        self._place = self.model.place()
+        self._addresses = self.model.addresses()
         wide = {name: self._flat[name][: rows * longest].view(rows, longest) for name in ("noise", "ids", "logprobs")}
         self._tables = Tables(**wide, **{name: self._flat[name][:rows] for name in ("lengths", "ended")}, eos=self.eos)
         self._tables.ids.fill_(self.pad_id)

@@ -120,7 +120,7 @@ class FusedModel:
             for product in layer.products:
                 product.refresh()
 
-    def place(self) -> tuple:
+    def addresses(self) -> tuple:
         """Where everything lies that a captured graph reads, and what decides how it is read."""
         named = [(n, p) for n, p in self.model.named_parameters() if "lora_" not in n]
         return tuple((name, weight.data_ptr(), weight.requires_grad) for name, weight in named), self.cos.data_ptr()

@@ -217,9 +217,12 @@ def add_rollouts(stats: Stats, rollouts: Rollouts, scores: Scores, advantages: T
 
 def describe(result: dict[str, float]) -> str:
     """An evaluation in words."""
+    sampled = "".join(
+        f", {name} {result[name]}" for name in ("temperature", "top_k", "top_p", "min_p") if name in result
+    )
     return (
         f"accuracy {result['accuracy']:.1%} ({result['correct']} of {result['n']}, "
-        f"95 % interval {result['ci_low']:.1%} to {result['ci_high']:.1%})"
+        f"95 % interval {result['ci_low']:.1%} to {result['ci_high']:.1%}{sampled})"
     )
 
 

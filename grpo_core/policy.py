@@ -190,6 +190,10 @@ def load_policy(model: ModelConfig, lora: LoraConfig, *, dtype: torch.dtype, tem
             trust_remote_code=model.trust_remote_code,
         )
     except (OSError, ValueError, ImportError) as error:
+        if "attention implementation" in str(error):
+            raise ConfigError(
+                f"model.attention is {model.attention}, which this model does not have; try eager"
+            ) from error
         raise ConfigError(
             f"model.path is {model.path!r}, and it cannot be loaded: {str(error).splitlines()[0]}"
         ) from error

@@ -30,6 +30,10 @@ class Sampler:
 
     `decoder` is auto (fused where the model allows it) or plain. `rows_at_once` bounds the completions decoded at once;
     where the GPU's memory does not suffice for all, it halves by itself, and the completions stay the same.
+
+    Raises:
+        ValueError: another decoder, or rows_at_once below 1.
+        ConfigError: no end-of-sequence token is known.
     """
 
     def __init__(
@@ -43,7 +47,13 @@ class Sampler:
         rows_at_once: int | None = None,
         say: Callable[[str], None] = LOG.warning,
     ) -> None:
+        if decoder not in ("auto", "plain"):
+            raise ValueError(f"decoder is {decoder!r}; it must be auto or plain")
+        if rows_at_once is not None and rows_at_once < 1:
+            raise ValueError(f"rows_at_once is {rows_at_once}; it must be at least 1")
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's layers stay in it
         self.model, self.tokenizer, self.say = model, tokenizer, say
+        self._said: set[str] = set()
         self.max_new_tokens, self.temperature, self.rows_at_once = max_new_tokens, temperature, rows_at_once
         self.device = model.device
         self.eos_ids = sorted(eos_ids(model, tokenizer))
@@ -93,31 +103,33 @@ class Sampler:
     def _decode(
         self, prompts: list[list[int]], group_size: int, noise: Tensor | None, limits: Tensor, settings: Decoding
     ) -> Draws:
-        """Of `_fitting`, by the fused decoder where that can."""
-        if self._decoder is None:
-            try:
-                self._decoder = FusedDecoder(self.model, self.pad_id, self.eos_ids)
-            except Unsupported as reason:
-                self._use_plain(reason)
+        """By the fused decoder, or by the plain one where that cannot: for good, or for this call."""
+        how = (prompts, group_size, noise, limits, settings)
         try:
-            return self._fitting(prompts, group_size, noise, limits, settings)
+            if self._decoder is None:
+                self._decoder = FusedDecoder(self.model, self.pad_id, self.eos_ids)
+            return self._fitting(self._decoder, *how)
         except Unsupported as reason:
-            self._use_plain(reason)
-            return self._fitting(prompts, group_size, noise, limits, settings)
-
-    def _use_plain(self, reason: Unsupported) -> None:
-        self.say(f"sampling by the model's own forward, which is slower: {reason}")
-        self.release()
-        self._decoder = self._plain
+            self._decoder = self._decoder or self._plain
+            if str(reason) not in self._said:
+                self._said.add(str(reason))
+                self.say(f"sampling by the model's own forward, which is slower: {reason}")
+        return self._fitting(self._plain, *how)
 
     def _fitting(
-        self, prompts: list[list[int]], group_size: int, noise: Tensor | None, limits: Tensor, settings: Decoding
+        self,
+        decoder: FusedDecoder | PlainDecoder,
+        prompts: list[list[int]],
+        group_size: int,
+        noise: Tensor | None,
+        limits: Tensor,
+        settings: Decoding,
     ) -> Draws:
         """Decode as many rows at once as fit, at most rows_at_once."""
         while True:
             rows = min(len(limits), self.rows_at_once or len(limits))
             try:
-                return self._decoder.decode(prompts, group_size, noise, limits, settings, rows)
+                return decoder.decode(prompts, group_size, noise, limits, settings, rows)
             except torch.OutOfMemoryError:
                 if rows == 1:
                     raise

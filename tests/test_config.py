@@ -71,7 +71,7 @@ def test_the_real_job_is_the_published_recipe():
         ("sampling.rows_at_once=0", r"sampling.rows_at_once is 0; it must be at least 1"),
         ("evaluation.top_k=3", r"evaluation.top_k is 3, but evaluation.temperature is 0"),
         ("evaluation={temperature: 1, top_p: 2}", r"evaluation.top_p is 2.0; it must be above 0 and at most 1"),
-        ("evaluation.temperature=-1", r"evaluation.temperature is -1.0; it must be above 0"),
+        ("evaluation.temperature=-1", r"evaluation.temperature is -1.0; it must be at least 0"),
         ("loss.name=gppo", r"unknown loss 'gppo'; known: cispo, .*did you mean gspo"),
         ("loss.average=mean", r"unknown average 'mean'; known: constant, micro_token, row_sum, sequence, token"),
         ("loss.args={clip: 1}", r"unknown key loss.args.clip; known: clip_high, clip_low, delta"),

@@ -80,7 +80,8 @@ def make(policy, max_new_tokens=12, temperature=1.0, **how):
 
 
 def fused(sampler):
-    return isinstance(sampler._decoder, FusedDecoder)
+    """Whether the fused decoder drew everything so far."""
+    return isinstance(sampler._decoder, FusedDecoder) and not sampler._said
 
 
 def kept(rollouts):
