@@ -47,6 +47,7 @@ class FusedDecoder:
         self.eos = torch.tensor(self.eos_ids, device=self.causal_lm.device)
         self.model = FusedModel(self.causal_lm, self.ops)
         self.cache = self.ops.cache(self.model.shape, self.model.dtype, self.model.device)
+        self._addresses = self.model.addresses()
         self.release()
 
     def release(self) -> None:
@@ -54,7 +55,7 @@ class FusedDecoder:
         self._forget_graphs()
         self._tables: Tables | None = None
         self._flat: dict[str, Tensor] = {}
-        self._state, self._addresses = self.eos.new_zeros(FIELDS, 0), self.model.addresses()
+        self._state = self.eos.new_zeros(FIELDS, 0)
 
     def _forget_graphs(self) -> None:
         self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
@@ -101,18 +102,17 @@ class FusedDecoder:
     def _prepare(self, positions: int, slots: int, rows: int, longest: int) -> None:
         """Room for this call, and the weights as they are now; what a graph reads stays where it is if it can."""
         check_model(self.causal_lm)
-        if self.model.addresses() != self._addresses:
+        if self.model is None or self.model.addresses() != self._addresses:
             self._build()  # somebody moved the model's weights
         self.model.refresh()
-        self.model.reach(positions)
+        grown = self.model.reach(positions)
         if self._state.shape[1] < self._bucket(slots) or len(self._flat.get("ids", ())) < rows * longest:
             self.release()
             self._state = self.eos.new_zeros(FIELDS, self._bucket(slots))
             count, device = rows * longest, self.eos.device
             self._flat = {name: torch.empty(count, dtype=kind, device=device) for name, kind in KINDS.items()}
-        elif self.model.addresses() != self._addresses:  # the table of rotations grew
+        elif grown:
             self._forget_graphs()
-        self._addresses = self.model.addresses()
         wide = {name: self._flat[name][: rows * longest].view(rows, longest) for name in ("noise", "ids", "logprobs")}
         self._tables = Tables(**wide, **{name: self._flat[name][:rows] for name in ("lengths", "ended")}, eos=self.eos)
         self._tables.ids.fill_(self.pad_id)

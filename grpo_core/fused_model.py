@@ -121,19 +121,21 @@ class FusedModel:
                 product.refresh()
 
     def addresses(self) -> tuple:
-        """Where everything lies that a captured graph reads, and what decides how it is read."""
+        """Where the model's own weights lie, which a captured graph reads, and what decides how they are read."""
         named = [(n, p) for n, p in self.model.named_parameters() if "lora_" not in n]
-        return tuple((name, weight.data_ptr(), weight.requires_grad) for name, weight in named), self.cos.data_ptr()
+        return tuple((name, weight.data_ptr(), weight.requires_grad) for name, weight in named)
 
-    def reach(self, positions: int) -> None:
-        """Have the table of rotations for so many positions; it grows by doubling."""
-        if len(self.cos) < positions:
+    def reach(self, positions: int) -> bool:
+        """Have the table of rotations for so many positions; whether it grew, which it does by doubling."""
+        grows = len(self.cos) < positions
+        if grows:
             count = 1 << max(9, (positions - 1).bit_length())
             at = torch.arange(count, device=self.device)[None]
             cos, sin = self.rotary(self.embedding.weight[:1], at)
-            self.cos, self.sin = (x[0, :, : x.shape[2] // 2].contiguous() for x in (cos, sin))
-            if self.cos.shape[1] * 2 != self.shape.head_dim:
+            if cos.shape[2] != self.shape.head_dim:
                 raise Unsupported("its rotation covers only a part of a head")
+            self.cos, self.sin = (x[0, :, : x.shape[2] // 2].contiguous() for x in (cos, sin))
+        return grows
 
     def hidden(self, x: Tensor, attend: Callable[[int, Tensor, Layer], Tensor]) -> Tensor:
         """The final hidden states of x [R, H], embedded tokens, which it overwrites.
