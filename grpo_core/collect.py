@@ -6,12 +6,14 @@ takes part in no collective while it does, so ranks may need different numbers o
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from grpo_core import distributed
 from grpo_core.advantages import advantages, level, tied_groups
-from grpo_core.batch import Rollouts, Task, replace_rows, split
+from grpo_core.batch import Rollouts, Task, replace_rows, take
 from grpo_core.metrics import Stats
 from grpo_core.registry import fact
 from grpo_core.rewards import Scores, score
@@ -119,15 +121,17 @@ def _replace_scores(scores: Scores, groups: Tensor, others: Scores) -> Scores:
 def _sequence_kl(run: Run, rollouts: Rollouts, stats: Stats) -> Tensor:
     """Each completion's sum over its tokens of loss.kl, [B], on the rewards' device."""
     whole = run.kl_fn if fact(run.kl_fn, "full_vocabulary") else None
-    sums = []
-    for micro in split(rollouts, run.config.trainer.micro_batch_size):
-        tokens = run.policy.forward(micro, divergence=whole)
+    sums = torch.zeros(len(rollouts))
+    rollouts = replace(rollouts, completions=())
+    for packing in run.policy.plan(rollouts, run.budgets.forward):
+        micro = take(rollouts, packing.rows)
+        tokens = run.policy.forward(micro, packing, divergence=whole)
         if whole is not None:
             kl = tokens.divergence
         else:
             with run.policy.reference():
-                ref_logprobs = run.policy.logprobs(micro)
+                ref_logprobs = run.policy.forward(micro, packing).logprobs
             kl = run.kl_fn(tokens.logprobs, ref_logprobs, tokens.logprobs)
         stats.mean("kl", kl, micro.completion_mask)
-        sums.append((kl * micro.completion_mask).sum(dim=1).cpu())
-    return torch.cat(sums)
+        sums[packing.rows.cpu()] = (kl * micro.completion_mask).sum(dim=1).cpu()
+    return sums

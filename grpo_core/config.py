@@ -17,8 +17,7 @@ class ModelConfig:
         "auto"  # auto: bf16 where the GPU has it, fp16 on older ones, fp32 on CPU
     )
     attention: str = "sdpa"  # transformers' attn_implementation
-    gradient_checkpointing: bool = False
-    logprob_chunk: int = 1024  # tokens whose logits are held at once
+    gradient_checkpointing: bool | Literal["auto"] = "auto"  # auto: only where the longest completion needs it
     trust_remote_code: bool = False
 
 
@@ -110,7 +109,7 @@ class TrainerConfig:
     num_steps: int | None = None  # null: from epochs
     epochs: float = 3
     completions_per_step: int = 64  # over all ranks
-    micro_batch_size: int = 4  # completions in one forward on one rank; changes memory and speed, not the gradient
+    tokens_per_micro_batch: int | Literal["auto"] = "auto"  # in one forward and backward on one rank; auto: what fits
     num_minibatches: int = 1  # optimizer steps in one pass over a step's completions
     num_passes: int = 1
 

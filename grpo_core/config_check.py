@@ -128,12 +128,12 @@ def _check_objective(config: RunConfig) -> None:
 
 
 def _check_numbers(config: RunConfig) -> None:
+    automatic = config.trainer.tokens_per_micro_batch
     _at_least("sampling.group_size", config.sampling.group_size, 2)
-    for name in ("completions_per_step", "micro_batch_size", "num_minibatches", "num_passes"):
+    for name in ("completions_per_step", "num_minibatches", "num_passes"):
         _at_least(f"trainer.{name}", getattr(config.trainer, name), 1)
     for name, value in (
         ("sampling.max_new_tokens", config.sampling.max_new_tokens),
-        ("model.logprob_chunk", config.model.logprob_chunk),
         ("data.max_prompt_tokens", config.data.max_prompt_tokens),
         ("evaluation.batch_size", config.evaluation.batch_size),
         ("checkpoint.keep", config.checkpoint.keep),
@@ -145,6 +145,7 @@ def _check_numbers(config: RunConfig) -> None:
         ("trainer.num_steps", config.trainer.num_steps),
         ("data.limit", config.data.limit),
         ("sampling.rows_at_once", config.sampling.rows_at_once),
+        ("trainer.tokens_per_micro_batch", None if automatic == "auto" else automatic),
     ):
         _at_least(name, 1 if value is None else value, 1)
     for name, value in (

@@ -145,10 +145,13 @@ def deepspeed_config(config: RunConfig, dtype: torch.dtype, world_size: int) -> 
         )
     per_optimizer_step = trainer.completions_per_step // trainer.num_minibatches
     _agree(given, "train_batch_size", per_optimizer_step, "trainer.completions_per_step / trainer.num_minibatches")
-    _agree(given, "train_micro_batch_size_per_gpu", trainer.micro_batch_size, "trainer.micro_batch_size")
     _agree(given, "gradient_clipping", config.engine.max_grad_norm, "engine.max_grad_norm")
-    accumulation = math.ceil(per_optimizer_step / world_size / trainer.micro_batch_size)
-    _agree(given, "gradient_accumulation_steps", accumulation, "the micro-batches of a minibatch on one rank")
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if given.get(key, "auto") != "auto":
+            raise ConfigError(
+                f'the DeepSpeed JSON\'s {key} is {given[key]!r}; write "auto": micro-batches are cut by their tokens '
+                f"(trainer.tokens_per_micro_batch), and a step has as many as it needs"
+            )
     for block, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         given[block] = {"enabled": "auto", **given.get(block, {})}
         _agree(
@@ -158,6 +161,7 @@ def deepspeed_config(config: RunConfig, dtype: torch.dtype, world_size: int) -> 
     if given.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
         given.setdefault("zero_force_ds_cpu_optimizer", False)
     return given | {
+        "train_micro_batch_size_per_gpu": 1,  # read by nothing
         "gradient_accumulation_steps": 1,  # the trainer accumulates; see this file's first lines
         "managed_gradient_accumulation": False,
         "steps_per_print": 10**9,

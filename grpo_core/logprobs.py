@@ -1,26 +1,64 @@
 """Log-probs, entropies and divergences of tokens from hidden states, without ever holding a [B, C, V] tensor."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+MEMORY = 160e6  # bytes of logits, and of what is made of them, that are held at once
+
+Statistics = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor, Tensor | None]]
+
+
+def softmax_statistics(
+    logits: Tensor,  # [n, V]; may be overwritten
+    token_ids: Tensor,  # [n]
+    temperature: float,
+    slope: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of softmax(logits / temperature): the tokens' log-probs and the entropy, [n] float32; d log-prob / d logits.
+
+    The last, (one-hot - softmax) / temperature, is [n, V] in the logits' dtype, or None if not asked for. A replacement
+    on a GPU: logprob_kernels.py.
+    """
+    x = logits.float()
+    if temperature != 1.0:
+        x = x.div_(temperature)
+    normaliser = x.logsumexp(dim=-1)
+    x = x.sub_(normaliser[:, None])
+    logprobs = x.gather(1, token_ids[:, None]).squeeze(1)
+    p = x.exp()
+    entropy = -torch.linalg.vecdot(p, x)
+    if not slope:
+        return logprobs, entropy, None
+    p = p.neg_().scatter_add_(1, token_ids[:, None], torch.ones_like(p[:, :1]))
+    return logprobs, entropy, p.div_(temperature).to(logits.dtype)
 
 
 def token_logprobs(
-    hidden: Tensor,  # [B, C, H] hidden state that predicts each token: already shifted
+    hidden: Tensor,  # [..., H] hidden state that predicts each token: already shifted
     lm_head: Callable[[Tensor], Tensor],  # [..., H] -> [..., V]
-    token_ids: Tensor,  # [B, C]
+    token_ids: Tensor,  # [...]
     *,
     temperature: float = 1.0,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,  # tokens whose logits are held at once; None: as many as MEMORY allows
     entropy_gradient: bool = False,
+    statistics: Statistics = softmax_statistics,
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(lm_head(hidden) / temperature)[token] and that distribution's entropy in nats, both [B, C] float32.
+    """log softmax(lm_head(hidden) / temperature)[token] and that distribution's entropy in nats, both [...] float32.
 
-    Peak memory is a few [chunk_size, V] float32: with a gradient, backward computes each chunk again. The entropy
-    carries a gradient only where asked to.
+    Where lm_head is a frozen nn.Linear, the slope d log-prob / d hidden, a vector of every token, is computed beside
+    the log-prob, so backward has neither logits to keep nor to compute again. Otherwise, and for an entropy that is to
+    carry a gradient, backward computes each chunk again.
     """
+    flat, ids = hidden.flatten(0, -2), token_ids.flatten()
+    if is_frozen_linear(lm_head) and not entropy_gradient:
+        size = chunk_size or rows_within(MEMORY, lm_head.out_features, 12)
+        logprobs, entropy = _FrozenHead.apply(flat, lm_head.weight, ids, temperature, size, statistics)
+        return logprobs.view(token_ids.shape), entropy.view(token_ids.shape)
 
     def chunk(h: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         logits = lm_head(h).float() / temperature
@@ -30,7 +68,7 @@ def token_logprobs(
             entropy = normaliser - (logits.softmax(dim=-1) * logits).sum(dim=-1)
         return logprobs, entropy
 
-    return _in_chunks(chunk, chunk_size, token_ids.shape, hidden.flatten(0, 1), token_ids.flatten())
+    return _in_chunks(chunk, chunk_size or _generic_size(lm_head, flat), token_ids.shape, flat, ids)
 
 
 def token_divergence(
@@ -40,7 +78,7 @@ def token_divergence(
     function: Callable[[Tensor, Tensor], Tensor],  # log-probs [n, V] of the two -> [n]; see kl.py
     *,
     temperature: float = 1.0,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """A divergence between the two distributions over the whole vocabulary at every place, [...] float32."""
 
@@ -49,10 +87,56 @@ def token_divergence(
             ref_logprobs = (lm_head(ref).float() / temperature).log_softmax(dim=-1)
         return (function((lm_head(h).float() / temperature).log_softmax(dim=-1), ref_logprobs),)
 
-    (values,) = _in_chunks(
-        chunk, chunk_size, hidden.shape[:-1], hidden.flatten(0, -2), ref_hidden.detach().flatten(0, -2)
-    )
+    flat, ref = hidden.flatten(0, -2), ref_hidden.detach().flatten(0, -2)
+    (values,) = _in_chunks(chunk, chunk_size or _generic_size(lm_head, flat), hidden.shape[:-1], flat, ref)
     return values
+
+
+def is_frozen_linear(lm_head: object) -> bool:
+    """Whether the head is a plain matrix that is not trained."""
+    return type(lm_head) is nn.Linear and lm_head.bias is None and not lm_head.weight.requires_grad
+
+
+def rows_within(memory: float, vocabulary: int, bytes_per_logit: int) -> int:
+    """Tokens whose logits fit into `memory` bytes, at least one."""
+    return max(1, int(memory / (vocabulary * bytes_per_logit)))
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        context: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        temperature: float,
+        size: int,
+        statistics: Statistics,
+    ) -> tuple[Tensor, Tensor]:
+        wanted = context.needs_input_grad[0]
+        slopes = torch.empty_like(hidden) if wanted else None
+        logprobs, entropy = [hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2)]
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            logprobs[part], entropy[part], slope = statistics(
+                F.linear(hidden[part], weight), ids[part], temperature, wanted
+            )
+            if wanted:
+                torch.mm(slope, weight, out=slopes[part])
+        context.save_for_backward(slopes)
+        context.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(context: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (slopes,) = context.saved_tensors
+        return (slopes * grad[:, None]).to(slopes.dtype), None, None, None, None, None
+
+
+def _generic_size(lm_head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
+    with torch.no_grad():
+        vocabulary = lm_head(hidden[:1]).shape[-1] if len(hidden) else 1
+    return rows_within(MEMORY, vocabulary, 24)
 
 
 def _in_chunks(function: Callable, size: int, shape: torch.Size, *inputs: Tensor) -> tuple[Tensor, ...]:

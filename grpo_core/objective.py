@@ -95,7 +95,9 @@ def remarks(config: RunConfig) -> list[str]:
     if averages and loss.average not in averages:
         found.append(f"loss {loss.name} is defined with the average {' or '.join(averages)}, not {loss.average}")
     if loss.average == "micro_token":
-        found.append("loss.average micro_token makes the gradient depend on trainer.micro_batch_size; token does not")
+        found.append(
+            "loss.average micro_token makes the gradient depend on trainer.tokens_per_micro_batch; token does not"
+        )
     if (loss.name == "gpg") != (config.advantage.name == "gpg"):
         found.append("gpg is the loss gpg with the advantage gpg, which carries its factor; here is only one of them")
     if loss.kl_coef and loss.kl_in == "loss" and loss.kl == "k1":

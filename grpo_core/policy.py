@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from grpo_core import packed_attention
 from grpo_core.batch import Rollouts
 from grpo_core.config import LoraConfig, ModelConfig
 from grpo_core.data import model_path
-from grpo_core.logprobs import token_divergence, token_logprobs
+from grpo_core.logprobs import Statistics, softmax_statistics, token_divergence, token_logprobs
+from grpo_core.packing import Budget, Packing, Plan, plan
 from grpo_core.schema import ConfigError
 
 
@@ -36,61 +39,105 @@ class Policy:
     The model stays in evaluation mode (no dropout) except inside `training()`.
     """
 
-    def __init__(self, model: PeftModel | PreTrainedModel, *, temperature: float = 1.0, chunk_size: int = 1024) -> None:
+    def __init__(
+        self, model: PeftModel | PreTrainedModel, *, temperature: float = 1.0, chunk_size: int | None = None
+    ) -> None:
         self.model = model.eval()
         self.causal_lm: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         self.temperature, self.chunk_size = temperature, chunk_size
         self._reference: list[Tensor] | None = None  # the adapter of a reference that moves
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether the model can compute packed rows; seen by trying, beside a padded grid of the same two rows."""
+        if not packed_attention.install(self.causal_lm):
+            return False
+        ids = torch.arange(12, device=self.causal_lm.device).view(2, 6) % self.causal_lm.config.vocab_size
+        mask = torch.tensor([[True] * 3, [True, True, False]], device=ids.device)
+        rollouts = Rollouts(ids[:, :3], mask, ids[:, 3:], mask, torch.zeros(2, 3, device=ids.device), mask[:, 2])
+        try:
+            with torch.no_grad():
+                packed, grid = (
+                    self._hidden(rollouts, one) for x in (False, True) for one in plan(rollouts, Budget(99), grid=x)
+                )
+        except Exception:  # a model that does not take what others take
+            return False
+        allowed = 1e-3 if packed.dtype == torch.float32 else 0.05
+        return bool((packed - grid).float().norm() <= allowed * grid.float().norm())
+
+    def plan(self, rollouts: Rollouts, budget: Budget | None = None, rows: Sequence[int] | None = None) -> Plan:
+        """The forwards that `rows` (default: all) divide into: as few as `budget` allows. Reads the device once."""
+        return plan(rollouts, budget or Budget(math.inf), rows, grid=not self.packs)
 
     def logprobs(self, rollouts: Rollouts) -> Tensor:
         """Log-prob of every completion token at the sampling temperature, [B, C] float32; 0 where masked."""
         return self.forward(rollouts).logprobs
 
     def forward(
-        self, rollouts: Rollouts, *, entropy_gradient: bool = False, divergence: Callable | None = None
+        self,
+        rollouts: Rollouts,
+        packing: Packing | None = None,
+        *,
+        entropy_gradient: bool = False,
+        divergence: Callable | None = None,
     ) -> TokenStats:
         """Log-probs and entropies of the completion tokens; with `divergence` (see kl.py) also that from the reference.
 
-        The divergence costs a forward of the reference.
+        `packing` lays out the `rollouts`, its rows; without it they share one forward. The divergence costs a forward
+        of the reference.
         """
-        hidden = self._hidden(rollouts)
-        ids = rollouts.completion_ids[:, : hidden.shape[1]]
+        packing = packing or next(iter(self.plan(rollouts)))
+        hidden = self._hidden(rollouts, packing)
+        ids = rollouts.completion_ids.flatten()[packing.places]
         how = {"temperature": self.temperature, "chunk_size": self.chunk_size}
-        values = [*token_logprobs(hidden, self._logits, ids, entropy_gradient=entropy_gradient, **how)]
+        values = [
+            *token_logprobs(
+                hidden, self._head, ids, entropy_gradient=entropy_gradient, statistics=self._statistics, **how
+            )
+        ]
         if divergence is not None:
             with torch.no_grad(), self.reference():
-                ref_hidden = self._hidden(rollouts)
-            values.append(token_divergence(hidden, ref_hidden, self._logits, divergence, **how))
-        mask, width = rollouts.completion_mask, rollouts.completion_mask.shape[1]
-        return TokenStats(*(F.pad(x * mask[:, : x.shape[1]], (0, width - x.shape[1])) for x in values))
+                ref_hidden = self._hidden(rollouts, packing)
+            values.append(token_divergence(hidden, ref_hidden, self._head, divergence, **how))
+        shape = rollouts.completion_ids.shape
+        return TokenStats(*(x.new_zeros(shape.numel()).index_copy(0, packing.places, x).view(shape) for x in values))
+
+    def idle(self, rollouts: Rollouts) -> TokenStats:
+        """What `forward` returns, computed from nothing: zeros [B, C] whose gradient is 0 for all that is trained.
+
+        A rank with nothing left to do takes its part in the others' collectives with it.
+        """
+        nothing = sum(0.0 * parameter.flatten()[0].float() for parameter in self.parameters())
+        zeros = torch.zeros(rollouts.completion_ids.shape, device=rollouts.completion_ids.device)
+        return TokenStats(zeros + nothing, zeros, zeros)
 
     @torch.no_grad()
-    def divergence(self, rollouts: Rollouts, function: Callable, keep: Tensor) -> Tensor:
-        """`function` (see kl.py) between policy and reference at the tokens where `keep` [B, C] bool, [n] float32."""
-        hidden = self._hidden(rollouts)
+    def divergence(self, rollouts: Rollouts, packing: Packing, function: Callable, keep: Tensor) -> Tensor:
+        """`function` (see kl.py) between policy and reference at the tokens where `keep` [b, C] bool, [n] float32."""
+        keep = keep.flatten()[packing.places]
+        hidden = self._hidden(rollouts, packing)[keep]
         with self.reference():
-            ref_hidden = self._hidden(rollouts)
-        keep = keep[:, : hidden.shape[1]]
-        return token_divergence(
-            hidden[keep],
-            ref_hidden[keep],
-            self._logits,
-            function,
-            temperature=self.temperature,
-            chunk_size=self.chunk_size,
-        )
+            ref_hidden = self._hidden(rollouts, packing)[keep]
+        how = {"temperature": self.temperature, "chunk_size": self.chunk_size}
+        return token_divergence(hidden, ref_hidden, self._head, function, **how)
 
-    def _hidden(self, rollouts: Rollouts) -> Tensor:
-        """The hidden states that predict the completion tokens, [B, up to C, H]: none beyond the longest row."""
-        used = max(1, int(rollouts.lengths().max()))
-        mask = torch.cat([rollouts.prompt_mask, rollouts.completion_mask[:, :used]], dim=1).long()
-        hidden = self.causal_lm.base_model(
-            input_ids=torch.cat([rollouts.prompt_ids, rollouts.completion_ids[:, :used]], dim=1),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+    def _hidden(self, rollouts: Rollouts, packing: Packing) -> Tensor:
+        """The hidden states that predict the completion tokens, [n, H] in the order of `packing.places`."""
+        ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1).flatten()[packing.source]
+        base, positions = self.causal_lm.base_model, packing.positions
+        if packing.mask is not None:
+            shape, mask = packing.mask.shape, packing.mask.long()
+            out = base(ids.view(shape), attention_mask=mask, position_ids=positions.view(shape), use_cache=False)
+            return packing.predictors(out.last_hidden_state.flatten(0, 1))
+        unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # 4-D: no mask is made of it
+        out = base(
+            ids[None],
+            attention_mask=unread,
+            position_ids=positions[None],
             use_cache=False,
-        ).last_hidden_state
-        return hidden.gather(1, _predictors(rollouts.prompt_mask, used)[..., None].expand(-1, -1, hidden.shape[2]))
+            packing=packing.attention,
+        )
+        return packing.predictors(out.last_hidden_state[0])
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -157,22 +204,22 @@ class Policy:
         """The adapter in PEFT's format, or the whole model where there is none."""
         self.model.save_pretrained(folder)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.causal_lm.get_output_embeddings()(hidden)
-        cap = getattr(self.causal_lm.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+    @property
+    def _head(self) -> Callable[[Tensor], Tensor]:
+        head, cap = (
+            self.causal_lm.get_output_embeddings(),
+            getattr(self.causal_lm.config, "final_logit_softcapping", None),
+        )
+        return head if cap is None else lambda hidden: torch.tanh(head(hidden) / cap) * cap
+
+    @property
+    def _statistics(self) -> Statistics:
+        return softmax_statistics
 
 
-def _predictors(prompt_mask: Tensor, width: int) -> Tensor:
-    """The positions whose hidden states predict completion tokens 0 .. width-1, [B, width].
-
-    The one shift by one in the package: token t is predicted at the place before it, and token 0 at the prompt's last
-    real token, wherever the padding stands.
-    """
-    places = torch.arange(prompt_mask.shape[1], device=prompt_mask.device)
-    last = (prompt_mask * places).argmax(dim=1, keepdim=True)
-    rest = prompt_mask.shape[1] + torch.arange(width - 1, device=prompt_mask.device)
-    return torch.cat([last, rest.expand(len(prompt_mask), -1)], dim=1)
+def checkpoint_gradients(model: PreTrainedModel) -> None:
+    """Keep only the states between layers for backward, which computes the rest again."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def load_policy(model: ModelConfig, lora: LoraConfig, *, dtype: torch.dtype, temperature: float) -> Policy:
@@ -201,9 +248,9 @@ def load_policy(model: ModelConfig, lora: LoraConfig, *, dtype: torch.dtype, tem
 
 
 def wrap(base: PreTrainedModel, model: ModelConfig, lora: LoraConfig, *, temperature: float) -> Policy:
-    """Put the adapter on and switch gradient checkpointing as configured."""
-    if model.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    """Put the adapter on and switch gradient checkpointing as configured; auto leaves it off."""
+    if model.gradient_checkpointing is True:
+        checkpoint_gradients(base)
     if lora.r:
         adapter = PeftLoraConfig(
             r=lora.r,
@@ -218,4 +265,4 @@ def wrap(base: PreTrainedModel, model: ModelConfig, lora: LoraConfig, *, tempera
             raise ConfigError(
                 f"lora.target_modules is {lora.target_modules!r}: {str(error).splitlines()[0]}"
             ) from error
-    return Policy(base, temperature=temperature, chunk_size=model.logprob_chunk)
+    return Policy(base, temperature=temperature)

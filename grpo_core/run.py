@@ -13,7 +13,16 @@ from grpo_core.batch import Task
 from grpo_core.config import RunConfig
 from grpo_core.control import Control
 from grpo_core.metrics import RunLog
+from grpo_core.packing import Budget
 from grpo_core.rewards import Reward
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """How much one rank computes at once."""
+
+    update: Budget  # forward and backward
+    forward: Budget  # forward only
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class Run:
     control: Control  # as it is before start_step
     tasks: Any  # .batch(step) -> this rank's N tasks; .replacements(step, attempt) -> N others
     eval_tasks: list[Task]
-    policy: Any  # .forward(rollouts), .reference(), .training(), .move_reference(), .norm(), .save(folder)
+    policy: Any  # .plan(rollouts, budget, rows), .forward(rollouts, packing), .idle(rollouts), .reference(), ...
     sampler: Any  # .generate(tasks, group_size) -> Rollouts
     engine: Any  # .backward(loss), .step()
     rewards: list[Reward]
@@ -36,5 +45,7 @@ class Run:
     loss_fn: Callable  # see losses.py
     kl_fn: Callable  # see kl.py
     correction_fn: Callable  # see corrections.py
+    budgets: Budgets
+    skips_ties: bool  # a row with advantage 0 has no part in the gradient, whatever the others are
     log: RunLog
     steps_per_epoch: int

@@ -13,18 +13,22 @@ from transformers.utils import logging as transformers_logging
 
 from grpo_core import checkpoint, data, distributed
 from grpo_core.advantages import ADVANTAGES
+from grpo_core.averages import AVERAGES
 from grpo_core.batch import Task
-from grpo_core.config import RunConfig
+from grpo_core.config import RunConfig, SamplingConfig
 from grpo_core.config_check import prompts_per_rank
 from grpo_core.control import Control, first_control
 from grpo_core.corrections import CORRECTIONS
 from grpo_core.data import TaskStream, load_splits, load_tokenizer, make_tasks
 from grpo_core.engine import Engine, deepspeed_config
 from grpo_core.kl import KLS
+from grpo_core.laws import zero_advantage
 from grpo_core.losses import LOSSES
+from grpo_core.memory import find_budgets
 from grpo_core.metrics import RunLog
 from grpo_core.objective import remarks
 from grpo_core.policy import Policy, load_policy
+from grpo_core.registry import fact
 from grpo_core.rewards import REWARDS, Reward, missing_columns
 from grpo_core.run import Run
 from grpo_core.sampler import Sampler, check_lengths
@@ -62,7 +66,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     run.log.say(
         f"{len(tasks)} tasks ({left_out} left out: prompt over {config.data.max_prompt_tokens} tokens), "
         f"{run.num_steps} steps of {trainer.completions_per_step} completions = {distributed.world_size()} processes "
-        f"× {per_rank} prompts × {sampling.group_size}, in micro-batches of {trainer.micro_batch_size}, "
+        f"× {per_rank} prompts × {sampling.group_size}, "
         f"{str(dtype).removeprefix('torch.')}"
     )
     for remark in remarks(config):
@@ -107,7 +111,10 @@ def assemble(
     total_steps = num_steps * trainer.num_minibatches * trainer.num_passes
     engine = Engine(policy.model, config, dtype=dtype, total_steps=total_steps, world_size=world_size)
     policy.model.eval()  # DeepSpeed leaves it in training mode
-    sampling, log = config.sampling, RunLog(folder, config, start_step, num_steps)
+    log = RunLog(folder, config, start_step, num_steps)
+    loss_fn = LOSSES.build(loss.name, loss.args)
+    longest = max(len(task.prompt_ids) for task in tasks)
+    rows = trainer.completions_per_step // world_size // trainer.num_minibatches
     return Run(
         config=config,
         folder=folder,
@@ -118,23 +125,30 @@ def assemble(
         tasks=stream,
         eval_tasks=eval_tasks,
         policy=policy,
-        sampler=Sampler(
-            policy.causal_lm,
-            tokenizer,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            decoder=sampling.decoder,
-            rows_at_once=sampling.rows_at_once,
-            say=log.say,
-        ),
+        sampler=make_sampler(config.sampling, policy, tokenizer, log),
         engine=engine,
         rewards=[Reward(r.name, r.weight, REWARDS.build(r.name, r.args)) for r in config.rewards],
         truncation_fn=TRUNCATIONS.build(config.truncation.name, config.truncation.args),
         advantage_fn=ADVANTAGES.build(config.advantage.name, config.advantage.args),
-        loss_fn=LOSSES.build(loss.name, loss.args),
+        loss_fn=loss_fn,
         kl_fn=KLS.get(loss.kl),
         correction_fn=CORRECTIONS.build(loss.rollout_correction.name, loss.rollout_correction.args),
+        budgets=find_budgets(config, policy, longest, rows, log.say),
+        skips_ties=zero_advantage(loss_fn)[0] and not fact(AVERAGES.get(loss.average), "breaks"),
         log=log,
+    )
+
+
+def make_sampler(config: SamplingConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, log: RunLog) -> Sampler:
+    """The sampler of the policy's live weights."""
+    return Sampler(
+        policy.causal_lm,
+        tokenizer,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        decoder=config.decoder,
+        rows_at_once=config.rows_at_once,
+        say=log.say,
     )
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from grpo_core import checkpoint, distributed
 from grpo_core.averages import Totals, entropy_weights, token_weights
-from grpo_core.batch import Rollouts, TrainBatch, split, take
+from grpo_core.batch import Rollouts, TrainBatch, take
 from grpo_core.collect import advantages_over_ranks, collect, rewards_to_learn_from
 from grpo_core.control import Control, adapt
 from grpo_core.corrections import corrected_old_logprobs, off_policy_mask, quantile
@@ -17,10 +17,13 @@ from grpo_core.draw import Decoding
 from grpo_core.evaluation import evaluate
 from grpo_core.kl import kl_exact
 from grpo_core.metrics import Stats
+from grpo_core.packing import Packing
 from grpo_core.policy import TokenStats
 from grpo_core.registry import fact
 from grpo_core.rewards import REWARDS
 from grpo_core.run import Run
+
+EXACT_KL_ROWS = 8  # of each rank
 
 
 def train(run: Run) -> None:
@@ -58,6 +61,7 @@ def freeze(run: Run, rollouts: Rollouts, advantages: Tensor, trained: Tensor | N
     Old log-probs cost a forward only where the batch is used more than once; a batch that is used once has ratio 1.
     """
     config, trainer = run.config.loss, run.config.trainer
+    rollouts = replace(rollouts, completions=())  # the loss reads no text
     device, mask = rollouts.completion_ids.device, rollouts.completion_mask
     if trained is not None:
         mask = mask & trained.reshape(-1, 1).to(device)
@@ -74,9 +78,13 @@ def freeze(run: Run, rollouts: Rollouts, advantages: Tensor, trained: Tensor | N
 
 
 def forward_all(run: Run, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies [B, C] in micro-batches."""
-    parts = [run.policy.forward(micro) for micro in split(rollouts, run.config.trainer.micro_batch_size)]
-    return torch.cat([part.logprobs for part in parts]), torch.cat([part.entropy for part in parts])
+    """Log-probs and entropies [B, C], as many tokens at once as fit."""
+    logprobs, entropy = (torch.zeros_like(rollouts.rollout_logprobs) for _ in range(2))
+    for packing in run.policy.plan(rollouts, run.budgets.forward):
+        part = run.policy.forward(take(rollouts, packing.rows), packing)
+        logprobs.index_copy_(0, packing.rows, part.logprobs)
+        entropy.index_copy_(0, packing.rows, part.entropy)
+    return logprobs, entropy
 
 
 def top_entropy_mask(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
@@ -102,9 +110,16 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
         for minibatch in batch.minibatches(
             trainer.num_minibatches, trainer.num_passes, config.sampling.group_size, shuffle
         ):
-            totals = count_over_ranks(run, minibatch)
-            for micro in split(minibatch, trainer.micro_batch_size):
-                run.engine.backward(micro_loss(run, micro, totals, control, stats))
+            plan = run.policy.plan(minibatch.rollouts, run.budgets.update, rows_to_train(run, minibatch, control))
+            totals, backwards = count_over_ranks(run, minibatch, len(plan))
+            for packing in plan:
+                micro = take(minibatch, packing.rows)
+                tokens = forward_with_gradient(run, micro.rollouts, packing, control)
+                run.engine.backward(micro_loss(run, micro, tokens, totals, control, stats))
+            for _ in range(backwards - len(plan)):  # other ranks have more to do, or nobody has anything
+                micro = nothing_of(minibatch)
+                tokens = run.policy.idle(micro.rollouts)
+                run.engine.backward(micro_loss(run, micro, tokens, totals, control, stats))
             results.append(run.engine.step())
     return {
         "grad_norm": sum(result.grad_norm for result in results) / len(results),
@@ -117,12 +132,34 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
     }
 
 
-def micro_loss(run: Run, micro: TrainBatch, totals: Totals, control: Control, stats: Stats) -> Tensor:
+def rows_to_train(run: Run, minibatch: TrainBatch, control: Control) -> list[int]:
+    """The rows that the gradient depends on: without a KL or an entropy bonus, not those whose advantage is 0."""
+    config, rows = run.config.loss, minibatch.loss_mask.any(dim=1)
+    only_surrogate = control.entropy_bonus == 0 and config.entropy_target is None
+    only_surrogate &= control.kl_coef == 0 or config.kl_in == "reward"
+    if only_surrogate and run.skips_ties:
+        rows = rows & (minibatch.advantages.squeeze(1) != 0)
+    return rows.nonzero().squeeze(1).tolist()
+
+
+def nothing_of(minibatch: TrainBatch) -> TrainBatch:
+    """A row of which no token is trained."""
+    one = take(minibatch, torch.zeros(1, dtype=torch.long))
+    return replace(one, loss_mask=torch.zeros_like(one.loss_mask))
+
+
+def forward_with_gradient(run: Run, rollouts: Rollouts, packing: Packing, control: Control) -> TokenStats:
+    """What the loss needs of a micro-batch's tokens, [b, C] each."""
+    in_loss = control.kl_coef > 0 and run.config.loss.kl_in == "loss"
+    divergence = run.kl_fn if in_loss and fact(run.kl_fn, "full_vocabulary") else None
+    return run.policy.forward(rollouts, packing, entropy_gradient=control.entropy_bonus > 0, divergence=divergence)
+
+
+def micro_loss(
+    run: Run, micro: TrainBatch, tokens: TokenStats, totals: Totals, control: Control, stats: Stats
+) -> Tensor:
     """A micro-batch's part of its minibatch's loss, a scalar: token_loss * token_weights, less the entropy bonus."""
     config, mask = run.config.loss, micro.loss_mask
-    tokens = run.policy.forward(
-        micro.rollouts, entropy_gradient=control.entropy_bonus > 0, divergence=_divergence(run, control)
-    )  # [b, C] each
     old_logprobs = tokens.logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
     loss = token_loss(run, micro, tokens, old_logprobs, control, stats)
     loss = (loss * token_weights(mask, average=config.average, totals=totals, dtype=loss.dtype)).sum()
@@ -173,33 +210,34 @@ def token_loss(
     return loss
 
 
-def _divergence(run: Run, control: Control) -> Callable | None:
-    """The KL that the policy's forward must take over the whole vocabulary, if that is the one in the loss."""
-    in_loss = control.kl_coef > 0 and run.config.loss.kl_in == "loss"
-    return run.kl_fn if in_loss and fact(run.kl_fn, "full_vocabulary") else None
+def count_over_ranks(run: Run, minibatch: TrainBatch, micro_batches: int) -> tuple[Totals, int]:
+    """What one optimizer step is averaged over: all micro-batches, all ranks; and how many backwards each rank makes.
 
-
-def count_over_ranks(run: Run, minibatch: TrainBatch) -> Totals:
-    """What one optimizer step is averaged over: all micro-batches, all ranks. A collective."""
-    mask, size = minibatch.loss_mask, run.config.trainer.micro_batch_size
+    Rows that are left out of the forward count like all others. Two collectives.
+    """
+    mask = minibatch.loss_mask
     acting = mask if minibatch.surrogate_mask is None else mask & minibatch.surrogate_mask
-    here = [mask.sum(), len(mask), acting.sum(), -(-len(mask) // size)]
-    tokens, completions, entropy_tokens, micro_batches = distributed.all_sum(
+    here = [mask.sum(), len(mask), acting.sum(), micro_batches]
+    tokens, completions, entropy_tokens, all_micro_batches = distributed.all_sum(
         torch.stack([torch.as_tensor(count, device=mask.device) for count in here])
     )
-    return Totals(tokens, completions, run.config.sampling.max_new_tokens, entropy_tokens, micro_batches)
+    totals = Totals(
+        tokens, completions, run.config.sampling.max_new_tokens, entropy_tokens, all_micro_batches.clamp(min=1)
+    )
+    return totals, max(1, int(distributed.all_max(torch.tensor(micro_batches))))
 
 
 @torch.no_grad()
 def measure_exact_kl(run: Run, rollouts: Rollouts, step: int, stats: Stats) -> None:
-    """The KL from the reference over the whole vocabulary, at a sample of tokens, into the log as kl_exact."""
+    """The KL from the reference over the whole vocabulary, at a sample of tokens of few rows, as kl_exact."""
     draw = torch.Generator().manual_seed(run.config.seed * 1_000_003 + step)
-    rows = take(rollouts, torch.randperm(len(rollouts), generator=draw)[: run.config.trainer.micro_batch_size])
+    rows = take(replace(rollouts, completions=()), torch.randperm(len(rollouts), generator=draw)[:EXACT_KL_ROWS])
     places = rows.completion_mask.nonzero()
     chosen = places[torch.randperm(len(places), generator=draw)[: run.config.log.exact_kl_tokens].to(places.device)]
     keep = torch.zeros_like(rows.completion_mask)
     keep[chosen.unbind(dim=1)] = True
-    stats.mean("kl_exact", run.policy.divergence(rows, kl_exact, keep))
+    for packing in run.policy.plan(rows, run.budgets.forward):
+        stats.mean("kl_exact", run.policy.divergence(take(rows, packing.rows), packing, kl_exact, keep[packing.rows]))
 
 
 def evaluate_now(run: Run, steps_taken: int) -> None:

@@ -13,14 +13,14 @@ LAYERS = [  # a module imports only from rows above its own
     {"schema"},
     {"registry", "batch"},
     # the mathematics: torch and the standard library
-    {"advantages", "averages", "corrections", "kl", "losses", "logprobs", "problems", "rewards", "truncation", "draw"},
+    {"advantages", "averages", "corrections", "kl", "losses", "logprobs", "problems", "rewards", "truncation", "draw", "packing"},
     {"config", "distributed", "presets", "tiny", "decode_ops"},
-    {"config_check", "control", "objective", "attention_kernels", "fused_model", "plain_decoder"},
+    {"config_check", "control", "objective", "attention_kernels", "fused_model", "plain_decoder", "packed_attention"},
     {"catalogue", "config_file", "laws", "decode_kernels"},
     {"advantage_laws", "fused_decoder"},
     {"check", "data", "metrics"},
     {"policy", "sampler", "engine", "run"},
-    {"checkpoint", "collect", "evaluation"},
+    {"checkpoint", "collect", "evaluation", "memory"},
     {"trainer"},
     {"setup"},
     {"sft"},
@@ -35,7 +35,7 @@ DOORS = {
     "tokenizers": {"tiny"},
     # the last three name its types and set its log level; they load nothing with it
     "triton": {"decode_kernels", "attention_kernels"},
-    "transformers": {"policy", "sampler", "plain_decoder", "data", "tiny", "checkpoint", "setup", "sft"},
+    "transformers": {"policy", "sampler", "plain_decoder", "packed_attention", "data", "tiny", "checkpoint", "setup", "sft"},
 }
 MATHEMATICS = {"grpo_core", "torch", "numpy"} | set(sys.stdlib_module_names)
 

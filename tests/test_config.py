@@ -28,7 +28,7 @@ def test_every_shipped_deepspeed_json_is_filled(path):
     assert '"auto"' not in str(filled).replace("'", '"')
     assert filled["bf16"]["enabled"] is True and filled["fp16"]["enabled"] is False
     assert filled["zero_optimization"]["overlap_comm"] is False
-    assert filled["train_micro_batch_size_per_gpu"] == 64 and filled["gradient_clipping"] == 1.0
+    assert filled["train_micro_batch_size_per_gpu"] == 1 and filled["gradient_clipping"] == 1.0
 
 
 def test_the_first_config_names_and_comments_every_key():
@@ -47,7 +47,7 @@ def test_the_real_job_is_the_published_recipe():
     assert (c.lora.r, c.lora.alpha, c.lora.dropout) == (16, 32, 0.1)
     assert c.lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert (c.engine.learning_rate, c.engine.warmup_steps, c.engine.max_grad_norm) == (5e-5, 100, 1.0)
-    assert (c.trainer.epochs, c.trainer.micro_batch_size, c.trainer.completions_per_step) == (3, 4, 64)
+    assert (c.trainer.epochs, c.trainer.tokens_per_micro_batch, c.trainer.completions_per_step) == (3, "auto", 64)
     assert (c.sampling.group_size, c.sampling.max_new_tokens, c.sampling.temperature) == (8, 256, 1.0)
     assert (c.data.max_prompt_tokens, c.loss.kl_coef, c.log.every, c.checkpoint.every) == (512, 0.04, 10, "epoch")
     offload = {"device": "cpu", "pin_memory": True}
@@ -64,7 +64,7 @@ def test_the_real_job_is_the_published_recipe():
         ("seed=one", r"seed is 'one'; it must be an integer"),
         ("seed=true", r"seed is True; it must be an integer"),
         ("engine.schedule=cosin", r"engine.schedule is 'cosin'; it must be one of cosine, linear, constant"),
-        ("trainer.micro_batch_size=0", r"trainer.micro_batch_size is 0; it must be at least 1"),
+        ("trainer.tokens_per_micro_batch=0", r"trainer.tokens_per_micro_batch is 0; it must be at least 1"),
         ("sampling.group_size=1", r"sampling.group_size is 1; it must be at least 2"),
         ("sampling.temperature=0", r"sampling.temperature is 0.0; it must be above 0"),
         ("sampling.top_p=0.9", r"unknown key sampling.top_p; training samples from the whole distribution.*evaluation.top_p"),
@@ -136,11 +136,11 @@ def test_batch_arithmetic():
     [
         (
             {"train_micro_batch_size_per_gpu": 8},
-            r"train_micro_batch_size_per_gpu is 8, .*trainer.micro_batch_size makes it 64",
+            r"train_micro_batch_size_per_gpu is 8; write .auto.: .*trainer.tokens_per_micro_batch",
         ),
         ({"train_batch_size": 64}, r"train_batch_size is 64, .*completions_per_step.* makes it 128"),
         ({"gradient_clipping": 0.5}, r"gradient_clipping is 0.5, .*engine.max_grad_norm makes it 1.0"),
-        ({"gradient_accumulation_steps": 8}, r"gradient_accumulation_steps is 8, .* makes it 1"),
+        ({"gradient_accumulation_steps": 8}, r"gradient_accumulation_steps is 8; write .auto.: .* as many as it needs"),
         ({"fp16": {"enabled": True}}, r"fp16.enabled is True, .*model.precision \(auto\) makes it False"),
         ({"zero_optimization": {"stage": 3}}, r"stage is 3; it must be 0, 1 or 2"),
         ({"optimizer": {"type": "AdamW"}}, r"block 'optimizer'; remove it"),
@@ -155,7 +155,7 @@ def test_a_contradicting_deepspeed_json_names_both_sides(json, message):
 
 
 def test_an_agreeing_deepspeed_json_is_fine():
-    json = "{train_batch_size: 128, train_micro_batch_size_per_gpu: 64, gradient_accumulation_steps: 1, gradient_clipping: 1.0}"
+    json = "{train_batch_size: 128, gradient_clipping: 1.0}"
     filled = deepspeed_config(load(TINY, [f"engine.deepspeed={json}"]), torch.float32, 2)
     assert "train_batch_size" not in filled and filled["managed_gradient_accumulation"] is False
 

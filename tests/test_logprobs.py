@@ -7,9 +7,10 @@ from grpo_core.logprobs import token_divergence, token_logprobs
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 7, 1000])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_chunking_changes_nothing(chunk_size, temperature):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_chunking_changes_nothing(chunk_size, temperature, frozen):
     torch.manual_seed(0)
-    lm_head = torch.nn.Linear(8, 11, bias=False)
+    lm_head = torch.nn.Linear(8, 11, bias=False).requires_grad_(not frozen)
     hidden = torch.randn(3, 5, 8, requires_grad=True)
     ids = torch.randint(11, (3, 5))
     table = (lm_head(hidden) / temperature).log_softmax(-1)
@@ -19,7 +20,7 @@ def test_chunking_changes_nothing(chunk_size, temperature):
     torch.testing.assert_close(entropy, -(table.exp() * table).sum(-1).detach())
     assert not entropy.requires_grad
     upstream = torch.randn(3, 5)
-    parameters = [hidden, lm_head.weight]
+    parameters = [hidden] if frozen else [hidden, lm_head.weight]
     for a, b in zip(
         torch.autograd.grad(naive, parameters, upstream),
         torch.autograd.grad(chunked, parameters, upstream),
@@ -32,9 +33,10 @@ def test_chunking_changes_nothing(chunk_size, temperature):
         )
 
 
-def test_the_whole_table_is_never_held():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_whole_table_is_never_held(frozen):
     """[B, C, V] would be 512 rows; no tensor of more than a chunk's rows may be saved for backward."""
-    lm_head = torch.nn.Linear(4, 64, bias=False)
+    lm_head = torch.nn.Linear(4, 64, bias=False).requires_grad_(not frozen)
     hidden = torch.randn(8, 64, 4, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
@@ -65,3 +67,30 @@ def test_a_divergence_over_the_vocabulary_is_the_plain_sum_and_pulls_the_policy_
     grads = [torch.autograd.grad(x.sum(), hidden)[0] for x in (ours, naive)]
     torch.testing.assert_close(*grads)
     assert torch.autograd.grad(token_divergence(hidden, reference, lm_head, kl_exact).sum(), reference, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_head_gives_a_confident_token_its_small_gradient(dtype):
+    """1 - p is rounded relative to itself, not to 1."""
+    lm_head = torch.nn.Linear(2, 3, bias=False).requires_grad_(False).to(dtype)
+    lm_head.weight.copy_(torch.tensor([[4.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
+    hidden = torch.tensor([[2.0, 0.5]], dtype=dtype, requires_grad=True)
+    logprobs, _ = token_logprobs(hidden, lm_head, torch.tensor([0]))
+    logprobs.sum().backward()
+    p = torch.tensor([8.0, 0.5, -0.5], dtype=torch.double).softmax(0)
+    want = torch.stack([4 * (1 - p[0]), p[2] - p[1]])
+    torch.testing.assert_close(hidden.grad[0].double(), want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=0)
+
+
+def test_memory_is_bounded_whatever_the_length_and_vocabulary():
+    """The largest tensor of logits that is ever asked for, at a vocabulary of 151,936."""
+    largest = []
+
+    def statistics(logits, ids, temperature, slope):
+        largest.append(logits.numel() * 12)  # float32 logits, their exponentials, one temporary
+        return torch.zeros(len(ids)), torch.zeros(len(ids)), torch.zeros_like(logits)
+
+    lm_head = torch.nn.Linear(2, 151_936, bias=False).requires_grad_(False)
+    hidden = torch.randn(300, 2, requires_grad=True)
+    token_logprobs(hidden, lm_head, torch.zeros(300, dtype=torch.long), statistics=statistics)
+    assert len(largest) > 1 and max(largest) < 200e6

@@ -24,8 +24,9 @@ from grpo_core.corrections import CORRECTIONS
 from grpo_core.kl import KLS
 from grpo_core.losses import LOSSES
 from grpo_core.metrics import RunLog, Stats
+from grpo_core.packing import Budget
 from grpo_core.rewards import Reward, score
-from grpo_core.run import Run
+from grpo_core.run import Budgets, Run
 from grpo_core.sampler import Sampler
 from grpo_core.trainer import evaluate_now, freeze, train, update_policy
 from grpo_core.truncation import TRUNCATIONS
@@ -45,7 +46,7 @@ def make_run(folder, num_steps=25, loss="grpo", kl_coef=0.0, policy=None, learni
         sampling=SamplingConfig(group_size=8, max_new_tokens=5),
         rewards=[RewardConfig("good")],
         loss=loss,
-        trainer=TrainerConfig(**{"completions_per_step": 32, "micro_batch_size": 12, **trainer}),
+        trainer=TrainerConfig(**{"completions_per_step": 32, "tokens_per_micro_batch": 70, **trainer}),
         evaluation=EvaluationConfig(num_tasks=0),
         checkpoint=CheckpointConfig(every=0),
         log=LogConfig(every=10),
@@ -61,6 +62,7 @@ def make_run(folder, num_steps=25, loss="grpo", kl_coef=0.0, policy=None, learni
         correction_fn=CORRECTIONS.build(config.loss.rollout_correction.name, config.loss.rollout_correction.args),
         truncation_fn=TRUNCATIONS.build(config.truncation.name, config.truncation.args),
         log=RunLog(folder, config, 0, num_steps), steps_per_epoch=1,
+        budgets=Budgets(*2 * [Budget(config.trainer.tokens_per_micro_batch)]), skips_ties=True,
     )  # fmt: skip
 
 
@@ -86,7 +88,7 @@ def test_on_policy_the_first_ratio_is_one_and_old_logprobs_cost_nothing(tmp_path
 
 
 def test_several_minibatches_and_passes_move_the_ratio(tmp_path):
-    run = make_run(tmp_path, num_steps=2, num_minibatches=2, num_passes=2)
+    run = make_run(tmp_path, num_steps=2, num_minibatches=2, num_passes=2, kl_coef=1e-9)
     batch = freeze(run, run.sampler.generate(run.tasks.batch(0), 8), torch.zeros(4, 8))
     torch.testing.assert_close(batch.old_logprobs, batch.rollouts.rollout_logprobs, atol=1e-4, rtol=0)
     train(run)
@@ -106,8 +108,8 @@ def test_the_reference_pulls(tmp_path):
 
 def test_the_micro_batch_size_changes_nothing(tmp_path):
     norms = []
-    for size in (1, 5, 32):
-        run = make_run(tmp_path / str(size), num_steps=2, micro_batch_size=size, kl_coef=0.1)
+    for size in (1, 30, 1000):
+        run = make_run(tmp_path / str(size), num_steps=2, tokens_per_micro_batch=size, kl_coef=0.1)
         train(run)
         norms.append(torch.cat([p.detach().flatten() for p in run.policy.parameters()]))
     torch.testing.assert_close(norms[1], norms[0], atol=2e-5, rtol=0)

@@ -112,7 +112,7 @@ def test_every_preset_renders_without_a_left_over_name(name):
 @pytest.mark.parametrize("overrides, remark", [
     (["loss.average=row_sum"], "row_sum adds up grpo's token ratios"),
     (["loss.name=luspo"], "loss luspo is defined with the average row_sum, not sequence"),
-    (["loss.average=micro_token"], "depend on trainer.micro_batch_size"),
+    (["loss.average=micro_token"], "depend on trainer.tokens_per_micro_batch"),
     (["loss.name=gpg"], "only one of them"),
     (["advantage.name=gpg"], "only one of them"),
     (["loss.kl=k1"], "expected gradient is 0"),

@@ -87,7 +87,8 @@ def test_the_exact_divergence_is_zero_from_itself_and_agrees_with_its_sample():
     whole = policy.forward(rollouts, divergence=kl_exact).divergence
     assert (whole[rollouts.completion_mask] > 0).all() and (whole[~rollouts.completion_mask] == 0).all()
     keep = rollouts.completion_mask & (torch.arange(6) % 2 == 0)
-    torch.testing.assert_close(policy.divergence(rollouts, kl_exact, keep), whole[keep].detach())
+    [packing] = policy.plan(rollouts)
+    torch.testing.assert_close(policy.divergence(rollouts, packing, kl_exact, keep), whole[keep].detach())
     assert tiny_policy().forward(rollouts, divergence=kl_exact).divergence.abs().max() < 1e-6
 
 

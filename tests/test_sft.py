@@ -39,7 +39,7 @@ def test_the_loss_is_the_models_own_cross_entropy():
     run = SimpleNamespace(config=config, policy=policy, loss_fn=LOSSES.build("reinforce"), correction_fn=correction_fn)
     mask = rollouts.completion_mask
     totals = Totals(tokens=mask.sum(), completions=torch.tensor(6), max_new_tokens=1)
-    ours = micro_loss(run, TrainBatch(rollouts, torch.ones(6, 1), mask), totals, Control(0.0, 0.0), Stats())
+    ours = micro_loss(run, TrainBatch(rollouts, torch.ones(6, 1), mask), policy.forward(rollouts), totals, Control(0.0, 0.0), Stats())
     summed = 0.0
     for i in range(6):
         prompt, target = rollouts.prompt_ids[i][rollouts.prompt_mask[i]], rollouts.completion_ids[i][mask[i]]

@@ -28,7 +28,7 @@ from grpo_core.losses import LOSSES
 from grpo_core.metrics import Stats
 from grpo_core.presets import PRESETS, preset
 from grpo_core.rewards import Reward
-from grpo_core.trainer import count_over_ranks, freeze, micro_loss, top_entropy_mask, train
+from grpo_core.trainer import count_over_ranks, forward_with_gradient, freeze, micro_loss, top_entropy_mask, train
 
 EVERYTHING = LossConfig(
     average="token", kl="k3_corrected", kl_coef=0.1, entropy_coef=0.05, top_entropy=0.5, off_policy_mask=0.02,
@@ -42,6 +42,14 @@ def sampling(**more):
 
 def parameters(run):
     return torch.cat([p.detach().flatten() for p in run.policy.parameters()])
+
+
+def whole_loss(run, batch, control, stats, logprobs=None):
+    """The loss of a batch that is one micro-batch; `logprobs` take the place of the policy's."""
+    [packing] = run.policy.plan(batch.rollouts)
+    tokens = forward_with_gradient(run, batch.rollouts, packing, control)
+    tokens = tokens if logprobs is None else replace(tokens, logprobs=logprobs)
+    return micro_loss(run, batch, tokens, count_over_ranks(run, batch, 1)[0], control, stats)
 
 
 def zeros(completions):
@@ -59,9 +67,9 @@ def zeros(completions):
 ], ids=["everything", "exact", "vespo", "reward"])  # fmt: skip
 def test_no_switch_depends_on_the_micro_batch(tmp_path, loss):
     ends, losses = [], []
-    for size in (3, 32):
+    for size in (20, 1000):
         run = make_run(tmp_path / str(size), num_steps=2, loss=loss, policy=tiny_policy(lora_noise=0.1),
-                       micro_batch_size=size, num_minibatches=2, num_passes=2,
+                       tokens_per_micro_batch=size, num_minibatches=2, num_passes=2,
                        change=lambda c: replace(c, truncation=FunctionConfig("mask_loss")))  # fmt: skip
         train(run)
         ends.append(parameters(run))
@@ -72,18 +80,18 @@ def test_no_switch_depends_on_the_micro_batch(tmp_path, loss):
 
 def test_micro_token_does_depend_on_it(tmp_path):
     ends = []
-    for size in (3, 32):
-        run = make_run(tmp_path / str(size), num_steps=1, loss=LossConfig(average="micro_token", kl_coef=0), micro_batch_size=size)
+    for size in (20, 1000):
+        run = make_run(tmp_path / str(size), num_steps=1, loss=LossConfig(average="micro_token", kl_coef=0), tokens_per_micro_batch=size)
         train(run)
         ends.append(parameters(run))
     assert (ends[0] - ends[1]).abs().max() > 1e-4
 
 
 def test_a_micro_batch_is_one_whatever_it_holds(tmp_path):
-    """8 rows in micro-batches of 3 are three: micro_token's weights add up to 1."""
-    run = make_run(tmp_path, micro_batch_size=3)
+    """8 rows in micro-batches of at most 3 are three: micro_token's weights add up to 1."""
+    run = make_run(tmp_path)
     batch = freeze(run, ragged_rollouts(8), torch.zeros(1, 8))
-    totals = count_over_ranks(run, batch)
+    totals, _ = count_over_ranks(run, batch, 3)
     weights = [token_weights(m.loss_mask, average="micro_token", totals=totals) for m in split(batch, 3)]
     assert totals.micro_batches == 3 and [float(w.sum()) for w in weights] == pytest.approx([1 / 3] * 3)
 
@@ -97,7 +105,7 @@ def test_every_switch_has_a_hand_in_the_loss(tmp_path):
     trained = torch.tensor([[True] * 4, [True, True, True, False]])
     batch = freeze(run, rollouts, advantages, trained)
     batch = replace(batch, old_logprobs=batch.old_logprobs + 0.1 * torch.sin(torch.arange(48.0)).view(8, 6))
-    ours = micro_loss(run, batch, count_over_ranks(run, batch), run.control, Stats())
+    ours = whole_loss(run, batch, run.control, Stats())
 
     mask = rollouts.completion_mask & trained.view(8, 1)
     tokens = policy.forward(rollouts)
@@ -116,7 +124,7 @@ def test_every_switch_has_a_hand_in_the_loss(tmp_path):
     torch.testing.assert_close(ours, by_hand)
     assert 0 < kept.sum() < 8 and 0 < high.sum() < mask.sum() and (weight == 1.5).any() and (weight < 1.5).any()
     with torch.no_grad():
-        assert ours != micro_loss(run, batch, count_over_ranks(run, batch), replace(run.control, entropy_coef=0.0), Stats())
+        assert ours != whole_loss(run, batch, replace(run.control, entropy_coef=0.0), Stats())
 
 
 @pytest.mark.parametrize("correction", ["token_truncate", "sequence_mask"])
@@ -129,7 +137,7 @@ def test_vespo_takes_the_rollout_correction_into_its_own_ratio(tmp_path, correct
     rollouts = replace(rollouts, rollout_logprobs=run.policy.logprobs(rollouts).detach() + 0.05 * torch.sin(torch.arange(48.0)).view(8, 6) * mask)
     batch = freeze(run, rollouts, column)
     batch = replace(batch, old_logprobs=batch.old_logprobs - 0.03 * mask)
-    ours = micro_loss(run, batch, count_over_ranks(run, batch), run.control, Stats())
+    ours = whole_loss(run, batch, run.control, Stats())
 
     tokens, gap = run.policy.forward(rollouts).logprobs, (batch.old_logprobs - rollouts.rollout_logprobs) * mask
     if correction == "token_truncate":
@@ -291,9 +299,9 @@ def test_the_masked_rows_tokens_leave_the_denominator(tmp_path):
     run = make_run(tmp_path)
     rollouts, advantages = ragged_rollouts(8), torch.ones(1, 8)
     trained = torch.tensor([[True, False] * 4])
-    totals = count_over_ranks(run, freeze(run, rollouts, advantages, trained))
+    totals, _ = count_over_ranks(run, freeze(run, rollouts, advantages, trained), 1)
     assert totals.tokens == rollouts.lengths()[::2].sum() and totals.completions == 8
-    assert count_over_ranks(run, freeze(run, rollouts, advantages)).tokens == rollouts.lengths().sum()
+    assert count_over_ranks(run, freeze(run, rollouts, advantages), 1)[0].tokens == rollouts.lengths().sum()
 
 
 def test_a_step_without_any_reward_is_one_sentence(tmp_path):
@@ -338,10 +346,8 @@ def test_top_entropy_keeps_the_share_it_says():
 def test_tokens_of_low_entropy_are_not_pulled(tmp_path):
     run = make_run(tmp_path, loss=LossConfig(kl_coef=0.0, top_entropy=0.3))
     batch = freeze(run, ragged_rollouts(8), torch.ones(1, 8))
-    leaf = run.policy.forward(batch.rollouts)
-    logprobs = leaf.logprobs.detach().requires_grad_()
-    run = replace(run, policy=type("Given", (), {"forward": lambda self, r, **how: replace(leaf, logprobs=logprobs)})())
-    micro_loss(run, batch, count_over_ranks(run, batch), run.control, Stats()).backward()
+    logprobs = run.policy.logprobs(batch.rollouts).detach().requires_grad_()
+    whole_loss(run, batch, run.control, Stats(), logprobs).backward()
     assert torch.equal(logprobs.grad != 0, batch.surrogate_mask) and batch.surrogate_mask.any()
     assert batch.old_logprobs is None  # used once: the ratio stays exactly 1
 

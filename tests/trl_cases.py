@@ -26,16 +26,6 @@ AVERAGE = {"grpo": "sequence", "sapo": "sequence", "bnpo": "micro_token", "dr_gr
            "dapo": "token", "cispo": "token", "vespo": "token"}  # fmt: skip
 
 
-class GivenTokens:
-    """A policy whose forward is a tensor."""
-
-    def __init__(self, logprobs, entropy):
-        self.stats = TokenStats(logprobs, entropy)
-
-    def forward(self, rollouts, **how):
-        return self.stats
-
-
 def loss_case(config, inputs, meta):
     """(loss, d loss / d log-probs) of one case, float64."""
     t = {name: torch.tensor(values, dtype=torch.double) for name, values in inputs.items()}
@@ -63,7 +53,7 @@ def loss_case(config, inputs, meta):
         correction = lambda old, rollout, mask: weights  # noqa: E731
     run = SimpleNamespace(
         config=RunConfig(loss=loss, sampling=SamplingConfig(max_new_tokens=meta["max_completion_length"])),
-        policy=GivenTokens(logprobs, t["entropies"]), loss_fn=loss_fn, kl_fn=kl_fn, correction_fn=correction,
+        loss_fn=loss_fn, kl_fn=kl_fn, correction_fn=correction,
     )  # fmt: skip
     rows, width = mask.shape
     prompt = torch.zeros(rows, 1, dtype=torch.long)
@@ -79,7 +69,7 @@ def loss_case(config, inputs, meta):
         completions=torch.tensor(rows * gas), max_new_tokens=meta["max_completion_length"], micro_batches=gas,
         entropy_tokens=(mask if acting is None else acting).sum() * gas,
     )  # fmt: skip
-    value = micro_loss(run, micro, totals, first_control(loss), Stats())
+    value = micro_loss(run, micro, TokenStats(logprobs, t["entropies"]), totals, first_control(loss), Stats())
     value.backward()
     return value.item(), logprobs.grad
 

@@ -18,25 +18,31 @@ from grpo_core.engine import Engine
 from grpo_core.kl import KLS
 from grpo_core.losses import LOSSES
 from grpo_core.metrics import Stats
+from grpo_core.packing import Budget
+from grpo_core.run import Budgets
 from grpo_core.trainer import freeze, update_policy
 
 STEPS, ROWS, PASSES = 3, 16, 2
+TIES = "ties"  # for an average: no KL, and rows without an advantage
 CLIP = {"clip_low": 0.05, "clip_high": 0.1}
 
 
-def run_config(average, micro_batch_size):
+def run_config(average, tokens):
     return RunConfig(
         sampling=SamplingConfig(max_new_tokens=9),
-        loss=LossConfig(average=average, kl_coef=0.5),
-        trainer=TrainerConfig(completions_per_step=ROWS, micro_batch_size=micro_batch_size, num_passes=PASSES),
-        engine=EngineConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant", weight_decay=0.1, max_grad_norm=0.1,
+        loss=LossConfig(average="token" if average == TIES else average, kl_coef=0.0 if average == TIES else 0.5),
+        trainer=TrainerConfig(completions_per_step=ROWS, tokens_per_micro_batch=tokens, num_passes=PASSES),
+        engine=EngineConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant", weight_decay=0.1, max_grad_norm=0.1, adam_eps=1e-6,
                             deepspeed={"zero_optimization": {"stage": 2, "overlap_comm": False}}),
     )  # fmt: skip
 
 
-def step_data(step):
-    """The whole step's rollouts and advantages; a rank has its part of the rows."""
+def step_data(step, average):
+    """The whole step's rollouts and advantages; a rank has its part of the rows, at times with nothing to learn."""
     advantages = torch.randn(ROWS, generator=torch.Generator().manual_seed(step))
+    if average == TIES:
+        advantages[step::3] = 0
+        advantages[ROWS // 2 :] *= step > 0
     return ragged_rollouts(ROWS, seed=step), advantages
 
 
@@ -45,17 +51,18 @@ def main(out, average, sizes):
     rank, world = distributed.rank(), distributed.world_size()
     rows = torch.arange(rank * ROWS // world, (rank + 1) * ROWS // world)
     results = {}
-    for size in sizes:
+    for size in sizes:  # tokens of a micro-batch
         config, policy = run_config(average, size), tiny_policy(lora_noise=0.1)
         engine = Engine(policy.model, config, dtype=torch.float32, total_steps=STEPS * PASSES, world_size=world)
         policy.model.eval()
         run = SimpleNamespace(
             config=config, policy=policy, engine=engine, loss_fn=LOSSES.build("grpo", CLIP), kl_fn=KLS.get("k3"),
             correction_fn=CORRECTIONS.get("none"), steps_per_epoch=1,
+            budgets=Budgets(Budget(size), Budget(2 * size)), skips_ties=True,
         )  # fmt: skip
         norms, losses = [], []
         for step in range(STEPS):
-            rollouts, advantages = step_data(step)
+            rollouts, advantages = step_data(step, average)
             batch = freeze(run, take(rollouts, rows), advantages[rows])
             stats = Stats()
             numbers = update_policy(run, batch, step, first_control(config.loss), stats)

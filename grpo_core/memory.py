@@ -1,0 +1,150 @@
+"""How many tokens a forward and backward may hold on this GPU: found by trying the longest completions there can be.
+
+What is tried bounds everything that comes after: a micro-batch holds at most as many tokens, and at most as many places
+of attention's padded rows. No collective runs while a rank tries, so one that runs out of memory stops nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from grpo_core import distributed
+from grpo_core.batch import Rollouts, take
+from grpo_core.config import RunConfig
+from grpo_core.packing import Budget
+from grpo_core.policy import Policy, checkpoint_gradients
+from grpo_core.run import Budgets
+from grpo_core.schema import ConfigError
+
+ON_CPU = 8192  # tokens
+MOST = 32768  # more at once are no faster
+MARGIN = 0.9  # the share of the free memory that is used: what is held between micro-batches, and fragments
+
+
+def find_budgets(
+    config: RunConfig, policy: Policy, longest_prompt: int, rows: int, say: Callable[[str], None]
+) -> Budgets:
+    """The budgets of `rows` completions on every rank; switches gradient checkpointing on where auto needs it.
+
+    A collective.
+
+    Raises:
+        ConfigError: not even one completion of the greatest length fits.
+    """
+    fixed, checkpointing = config.trainer.tokens_per_micro_batch, config.model.gradient_checkpointing
+    if not torch.cuda.is_available():
+        tokens = ON_CPU if fixed == "auto" else fixed
+        return Budgets(Budget(tokens), Budget(max(tokens, ON_CPU)))
+    trial = _Trial(config, policy, longest_prompt, rows)
+    update = trial.most_rows(backward=True)
+    if distributed.all_max(torch.tensor(float(update == 0))) and checkpointing == "auto":
+        checkpoint_gradients(policy.causal_lm)
+        checkpointing, update = True, trial.most_rows(backward=True)
+    forward = trial.most_rows(backward=False)
+    update, forward = (-int(x) for x in distributed.all_max(torch.tensor([-update, -forward])).tolist())
+    if update == 0:
+        raise ConfigError(
+            f"not even one completion of {trial.width} tokens after a prompt of {longest_prompt} fits into the GPU's "
+            f"memory; lower sampling.max_new_tokens or data.max_prompt_tokens"
+        )
+    budgets = Budgets(*(trial.budget(count) for count in (update, forward)))
+    if fixed != "auto":
+        budgets = Budgets(Budget(fixed), budgets.forward)
+    why = "what fits" if fixed == "auto" else "as configured"
+    say(
+        f"micro-batches of up to {budgets.update.tokens:,} tokens ({why}), "
+        f"gradient checkpointing {'on' if checkpointing is True else 'off'}, "
+        f"forwards alone of up to {budgets.forward.tokens:,}"
+    )
+    return budgets
+
+
+class _Trial:
+    """Rollouts of the greatest length, more and more of them."""
+
+    def __init__(self, config: RunConfig, policy: Policy, longest_prompt: int, rows: int) -> None:
+        self.policy, self.width = policy, config.sampling.max_new_tokens
+        group, device = config.sampling.group_size, policy.causal_lm.device
+        ids = torch.ones(1, 1, dtype=torch.long, device=device)
+        prompts = torch.arange(-(-rows // group), device=device).repeat_interleave(group)[:rows]
+        prompt_ids = prompts[:, None].expand(-1, longest_prompt) % policy.causal_lm.config.vocab_size
+        completion_ids = ids.expand(rows, self.width)
+        self.rollouts = Rollouts(
+            prompt_ids,
+            torch.ones_like(prompt_ids, dtype=torch.bool),
+            completion_ids,
+            torch.ones_like(completion_ids, dtype=torch.bool),
+            torch.zeros(completion_ids.shape, device=device),
+            torch.ones(rows, dtype=torch.bool, device=device),
+        )
+        self.entropy = config.loss.entropy_coef > 0 or config.loss.entropy_target is not None
+
+    def budget(self, rows: int) -> Budget:
+        """What `rows` rows hold."""
+        packing = self._packing(rows)
+        places = packing.tokens if packing.attention is None else len(packing.attention.spread.index)
+        return Budget(packing.tokens, places)
+
+    def most_rows(self, *, backward: bool) -> int:
+        """The most rows that fit, 0 if not even one does."""
+        free, total = _free(), len(self.rollouts)
+        most = max(1, min(total, next((n for n in range(1, total + 1) if self.budget_tokens(n) >= MOST), total)))
+        one = self._peak(1, backward)
+        if one is None or one > free:
+            return 0
+        two = self._peak(min(2, most), backward)
+        if most == 1 or two is None or two > free:
+            return 1
+        rows = most if two <= one else min(most, 1 + int((free * MARGIN - one) / (two - one)))
+        while rows > 1:
+            peak = self._peak(rows, backward)
+            if peak is not None and peak <= free * (1 + MARGIN) / 2:
+                break
+            rows = max(1, int(rows * 0.85))
+        return max(1, rows)
+
+    def budget_tokens(self, rows: int) -> int:
+        """Tokens of `rows` rows."""
+        groups = self.rollouts.prompt_ids[:rows, 0].unique().numel()
+        return groups * self.rollouts.prompt_ids.shape[1] + rows * self.width
+
+    def _packing(self, rows: int):
+        return next(iter(self.policy.plan(take(self.rollouts, torch.arange(rows)))))
+
+    def _peak(self, rows: int, backward: bool) -> int | None:
+        """Bytes that a forward (and backward) over `rows` rows takes beside what is held already; None: too many."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        try:
+            self._compute(rows, backward)
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            torch.cuda.empty_cache()
+        return torch.cuda.max_memory_allocated() - before
+
+    def _compute(self, rows: int, backward: bool) -> None:
+        packing = self._packing(rows)
+        rollouts = take(self.rollouts, packing.rows)
+        if not backward:
+            with torch.no_grad():
+                self.policy.forward(rollouts, packing)
+            return
+        with self.policy.training():
+            tokens = self.policy.forward(rollouts, packing, entropy_gradient=self.entropy)
+            loss: Tensor = tokens.logprobs.sum() + (tokens.entropy.sum() if self.entropy else 0.0)
+            torch.autograd.grad(loss, self.policy.parameters(), allow_unused=True)
+
+
+def _free() -> float:
+    """Bytes that this process may still take, beside what it has allocated."""
+    free, total = torch.cuda.mem_get_info()
+    share = (
+        torch.cuda.get_per_process_memory_fraction() if hasattr(torch.cuda, "get_per_process_memory_fraction") else 1.0
+    )
+    reserved, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    return min(free, share * total - reserved) + reserved - allocated

@@ -1,0 +1,190 @@
+"""Packed forwards against one row at a time: same log-probs, same gradient, however they are cut; and what they cost."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from fakes import TorchEngine, ragged_rollouts, tiny_policy
+from test_loop import make_run
+from test_policy import naive_logprobs
+from test_sampler import MODELS
+from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+
+from grpo_core.batch import Rollouts, take
+from grpo_core.config import LoraConfig, ModelConfig
+from grpo_core.metrics import Stats
+from grpo_core.packing import Budget, gather, plan
+from grpo_core.policy import Policy, wrap
+from grpo_core.run import Budgets
+from grpo_core.trainer import freeze, update_policy
+
+
+def grouped_rollouts(groups=4, group_size=3, prompt_width=7, width=9, vocabulary=16, side="left", seed=0) -> Rollouts:
+    """Ragged completions of ragged prompts, group_size to a prompt; the last row has one token."""
+    prompts = ragged_rollouts(groups, prompt_width, 1, seed, side)
+    whole = ragged_rollouts(groups * group_size, 1, width, seed + 1)
+    mask = whole.completion_mask.clone()
+    mask[-1, 1:] = False
+    ids = torch.randint(2, vocabulary, mask.shape, generator=torch.Generator().manual_seed(seed)) * mask
+    spread = {name: getattr(prompts, name).repeat_interleave(group_size, 0) for name in ("prompt_ids", "prompt_mask")}
+    return replace(whole, **spread, completion_ids=ids, completion_mask=mask)
+
+
+def gradient(policy, logprobs, mask):
+    weights = torch.cos(torch.arange(mask.numel()).view(mask.shape))
+    grads = torch.autograd.grad((logprobs * weights * mask).sum(), policy.parameters())
+    return torch.cat([g.flatten() for g in grads])
+
+
+def forwards(policy, rollouts, budget=None):
+    """Log-probs [B, C] by as many forwards as the budget makes."""
+    out = torch.zeros(rollouts.completion_ids.shape)
+    for packing in policy.plan(rollouts, budget):
+        out = out.index_copy(0, packing.rows, policy.forward(take(rollouts, packing.rows), packing).logprobs)
+    return out
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("budget", [Budget(math.inf), Budget(30), Budget(1), Budget(60, 50)], ids=str)
+@pytest.mark.parametrize("grid", [False, True])
+def test_log_probs_and_gradient_do_not_depend_on_the_packing(budget, grid, side):
+    policy, rollouts = tiny_policy(lora_noise=0.1), grouped_rollouts(side=side)
+    assert policy.packs
+    policy.packs = not grid
+    ours, naive = forwards(policy, rollouts, budget), naive_logprobs(policy, rollouts)
+    torch.testing.assert_close(ours, naive, atol=1e-5, rtol=1e-5)
+    mask = rollouts.completion_mask
+    ours, naive = gradient(policy, ours, mask), gradient(policy, naive, mask)
+    assert naive.abs().max() > 1e-2
+    torch.testing.assert_close(ours, naive, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_architecture(name):
+    kind, config, _ = MODELS[name]
+    torch.manual_seed(0)
+    model = kind(config)
+    if name.startswith("gemma2"):
+        model.config._attn_implementation = "eager"  # the only one that caps the scores
+    targets = ["c_attn"] if name == "gpt2" else ["q_proj", "v_proj", "o_proj"]
+    policy = wrap(model, ModelConfig(), LoraConfig(target_modules=targets), temperature=1.0)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.normal_(0, 0.1)
+    rollouts = grouped_rollouts(width=12, vocabulary=config.vocab_size)
+    assert policy.packs == (not name.startswith("gemma2"))
+    ours, naive = forwards(policy, rollouts, Budget(80)), naive_logprobs(policy, rollouts)
+    torch.testing.assert_close(ours, naive, atol=1e-4, rtol=1e-4)
+    mask = rollouts.completion_mask
+    torch.testing.assert_close(gradient(policy, ours, mask), gradient(policy, naive, mask), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("model", [
+    lambda: BloomForCausalLM(BloomConfig(vocab_size=16, hidden_size=16, n_layer=1, n_head=2)),
+    lambda: MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=16, state_size=4, num_hidden_layers=1)),
+], ids=["positions in the attention's bias", "no attention"])  # fmt: skip
+def test_a_model_that_would_mix_rows_gets_a_grid(model):
+    torch.manual_seed(0)
+    policy = Policy(model())
+    rollouts = grouped_rollouts()
+    assert not policy.packs
+    torch.testing.assert_close(forwards(policy, rollouts), naive_logprobs(policy, rollouts), atol=1e-5, rtol=1e-4)
+
+
+def test_a_prompt_is_computed_once_and_no_padding_at_all():
+    rollouts = grouped_rollouts()
+    lengths, prompts = rollouts.lengths(), rollouts.prompt_mask.sum(1)
+    [packing] = plan(rollouts, Budget(math.inf))
+    assert packing.tokens == prompts[::3].sum() + (lengths - 1).sum() == len(packing.source)
+    # the same prompt elsewhere in the batch is another one, and one row of a group alone has its own
+    [part] = plan(rollouts, Budget(math.inf), rows=[0, 4, 5, 11])
+    assert part.tokens == prompts[[0, 4, 11]].sum() + (lengths[[0, 4, 5, 11]] - 1).sum()
+    [grid] = plan(rollouts, Budget(math.inf), grid=True)
+    assert grid.tokens == grid.mask.numel() == 12 * (prompts + lengths - 1).max()
+
+
+def test_forwards_keep_to_the_budget_and_groups_together():
+    rollouts = grouped_rollouts(groups=8)
+    forwards = plan(rollouts, Budget(64, 100))
+    cost = {tuple(rows): packing for rows, packing in zip(forwards.forwards, forwards, strict=True)}
+    assert sorted(row for rows in cost for row in rows) == list(range(24))
+    for rows, packing in cost.items():
+        assert packing.tokens <= 64 and len(packing.attention.spread.index) <= 100
+        assert len({row // 3 for row in rows}) * 3 == len(rows)
+    assert len(cost) < 8
+    assert len(plan(rollouts, Budget(1))) == 24  # a row that is too long gets a forward of its own
+
+
+def test_gathering_adds_up_what_was_read_often():
+    index = torch.randint(-1, 10, (40,), generator=torch.Generator().manual_seed(0))
+    x, upstream = torch.randn(10, 3, 2, requires_grad=True), torch.randn(40, 3, 2) * (index >= 0).view(-1, 1, 1)
+    ours = gather(index.numpy(), 10, x.device)(x)
+    real = x[index.clamp(min=0)]
+    assert torch.equal(ours, real) and (index < 0).any() and index[index >= 0].bincount().max() > 2
+    torch.testing.assert_close(*(torch.autograd.grad(out, x, upstream)[0] for out in (ours, real)))
+
+
+def test_idle_has_a_gradient_of_zero_for_everything():
+    policy, rollouts = tiny_policy(lora_noise=0.1), ragged_rollouts()
+    tokens = policy.idle(rollouts)
+    assert tokens.logprobs.shape == rollouts.completion_ids.shape
+    assert all((g == 0).all() for g in torch.autograd.grad(tokens.logprobs.sum(), policy.parameters()))
+
+
+def test_gradient_checkpointing_recomputes_the_packed_forward():
+    rollouts = grouped_rollouts()
+    kept, again = tiny_policy(lora_noise=0.1), tiny_policy(lora_noise=0.1, gradient_checkpointing=True)
+    with kept.training(), again.training():
+        grads = [gradient(p, p.logprobs(rollouts), rollouts.completion_mask) for p in (kept, again)]
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
+
+
+class Recorder(TorchEngine):
+    """Keeps the gradient of every step."""
+
+    def step(self):
+        self.gradient = torch.cat([p.grad.flatten().clone() for p in self.parameters])
+        return super().step()
+
+
+def update(folder, advantages, skips_ties=True, **more):
+    run = make_run(folder, policy=tiny_policy(lora_noise=0.1), **more)
+    run = replace(run, engine=Recorder(run.policy.parameters()), skips_ties=skips_ties)
+    batch = freeze(run, grouped_rollouts(groups=4, group_size=8), advantages)
+    stats = Stats()
+    update_policy(run, batch, 0, run.control, stats)
+    return run.engine, stats.reduce()
+
+
+def test_tied_groups_cost_nothing_and_change_nothing(tmp_path):
+    advantages = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    advantages[1:] = 0
+    skipping, _ = update(tmp_path / "a", advantages)
+    computing, _ = update(tmp_path / "b", advantages, skips_ties=False)
+    assert 1 <= skipping.backwards < computing.backwards
+    assert skipping.gradient.abs().max() > 1e-4
+    torch.testing.assert_close(skipping.gradient, computing.gradient, atol=1e-7, rtol=1e-4)
+    with_kl, _ = update(tmp_path / "c", advantages, kl_coef=0.1)
+    assert with_kl.backwards == computing.backwards  # a KL pulls at every token
+
+
+def test_a_step_without_any_signal_has_a_gradient_of_zero(tmp_path):
+    engine, row = update(tmp_path, torch.zeros(4, 8))
+    assert engine.backwards == 1 and (engine.gradient == 0).all() and row["loss"] == 0.0
+    assert {"ratio", "clip_frac", "entropy", "logprob_gap"} <= row.keys()
+
+
+@pytest.mark.parametrize("average", ["sequence", "token", "constant", "row_sum"])
+def test_the_gradient_does_not_depend_on_the_budget(tmp_path, average):
+    advantages, seen = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)), []
+    for budget in (1, 40, 10_000):
+        run = make_run(tmp_path / str(budget), policy=tiny_policy(lora_noise=0.1), kl_coef=0.1)
+        config = replace(run.config, loss=replace(run.config.loss, average=average))
+        run = replace(run, config=config, engine=Recorder(run.policy.parameters()), budgets=Budgets(*2 * [Budget(budget)]))
+        batch = freeze(run, grouped_rollouts(groups=4, group_size=8), advantages)
+        update_policy(run, batch, 0, run.control, Stats())
+        seen.append(run.engine.gradient)
+    assert seen[0].abs().max() > 1e-3
+    for other in seen[1:]:
+        torch.testing.assert_close(other, seen[0], atol=1e-6, rtol=1e-4)
