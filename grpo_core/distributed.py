@@ -17,6 +17,16 @@ from torch import Tensor
 from grpo_core.schema import ConfigError
 
 TIMEOUT = timedelta(minutes=30)
+PEAK_TERAFLOPS = {
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "4090": 165,
+    "3090": 71,
+    "3070": 41,
+}
 
 
 def setup() -> None:
@@ -144,6 +154,14 @@ def precision(name: str) -> torch.dtype:
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def peak_flops() -> float:
+    """Floating-point operations a second of this GPU's dense 16-bit products, by its data sheet; 0 where unknown."""
+    if not torch.cuda.is_available():
+        return 0.0
+    name = torch.cuda.get_device_name()
+    return next((tera * 1e12 for part, tera in PEAK_TERAFLOPS.items() if part in name), 0.0)
 
 
 def seed_all(*key: int) -> None:

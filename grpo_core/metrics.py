@@ -92,6 +92,8 @@ class RunLog:
     def __init__(self, folder: Path, config: RunConfig, start_step: int, num_steps: int) -> None:
         self.folder, self.config, self.num_steps = folder, config, num_steps
         self.seconds: dict[str, float] = defaultdict(float)
+        self.memory: dict[str, tuple[float, float]] = {}  # phase -> GB allocated, GB reserved
+        self.flops_per_token = 0.0  # of the update; 0: unknown
         self.started = time.perf_counter()
         self.bar = None
         if distributed.is_main():
@@ -112,11 +114,16 @@ class RunLog:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the wall-clock seconds inside to the step's phase `name`."""
-        start = time.perf_counter()
+        """Add the wall-clock seconds inside to the step's phase `name`, and note the most GPU memory it held."""
+        gpu, start = torch.cuda.is_available(), time.perf_counter()
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
         yield
-        if torch.cuda.is_available():
+        if gpu:
             torch.cuda.synchronize()
+            now, before = torch.cuda.memory_stats(), self.memory.get(name, (0.0, 0.0))
+            held = (now["allocated_bytes.all.peak"] / 1e9, now["reserved_bytes.all.peak"] / 1e9)
+            self.memory[name] = (max(held[0], before[0]), max(held[1], before[1]))
         self.seconds[name] += time.perf_counter() - start
 
     def step(
@@ -135,7 +142,8 @@ class RunLog:
         `stats` are tensors to reduce over ranks; `numbers` are the same on all of them. Returns the row.
         """
         add_rollouts(stats, rollouts, scores, advantages)
-        stats.max("peak_memory_gb", torch.tensor(peak_memory_gb()))
+        for name, value in self._peaks().items():
+            stats.max(name, torch.tensor(value))
         row = {"step": step, **stats.reduce(), **numbers}
         for name in ("reward", *(f"rewards/{name}" for name in scores.by_name)):
             row[f"{name}_std"] = max(0.0, row.pop(f"{name}_square") - row[name] ** 2) ** 0.5
@@ -146,6 +154,15 @@ class RunLog:
             self._append("completions", *[row for part in rows for row in part])
         self.record(step, row, lambda row: _line(row, list(scores.by_name)))
         return row
+
+    def _peaks(self) -> dict[str, float]:
+        """The most memory of this process since the last row, in GB (1e9 bytes): on the GPU where there is one."""
+        if not torch.cuda.is_available():
+            return {"peak_memory_gb": resident_gb()}
+        peaks = {f"memory_gb/{name}": allocated for name, (allocated, _) in self.memory.items()}
+        peaks |= {"peak_memory_gb": max(peaks.values()), "reserved_memory_gb": max(r for _, r in self.memory.values())}
+        self.memory = {}
+        return peaks
 
     def _shaped(self, rewards: Tensor) -> Tensor | None:
         """The rewards that the advantages are of, where they may differ from the scores."""
@@ -161,6 +178,10 @@ class RunLog:
         row |= {f"seconds/{name}": value for name, value in self.seconds.items()}
         pauses = self.seconds["evaluate"] + self.seconds["checkpoint"]  # before this step
         row |= {"seconds": elapsed, "tokens_per_second": row["tokens"] / (elapsed - pauses)}
+        peak = distributed.peak_flops()
+        if peak and self.flops_per_token and row.get("tokens_updated"):
+            available = peak * distributed.world_size() * self.seconds["update"]
+            row["update_mfu"] = row["tokens_updated"] * self.flops_per_token / available
         self.seconds = defaultdict(float)
         self._append("metrics", row)
         if self.bar is not None:
@@ -226,10 +247,8 @@ def describe(result: dict[str, float]) -> str:
     )
 
 
-def peak_memory_gb() -> float:
-    """The most memory this process has held: on the GPU where there is one, else resident, in GB (1e9 bytes)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+def resident_gb() -> float:
+    """The most memory this process has held, in GB (1e9 bytes)."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

@@ -193,6 +193,14 @@ class Policy:
         """What is trained."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def flops_per_token(self) -> float:
+        """Of forward and backward: 2 for each weight forward, 2 for its input's gradient, 2 for its own if trained."""
+        parts = {id(p): p for p in self.model.parameters()}
+        table = self.causal_lm.get_input_embeddings().weight
+        if self.causal_lm.get_output_embeddings().weight is not table:
+            parts.pop(id(table), None)  # a look-up
+        return float(sum(p.numel() * (6 if p.requires_grad else 4) for p in parts.values()))
+
     def norm(self) -> Tensor:
         """L2 norm of the adapter's change to the weights' factors (all trained weights), a scalar.
 
@@ -214,7 +222,11 @@ class Policy:
 
     @property
     def _statistics(self) -> Statistics:
-        return softmax_statistics
+        if self.causal_lm.device.type != "cuda":
+            return softmax_statistics
+        from grpo_core.logprob_kernels import softmax_statistics as fused  # triton is there where CUDA is
+
+        return fused
 
 
 def checkpoint_gradients(model: PreTrainedModel) -> None:

@@ -112,6 +112,7 @@ def assemble(
     engine = Engine(policy.model, config, dtype=dtype, total_steps=total_steps, world_size=world_size)
     policy.model.eval()  # DeepSpeed leaves it in training mode
     log = RunLog(folder, config, start_step, num_steps)
+    log.flops_per_token = policy.flops_per_token()
     loss_fn = LOSSES.build(loss.name, loss.args)
     longest = max(len(task.prompt_ids) for task in tasks)
     rows = trainer.completions_per_step // world_size // trainer.num_minibatches

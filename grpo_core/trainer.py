@@ -112,7 +112,9 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
         ):
             plan = run.policy.plan(minibatch.rollouts, run.budgets.update, rows_to_train(run, minibatch, control))
             totals, backwards = count_over_ranks(run, minibatch, len(plan))
+            tokens_updated = 0
             for packing in plan:
+                tokens_updated += packing.tokens
                 micro = take(minibatch, packing.rows)
                 tokens = forward_with_gradient(run, micro.rollouts, packing, control)
                 run.engine.backward(micro_loss(run, micro, tokens, totals, control, stats))
@@ -120,6 +122,7 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
                 micro = nothing_of(minibatch)
                 tokens = run.policy.idle(micro.rollouts)
                 run.engine.backward(micro_loss(run, micro, tokens, totals, control, stats))
+            stats.total("tokens_updated", torch.tensor(float(tokens_updated)))
             results.append(run.engine.step())
     return {
         "grad_norm": sum(result.grad_norm for result in results) / len(results),

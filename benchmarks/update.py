@@ -1,0 +1,291 @@
+"""A whole training step against TRL's, in the same run: same model, LoRA, prompts, completions, precision and rewards.
+
+python benchmarks/update.py [--out FILE] [WORKLOAD ...]     on a GPU: step, large, memory, card; on a CPU: cpu
+python benchmarks/update.py one SIDE JOB.json               one side of one job, in its own process; used by the others
+
+The model is a folder with random weights of Qwen2.5-1.5B's shape (on a CPU the built-in policy). Prompts have exactly the
+length that is asked for. No completion ends early but where the job says so: then, of every token, a share of the
+vocabulary ends it. TRL is an extra of the benchmarks: trl==1.16.0.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+OUT = ROOT / "benchmarks" / "results" / "update.json"
+GPU = torch.cuda.is_available()
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+VOCABULARY = 151_936
+
+
+def pseudo_reward(completions, **columns):
+    """The same number for the same text, in [0, 1), and hardly ever the same for two."""
+    return [(sum(map(ord, text)) * 2654435761 % 2**32) / 2**32 for text in completions]
+
+
+def make_model(folder: Path, ends: int = 1) -> Path:
+    """Random weights of Qwen2.5-1.5B's shape with the built-in tokenizer; `ends` tokens end a completion."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    if not (folder / "config.json").exists():
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("cuda"):
+            model = Qwen2ForCausalLM(
+                Qwen2Config(
+                    vocab_size=VOCABULARY, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+                    num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32_768,
+                    bos_token_id=None, eos_token_id=1, pad_token_id=0,
+                )
+            )  # fmt: skip
+        torch.set_default_dtype(torch.float32)
+        model.generation_config.eos_token_id = list(range(1, 1 + ends)) if ends > 1 else 1
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(ROOT / "grpo_core" / "builtin" / "tiny").save_pretrained(folder)
+    return folder
+
+
+def make_prompts(file: Path, tokenizer, length: int, count: int) -> Path:
+    """`count` different prompts of exactly `length` tokens."""
+    rows, made = [], torch.Generator().manual_seed(0)
+    while len(rows) < count:
+        text, digits = "", torch.randint(10, (length,), generator=made).tolist()
+        for digit in digits:
+            longer = f"{text} {digit}".strip()
+            if len(tokenizer(longer)["input_ids"]) > length:
+                break
+            text = longer
+        while len(tokenizer(text)["input_ids"]) < length:
+            text += "?"
+        assert len(tokenizer(text)["input_ids"]) == length
+        rows.append({"question": text, "answer": "0"})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def ours(job: dict) -> dict:
+    """Our trainer on the job: seconds of every step and the numbers of its last metrics row."""
+    from grpo_core import setup as room
+    from grpo_core.config_file import load
+    from grpo_core.trainer import train
+
+    out = Path(tempfile.mkdtemp())
+    overrides = [
+        f"output_dir={out}", "name=bench", f"model.path={job['model']}", f"data.path={job['data']}", "data.template='{question}'",
+        "data.eval_split=null", "evaluation.num_tasks=0", "checkpoint.every=0", "log.every=1", *job["overrides"],
+    ]  # fmt: skip
+    config = load(ROOT / job["config"], overrides)
+    run, _ = room.setup(config)
+    train(run)
+    run.log.close()
+    rows = [json.loads(line) for line in (out / "bench" / "metrics.jsonl").read_text().splitlines()]
+    print("last row", json.dumps(rows[-1]), file=sys.stderr)
+    return {
+        "seconds": [row["seconds"] - row.get("seconds/checkpoint", 0) for row in rows],
+        "tokens": [row["tokens"] for row in rows],
+        "phases": {key: value for key, value in rows[-1].items() if key.startswith(("seconds/", "memory_gb/"))},
+        "reserved": max(row.get("reserved_memory_gb", 0.0) for row in rows),
+        "allocated": max(row["peak_memory_gb"] for row in rows),
+        "longest": [row["length_max"] for row in rows],
+        "mfu": rows[-1].get("update_mfu"), "trainable": sum(p.numel() for p in run.policy.parameters()),
+        "dtype": str(next(run.policy.causal_lm.parameters()).dtype), "tokens_updated": rows[-1]["tokens_updated"],
+    }  # fmt: skip
+
+
+def trl(job: dict) -> dict:
+    """TRL's trainer on the job."""
+    os.environ.setdefault("WANDB_DISABLED", "true")
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    prompts = [json.loads(line)["question"] for line in Path(job["data"]).read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    seconds, tokens = [], []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            if GPU:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - self.start)
+
+    def reward(completions, completion_ids, **columns):
+        tokens.append(sum(map(len, completion_ids)))
+        return pseudo_reward(completions)
+
+    shape = job["shape"]
+    arguments = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=shape["micro_batch"],
+        gradient_accumulation_steps=shape["completions"] // shape["micro_batch"], num_generations=shape["group"],
+        max_completion_length=shape["width"], temperature=1.0, beta=shape["kl_coef"], loss_type="grpo", scale_rewards="group",
+        learning_rate=1e-5, max_steps=shape["trl_steps"], bf16=GPU, gradient_checkpointing=False, save_strategy="no",
+        report_to=[], disable_tqdm=True, logging_steps=1, max_grad_norm=1.0, seed=0, use_cpu=not GPU,
+        model_init_kwargs={"dtype": "bfloat16" if GPU else "float32"},
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        model=str(job["model"]), reward_funcs=reward, args=arguments, processing_class=tokenizer,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]), callbacks=[Clock()],
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=shape["targets"], task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {
+        "seconds": seconds, "tokens": tokens, "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "dtype": str(next(p for p in model.parameters() if not p.requires_grad).dtype),
+        "reserved": torch.cuda.max_memory_reserved() / 1e9 if GPU else 0.0,
+        "allocated": torch.cuda.max_memory_allocated() / 1e9 if GPU else 0.0,
+    }  # fmt: skip
+
+
+def one(side: str, job: dict, limit: float = 540) -> dict:
+    """A side of a job in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "job.json"
+        file.write_text(json.dumps(job, default=str))
+        done = subprocess.run(
+            [sys.executable, __file__, "one", side, str(file)], capture_output=True, text=True, timeout=limit
+        )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    print(done.stderr[-900:] if side == "ours" else "", done.stdout[-1500:], file=sys.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def later(values: list[float]) -> float:
+    """The median without the first, which builds graphs and plans."""
+    return statistics.median(values[1:] or values)
+
+
+def gpu_job(folder: Path, *, completions=32, width=256, prompt=128, overrides=(), steps=6, trl_steps=3) -> dict:
+    from transformers import AutoTokenizer
+
+    model = make_model(folder / "model")
+    data = make_prompts(folder / "prompts.jsonl", AutoTokenizer.from_pretrained(model), prompt, 256)
+    shape = {"completions": completions, "group": 8, "width": width, "micro_batch": 4, "kl_coef": 0.04, "targets": TARGETS,
+             "trl_steps": trl_steps}  # fmt: skip
+    return {
+        "model": model, "data": data, "config": "configs/gsm8k_qwen2.5_1.5b.yaml", "shape": shape,
+        "overrides": [
+            f"trainer.completions_per_step={completions}", f"trainer.num_steps={steps}", f"sampling.max_new_tokens={width}",
+            f"rewards=[{{name: '{Path(__file__)}:pseudo_reward'}}]", "lora.dropout=0", "engine.deepspeed=ds_zero2.json",
+            "engine.learning_rate=1e-5", *overrides,
+        ],
+    }  # fmt: skip
+
+
+def step_32(folder):
+    job = gpu_job(folder)
+    return compare("update/step_32", "32 completions of 256 tokens, prompt 128, G 8, kl_coef 0.04", job, "<= 1.2 s, >= 12 times TRL",
+                   lambda a, b: a <= 1.2 and b / a >= 12)  # fmt: skip
+
+
+def large(folder):
+    job = gpu_job(folder, completions=256, width=512, steps=4)
+    return compare("update/step_256", "256 completions of 512 tokens, prompt 128", job, "<= 8 s", lambda a, b: a <= 8, peer=False)
+
+
+def memory(folder):
+    job = gpu_job(folder, overrides=["trainer.tokens_per_micro_batch=1536", "model.gradient_checkpointing=true"])
+    return compare("update/memory", "32 completions of 256 tokens in micro-batches of 4 rows' tokens", job, "<= 5.0 GB reserved, <= 2.5 s",
+                   lambda a, b: a <= 2.5, peer=False)  # fmt: skip
+
+
+def card(folder):
+    """The recipe's config as shipped on a card of 8 GB: 7.5 GB, completions of up to 1,024 tokens, all lengths."""
+    job = gpu_job(folder)
+    job |= {"model": make_model(folder / "ends", ends=400), "cap_gb": 7.5}
+    job["overrides"] = ["trainer.num_steps=20", "sampling.max_new_tokens=1024", "evaluation.num_tasks=0"]
+    return compare("update/card", "recipe as shipped, process capped at 7.5 GB, up to 1,024 tokens", job,
+                   "20 steps, never out of memory", lambda a, b: True, peer=False)  # fmt: skip
+
+
+def cpu(folder):
+    from transformers import AutoTokenizer
+
+    from grpo_core.problems import word_problems
+
+    model = ROOT / "grpo_core" / "builtin" / "tiny"
+    data = folder / "problems.jsonl"
+    rows = [{"question": f"Question: {row['question']}\n", "answer": row["answer"]} for row in word_problems("train", 512)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    AutoTokenizer.from_pretrained(model)
+    shape = {"completions": 128, "group": 8, "width": 48, "micro_batch": 64, "kl_coef": 0.01, "targets": "all-linear", "trl_steps": 6}
+    job = {
+        "model": model, "data": data, "config": "configs/tiny.yaml", "shape": shape,
+        "overrides": [f"rewards=[{{name: '{Path(__file__)}:pseudo_reward'}}]", "trainer.num_steps=6", "engine.learning_rate=1e-5"],
+    }  # fmt: skip
+    return compare("update/cpu", "tiny.yaml: 128 completions of up to 48 tokens, 2 threads, one process", job, ">= 3 times TRL",
+                   lambda a, b: b / a >= 3)  # fmt: skip
+
+
+def compare(bench, workload, job, reach, met, peer=True) -> dict:
+    ours_, theirs = one("ours", job), one("trl", job) if peer else None
+    a, b = later(ours_["seconds"]), later(theirs["seconds"]) if theirs else None
+    if theirs:  # the same job?
+        assert ours_["trainable"] == theirs["trainable"] and ours_["dtype"] == theirs["dtype"], (ours_, theirs)
+        assert 0.9 < statistics.mean(ours_["tokens"]) / statistics.mean(theirs["tokens"]) < 1.1, (ours_["tokens"], theirs["tokens"])
+    keep = ("tokens", "reserved", "allocated", "phases", "mfu", "longest", "tokens_updated")
+    return {
+        "bench": bench, "workload": workload, "ours": {"seconds": round(a, 3), **{k: ours_[k] for k in keep if k in ours_}},
+        "peer": {"name": "trl", "seconds": round(b, 3), **{k: theirs[k] for k in keep if k in theirs}} if theirs else None,
+        "ratio": round(b / a, 2) if b else None, "reach": reach, "met": bool(met(a, b)),
+    }  # fmt: skip
+
+
+def stamp() -> dict:
+    def found(name):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    names = ("torch", "transformers", "peft", "deepspeed", "trl")
+    hardware = torch.cuda.get_device_name() if GPU else f"{platform.machine()}, {os.cpu_count()} cores"
+    return {"hardware": hardware, "versions": {n: found(n) for n in names}, "date": datetime.date.today().isoformat()}
+
+
+def record(file: Path, row: dict) -> None:
+    """Put the row in the place of the last one of its name on this hardware."""
+    old = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    kept = [one for one in old if (one["bench"], one["hardware"]) != (row["bench"], row["hardware"])]
+    file.write_text("".join(json.dumps(one) + "\n" for one in [*kept, row]))
+
+
+WORKLOADS = {"step": step_32, "large": large, "memory": memory, "card": card} if GPU else {"cpu": cpu}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["one"]:
+        given = json.loads(Path(sys.argv[3]).read_text())
+        if "cap_gb" in given:
+            torch.cuda.set_per_process_memory_fraction(given["cap_gb"] * 1e9 / torch.cuda.get_device_properties(0).total_memory)
+        print(json.dumps({"ours": ours, "trl": trl}[sys.argv[2]](given)))
+        sys.stdout.flush()
+        os._exit(0)  # process groups and graphs need no farewell
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("workloads", nargs="*", choices=[*WORKLOADS, []])
+    chosen = parser.parse_args()
+    for name in chosen.workloads or WORKLOADS:
+        with tempfile.TemporaryDirectory() as folder:
+            made = WORKLOADS[name](Path(os.environ.get("BENCH_FOLDER", folder))) | stamp()
+        print(json.dumps(made), flush=True)
+        record(chosen.out, made)
