@@ -1,9 +1,9 @@
 """DeepSpeed ZeRO around the policy: backward, step, and its own state. All of its arithmetic stays in this file.
 
 Every micro-batch's loss is already a part of the whole step's loss (token_weights), so gradients must be *summed* over
-micro-batches and ranks. DeepSpeed averages over ranks: `backward` multiplies by the world size. It would divide by
-gradient_accumulation_steps: that stays 1, and `managed_gradient_accumulation: false` allows any number of backwards
-before a step, as long as every rank makes the same number.
+micro-batches and ranks. Micro-batches are summed here, in float32 and without DeepSpeed, so ranks may have different
+numbers of them; `step` hands the sum over in one backward, whose collectives are the only ones of the step. DeepSpeed
+averages over ranks: the sum is multiplied by the world size.
 """
 
 from __future__ import annotations
@@ -57,10 +57,12 @@ class Engine:
     ) -> None:
         self.world_size = world_size
         settings = config.engine
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._sums = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
         optimizer = (
             torch.optim.AdamW(  # torch's own, offloaded or not: it compiles nothing, and LoRA's states are small
-                [p for p in model.parameters() if p.requires_grad],
+                self.parameters,
                 lr=settings.learning_rate,
                 betas=(settings.beta1, settings.beta2),
                 eps=settings.adam_eps,
@@ -68,21 +70,34 @@ class Engine:
             )
         )
         schedule = learning_rate_schedule(settings.schedule, settings.warmup_steps, total_steps)
+        filled = deepspeed_config(config, dtype, world_size)
+        trained = sum(p.numel() for p in self.parameters)
+        for bucket in ("reduce_bucket_size", "allgather_bucket_size"):  # 5e8 by default, and 1 GB held for it
+            if filled.get("zero_optimization", {}).get(bucket, "auto") == "auto":
+                filled.setdefault("zero_optimization", {})[bucket] = min(trained, 500_000_000)
         with _quiet(not config.log.verbose):
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
                 lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
-                config=deepspeed_config(config, dtype, world_size),
+                config=filled,
             )
 
     def backward(self, loss: Tensor) -> None:
-        """Add this micro-batch's part: the sum over all micro-batches and ranks is the step's gradient."""
-        self.engine.backward(loss * self.world_size)
+        """Add this micro-batch's part: the sum over all micro-batches and ranks is the step's gradient.
+
+        No collective: a rank may call it as often as it has micro-batches, or never.
+        """
+        scale = float(getattr(self.optimizer, "loss_scale", 1.0))  # above 1 for fp16
+        grads = torch.autograd.grad(loss * scale, self.parameters, allow_unused=True)
+        there = [(total, grad) for total, grad in zip(self._sums, grads, strict=True) if grad is not None]
+        torch._foreach_add_([total for total, _ in there], [grad.float() for _, grad in there], alpha=1.0 / scale)
 
     def step(self) -> StepResult:
-        """Clip, update the weights, advance the learning rate."""
+        """Sum over ranks, clip, update the weights, advance the learning rate. A collective."""
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        self.engine.backward(_Handed.apply(self._sums, *self.parameters) * self.world_size)
+        torch._foreach_zero_(self._sums)
         self.engine.step()
         grad_norm = self.engine.get_global_grad_norm()
         return StepResult(float(grad_norm), learning_rate, bool(self.engine.was_step_applied()))
@@ -124,6 +139,20 @@ class Engine:
         assert path is not None
         if missing:
             raise ConfigError(f"{folder} lacks {len(missing)} of the trained weights, {missing[0]} among them")
+
+
+class _Handed(torch.autograd.Function):
+    """A scalar 0 whose gradient for the parameters is what is given."""
+
+    @staticmethod
+    def forward(context: Any, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        context.gradients, context.dtypes = gradients, [p.dtype for p in parameters]
+        return gradients[0].new_zeros(())
+
+    @staticmethod
+    def backward(context: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = torch._foreach_mul(context.gradients, scale)
+        return None, *(gradient.to(dtype) for gradient, dtype in zip(scaled, context.dtypes, strict=True))
 
 
 def deepspeed_config(config: RunConfig, dtype: torch.dtype, world_size: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096
+BLOCK = 4096  # columns
 
 
 def softmax_statistics(
@@ -20,6 +20,9 @@ def softmax_statistics(
     if rows:
         _statistics[(rows,)](logits, token_ids, logprobs, entropy, 1.0 / temperature, width, slope, BLOCK, num_warps=8)
     return logprobs, entropy, logits if slope else None
+
+
+softmax_statistics.bytes_per_logit = 4  # the logits, in 16 or 32 bits
 
 
 @triton.jit(do_not_specialize=["scale"])

@@ -56,7 +56,7 @@ def token_logprobs(
     """
     flat, ids = hidden.flatten(0, -2), token_ids.flatten()
     if is_frozen_linear(lm_head) and not entropy_gradient:
-        size = chunk_size or rows_within(MEMORY, lm_head.out_features, 12)
+        size = chunk_size or rows_within(MEMORY, lm_head.out_features, getattr(statistics, "bytes_per_logit", 12))
         logprobs, entropy = _FrozenHead.apply(flat, lm_head.weight, ids, temperature, size, statistics)
         return logprobs.view(token_ids.shape), entropy.view(token_ids.shape)
 

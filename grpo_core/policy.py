@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from grpo_core import packed_attention
+from grpo_core import layers, packed_attention
 from grpo_core.batch import Rollouts
 from grpo_core.config import LoraConfig, ModelConfig
 from grpo_core.data import model_path
@@ -101,15 +101,6 @@ class Policy:
             values.append(token_divergence(hidden, ref_hidden, self._head, divergence, **how))
         shape = rollouts.completion_ids.shape
         return TokenStats(*(x.new_zeros(shape.numel()).index_copy(0, packing.places, x).view(shape) for x in values))
-
-    def idle(self, rollouts: Rollouts) -> TokenStats:
-        """What `forward` returns, computed from nothing: zeros [B, C] whose gradient is 0 for all that is trained.
-
-        A rank with nothing left to do takes its part in the others' collectives with it.
-        """
-        nothing = sum(0.0 * parameter.flatten()[0].float() for parameter in self.parameters())
-        zeros = torch.zeros(rollouts.completion_ids.shape, device=rollouts.completion_ids.device)
-        return TokenStats(zeros + nothing, zeros, zeros)
 
     @torch.no_grad()
     def divergence(self, rollouts: Rollouts, packing: Packing, function: Callable, keep: Tensor) -> Tensor:
@@ -277,4 +268,5 @@ def wrap(base: PreTrainedModel, model: ModelConfig, lora: LoraConfig, *, tempera
             raise ConfigError(
                 f"lora.target_modules is {lora.target_modules!r}: {str(error).splitlines()[0]}"
             ) from error
+    layers.install(base)
     return Policy(base, temperature=temperature)

@@ -36,9 +36,9 @@ class Run:
     control: Control  # as it is before start_step
     tasks: Any  # .batch(step) -> this rank's N tasks; .replacements(step, attempt) -> N others
     eval_tasks: list[Task]
-    policy: Any  # .plan(rollouts, budget, rows), .forward(rollouts, packing), .idle(rollouts), .reference(), ...
+    policy: Any  # .plan(rollouts, budget, rows), .forward(rollouts, packing), .reference(), ...
     sampler: Any  # .generate(tasks, group_size) -> Rollouts
-    engine: Any  # .backward(loss), .step()
+    engine: Any  # .backward(loss), any number of times, then .step()
     rewards: list[Reward]
     truncation_fn: Callable  # see truncation.py
     advantage_fn: Callable[..., Tensor]  # see advantages.py

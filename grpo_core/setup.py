@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -73,6 +74,8 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
         run.log.say(f"note: {remark}")
     if config.lora.dropout and trainer.num_minibatches * trainer.num_passes > 1:
         run.log.say("lora.dropout is above 0 with several optimizer steps per batch: the ratios carry dropout noise")
+    gc.collect()
+    gc.freeze()  # what lives as long as the run: no collection in a step needs to look at it
     return run, tokenizer
 
 

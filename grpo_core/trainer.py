@@ -111,17 +111,15 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
             trainer.num_minibatches, trainer.num_passes, config.sampling.group_size, shuffle
         ):
             plan = run.policy.plan(minibatch.rollouts, run.budgets.update, rows_to_train(run, minibatch, control))
-            totals, backwards = count_over_ranks(run, minibatch, len(plan))
+            totals = count_over_ranks(run, minibatch, len(plan))
             tokens_updated = 0
             for packing in plan:
                 tokens_updated += packing.tokens
                 micro = take(minibatch, packing.rows)
                 tokens = forward_with_gradient(run, micro.rollouts, packing, control)
                 run.engine.backward(micro_loss(run, micro, tokens, totals, control, stats))
-            for _ in range(backwards - len(plan)):  # other ranks have more to do, or nobody has anything
-                micro = nothing_of(minibatch)
-                tokens = run.policy.idle(micro.rollouts)
-                run.engine.backward(micro_loss(run, micro, tokens, totals, control, stats))
+            if len(plan) == 0:  # nothing to learn: the names in the log stay the same
+                micro_loss(run, *nothing_of(minibatch), totals, control, stats)
             stats.total("tokens_updated", torch.tensor(float(tokens_updated)))
             results.append(run.engine.step())
     return {
@@ -145,10 +143,11 @@ def rows_to_train(run: Run, minibatch: TrainBatch, control: Control) -> list[int
     return rows.nonzero().squeeze(1).tolist()
 
 
-def nothing_of(minibatch: TrainBatch) -> TrainBatch:
+def nothing_of(minibatch: TrainBatch) -> tuple[TrainBatch, TokenStats]:
     """A row of which no token is trained."""
     one = take(minibatch, torch.zeros(1, dtype=torch.long))
-    return replace(one, loss_mask=torch.zeros_like(one.loss_mask))
+    zeros = torch.zeros_like(one.rollouts.rollout_logprobs)
+    return replace(one, loss_mask=torch.zeros_like(one.loss_mask)), TokenStats(zeros, zeros, zeros)
 
 
 def forward_with_gradient(run: Run, rollouts: Rollouts, packing: Packing, control: Control) -> TokenStats:
@@ -213,10 +212,10 @@ def token_loss(
     return loss
 
 
-def count_over_ranks(run: Run, minibatch: TrainBatch, micro_batches: int) -> tuple[Totals, int]:
-    """What one optimizer step is averaged over: all micro-batches, all ranks; and how many backwards each rank makes.
+def count_over_ranks(run: Run, minibatch: TrainBatch, micro_batches: int) -> Totals:
+    """What one optimizer step is averaged over: all micro-batches, all ranks. A collective.
 
-    Rows that are left out of the forward count like all others. Two collectives.
+    Rows that are left out of the forward count like all others.
     """
     mask = minibatch.loss_mask
     acting = mask if minibatch.surrogate_mask is None else mask & minibatch.surrogate_mask
@@ -224,10 +223,9 @@ def count_over_ranks(run: Run, minibatch: TrainBatch, micro_batches: int) -> tup
     tokens, completions, entropy_tokens, all_micro_batches = distributed.all_sum(
         torch.stack([torch.as_tensor(count, device=mask.device) for count in here])
     )
-    totals = Totals(
+    return Totals(
         tokens, completions, run.config.sampling.max_new_tokens, entropy_tokens, all_micro_batches.clamp(min=1)
     )
-    return totals, max(1, int(distributed.all_max(torch.tensor(micro_batches))))
 
 
 @torch.no_grad()

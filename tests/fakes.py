@@ -62,6 +62,8 @@ class TorchEngine:
         loss.backward()
 
     def step(self):
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

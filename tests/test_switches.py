@@ -49,7 +49,7 @@ def whole_loss(run, batch, control, stats, logprobs=None):
     [packing] = run.policy.plan(batch.rollouts)
     tokens = forward_with_gradient(run, batch.rollouts, packing, control)
     tokens = tokens if logprobs is None else replace(tokens, logprobs=logprobs)
-    return micro_loss(run, batch, tokens, count_over_ranks(run, batch, 1)[0], control, stats)
+    return micro_loss(run, batch, tokens, count_over_ranks(run, batch, 1), control, stats)
 
 
 def zeros(completions):
@@ -91,7 +91,7 @@ def test_a_micro_batch_is_one_whatever_it_holds(tmp_path):
     """8 rows in micro-batches of at most 3 are three: micro_token's weights add up to 1."""
     run = make_run(tmp_path)
     batch = freeze(run, ragged_rollouts(8), torch.zeros(1, 8))
-    totals, _ = count_over_ranks(run, batch, 3)
+    totals = count_over_ranks(run, batch, 3)
     weights = [token_weights(m.loss_mask, average="micro_token", totals=totals) for m in split(batch, 3)]
     assert totals.micro_batches == 3 and [float(w.sum()) for w in weights] == pytest.approx([1 / 3] * 3)
 
@@ -299,9 +299,9 @@ def test_the_masked_rows_tokens_leave_the_denominator(tmp_path):
     run = make_run(tmp_path)
     rollouts, advantages = ragged_rollouts(8), torch.ones(1, 8)
     trained = torch.tensor([[True, False] * 4])
-    totals, _ = count_over_ranks(run, freeze(run, rollouts, advantages, trained), 1)
+    totals = count_over_ranks(run, freeze(run, rollouts, advantages, trained), 1)
     assert totals.tokens == rollouts.lengths()[::2].sum() and totals.completions == 8
-    assert count_over_ranks(run, freeze(run, rollouts, advantages), 1)[0].tokens == rollouts.lengths().sum()
+    assert count_over_ranks(run, freeze(run, rollouts, advantages), 1).tokens == rollouts.lengths().sum()
 
 
 def test_a_step_without_any_reward_is_one_sentence(tmp_path):

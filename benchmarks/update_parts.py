@@ -1,0 +1,107 @@
+"""Where an update's time goes on a GPU: python benchmarks/update_parts.py [LABEL]
+
+One micro-batch of 32 completions (prompt 128, 256 new, G 8) at Qwen2.5-1.5B's shape, and one of 4: forward, backward,
+what the engine adds to it, its step; kernels launched, and what makes the host wait, by torch.profiler. Results are
+added to results/update_parts.json under LABEL.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from update import gpu_job, stamp
+
+from grpo_core import setup as room
+from grpo_core.batch import TrainBatch, take
+from grpo_core.config_file import load
+from grpo_core.metrics import Stats
+from grpo_core.trainer import count_over_ranks, forward_with_gradient, micro_loss
+
+
+def timed(function, times=5):
+    best = []
+    for _ in range(times):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        out = function()
+        issued = time.perf_counter() - start
+        torch.cuda.synchronize()
+        best.append((time.perf_counter() - start, issued))
+    seconds, issued = sorted(best)[len(best) // 2]
+    return out, {"ms": round(1e3 * seconds, 1), "host_ms": round(1e3 * issued, 1)}
+
+
+def parts(run, batch, stats):
+    """Seconds of each part over one micro-batch."""
+    control, policy = run.control, run.policy
+    [packing] = policy.plan(batch.rollouts)
+    totals = count_over_ranks(run, batch, 1)
+    result = {"tokens": packing.tokens}
+    with policy.training():
+        tokens, result["forward"] = timed(lambda: forward_with_gradient(run, batch.rollouts, packing, control))
+        _, result["loss"] = timed(lambda: micro_loss(run, batch, tokens, totals, control, stats))
+
+        def gradient():
+            out = forward_with_gradient(run, batch.rollouts, packing, control)
+            return torch.autograd.grad(micro_loss(run, batch, out, totals, control, stats), policy.parameters())
+
+        _, result["forward and backward"] = timed(gradient)
+
+        def whole():
+            out = forward_with_gradient(run, batch.rollouts, packing, control)
+            run.engine.backward(micro_loss(run, batch, out, totals, control, stats))
+
+        _, result["with the engine"] = timed(whole)
+        _, result["plan"] = timed(lambda: [*policy.plan(batch.rollouts)])
+        _, result["engine step"] = timed(run.engine.step, 1)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
+            whole()
+            torch.cuda.synchronize()
+        run.engine.step()
+    events = profile.key_averages()
+    kernels = sorted(
+        ((e.key[:70], e.count, round(e.self_device_time_total / 1e3, 2)) for e in events if e.self_device_time_total and e.device_type.name == "CUDA"),
+        key=lambda e: -e[2],
+    )  # fmt: skip
+    result["kernels"], result["gpu_ms"] = sum(k[1] for k in kernels), round(sum(k[2] for k in kernels), 1)
+    result["top"] = kernels[:14]
+    waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+    result["waits"] = {e.key: e.count for e in events if e.key in waits}
+    result["host_top"] = [
+        (e.key[:60], e.count, round(e.self_cpu_time_total / 1e3, 1))
+        for e in sorted(events, key=lambda e: -e.self_cpu_time_total)[:12]
+    ]
+    return result
+
+
+def main(label):
+    with tempfile.TemporaryDirectory() as folder:
+        import os
+
+        job = gpu_job(Path(os.environ.get("BENCH_FOLDER", folder)))
+        overrides = [f"output_dir={folder}", f"model.path={job['model']}", f"data.path={job['data']}", "data.template='{question}'",
+                     "data.eval_split=null", "evaluation.num_tasks=0", *job["overrides"]]  # fmt: skip
+        run, _ = room.setup(load(ROOT / job["config"], overrides))
+        rollouts = run.sampler.generate(run.tasks.batch(0), 8)
+        rollouts = type(rollouts)(**{**rollouts.__dict__, "completions": ()})
+        advantages = torch.randn(32, 1, device=rollouts.completion_ids.device)
+        with torch.no_grad(), run.policy.reference():
+            ref = run.policy.logprobs(rollouts)
+        batch = TrainBatch(rollouts, advantages, rollouts.completion_mask, ref_logprobs=ref)
+        for rows in (32, 4):
+            row = {"bench": "update_parts", "label": label, "rows": rows, **parts(run, take(batch, torch.arange(rows)), Stats())}
+            row |= stamp()
+            print(json.dumps(row), flush=True)
+            file = ROOT / "benchmarks" / "results" / "update_parts.json"
+            with open(os.environ.get("BENCH_OUT", file), "a") as out:
+                out.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "now")

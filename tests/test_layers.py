@@ -1,0 +1,78 @@
+"""The replaced layers against the modules' own: values and gradients; what only looks known stays as it was."""
+
+import copy
+import os
+
+import pytest
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from test_sampler import MODELS
+from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
+
+from grpo_core import layers
+
+KERNELS = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def replaced(model):
+    return {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama, untied", "mistral", "gpt2"])
+def test_a_model_computes_the_same_with_the_same_gradient(name, dropout):
+    kind, config, _ = MODELS[name]
+    torch.manual_seed(0)
+    targets = ["c_attn"] if name == "gpt2" else ["q_proj", "o_proj", "up_proj", "down_proj"]
+    theirs = get_peft_model(kind(config), PeftLoraConfig(r=4, target_modules=targets, lora_dropout=dropout))
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if "lora_B" in key or parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    ours = copy.deepcopy(theirs)
+    layers.install(ours)
+    assert len(replaced(ours)) == (0 if name == "gpt2" else 3)
+    ids = torch.arange(2, 12).view(2, 5)
+    results = []
+    for model in (theirs, ours):
+        for training in (False, True):
+            model.train(training)
+            torch.manual_seed(1)
+            logits = model(ids).logits
+            grads = torch.autograd.grad(torch.sin(logits).sum(), [p for p in model.parameters() if p.requires_grad])
+            with model.disable_adapter():
+                results.append([logits, *grads, model(ids).logits])
+    for mine, want in zip(results[2:], results[:2], strict=True):
+        assert max(float(x.abs().max()) for x in want[1:-1]) > 0.1
+        torch.testing.assert_close(mine, want, atol=2e-4, rtol=1e-4)
+
+
+def test_what_only_looks_known_is_left_alone():
+    config = Gemma2Config(**{key: value for key, value in MODELS["gemma2"][1].to_dict().items() if key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")})
+    model = Gemma2ForCausalLM(config)  # its norm multiplies by 1 + weight, its MLP has another activation
+    layers.install(model)
+    assert replaced(model) == set()
+
+
+def test_all_weights_can_be_trained():
+    torch.manual_seed(0)
+    mlp, norm = Qwen2MLP(MODELS["qwen2"][1]), Qwen2RMSNorm(MODELS["qwen2"][1].hidden_size)
+    x = torch.randn(3, MODELS["qwen2"][1].hidden_size, requires_grad=True)
+    for module in (mlp, norm):
+        want = torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()])
+        layers.install(module)
+        ours = torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()])
+        torch.testing.assert_close(ours, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), *(["cpu"] if KERNELS else [])])
+def test_the_kernels_are_their_definitions(device):
+    from grpo_core import layer_kernels
+
+    torch.manual_seed(0)
+    grad, gate, up = (torch.randn(3, 1001, device=device) for _ in range(3))
+    torch.testing.assert_close(layer_kernels.silu_mul(gate, up), layers.silu_mul(gate, up))
+    ours, want = (room.silu_mul_backward(grad, gate, up) for room in (layer_kernels, layers))
+    torch.testing.assert_close(ours, want, atol=1e-5, rtol=1e-5)
