@@ -58,7 +58,6 @@ class Engine:
         self.world_size = world_size
         settings = config.engine
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self._sums = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
         optimizer = (
             torch.optim.AdamW(  # torch's own, offloaded or not: it compiles nothing, and LoRA's states are small
@@ -82,6 +81,7 @@ class Engine:
                 lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
                 config=filled,
             )
+        self._sums = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]  # where DeepSpeed put them
 
     def backward(self, loss: Tensor) -> None:
         """Add this micro-batch's part: the sum over all micro-batches and ranks is the step's gradient.
