@@ -109,7 +109,7 @@ class _Trial:
     def budget_tokens(self, rows: int) -> int:
         """Tokens of `rows` rows."""
         groups = self.rollouts.prompt_ids[:rows, 0].unique().numel()
-        return groups * self.rollouts.prompt_ids.shape[1] + rows * self.width
+        return groups * self.rollouts.prompt_ids.shape[1] + rows * (self.width - 1)
 
     def _packing(self, rows: int):
         return next(iter(self.policy.plan(take(self.rollouts, torch.arange(rows)))))

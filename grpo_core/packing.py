@@ -35,8 +35,12 @@ class Shapes:
 
     start: np.ndarray  # the prompt's first column
     prompt: np.ndarray  # its tokens
-    completion: np.ndarray  # tokens
+    completion: np.ndarray  # its tokens
     group: np.ndarray  # rows after one another with the same prompt have the same number
+
+    def computed(self) -> np.ndarray:
+        """The completion tokens that are computed: the last one predicts nothing."""
+        return np.maximum(self.completion - 1, 0)
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def fill(shapes: Shapes, rows: Sequence[int], budget: Budget, *, grid: bool = Fa
 
     A group stays together where it fits, so that its prompt is computed once.
     """
-    length = shapes.prompt + shapes.completion
+    length = shapes.prompt + shapes.computed()
     if grid:
         units = [[row] for row in rows]
     else:
@@ -160,11 +164,11 @@ def fill(shapes: Shapes, rows: Sequence[int], budget: Budget, *, grid: bool = Fa
 
 
 def _fits(shapes: Shapes, rows: list[int], budget: Budget, grid: bool) -> bool:
-    length = (shapes.prompt + shapes.completion)[rows]
+    length = (shapes.prompt + shapes.computed())[rows]
     if grid:
         return len(rows) * length.max() <= min(budget.tokens, budget.places)
     _, leaders = np.unique(shapes.group[rows], return_index=True)
-    tokens = shapes.prompt[rows][leaders].sum() + shapes.completion[rows].sum()
+    tokens = shapes.prompt[rows][leaders].sum() + shapes.computed()[rows].sum()
     places = sum(len(rows) * width for rows, width in _buckets(length))
     return tokens <= budget.tokens and places <= budget.places
 
@@ -182,7 +186,7 @@ def _buckets(length: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
 def pack(rollouts: Rollouts, shapes: Shapes, rows: Sequence[int], *, grid: bool = False) -> Packing:
     """Lay out one forward over `rows`, ascending, of the rollouts that `shapes` describes."""
     device, width = rollouts.completion_ids.device, rollouts.completion_ids.shape[1]
-    prompt, completion = shapes.prompt[rows], np.maximum(shapes.completion[rows] - 1, 0)
+    prompt, completion = shapes.prompt[rows], shapes.computed()[rows]
     lay = _grid if grid else _packed
     # of every row: where its tokens stand among the T
     tokens, size, attention, mask = lay(prompt, completion, shapes.group[rows], device)

@@ -116,6 +116,16 @@ def test_forwards_keep_to_the_budget_and_groups_together():
     assert len(plan(rollouts, Budget(1))) == 24  # a row that is too long gets a forward of its own
 
 
+def test_what_is_tried_fits_its_own_budget():
+    """The budget that one forward has is enough for the same forward."""
+    rollouts = grouped_rollouts()
+    [packing] = plan(rollouts, Budget(math.inf))
+    assert len(plan(rollouts, Budget(packing.tokens, len(packing.attention.spread.index)))) == 1
+    assert len(plan(rollouts, Budget(packing.tokens - 1))) == 2
+    [grid] = plan(rollouts, Budget(math.inf), grid=True)
+    assert len(plan(rollouts, Budget(grid.tokens), grid=True)) == 1 < len(plan(rollouts, Budget(grid.tokens - 1), grid=True))
+
+
 def test_gathering_adds_up_what_was_read_often():
     index = torch.randint(-1, 10, (40,), generator=torch.Generator().manual_seed(0))
     x, upstream = torch.randn(10, 3, 2, requires_grad=True), torch.randn(40, 3, 2) * (index >= 0).view(-1, 1, 1)
