@@ -21,7 +21,8 @@ from grpo_core.schema import ConfigError
 
 ON_CPU = 8192  # tokens
 MOST = 32768  # more at once are no faster
-MARGIN = 0.9  # the share of the free memory that is used: what is held between micro-batches, and fragments
+MARGIN = 0.9  # the share of the free memory that is used; the rest is for fragments
+LATER = 0.4e9  # bytes that are taken only afterwards: the sampler's graphs and buffers, a step's batch
 
 
 def find_budgets(
@@ -141,10 +142,10 @@ class _Trial:
 
 
 def _free() -> float:
-    """Bytes that this process may still take, beside what it has allocated."""
+    """Bytes that micro-batches may take, beside what is allocated now and will be."""
     free, total = torch.cuda.mem_get_info()
     share = (
         torch.cuda.get_per_process_memory_fraction() if hasattr(torch.cuda, "get_per_process_memory_fraction") else 1.0
     )
     reserved, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
-    return min(free, share * total - reserved) + reserved - allocated
+    return min(free, share * total - reserved) + reserved - allocated - LATER

@@ -23,6 +23,7 @@ from grpo_core.registry import fact
 from grpo_core.rewards import REWARDS
 from grpo_core.run import Run
 
+EQUAL_ENTROPY = 1e-5  # nats: tokens after the same prefix differ by rounding alone, and stay together
 EXACT_KL_ROWS = 8  # of each rank
 
 
@@ -95,7 +96,7 @@ def top_entropy_mask(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
     everywhere = distributed.all_rows(entropy[mask].float())
     if len(everywhere) == 0:
         return mask
-    return mask & (entropy >= quantile(everywhere, 1 - share))
+    return mask & (entropy >= quantile(everywhere, 1 - share) - EQUAL_ENTROPY)
 
 
 def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stats: Stats) -> dict[str, float]:

@@ -46,7 +46,7 @@ def make_run(folder, num_steps=25, loss="grpo", kl_coef=0.0, policy=None, learni
         sampling=SamplingConfig(group_size=8, max_new_tokens=5),
         rewards=[RewardConfig("good")],
         loss=loss,
-        trainer=TrainerConfig(**{"completions_per_step": 32, "tokens_per_micro_batch": 60, **trainer}),
+        trainer=TrainerConfig(**{"completions_per_step": 32, "tokens_per_micro_batch": 48, **trainer}),
         evaluation=EvaluationConfig(num_tasks=0),
         checkpoint=CheckpointConfig(every=0),
         log=LogConfig(every=10),
