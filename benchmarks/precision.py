@@ -1,0 +1,85 @@
+"""Which precision LoRA's weights should have over a 16-bit base: the embedded job, 200 steps, in three ways.
+
+python benchmarks/precision.py [--steps 200] [WAY ...]
+
+fp32       base and LoRA in float32: what the others are compared with
+bf16       base and LoRA in bf16, DeepSpeed's bf16 block keeps float32 masters of LoRA
+mixed      base in bf16, LoRA in float32, without a block
+
+Printed and added to results/precision.json: rewards over the last steps, held-out accuracy, seconds of a step, the greatest
+gap between sampler and trainer, and how far the adapter ends from the float32 one.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import sys
+import tempfile
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from grpo_core import setup as room
+from grpo_core.config_file import load
+from grpo_core.data import load_tokenizer
+from grpo_core.policy import load_policy
+from grpo_core.trainer import train
+
+OUT = ROOT / "benchmarks" / "results" / "precision.json"
+
+
+def run_way(way: str, steps: int) -> tuple[dict, torch.Tensor]:
+    with tempfile.TemporaryDirectory() as out:
+        config = load(
+            ROOT / "configs" / "tiny.yaml", [f"trainer.num_steps={steps}", f"output_dir={out}", f"name={way}", "checkpoint.every=0"]
+        )
+        config = replace(config, model=replace(config.model, precision="fp32" if way != "bf16" else "bf16"))
+        dtype = room.start(config)
+        tokenizer = load_tokenizer(config.model.path)
+        tasks, eval_tasks, _ = room.all_tasks(config, tokenizer)
+        base = torch.float32 if way == "fp32" else torch.bfloat16
+        torch.manual_seed(0)
+        policy = load_policy(config.model, config.lora, dtype=base, temperature=1.0)
+        for parameter in policy.parameters():
+            parameter.data = parameter.data.to(dtype)
+        run = room.assemble(config, Path(out) / way, policy, tokenizer, tasks, eval_tasks, config.prompts_per_step, dtype)
+        train(run)
+        run.log.close()
+        rows, evaluations = (
+            [json.loads(line) for line in (Path(out) / way / f"{name}.jsonl").read_text().splitlines()]
+            for name in ("metrics", "evaluation")
+        )
+    weights = torch.cat([p.detach().float().flatten().cpu() for p in policy.parameters()])
+    last = rows[-20:]
+    return {
+        "bench": "precision", "way": way, "steps": steps,
+        "reward_last_20": statistics.mean(row["reward"] for row in last),
+        "accuracy": [row["accuracy"] for row in evaluations], "kl_last_20": statistics.mean(row["kl"] for row in last),
+        "seconds_a_step": statistics.median(row["seconds"] for row in rows[1:]),
+        "update_seconds": statistics.median(row["seconds/update"] for row in rows[1:]),
+        "logprob_gap_max": max(row["logprob_gap_max"] for row in rows), "grad_norm_first": rows[0]["grad_norm"],
+        "adapter_norm": float(weights.norm()),
+    }, weights  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("ways", nargs="*", default=["fp32", "bf16", "mixed"])
+    chosen, reference = parser.parse_args(), None
+    for way in chosen.ways:
+        row, weights = run_way(way, chosen.steps)
+        reference = weights if reference is None else reference
+        hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+        row |= {"distance": float((weights - reference).norm() / reference.norm()), "hardware": hardware}
+        row |= {"versions": {n: version(n) for n in ("torch", "peft", "deepspeed")}, "date": datetime.date.today().isoformat()}
+        print(json.dumps(row), flush=True)
+        with open(chosen.out, "a") as file:
+            file.write(json.dumps(row) + "\n")
