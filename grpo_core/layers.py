@@ -31,7 +31,7 @@ def install(model: nn.Module) -> None:
 
 
 def lora_forward(module: nn.Module) -> Callable[..., Tensor]:
-    """x W' + b + scaling (x A') B', for one adapter without dropout; peft's own forward for anything else."""
+    """x W' + b + scaling (x A') B' with W and b frozen, one adapter and no dropout; peft's own for anything else."""
     theirs = type(module).forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -40,8 +40,9 @@ def lora_forward(module: nn.Module) -> Callable[..., Tensor]:
         if plain and names[0] not in module.lora_variant:
             a, b, drop = (group[names[0]] for group in (module.lora_A, module.lora_B, module.lora_dropout))
             quiet = not module.training or getattr(drop, "p", 0.0) == 0.0
-            if quiet and a.weight.dtype == x.dtype == module.base_layer.weight.dtype and b.bias is None:
-                base = module.base_layer
+            base = module.base_layer
+            frozen = not any(p.requires_grad for p in base.parameters()) and b.bias is None
+            if quiet and frozen and a.weight.dtype == x.dtype == base.weight.dtype:
                 return _Lora.apply(x, base.weight, base.bias, a.weight, b.weight, float(module.scaling[names[0]]))
         return theirs(module, x, *args, **kwargs)
 
@@ -74,14 +75,14 @@ class _Lora(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, a, b, inner = context.saved_tensors
-        for_x, for_weight, for_bias, for_a, for_b, _ = context.needs_input_grad
+        for_x, for_a, for_b = (context.needs_input_grad[i] for i in (0, 3, 4))
         shape, grad = grad.shape, grad.flatten(0, -2)
         back = (grad @ b).mul_(context.scaling)  # [n, r]
         dx = (grad @ weight).addmm_(back, a).view(*shape[:-1], -1) if for_x else None
         return (
             dx,
-            grad.T @ rows if for_weight else None,
-            grad.sum(dim=0) if for_bias else None,
+            None,
+            None,
             back.T @ rows if for_a else None,
             (grad.T @ inner).mul_(context.scaling) if for_b else None,
             None,

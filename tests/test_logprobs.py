@@ -44,9 +44,10 @@ def test_the_whole_table_is_never_held(frozen):
     assert not any(shape[-1:] == (64,) and len(shape) == 2 and shape[0] > 16 for shape in saved), saved
 
 
-def test_the_entropy_has_a_gradient_where_asked_to():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_entropy_has_a_gradient_where_asked_to(frozen):
     torch.manual_seed(0)
-    lm_head = torch.nn.Linear(8, 11, bias=False)
+    lm_head = torch.nn.Linear(8, 11, bias=False).requires_grad_(not frozen)
     hidden, ids = torch.randn(3, 5, 8, requires_grad=True), torch.zeros(3, 5, dtype=torch.long)
     table = (lm_head(hidden) / 0.7).log_softmax(-1)
     _, entropy = token_logprobs(hidden, lm_head, ids, temperature=0.7, chunk_size=4, entropy_gradient=True)

@@ -92,6 +92,33 @@ def test_a_model_that_would_mix_rows_gets_a_grid(model):
     torch.testing.assert_close(forwards(policy, rollouts), naive_logprobs(policy, rollouts), atol=1e-5, rtol=1e-4)
 
 
+def test_a_layer_that_mixes_tokens_is_noticed():
+    """Attention is sdpa's, but something else looks at the token before, which in a packed row may be another row's."""
+    policy, rollouts = tiny_policy(lora_noise=0.1), grouped_rollouts()
+    layer = policy.causal_lm.model.layers[0].mlp
+    own = layer.forward
+    layer.forward = lambda x: own(torch.cat([x[:, :1], x[:, 1:] + x[:, :-1]], dim=1))
+    assert not policy.packs
+    torch.testing.assert_close(forwards(policy, rollouts), naive_logprobs(policy, rollouts), atol=1e-5, rtol=1e-4)
+
+
+def test_the_models_own_scale_of_attention_counts():
+    policy, rollouts = tiny_policy(lora_noise=0.1), grouped_rollouts()
+    for layer in policy.causal_lm.model.layers:
+        layer.self_attn.scaling *= 3
+    assert policy.packs
+    torch.testing.assert_close(forwards(policy, rollouts), naive_logprobs(policy, rollouts), atol=1e-5, rtol=1e-4)
+
+
+def test_prompts_that_differ_in_length_alone_are_not_shared():
+    """The padding's id may be a token of the prompt."""
+    rollouts = grouped_rollouts(groups=1, group_size=2, prompt_width=3)
+    ids = torch.tensor([[0, 5, 6], [0, 5, 6]])
+    rollouts = replace(rollouts, prompt_ids=ids, prompt_mask=torch.tensor([[False, True, True], [True, True, True]]))
+    policy = tiny_policy(lora_noise=0.1)
+    torch.testing.assert_close(forwards(policy, rollouts), naive_logprobs(policy, rollouts), atol=1e-5, rtol=1e-4)
+
+
 def test_a_prompt_is_computed_once_and_no_padding_at_all():
     rollouts = grouped_rollouts()
     lengths, prompts = rollouts.lengths(), rollouts.prompt_mask.sum(1)
@@ -107,6 +134,9 @@ def test_a_prompt_is_computed_once_and_no_padding_at_all():
 def test_forwards_keep_to_the_budget_and_groups_together():
     rollouts = grouped_rollouts(groups=8)
     forwards = plan(rollouts, Budget(64, 100))
+    for tokens in range(40, 80):  # of 7 + 3 × 8 tokens at most is a group
+        for rows in plan(rollouts, Budget(tokens)).forwards:
+            assert len({row // 3 for row in rows}) * 3 == len(rows)
     cost = {tuple(rows): packing for rows, packing in zip(forwards.forwards, forwards, strict=True)}
     assert sorted(row for rows in cost for row in rows) == list(range(24))
     for rows, packing in cost.items():
