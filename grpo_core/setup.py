@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -138,9 +139,14 @@ def assemble(
         kl_fn=KLS.get(loss.kl),
         correction_fn=CORRECTIONS.build(loss.rollout_correction.name, loss.rollout_correction.args),
         budgets=find_budgets(config, policy, longest, rows, log.say),
-        skips_ties=zero_advantage(loss_fn)[0] and not fact(AVERAGES.get(loss.average), "breaks"),
+        skips_ties=ties_can_be_skipped(loss_fn, loss.average),
         log=log,
     )
+
+
+def ties_can_be_skipped(loss_fn: Callable, average: str) -> bool:
+    """Whether a row with advantage 0 has no part in the gradient, nor in what the other rows weigh."""
+    return zero_advantage(loss_fn)[0] and not fact(AVERAGES.get(average), "breaks")
 
 
 def make_sampler(config: SamplingConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, log: RunLog) -> Sampler:

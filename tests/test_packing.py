@@ -202,6 +202,15 @@ def test_tied_groups_cost_nothing_and_change_nothing(tmp_path):
     assert with_kl.backwards == computing.backwards  # a KL pulls at every token
 
 
+def test_what_depends_on_rows_without_an_advantage_skips_none():
+    from grpo_core.losses import LOSSES, PolicyLoss
+    from grpo_core.setup import ties_can_be_skipped
+
+    assert all(ties_can_be_skipped(LOSSES.build(name), "token") for name in LOSSES.functions)
+    assert not ties_can_be_skipped(LOSSES.build("grpo"), "micro_token")  # its micro-batches would be others
+    assert not ties_can_be_skipped(lambda logprobs, old, advantages, mask: PolicyLoss(logprobs * (advantages - 1)), "token")
+
+
 def test_a_step_without_any_signal_has_a_gradient_of_zero(tmp_path):
     engine, row = update(tmp_path, torch.zeros(4, 8))
     assert engine.backwards == 0 and (engine.gradient == 0).all() and row["loss"] == 0.0
