@@ -133,7 +133,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_mlp(module: nn.Module) -> bool:
-    return all(isinstance(getattr(module, f"{name}_proj", None), nn.Module) for name in ("gate", "up", "down"))
+    return type(module).__name__ in ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")  # others clamp, or have dropout
 
 
 KNOWN = [(_is_lora, lora_forward), (_is_norm, norm_forward), (_is_mlp, mlp_forward)]

@@ -23,6 +23,12 @@ from grpo_core.logprobs import Statistics, softmax_statistics, token_divergence,
 from grpo_core.packing import Budget, Packing, Plan, plan
 from grpo_core.schema import ConfigError
 
+TELL_ATTENTION_THE_WINDOW = {
+    "mistral",
+    "qwen2",
+    "qwen3",
+}  # others have it in the mask alone, which packing does not use
+
 
 @dataclass(frozen=True)
 class TokenStats:
@@ -50,6 +56,10 @@ class Policy:
     @cached_property
     def packs(self) -> bool:
         """Whether the model can compute packed rows; seen by trying, beside a padded grid of the same two rows."""
+        config = self.causal_lm.config
+        windows = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        if windows and config.model_type not in TELL_ATTENTION_THE_WINDOW:
+            return False
         if not packed_attention.install(self.causal_lm):
             return False
         ids = torch.arange(12, device=self.causal_lm.device).view(2, 6) % self.causal_lm.config.vocab_size
@@ -96,8 +106,11 @@ class Policy:
             )
         ]
         if divergence is not None:
+            training = self.model.training
+            self._switch(False)  # the reference has no dropout
             with torch.no_grad(), self.reference():
                 ref_hidden = self._hidden(rollouts, packing)
+            self._switch(training)
             values.append(token_divergence(hidden, ref_hidden, self._head, divergence, **how))
         shape = rollouts.completion_ids.shape
         return TokenStats(*(x.new_zeros(shape.numel()).index_copy(0, packing.places, x).view(shape) for x in values))
