@@ -90,8 +90,9 @@ class Engine:
         """
         scale = float(getattr(self.optimizer, "loss_scale", 1.0))  # above 1 for fp16
         grads = torch.autograd.grad(loss * scale, self.parameters, allow_unused=True)
-        there = [(total, grad) for total, grad in zip(self._sums, grads, strict=True) if grad is not None]
-        torch._foreach_add_([total for total, _ in there], [grad.float() for _, grad in there], alpha=1.0 / scale)
+        for total, grad in zip(self._sums, grads, strict=True):
+            if grad is not None:
+                total.add_(grad, alpha=1.0 / scale)
 
     def step(self) -> StepResult:
         """Sum over ranks, clip, update the weights, advance the learning rate. A collective."""

@@ -143,8 +143,7 @@ KNOWN = [(_is_lora, lora_forward), (_is_norm, norm_forward), (_is_mlp, mlp_forwa
 def _same(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> bool:
     """Whether `forward` gives what the module's own does, up to rounding."""
     weight = next(module.parameters())
-    width = {True: lambda: module.base_layer.in_features, False: lambda: weight.shape[-1]}[_is_lora(module)]()
-    x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    x = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     try:
         ours, theirs = forward(x), type(module).forward(module, x)
     except Exception:  # it only looks like one that is known

@@ -79,12 +79,13 @@ def token_divergence(
     *,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    ref_lm_head: Callable[[Tensor], Tensor] | None = None,  # the reference's, where it is another
 ) -> Tensor:
     """A divergence between the two distributions over the whole vocabulary at every place, [...] float32."""
 
     def chunk(h: Tensor, ref: Tensor) -> tuple[Tensor]:
         with torch.no_grad():
-            ref_logprobs = (lm_head(ref).float() / temperature).log_softmax(dim=-1)
+            ref_logprobs = ((ref_lm_head or lm_head)(ref).float() / temperature).log_softmax(dim=-1)
         return (function((lm_head(h).float() / temperature).log_softmax(dim=-1), ref_logprobs),)
 
     flat, ref = hidden.flatten(0, -2), ref_hidden.detach().flatten(0, -2)

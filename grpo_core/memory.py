@@ -1,7 +1,7 @@
 """How many tokens a forward and backward may hold on this GPU: found by trying the longest completions there can be.
 
-What is tried bounds everything that comes after: a micro-batch holds at most as many tokens, and at most as many places
-of attention's padded rows. No collective runs while a rank tries, so one that runs out of memory stops nobody.
+What is tried bounds the completions that are sampled: a micro-batch holds at most as many tokens, and at most as many
+places of attention's padded rows. No collective runs while a rank tries, so one that runs out of memory stops nobody.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from grpo_core import distributed
 from grpo_core.batch import Rollouts, take
 from grpo_core.config import RunConfig
+from grpo_core.kl import KLS
 from grpo_core.packing import Budget
 from grpo_core.policy import Policy, checkpoint_gradients
+from grpo_core.registry import fact
 from grpo_core.run import Budgets
 from grpo_core.schema import ConfigError
 
@@ -70,9 +71,9 @@ class _Trial:
 
     def __init__(self, config: RunConfig, policy: Policy, longest_prompt: int, rows: int) -> None:
         self.policy, self.width = policy, config.sampling.max_new_tokens
-        group, device = config.sampling.group_size, policy.causal_lm.device
+        self.group, device = config.sampling.group_size, policy.causal_lm.device
         ids = torch.ones(1, 1, dtype=torch.long, device=device)
-        prompts = torch.arange(-(-rows // group), device=device).repeat_interleave(group)[:rows]
+        prompts = torch.arange(-(-rows // self.group), device=device).repeat_interleave(self.group)[:rows]
         prompt_ids = prompts[:, None].expand(-1, longest_prompt) % policy.causal_lm.config.vocab_size
         completion_ids = ids.expand(rows, self.width)
         self.rollouts = Rollouts(
@@ -83,6 +84,9 @@ class _Trial:
             torch.zeros(completion_ids.shape, device=device),
             torch.ones(rows, dtype=torch.bool, device=device),
         )
+        kl = KLS.get(config.loss.kl)
+        whole = config.loss.kl_coef > 0 and config.loss.kl_in == "loss" and fact(kl, "full_vocabulary")
+        self.divergence = kl if whole else None
         self.entropy = config.loss.entropy_coef > 0 or config.loss.entropy_target is not None
 
     def budget(self, rows: int) -> Budget:
@@ -93,8 +97,8 @@ class _Trial:
 
     def most_rows(self, *, backward: bool) -> int:
         """The most rows that fit, 0 if not even one does."""
-        free, total = _free(), len(self.rollouts)
-        most = max(1, min(total, next((n for n in range(1, total + 1) if self.budget_tokens(n) >= MOST), total)))
+        free, total = _free(sum(p.numel() for p in self.policy.parameters())), len(self.rollouts)
+        most = max(1, min(total, next((n for n in range(1, total + 1) if self._tokens(n) >= MOST), total)))
         one = self._peak(1, backward)
         if one is None or one > free:
             return 0
@@ -109,10 +113,8 @@ class _Trial:
             rows = max(1, int(rows * 0.85))
         return max(1, rows)
 
-    def budget_tokens(self, rows: int) -> int:
-        """Tokens of `rows` rows."""
-        groups = self.rollouts.prompt_ids[:rows, 0].unique().numel()
-        return groups * self.rollouts.prompt_ids.shape[1] + rows * (self.width - 1)
+    def _tokens(self, rows: int) -> int:
+        return -(-rows // self.group) * self.rollouts.prompt_ids.shape[1] + rows * (self.width - 1)
 
     def _packing(self, rows: int):
         return next(iter(self.policy.plan(take(self.rollouts, torch.arange(rows)))))
@@ -138,16 +140,17 @@ class _Trial:
                 self.policy.forward(rollouts, packing)
             return
         with self.policy.training():
-            tokens = self.policy.forward(rollouts, packing, entropy_gradient=self.entropy)
-            loss: Tensor = tokens.logprobs.sum() + (tokens.entropy.sum() if self.entropy else 0.0)
+            tokens = self.policy.forward(rollouts, packing, entropy_gradient=self.entropy, divergence=self.divergence)
+            wanted = [tokens.logprobs, tokens.entropy if self.entropy else None, tokens.divergence]
+            loss = sum(values.sum() for values in wanted if values is not None)
             torch.autograd.grad(loss, self.policy.parameters(), allow_unused=True)
 
 
-def _free() -> float:
-    """Bytes that micro-batches may take, beside what is allocated now and will be."""
+def _free(trained: int) -> float:
+    """Bytes that micro-batches may take, beside what is allocated now and will be (Adam's state comes in the step)."""
     free, total = torch.cuda.mem_get_info()
     share = (
         torch.cuda.get_per_process_memory_fraction() if hasattr(torch.cuda, "get_per_process_memory_fraction") else 1.0
     )
     reserved, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
-    return min(free, share * total - reserved) + reserved - allocated - LATER
+    return min(free, share * total - reserved) + reserved - allocated - LATER - 8 * trained

@@ -49,7 +49,7 @@ class Gather:
 
     index: Tensor  # [M]
     once: tuple[Tensor, Tensor]  # tokens that are read once, and where they went, [K] each
-    shared: tuple[Tensor, Tensor, Tensor]  # tokens that are read more often [K], where they went [K, S], and 1 or 0
+    shared: tuple[tuple[Tensor, Tensor], ...]  # tokens that are read S times [K], and where they went [K, S]
     size: int  # T
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -68,12 +68,9 @@ class _Gathered(torch.autograd.Function):
         out = grad.new_zeros(gather.size, *grad.shape[1:])
         token, place = gather.once
         out.index_copy_(0, token, grad.index_select(0, place))
-        token, place, counts = gather.shared
-        if len(token):
-            parts = grad.index_select(0, place.flatten()).view(*place.shape, -1)
-            out.index_copy_(
-                0, token, torch.einsum("ksx,ks->kx", parts, counts.to(grad.dtype)).view(-1, *grad.shape[1:])
-            )
+        for token, place in gather.shared:
+            parts = grad.index_select(0, place.flatten()).view(*place.shape, *grad.shape[1:])
+            out.index_copy_(0, token, parts.sum(dim=1))
         return out, None
 
 
@@ -153,13 +150,19 @@ def fill(shapes: Shapes, rows: Sequence[int], budget: Budget, *, grid: bool = Fa
                 units[-1].append(row)
             else:
                 units.append([row])
+    least = length if grid else shapes.computed()  # what a row adds at least
     bins: list[list[int]] = []
+    held: list[int] = []  # what each holds at least: most that are full are told by it
     for unit in sorted(units, key=lambda unit: -max(length[unit])):
-        home = next((one for one in bins if _fits(shapes, one + unit, budget, grid)), None)
-        if home is None:
-            bins.append(list(unit))
+        more = int(least[unit].sum())
+        for i, one in enumerate(bins):
+            if held[i] + more <= budget.tokens and _fits(shapes, one + unit, budget, grid):
+                one.extend(unit)
+                held[i] += more
+                break
         else:
-            home.extend(unit)
+            bins.append(list(unit))
+            held.append(int(length[unit[0]]) + more - int(least[unit[0]]))
     return [sorted(one) for one in bins]
 
 
@@ -253,14 +256,15 @@ def gather(index: np.ndarray, size: int, device: torch.device) -> Gather:
     order = real[np.argsort(index[real], kind="stable")]
     counts = np.bincount(index[real], minlength=size)
     starts = np.cumsum(counts) - counts
-    once, shared = np.flatnonzero(counts == 1), np.flatnonzero(counts > 1)
-    nth = np.arange(counts.max(initial=1))
-    there = nth < counts[shared][:, None]  # [K, S]
-    at = order[np.minimum(starts[shared][:, None] + nth, starts[shared][:, None] + counts[shared][:, None] - 1)]
+    once = np.flatnonzero(counts == 1)
+    shared = []
+    for times in np.unique(counts[counts > 1]):
+        tokens = np.flatnonzero(counts == times)
+        shared.append((_on(device, tokens), _on(device, order[starts[tokens][:, None] + np.arange(times)])))
     return Gather(
         index=_on(device, np.maximum(index, 0)),
         once=(_on(device, once), _on(device, order[starts[once]])),
-        shared=(_on(device, shared), _on(device, at), _on(device, there.astype(np.float32))),
+        shared=tuple(shared),
         size=size,
     )
 

@@ -19,15 +19,18 @@ from grpo_core import layers, packed_attention
 from grpo_core.batch import Rollouts
 from grpo_core.config import LoraConfig, ModelConfig
 from grpo_core.data import model_path
-from grpo_core.logprobs import Statistics, softmax_statistics, token_divergence, token_logprobs
+from grpo_core.logprobs import (
+    Statistics,
+    is_frozen_linear,
+    softmax_statistics,
+    token_divergence,
+    token_logprobs,
+)
 from grpo_core.packing import Budget, Packing, Plan, plan
 from grpo_core.schema import ConfigError
 
-TELL_ATTENTION_THE_WINDOW = {
-    "mistral",
-    "qwen2",
-    "qwen3",
-}  # others have it in the mask alone, which packing does not use
+# the sliding window of others may be in the mask alone, which packing does not use
+TELL_ATTENTION_THE_WINDOW = {"mistral", "qwen2", "qwen3"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Policy:
         mask = torch.tensor([[True] * 3, [True, True, False]], device=ids.device)
         rollouts = Rollouts(ids[:, :3], mask, ids[:, 3:], mask, torch.zeros(2, 3, device=ids.device), mask[:, 2])
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._without_dropout():
                 packed, grid = (
                     self._hidden(rollouts, one) for x in (False, True) for one in plan(rollouts, Budget(99), grid=x)
                 )
@@ -106,11 +109,9 @@ class Policy:
             )
         ]
         if divergence is not None:
-            training = self.model.training
-            self._switch(False)  # the reference has no dropout
-            with torch.no_grad(), self.reference():
+            with torch.no_grad(), self.reference(), self._without_dropout():
                 ref_hidden = self._hidden(rollouts, packing)
-            self._switch(training)
+            how["ref_lm_head"] = self._reference_head
             values.append(token_divergence(hidden, ref_hidden, self._head, divergence, **how))
         shape = rollouts.completion_ids.shape
         return TokenStats(*(x.new_zeros(shape.numel()).index_copy(0, packing.places, x).view(shape) for x in values))
@@ -122,7 +123,7 @@ class Policy:
         hidden = self._hidden(rollouts, packing)[keep]
         with self.reference():
             ref_hidden = self._hidden(rollouts, packing)[keep]
-        how = {"temperature": self.temperature, "chunk_size": self.chunk_size}
+        how = {"temperature": self.temperature, "chunk_size": self.chunk_size, "ref_lm_head": self._reference_head}
         return token_divergence(hidden, ref_hidden, self._head, function, **how)
 
     def _hidden(self, rollouts: Rollouts, packing: Packing) -> Tensor:
@@ -193,6 +194,15 @@ class Policy:
         finally:
             self._switch(False)
 
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        training = self.model.training
+        self._switch(False)
+        try:
+            yield
+        finally:
+            self._switch(training)
+
     def _switch(self, training: bool) -> None:
         for module in self.model.modules():
             vars(module)["training"] = training  # what train() and eval() set, 20 ms a step faster
@@ -227,6 +237,17 @@ class Policy:
             getattr(self.causal_lm.config, "final_logit_softcapping", None),
         )
         return head if cap is None else lambda hidden: torch.tanh(head(hidden) / cap) * cap
+
+    @property
+    def _reference_head(self) -> Callable[[Tensor], Tensor]:
+        if is_frozen_linear(self.causal_lm.get_output_embeddings()):
+            return self._head
+
+        def head(hidden: Tensor) -> Tensor:  # it has an adapter
+            with self.reference():
+                return self._head(hidden)
+
+        return head
 
     @property
     def _statistics(self) -> Statistics:

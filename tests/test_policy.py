@@ -3,9 +3,13 @@
 import pytest
 import torch
 from fakes import ragged_rollouts, tiny_policy
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_core.batch import split, take
 from grpo_core.kl import kl_exact
+from grpo_core.policy import Policy
 
 
 def naive_logprobs(policy, rollouts):
@@ -90,6 +94,42 @@ def test_the_exact_divergence_is_zero_from_itself_and_agrees_with_its_sample():
     [packing] = policy.plan(rollouts)
     torch.testing.assert_close(policy.divergence(rollouts, packing, kl_exact, keep), whole[keep].detach())
     assert tiny_policy().forward(rollouts, divergence=kl_exact).divergence.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_exact_divergence_sees_an_adapter_on_the_head(moved):
+    """The reference's distribution is its own head's, and a moving one's too."""
+    torch.manual_seed(0)
+    base = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    )
+    model = get_peft_model(base, PeftLoraConfig(r=4, target_modules=["lm_head"]))
+    policy, rollouts = Policy(model), ragged_rollouts()
+    if moved:
+        policy.move_reference()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+        with policy.reference():
+            base = policy.model(input_ids=rollouts.prompt_ids).logits.log_softmax(-1)
+        own = policy.model(input_ids=rollouts.prompt_ids).logits.log_softmax(-1)
+    assert (own - base).abs().max() > 0.1
+    assert policy.forward(rollouts, divergence=kl_exact).divergence[rollouts.completion_mask].mean() > 1e-3
+
+
+def test_a_reference_has_no_dropout():
+    policy, rollouts = tiny_policy(dropout=0.5, lora_noise=0.3), ragged_rollouts()
+    policy.move_reference()
+    with policy.training():
+        assert policy.packs  # tried now, dropout or not
+        seen = []
+        own = policy._hidden
+        policy._hidden = lambda *args: seen.append(own(*args)) or seen[-1]
+        for _ in range(2):
+            policy.forward(rollouts, divergence=kl_exact)
+        assert policy.model.training
+    assert torch.equal(seen[1], seen[3]) and not torch.equal(seen[0], seen[2])
 
 
 def test_a_moving_reference_starts_as_the_base_and_goes_towards_the_policy():
