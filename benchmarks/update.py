@@ -76,19 +76,24 @@ def make_prompts(file: Path, tokenizer, length: int, count: int) -> Path:
     return file
 
 
-def ours(job: dict) -> dict:
-    """Our trainer on the job: seconds of every step and the numbers of its last metrics row."""
-    from grpo_core import setup as room
+def our_config(job: dict, out: Path):
+    """The job as one of our configurations, to run in `out`."""
     from grpo_core.config_file import load
-    from grpo_core.trainer import train
 
-    out = Path(tempfile.mkdtemp())
     overrides = [
         f"output_dir={out}", "name=bench", f"model.path={job['model']}", f"data.path={job['data']}", "data.template='{question}'",
         "data.eval_split=null", "evaluation.num_tasks=0", "checkpoint.every=0", "log.every=1", *job["overrides"],
     ]  # fmt: skip
-    config = load(ROOT / job["config"], overrides)
-    run, _ = room.setup(config)
+    return load(ROOT / job["config"], overrides)
+
+
+def ours(job: dict) -> dict:
+    """Our trainer on the job: seconds of every step and the numbers of its last metrics row."""
+    from grpo_core import setup as room
+    from grpo_core.trainer import train
+
+    out = Path(tempfile.mkdtemp())
+    run, _ = room.setup(our_config(job, out))
     train(run)
     run.log.close()
     rows = [json.loads(line) for line in (out / "bench" / "metrics.jsonl").read_text().splitlines()]
@@ -135,6 +140,7 @@ def trl(job: dict) -> dict:
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=shape["micro_batch"],
         gradient_accumulation_steps=shape["completions"] // shape["micro_batch"], num_generations=shape["group"],
         max_completion_length=shape["width"], temperature=1.0, beta=shape["kl_coef"], loss_type="grpo", scale_rewards="group",
+        use_bias_correction_kl=False,
         learning_rate=1e-5, max_steps=shape["trl_steps"], bf16=GPU, gradient_checkpointing=False, save_strategy="no",
         report_to=[], disable_tqdm=True, logging_steps=1, max_grad_norm=1.0, seed=0, use_cpu=not GPU,
         model_init_kwargs={"dtype": "bfloat16" if GPU else "float32"},
@@ -144,16 +150,58 @@ def trl(job: dict) -> dict:
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]), callbacks=[Clock()],
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=shape["targets"], task_type="CAUSAL_LM"),
     )  # fmt: skip
+    last, their_loss = {}, trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: last.update(inputs) or their_loss(model, inputs)
     if GPU:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
+    memory = (torch.cuda.max_memory_reserved() / 1e9, torch.cuda.max_memory_allocated() / 1e9) if GPU else (0.0, 0.0)
     model = trainer.accelerator.unwrap_model(trainer.model)
+    with trainer.compute_loss_context_manager():
+        agree = agreement(model, their_loss(trainer.model, last), last, trainer.current_gradient_accumulation_steps, job)
     return {
-        "seconds": seconds, "tokens": tokens, "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "seconds": seconds, "tokens": tokens, **agree, "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "dtype": str(next(p for p in model.parameters() if not p.requires_grad).dtype),
-        "reserved": torch.cuda.max_memory_reserved() / 1e9 if GPU else 0.0,
-        "allocated": torch.cuda.max_memory_allocated() / 1e9 if GPU else 0.0,
+        "reserved": memory[0], "allocated": memory[1],
     }  # fmt: skip
+
+
+def agreement(model, theirs, inputs, accumulated, job) -> dict:
+    """Our loss of the batch that TRL trained on last, with the weights that it has now, beside its own `theirs`."""
+    from types import SimpleNamespace
+
+    from grpo_core.averages import Totals
+    from grpo_core.batch import Rollouts, TrainBatch
+    from grpo_core.control import first_control
+    from grpo_core.corrections import CORRECTIONS
+    from grpo_core.kl import KLS
+    from grpo_core.losses import LOSSES
+    from grpo_core.metrics import Stats
+    from grpo_core.policy import Policy
+    from grpo_core.trainer import micro_loss
+
+    weights = [p for p in model.parameters() if p.requires_grad]
+    their_gradient = torch.cat([g.flatten().double() for g in torch.autograd.grad(theirs, weights)])
+    config = our_config(job, Path("unused"))
+    correction = config.loss.rollout_correction
+    run = SimpleNamespace(
+        config=config, loss_fn=LOSSES.build(config.loss.name, config.loss.args), kl_fn=KLS.get(config.loss.kl),
+        correction_fn=CORRECTIONS.build(correction.name, correction.args),
+    )  # fmt: skip
+    mask = inputs["completion_mask"].bool()
+    rollouts = Rollouts(
+        inputs["prompt_ids"], inputs["prompt_mask"].bool(), inputs["completion_ids"], mask, torch.zeros(mask.shape, device=mask.device),
+        mask[:, -1],
+    )  # fmt: skip
+    micro = TrainBatch(rollouts, inputs["advantages"][:, None], mask, None, inputs.get("old_per_token_logps"), inputs["ref_per_token_logps"])
+    tokens, rows = mask.sum() * accumulated, torch.tensor(len(mask) * accumulated, device=mask.device)
+    totals = Totals(tokens, rows, config.sampling.max_new_tokens, tokens, accumulated)
+    loss = micro_loss(run, micro, Policy(model.eval()).forward(rollouts), totals, first_control(config.loss), Stats())
+    gradient = torch.cat([g.flatten().double() for g in torch.autograd.grad(loss, weights)])
+    return {
+        "loss_difference": abs(float(loss) - float(theirs)),
+        "gradient_difference": float((gradient - their_gradient).norm() / their_gradient.norm()),
+    }
 
 
 def one(side: str, job: dict, limit: float = 540) -> dict:
@@ -235,10 +283,10 @@ def cpu(folder):
     rows = [{"question": f"Question: {row['question']}\n", "answer": row["answer"]} for row in word_problems("train", 512)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     AutoTokenizer.from_pretrained(model)
-    shape = {"completions": 128, "group": 8, "width": 48, "micro_batch": 64, "kl_coef": 0.01, "targets": "all-linear", "trl_steps": 6}
+    shape = {"completions": 128, "group": 8, "width": 48, "micro_batch": 64, "kl_coef": 0.01, "targets": "all-linear", "trl_steps": 20}
     job = {
         "model": model, "data": data, "config": "configs/tiny.yaml", "shape": shape,
-        "overrides": [f"rewards=[{{name: '{Path(__file__)}:pseudo_reward'}}]", "trainer.num_steps=6", "engine.learning_rate=1e-5"],
+        "overrides": [f"rewards=[{{name: '{Path(__file__)}:pseudo_reward'}}]", "trainer.num_steps=20", "engine.learning_rate=1e-5"],
     }  # fmt: skip
     return compare("update/cpu", "tiny.yaml: 128 completions of up to 48 tokens, 2 threads, one process", job, ">= 3 times TRL",
                    lambda a, b: b / a >= 3)  # fmt: skip
@@ -250,7 +298,8 @@ def compare(bench, workload, job, reach, met, peer=True) -> dict:
     if theirs:  # the same job?
         assert ours_["trainable"] == theirs["trainable"] and ours_["dtype"] == theirs["dtype"], (ours_, theirs)
         assert 0.9 < statistics.mean(ours_["tokens"]) / statistics.mean(theirs["tokens"]) < 1.1, (ours_["tokens"], theirs["tokens"])
-    keep = ("tokens", "reserved", "allocated", "phases", "mfu", "longest", "tokens_updated")
+        assert theirs["loss_difference"] < 1e-3 and theirs["gradient_difference"] < (0.1 if GPU else 1e-3), theirs
+    keep = ("tokens", "reserved", "allocated", "phases", "mfu", "longest", "tokens_updated", "loss_difference", "gradient_difference")
     return {
         "bench": bench, "workload": workload, "ours": {"seconds": round(a, 3), **{k: ours_[k] for k in keep if k in ours_}},
         "peer": {"name": "trl", "seconds": round(b, 3), **{k: theirs[k] for k in keep if k in theirs}} if theirs else None,

@@ -84,12 +84,12 @@ def barrier() -> None:
 
 
 def all_sum(values: Tensor) -> Tensor:
-    """The sum over all ranks, elementwise, as a new tensor."""
+    """The sum over all ranks, elementwise, as a new tensor on the same device."""
     return _reduced(values, dist.ReduceOp.SUM)
 
 
 def all_max(values: Tensor) -> Tensor:
-    """The maximum over all ranks, elementwise, as a new tensor."""
+    """The maximum over all ranks, elementwise, as a new tensor on the same device."""
     return _reduced(values, dist.ReduceOp.MAX)
 
 
@@ -176,7 +176,7 @@ def uniforms(keys: Sequence[tuple[int, ...]], count: int) -> Tensor:
 
 
 def _reduced(values: Tensor, operation: Any) -> Tensor:
-    values = values.detach().to(device(), copy=True)
+    everywhere = values.detach().to(device(), copy=True)
     if world_size() > 1:
-        dist.all_reduce(values, operation)
-    return values
+        dist.all_reduce(everywhere, operation)
+    return everywhere.to(values.device)

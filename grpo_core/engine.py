@@ -72,8 +72,8 @@ class Engine:
         filled = deepspeed_config(config, dtype, world_size)
         trained = sum(p.numel() for p in self.parameters)
         for bucket in ("reduce_bucket_size", "allgather_bucket_size"):  # 5e8 by default, and 1 GB held for it
-            if filled.get("zero_optimization", {}).get(bucket, "auto") == "auto":
-                filled.setdefault("zero_optimization", {})[bucket] = min(trained, 500_000_000)
+            if filled["zero_optimization"].get(bucket, "auto") == "auto":
+                filled["zero_optimization"][bucket] = min(trained, 500_000_000)
         with _quiet(not config.log.verbose):
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
@@ -167,11 +167,11 @@ def deepspeed_config(config: RunConfig, dtype: torch.dtype, world_size: int) -> 
     for block, instead in (("optimizer", "engine.learning_rate and its neighbours"), ("scheduler", "engine.schedule")):
         if block in given:
             raise ConfigError(f"the DeepSpeed JSON has a block {block!r}; remove it, the run config's {instead} say it")
-    stage = given.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2):
+    stage = given.setdefault("zero_optimization", {}).setdefault("stage", 2)
+    if stage not in (1, 2):
         raise ConfigError(
-            f"the DeepSpeed JSON's zero_optimization.stage is {stage}; "
-            f"it must be 0, 1 or 2: the sampler needs whole weights"
+            f"the DeepSpeed JSON's zero_optimization.stage is {stage}; it must be 1 or 2: "
+            f"the sampler needs whole weights, and stage 0 is other code for every precision"
         )
     per_optimizer_step = trainer.completions_per_step // trainer.num_minibatches
     _agree(given, "train_batch_size", per_optimizer_step, "trainer.completions_per_step / trainer.num_minibatches")
@@ -188,7 +188,7 @@ def deepspeed_config(config: RunConfig, dtype: torch.dtype, world_size: int) -> 
             given[block], "enabled", dtype is wanted, f"model.precision ({config.model.precision})", f"{block}.enabled"
         )
     given.pop("train_batch_size")  # ours counts completions of an optimizer step; DeepSpeed's would be of a micro-batch
-    if given.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
+    if given["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
         given.setdefault("zero_force_ds_cpu_optimizer", False)
     return given | {
         "train_micro_batch_size_per_gpu": 1,  # read by nothing

@@ -27,9 +27,11 @@ LATER = 0.4e9  # bytes that are taken only afterwards: the sampler's graphs and 
 
 
 def find_budgets(
-    config: RunConfig, policy: Policy, longest_prompt: int, rows: int, say: Callable[[str], None]
+    config: RunConfig, policy: Policy, longest: tuple[int, int], rows: int, say: Callable[[str], None]
 ) -> Budgets:
     """The budgets of `rows` completions on every rank; switches gradient checkpointing on where auto needs it.
+
+    `longest`: the tokens that a prompt and a completion may have.
 
     A collective.
 
@@ -42,7 +44,7 @@ def find_budgets(
     if not torch.cuda.is_available():
         tokens = ON_CPU if fixed == "auto" else fixed
         return Budgets(Budget(tokens), Budget(max(tokens, ON_CPU)))
-    trial = _Trial(config, policy, longest_prompt, rows)
+    trial = _Trial(config, policy, longest, rows)
     update = trial.most_rows(backward=True)
     if distributed.all_max(torch.tensor(float(update == 0))) and checkpointing == "auto":
         checkpoint_gradients(policy.causal_lm)
@@ -51,7 +53,7 @@ def find_budgets(
     update, forward = (-int(x) for x in distributed.all_max(torch.tensor([-update, -forward])).tolist())
     if update == 0:
         raise ConfigError(
-            f"not even one completion of {trial.width} tokens after a prompt of {longest_prompt} fits into the GPU's "
+            f"not even one completion of {longest[1]} tokens after a prompt of {longest[0]} fits into the GPU's "
             f"memory; lower sampling.max_new_tokens or data.max_prompt_tokens"
         )
     budgets = Budgets(*(trial.budget(count) for count in (update, forward)))
@@ -69,8 +71,8 @@ def find_budgets(
 class _Trial:
     """Rollouts of the greatest length, more and more of them."""
 
-    def __init__(self, config: RunConfig, policy: Policy, longest_prompt: int, rows: int) -> None:
-        self.policy, self.width = policy, config.sampling.max_new_tokens
+    def __init__(self, config: RunConfig, policy: Policy, longest: tuple[int, int], rows: int) -> None:
+        self.policy, (longest_prompt, self.width) = policy, longest
         self.group, device = config.sampling.group_size, policy.causal_lm.device
         ids = torch.ones(1, 1, dtype=torch.long, device=device)
         prompts = torch.arange(-(-rows // self.group), device=device).repeat_interleave(self.group)[:rows]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -102,7 +103,7 @@ class Policy:
         packing = packing or next(iter(self.plan(rollouts)))
         hidden = self._hidden(rollouts, packing)
         ids = rollouts.completion_ids.flatten()[packing.places]
-        how = {"temperature": self.temperature, "chunk_size": self.chunk_size}
+        how = self._how
         values = [
             *token_logprobs(
                 hidden, self._head, ids, entropy_gradient=entropy_gradient, statistics=self._statistics, **how
@@ -111,8 +112,9 @@ class Policy:
         if divergence is not None:
             with torch.no_grad(), self.reference(), self._without_dropout():
                 ref_hidden = self._hidden(rollouts, packing)
-            how["ref_lm_head"] = self._reference_head
-            values.append(token_divergence(hidden, ref_hidden, self._head, divergence, **how))
+            values.append(
+                token_divergence(hidden, ref_hidden, self._head, divergence, ref_lm_head=self._reference_head, **how)
+            )
         shape = rollouts.completion_ids.shape
         return TokenStats(*(x.new_zeros(shape.numel()).index_copy(0, packing.places, x).view(shape) for x in values))
 
@@ -123,8 +125,7 @@ class Policy:
         hidden = self._hidden(rollouts, packing)[keep]
         with self.reference():
             ref_hidden = self._hidden(rollouts, packing)[keep]
-        how = {"temperature": self.temperature, "chunk_size": self.chunk_size, "ref_lm_head": self._reference_head}
-        return token_divergence(hidden, ref_hidden, self._head, function, **how)
+        return token_divergence(hidden, ref_hidden, self._head, function, ref_lm_head=self._reference_head, **self._how)
 
     def _hidden(self, rollouts: Rollouts, packing: Packing) -> Tensor:
         """The hidden states that predict the completion tokens, [n, H] in the order of `packing.places`."""
@@ -229,6 +230,26 @@ class Policy:
     def save(self, folder: Path) -> None:
         """The adapter in PEFT's format, or the whole model where there is none."""
         self.model.save_pretrained(folder)
+
+    @cached_property
+    def _logit_scale(self) -> float:
+        """What the model multiplies its head's output by; Granite, Cohere and Falcon-H1 do. Measured."""
+        ids = torch.arange(8, device=self.causal_lm.device)[None] % self.causal_lm.config.vocab_size
+        with torch.no_grad(), self._without_dropout():
+            logits = self.causal_lm(ids, use_cache=False).logits.double()
+            ours = self._head(self.causal_lm.base_model(ids, use_cache=False).last_hidden_state).double()
+        scale = float((logits * ours).sum() / ours.square().sum())
+        allowed = 1e-3 if self.causal_lm.dtype == torch.float32 else 0.05
+        if not (logits - scale * ours).norm() <= allowed * logits.norm():
+            raise ConfigError(
+                f"this {self.causal_lm.config.model_type} model's logits are not its head's output times a number; "
+                f"log-probs of it would be wrong"
+            )
+        return 1.0 if abs(scale - 1) < 1e-3 else scale
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"temperature": self.temperature / self._logit_scale, "chunk_size": self.chunk_size}
 
     @property
     def _head(self) -> Callable[[Tensor], Tensor]:

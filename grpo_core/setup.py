@@ -107,6 +107,7 @@ def assemble(
     dtype: torch.dtype,
     start_step: int = 0,
     control: Control | None = None,
+    longest_completion: int | None = None,  # default: what the sampler may draw
 ) -> Run:
     """The parts of a run around a policy and its tasks."""
     loss, trainer, world_size = config.loss, config.trainer, distributed.world_size()
@@ -118,7 +119,7 @@ def assemble(
     log = RunLog(folder, config, start_step, num_steps)
     log.flops_per_token = policy.flops_per_token()
     loss_fn = LOSSES.build(loss.name, loss.args)
-    longest = max(len(task.prompt_ids) for task in tasks)
+    longest = (max(len(task.prompt_ids) for task in tasks), longest_completion or config.sampling.max_new_tokens)
     rows = trainer.completions_per_step // world_size // trainer.num_minibatches
     return Run(
         config=config,

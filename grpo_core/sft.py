@@ -42,8 +42,20 @@ def run_sft(config: RunConfig) -> Path:
         for name in template_fields(target.template):
             if name not in tasks[0].columns:
                 raise ConfigError(f"sft.targets uses {{{name}}}, but the columns are {', '.join(tasks[0].columns)}")
-    run = assemble(config, folder, policy, tokenizer, tasks, eval_tasks, config.trainer.completions_per_step, dtype)
     eos = min(eos_ids(policy.causal_lm, tokenizer))
+    texts = [target.template.format(**task.columns) for target in config.sft.targets for task in tasks]
+    longest = max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) + 1  # the end
+    run = assemble(
+        config,
+        folder,
+        policy,
+        tokenizer,
+        tasks,
+        eval_tasks,
+        config.trainer.completions_per_step,
+        dtype,
+        longest_completion=longest,
+    )
     for step in range(run.num_steps):
         with run.log.phase("update"):
             rollouts = supervised_rollouts(run.tasks.batch(step), config.sft, tokenizer, eos, run.sampler.device)

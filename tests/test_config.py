@@ -142,7 +142,8 @@ def test_batch_arithmetic():
         ({"gradient_clipping": 0.5}, r"gradient_clipping is 0.5, .*engine.max_grad_norm makes it 1.0"),
         ({"gradient_accumulation_steps": 8}, r"gradient_accumulation_steps is 8; write .auto.: .* as many as it needs"),
         ({"fp16": {"enabled": True}}, r"fp16.enabled is True, .*model.precision \(auto\) makes it False"),
-        ({"zero_optimization": {"stage": 3}}, r"stage is 3; it must be 0, 1 or 2"),
+        ({"zero_optimization": {"stage": 3}}, r"stage is 3; it must be 1 or 2"),
+        ({"zero_optimization": {"stage": 0}}, r"stage is 0; it must be 1 or 2"),
         ({"optimizer": {"type": "AdamW"}}, r"block 'optimizer'; remove it"),
         ({"scheduler": {}}, r"block 'scheduler'; remove it"),
     ],
@@ -157,6 +158,7 @@ def test_a_contradicting_deepspeed_json_names_both_sides(json, message):
 def test_an_agreeing_deepspeed_json_is_fine():
     json = "{train_batch_size: 128, gradient_clipping: 1.0}"
     filled = deepspeed_config(load(TINY, [f"engine.deepspeed={json}"]), torch.float32, 2)
+    assert filled["zero_optimization"] == {"stage": 2}
     assert "train_batch_size" not in filled and filled["managed_gradient_accumulation"] is False
 
 

@@ -12,12 +12,12 @@ from test_sampler import MODELS
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
 from grpo_core.batch import Rollouts, take
-from grpo_core.config import LoraConfig, ModelConfig
+from grpo_core.config import LoraConfig, LossConfig, ModelConfig
 from grpo_core.metrics import Stats
 from grpo_core.packing import Budget, gather, plan
 from grpo_core.policy import Policy, wrap
 from grpo_core.run import Budgets
-from grpo_core.trainer import freeze, update_policy
+from grpo_core.trainer import freeze, rows_to_train, update_policy
 
 
 def grouped_rollouts(groups=4, group_size=3, prompt_width=7, width=9, vocabulary=16, side="left", seed=0) -> Rollouts:
@@ -200,6 +200,16 @@ def test_tied_groups_cost_nothing_and_change_nothing(tmp_path):
     torch.testing.assert_close(skipping.gradient, computing.gradient, atol=1e-7, rtol=1e-4)
     with_kl, _ = update(tmp_path / "c", advantages, kl_coef=0.1)
     assert with_kl.backwards == computing.backwards  # a KL pulls at every token
+
+
+@pytest.mark.parametrize("loss", [{"entropy_target": 0.5}, {"entropy_coef": 0.1}, {"kl_coef": 0.1}], ids=str)
+def test_where_every_token_counts_none_is_skipped(tmp_path, loss):
+    """A coefficient that is steered by the entropy of all tokens may be 0 now; a bonus or a KL pulls at all of them."""
+    run = make_run(tmp_path, loss=LossConfig(kl_coef=loss.pop("kl_coef", 0.0), **loss))
+    batch = freeze(run, grouped_rollouts(groups=4, group_size=8), torch.zeros(4, 8))
+    assert len(rows_to_train(run, batch, run.control)) == 32
+    plain = make_run(tmp_path, loss=LossConfig(kl_coef=0.0))
+    assert rows_to_train(plain, batch, plain.control) == []
 
 
 def test_what_depends_on_rows_without_an_advantage_skips_none():

@@ -10,6 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from grpo_core.batch import split, take
 from grpo_core.kl import kl_exact
 from grpo_core.policy import Policy
+from grpo_core.schema import ConfigError
 
 
 def naive_logprobs(policy, rollouts):
@@ -30,6 +31,21 @@ def test_logprobs_are_the_models_own(side, temperature):
     policy = tiny_policy(lora_noise=0.1, temperature=temperature)
     rollouts = ragged_rollouts(side=side)
     torch.testing.assert_close(policy.logprobs(rollouts), naive_logprobs(policy, rollouts), atol=1e-5, rtol=1e-5)
+
+
+def test_logits_that_are_not_the_heads_output_are_refused():
+    """What multiplies them is found (granite and cohere in test_packing); anything else would be wrong silently."""
+    policy, rollouts = tiny_policy(lora_noise=0.1), ragged_rollouts()
+    own = policy.causal_lm.forward
+
+    def forward(*args, **kwargs):
+        out = own(*args, **kwargs)
+        out.logits = out.logits + torch.arange(out.logits.shape[-1])
+        return out
+
+    policy.causal_lm.forward = forward
+    with pytest.raises(ConfigError, match="this qwen2 model's logits are not its head's output times a number"):
+        policy.logprobs(rollouts)
 
 
 def test_padding_and_neighbours_change_nothing():

@@ -4,10 +4,14 @@ import pytest
 import torch
 from fakes import EOS, PAD, VOCAB, Alphabet, FixedTasks, tiny_policy
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -58,6 +62,8 @@ MODELS = {
         Gemma2Config(**SIZES, head_dim=8, sliding_window=6, final_logit_softcapping=2.0, attn_logit_softcapping=1.0),
         False,
     ),
+    "granite": (GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=4.0, embedding_multiplier=3.0), False),
+    "cohere": (CohereForCausalLM, CohereConfig(**SIZES, logit_scale=0.3), False),
     "gpt2": (
         GPT2LMHeadModel,
         GPT2Config(
