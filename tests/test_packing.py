@@ -210,6 +210,10 @@ def test_where_every_token_counts_none_is_skipped(tmp_path, loss):
     assert len(rows_to_train(run, batch, run.control)) == 32
     plain = make_run(tmp_path, loss=LossConfig(kl_coef=0.0))
     assert rows_to_train(plain, batch, plain.control) == []
+    trained = torch.ones(4, 8, dtype=torch.bool)
+    trained[1, 2:] = False
+    masked = freeze(run, batch.rollouts, torch.zeros(4, 8), trained)
+    assert rows_to_train(run, masked, run.control) == trained.flatten().nonzero().squeeze(1).tolist()
 
 
 def test_what_depends_on_rows_without_an_advantage_skips_none():
