@@ -1,22 +1,26 @@
 """What is kept on disk: the run folder, checkpoints, the adapter.
 
-A checkpoint is a folder step-NNNNNN that is whole or not there.
-Every rank writes its engine state into a folder with a working name; when all have, the main rank adds meta.json and
-gives the folder its name, which is atomic. The newest folder with a proper name is the one to go on from. Besides
-the engine's there are two states: a reference that moves, and coefficients that adapt (in meta.json). Nothing else
-needs saving: the batch, the sampling noise and the dropout noise are functions of (seed, step).
+A checkpoint is a folder step-NNNNNN that is whole or not there: the main rank writes it under a working name, syncs it,
+and gives it its name, which is atomic. It holds tensors as safetensors and numbers as JSON, so nothing is unpickled,
+and SHA256SUMS over both (`sha256sum -c` reads it). Nothing in it depends on the number of processes. The batch, the
+sampling noise and the dropout noise are functions of (seed, step) and need no saving.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core import distributed
@@ -26,96 +30,178 @@ from grpo_core.policy import Policy
 from grpo_core.run import Run
 from grpo_core.schema import ConfigError
 
-REFERENCE = "reference.pt"  # only where the reference moves
+TENSORS, META, SUMS = "tensors.safetensors", "meta.json", "SHA256SUMS"
 
 # what may differ between a checkpoint and the run that goes on from it
 FREE = ("resume", "preset", "name", "output_dir", "log", "checkpoint", "trainer.num_steps", "trainer.epochs", "sft")
+FREE += ("trainer.max_restarts", "trainer.tokens_per_micro_batch", "model.gradient_checkpointing", "engine.deepspeed")
+FREE += ("sampling.rows_at_once", "sampling.decoder")
 FREE += ("evaluation.every", "evaluation.batch_size", "evaluation.reward")  # not num_tasks: it may hold rows out
 
 
-def run_folder(config: RunConfig) -> tuple[Path, Path | None]:
-    """The folder of this run and the checkpoint to go on from, the same on all ranks. Nothing is made yet.
+def run_folder(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
+    """The folder of this run, the checkpoint to go on from, and what is to be said of damaged ones; on all ranks.
 
     A new run takes <output_dir>/<name>, or <name>-2, -3, ... where that exists: no run overwrites another. With
-    resume: auto the newest of these that has a checkpoint is continued.
+    resume: auto (or force) the newest of these that has a checkpoint is continued, with resume: FOLDER that one.
+    Nothing is made yet. A collective.
+
+    Raises:
+        ConfigError: there are checkpoints, and all are damaged.
     """
+    found: tuple[Path, Path | None, list[str]] | str = ""
+    if distributed.is_main():
+        try:
+            found = _find(config)
+        except ConfigError as error:
+            found = str(error)
+    found = distributed.from_main(found)
+    if isinstance(found, str):
+        raise ConfigError(found)
+    return found
+
+
+def _find(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
     base = Path(config.output_dir) / config.name
-    folder, latest = base, None
-    if distributed.is_main():
-        number, found = 1, []
-        while folder.exists():
-            found = steps(folder / "checkpoints")[-1:] or found
-            number += 1
-            folder = base.with_name(f"{base.name}-{number}")
-        if config.resume is not None and found:
-            latest = found[0]
-            folder = latest.parent.parent
-    return distributed.from_main((folder, latest))
-
-
-def save(run: Run, next_step: int, control: Control) -> None:
-    """Write <run folder>/checkpoints/step-<next_step> and keep the newest `checkpoint.keep`. A collective."""
-    folder, config = run.folder / "checkpoints", run.config
-    final = folder / f"step-{next_step:06d}"
-    working = folder / f".{final.name}.part"
-    if distributed.is_main():
-        for leftover in folder.glob(".step-*.part"):
-            shutil.rmtree(leftover)
-        working.mkdir(parents=True)
-    distributed.barrier()
-    run.engine.save(working)
-    distributed.barrier()  # every shard is written now
-    if distributed.is_main():
-        if (reference := run.policy.reference_state()) is not None:
-            torch.save([value.cpu() for value in reference], working / REFERENCE)
-        meta = {"next_step": next_step, "world_size": distributed.world_size()}
-        meta |= {"control": asdict(control), "config": asdict(config)}
-        (working / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        for path in working.rglob("*"):
-            _sync(path)
-        if final.exists():  # the same step of a run that was resumed from an older checkpoint
-            shutil.rmtree(final)
-        os.replace(working, final)
-        _sync(folder)
-        for old in steps(folder)[: -config.checkpoint.keep]:
-            shutil.rmtree(old)
-    distributed.barrier()
+    if config.resume in (None, "auto", "force"):
+        folders = [base]
+        while folders[-1].exists():
+            folders.append(base.with_name(f"{base.name}-{len(folders) + 1}"))
+        free = folders.pop()
+        started = [folder for folder in folders if steps(folder / "checkpoints")]
+        folder = started[-1] if config.resume and started else free
+    else:
+        folder = Path(config.resume)
+    damaged = []
+    for checkpoint in reversed(steps(folder / "checkpoints")):
+        problem = damage(checkpoint)
+        if problem is None:
+            return folder, checkpoint, damaged
+        damaged.append(f"{checkpoint} is damaged ({problem}): going on from the one before")
+    if damaged:
+        raise ConfigError(f"every checkpoint in {folder} is damaged: {problem}; start under another name")
+    return folder, None, []
 
 
 def steps(folder: Path) -> list[Path]:
-    """The whole checkpoints in `folder`, oldest first."""
+    """The checkpoints in `folder`, oldest first."""
     return sorted(folder.glob("step-*"))
 
 
-def read_meta(checkpoint: Path, config: RunConfig) -> tuple[int, Control]:
-    """The step that a run continuing from `checkpoint` takes first, and its control.
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None where nothing is."""
+    try:
+        lines = (checkpoint / SUMS).read_text(encoding="utf-8").splitlines()
+        wanted = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        if sorted(wanted) != sorted((TENSORS, META)):
+            return f"{SUMS} does not name its files"
+        for name, digest in wanted.items():
+            if _digest(checkpoint / name) != digest:
+                return f"{name} is not what was written"
+    except (OSError, UnicodeDecodeError) as error:
+        return in_words(error)
+    return None
+
+
+def save(run: Run, next_step: int, control: Control) -> bool:
+    """Write <run folder>/checkpoints/step-<next_step> and keep the newest `checkpoint.keep`. A collective.
+
+    Returns whether it was written. Where it cannot be (a full disk), the ones before stay and the log says why.
+    """
+    problem = None
+    tensors = _on_main(run.engine.tensors())
+    if distributed.is_main():
+        for i, value in enumerate(run.policy.reference_state() or ()):
+            tensors[f"reference/{i}"] = value.cpu()
+        meta = {"next_step": next_step, "world_size": distributed.world_size(), "control": asdict(control)}
+        meta |= {"engine": run.engine.numbers(), "fingerprints": fingerprints(run), "config": asdict(run.config)}
+        folder = run.folder / "checkpoints"
+        try:
+            _write(folder, f"step-{next_step:06d}", tensors, meta)
+            for old in steps(folder)[: -run.config.checkpoint.keep]:
+                shutil.rmtree(old)
+        except (OSError, SafetensorError) as error:
+            problem = in_words(error)
+    problem = distributed.from_main(problem)
+    if problem:
+        run.log.say(f"warning: the checkpoint after {next_step} steps could not be written ({problem}); going on")
+    return problem is None
+
+
+def _write(folder: Path, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    working = folder / f".{name}.part"
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
+    try:
+        working.mkdir(parents=True)
+        save_file({key: value.contiguous() for key, value in tensors.items()}, working / TENSORS)
+        (working / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        sums = "".join(f"{_digest(working / part)}  {part}\n" for part in (TENSORS, META))
+        (working / SUMS).write_text(sums, encoding="utf-8")
+        for path in (*working.iterdir(), working):
+            _sync(path)
+        if (folder / name).exists():  # the same step of a run that was resumed from an older checkpoint
+            os.replace(folder / name, folder / f".{name}.old")
+        os.replace(working, folder / name)
+        _sync(folder)
+        shutil.rmtree(folder / f".{name}.old", ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        raise
+
+
+def read_meta(checkpoint: Path, config: RunConfig) -> tuple[dict[str, Any], list[str]]:
+    """What `save` wrote beside the tensors, and the keys of the configuration that differ (with resume: force).
 
     Raises:
-        ConfigError: the checkpoint is of another configuration, whose differing keys are named, or number of processes.
+        ConfigError: the checkpoint is of another configuration, whose differing keys are named.
     """
-    meta = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
-    if meta["world_size"] != distributed.world_size():
-        raise ConfigError(
-            f"{checkpoint} was written by {meta['world_size']} processes; "
-            f"resume with as many, not {distributed.world_size()}"
-        )
+    meta = json.loads((checkpoint / META).read_text(encoding="utf-8"))
     then, now = flatten(meta["config"]), flatten(asdict(config))
     differing = [
-        key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key) and not key.startswith(FREE)
+        f"{key} ({then.get(key)!r} then, {now.get(key)!r} now)"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key) and not key.startswith(FREE)
     ]
-    if differing:
-        shown = ", ".join(f"{key} ({then.get(key)!r} then, {now.get(key)!r} now)" for key in differing[:5])
+    if differing and config.resume != "force":
         raise ConfigError(
-            f"{checkpoint} is of another configuration: {shown}; start under another name instead of resuming"
+            f"{checkpoint} is of another configuration: {', '.join(differing[:5])}; "
+            f"start under another name, or go on regardless with resume=force"
         )
-    return meta["next_step"], Control(**meta["control"])
+    return meta, differing
 
 
-def load(checkpoint: Path, run: Run) -> None:
-    """Put the weights, the optimizer and a reference that moves back to where they were. A collective."""
-    run.engine.load(checkpoint)
-    if (checkpoint / REFERENCE).exists():
-        run.policy.load_reference(torch.load(checkpoint / REFERENCE, weights_only=True))
+def load(checkpoint: Path, meta: dict[str, Any], run: Run) -> list[str]:
+    """Put weights, optimizer and a reference that moves back to where they were; returns what force overrode.
+
+    Raises:
+        ConfigError: other data or another model under the same name, or weights of other shapes.
+    """
+    then, now = meta["fingerprints"], fingerprints(run)
+    differing = [f"{key} (other than then)" for key in now if then.get(key) != now[key]]
+    if differing and run.config.resume != "force":
+        raise ConfigError(
+            f"{checkpoint} is of another run: {' and '.join(differing)}; "
+            f"start under another name, or go on regardless with resume=force"
+        )
+    tensors = load_file(checkpoint / TENSORS)
+    reference = [tensors.pop(f"reference/{i}") for i in range(sum(name.startswith("reference/") for name in tensors))]
+    run.engine.load(tensors, meta["engine"])
+    if reference and run.policy.reference_state() is not None:
+        run.policy.load_reference(reference)
+    return differing
+
+
+def fingerprints(run: Run) -> dict[str, str]:
+    """What a path in the configuration stands for: short digests of the rows and of the frozen weights."""
+    rows, weights = hashlib.sha256(), hashlib.sha256()
+    for task in run.tasks.tasks:
+        rows.update(json.dumps([task.prompt_ids, task.columns], default=str).encode())
+    for name, weight in run.policy.model.named_parameters():
+        if not weight.requires_grad:
+            first = weight.detach().flatten()[:8].to(torch.bfloat16).tolist()  # the same in every precision
+            weights.update(f"{name} {tuple(weight.shape)} {first}".encode())
+    return {"the rows of data.path": rows.hexdigest()[:16], "the weights of model.path": weights.hexdigest()[:16]}
 
 
 def export(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -131,6 +217,28 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
     return {k: v for name, value in tree.items() for k, v in flatten(value, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def in_words(error: Exception) -> str:
+    """An error of the file system, without its number."""
+    return (getattr(error, "strerror", None) or str(error)).strip()
+
+
+def _on_main(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """All of them on the main rank's CPU, nothing elsewhere: every rank takes part in making each."""
+    kept = {}
+    for name, value in tensors:
+        if distributed.is_main():
+            kept[name] = value.cpu()
+    return kept
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

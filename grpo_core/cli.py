@@ -52,24 +52,37 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return COMMANDS[options.command](options)
     except ConfigError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
-            print(f"grpo_core: {error}", file=sys.stderr)
-        return 2
+        return _said(error, 2)
+
+
+def _said(error: Exception, exit_code: int) -> int:
+    """Say what went wrong, once a machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"grpo_core: {error}", file=sys.stderr)
+    return exit_code
 
 
 def _train(options: argparse.Namespace) -> int:
     config = load(options.config or _default_config(), options.overrides)
-    from grpo_core import checkpoint, distributed  # the heavy rooms load only where they are used
+    from grpo_core import checkpoint, distributed, interrupt  # the heavy rooms load only where they are used
     from grpo_core.setup import setup
     from grpo_core.trainer import train
 
     distributed.die_with_launcher()
+    interrupt.listen()
     run, tokenizer = setup(config)
-    train(run)
-    adapter = run.folder / "adapter"
-    checkpoint.export(adapter, run.policy, tokenizer)
+    try:
+        train(run)
+        adapter = run.folder / "adapter"
+        checkpoint.export(adapter, run.policy, tokenizer)
+    except interrupt.Interrupted as signal:
+        run.log.say(f"stopped by {signal} with a checkpoint; resume={run.folder} goes on")
+        return signal.exit_code
+    except interrupt.RunFailed as error:
+        return _said(error, 3)
+    finally:
+        run.log.close()
     run.log.say(_summary(run.folder, adapter))
-    run.log.close()
     distributed.shutdown()
     return 0
 

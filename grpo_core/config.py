@@ -112,6 +112,7 @@ class TrainerConfig:
     tokens_per_micro_batch: int | Literal["auto"] = "auto"  # in one forward and backward on one rank; auto: what fits
     num_minibatches: int = 1  # optimizer steps in one pass over a step's completions
     num_passes: int = 1
+    max_restarts: int = 0  # how often the launcher starts again from the last checkpoint after a rank has died
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class RunConfig:
     name: str = "run"  # the run folder is <output_dir>/<name>
     output_dir: str = "runs"
     seed: int = 0
-    resume: Literal["auto"] | None = None  # auto: go on from the newest checkpoint of this name, if there is one
+    resume: str | None = None  # auto: from the newest checkpoint of this name, if there is one; force; or a run folder
     preset: str | None = None  # a published objective; what the file says itself comes before it
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ def check(config: RunConfig) -> None:
     _check_numbers(config)
     _check_sampling(config)
     _check_objective(config)
+    if config.resume not in (None, "auto", "force") and not (Path(config.resume) / "config.yaml").exists():
+        raise ConfigError(f"resume is {config.resume!r}; it must be auto, force, null, or the folder of a run")
 
 
 def _check_functions(config: RunConfig) -> None:

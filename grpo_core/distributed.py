@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from grpo_core.schema import ConfigError
 
 TIMEOUT = timedelta(minutes=30)
+FOLDER_NOTE = "GRPO_CORE_FOLDER_NOTE"  # names the file in which the launcher looks for the run folder
 PEAK_TERAFLOPS = {
     "H200": 989,
     "H100 PCIe": 756,
@@ -54,6 +56,12 @@ def die_with_launcher() -> None:
     """Let the kernel end this rank when its launcher ends, however that ends: no orphan trains on (Linux only)."""
     if "LOCAL_RANK" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+
+
+def tell_launcher(folder: Path) -> None:
+    """Let the launcher know where this run is, so that it can go on from there."""
+    if note := os.environ.get(FOLDER_NOTE):
+        Path(note).write_text(str(folder.resolve()), encoding="utf-8")
 
 
 def shutdown() -> None:

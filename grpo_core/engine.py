@@ -13,12 +13,9 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # a checkpoint is data: DeepSpeed would unpickle anything
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +24,20 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it greets on import
 import deepspeed
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
 
 from grpo_core.config import RunConfig
 from grpo_core.schema import ConfigError
 
-# Python 3.11.0 to 3.11.3 (Debian 12's among them) would write an enum by getattr, which such a load refuses.
-ZeroStageEnum.__reduce_ex__ = lambda self, protocol: (ZeroStageEnum, (self.value,))
-torch.serialization.add_safe_globals([fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler])
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a C++ build of half a minute, for nothing that is used
 
-TAG = "engine"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -103,43 +101,57 @@ class Engine:
         grad_norm = self.engine.get_global_grad_norm()
         return StepResult(float(grad_norm), learning_rate, bool(self.engine.was_step_applied()))
 
-    def save(self, folder: Path) -> None:
-        """Every rank writes its shard of weights, optimizer, schedule and loss scale under `folder`."""
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What training goes on from, whole and in float32: the trained weights and Adam's two moments. A collective.
 
-        def keep_trained(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
-            for name in [name for name in state if name not in kept]:  # DeepSpeed would keep a tied, frozen lm_head
-                del state[name]
+        Names are <kind>/<weight>. Nothing in it depends on the number of ranks.
+        """
+        for name, parameter in zip(self.trained, self.parameters, strict=True):
+            yield f"weight/{name}", safe_get_full_fp32_param(parameter)
+            for moment in MOMENTS if self._adam_steps() else ():
+                yield f"{moment}/{name}", safe_get_full_optimizer_state(parameter, moment)
 
-        kept = set(self.trained)
-        hook = self.engine.module.register_state_dict_post_hook(keep_trained)
-        try:
-            with _quiet():
-                self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
-        finally:
-            hook.remove()
+    def numbers(self) -> dict[str, Any]:
+        """What else it goes on from: Adam's count of steps, the learning rate's schedule, fp16's loss scale."""
+        schedule = {key: value for key, value in self.engine.lr_scheduler.state_dict().items() if key != "lr_lambdas"}
+        scaler = {key: vars(self.optimizer.loss_scaler).get(key) for key in LOSS_SCALE}
+        return {"adam_steps": self._adam_steps(), "schedule": schedule, "loss_scale": scaler}
 
-    def load(self, folder: Path) -> None:
-        """Continue from what `save` wrote, bitwise.
+    def load(self, tensors: Mapping[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Continue from `tensors` and `numbers`, bitwise.
 
         Raises:
-            ConfigError: no state there, or the weights in it are not the ones that are trained now.
+            ConfigError: they are of other weights than the ones that are trained now.
         """
-        if not (folder / TAG).is_dir():
-            raise ConfigError(f"there is no engine state in {folder}")
-        missing: list[str] = []
+        shapes = {f"weight/{name}": p.shape for name, p in zip(self.trained, self.parameters, strict=True)}
+        kept = {name: value.shape for name, value in tensors.items() if name.startswith("weight/")}
+        if differing := sorted(name for name in shapes.keys() | kept.keys() if shapes.get(name) != kept.get(name)):
+            name = differing[0]
+            then, now = (tuple(where[name]) if name in where else "none" for where in (kept, shapes))
+            raise ConfigError(
+                f"the checkpoint is of other weights: {len(differing)} differ, "
+                f"{name} among them ({then} then, {now} now)"
+            )
+        adam = self.optimizer.optimizer
+        for flat in (flat for group in adam.param_groups for flat in group["params"] if numbers["adam_steps"]):
+            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            adam.state[flat] = {"step": torch.tensor(float(numbers["adam_steps"])), **moments}
+        if numbers["adam_steps"]:
+            self.optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed does it after a first step
+        for name, parameter in zip(self.trained, self.parameters, strict=True):
+            safe_set_full_fp32_param(parameter, tensors[f"weight/{name}"])
+            parameter.data.copy_(tensors[f"weight/{name}"])
+            for moment in MOMENTS if numbers["adam_steps"] else ():
+                safe_set_full_optimizer_state(parameter, tensors[f"{moment}/{name}"], moment)
+        self.engine.lr_scheduler.load_state_dict({**numbers["schedule"], "lr_lambdas": [None]})
+        for group, rate in zip(adam.param_groups, numbers["schedule"]["_last_lr"], strict=True):
+            group["lr"] = rate
+        for key, value in numbers["loss_scale"].items():
+            if value is not None:
+                setattr(self.optimizer.loss_scaler, key, value)
 
-        def note(module: nn.Module, keys: Any) -> None:
-            missing.extend(name for name in self.trained if name in keys.missing_keys)
-
-        hook = self.engine.module.register_load_state_dict_post_hook(note)
-        try:
-            with _quiet():
-                path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
-        finally:
-            hook.remove()
-        assert path is not None
-        if missing:
-            raise ConfigError(f"{folder} lacks {len(missing)} of the trained weights, {missing[0]} among them")
+    def _adam_steps(self) -> int:
+        return max((int(state["step"]) for state in self.optimizer.optimizer.state.values()), default=0)
 
 
 class _Handed(torch.autograd.Function):

@@ -99,6 +99,7 @@ class RunLog:
         if distributed.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(dump(replace(config, resume=None)), encoding="utf-8")
+            distributed.tell_launcher(folder)
             for file in own_files(config):  # what the run was made with
                 (folder / "code").mkdir(exist_ok=True)
                 shutil.copy(file, folder / "code")

@@ -46,8 +46,10 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     """
     dtype = start(config)
     per_rank = prompts_per_rank(config, distributed.world_size())
-    folder, latest = checkpoint.run_folder(config)
-    start_step, control = checkpoint.read_meta(latest, config) if latest else (0, first_control(config.loss))
+    folder, latest, damaged = checkpoint.run_folder(config)
+    meta, overridden = checkpoint.read_meta(latest, config) if latest else ({}, [])
+    start_step = meta.get("next_step", 0)
+    control = Control(**meta["control"]) if latest else first_control(config.loss)
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     tasks, eval_tasks, left_out = all_tasks(config, tokenizer)
     check_columns(config, tasks, eval_tasks)
@@ -59,11 +61,15 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     )
     if config.reference.every:
         policy.move_reference()  # the adapter is fresh: it starts as the base model
+    for sentence in damaged:
+        run.log.say(f"warning: {sentence}")
     if latest:
-        checkpoint.load(latest, run)
+        overridden += checkpoint.load(latest, meta, run)
         run.log.say(f"resumed from {latest} after {start_step} steps")
+        if overridden:
+            run.log.say(f"warning: resume=force went on in spite of {', '.join(overridden)}")
     elif config.resume:
-        run.log.say("resume: auto, but there is no checkpoint of this name: starting from the beginning")
+        run.log.say(f"resume: {config.resume}, but there is no checkpoint: starting from the beginning")
     sampling, trainer = config.sampling, config.trainer
     run.log.say(
         f"{len(tasks)} tasks ({left_out} left out: prompt over {config.data.max_prompt_tokens} tokens), "

@@ -35,7 +35,7 @@ def run_sft(config: RunConfig) -> Path:
     supervised = LossConfig(name="reinforce", average="token", kl_coef=0.0)
     config = replace(config, loss=supervised, advantage=AdvantageConfig("dr_grpo"))
     dtype = start(config)
-    folder, _ = checkpoint.run_folder(config)
+    folder, _, _ = checkpoint.run_folder(config)
     policy, tokenizer = starting_point(config, dtype)
     tasks, eval_tasks, _ = all_tasks(config, tokenizer)
     for target in config.sft.targets:

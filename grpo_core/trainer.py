@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from grpo_core import checkpoint, distributed
+from grpo_core import checkpoint, distributed, interrupt
 from grpo_core.averages import Totals, entropy_weights, token_weights
 from grpo_core.batch import Rollouts, TrainBatch, take
 from grpo_core.collect import advantages_over_ranks, collect, rewards_to_learn_from
@@ -48,11 +48,18 @@ def train(run: Run) -> None:
         control = adapt(control, config.loss, row.get("kl"), row["entropy"], config.trainer.completions_per_step)
         if config.reference.every and (step + 1) % config.reference.every == 0:
             run.policy.move_reference(config.reference.mixing)
-        if due(config.evaluation.every, step + 1, run) or step + 1 == run.num_steps:
+        last = step + 1 == run.num_steps
+        signal = 0 if last else interrupt.asked()
+        if (due(config.evaluation.every, step + 1, run) or last) and not signal:
             evaluate_now(run, step + 1)
-        if due(config.checkpoint.every, step + 1, run) or step + 1 == run.num_steps:
+        saved = True
+        if due(config.checkpoint.every, step + 1, run) or last or signal:
             with run.log.phase("checkpoint"):
-                checkpoint.save(run, step + 1, control)
+                saved = checkpoint.save(run, step + 1, control)
+        if signal:
+            raise interrupt.Interrupted(signal)
+        if last and not saved:
+            raise interrupt.RunFailed(f"the last checkpoint could not be written to {run.folder}")
 
 
 @torch.no_grad()

@@ -69,8 +69,11 @@ class TorchEngine:
         self.optimizer.zero_grad()
         return StepResult(float(norm), self.learning_rate, True)
 
-    def save(self, folder):
-        (folder / "engine").mkdir()
+    def tensors(self):
+        yield from ((f"weight/{i}", p.detach()) for i, p in enumerate(self.parameters))
+
+    def numbers(self):
+        return {}
 
 
 @dataclass
@@ -78,6 +81,10 @@ class FixedTasks:
     """The same few tasks at every step, with fresh seeds."""
 
     prompts: list[list[int]] = field(default_factory=lambda: [[5, 6, 7], [8, 9], [4], [10, 11, 12, 13]])
+
+    @property
+    def tasks(self):
+        return self.batch(0)
 
     def batch(self, step):
         return [Task(i, "p", ids, {"answer": "x", "row": i}, seed=(0, step, i)) for i, ids in enumerate(self.prompts)]

@@ -15,7 +15,7 @@ LAYERS = [  # a module imports only from rows above its own
     # the mathematics: torch and the standard library
     {"advantages", "averages", "corrections", "kl", "losses", "logprobs", "problems", "rewards", "truncation", "draw", "packing"},
     {"config", "distributed", "presets", "tiny", "decode_ops"},
-    {"config_check", "control", "objective", "attention_kernels", "fused_model", "plain_decoder", "packed_attention", "logprob_kernels", "layer_kernels"},
+    {"config_check", "control", "interrupt", "objective", "attention_kernels", "fused_model", "plain_decoder", "packed_attention", "logprob_kernels", "layer_kernels"},
     {"catalogue", "config_file", "laws", "decode_kernels", "layers"},
     {"advantage_laws", "fused_decoder"},
     {"check", "data", "metrics"},
@@ -33,6 +33,7 @@ DOORS = {
     "datasets": {"data"},
     "yaml": {"config_file"},
     "tokenizers": {"tiny"},
+    "safetensors": {"checkpoint"},
     # the last three name its types and set its log level; they load nothing with it
     "triton": {"decode_kernels", "attention_kernels", "logprob_kernels", "layer_kernels"},
     "transformers": {"policy", "sampler", "plain_decoder", "packed_attention", "data", "tiny", "checkpoint", "setup", "sft"},

@@ -82,7 +82,7 @@ def test_the_real_job_is_the_published_recipe():
         ("rewards=[{name: combined, weight: 0}]", r"every weight is 0"),
         ("lora.r=0", r"loss.kl_coef is 0.01, but lora.r is 0"),
         ("engine.deepspeed=nowhere.json", r"cannot read nowhere.json: No such file"),
-        ("resume=maybe", r"resume is 'maybe'; it must be auto or null"),
+        ("resume=maybe", r"resume is 'maybe'; it must be auto, force, null, or the folder of a run"),
         ("trainer.num_minibatches=3", r"num_minibatches is 3; it must divide sampling.group_size \(8\)"),
         ("trainer.num_steps=-3", r"trainer.num_steps is -3; it must be at least 1"),
         ("trainer.epochs=0", r"trainer.epochs is 0.0; it must be above 0"),

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import tiny_policy
+from safetensors.torch import load_file
 from test_policy import naive_logprobs
 from workers.zero2 import CLIP, PASSES, ROWS, STEPS, TIES, step_data
+
+from grpo_core.engine import Engine
+from grpo_core.schema import ConfigError
 
 WORKERS = Path(__file__).parent / "workers"
 
@@ -68,16 +72,33 @@ def test_zero2_on_two_processes_is_plain_adamw_on_one(tmp_path, environment, ave
 
 
 @pytest.mark.slow
-def test_a_checkpoint_holds_the_adapter_only_and_a_lacking_one_is_refused(tmp_path, environment):
-    out = subprocess.run(
-        [sys.executable, WORKERS / "state.py", tmp_path],
-        check=True,
-        env=environment,
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
-    lines = out.stdout.splitlines()
-    assert lines[0] == "saved 16 of 16"
-    assert lines[1].startswith("refused: ") and "lacks 1 of the trained weights, base_model" in lines[1]
-    assert lines[2].startswith("refused: there is no engine state in ")
+def test_state_goes_on_bitwise_and_on_another_number_of_processes(tmp_path, environment):
+    """Weights, both moments, the count of steps and the learning rate: all of them show in the steps that follow."""
+
+    def run(what, processes):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        subprocess.run([*command, WORKERS / "state.py", tmp_path, what], check=True, env=environment, timeout=300)
+        return load_file(tmp_path / f"{what}-{processes}.safetensors")
+
+    whole = run("save", 2)
+    assert {name.split("/")[0] for name in whole} == {"weight", "exp_avg", "exp_avg_sq"} and len(whole) == 3 * 16
+    saved = load_file(tmp_path / "state.safetensors")
+    assert all((whole[name] - saved[name]).abs().max() > 0 for name in whole)
+    for processes in (2, 1):
+        resumed = run("resume", processes)
+        for name in whole:
+            assert torch.equal(resumed[name], whole[name]) if processes == 2 else (resumed[name] - whole[name]).abs().max() < 1e-6
+
+
+def test_state_of_other_weights_is_refused():
+    """Before anything of it is taken over."""
+    engine = object.__new__(Engine)
+    engine.trained, engine.parameters = ["a", "b"], [torch.zeros(2, 3), torch.zeros(3)]
+    right = {"weight/a": torch.zeros(2, 3), "weight/b": torch.zeros(3)}
+    for wrong, message in (
+        ({"weight/a": torch.zeros(2, 3)}, r"1 differ, weight/b among them \(none then, \(3,\) now\)"),
+        ({**right, "weight/a": torch.zeros(4, 3)}, r"weight/a among them \(\(4, 3\) then, \(2, 3\) now\)"),
+        ({**right, "weight/c": torch.zeros(1)}, r"weight/c among them \(\(1,\) then, none now\)"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            engine.load(wrong, {"adam_steps": 0})

@@ -221,8 +221,16 @@ def test_another_run_never_overwrites_and_another_config_is_not_resumed(tmp_path
     refused = launch(1, *run, "resume=auto", "loss.kl_coef=0.5", "lora.r=4", environment=environment)
     assert refused.returncode == 2
     assert "loss.kl_coef (0.01 then, 0.5 now)" in refused.stderr and "lora.r (16 then, 4 now)" in refused.stderr
-    other = launch(2, *run, "resume=auto", environment=environment)
-    assert other.returncode == 2 and "was written by 1 processes" in other.stderr
+    forced = launch(1, *run, "resume=force", "loss.kl_coef=0.5", "trainer.num_steps=2", environment=environment)
+    assert forced.returncode == 0, forced.stderr
+    assert "warning: resume=force went on in spite of loss.kl_coef (0.01 then, 0.5 now)" in forced.stdout
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"question": "What is {i} + 1?", "answer": "{i + 1}"}}\n' for i in range(40)))
+    data = [f"data.path={rows}", "evaluation.num_tasks=0", "name=own"]
+    assert launch(1, *run, *data, environment=environment).returncode == 0
+    rows.write_text(rows.read_text().replace("+ 1", "plus 1"))
+    other = launch(1, *run, *data, "resume=auto", environment=environment)
+    assert other.returncode == 2 and "is of another run: the rows of data.path (other than then)" in other.stderr
 
 
 def test_every_deepspeed_json_trains_the_same(tmp_path, environment):

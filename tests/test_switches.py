@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fakes import FixedTasks, ragged_rollouts, tiny_policy
+from safetensors.torch import load_file
 from test_loop import GOOD, count_good, make_run, rows
 
 from grpo_core.advantages import ADVANTAGES
@@ -400,8 +401,8 @@ def test_the_reference_moves_when_it_should(tmp_path):
     train(run)
     kl = [row["kl"] for row in rows(tmp_path)]
     assert kl[0] == kl[2] == kl[4] == 0.0 and kl[1] > 0 and kl[3] > 0
-    state = torch.load(tmp_path / "checkpoints" / "step-000005" / "reference.pt", weights_only=True)
-    assert all(torch.equal(a, b) for a, b in zip(state, run.policy.reference_state(), strict=True))
+    state = load_file(tmp_path / "checkpoints" / "step-000005" / "tensors.safetensors")
+    assert all(torch.equal(state[f"reference/{i}"], value) for i, value in enumerate(run.policy.reference_state()))
 
 
 # --- names

@@ -1,39 +1,49 @@
-"""In one process: save an engine's state, take a weight out of it, try to load it."""
+"""Two processes train a little and save; `resume` loads that in any number of processes and trains on."""
 
 import sys
 from pathlib import Path
 
 import torch
 from fakes import tiny_policy
+from safetensors.torch import load_file, save_file
 from workers.zero2 import run_config
 
 from grpo_core import distributed
 from grpo_core.engine import Engine
-from grpo_core.schema import ConfigError
 
 
-def attempt(engine, folder):
-    try:
-        engine.load(folder)
-        print("loaded")
-    except ConfigError as error:
-        print("refused:", error)
+def gradient_steps(policy, engine, steps):
+    """Every rank hands in its share of a gradient that is a function of the step."""
+    for step in steps:
+        loss = sum((p * torch.cos(torch.arange(p.numel()) + step).view(p.shape)).sum() for p in policy.parameters())
+        engine.backward(loss / distributed.world_size())
+        engine.step()
 
 
-def main(folder):
+def main(folder, what):
     distributed.setup()
-    policy = tiny_policy()
-    engine = Engine(policy.model, run_config("token", 4), dtype=torch.float32, total_steps=3, world_size=1)
-    engine.save(folder)
-    (file,) = folder.rglob("*model_states.pt")
-    state = torch.load(file, weights_only=False)
-    print(f"saved {len(state['module'])} of {len(policy.parameters())}")
-    del state["module"][next(iter(state["module"]))]
-    torch.save(state, file)
-    attempt(engine, folder)
-    attempt(engine, folder / "nothing")
+    policy = tiny_policy(lora_noise=0.1)
+    config = run_config("token", 4)
+    engine = Engine(policy.model, config, dtype=torch.float32, total_steps=8, world_size=distributed.world_size())
+    if what == "save":
+        gradient_steps(policy, engine, range(3))
+        state, numbers = dict(engine.tensors()), engine.numbers()
+        if distributed.is_main():
+            save_file(state, folder / "state.safetensors")
+            torch.save(numbers, folder / "numbers.pt")
+    else:
+        state = load_file(folder / "state.safetensors")
+        engine.load(state, torch.load(folder / "numbers.pt"))
+        again = dict(engine.tensors())
+        assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
+        for name, p in zip(engine.trained, policy.parameters(), strict=True):
+            assert torch.equal(p, state[f"weight/{name}"])
+    gradient_steps(policy, engine, range(3, 6))
+    final = dict(engine.tensors())
+    if distributed.is_main():
+        save_file(final, folder / f"{what}-{distributed.world_size()}.safetensors")
     distributed.shutdown()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

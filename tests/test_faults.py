@@ -1,0 +1,162 @@
+"""What may go wrong in a run, caused for real: the run ends or goes on as it should, and nothing is lost or doubled."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_run import overrides, read, without_times
+
+ROOT = Path(__file__).parents[1]
+WORKER = ROOT / "tests" / "workers" / "faulty.py"
+pytestmark = pytest.mark.slow
+
+STEPS = {"trainer__num_steps": 4, "checkpoint__every": 2, "evaluation__num_tasks": 4, "sampling__max_new_tokens": 8}
+
+
+def command(processes, out, *more, **settings):
+    chosen = overrides(out, **{**STEPS, **settings})
+    return [sys.executable, str(WORKER), "launch", "--processes", str(processes), "--config", "configs/tiny.yaml", *chosen, *more]
+
+
+def run(processes, out, *more, environment, fault=None, **settings):
+    environment = dict(environment)
+    if fault:
+        environment["FAULT"] = json.dumps({"mark": str(out) + ".mark", **fault})
+    return subprocess.run(
+        command(processes, out, *more, **settings), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
+def results(folder):
+    """Everything that a run leaves behind, but for times."""
+    name = sorted((folder / "checkpoints").iterdir())[-1]
+    files = {name.name: load_file(name / "tensors.safetensors"), "adapter": load_file(folder / "adapter" / "adapter_model.safetensors")}
+    return files, [without_times(read(folder / f"{kind}.jsonl")) for kind in ("metrics", "completions", "evaluation")]
+
+
+def same(one, other):
+    (tensors, rows), (tensors_, rows_) = one, other
+    assert tensors.keys() == tensors_.keys() and rows == rows_
+    for name in tensors:
+        assert tensors[name].keys() == tensors_[name].keys()
+        assert all(torch.equal(value, tensors_[name][key]) for key, value in tensors[name].items())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    done = run(2, out, environment=environment)
+    assert done.returncode == 0, done.stderr
+    return results(out / "tiny")
+
+
+@pytest.mark.parametrize("fault", [
+    {"where": "reward", "rank": 1, "calls": [4]},
+    {"where": "name", "rank": 0, "calls": [2], "late": True},
+    pytest.param({"where": "sample", "rank": 0, "calls": [5]}, marks=pytest.mark.soak),
+    pytest.param({"where": "backward", "rank": 1, "calls": [1]}, marks=pytest.mark.soak),
+    pytest.param({"where": "write", "rank": 0, "calls": [2]}, marks=pytest.mark.soak),
+    pytest.param({"where": "write", "rank": 0, "calls": [1], "late": True}, marks=pytest.mark.soak),
+], ids=lambda fault: f"{fault['where']} on {fault['rank']}")  # fmt: skip
+def test_a_killed_rank_is_named_and_the_run_started_again_is_bitwise_the_same(tmp_path, environment, whole, fault):
+    done = run(2, tmp_path, "trainer.max_restarts=1", environment=environment, fault={"what": "kill", **fault})
+    assert (Path(str(tmp_path) + ".mark")).exists()
+    assert f"grpo_core: rank {fault['rank']} was ended by SIGKILL" in done.stderr
+    assert done.returncode == 0 and "starting again from the last checkpoint, 1 left" in done.stderr, done.stderr
+    same(results(tmp_path / "tiny"), whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_the_others_end_with_a_killed_rank_at_once(tmp_path, environment):
+    start = time.time()
+    done = run(2, tmp_path, environment=environment, fault={"what": "kill", "where": "backward", "rank": 1, "calls": [2]})
+    died = (Path(str(tmp_path) + ".mark")).stat().st_mtime
+    assert done.returncode == 128 + signal.SIGKILL and time.time() - died < 20 and died > start
+    assert "grpo_core: rank 1 was ended by SIGKILL" in done.stderr
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, environment, whole, number, code):
+    ranks = subprocess.Popen(command(2, tmp_path), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = tmp_path / "tiny" / "metrics.jsonl", time.time() + 100
+    while not metrics.exists() or not metrics.read_text().strip():
+        assert time.time() < deadline and ranks.poll() is None
+        time.sleep(0.01)
+    ranks.send_signal(number)
+    out, err = ranks.communicate(timeout=100)
+    assert ranks.returncode == code and "Traceback" not in err, err
+    assert f"stopped by {number.name} with a checkpoint" in out
+    done = run(2, tmp_path, "resume=auto", environment=environment)
+    assert done.returncode == 0, done.stderr
+    same(results(tmp_path / "tiny"), whole)
+
+
+def test_a_second_signal_ends_at_once(tmp_path, environment):
+    fault = json.dumps({"mark": str(tmp_path / "mark"), "what": "hang", "where": "reward", "rank": 1, "calls": [2]})
+    ranks = subprocess.Popen(
+        command(2, tmp_path), cwd=ROOT, env={**environment, "FAULT": fault}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 100
+    while not (tmp_path / "mark").exists():
+        assert time.time() < deadline and ranks.poll() is None
+        time.sleep(0.05)
+    ranks.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert ranks.poll() is None  # it waits for the end of the step
+    ranks.send_signal(signal.SIGTERM)
+    assert ranks.wait(timeout=5) != 0
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, environment, whole):
+    fault = {"what": "full", "where": "write", "rank": 0, "calls": [1]}
+    done = run(2, tmp_path, environment=environment, fault=fault)
+    assert done.returncode == 0, done.stderr
+    assert "warning: the checkpoint after 2 steps could not be written (No space left on device); going on" in done.stdout
+    same(results(tmp_path / "tiny"), whole)
+    assert [path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir()] == ["step-000004"]
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_fails(tmp_path, environment):
+    fault = {"what": "full", "where": "write", "rank": 0, "calls": [2], "always": True}
+    done = run(2, tmp_path, environment=environment, fault=fault)
+    assert done.returncode == 3 and "grpo_core: the last checkpoint could not be written to" in done.stderr, done.stderr
+    assert [path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir()] == ["step-000002"]
+
+
+@pytest.mark.parametrize("harm", [*(pytest.param(harm, marks=pytest.mark.soak) for harm in ("truncated", "missing")), "flipped"])
+def test_a_damaged_checkpoint_is_left_for_the_one_before(tmp_path, environment, whole, harm):
+    assert run(2, tmp_path, environment=environment).returncode == 0
+    newest = tmp_path / "tiny" / "checkpoints" / "step-000004"
+    file = newest / "tensors.safetensors"
+    content = bytearray(file.read_bytes())
+    if harm == "missing":
+        file.unlink()
+    else:
+        content[-5] ^= 1
+        file.write_bytes(content[:-100] if harm == "truncated" else content)
+    done = run(2, tmp_path, "resume=auto", environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert f"warning: {newest} is damaged (" in done.stdout and "resumed from" in done.stdout and "after 2 steps" in done.stdout
+    same(results(tmp_path / "tiny"), whole)
+
+
+def test_another_number_of_processes_goes_on(tmp_path, environment, whole):
+    """The same tasks, and numbers that differ by rounding alone."""
+    for first, then in ((2, 1), (1, 2)):  # and test_engine.py compares weights and moments
+        out = tmp_path / str(first)
+        assert run(first, out, environment=environment, trainer__num_steps=2, engine__schedule="constant").returncode == 0
+        done = run(then, out, "resume=auto", environment=environment, engine__schedule="constant")
+        assert done.returncode == 0 and "after 2 steps" in done.stdout, done.stderr
+        completions = read(out / "tiny" / "completions.jsonl")
+        assert [(row["step"], row["task"], row["sample"]) for row in completions] == [
+            (row["step"], row["task"], row["sample"]) for row in whole[1][1]
+        ]

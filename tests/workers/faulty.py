@@ -1,0 +1,57 @@
+"""python -m grpo_core with a fault in it. FAULT in the environment is JSON: on which rank, where, at which call, what.
+
+As the launcher (`launch ...`) it starts its ranks through this file; as a rank it causes the fault, once in its life
+and not again after a restart (`mark` is a file that says it has happened).
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+FAULT = json.loads(os.environ.get("FAULT", "null"))
+
+
+def places():
+    from grpo_core import checkpoint, collect, engine, sampler
+
+    return {
+        "sample": (sampler.Sampler, "generate"), "reward": (collect, "score"), "backward": (engine.Engine, "backward"),
+        "step": (engine.Engine, "step"), "write": (checkpoint, "save_file"), "name": (checkpoint.os, "replace"),
+    }  # fmt: skip
+
+
+def cause():
+    if FAULT["what"] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if FAULT["what"] == "hang":
+        time.sleep(1000)
+    raise OSError(28, "No space left on device")
+
+
+def arm():
+    owner, name = places()[FAULT["where"]]
+    real, calls, mark = getattr(owner, name), [0], Path(FAULT["mark"])
+
+    def wrapped(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] in FAULT["calls"] and (FAULT.get("always") or not mark.exists()):
+            mark.touch()
+            if FAULT.get("late"):
+                real(*args, **kwargs)
+            cause()
+        return real(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+if __name__ == "__main__":
+    from grpo_core import launch
+    from grpo_core.cli import main
+
+    launch.PROGRAM = (__file__,)
+    if FAULT and os.environ.get("RANK") == str(FAULT["rank"]):
+        arm()
+    sys.exit(main(sys.argv[1:]))
