@@ -34,7 +34,13 @@ TENSORS, META, SUMS = "tensors.safetensors", "meta.json", "SHA256SUMS"
 
 # what may differ between a checkpoint and the run that goes on from it
 FREE = ("resume", "preset", "name", "output_dir", "log", "checkpoint", "trainer.num_steps", "trainer.epochs", "sft")
-FREE += ("trainer.max_restarts", "trainer.tokens_per_micro_batch", "model.gradient_checkpointing", "engine.deepspeed")
+FREE += (
+    "trainer.max_skipped_steps",
+    "trainer.max_restarts",
+    "trainer.tokens_per_micro_batch",
+    "model.gradient_checkpointing",
+    "engine.deepspeed",
+)
 FREE += ("sampling.rows_at_once", "sampling.decoder")
 FREE += ("evaluation.every", "evaluation.batch_size", "evaluation.reward")  # not num_tasks: it may hold rows out
 

@@ -112,6 +112,7 @@ class TrainerConfig:
     tokens_per_micro_batch: int | Literal["auto"] = "auto"  # in one forward and backward on one rank; auto: what fits
     num_minibatches: int = 1  # optimizer steps in one pass over a step's completions
     num_passes: int = 1
+    max_skipped_steps: int = 10  # steps in a row whose gradient is not finite, after which the run ends
     max_restarts: int = 0  # how often the launcher starts again from the last checkpoint after a rank has died
 
 

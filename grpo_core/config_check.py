@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -130,44 +131,28 @@ def _check_objective(config: RunConfig) -> None:
             )
 
 
+LEAST = {  # null, auto and epoch are fine where a key takes them
+    2: ("sampling.group_size",),
+    1: (
+        *("trainer.completions_per_step", "trainer.num_minibatches", "trainer.num_passes", "trainer.max_skipped_steps"),
+        *("trainer.num_steps", "trainer.tokens_per_micro_batch", "sampling.max_new_tokens", "sampling.rows_at_once"),
+        *("data.max_prompt_tokens", "data.limit", "evaluation.batch_size", "checkpoint.keep"),
+        *("log.every", "log.exact_kl_tokens"),
+    ),
+    0: (
+        *("loss.kl_coef", "loss.entropy_coef", "loss.entropy_delta", "advantage.min_group_std", "reference.every"),
+        *("engine.max_grad_norm", "engine.warmup_steps", "sampling.dynamic_attempts", "trainer.max_restarts"),
+        *("log.exact_kl_every", "evaluation.num_tasks", "evaluation.every", "checkpoint.every", "lora.r", "seed"),
+    ),
+}
+
+
 def _check_numbers(config: RunConfig) -> None:
-    automatic = config.trainer.tokens_per_micro_batch
-    _at_least("sampling.group_size", config.sampling.group_size, 2)
-    for name in ("completions_per_step", "num_minibatches", "num_passes"):
-        _at_least(f"trainer.{name}", getattr(config.trainer, name), 1)
-    for name, value in (
-        ("sampling.max_new_tokens", config.sampling.max_new_tokens),
-        ("data.max_prompt_tokens", config.data.max_prompt_tokens),
-        ("evaluation.batch_size", config.evaluation.batch_size),
-        ("checkpoint.keep", config.checkpoint.keep),
-        ("log.every", config.log.every),
-        ("log.exact_kl_tokens", config.log.exact_kl_tokens),
-    ):
-        _at_least(name, value, 1)
-    for name, value in (
-        ("trainer.num_steps", config.trainer.num_steps),
-        ("data.limit", config.data.limit),
-        ("sampling.rows_at_once", config.sampling.rows_at_once),
-        ("trainer.tokens_per_micro_batch", None if automatic == "auto" else automatic),
-    ):
-        _at_least(name, 1 if value is None else value, 1)
-    for name, value in (
-        ("loss.kl_coef", config.loss.kl_coef),
-        ("engine.max_grad_norm", config.engine.max_grad_norm),
-        ("engine.warmup_steps", config.engine.warmup_steps),
-        ("loss.entropy_coef", config.loss.entropy_coef),
-        ("loss.entropy_delta", config.loss.entropy_delta),
-        ("advantage.min_group_std", config.advantage.min_group_std),
-        ("sampling.dynamic_attempts", config.sampling.dynamic_attempts),
-        ("reference.every", config.reference.every),
-        ("log.exact_kl_every", config.log.exact_kl_every),
-        ("evaluation.num_tasks", config.evaluation.num_tasks),
-        ("lora.r", config.lora.r),
-        ("seed", config.seed),
-    ):
-        _at_least(name, value, 0)
-    for name, every in (("evaluation.every", config.evaluation.every), ("checkpoint.every", config.checkpoint.every)):
-        _at_least(name, 0 if every == "epoch" else every, 0)
+    for least, keys in LEAST.items():
+        for key in keys:
+            value = attrgetter(key)(config)
+            if not isinstance(value, str | None):
+                _at_least(key, value, least)
     if config.sampling.group_size % config.trainer.num_minibatches:
         raise ConfigError(
             f"trainer.num_minibatches is {config.trainer.num_minibatches}; it must divide sampling.group_size "

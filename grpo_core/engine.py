@@ -31,6 +31,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 
+from grpo_core import distributed
 from grpo_core.config import RunConfig
 from grpo_core.schema import ConfigError
 
@@ -79,6 +80,7 @@ class Engine:
                 lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
                 config=filled,
             )
+        self.scales_loss = dtype is torch.float16
         self._sums = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]  # where DeepSpeed put them
 
     def backward(self, loss: Tensor) -> None:
@@ -93,13 +95,23 @@ class Engine:
                 total.add_(grad, alpha=1.0 / scale)
 
     def step(self) -> StepResult:
-        """Sum over ranks, clip, update the weights, advance the learning rate. A collective."""
+        """Sum over ranks, clip, update the weights, advance the learning rate. A collective.
+
+        A sum that is not finite on any rank changes nothing: no weight, no moment, not the learning rate.
+        """
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        if not self.scales_loss and self._any_not_finite():  # fp16: DeepSpeed skips, and lowers its scale
+            torch._foreach_zero_(self._sums)
+            return StepResult(math.inf, learning_rate, False)
         self.engine.backward(_Handed.apply(self._sums, *self.parameters) * self.world_size)
         torch._foreach_zero_(self._sums)
         self.engine.step()
         grad_norm = self.engine.get_global_grad_norm()
         return StepResult(float(grad_norm), learning_rate, bool(self.engine.was_step_applied()))
+
+    def _any_not_finite(self) -> bool:
+        finite = torch.stack(torch._foreach_norm(self._sums, math.inf)).isfinite().all()
+        return bool(distributed.all_max((~finite).float()))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What training goes on from, whole and in float32: the trained weights and Adam's two moments. A collective.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shutil
 import sys
@@ -212,7 +213,7 @@ class RunLog:
     def _append(self, name: str, *rows: dict[str, Any]) -> None:
         if distributed.is_main() and rows:
             with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                file.write("".join(json.dumps(_without_nan(row), ensure_ascii=False) + "\n" for row in rows))
 
 
 def own_files(config: RunConfig) -> set[str]:
@@ -301,6 +302,11 @@ def _truncate(path: Path, last_step: int) -> None:
             break
         kept.append(line)
     path.write_text("".join(kept), encoding="utf-8")
+
+
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no nan and no infinity."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def _or_none(value: Tensor) -> float | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from grpo_core import checkpoint, distributed, interrupt
+from grpo_core import checkpoint, distributed, incident, interrupt
 from grpo_core.averages import Totals, entropy_weights, token_weights
-from grpo_core.batch import Rollouts, TrainBatch, take
+from grpo_core.batch import Rollouts, Task, TrainBatch, take
 from grpo_core.collect import advantages_over_ranks, collect, rewards_to_learn_from
 from grpo_core.control import Control, adapt
 from grpo_core.corrections import corrected_old_logprobs, off_policy_mask, quantile
@@ -30,6 +31,7 @@ EXACT_KL_ROWS = 8  # of each rank
 def train(run: Run) -> None:
     """Take the run's steps; step s is a function of the weights and the control before it and of (seed, s)."""
     config, control = run.config, run.control
+    sound = (run.start_step, control)  # before the first of the last steps that were skipped
     if run.start_step == 0:
         evaluate_now(run, 0)
     for step in range(run.start_step, run.num_steps):
@@ -45,7 +47,14 @@ def train(run: Run) -> None:
         with run.log.phase("update"):
             numbers = update_policy(run, batch, step, control, stats)
         row = run.log.step(step, tasks, rollouts, scores, rewards, advantages, stats, numbers)
-        control = adapt(control, config.loss, row.get("kl"), row["entropy"], config.trainer.completions_per_step)
+        if not numbers["skipped"]:
+            control = adapt(control, config.loss, row.get("kl"), row["entropy"], config.trainer.completions_per_step)
+        else:
+            keep_what_went_wrong(run, step, tasks, batch, row)
+        if numbers["skipped"] == config.trainer.num_minibatches * config.trainer.num_passes:
+            end_after_too_many(run, step + 1, *sound)
+        else:
+            sound = (step + 1, control)
         if config.reference.every and (step + 1) % config.reference.every == 0:
             run.policy.move_reference(config.reference.mixing)
         last = step + 1 == run.num_steps
@@ -139,6 +148,23 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
         "kl_coef": control.kl_coef,
         "entropy_coef": control.entropy_bonus,
     }
+
+
+def keep_what_went_wrong(run: Run, step: int, tasks: list[Task], batch: TrainBatch, row: dict[str, float]) -> None:
+    """Keep the batch of a step whose gradient was not finite; fp16's overflows are its loss scale finding its place."""
+    if not run.engine.scales_loss or not math.isfinite(row["loss"]):
+        incident.record(run.folder, step, tasks, batch, row)
+
+
+def end_after_too_many(run: Run, steps_taken: int, first: int, control: Control) -> None:
+    """Raise RunFailed if all of too many steps since `first` were skipped, with a checkpoint of the time before."""
+    if steps_taken - first < run.config.trainer.max_skipped_steps:
+        return
+    checkpoint.save(run, first, control)
+    raise interrupt.RunFailed(
+        f"the gradient was not finite in {steps_taken - first} steps in a row, from step {first} on; they changed "
+        f"nothing, and a checkpoint of the time before them is in {run.folder / 'checkpoints'}"
+    )
 
 
 def rows_to_train(run: Run, minibatch: TrainBatch, control: Control) -> list[int]:

@@ -55,7 +55,7 @@ class TorchEngine:
     def __init__(self, parameters, learning_rate=2e-2, max_grad_norm=1.0, weight_decay=0.0):
         self.parameters, self.max_grad_norm = parameters, max_grad_norm
         self.optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-        self.learning_rate, self.backwards = learning_rate, 0
+        self.learning_rate, self.backwards, self.scales_loss = learning_rate, 0, False
 
     def backward(self, loss):
         self.backwards += 1
@@ -65,6 +65,9 @@ class TorchEngine:
         for p in self.parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        if not norm.isfinite():
+            self.optimizer.zero_grad()
+            return StepResult(float(norm), self.learning_rate, False)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return StepResult(float(norm), self.learning_rate, True)

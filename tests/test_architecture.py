@@ -20,7 +20,7 @@ LAYERS = [  # a module imports only from rows above its own
     {"advantage_laws", "fused_decoder"},
     {"check", "data", "metrics"},
     {"policy", "sampler", "engine", "run"},
-    {"checkpoint", "collect", "evaluation", "memory"},
+    {"checkpoint", "collect", "evaluation", "incident", "memory"},
     {"trainer"},
     {"setup"},
     {"sft"},
@@ -33,7 +33,7 @@ DOORS = {
     "datasets": {"data"},
     "yaml": {"config_file"},
     "tokenizers": {"tiny"},
-    "safetensors": {"checkpoint"},
+    "safetensors": {"checkpoint", "incident"},
     # the last three name its types and set its log level; they load nothing with it
     "triton": {"decode_kernels", "attention_kernels", "logprob_kernels", "layer_kernels"},
     "transformers": {"policy", "sampler", "plain_decoder", "packed_attention", "data", "tiny", "checkpoint", "setup", "sft"},

@@ -160,3 +160,32 @@ def test_another_number_of_processes_goes_on(tmp_path, environment, whole):
         assert [(row["step"], row["task"], row["sample"]) for row in completions] == [
             (row["step"], row["task"], row["sample"]) for row in whole[1][1]
         ]
+
+
+POISON = """
+import os
+from grpo_core.losses import PolicyLoss
+
+calls = 0
+
+def poison(logprobs, old_logprobs, advantages, completion_mask):
+    "nan on rank 1 in its third step"
+    global calls
+    calls += os.environ.get("RANK") == "1" and len(logprobs) > 12
+    bad = float("nan") if calls == 3 else 0.0
+    return PolicyLoss(-advantages * (logprobs - old_logprobs).exp() + bad * logprobs, {})
+"""
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, environment):
+    file = tmp_path / "mine.py"
+    file.write_text(POISON)
+    more = {"model__precision": "bf16", "loss__name": f"{file}:poison", "trainer__tokens_per_micro_batch": 100_000}
+    done = run(2, tmp_path, environment=environment, **more)
+    assert done.returncode == 0, done.stderr
+    rows = read(tmp_path / "tiny" / "metrics.jsonl")
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 0] and rows[2]["loss"] is None
+    assert rows[2]["adapter_norm"] == rows[1]["adapter_norm"] != rows[3]["adapter_norm"]
+    names = sorted(path.name for path in (tmp_path / "tiny" / "incidents").iterdir())
+    assert names == [f"step-000002-rank-{rank}.{kind}" for rank in (0, 1) for kind in ("json", "safetensors")]
+    assert "update skipped: gradient not finite" in done.stdout

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fakes import Alphabet, FixedTasks, TorchEngine, tiny_policy
+from safetensors.torch import load_file
 
 from grpo_core.advantages import ADVANTAGES
 from grpo_core.batch import Task
@@ -21,8 +22,9 @@ from grpo_core.config import (
 )  # fmt: skip
 from grpo_core.control import first_control
 from grpo_core.corrections import CORRECTIONS
+from grpo_core.interrupt import RunFailed
 from grpo_core.kl import KLS
-from grpo_core.losses import LOSSES
+from grpo_core.losses import LOSSES, PolicyLoss
 from grpo_core.metrics import RunLog, Stats
 from grpo_core.packing import Budget
 from grpo_core.rewards import Reward, score
@@ -180,3 +182,40 @@ def test_evaluation_is_greedy_or_as_its_settings_say_with_noise_of_each_tasks_ow
     assert len(set(texts(temperature=1.0))) > 20 and texts(temperature=1.0) == texts(temperature=1.0)
     assert len(set(texts(temperature=1.0, top_k=1))) == 1
     assert len(set(texts(temperature=1.0, min_p=1.0))) == len(set(texts(temperature=1.0, top_p=1e-6))) == 1
+
+
+def not_finite(at):
+    """A loss that is nan in the steps `at`."""
+    calls = [0]
+
+    def loss(logprobs, old_logprobs, advantages, completion_mask):
+        calls[0] += 1
+        bad = torch.nan if calls[0] - 1 in at else 0.0
+        return PolicyLoss(-advantages * (logprobs - old_logprobs).exp() + bad * logprobs, {})
+
+    return loss
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_kept(tmp_path):
+    run = make_run(tmp_path, num_steps=4, tokens_per_micro_batch=10_000)
+    run = replace(run, loss_fn=not_finite([1]), skips_ties=False)
+    train(run)
+    table = rows(tmp_path)
+    assert [row["skipped"] for row in table] == [0, 1, 0, 0] and table[1]["loss"] is None
+    norms = [row["adapter_norm"] for row in table]
+    assert norms[0] == norms[1] != norms[2]
+    kept = load_file(tmp_path / "incidents" / "step-000001-rank-0.safetensors")
+    assert kept["completion_ids"].shape[0] == kept["advantages"].shape[0] == 32
+    told = json.loads((tmp_path / "incidents" / "step-000001-rank-0.json").read_text())
+    assert told["tasks"] == [0, 1, 2, 3] and told["step"] == 1 and len(list((tmp_path / "incidents").iterdir())) == 2
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run_as_it_was_before(tmp_path):
+    run = make_run(tmp_path, num_steps=9, tokens_per_micro_batch=10_000, max_skipped_steps=3)
+    run = replace(run, loss_fn=not_finite([1, 2, 4, 5, 6]), skips_ties=False)
+    with pytest.raises(RunFailed, match="not finite in 3 steps in a row, from step 4 on"):
+        train(run)
+    assert len(rows(tmp_path)) == 7
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    assert checkpoint.name == "step-000004" and meta["next_step"] == 4
