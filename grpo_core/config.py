@@ -113,6 +113,7 @@ class TrainerConfig:
     num_minibatches: int = 1  # optimizer steps in one pass over a step's completions
     num_passes: int = 1
     max_skipped_steps: int = 10  # steps in a row whose gradient is not finite, after which the run ends
+    hang_timeout: float = 1200  # seconds that a rank may stand still before the run ends; 0: for ever
     max_restarts: int = 0  # how often the launcher starts again from the last checkpoint after a rank has died
 
 

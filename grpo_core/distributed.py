@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_core import watchdog
 from grpo_core.schema import ConfigError
 
 TIMEOUT = timedelta(minutes=30)
@@ -31,8 +32,10 @@ PEAK_TERAFLOPS = {
 }
 
 
-def setup() -> None:
+def setup(hang_timeout: float = 0) -> None:
     """Join the process group that a launcher described in the environment, or make a group of one.
+
+    A rank that stands still for `hang_timeout` seconds ends (0: never); until then the others wait for it.
 
     Raises:
         ConfigError: more processes on this machine than it has GPUs, where it has any.
@@ -49,7 +52,9 @@ def setup() -> None:
             raise ConfigError(f"{here} processes were started on this machine, but it has only {gpus} GPUs")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        timeout = max(TIMEOUT, timedelta(seconds=2 * hang_timeout))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    watchdog.start(hang_timeout, rank())
 
 
 def die_with_launcher() -> None:
@@ -88,7 +93,8 @@ def device() -> torch.device:
 
 def barrier() -> None:
     if world_size() > 1:
-        dist.barrier()
+        with watchdog.waiting():
+            dist.barrier()
 
 
 def all_sum(values: Tensor) -> Tensor:
@@ -108,7 +114,8 @@ def all_rows(values: Tensor) -> Tensor:
         return values
     count = torch.tensor([len(values)], device=device())
     counts = [torch.zeros_like(count) for _ in range(world_size())]
-    dist.all_gather(counts, count)
+    with watchdog.waiting():
+        dist.all_gather(counts, count)
     widest = int(torch.cat(counts).max())
     padded = torch.cat([values, values.new_zeros(widest - len(values), *values.shape[1:])])
     parts = [torch.empty_like(padded) for _ in counts]
@@ -126,7 +133,8 @@ def together(function: Callable, *args: Any) -> Any:
     if all_max(torch.tensor(float(error is not None))):
         errors = [error] * world_size()
         if world_size() > 1:
-            dist.all_gather_object(errors, error)
+            with watchdog.waiting():
+                dist.all_gather_object(errors, error)
         first = next(i for i, text in enumerate(errors) if text is not None)
         raise ConfigError(f"process {first}: {errors[first]}" if world_size() > 1 else errors[first])
     return result
@@ -137,7 +145,8 @@ def gather(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values = [None] * world_size() if is_main() else None
-    dist.gather_object(value, values)
+    with watchdog.waiting():
+        dist.gather_object(value, values)
     return values or []
 
 
@@ -145,7 +154,8 @@ def from_main(value: Any) -> Any:
     """The main rank's picklable `value`, on every rank."""
     values = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(values)
+        with watchdog.waiting():
+            dist.broadcast_object_list(values)
     return values[0]
 
 
@@ -186,5 +196,7 @@ def uniforms(keys: Sequence[tuple[int, ...]], count: int) -> Tensor:
 def _reduced(values: Tensor, operation: Any) -> Tensor:
     everywhere = values.detach().to(device(), copy=True)
     if world_size() > 1:
-        dist.all_reduce(everywhere, operation)
+        with watchdog.waiting():
+            dist.all_reduce(everywhere, operation)
+            everywhere = everywhere.to(values.device)
     return everywhere.to(values.device)

@@ -31,7 +31,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 
-from grpo_core import distributed
+from grpo_core import watchdog
 from grpo_core.config import RunConfig
 from grpo_core.schema import ConfigError
 
@@ -97,21 +97,16 @@ class Engine:
     def step(self) -> StepResult:
         """Sum over ranks, clip, update the weights, advance the learning rate. A collective.
 
-        A sum that is not finite on any rank changes nothing: no weight, no moment, not the learning rate.
+        A sum that is not finite on any rank changes nothing: no weight, no moment, not the learning rate (DeepSpeed
+        looks in every precision).
         """
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        if not self.scales_loss and self._any_not_finite():  # fp16: DeepSpeed skips, and lowers its scale
+        with watchdog.waiting():
+            self.engine.backward(_Handed.apply(self._sums, *self.parameters) * self.world_size)
             torch._foreach_zero_(self._sums)
-            return StepResult(math.inf, learning_rate, False)
-        self.engine.backward(_Handed.apply(self._sums, *self.parameters) * self.world_size)
-        torch._foreach_zero_(self._sums)
-        self.engine.step()
+            self.engine.step()
         grad_norm = self.engine.get_global_grad_norm()
         return StepResult(float(grad_norm), learning_rate, bool(self.engine.was_step_applied()))
-
-    def _any_not_finite(self) -> bool:
-        finite = torch.stack(torch._foreach_norm(self._sums, math.inf)).isfinite().all()
-        return bool(distributed.all_max((~finite).float()))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What training goes on from, whole and in float32: the trained weights and Adam's two moments. A collective.
@@ -211,6 +206,8 @@ def deepspeed_config(config: RunConfig, dtype: torch.dtype, world_size: int) -> 
         _agree(
             given[block], "enabled", dtype is wanted, f"model.precision ({config.model.precision})", f"{block}.enabled"
         )
+    skips = "rule that a step which is not finite is skipped"
+    _agree(given["bf16"], "check_grad_overflow", True, skips, "bf16.check_grad_overflow")
     given.pop("train_batch_size")  # ours counts completions of an optimizer step; DeepSpeed's would be of a micro-batch
     if given["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
         given.setdefault("zero_force_ds_cpu_optimizer", False)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from grpo_core import distributed
+from grpo_core import distributed, watchdog
 from grpo_core.batch import Rollouts, Task
 from grpo_core.config import RunConfig
 from grpo_core.config_file import dump
@@ -117,6 +117,7 @@ class RunLog:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the wall-clock seconds inside to the step's phase `name`, and note the most GPU memory it held."""
+        watchdog.beat(name)
         gpu, start = torch.cuda.is_available(), time.perf_counter()
         if gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -127,6 +128,7 @@ class RunLog:
             held = (now["allocated_bytes.all.peak"] / 1e9, now["reserved_bytes.all.peak"] / 1e9)
             self.memory[name] = (max(held[0], before[0]), max(held[1], before[1]))
         self.seconds[name] += time.perf_counter() - start
+        watchdog.beat()
 
     def step(
         self,

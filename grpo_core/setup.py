@@ -173,7 +173,7 @@ def start(config: RunConfig) -> torch.dtype:
     """Join the other ranks, seed, check the DeepSpeed JSON, and return the run's precision."""
     if not config.log.verbose:
         quieten()
-    distributed.setup()
+    distributed.setup(config.trainer.hang_timeout)
     distributed.seed_all(config.seed)
     dtype = distributed.precision(config.model.precision)
     deepspeed_config(config, dtype, distributed.world_size())

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from grpo_core import checkpoint, distributed, incident, interrupt
+from grpo_core import checkpoint, distributed, incident, interrupt, watchdog
 from grpo_core.averages import Totals, entropy_weights, token_weights
 from grpo_core.batch import Rollouts, Task, TrainBatch, take
 from grpo_core.collect import advantages_over_ranks, collect, rewards_to_learn_from
@@ -131,6 +131,7 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
             totals = count_over_ranks(run, minibatch, len(plan))
             tokens_updated = 0
             for packing in plan:
+                watchdog.beat("update")
                 tokens_updated += packing.tokens
                 micro = take(minibatch, packing.rows)
                 tokens = forward_with_gradient(run, micro.rollouts, packing, control)

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "grpo_core"
 
 LAYERS = [  # a module imports only from rows above its own
-    {"schema"},
+    {"schema", "watchdog"},
     {"registry", "batch"},
     # the mathematics: torch and the standard library
     {"advantages", "averages", "corrections", "kl", "losses", "logprobs", "problems", "rewards", "truncation", "draw", "packing"},
