@@ -77,6 +77,7 @@ def test_a_killed_rank_is_named_and_the_run_started_again_is_bitwise_the_same(tm
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
+@pytest.mark.soak
 def test_the_others_end_with_a_killed_rank_at_once(tmp_path, environment):
     start = time.time()
     done = run(2, tmp_path, environment=environment, fault={"what": "kill", "where": "backward", "rank": 1, "calls": [2]})
@@ -85,7 +86,7 @@ def test_the_others_end_with_a_killed_rank_at_once(tmp_path, environment):
     assert "grpo_core: rank 1 was ended by SIGKILL" in done.stderr
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak)])
 def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, environment, whole, number, code):
     ranks = subprocess.Popen(command(2, tmp_path), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics, deadline = tmp_path / "tiny" / "metrics.jsonl", time.time() + 100
@@ -133,7 +134,8 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_fails(tmp_path, environme
     assert [path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir()] == ["step-000002"]
 
 
-@pytest.mark.parametrize("harm", [*(pytest.param(harm, marks=pytest.mark.soak) for harm in ("truncated", "missing")), "flipped"])
+@pytest.mark.soak
+@pytest.mark.parametrize("harm", ["truncated", "missing", "flipped"])
 def test_a_damaged_checkpoint_is_left_for_the_one_before(tmp_path, environment, whole, harm):
     assert run(2, tmp_path, environment=environment).returncode == 0
     newest = tmp_path / "tiny" / "checkpoints" / "step-000004"
@@ -150,17 +152,17 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(tmp_path, environment, 
     same(results(tmp_path / "tiny"), whole)
 
 
-def test_another_number_of_processes_goes_on(tmp_path, environment, whole):
+@pytest.mark.parametrize("first, then", [(2, 1), pytest.param(1, 2, marks=pytest.mark.soak)])
+def test_another_number_of_processes_goes_on(tmp_path, environment, whole, first, then):
     """The same tasks, and numbers that differ by rounding alone."""
-    for first, then in ((2, 1), (1, 2)):  # and test_engine.py compares weights and moments
-        out = tmp_path / str(first)
-        assert run(first, out, environment=environment, trainer__num_steps=2, engine__schedule="constant").returncode == 0
-        done = run(then, out, "resume=auto", environment=environment, engine__schedule="constant")
-        assert done.returncode == 0 and "after 2 steps" in done.stdout, done.stderr
-        completions = read(out / "tiny" / "completions.jsonl")
-        assert [(row["step"], row["task"], row["sample"]) for row in completions] == [
-            (row["step"], row["task"], row["sample"]) for row in whole[1][1]
-        ]
+    # test_engine.py compares weights and moments
+    assert run(first, tmp_path, environment=environment, trainer__num_steps=2, engine__schedule="constant").returncode == 0
+    done = run(then, tmp_path, "resume=auto", environment=environment, engine__schedule="constant")
+    assert done.returncode == 0 and "after 2 steps" in done.stdout, done.stderr
+    completions = read(tmp_path / "tiny" / "completions.jsonl")
+    assert [(row["step"], row["task"], row["sample"]) for row in completions] == [
+        (row["step"], row["task"], row["sample"]) for row in whole[1][1]
+    ]
 
 
 POISON = """

@@ -1,0 +1,73 @@
+"""Checkpoints as files; test_faults.py has the real runs."""
+
+from dataclasses import replace
+
+import pytest
+from test_loop import make_run
+
+from grpo_core import checkpoint
+from grpo_core.schema import ConfigError
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A run with two checkpoints, and the configuration that goes on from it."""
+    run = make_run(tmp_path / "out" / "run")
+    for step in (1, 2):
+        assert checkpoint.save(run, step, run.control)
+    (run.folder / "config.yaml").touch()
+    return run, replace(run.config, output_dir=str(tmp_path / "out"), name="run", resume="auto")
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "meta.json", "SHA256SUMS"])
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "missing", "empty"])
+def test_damage_is_seen_and_the_one_before_is_taken(two, file, harm):
+    run, config = two
+    newest = run.folder / "checkpoints" / "step-000002"
+    assert checkpoint.run_folder(config) == (run.folder, newest, [])
+    content = (newest / file).read_bytes()
+    harmed = {"truncated": content[:-7], "flipped": content[:9] + bytes([content[9] ^ 1]) + content[10:], "empty": b""}
+    (newest / file).unlink()
+    if harm != "missing":
+        (newest / file).write_bytes(harmed[harm])
+    folder, found, (sentence,) = checkpoint.run_folder(config)
+    assert folder == run.folder and found.name == "step-000001" and sentence.startswith(f"{newest} is damaged (")
+
+
+def test_where_all_are_damaged_the_run_is_refused(two):
+    run, config = two
+    for one in (run.folder / "checkpoints").iterdir():
+        (one / "meta.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"every checkpoint in .* is damaged: meta.json is not what was written"):
+        checkpoint.run_folder(config)
+
+
+def test_a_folder_can_be_named_and_a_new_run_never_takes_an_old_ones(two):
+    run, config = two
+    named = replace(config, resume=str(run.folder), name="other")
+    assert checkpoint.run_folder(named)[:2] == (run.folder, run.folder / "checkpoints" / "step-000002")
+    assert checkpoint.run_folder(replace(config, resume=None)) == (run.folder.with_name("run-2"), None, [])
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing_behind(two, monkeypatch, capsys):
+    run, _ = two
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "replace", full)
+    assert not checkpoint.save(run, 3, run.control)
+    assert "could not be written (No space left on device)" in capsys.readouterr().out
+    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+
+
+def test_only_what_changes_no_number_may_differ(two):
+    run, config = two
+    newest = run.folder / "checkpoints" / "step-000002"
+    trainer = replace(config.trainer, tokens_per_micro_batch=7, num_steps=99)
+    assert checkpoint.read_meta(newest, replace(config, trainer=trainer))[1] == []
+    other = replace(config, seed=5, trainer=replace(config.trainer, num_passes=2))
+    with pytest.raises(ConfigError, match=r"seed \(0 then, 5 now\), trainer.num_passes \(1 then, 2 now\)"):
+        checkpoint.read_meta(newest, other)
+    meta, overridden = checkpoint.read_meta(newest, replace(other, resume="force"))
+    assert meta["next_step"] == 2 and [key.split()[0] for key in overridden] == ["seed", "trainer.num_passes"]
