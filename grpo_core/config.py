@@ -175,6 +175,7 @@ class SftConfig:
 
 _CUT = "training samples from the whole distribution, whose log-probs the loss uses; evaluation.{} cuts it off there"
 REFUSED = {f"sampling.{name}": _CUT.format(name) for name in ("top_k", "top_p", "min_p")}  # key -> why there is none
+REFUSED["trainer.micro_batch_size"] = "it is trainer.tokens_per_micro_batch now, and counts tokens instead of rows"
 
 
 @dataclass(frozen=True)

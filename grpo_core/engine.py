@@ -188,10 +188,14 @@ def deepspeed_config(config: RunConfig, dtype: torch.dtype, world_size: int) -> 
             raise ConfigError(f"the DeepSpeed JSON has a block {block!r}; remove it, the run config's {instead} say it")
     stage = given.setdefault("zero_optimization", {}).setdefault("stage", 2)
     if stage not in (1, 2):
-        raise ConfigError(
-            f"the DeepSpeed JSON's zero_optimization.stage is {stage}; it must be 1 or 2: "
-            f"the sampler needs whole weights, and stage 0 is other code for every precision"
-        )
+        why = "the sampler needs whole weights" if stage == 3 else "DeepSpeed's other stages are other code"
+        raise ConfigError(f"the DeepSpeed JSON's zero_optimization.stage is {stage!r}; it must be 1 or 2: {why}")
+    for timer in ("wall_clock_breakdown", "flops_profiler"):
+        if given.get(timer):
+            raise ConfigError(
+                f"the DeepSpeed JSON has {timer}, which times forwards that do not go through DeepSpeed here; "
+                f"remove it: metrics.jsonl has the seconds of every phase and the model FLOP utilisation"
+            )
     per_optimizer_step = trainer.completions_per_step // trainer.num_minibatches
     _agree(given, "train_batch_size", per_optimizer_step, "trainer.completions_per_step / trainer.num_minibatches")
     _agree(given, "gradient_clipping", config.engine.max_grad_norm, "engine.max_grad_norm")

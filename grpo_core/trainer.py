@@ -139,6 +139,7 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
             if len(plan) == 0:  # nothing to learn: the names in the log stay the same
                 micro_loss(run, *nothing_of(minibatch), totals, control, stats)
             stats.total("tokens_updated", torch.tensor(float(tokens_updated)))
+            stats.total("micro_batches", torch.tensor(float(len(plan))))
             results.append(run.engine.step())
     return {
         "grad_norm": sum(result.grad_norm for result in results) / len(results),
