@@ -18,10 +18,10 @@ PYTHON
 
 python=$(command -v python3 || command -v python || true)
 if [ -z "$python" ]; then
-    echo "grpo_core needs Python 3.10 or newer, and there is no python3 here." >&2
+    echo "grpo_core needs Python 3.11 or newer, and there is no python3 here." >&2
     exit 2
-elif ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-    echo "grpo_core needs Python 3.10 or newer; $python is $("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')." >&2
+elif ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "grpo_core needs Python 3.11 or newer; $python is $("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')." >&2
     exit 2
 fi
 if ! satisfies "$python"; then

@@ -37,6 +37,10 @@ FREE = ("resume", "preset", "name", "output_dir", "log", "checkpoint", "trainer.
 FREE += (
     "trainer.max_skipped_steps",
     "trainer.max_restarts",
+    "trainer.reward_timeout",
+    "trainer.max_failed_rewards",
+    "trainer.hang_timeout",
+    "alerts",
     "trainer.tokens_per_micro_batch",
     "model.gradient_checkpointing",
     "engine.deepspeed",
@@ -123,6 +127,8 @@ def save(run: Run, next_step: int, control: Control) -> bool:
         meta |= {"engine": run.engine.numbers(), "fingerprints": fingerprints(run), "config": asdict(run.config)}
         folder = run.folder / "checkpoints"
         try:
+            if why := run.log.write():  # a checkpoint stands for rows that are there
+                raise OSError(why)
             _write(folder, f"step-{next_step:06d}", tensors, meta)
             for old in steps(folder)[: -run.config.checkpoint.keep]:
                 shutil.rmtree(old)

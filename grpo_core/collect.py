@@ -16,9 +16,9 @@ from grpo_core.advantages import advantages, level, tied_groups
 from grpo_core.batch import Rollouts, Task, replace_rows, take
 from grpo_core.metrics import Stats
 from grpo_core.registry import fact
-from grpo_core.rewards import Scores, score
 from grpo_core.run import Run
 from grpo_core.schema import ConfigError
+from grpo_core.scoring import Scores, score
 
 
 def collect(run: Run, step: int, stats: Stats) -> tuple[list[Task], Rollouts, Scores]:
@@ -43,7 +43,8 @@ def _resample(
     stats.mean("first_draw/tied_groups", _tied(run, scores.rewards, scores))
     replaced, used, tokens = 0, 0, rollouts.lengths().sum()
     for attempt in range(1, run.config.sampling.dynamic_attempts + 1):
-        tied = _tied(run, scores.rewards, scores).nonzero().squeeze(1)
+        failed = torch.stack([*scores.failed.values()]).any(dim=0).any(dim=1)  # not the prompt's fault
+        tied = (_tied(run, scores.rewards, scores) & ~failed).nonzero().squeeze(1)
         if len(tied) == 0:
             break
         others = run.tasks.replacements(step, attempt)
@@ -84,7 +85,7 @@ def advantages_over_ranks(run: Run, rewards: Tensor, rollouts: Rollouts, scores:
     lengths = rollouts.lengths().view(shape).cpu().to(rewards.dtype)
     mine = torch.cat([level(rewards, least)[None], lengths[None], level(components, least)])
     whole = distributed.all_rows(mine.transpose(0, 1)).cpu().transpose(0, 1)  # [2 + K, N of all ranks, G]
-    if whole[0].isnan().all():
+    if whole[0].isnan().all() and not distributed.all_max(torch.tensor(float(len(scores.failures)))):
         raise ConfigError("no completion of this step has a reward: every reward returned None for every one of them")
     weights = torch.tensor([reward.weight for reward in run.rewards])
     values = advantages(run.advantage_fn, whole[0], lengths=whole[1], components=whole[2:], weights=weights)
@@ -114,7 +115,8 @@ def _replace_scores(scores: Scores, groups: Tensor, others: Scores) -> Scores:
         return ours.index_copy(0, groups, theirs)
 
     by_name = {name: put(values, others.by_name[name]) for name, values in scores.by_name.items()}
-    return Scores(put(scores.rewards, others.rewards), by_name)
+    failed = {name: put(where, others.failed[name]) for name, where in scores.failed.items()}
+    return Scores(put(scores.rewards, others.rewards), by_name, failed, (*scores.failures, *others.failures))
 
 
 @torch.no_grad()

@@ -114,6 +114,8 @@ class TrainerConfig:
     num_passes: int = 1
     max_skipped_steps: int = 10  # steps in a row whose gradient is not finite, after which the run ends
     hang_timeout: float = 1200  # seconds that a rank may stand still before the run ends; 0: for ever
+    reward_timeout: float = 30  # seconds that a reward of your own may take for a step's completions of one rank
+    max_failed_rewards: float = 0.5  # the share of the last 10 steps' completions that one reward may fail on
     max_restarts: int = 0  # how often the launcher starts again from the last checkpoint after a rank has died
 
 
@@ -183,6 +185,7 @@ class RunConfig:
     name: str = "run"  # the run folder is <output_dir>/<name>
     output_dir: str = "runs"
     seed: int = 0
+    alerts: Literal["warn", "stop"] = "warn"  # what to do when the metrics say that something goes wrong
     resume: str | None = None  # auto: from the newest checkpoint of this name, if there is one; force; or a run folder
     preset: str | None = None  # a published objective; what the file says itself comes before it
     model: ModelConfig = field(default_factory=ModelConfig)

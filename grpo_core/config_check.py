@@ -142,7 +142,7 @@ LEAST = {  # null, auto and epoch are fine where a key takes them
     0: (
         *("loss.kl_coef", "loss.entropy_coef", "loss.entropy_delta", "advantage.min_group_std", "reference.every"),
         *("engine.max_grad_norm", "engine.warmup_steps", "sampling.dynamic_attempts", "trainer.max_restarts"),
-        "trainer.hang_timeout",
+        *("trainer.hang_timeout", "trainer.reward_timeout", "trainer.max_failed_rewards"),
         *("log.exact_kl_every", "evaluation.num_tasks", "evaluation.every", "checkpoint.every", "lora.r", "seed"),
     ),
 }
@@ -158,6 +158,10 @@ def _check_numbers(config: RunConfig) -> None:
         raise ConfigError(
             f"trainer.num_minibatches is {config.trainer.num_minibatches}; it must divide sampling.group_size "
             f"({config.sampling.group_size})"
+        )
+    if config.trainer.max_failed_rewards > 1:
+        raise ConfigError(
+            f"trainer.max_failed_rewards is {config.trainer.max_failed_rewards}; it is a share, at most 1"
         )
     if not 0 <= config.lora.dropout < 1:
         raise ConfigError(f"lora.dropout is {config.lora.dropout}; it must be from 0 up to, but not, 1")

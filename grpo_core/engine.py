@@ -57,6 +57,8 @@ class Engine:
         self.world_size = world_size
         settings = config.engine
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ConfigError("the model has no parameter that is trained: nothing in it requires a gradient")
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
         optimizer = (
             torch.optim.AdamW(  # torch's own, offloaded or not: it compiles nothing, and LoRA's states are small

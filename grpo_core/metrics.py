@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from grpo_core import distributed, watchdog
 from grpo_core.batch import Rollouts, Task
 from grpo_core.config import RunConfig
 from grpo_core.config_file import dump
-from grpo_core.rewards import Scores
+from grpo_core.scoring import Scores
 
 
 class Stats:
@@ -36,6 +36,7 @@ class Stats:
         self._sums: dict[str, Tensor] = {}  # name -> [sum, count]
         self._maxima: dict[str, Tensor] = {}
         self._weights: set[str] = set()
+        self._totals: set[str] = set()
 
     def mean(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
         """Let `values` (where `mask`) count in the mean called `name`."""
@@ -50,6 +51,7 @@ class Stats:
         pair[0] = value.detach()
         if name not in self._sums:
             pair[1] = 1.0 / distributed.world_size()  # over all ranks the counts add up to 1: a mean that is a sum
+        self._totals.add(name)
         self._add(name, pair)
 
     def weights(self, name: str, values: Tensor, mask: Tensor) -> None:
@@ -60,6 +62,14 @@ class Stats:
         self.mean(name, values, mask)
         self.mean(f"{name}_square", values.double().square(), mask)
         self._weights.add(name)
+
+    def add(self, other: Stats) -> None:
+        """Let what `other` holds count here too."""
+        for name, pair in other._sums.items():
+            self.total(name, pair[0]) if name in other._totals else self._add(name, pair)
+        for name, value in other._maxima.items():
+            self.max(name, value)
+        self._weights |= other._weights
 
     def max(self, name: str, value: Tensor) -> None:
         """Let the greatest of `value` count in the maximum called `name`."""
@@ -97,6 +107,9 @@ class RunLog:
         self.flops_per_token = 0.0  # of the update; 0: unknown
         self.started = time.perf_counter()
         self.bar = None
+        self._said: set[str] = set()
+        self._rows: dict[str, str] = defaultdict(str)  # file -> what is not yet in it
+        self._full = False
         if distributed.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(dump(replace(config, resume=None)), encoding="utf-8")
@@ -208,14 +221,36 @@ class RunLog:
             print(text, flush=True)
             self.bar.refresh()
 
+    def warn(self, sentences: Sequence[str]) -> None:
+        """Say what any rank has to say, each sentence once in a run. A collective."""
+        if not distributed.all_max(torch.tensor(float(len(sentences)))):
+            return
+        for sentence in sorted({one for part in distributed.gather(list(sentences)) for one in part} - self._said):
+            self._said.add(sentence)
+            self.say(f"warning: {sentence}")
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
+    def write(self) -> str | None:
+        """Bring every row to the disk; what is in the way, in words, where it cannot be done (on the main rank)."""
+        for name, text in self._rows.items():
+            try:
+                _append_whole(self.folder / f"{name}.jsonl", text.encode(errors="replace"))
+            except OSError as error:
+                return error.strerror
+            self._rows[name] = ""
+        return None
+
     def _append(self, name: str, *rows: dict[str, Any]) -> None:
-        if distributed.is_main() and rows:
-            with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(_without_nan(row), ensure_ascii=False) + "\n" for row in rows))
+        """Write rows down, or keep them until they can be."""
+        if not distributed.is_main():
+            return
+        self._rows[name] += "".join(json.dumps(_without_nan(row), ensure_ascii=False) + "\n" for row in rows)
+        if (problem := self.write()) and not self._full:
+            self.say(f"warning: {name}.jsonl cannot be written ({problem}); its rows are kept until it can be")
+        self._full = problem is not None
 
 
 def own_files(config: RunConfig) -> set[str]:
@@ -233,6 +268,8 @@ def add_rollouts(stats: Stats, rollouts: Rollouts, scores: Scores, advantages: T
     for name, values in named.items():
         stats.mean(name, values, ~values.isnan())
         stats.mean(f"{name}_square", values.square(), ~values.isnan())
+    for name, failed in scores.failed.items():
+        stats.mean(f"failed/{name}", failed)
     stats.mean("advantage_abs", advantages.abs())
     stats.mean("length", lengths)
     stats.max("length_max", lengths)
@@ -245,9 +282,10 @@ def describe(result: dict[str, float]) -> str:
     sampled = "".join(
         f", {name} {result[name]}" for name in ("temperature", "top_k", "top_p", "min_p") if name in result
     )
+    failed = f"; the reward failed on {result['failed']}" if result.get("failed") else ""
     return (
         f"accuracy {result['accuracy']:.1%} ({result['correct']} of {result['n']}, "
-        f"95 % interval {result['ci_low']:.1%} to {result['ci_high']:.1%}{sampled})"
+        f"95 % interval {result['ci_low']:.1%} to {result['ci_high']:.1%}{sampled}{failed})"
     )
 
 
@@ -291,6 +329,7 @@ def _line(row: dict[str, float], rewards: list[str]) -> str:
         + (f"  kl {row['kl']:.4f}" if "kl" in row else "")
         + f"  grad {row['grad_norm']:.3f}  {row['seconds']:.1f} s"
         + ("  update skipped: gradient not finite" if row["skipped"] else "")
+        + ("  memory ran out: a micro-batch was computed in halves" if row.get("memory_retries") else "")
     )
 
 
@@ -304,6 +343,18 @@ def _truncate(path: Path, last_step: int) -> None:
             break
         kept.append(line)
     path.write_text("".join(kept), encoding="utf-8")
+
+
+def _append_whole(path: Path, content: bytes) -> None:
+    """All of `content` at the end of the file, or nothing."""
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def _without_nan(row: dict[str, Any]) -> dict[str, Any]:

@@ -225,7 +225,7 @@ class Policy:
 
         LoRA's B starts at 0, so a norm that never moves is a run that never trained.
         """
-        return torch.stack([p.detach().float().square().sum() for p in self.parameters()]).sum().sqrt()
+        return torch.stack([p.detach().double().square().sum() for p in self.parameters()]).sum().sqrt()
 
     def save(self, folder: Path) -> None:
         """The adapter in PEFT's format, or the whole model where there is none."""

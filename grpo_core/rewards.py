@@ -13,22 +13,20 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from grpo_core.batch import Task
 from grpo_core.registry import Registry
-from grpo_core.schema import ConfigError, in_short, keyword_arguments
+from grpo_core.schema import in_short, keyword_arguments
 
 REWARDS = Registry("reward")
 
 OPEN, CLOSE = "<think>", "</think>"
+LARGEST = 1e6  # a reward beyond it is a mistake, and float32 would not tell its neighbours apart
+LONGEST_NUMBER = 300  # digits
 
 
 @REWARDS.register("has_think_tags")
 def has_think_tags(completions: Sequence[str], *, prompts: Sequence[str]) -> list[float]:
     """1.0 if the completion holds <think>...</think>. A block that the prompt has opened may be closed here."""
-    return [float(bool(re.search(r"<think>.*?</think>", text, re.S))) for text in _opened(completions, prompts)]
+    return [float(CLOSE in text.partition(OPEN)[2]) for text in _opened(completions, prompts)]
 
 
 @REWARDS.register("num_unique_chars")
@@ -78,7 +76,7 @@ def correct_answer(completions: Sequence[str], *, answer: Sequence[Any], strict:
 _NUMBER = re.compile(
     r"""(?P<sign>-)?(?:[$€£¥]\s?(?P<inner_sign>-)?)?
         (?P<value>\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d) | \d+(?:\.\d+)? | (?<!\d)\.\d+)
-        (?:\s?/\s?(?P<under>\d+)(?![\d.,]*\d))?""",
+        (?:\s?/\s?(?P<under>\d++)(?![.,]++\d))?""",
     re.X,
 )
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
@@ -100,16 +98,18 @@ def final_number(text: str, *, strict: bool = False) -> Fraction | None:
 
 
 def _number(text: str, *, last: bool) -> Fraction | None:
-    matches = list(_NUMBER.finditer(text))
-    if not matches:
+    found = _NUMBER.finditer(text)
+    match = next(found, None)
+    if last:
+        *_, match = match, *found
+    if match is None or len(match[0]) > LONGEST_NUMBER:
         return None
-    match = matches[-1 if last else 0]
     value = Fraction(match["value"].replace(",", ""))
     if match["under"] and int(match["under"]):
         value /= int(match["under"])
-    minus = match["sign"] and not re.search(
-        r"[\d)\]}]\s*$|\w$", text[: match.start()]
-    )  # else a subtraction or a hyphen
+    before = text[: match.start()]
+    joined = re.match(r"\w", before[-1:]) or re.match(r"[\d)\]}]", before.rstrip()[-1:])  # a hyphen or a subtraction
+    minus = match["sign"] and not joined
     negative = bool(minus or match["inner_sign"])
     return -value if negative else value
 
@@ -121,74 +121,55 @@ def _opened(completions: Sequence[str], prompts: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Reward:
-    """A reward function with its arguments bound, under the name it is logged by."""
+class Outcome:
+    """What a reward made of a batch."""
 
-    name: str
-    weight: float
-    function: Callable[..., list[float | None]]
-
-
-@dataclass(frozen=True)
-class Scores:
-    rewards: Tensor  # [N, G] the weighted sum; NaN where no reward could tell
-    by_name: dict[str, Tensor]  # name -> [N, G], NaN for None
+    values: list[float | None]  # one a completion; None where it could not tell, and where it failed
+    failed: list[bool]  # where it failed
+    why: str | None = None  # the first failure, in words
 
 
-def score(
-    rewards: Sequence[Reward],
-    tasks: Sequence[Task],  # N
-    completions: Sequence[str],  # B = N * G texts, prompt-major
-    group_size: int,
-) -> Scores:
-    """Call every reward on all completions and add them up by weight. A None is left out of its sum.
+def attempt(function: Callable, completions: list[str], columns: dict[str, Any]) -> Outcome:
+    """Call a reward, whatever it does short of ending or hanging this process.
 
-    Raises:
-        ConfigError: a reward raised, or did not return a finite number or None for each completion.
+    It fails on all completions where it raises (or calls sys.exit) or does not return a list with one value for each,
+    and on those whose value is neither None nor a number of at most a million in size.
     """
-    rows = [task for task in tasks for _ in range(group_size)]
-    available = {name: [task.columns[name] for task in rows] for name in rows[0].columns}
-    available["prompts"] = [task.prompt for task in rows]
-    by_name = {}
-    for reward in rewards:
-        try:
-            values = _call(reward.function, list(completions), available)
-        except Exception as error:
-            raise ConfigError(f"reward {reward.name} raised {in_short(error)}") from error
-        numbers = _numbers(reward.name, values, len(rows))
-        by_name[reward.name] = torch.tensor(numbers, dtype=torch.float32).view(-1, group_size)
-    stacked = torch.stack(list(by_name.values()))  # [K, N, G]
-    weights = torch.tensor([reward.weight for reward in rewards]).view(-1, 1, 1)
-    counted = ~stacked.isnan() & (weights != 0)  # weight 0: logged and nothing else
-    total = torch.where(counted, stacked * weights, 0.0).sum(dim=0)
-    return Scores(total.masked_fill(~counted.any(dim=0), math.nan), by_name)
+    try:
+        values = _call(function, completions, columns)
+        if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+            return failure(
+                len(completions), f"returned {repr(values)[:40]}; it must return a list with a number for each"
+            )
+        values = list(values)
+    except (Exception, SystemExit) as error:
+        return failure(len(completions), f"raised {in_short(error)}")
+    if len(values) != len(completions):
+        return failure(len(completions), f"returned {len(values)} values for {len(completions)} completions")
+    numbers = [_number_or_none(value) for value in values]
+    failed = [math.isnan(number or 0.0) for number in numbers]
+    why = None
+    if True in failed:
+        first = failed.index(True)
+        why = f"returned {repr(values[first])[:40]} for completion {first}; it must be None or a number up to a million"
+    return Outcome([None if bad else number for number, bad in zip(numbers, failed, strict=True)], failed, why)
 
 
-def _numbers(name: str, values: Any, count: int) -> list[float]:
-    """What a reward returned as floats, NaN for None."""
-    if isinstance(values, str) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
-        raise ConfigError(f"reward {name} returned {values!r}; it must return a list with a number for each completion")
-    if len(values) != count:
-        raise ConfigError(f"reward {name} returned {len(values)} values for {count} completions")
-    numbers = []
-    for i, value in enumerate(values):
-        try:
-            number = math.nan if value is None or isinstance(value, str) else float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if value is not None and not math.isfinite(number):
-            what = repr(value)[:40]
-            raise ConfigError(f"reward {name} returned {what} for completion {i}; it must be a finite number, or None")
-        numbers.append(number)
-    return numbers
+def failure(count: int, why: str) -> Outcome:
+    """The outcome of a reward that failed on all of `count` completions."""
+    return Outcome([None] * count, [True] * count, why)
 
 
 def missing_columns(function: Callable, columns: Collection[str]) -> list[str]:
     """What `function` needs and data with these columns does not have."""
     given = {*columns, "completions", "prompts"}
+    return [name for name in needed_columns(function) if name not in given]
+
+
+def needed_columns(function: Callable) -> list[str]:
+    """The names of what `function` must be given, after the completions."""
     _, *others = inspect.signature(function).parameters.values()
-    named = (p.name for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty)
-    return [name for name in named if name not in given]
+    return [p.name for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
 
 
 def _call(function: Callable, completions: list[str], available: dict[str, Any]) -> list[float | None]:
@@ -200,3 +181,12 @@ def _call(function: Callable, completions: list[str], available: dict[str, Any])
     if "completions" in parameters:
         return function(completions=completions, **columns)
     return function(completions, **columns)
+
+
+def _number_or_none(value: Any) -> float | None:
+    """A value that a reward returned, nan where it is no value for one."""
+    try:
+        number = None if value is None else math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+    return number if number is None or abs(number) <= LARGEST else math.nan

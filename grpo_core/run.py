@@ -14,7 +14,7 @@ from grpo_core.config import RunConfig
 from grpo_core.control import Control
 from grpo_core.metrics import RunLog
 from grpo_core.packing import Budget
-from grpo_core.rewards import Reward
+from grpo_core.scoring import Reward
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Run:
     sampler: Any  # .generate(tasks, group_size) -> Rollouts
     engine: Any  # .backward(loss), any number of times, then .step()
     rewards: list[Reward]
+    eval_reward: Any  # as a Reward's function; 1.0 is correct
     truncation_fn: Callable  # see truncation.py
     advantage_fn: Callable[..., Tensor]  # see advantages.py
     loss_fn: Callable  # see losses.py

@@ -31,10 +31,11 @@ from grpo_core.metrics import RunLog
 from grpo_core.objective import remarks
 from grpo_core.policy import Policy, load_policy
 from grpo_core.registry import fact
-from grpo_core.rewards import REWARDS, Reward, missing_columns
+from grpo_core.rewards import REWARDS, missing_columns
 from grpo_core.run import Run
 from grpo_core.sampler import Sampler, check_lengths
 from grpo_core.schema import ConfigError
+from grpo_core.scoring import Reward, build_reward
 from grpo_core.truncation import TRUNCATIONS
 
 
@@ -139,7 +140,11 @@ def assemble(
         policy=policy,
         sampler=make_sampler(config.sampling, policy, tokenizer, log),
         engine=engine,
-        rewards=[Reward(r.name, r.weight, REWARDS.build(r.name, r.args)) for r in config.rewards],
+        rewards=[
+            Reward(r.name, r.weight, build_reward(r.name, r.args, timeout=trainer.reward_timeout))
+            for r in config.rewards
+        ],
+        eval_reward=build_reward(config.evaluation.reward, timeout=trainer.reward_timeout),
         truncation_fn=TRUNCATIONS.build(config.truncation.name, config.truncation.args),
         advantage_fn=ADVANTAGES.build(config.advantage.name, config.advantage.args),
         loss_fn=loss_fn,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from grpo_core import checkpoint, distributed, incident, interrupt, watchdog
+from grpo_core.alerts import Alerts
 from grpo_core.averages import Totals, entropy_weights, token_weights
 from grpo_core.batch import Rollouts, Task, TrainBatch, take
 from grpo_core.collect import advantages_over_ranks, collect, rewards_to_learn_from
@@ -18,10 +20,9 @@ from grpo_core.draw import Decoding
 from grpo_core.evaluation import evaluate
 from grpo_core.kl import kl_exact
 from grpo_core.metrics import Stats
-from grpo_core.packing import Packing
+from grpo_core.packing import Budget, Packing, Plan
 from grpo_core.policy import TokenStats
 from grpo_core.registry import fact
-from grpo_core.rewards import REWARDS
 from grpo_core.run import Run
 
 EQUAL_ENTROPY = 1e-5  # nats: tokens after the same prefix differ by rounding alone, and stay together
@@ -30,7 +31,7 @@ EXACT_KL_ROWS = 8  # of each rank
 
 def train(run: Run) -> None:
     """Take the run's steps; step s is a function of the weights and the control before it and of (seed, s)."""
-    config, control = run.config, run.control
+    config, control, alerts = run.config, run.control, Alerts(run.config)
     sound = (run.start_step, control)  # before the first of the last steps that were skipped
     if run.start_step == 0:
         evaluate_now(run, 0)
@@ -38,6 +39,7 @@ def train(run: Run) -> None:
         stats = Stats()
         # N tasks, B = N * G completions, rewards [N, G]
         tasks, rollouts, scores = distributed.together(collect, run, step, stats)
+        run.log.warn(scores.failures)
         with run.log.phase("freeze"):
             rewards, trained = rewards_to_learn_from(run, rollouts, scores, control.kl_coef, stats)  # [N, G] both
             advantages = advantages_over_ranks(run, rewards, rollouts, scores, stats)  # [N, G]
@@ -57,18 +59,29 @@ def train(run: Run) -> None:
             sound = (step + 1, control)
         if config.reference.every and (step + 1) % config.reference.every == 0:
             run.policy.move_reference(config.reference.mixing)
-        last = step + 1 == run.num_steps
-        signal = 0 if last else interrupt.asked()
-        if (due(config.evaluation.every, step + 1, run) or last) and not signal:
-            evaluate_now(run, step + 1)
-        saved = True
-        if due(config.checkpoint.every, step + 1, run) or last or signal:
-            with run.log.phase("checkpoint"):
-                saved = checkpoint.save(run, step + 1, control)
-        if signal:
-            raise interrupt.Interrupted(signal)
-        if last and not saved:
-            raise interrupt.RunFailed(f"the last checkpoint could not be written to {run.folder}")
+        finish_step(run, step + 1, control, alerts.see(row), alerts.too_many_failed())
+
+
+def finish_step(run: Run, steps_taken: int, control: Control, alerts: list[str], failed: str | None) -> None:
+    """Evaluation and checkpoint where they are due; the end where a signal, an alert or failed rewards ask for it."""
+    config, last = run.config, steps_taken == run.num_steps
+    for sentence in alerts:
+        run.log.say(f"warning: {sentence}")
+    if alerts and config.alerts == "stop":
+        failed = failed or f"alerts is stop, and {alerts[0]}"
+    signal = 0 if last else interrupt.asked()
+    if (due(config.evaluation.every, steps_taken, run) or last) and not (signal or failed):
+        evaluate_now(run, steps_taken)
+    saved = True
+    if due(config.checkpoint.every, steps_taken, run) or last or signal or failed:
+        with run.log.phase("checkpoint"):
+            saved = checkpoint.save(run, steps_taken, control)
+    if failed:
+        raise interrupt.RunFailed(failed)
+    if signal:
+        raise interrupt.Interrupted(signal)
+    if last and not saved:
+        raise interrupt.RunFailed(f"the last checkpoint could not be written to {run.folder}")
 
 
 @torch.no_grad()
@@ -97,10 +110,14 @@ def freeze(run: Run, rollouts: Rollouts, advantages: Tensor, trained: Tensor | N
 def forward_all(run: Run, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies [B, C], as many tokens at once as fit."""
     logprobs, entropy = (torch.zeros_like(rollouts.rollout_logprobs) for _ in range(2))
-    for packing in run.policy.plan(rollouts, run.budgets.forward):
+
+    def forward(packing: Packing) -> None:
         part = run.policy.forward(take(rollouts, packing.rows), packing)
         logprobs.index_copy_(0, packing.rows, part.logprobs)
         entropy.index_copy_(0, packing.rows, part.entropy)
+
+    for packing in run.policy.plan(rollouts, run.budgets.forward):
+        in_halves_if_need_be(run, rollouts, packing, forward)
     return logprobs, entropy
 
 
@@ -129,16 +146,12 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
         ):
             plan = run.policy.plan(minibatch.rollouts, run.budgets.update, rows_to_train(run, minibatch, control))
             totals = count_over_ranks(run, minibatch, len(plan))
-            tokens_updated = 0
-            for packing in plan:
-                watchdog.beat("update")
-                tokens_updated += packing.tokens
-                micro = take(minibatch, packing.rows)
-                tokens = forward_with_gradient(run, micro.rollouts, packing, control)
-                run.engine.backward(micro_loss(run, micro, tokens, totals, control, stats))
+            fits = accumulate(run, minibatch, plan, totals, control, stats)
+            if distributed.all_max(torch.tensor(float(not fits))):
+                end_out_of_memory(run, step, control, nothing_changed=not results)
             if len(plan) == 0:  # nothing to learn: the names in the log stay the same
                 micro_loss(run, *nothing_of(minibatch), totals, control, stats)
-            stats.total("tokens_updated", torch.tensor(float(tokens_updated)))
+            stats.total("tokens_updated", torch.tensor(float(sum(packing.tokens for packing in plan))))
             stats.total("micro_batches", torch.tensor(float(len(plan))))
             results.append(run.engine.step())
     return {
@@ -150,6 +163,54 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
         "kl_coef": control.kl_coef,
         "entropy_coef": control.entropy_bonus,
     }
+
+
+def accumulate(run: Run, minibatch: TrainBatch, plan: Plan, totals: Totals, control: Control, stats: Stats) -> bool:
+    """Forward and backward of every micro-batch; whether memory was enough for them."""
+
+    def forward_and_backward(packing: Packing) -> None:
+        micro, seen = take(minibatch, packing.rows), Stats()
+        tokens = forward_with_gradient(run, micro.rollouts, packing, control)
+        run.engine.backward(micro_loss(run, micro, tokens, totals, control, seen))
+        stats.add(seen)
+
+    halved = 0
+    try:
+        for packing in plan:
+            watchdog.beat("update")
+            halved += in_halves_if_need_be(run, minibatch.rollouts, packing, forward_and_backward)
+    except torch.OutOfMemoryError:
+        return False
+    stats.total("memory_retries", torch.tensor(float(halved)))
+    return True
+
+
+def in_halves_if_need_be(run: Run, rollouts: Rollouts, packing: Packing, work: Callable[[Packing], None]) -> bool:
+    """work(packing); where memory runs out, its rows once more in micro-batches of half the tokens. Was it halved?
+
+    `work` must have done nothing when it runs out of memory.
+    """
+    try:
+        work(packing)
+        return False
+    except torch.OutOfMemoryError:
+        pass  # outside, the exception no longer holds on to what was computed
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    for half in run.policy.plan(rollouts, Budget(packing.tokens // 2), packing.rows.tolist()):
+        work(half)
+    return True
+
+
+def end_out_of_memory(run: Run, step: int, control: Control, *, nothing_changed: bool) -> None:
+    """Raise RunFailed, with a checkpoint of before this step unless one of its minibatches has changed the weights."""
+    if nothing_changed:
+        checkpoint.save(run, step, control)
+    raise interrupt.RunFailed(
+        f"a micro-batch of step {step + 1} does not fit into the GPU's memory, not in halves either; lower "
+        f"trainer.tokens_per_micro_batch or sampling.max_new_tokens, or switch model.gradient_checkpointing on; "
+        f"resume={run.folder} goes on from the last checkpoint"
+    )
 
 
 def keep_what_went_wrong(run: Run, step: int, tasks: list[Task], batch: TrainBatch, row: dict[str, float]) -> None:
@@ -282,9 +343,10 @@ def evaluate_now(run: Run, steps_taken: int) -> None:
     if run.eval_tasks:
         chosen = run.config.evaluation
         settings = Decoding(chosen.temperature or 1.0, not chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
-        reward = REWARDS.build(chosen.reward)
         with run.log.phase("evaluate"):
-            result = evaluate(run.sampler, run.eval_tasks, reward, batch_size=chosen.batch_size, settings=settings)
+            result = evaluate(
+                run.sampler, run.eval_tasks, run.eval_reward, batch_size=chosen.batch_size, settings=settings
+            )
         run.log.evaluation(steps_taken, result)
 
 

@@ -27,9 +27,9 @@ from grpo_core.kl import KLS
 from grpo_core.losses import LOSSES, PolicyLoss
 from grpo_core.metrics import RunLog, Stats
 from grpo_core.packing import Budget
-from grpo_core.rewards import Reward, score
 from grpo_core.run import Budgets, Run
 from grpo_core.sampler import Sampler
+from grpo_core.scoring import Reward, score
 from grpo_core.trainer import evaluate_now, freeze, train, update_policy
 from grpo_core.truncation import TRUNCATIONS
 
@@ -58,7 +58,7 @@ def make_run(folder, num_steps=25, loss="grpo", kl_coef=0.0, policy=None, learni
     return Run(
         config=config, folder=folder, start_step=0, num_steps=num_steps, tasks=FixedTasks(), eval_tasks=[], policy=policy,
         sampler=Sampler(policy.causal_lm, Alphabet(), max_new_tokens=5), engine=TorchEngine(policy.parameters(), learning_rate),
-        rewards=[Reward("good", 1.0, count_good)], control=first_control(config.loss),
+        rewards=[Reward("good", 1.0, count_good)], eval_reward=count_good, control=first_control(config.loss),
         advantage_fn=ADVANTAGES.build(config.advantage.name, config.advantage.args),
         loss_fn=LOSSES.build(config.loss.name, config.loss.args), kl_fn=KLS.get(config.loss.kl),
         correction_fn=CORRECTIONS.build(config.loss.rollout_correction.name, config.loss.rollout_correction.args),

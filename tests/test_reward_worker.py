@@ -1,0 +1,144 @@
+"""A reward in a process of its own: whatever it does, the batch has an answer in time and the next one too."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from grpo_core.batch import Task
+from grpo_core.reward_worker import Worker
+from grpo_core.schema import ConfigError
+from grpo_core.scoring import Reward, build_reward, score
+
+MINE = '''
+import os, subprocess, sys, time
+
+def count(completions, answer, *, factor: float = 1.0):
+    return [factor * len(text) for text in completions]
+
+def when(completions, prompts):
+    """Does what the first completion says, and is well behaved otherwise."""
+    what = completions[0]
+    if what == "raise":
+        raise ValueError("no such thing")
+    if what == "hang":
+        time.sleep(1000)
+    if what == "exit":
+        sys.exit(0)
+    if what == "leave":
+        os._exit(7)
+    if what == "crash":
+        os.kill(os.getpid(), 11)
+    if what == "print":
+        print("{" * 100_000)
+    if what == "fork":
+        os.fork()
+    if what == "child":
+        child = subprocess.Popen(["sleep", "1000"])
+        open(completions[1], "w").write(str(child.pid))
+        time.sleep(1000)
+    return [1.0] * len(completions)
+
+def pid(completions):
+    return [float(os.getpid() % 1000)] * len(completions)
+'''
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    file = tmp_path_factory.mktemp("mine") / "mine.py"
+    file.write_text(MINE)
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def worker(mine):
+    worker = Worker(f"{mine}:when", {}, timeout=1.5)
+    yield worker
+    worker.close()
+
+
+def call(worker, completions, **columns):
+    worker.ask(completions, {"prompts": ["p"] * len(completions), **columns})
+    return worker.answer()
+
+
+def test_it_answers_with_columns_and_arguments(mine):
+    worker = build_reward(f"{mine}:count", {"factor": 2.0}, timeout=30)
+    assert isinstance(worker, Worker)
+    outcome = call(worker, ["a", "bbb"], answer=["x", None])
+    assert outcome.values == [2.0, 6.0] and outcome.failed == [False, False] and outcome.why is None
+    worker.close()
+
+
+@pytest.mark.parametrize("what, why", [
+    ("raise", "raised ValueError: no such thing (mine.py, line 11)"),
+    ("hang", "took more than 1.5 s"),
+    ("exit", "raised SystemExit: 0 (mine.py, line 15)"),
+    ("leave", "ended with exit code 7"),
+    ("crash", "was ended by SIGSEGV"),
+    ("print", None),
+    ("fork", None),
+])  # fmt: skip
+def test_whatever_it_does_there_is_an_answer_and_the_next_batch_is_served(worker, what, why):
+    start = time.monotonic()
+    outcome = call(worker, [what, "b"])
+    assert time.monotonic() - start < 3
+    if why is None:
+        assert outcome.values == [1.0, 1.0] and outcome.failed == [False, False]
+    else:
+        assert (outcome.values, outcome.failed, outcome.why) == ([None, None], [True, True], why)
+    for _ in range(2):
+        assert call(worker, ["fine", "b"]).values == [1.0, 1.0]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_what_it_started_ends_with_it(worker, tmp_path):
+    note = tmp_path / "pid"
+    assert call(worker, ["child", str(note)]).failed == [True, True]
+    time.sleep(0.2)
+    assert not alive(int(note.read_text()))
+
+
+def test_several_run_at_the_same_time_and_one_that_hangs_harms_no_other(mine):
+    slow = [Reward(name, 1.0, build_reward(f"{mine}:{name}", timeout=2)) for name in ("when", "count", "pid")]
+    also = Reward("also", 1.0, build_reward(f"{mine}:when", timeout=2))
+    tasks = [Task(0, "p", [1], {"answer": "a"})]
+    start = time.monotonic()
+    scores = score([*slow, also], tasks, ["hang", "b"], 2)
+    assert time.monotonic() - start < 3.5
+    assert scores.failed["when"].all() and scores.failed["also"].all() and not scores.failed["count"].any()
+    assert scores.by_name["count"].tolist() == [[4, 1]] and scores.rewards.isfinite().all()
+    assert sorted(scores.failures) == ["reward also took more than 2 s", "reward when took more than 2 s"]
+    for reward in (*slow, also):
+        reward.function.close()
+
+
+def test_a_registered_reward_stays_in_this_process():
+    assert not isinstance(build_reward("correct_answer", {"strict": True}, timeout=1), Worker)
+
+
+def test_a_file_that_cannot_be_loaded_there_is_one_sentence(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(f"import os\nassert os.getpid() == {os.getpid()}, 'elsewhere'\ndef f(completions):\n    return [0.0]\n")
+    with pytest.raises(ConfigError, match=r"reward .*mine.py:f reward .* cannot be loaded: AssertionError: elsewhere"):
+        build_reward(f"{file}:f", timeout=5)
+
+
+def test_its_process_ends_with_this_one(mine):
+    code = "import os, sys; from grpo_core.reward_worker import Worker; worker = Worker(sys.argv[1], {}, 5)"
+    code += "; print(worker._process.pid, flush=True); os.kill(os.getpid(), 9)"
+    out = subprocess.run([sys.executable, "-c", code, f"{mine}:pid"], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    deadline = time.monotonic() + 5
+    while alive(int(out.stdout)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
