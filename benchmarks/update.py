@@ -176,8 +176,8 @@ def agreement(model, theirs, inputs, accumulated, job) -> dict:
     from grpo_core.corrections import CORRECTIONS
     from grpo_core.kl import KLS
     from grpo_core.losses import LOSSES
-    from grpo_core.metrics import Stats
     from grpo_core.policy import Policy
+    from grpo_core.stats import Stats
     from grpo_core.trainer import micro_loss
 
     weights = [p for p in model.parameters() if p.requires_grad]

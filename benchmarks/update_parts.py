@@ -20,7 +20,7 @@ from update import gpu_job, stamp
 from grpo_core import setup as room
 from grpo_core.batch import TrainBatch, take
 from grpo_core.config_file import load
-from grpo_core.metrics import Stats
+from grpo_core.stats import Stats
 from grpo_core.trainer import count_over_ranks, forward_with_gradient, micro_loss
 
 

@@ -33,7 +33,18 @@ from grpo_core.schema import ConfigError
 TENSORS, META, SUMS = "tensors.safetensors", "meta.json", "SHA256SUMS"
 
 # what may differ between a checkpoint and the run that goes on from it
-FREE = ("resume", "preset", "name", "output_dir", "log", "checkpoint", "trainer.num_steps", "trainer.epochs", "sft")
+FREE = (
+    "resume",
+    "overwrite",
+    "preset",
+    "name",
+    "output_dir",
+    "log",
+    "checkpoint",
+    "trainer.num_steps",
+    "trainer.epochs",
+    "sft",
+)
 FREE += (
     "trainer.max_skipped_steps",
     "trainer.max_restarts",
@@ -52,12 +63,11 @@ FREE += ("evaluation.every", "evaluation.batch_size", "evaluation.reward")  # no
 def run_folder(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
     """The folder of this run, the checkpoint to go on from, and what is to be said of damaged ones; on all ranks.
 
-    A new run takes <output_dir>/<name>, or <name>-2, -3, ... where that exists: no run overwrites another. With
-    resume: auto (or force) the newest of these that has a checkpoint is continued, with resume: FOLDER that one.
-    Nothing is made yet. A collective.
+    That is <output_dir>/<name>, or with resume: FOLDER that one. A run that lies there is continued with resume: auto
+    (or force), and removed with overwrite, when this one starts. Nothing is made yet. A collective.
 
     Raises:
-        ConfigError: there are checkpoints, and all are damaged.
+        ConfigError: a run lies there and neither is asked for, or there are checkpoints and all are damaged.
     """
     found: tuple[Path, Path | None, list[str]] | str = ""
     if distributed.is_main():
@@ -72,17 +82,15 @@ def run_folder(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
 
 
 def _find(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
-    base = Path(config.output_dir) / config.name
-    if config.resume in (None, "auto", "force"):
-        folders = [base]
-        while folders[-1].exists():
-            folders.append(base.with_name(f"{base.name}-{len(folders) + 1}"))
-        free = folders.pop()
-        started = [folder for folder in folders if steps(folder / "checkpoints")]
-        folder = started[-1] if config.resume and started else free
-    else:
-        folder = Path(config.resume)
-    damaged = []
+    named = config.resume in (None, "auto", "force")
+    folder, damaged = Path(config.output_dir) / config.name if named else Path(config.resume), []
+    if config.resume is None:
+        if holds_a_run(folder) and not config.overwrite:
+            raise ConfigError(
+                f"{folder} holds a run already; resume=auto goes on with it, overwrite=true puts this one in its "
+                f"place, and name=... starts another beside it"
+            )
+        return folder, None, []
     for checkpoint in reversed(steps(folder / "checkpoints")):
         problem = damage(checkpoint)
         if problem is None:
@@ -91,6 +99,12 @@ def _find(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
     if damaged:
         raise ConfigError(f"every checkpoint in {folder} is damaged: {problem}; start under another name")
     return folder, None, []
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether a step was taken there."""
+    metrics = folder / "metrics.jsonl"
+    return bool(steps(folder / "checkpoints")) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def steps(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from grpo_core.config_file import arguments_of, load
-from grpo_core.schema import ConfigError
+from grpo_core.schema import ConfigError, printable
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _said(error: Exception, exit_code: int) -> int:
     """Say what went wrong, once a machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"grpo_core: {error}", file=sys.stderr)
+        print(printable(f"grpo_core: {error}"), file=sys.stderr)
     return exit_code
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from grpo_core import distributed
 from grpo_core.advantages import advantages, level, tied_groups
 from grpo_core.batch import Rollouts, Task, replace_rows, take
-from grpo_core.metrics import Stats
 from grpo_core.registry import fact
 from grpo_core.run import Run
 from grpo_core.schema import ConfigError
 from grpo_core.scoring import Scores, score
+from grpo_core.stats import Stats
 
 
 def collect(run: Run, step: int, stats: Stats) -> tuple[list[Task], Rollouts, Scores]:

@@ -41,7 +41,8 @@ class DataConfig:
     prompt: Literal["template", "chat"] = "template"
     template: str = "Question: {question}\n"  # with prompt: chat, the user's turn
     system: str | None = None  # with prompt: chat, the system turn
-    max_prompt_tokens: int = 512  # longer prompts are left out, and counted
+    max_prompt_tokens: int = 512
+    long_prompts: Literal["drop", "truncate_left", "error"] = "drop"  # longer ones: left out and counted; cut; refused
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ class EngineConfig:
     beta2: float = 0.999
     adam_eps: float = 1e-8
     max_grad_norm: float = 1.0  # 0: no clipping
-    deepspeed: str | dict[str, Any] = "ds_zero2.json"  # a JSON file (beside the run config, or a path), or its content
+    deepspeed: str | dict[str, Any] = field(default_factory=dict)  # a JSON file (beside the run config, or a path), or
+    # its content; what it leaves out is as in configs/ds_zero2.json
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ class RunConfig:
     seed: int = 0
     alerts: Literal["warn", "stop"] = "warn"  # what to do when the metrics say that something goes wrong
     resume: str | None = None  # auto: from the newest checkpoint of this name, if there is one; force; or a run folder
+    overwrite: bool = False  # a run that lies in the run folder is removed; else it is refused
     preset: str | None = None  # a published objective; what the file says itself comes before it
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,33 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: the first thing that does not hold.
     """
+    _check_secrets(asdict(config), "")
     _check_functions(config)
     _check_rewards(config)
     _check_numbers(config)
     _check_sampling(config)
     _check_objective(config)
+    if config.resume is not None and config.overwrite:
+        raise ConfigError(f"resume is {config.resume!r} and overwrite is true; a run is continued or removed, not both")
     if config.resume not in (None, "auto", "force") and not (Path(config.resume) / "config.yaml").exists():
         raise ConfigError(f"resume is {config.resume!r}; it must be auto, force, null, or the folder of a run")
+
+
+SECRET = re.compile(r"://[^/@\s]+:[^/@\s]+@|\b(hf|ghp|gho|github_pat|glpat|sk)[-_][A-Za-z0-9_-]{20,}")
+
+
+def _check_secrets(value: Any, key: str) -> None:
+    """The configuration is written to the run folder and to logs."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_secrets(inner, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _check_secrets(inner, f"{key}[{i}]")
+    elif isinstance(value, str) and SECRET.search(value):
+        raise ConfigError(
+            f"{key} holds a password or token, which would be written to logs; give it in the environment"
+        )
 
 
 def _check_functions(config: RunConfig) -> None:
@@ -142,7 +164,7 @@ LEAST = {  # null, auto and epoch are fine where a key takes them
     0: (
         *("loss.kl_coef", "loss.entropy_coef", "loss.entropy_delta", "advantage.min_group_std", "reference.every"),
         *("engine.max_grad_norm", "engine.warmup_steps", "sampling.dynamic_attempts", "trainer.max_restarts"),
-        *("trainer.hang_timeout", "trainer.reward_timeout", "trainer.max_failed_rewards"),
+        *("trainer.hang_timeout", "trainer.max_failed_rewards"),
         *("log.exact_kl_every", "evaluation.num_tasks", "evaluation.every", "checkpoint.every", "lora.r", "seed"),
     ),
 }
@@ -167,6 +189,7 @@ def _check_numbers(config: RunConfig) -> None:
         raise ConfigError(f"lora.dropout is {config.lora.dropout}; it must be from 0 up to, but not, 1")
     for name, value in (
         ("engine.learning_rate", config.engine.learning_rate),
+        ("trainer.reward_timeout", config.trainer.reward_timeout),
         ("trainer.epochs", config.trainer.epochs),
     ):
         if not 0 < value < math.inf:

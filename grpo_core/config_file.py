@@ -23,7 +23,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
         ConfigError: a missing file, an unknown key, a value of the wrong type, or numbers that do not fit together.
     """
     path = Path(path)
-    data = _read(path, yaml.safe_load, "YAML") or {}
+    data = _read(path, lambda text: yaml.load(text, _Loader), "YAML") or {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is not a mapping of sections and keys")
     if data.get("preset") is not None:
@@ -139,12 +139,23 @@ def _forget_arguments(data: dict, override: str) -> None:
         data.pop("args", None)
 
 
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """Safe, and a key that is there twice is an error: the second would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(None, None, f"found the key {key!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path, parse: Any, kind: str) -> Any:
     try:
         return parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError among them
         raise ConfigError(f"{path} is not {kind}: {' '.join(str(error).split())}") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from grpo_core.config import LossConfig
@@ -46,13 +47,16 @@ def next_entropy_coef(
 
 
 def adapt(control: Control, config: LossConfig, kl: float | None, entropy: float, completions: int) -> Control:
-    """The coefficients of the next step, from this step's mean KL (None: not measured) and entropy per token."""
-    if config.kl_target is not None:
+    """The coefficients of the next step, from this step's mean KL (None: not measured) and entropy per token.
+
+    A mean over no token is nan, and steers nothing.
+    """
+    if config.kl_target is not None and not math.isnan(kl):
         kl_coef = next_kl_coef(
             control.kl_coef, kl, target=config.kl_target, horizon=config.kl_horizon, completions=completions
         )
         control = replace(control, kl_coef=kl_coef)
-    if config.entropy_target is not None:
+    if config.entropy_target is not None and not math.isnan(entropy):
         entropy_coef, on = next_entropy_coef(
             control.entropy_coef,
             entropy,

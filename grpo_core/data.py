@@ -1,4 +1,4 @@
-"""Data sets to tasks: loading, the prompt, and which tasks belong to a (step, rank)."""
+"""Rows to tasks: the tokenizer, the prompt, and which tasks belong to a (step, rank)."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ import string
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from datasets import Dataset, disable_progress_bars, load_dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
 from grpo_core.config import DataConfig
-from grpo_core.problems import word_problems
-from grpo_core.schema import ConfigError, known
+from grpo_core.rows import Row, permutation
+from grpo_core.schema import ConfigError, in_short, known
 
 BUILTIN = Path(__file__).parent / "builtin"
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-BUILTIN_ROWS = {"train": 20_000, "test": 1_000}
 
 
 def model_path(path: str) -> str:
@@ -44,80 +40,101 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     """
     folder = model_path(path)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of many kinds, by the tokenizer's
         raise ConfigError(
-            f"model.path is {path!r}, and its tokenizer cannot be loaded: {_first_line(error)}"
+            f"model.path is {path!r}, and its tokenizer cannot be loaded: {first_line(error)}{local_hint(path)}"
         ) from error
+    if not tokenizer("one 1", add_special_tokens=False)["input_ids"]:  # what comes of a folder that has none
+        raise ConfigError(f"model.path is {path!r}, and its tokenizer cannot be loaded: no file of it is there")
+    return tokenizer
 
 
-def quieten() -> None:
-    """No progress bars of the data library."""
-    disable_progress_bars()
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def load_splits(config: DataConfig, num_eval: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Training rows and at most `num_eval` rows for evaluation, disjoint where they come from one split.
-
-    Raises:
-        ConfigError: data that cannot be loaded, or too few rows to hold `num_eval` of them out.
-    """
-    train = _limited(_load(config.path, config.subset, config.split), config.limit)
-    if config.eval_path is not None or config.eval_split is not None:
-        held_out = _load(config.eval_path or config.path, config.subset, config.eval_split or "train")
-    elif config.path.startswith("builtin:"):
-        held_out = _load(config.path, None, "test")
-    else:
-        if num_eval >= len(train):
-            raise ConfigError(
-                f"evaluation.num_tasks is {num_eval}, but {config.path} has only {len(train)} rows to hold them out "
-                f"from; name data.eval_path or data.eval_split, or ask for fewer"
-            )
-        order = _permutation(len(train), seed, 0)
-        train, held_out = train.select(sorted(order[num_eval:])), train.select(sorted(order[:num_eval]))
-    return train, held_out.select(range(min(num_eval, len(held_out))))
+def local_hint(path: str) -> str:
+    """What to do where no hub can be reached."""
+    folder = path.startswith(("builtin:", ".", "/")) or Path(path).exists()
+    return "" if folder else "; if the hub cannot be reached, set model.path to a folder that holds the model"
 
 
-def make_tasks(rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Task], int]:
-    """Every row as a task, and how many were left out because their prompt is longer than max_prompt_tokens.
+def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Task], int]:
+    """Every row as a task, and the number of prompts longer than max_prompt_tokens, which long_prompts decides about.
 
     Raises:
-        ConfigError: a column that the template or the mapping names is not there, or no row is left.
+        ConfigError: a column that the template or the mapping names is not there or holds no text, a prompt that is too
+            long (with long_prompts: error), or no row is left.
     """
-    for ours, theirs in config.columns.items():
-        if theirs not in rows.column_names:
-            raise ConfigError(f"data.columns.{ours} is {theirs!r}; {known(theirs, rows.column_names)}")
-    rows = rows.rename_columns({theirs: ours for ours, theirs in config.columns.items() if ours != theirs})
+    if not rows:
+        return [], 0
+    rows = _renamed(rows, config.columns)
     for name in template_fields(config.template):
-        if name not in rows.column_names:
-            raise ConfigError(
-                f"data.template uses {{{name}}}, but the data has the columns {', '.join(rows.column_names)}"
-            )
+        if name not in rows[0]:
+            raise ConfigError(f"data.template uses {{{name}}}, but the data has the columns {', '.join(rows[0])}")
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row[name], str):
+                is_what = "null" if row[name] is None else f"{str(row[name])[:40]!r}, which is no text"
+                raise ConfigError(f"row {number} of the data: {name!r}, which data.template uses, is {is_what}")
     if config.prompt == "chat" and not tokenizer.chat_template:
         raise ConfigError(
             "data.prompt is chat, but the model's tokenizer has no chat template; use data.prompt: template"
         )
-    columns = list(rows)
-    prompts = [render_prompt(row, config, tokenizer) for row in columns]
-    ids = tokenizer(prompts, add_special_tokens=config.prompt != "chat")["input_ids"] if prompts else []
+    prompts = [render_prompt(row, config, tokenizer) for row in rows]
+    ids = tokenizer(prompts, add_special_tokens=config.prompt != "chat", return_attention_mask=False)["input_ids"]
+    if [] in ids:
+        raise ConfigError(f"row {ids.index([]) + 1} of the data: the prompt is empty, and a completion needs a token")
+    most = config.max_prompt_tokens
+    long = [index for index, prompt_ids in enumerate(ids) if len(prompt_ids) > most]
+    if long and config.long_prompts == "error":
+        raise ConfigError(
+            f"row {long[0] + 1} of the data: the prompt has {len(ids[long[0]])} tokens, and data.max_prompt_tokens is "
+            f"{most}; {len(long)} of {len(ids)} are longer (data.long_prompts: drop leaves them out)"
+        )
+    for index in long if config.long_prompts == "truncate_left" else ():
+        ids[index] = ids[index][-most:]
+        prompts[index] = tokenizer.decode(ids[index])
     tasks = [
         Task(index, prompt, prompt_ids, row)
-        for index, (prompt, prompt_ids, row) in enumerate(zip(prompts, ids, columns, strict=True))
-        if 0 < len(prompt_ids) <= config.max_prompt_tokens
+        for index, (prompt, prompt_ids, row) in enumerate(zip(prompts, ids, rows, strict=True))
+        if len(prompt_ids) <= most
     ]
-    if prompts and not tasks:
-        raise ConfigError(f"data.max_prompt_tokens is {config.max_prompt_tokens}; every prompt is longer than that")
-    return tasks, len(prompts) - len(tasks)
+    if not tasks:
+        raise ConfigError(f"data.max_prompt_tokens is {most}; every prompt is longer than that")
+    return tasks, len(long)
 
 
-def render_prompt(row: dict[str, Any], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that the policy continues."""
-    text = config.template.format(**row)
+def _renamed(rows: Sequence[Row], columns: dict[str, str]) -> list[Row]:
+    """With our names for the data's columns."""
+    for ours, theirs in columns.items():
+        if theirs not in rows[0]:
+            raise ConfigError(f"data.columns.{ours} is {theirs!r}; {known(theirs, rows[0])}")
+        if ours in rows[0] and ours not in columns.values():
+            raise ConfigError(f"data.columns.{ours} is {theirs!r}, but the data has a column {ours!r} of its own")
+    names = {theirs: ours for ours, theirs in columns.items()}
+    return [{names.get(name, name): value for name, value in row.items()} for row in rows]
+
+
+def render_prompt(row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that the policy continues.
+
+    Raises:
+        ConfigError: the template or the model's chat template cannot be filled in.
+    """
+    try:
+        text = config.template.format(**row)
+    except (ValueError, KeyError, IndexError, AttributeError) as error:
+        raise ConfigError(f"data.template {config.template!r} cannot be filled in: {error}") from None
     if config.prompt == "template":
         return text
     system = [{"role": "system", "content": config.system}] if config.system else []
     turns = [*system, {"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # the template is a program of the model's
+        raise ConfigError(f"the model's chat template cannot be filled in: {in_short(error)}") from error
 
 
 def template_fields(template: str) -> list[str]:
@@ -176,47 +193,5 @@ class TaskStream:
     def _at(self, place: int) -> Task:
         epoch, offset = divmod(place, len(self.tasks))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, _permutation(len(self.tasks), self.seed, epoch)
+            self._epoch, self._order = epoch, permutation(len(self.tasks), self.seed, epoch)
         return self.tasks[self._order[offset]]
-
-
-def _permutation(count: int, *key: int) -> np.ndarray:
-    return np.random.default_rng((*key, 1)).permutation(count)
-
-
-def _load(path: str, subset: str | None, split: str) -> Dataset:
-    if path.startswith("builtin:"):
-        if path != "builtin:word_problems" or split not in BUILTIN_ROWS:
-            raise ConfigError(
-                f"data.path {path!r} (split {split!r}) is not built in; known: builtin:word_problems with train or test"
-            )
-        return Dataset.from_list(word_problems(split, BUILTIN_ROWS[split]))
-    local = Path(path)
-    if local.suffix in FORMATS and not local.exists():
-        raise ConfigError(f"data: there is no file {path}")
-    try:
-        if local.is_file() and split != "train":
-            raise ConfigError(f"{path} is one file and has no split {split!r}; name another file as data.eval_path")
-        if local.is_file() and local.suffix in FORMATS:
-            return load_dataset(FORMATS[local.suffix], data_files=str(local), split="train")
-        if local.is_file():
-            raise ConfigError(f"data.path is {path}; a file must end in {', '.join(FORMATS)}")
-        return load_dataset(path, subset, split=split)
-    except ConfigError:
-        raise
-    except Exception as error:  # datasets raises many kinds; all of them mean the same to the user
-        raise ConfigError(
-            f"data.path is {path!r} (split {split!r}), and it cannot be loaded: {_first_line(error)}"
-        ) from error
-
-
-def _limited(rows: Dataset, limit: int | None) -> Dataset:
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
-
-
-def _first_line(error: Exception) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (
-        str(error).splitlines() or ["the data is empty" if isinstance(error, StopIteration) else type(error).__name__]
-    )[0]

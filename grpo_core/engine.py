@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,11 @@ from grpo_core.config import RunConfig
 from grpo_core.schema import ConfigError
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a C++ build of half a minute, for nothing that is used
+with (
+    contextlib.suppress(ImportError),
+    mock.patch("deepspeed.runtime.compiler.compile", lambda *given, **named: lambda function: function),
+):  # ZeRO imports an optimizer that nobody asked for, which would load torch's compiler: 1.3 s of every start
+    import deepspeed.runtime.zero.muon.original_muon
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -189,6 +195,7 @@ def deepspeed_config(config: RunConfig, dtype: torch.dtype, world_size: int) -> 
         if block in given:
             raise ConfigError(f"the DeepSpeed JSON has a block {block!r}; remove it, the run config's {instead} say it")
     stage = given.setdefault("zero_optimization", {}).setdefault("stage", 2)
+    given["zero_optimization"].setdefault("overlap_comm", False)
     if stage not in (1, 2):
         why = "the sampler needs whole weights" if stage == 3 else "DeepSpeed's other stages are other code"
         raise ConfigError(f"the DeepSpeed JSON's zero_optimization.stage is {stage!r}; it must be 1 or 2: {why}")
@@ -212,6 +219,7 @@ def deepspeed_config(config: RunConfig, dtype: torch.dtype, world_size: int) -> 
         _agree(
             given[block], "enabled", dtype is wanted, f"model.precision ({config.model.precision})", f"{block}.enabled"
         )
+    given["fp16"].setdefault("initial_scale_power", 12)
     skips = "rule that a step which is not finite is skipped"
     _agree(given["bf16"], "check_grad_overflow", True, skips, "bf16.check_grad_overflow")
     given.pop("train_batch_size")  # ours counts completions of an optimizer step; DeepSpeed's would be of a micro-batch

@@ -44,7 +44,8 @@ def launch(processes: int, config: Path, overrides: list[str]) -> int:
             if code in FINAL or restarts_left == 0:
                 return code
             if note.exists():
-                overrides = [*(one for one in overrides if not one.startswith("resume=")), f"resume={note.read_text()}"]
+                kept = [one for one in overrides if not one.startswith(("resume=", "overwrite="))]
+                overrides = [*kept, "overwrite=false", f"resume={note.read_text()}"]
             print(f"grpo_core: starting again from the last checkpoint, {restarts_left} left", file=sys.stderr)
     raise AssertionError
 

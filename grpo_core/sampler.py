@@ -19,6 +19,7 @@ from grpo_core.distributed import uniforms
 from grpo_core.draw import Decoding, Draws
 from grpo_core.fused_decoder import FusedDecoder
 from grpo_core.fused_model import Unsupported
+from grpo_core.model_check import check_lengths
 from grpo_core.plain_decoder import PlainDecoder, left_padded
 from grpo_core.schema import ConfigError
 
@@ -141,18 +142,6 @@ class Sampler:
     def _texts(self, draws: Draws) -> tuple[str, ...]:
         kept = [row[:length] for row, length in zip(draws.ids.tolist(), draws.lengths.tolist(), strict=True)]
         return tuple(self.tokenizer.batch_decode(kept, skip_special_tokens=True))
-
-
-def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: object) -> None:
-    """Raise ConfigError for an empty prompt, and for one that leaves no room for max_new_tokens."""
-    if not all(prompts):
-        raise ConfigError("a prompt is empty: a completion needs at least one token to follow")
-    longest, positions = max(len(prompt) for prompt in prompts), getattr(config, "max_position_embeddings", None)
-    if positions is not None and longest + max_new_tokens > positions:
-        raise ConfigError(
-            f"a prompt of {longest} tokens and sampling.max_new_tokens {max_new_tokens} are together more than the "
-            f"model's {positions} positions"
-        )
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

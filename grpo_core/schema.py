@@ -14,8 +14,20 @@ class ConfigError(ValueError):
     """What a user asked for cannot be run.
 
     The message is one sentence that names the key, the value and what is allowed; the commands print it without a
-    traceback and exit with code 2.
+    traceback and exit with code 2. Where it quotes what holds a line's end, that is shown as an escape.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message).replace("\n", "\\n"))
+
+
+def printable(text: str) -> str:
+    r"""`text` for a terminal: control characters and other invisible ones as escapes, but for newlines and tabs.
+
+    >>> printable("red: \x1b[31m")
+    'red: \\x1b[31m'
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def in_short(error: Exception) -> str:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from grpo_core import checkpoint, data, distributed
+from grpo_core import checkpoint, distributed
 from grpo_core.advantages import ADVANTAGES
 from grpo_core.averages import AVERAGES
 from grpo_core.batch import Task
@@ -21,19 +21,21 @@ from grpo_core.config import RunConfig, SamplingConfig
 from grpo_core.config_check import prompts_per_rank
 from grpo_core.control import Control, first_control
 from grpo_core.corrections import CORRECTIONS
-from grpo_core.data import TaskStream, load_splits, load_tokenizer, make_tasks
+from grpo_core.data import TaskStream, load_tokenizer, make_tasks
 from grpo_core.engine import Engine, deepspeed_config
 from grpo_core.kl import KLS
 from grpo_core.laws import zero_advantage
 from grpo_core.losses import LOSSES
 from grpo_core.memory import find_budgets
 from grpo_core.metrics import RunLog
+from grpo_core.model_check import check_lengths, check_targets, check_vocabulary, load_model_config
 from grpo_core.objective import remarks
 from grpo_core.policy import Policy, load_policy
 from grpo_core.registry import fact
 from grpo_core.rewards import REWARDS, missing_columns
+from grpo_core.rows import load_splits
 from grpo_core.run import Run
-from grpo_core.sampler import Sampler, check_lengths
+from grpo_core.sampler import Sampler
 from grpo_core.schema import ConfigError
 from grpo_core.scoring import Reward, build_reward
 from grpo_core.truncation import TRUNCATIONS
@@ -54,14 +56,15 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     tasks, eval_tasks, left_out = all_tasks(config, tokenizer)
     check_columns(config, tasks, eval_tasks)
+    check_before_loading(config, tokenizer, [task.prompt_ids for task in (*tasks, *eval_tasks)])
     policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
-    prompts = [task.prompt_ids for task in (*tasks, *eval_tasks)]
-    check_lengths(prompts, config.sampling.max_new_tokens, policy.causal_lm.config)
     run = assemble(
         config, folder, policy, tokenizer, tasks, eval_tasks, config.prompts_per_step, dtype, start_step, control
     )
     if config.reference.every:
         policy.move_reference()  # the adapter is fresh: it starts as the base model
+    if config.model.trust_remote_code:
+        run.log.say(f"model.trust_remote_code is on: code that came with {config.model.path} runs in this process")
     for sentence in damaged:
         run.log.say(f"warning: {sentence}")
     if latest:
@@ -72,8 +75,9 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     elif config.resume:
         run.log.say(f"resume: {config.resume}, but there is no checkpoint: starting from the beginning")
     sampling, trainer = config.sampling, config.trainer
+    what_of_them = "cut on the left" if config.data.long_prompts == "truncate_left" else "left out"
     run.log.say(
-        f"{len(tasks)} tasks ({left_out} left out: prompt over {config.data.max_prompt_tokens} tokens), "
+        f"{len(tasks)} tasks ({left_out} {what_of_them}: prompt over {config.data.max_prompt_tokens} tokens), "
         f"{run.num_steps} steps of {trainer.completions_per_step} completions = {distributed.world_size()} processes "
         f"× {per_rank} prompts × {sampling.group_size}, "
         f"{str(dtype).removeprefix('torch.')}"
@@ -88,10 +92,19 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
 
 
 def all_tasks(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Task], list[Task], int]:
-    """Tasks to train on, tasks to evaluate on, and how many of the first were left out as too long."""
+    """Tasks to train on, tasks to evaluate on, and how many prompts were too long."""
     rows, eval_rows = load_splits(config.data, config.evaluation.num_tasks, config.seed)
-    tasks, left_out = make_tasks(rows, config.data, tokenizer)
-    return tasks, make_tasks(eval_rows, config.data, tokenizer)[0], left_out
+    tasks, long = make_tasks(rows, config.data, tokenizer)
+    eval_tasks, long_too = make_tasks(eval_rows, config.data, tokenizer)
+    return tasks, eval_tasks, long + long_too
+
+
+def check_before_loading(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> None:
+    """Raise ConfigError for what cannot go together, as far as the model's configuration tells."""
+    described = load_model_config(config.model)
+    check_vocabulary(described, tokenizer)
+    check_lengths(prompts, config.sampling.max_new_tokens, described)
+    check_targets(described, config.lora, config.model.trust_remote_code)
 
 
 def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task]) -> None:
@@ -101,6 +114,12 @@ def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task]) 
         if rows and (missing := missing_columns(REWARDS.get(name), rows[0].columns)):
             columns = ", ".join(rows[0].columns)
             raise ConfigError(f"reward {name} needs {missing[0]!r}, but the data has the columns {columns}")
+        for column in fact(REWARDS.get(name), "never_null", ()):
+            for task in rows:
+                if task.columns[column] is None:
+                    raise ConfigError(
+                        f"row {task.index + 1} of the data: {column!r} is null, and reward {name} needs it"
+                    )
 
 
 def assemble(
@@ -190,7 +209,6 @@ def quieten() -> None:
     warnings.filterwarnings("ignore")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    data.quieten()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("torch", "torch.distributed", "datasets", "peft", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core import checkpoint, distributed
 from grpo_core.batch import Rollouts, Task, TrainBatch
 from grpo_core.config import AdvantageConfig, LossConfig, RunConfig, SftConfig
-from grpo_core.data import load_splits, load_tokenizer, template_fields
-from grpo_core.metrics import Stats
+from grpo_core.data import load_tokenizer, template_fields
 from grpo_core.policy import Policy, load_policy, wrap
+from grpo_core.rows import load_splits
 from grpo_core.sampler import eos_ids
 from grpo_core.schema import ConfigError
 from grpo_core.setup import all_tasks, assemble, start
+from grpo_core.stats import Stats
 from grpo_core.tiny import new_model
 from grpo_core.trainer import due, evaluate_now, update_policy
 

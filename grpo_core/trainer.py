@@ -19,11 +19,11 @@ from grpo_core.corrections import corrected_old_logprobs, off_policy_mask, quant
 from grpo_core.draw import Decoding
 from grpo_core.evaluation import evaluate
 from grpo_core.kl import kl_exact
-from grpo_core.metrics import Stats
 from grpo_core.packing import Budget, Packing, Plan
 from grpo_core.policy import TokenStats
 from grpo_core.registry import fact
 from grpo_core.run import Run
+from grpo_core.stats import Stats
 
 EQUAL_ENTROPY = 1e-5  # nats: tokens after the same prefix differ by rounding alone, and stay together
 EXACT_KL_ROWS = 8  # of each rank

@@ -37,7 +37,7 @@ def beat(phase: str | None = None) -> None:
     global _moved, _phase
     _moved, _phase = time.monotonic(), phase or _phase
     if _seconds:
-        faulthandler.dump_traceback_later(2 * _seconds, exit=True)
+        faulthandler.dump_traceback_later(2 * _seconds, exit=True, file=sys.__stderr__)
 
 
 @contextmanager
@@ -58,6 +58,6 @@ def _watch(rank: int) -> None:
         if still > _seconds * (1.5 if _waiting else 1.0):
             what = "has waited for the other ranks" if _waiting else "has not moved"
             print(f"grpo_core: rank {rank} {what} for {still:.0f} s in phase {_phase}; it stands at", file=sys.stderr)
-            faulthandler.dump_traceback(all_threads=True)
+            faulthandler.dump_traceback(all_threads=True, file=sys.__stderr__)
             sys.stderr.flush()
             os._exit(EXIT_CODE)

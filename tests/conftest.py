@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
+RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ROOT = Path(__file__).parents[1]
 
 
@@ -22,7 +23,7 @@ def pytest_collection_modifyitems(items):
 def environment():
     """The environment of a child process: this interpreter first on the path, one thread."""
     return {
-        **os.environ,
+        **{k: v for k, v in os.environ.items() if k not in RANK},
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",

@@ -42,7 +42,7 @@ class Alphabet:
     def batch_decode(self, rows, skip_special_tokens=True):
         return ["".join(chr(97 + i) for i in row if i not in (PAD, EOS)) for row in rows]
 
-    def __call__(self, texts, add_special_tokens=True):
+    def __call__(self, texts, add_special_tokens=True, return_attention_mask=True):
         return {"input_ids": [[ord(c) - 97 for c in text if "a" <= c <= "p"] for text in texts]}
 
     def save_pretrained(self, folder):

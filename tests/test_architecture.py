@@ -17,10 +17,11 @@ LAYERS = [  # a module imports only from rows above its own
     {"reward_worker"},
     {"scoring"},
     {"config", "distributed", "presets", "tiny", "decode_ops"},
-    {"config_check", "control", "interrupt", "objective", "attention_kernels", "fused_model", "plain_decoder", "packed_attention", "logprob_kernels", "layer_kernels"},
+    {"config_check", "control", "rows", "stats", "interrupt", "objective", "attention_kernels", "fused_model", "plain_decoder", "packed_attention", "logprob_kernels", "layer_kernels"},
     {"catalogue", "config_file", "laws", "decode_kernels", "layers"},
     {"advantage_laws", "fused_decoder"},
     {"alerts", "check", "data", "metrics"},
+    {"model_check"},
     {"policy", "sampler", "engine", "run"},
     {"checkpoint", "collect", "evaluation", "incident", "memory"},
     {"trainer"},
@@ -32,13 +33,13 @@ LAYERS = [  # a module imports only from rows above its own
 DOORS = {
     "deepspeed": {"engine"},
     "peft": {"policy"},
-    "datasets": {"data"},
+    "datasets": {"rows"},
     "yaml": {"config_file"},
     "tokenizers": {"tiny"},
     "safetensors": {"checkpoint", "incident"},
     # the last three name its types and set its log level; they load nothing with it
     "triton": {"decode_kernels", "attention_kernels", "logprob_kernels", "layer_kernels"},
-    "transformers": {"policy", "sampler", "plain_decoder", "packed_attention", "data", "tiny", "checkpoint", "setup", "sft"},
+    "transformers": {"policy", "sampler", "plain_decoder", "packed_attention", "data", "tiny", "checkpoint", "model_check", "setup", "sft"},
 }
 MATHEMATICS = {"grpo_core", "torch", "numpy"} | set(sys.stdlib_module_names)
 

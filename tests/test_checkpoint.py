@@ -42,11 +42,14 @@ def test_where_all_are_damaged_the_run_is_refused(two):
         checkpoint.run_folder(config)
 
 
-def test_a_folder_can_be_named_and_a_new_run_never_takes_an_old_ones(two):
+def test_a_folder_can_be_named_and_a_new_run_never_takes_an_old_ones_unasked(two):
     run, config = two
     named = replace(config, resume=str(run.folder), name="other")
     assert checkpoint.run_folder(named)[:2] == (run.folder, run.folder / "checkpoints" / "step-000002")
-    assert checkpoint.run_folder(replace(config, resume=None)) == (run.folder.with_name("run-2"), None, [])
+    with pytest.raises(ConfigError, match=r"run holds a run already; resume=auto goes on with it, overwrite=true"):
+        checkpoint.run_folder(replace(config, resume=None))
+    assert checkpoint.run_folder(replace(config, resume=None, overwrite=True)) == (run.folder, None, [])
+    assert checkpoint.run_folder(replace(config, resume=None, name="other")) == (run.folder.with_name("other"), None, [])
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing_behind(two, monkeypatch, capsys):

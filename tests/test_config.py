@@ -22,6 +22,15 @@ def test_every_shipped_config_loads_and_its_dump_is_equal(path, tmp_path):
     deepspeed_config(config, torch.float32, 2)
 
 
+def test_no_deepspeed_json_is_zero2s():
+    def settings(*given):
+        filled = deepspeed_config(load(TINY, given), torch.float16, 2)
+        always = {"allgather_partitions", "reduce_scatter", "contiguous_gradients"}  # DeepSpeed's own defaults
+        return {**filled, "zero_optimization": {k: v for k, v in filled["zero_optimization"].items() if k not in always}}
+
+    assert settings("engine.deepspeed={}") == settings("engine.deepspeed=configs/ds_zero2.json")
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_every_shipped_deepspeed_json_is_filled(path):
     filled = deepspeed_config(load(TINY, [f"engine.deepspeed={path}"]), torch.bfloat16, 2)

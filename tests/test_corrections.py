@@ -8,7 +8,7 @@ import torch
 from grpo_core.config import LossConfig
 from grpo_core.control import Control, adapt, first_control
 from grpo_core.corrections import CORRECTIONS, corrected_old_logprobs, off_policy_mask, quantile
-from grpo_core.metrics import Stats
+from grpo_core.stats import Stats
 from grpo_core.truncation import TRUNCATIONS, soft_overlong_penalty
 
 MASK = torch.tensor([[True, True], [True, False]])

@@ -1,12 +1,12 @@
 import json
 
 import pytest
-from datasets import Dataset
 from fakes import Alphabet
 
 from grpo_core.batch import Task
 from grpo_core.config import DataConfig
-from grpo_core.data import TaskStream, load_splits, load_tokenizer, make_tasks, model_path, render_prompt
+from grpo_core.data import TaskStream, load_tokenizer, make_tasks, model_path, render_prompt
+from grpo_core.rows import load_splits
 
 ROWS = [{"question": f"q{i}", "cot": f"c{i}", "answer": str(i)} for i in range(10)]
 
@@ -28,7 +28,7 @@ def write(folder, suffix):
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
 def test_local_files(tmp_path, suffix):
     rows, held_out = load_splits(DataConfig(path=str(write(tmp_path, suffix))), 3, 0)
-    questions, held = list(rows["question"]), list(held_out["question"])
+    questions, held = [row["question"] for row in rows], [row["question"] for row in held_out]
     assert len(questions) == 7 and len(held) == 3 and sorted(questions + held) == [row["question"] for row in ROWS]
 
 
@@ -36,7 +36,7 @@ def test_a_local_folder_and_splits(tmp_path):
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({**row, "split": split}) + "\n" for row in ROWS))
     rows, held_out = load_splits(DataConfig(path=str(tmp_path), eval_split="test", limit=4), 6, 0)
-    assert list(rows["split"]) == ["train"] * 4 and list(held_out["split"]) == ["test"] * 6
+    assert [row["split"] for row in rows] == ["train"] * 4 and [row["split"] for row in held_out] == ["test"] * 6
 
 
 @pytest.mark.parametrize(
@@ -69,12 +69,12 @@ def test_columns_are_renamed_to_ours(tmp_path):
 
 
 def test_long_prompts_are_left_out_and_counted():
-    rows = Dataset.from_list([{"question": "abc"}, {"question": "abcdefg"}, {"question": "b"}])
+    rows = [{"question": "abc"}, {"question": "abcdefg"}, {"question": "b"}]
     tasks, left_out = make_tasks(rows, DataConfig(template="{question}", max_prompt_tokens=3), Alphabet())
     assert [task.index for task in tasks] == [0, 2] and left_out == 1
     assert tasks[0].prompt_ids == [0, 1, 2] and tasks[1].columns == {"question": "b"}
     with pytest.raises(ValueError, match="every prompt is longer"):
-        make_tasks(rows.select([1]), DataConfig(template="{question}", max_prompt_tokens=3), Alphabet())
+        make_tasks(rows[1:2], DataConfig(template="{question}", max_prompt_tokens=3), Alphabet())
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_long_prompts_are_left_out_and_counted():
 )
 def test_prompt_mistakes(config, message):
     with pytest.raises(ValueError, match=message):
-        make_tasks(Dataset.from_list([{"question": "abc"}]), config, Alphabet())
+        make_tasks([{"question": "abc"}], config, Alphabet())
 
 
 def test_chat_prompts_hold_the_system_turn_and_end_where_the_model_starts():

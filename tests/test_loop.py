@@ -25,11 +25,12 @@ from grpo_core.corrections import CORRECTIONS
 from grpo_core.interrupt import RunFailed
 from grpo_core.kl import KLS
 from grpo_core.losses import LOSSES, PolicyLoss
-from grpo_core.metrics import RunLog, Stats
+from grpo_core.metrics import RunLog
 from grpo_core.packing import Budget
 from grpo_core.run import Budgets, Run
 from grpo_core.sampler import Sampler
 from grpo_core.scoring import Reward, score
+from grpo_core.stats import Stats
 from grpo_core.trainer import evaluate_now, freeze, train, update_policy
 from grpo_core.truncation import TRUNCATIONS
 

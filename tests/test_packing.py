@@ -13,10 +13,10 @@ from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCau
 
 from grpo_core.batch import Rollouts, take
 from grpo_core.config import LoraConfig, LossConfig, ModelConfig
-from grpo_core.metrics import Stats
 from grpo_core.packing import Budget, gather, plan
 from grpo_core.policy import Policy, wrap
 from grpo_core.run import Budgets
+from grpo_core.stats import Stats
 from grpo_core.trainer import freeze, rows_to_train, update_policy
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
-SHORT = ["evaluation.num_tasks=8", "trainer.completions_per_step=32", "sampling.max_new_tokens=24", "log.every=1"]
+SHORT = ["evaluation.num_tasks=8", "data.limit=500", "trainer.completions_per_step=32", "sampling.max_new_tokens=24", "log.every=1"]
 
 
 def overrides(out, **more):
@@ -197,33 +197,47 @@ def test_a_loss_an_advantage_and_a_reward_from_a_users_own_file_train(tmp_path, 
     assert read(folder / "metrics.jsonl")[-1]["grad_norm"] > 0
 
 
-def test_a_reward_that_goes_wrong_on_one_rank_is_one_sentence_and_ends_all(tmp_path, environment):
+def test_a_reward_that_goes_wrong_on_one_rank_is_counted_told_and_the_run_goes_on(tmp_path, environment):
     file = tmp_path / "mine.py"
     file.write_text(
-        "import os\n\ndef bad(completions, **columns):\n"
-        "    return [float('nan') if os.environ['RANK'] == '1' else 0.0 for _ in completions]\n"
+        "import os, time\n\ncalls = 0\n\ndef bad(completions, **columns):\n"
+        "    global calls\n    calls += 1\n"
+        "    if os.environ['RANK'] == '1' and calls == 2:\n        time.sleep(1000)\n"
+        "    return [float('nan') if os.environ['RANK'] == '1' and i == 3 else float(len(text)) for i, text in enumerate(completions)]\n"
     )
-    done = launch(2, *overrides(tmp_path, rewards=f"[{{name: '{file}:bad'}}]"), environment=environment)
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode == 2 and len(lines) == 1, done.stderr
-    assert lines[0].startswith("grpo_core: process 1: reward") and "returned nan for completion 0" in lines[0]
+    rewards = f"[{{name: '{file}:bad'}}, correct_answer]"
+    run = overrides(tmp_path, trainer__num_steps=3, trainer__reward_timeout=2, rewards=rewards)
+    done = launch(2, *run, environment=environment)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "mine.py:bad returned nan for completion 3; it must be None or a number up to a million" in done.stdout
+    assert "mine.py:bad took more than 2 s" in done.stdout
+    rows = read(tmp_path / "tiny" / "metrics.jsonl")
+    assert [row[f"failed/{file}:bad"] for row in rows] == [1 / 32, 0.5, 1 / 32]
+    assert [row["failed/correct_answer"] for row in rows] == [0, 0, 0] and rows[1]["seconds/reward"] < 4
+    unscored = [row for row in read(tmp_path / "tiny" / "completions.jsonl") if row["rewards"][f"{file}:bad"] is None]
+    assert [row["step"] for row in unscored] == [0, *16 * [1], 2] and all(row["reward"] in (0, 1) for row in unscored)
+    refused = launch(2, *overrides(tmp_path, name="other", trainer__max_failed_rewards=0.01, rewards=rewards), environment=environment)
+    assert refused.returncode == 3 and "Traceback" not in refused.stderr
+    assert "mine.py:bad failed on 3% of the completions of the last 1 steps, more than trainer.max_failed_rewards (0.01)" in refused.stderr
 
 
-def test_another_run_never_overwrites_and_another_config_is_not_resumed(tmp_path, environment):
+def test_another_run_is_never_overwritten_unasked_and_another_config_is_not_resumed(tmp_path, environment):
     run = overrides(tmp_path, trainer__num_steps=1)
-    for _ in range(2):
-        assert launch(1, *run, environment=environment).returncode == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny", "tiny-2"]
-    (tmp_path / "tiny-3").mkdir()  # a run that failed before its first checkpoint is not in the way
-    again = launch(1, *run, "resume=auto", environment=environment)
-    assert again.returncode == 0 and "resumed from" in again.stdout and "tiny-2" in again.stdout
-    assert yaml.safe_load((tmp_path / "tiny-2" / "config.yaml").read_text())["resume"] is None
+    assert launch(1, *run, environment=environment).returncode == 0
+    refused = launch(1, *run, environment=environment)
+    assert refused.returncode == 2 and "tiny holds a run already; resume=auto goes on with it, overwrite=true" in refused.stderr
+    again = launch(1, *run, "resume=auto", "trainer.num_steps=2", environment=environment)
+    assert again.returncode == 0 and "resumed from" in again.stdout
+    assert yaml.safe_load((tmp_path / "tiny" / "config.yaml").read_text())["resume"] is None
     refused = launch(1, *run, "resume=auto", "loss.kl_coef=0.5", "lora.r=4", environment=environment)
     assert refused.returncode == 2
     assert "loss.kl_coef (0.01 then, 0.5 now)" in refused.stderr and "lora.r (16 then, 4 now)" in refused.stderr
-    forced = launch(1, *run, "resume=force", "loss.kl_coef=0.5", "trainer.num_steps=2", environment=environment)
+    forced = launch(1, *run, "resume=force", "loss.kl_coef=0.5", "trainer.num_steps=3", environment=environment)
     assert forced.returncode == 0, forced.stderr
     assert "warning: resume=force went on in spite of loss.kl_coef (0.01 then, 0.5 now)" in forced.stdout
+    assert [row["step"] for row in read(tmp_path / "tiny" / "metrics.jsonl")] == [0, 1, 2]
+    anew = launch(1, *run, "overwrite=true", environment=environment)
+    assert anew.returncode == 0 and [row["step"] for row in read(tmp_path / "tiny" / "metrics.jsonl")] == [0]
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"question": "What is {i} + 1?", "answer": "{i + 1}"}}\n' for i in range(40)))
     data = [f"data.path={rows}", "evaluation.num_tasks=0", "name=own"]
@@ -307,14 +321,10 @@ def test_two_nodes_of_one_process(tmp_path, environment):
     "arguments, message",
     [
         (["2", "trainer.num_step=3"], "unknown key trainer.num_step"),
-        (["--config", "configs/none.yaml"], "cannot read configs/none.yaml: No such file"),
         (["0"], "PROCESSES is '0'"),
         (["2x"], "PROCESSES is '2x'"),
+        (["2", "model.path=nowhere/at-all"], "model.path is 'nowhere/at-all'"),
         (["3"], "must be a multiple of sampling.group_size × processes"),
-        (["1", "engine.deepspeed={gradient_clipping: 3.0}"], "gradient_clipping is 3.0"),
-        (["1", "model.path=nowhere/at-all"], "model.path is 'nowhere/at-all'"),
-        (["1", "lora.target_modules=[qq_proj]"], "lora.target_modules is ['qq_proj']"),
-        (["1", "model.precision=fp16"], "model.precision is fp16, which needs a GPU"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, message, environment, tmp_path):
@@ -333,7 +343,7 @@ def fake_command(folder, name, text):
 def test_an_old_python_and_too_many_processes_are_one_sentence(tmp_path, environment):
     old = fake_command(tmp_path / "old", "python3", 'case "$*" in *"%d.%d"*) echo 3.9;; *) exit 1;; esac')
     done = launch(1, environment={**environment, "PATH": old + environment["PATH"]})
-    assert done.returncode == 2 and "needs Python 3.10 or newer" in done.stderr and "is 3.9." in done.stderr
+    assert done.returncode == 2 and "needs Python 3.11 or newer" in done.stderr and "is 3.9." in done.stderr
     assert len(done.stderr.splitlines()) == 1
     smi = fake_command(tmp_path / "smi", "nvidia-smi", "echo 'GPU 0: A'; echo 'GPU 1: B'")
     env = {k: v for k, v in environment.items() if k != "CUDA_VISIBLE_DEVICES"}
@@ -341,13 +351,3 @@ def test_an_old_python_and_too_many_processes_are_one_sentence(tmp_path, environ
     assert done.returncode == 2 and done.stderr.strip() == "3 processes were asked for, but only 2 GPU(s) are visible."
     done = launch(2, environment={**env, "PATH": smi + env["PATH"], "CUDA_VISIBLE_DEVICES": "1"})
     assert done.returncode == 2 and "only 1 GPU(s)" in done.stderr
-
-
-def test_a_rank_that_dies_is_named(tmp_path, environment):
-    reward = tmp_path / "mine.py"
-    reward.write_text(
-        "import os\ndef die(completions, **columns):\n"
-        "    if os.environ['RANK'] == '1':\n        os._exit(7)\n    return [0.0] * len(completions)\n"
-    )
-    done = launch(2, *overrides(tmp_path, trainer__num_steps=1, rewards=f"{reward}:die"), environment=environment)
-    assert done.returncode == 7 and "grpo_core: rank 1 failed with exit code 7" in done.stderr

@@ -13,10 +13,10 @@ from grpo_core.control import Control
 from grpo_core.corrections import CORRECTIONS
 from grpo_core.data import load_tokenizer
 from grpo_core.losses import LOSSES
-from grpo_core.metrics import Stats
 from grpo_core.policy import load_policy
 from grpo_core.problems import word_problems
 from grpo_core.sft import supervised_rollouts
+from grpo_core.stats import Stats
 from grpo_core.tiny import new_tokenizer
 from grpo_core.trainer import micro_loss
 

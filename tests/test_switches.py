@@ -26,9 +26,9 @@ from grpo_core.config import (
 from grpo_core.config_file import build
 from grpo_core.kl import kl_exact
 from grpo_core.losses import LOSSES
-from grpo_core.metrics import Stats
 from grpo_core.presets import PRESETS, preset
 from grpo_core.scoring import Reward
+from grpo_core.stats import Stats
 from grpo_core.trainer import count_over_ranks, forward_with_gradient, freeze, micro_loss, top_entropy_mask, train
 
 EVERYTHING = LossConfig(

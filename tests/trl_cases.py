@@ -18,8 +18,8 @@ from grpo_core.control import first_control
 from grpo_core.corrections import CORRECTIONS
 from grpo_core.kl import KLS, kl_k3
 from grpo_core.losses import LOSSES, sequence_ratio
-from grpo_core.metrics import Stats
 from grpo_core.policy import TokenStats
+from grpo_core.stats import Stats
 from grpo_core.trainer import micro_loss, top_entropy_mask
 
 AVERAGE = {"grpo": "sequence", "sapo": "sequence", "bnpo": "micro_token", "dr_grpo": "constant", "luspo": "row_sum",

@@ -1,0 +1,192 @@
+"""What a user may get wrong: one sentence, exit code 2, no traceback, and nothing is loaded that need not be."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from grpo_core import setup
+from grpo_core.cli import main
+
+ROOT = Path(__file__).parents[1]
+BUILTIN = ROOT / "grpo_core" / "builtin" / "tiny"
+ROW = {"question": "What is 1 + 1?", "answer": "2"}
+
+
+class Loads(Exception):
+    """The model's weights were about to be loaded."""
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, capsys):
+    """`train` with overrides, up to the moment at which the weights would be loaded; the lines on stderr."""
+    monkeypatch.chdir(ROOT)
+    for name in [name for name in os.environ if name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "FOLDER_NOTE")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("grpo_core.distributed.die_with_launcher", lambda: None)
+    monkeypatch.setattr("grpo_core.interrupt.listen", lambda: None)
+
+    def load_policy(*args, **kwargs):
+        raise Loads
+
+    monkeypatch.setattr(setup, "load_policy", load_policy)
+
+    def call(*overrides, config="configs/tiny.yaml", code=2):
+        small = ["data.limit=20", "evaluation.num_tasks=2", "trainer.hang_timeout=0"] if config == "configs/tiny.yaml" else []
+        given = [f"output_dir={tmp_path / 'runs'}", *small, *overrides]
+        assert main(["train", "--config", str(config), *map(str, given)]) == code
+        err = capsys.readouterr().err
+        assert "Traceback" not in err
+        (line,) = [line for line in err.splitlines() if line.strip() and "WARNING" not in line]
+        return line.removeprefix("grpo_core: ")
+
+    return call
+
+
+def test_the_control_loads(train):
+    with pytest.raises(Loads):
+        train()
+
+
+@pytest.mark.parametrize("overrides, sentence", [
+    (["trainer.num_step=3"], "unknown key trainer.num_step; known: completions_per_step, epochs"),
+    (["trainr.num_steps=3"], "(did you mean trainer?)"),
+    (["sampling.top_p=0.9"], "unknown key sampling.top_p; training samples from the whole distribution"),
+    (["seed"], "'seed' is not an override; write section.key=value"),
+    (["seed.x=1"], "seed"),
+    (["seed=one"], "seed is 'one'; it must be an integer"),
+    (["trainer.num_steps=2.5"], "trainer.num_steps is 2.5; it must be an integer or null"),
+    (["rewards=[]"], "rewards must name at least one reward"),
+    (["rewards=[correct_anser]"], "did you mean correct_answer?"),
+    (["model.precision=fp8"], "model.precision is 'fp8'; it must be one of auto, bf16, fp16, fp32"),
+    (["sampling.group_size=1"], "sampling.group_size is 1; it must be at least 2"),
+    (["sampling.group_size=0"], "sampling.group_size is 0"),
+    (["sampling.max_new_tokens=-4"], "sampling.max_new_tokens is -4; it must be at least 1"),
+    (["trainer.completions_per_step=20"], "trainer.completions_per_step is 20; it must be a multiple of sampling.group_size"),
+    (["trainer.tokens_per_micro_batch=0"], "trainer.tokens_per_micro_batch is 0"),
+    (["trainer.reward_timeout=0"], "trainer.reward_timeout is 0"),
+    (["trainer.max_failed_rewards=1.5"], "trainer.max_failed_rewards is 1.5; it is a share"),
+    (["engine.learning_rate=0"], "engine.learning_rate is 0.0; it must be above 0"),
+    (["engine.learning_rate=nan"], "engine.learning_rate is nan"),
+    (["sampling.temperature=0"], "sampling.temperature is 0.0; it must be above 0"),
+    (["alerts=loud"], "alerts is 'loud'; it must be one of warn, stop"),
+    (["resume=auto", "overwrite=true"], "a run is continued or removed, not both"),
+    (["resume=runs/none"], "resume is 'runs/none'; it must be auto, force, null, or the folder of a run"),
+    (["engine.deepspeed={zero_optimization: {stage: 3}}"], "zero_optimization.stage is 3; it must be 1 or 2"),
+    (["engine.deepspeed={gradient_clipping: 3.0}"], "gradient_clipping is 3.0, but the run config's engine.max_grad_norm"),
+    (["engine.deepspeed={fp16: {enabled: true}}"], "the DeepSpeed JSON's fp16.enabled is True"),
+    (["engine.deepspeed=none.json"], "cannot read none.json: No such file"),
+    (["model.path=nowhere/at-all"], "if the hub cannot be reached, set model.path to a folder that holds the model"),
+    (["model.path=builtin:big"], "model.path is 'builtin:big'; known: builtin:tiny"),
+    (["data.path=no-one/no-data"], "a file or folder on this machine needs no network"),
+    (["data.path=rows.jsonl"], "data: there is no file rows.jsonl"),
+    (["data.prompt=chat"], "data.prompt is chat, but the model's tokenizer has no chat template"),
+    (["data.template={problem}"], "data.template uses {problem}, but the data has the columns question, cot, answer"),
+    (["data.template={question:d}"], "data.template '{question:d}' cannot be filled in: Unknown format code"),
+    (["data.template={question"], "is malformed"),
+    (["data.template={}"], "data.template uses {}"),
+    (["data.max_prompt_tokens=3"], "data.max_prompt_tokens is 3; every prompt is longer than that"),
+    (["data.max_prompt_tokens=30", "data.long_prompts=error"], "tokens, and data.max_prompt_tokens is 30;"),
+    (["sampling.max_new_tokens=5000"], "are together more than the model's"),
+    (["lora.target_modules=[q_proj, qq_proj]"], "lora.target_modules names 'qq_proj', which the model does not have; known: "),
+    (["lora.target_modules=qq.*"], "lora.target_modules is 'qq.*', which matches no module"),
+    (["rewards=nowhere.py:f"], "reward 'nowhere.py:f': there is no file nowhere.py"),
+    (["loss.name=nowhere.py:f"], "loss 'nowhere.py:f': there is no file nowhere.py"),
+    (["evaluation.reward=tests/conftest.py:none"], "has no function none"),
+    (["trainer.max_restarts=-1"], "trainer.max_restarts is -1; it must be at least 0"),
+], ids=lambda value: value[-1] if isinstance(value, list) else "")  # fmt: skip
+def test_in_the_configuration(train, overrides, sentence):
+    assert sentence in train(*overrides)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16")
+def test_fp16_without_a_gpu(train):
+    assert "model.precision is fp16, which needs a GPU" in train("model.precision=fp16")
+
+
+@pytest.mark.parametrize("content, sentence", [
+    ("", "it has no rows"),
+    ("\n\n", "it has no rows"),
+    ("[]", "it has no rows"),
+    (json.dumps(ROW) + "\n{question: 1}\n", "rows.jsonl, line 2, is not JSON: Expecting property name"),
+    (json.dumps(ROW) + "\n\n[1, 2]\n", "rows.jsonl, line 3, is [1, 2]; it must be an object"),
+    (json.dumps(ROW) + "\n" + json.dumps(ROW)[:-3], "rows.jsonl, line 2, is not JSON"),
+    (json.dumps(ROW) + json.dumps(ROW), "rows.jsonl, line 1, is not JSON: Extra data"),
+    ("[" * 200_000, "is not JSON that can be read"),
+    ('{"question": ' + "1" * 5000 + "}", "line 1, is not JSON that can be read"),
+    (json.dumps([ROW, 3]), "rows.jsonl, item 2, is 3; it must be an object"),
+    (json.dumps({**ROW, "question": None}), "row 1 of the data: 'question', which data.template uses, is null"),
+    ("\n".join(map(json.dumps, [ROW, ROW, {"answer": "2"}])), "row 3 of the data: 'question', which data.template uses, is null"),
+    (json.dumps({**ROW, "question": 5}), "row 1 of the data: 'question', which data.template uses, is '5', which is no text"),
+    (json.dumps({**ROW, "question": ["a"]}), "which is no text"),
+    (json.dumps({"question": "What?"}), "reward correct_answer needs 'answer', but the data has the columns question"),
+    ("\n".join(map(json.dumps, [ROW, {**ROW, "answer": None}])), "row 2 of the data: 'answer' is null, and reward correct_answer needs it"),
+    (b"\xff\xfe\x00", "is not UTF-8 text: byte 0 is 0xff"),
+], ids=range(17))  # fmt: skip
+def test_in_a_data_file(train, tmp_path, content, sentence):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert sentence in train(f"data.path={path}", "evaluation.num_tasks=0", "data.template={question}")
+
+
+def test_a_row_that_is_too_long_may_be_cut_on_the_left(train, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({**ROW, "question": "Ada has 5 pens. " * n}) for n in (1, 30)))
+    with pytest.raises(Loads):
+        train(f"data.path={path}", "evaluation.num_tasks=0", "data.max_prompt_tokens=20", "data.long_prompts=truncate_left")
+
+
+def model(folder, **changes):
+    shutil.copytree(BUILTIN, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def test_in_a_model_folder(train, tmp_path):
+    small = model(tmp_path / "small", vocab_size=100)
+    assert "but the model has embeddings of 100 only" in train(f"model.path={small}")
+    bare = model(tmp_path / "bare")
+    for file in bare.glob("*token*"):
+        file.unlink()
+    assert f"model.path is '{bare}', and its tokenizer cannot be loaded" in train(f"model.path={bare}")
+    broken = model(tmp_path / "broken")
+    (broken / "config.json").write_text("{")
+    assert f"model.path is '{broken}', and" in train(f"model.path={broken}")
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("- 1\n", "is not a mapping of sections and keys"),
+    ("a: [1\n", "is not YAML"),
+    ("name: a\nname: b\n", "is not YAML: found the key 'name' twice"),
+    ("trainer: 3\n", "trainer is 3; it must be a mapping"),
+    ("? [a]\n: 1\n", "is not YAML"),
+    ("name: \x07\n", "is not YAML"),
+    ("model: {path: https://me:secret@host/model}\n", "model.path holds a password"),
+    ("data: {path: hf_" + "a1" * 17 + "}\n", "data.path holds a password or token"),
+    ("1: 2\n", "unknown key 1"),
+    ("!!python/object/apply:os.system ['true']\n", "is not YAML"),
+], ids=range(10))  # fmt: skip
+def test_in_the_config_file(train, tmp_path, text, sentence):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    line = train(config=path)
+    assert sentence in line and "secret" not in line and "a1a1" not in line
+
+
+def test_a_run_that_lies_there(train, tmp_path):
+    folder = tmp_path / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"name": "tiny"}))
+    with pytest.raises(Loads):
+        train()  # no step was taken there
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert f"{folder} holds a run already; resume=auto goes on with it, overwrite=true" in train()
+    for word in ("overwrite=true", "resume=auto", "name=other"):
+        with pytest.raises(Loads):
+            train(word)
+    assert (folder / "metrics.jsonl").exists()  # nothing is removed before the run starts
