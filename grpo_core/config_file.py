@@ -66,8 +66,8 @@ def dump(config: RunConfig) -> str:
     """The whole configuration as YAML that `load` reads back to an equal one, with the objective as a comment."""
     lines = [*render(config).splitlines(), "", *LETTERS.splitlines()]
     objective = "".join(f"#   {line}".rstrip() + "\n" for line in lines)
-    return f"# What is minimised:\n#\n{objective}\n" + yaml.safe_dump(
-        asdict(config), sort_keys=False, allow_unicode=True, width=120
+    return f"# What is minimised:\n#\n{objective}\n" + yaml.dump(
+        asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
     )
 
 
@@ -137,6 +137,9 @@ def _forget_arguments(data: dict, override: str) -> None:
         data = data.get(section) if isinstance(data, dict) else None
     if last == "name" and sections and isinstance(data, dict) and data.get("name") != text:
         data.pop("args", None)
+
+
+_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):

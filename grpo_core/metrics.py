@@ -103,6 +103,8 @@ class RunLog:
                 _completion_rows(step, tasks, rollouts, scores, self._shaped(rewards), advantages)
             )
             self._append("completions", *[row for part in rows for row in part])
+        if row.get("memory_retries"):
+            self.say(f"step {step + 1}: memory ran out; {row['memory_retries']:.0f} micro-batches were computed in halves")
         self.record(step, row, lambda row: _line(row, list(scores.by_name)))
         return row
 
@@ -169,13 +171,14 @@ class RunLog:
 
     def write(self) -> str | None:
         """Bring every row to the disk; what is in the way, in words, where it cannot be done (on the main rank)."""
+        problem = None
         for name, text in self._rows.items():
             try:
                 _append_whole(self.folder / f"{name}.jsonl", text.encode(errors="replace"))
+                self._rows[name] = ""
             except OSError as error:
-                return error.strerror
-            self._rows[name] = ""
-        return None
+                problem = error.strerror
+        return problem
 
     def _append(self, name: str, *rows: dict[str, Any]) -> None:
         """Write rows down, or keep them until they can be."""
@@ -263,7 +266,6 @@ def _line(row: dict[str, float], rewards: list[str]) -> str:
         + (f"  kl {row['kl']:.4f}" if "kl" in row else "")
         + f"  grad {row['grad_norm']:.3f}  {row['seconds']:.1f} s"
         + ("  update skipped: gradient not finite" if row["skipped"] else "")
-        + ("  memory ran out: a micro-batch was computed in halves" if row.get("memory_retries") else "")
     )
 
 

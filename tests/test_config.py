@@ -170,7 +170,7 @@ def test_a_contradicting_deepspeed_json_names_both_sides(json, message):
 def test_an_agreeing_deepspeed_json_is_fine():
     json = "{train_batch_size: 128, gradient_clipping: 1.0}"
     filled = deepspeed_config(load(TINY, [f"engine.deepspeed={json}"]), torch.float32, 2)
-    assert filled["zero_optimization"] == {"stage": 2}
+    assert filled["zero_optimization"] == {"stage": 2, "overlap_comm": False}
     assert "train_batch_size" not in filled and filled["managed_gradient_accumulation"] is False
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -206,3 +207,35 @@ def test_a_rank_that_hangs_is_named_with_its_phase_and_stack(tmp_path, environme
     assert re.search(rf"grpo_core: rank 1 has not moved for 1[5-8] s in phase {phase}; it stands at", done.stderr)
     assert "in cause" in done.stderr and "grpo_core: rank 1 failed with exit code 4" in done.stderr
     assert "rank 0 has" not in done.stderr
+
+
+def ranks(launcher):
+    """The processes that the launcher has started and that run."""
+    try:
+        return [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+@pytest.mark.soak
+def test_300_steps_killed_at_20_moments_are_bitwise_those_of_a_run_left_alone(tmp_path, environment):
+    """Any rank, at any moment: while it starts, samples, scores, updates, writes, evaluates. checkpoint.every is 5."""
+    long = ["trainer.num_steps=300", "checkpoint.every=5", "evaluation.every=60", "evaluation.num_tasks=100", "log.every=100"]
+
+    def start(out, *more):
+        words = ["launch", "--processes", "2", "--config", "configs/tiny.yaml", *long, f"output_dir={out}", *more]
+        return subprocess.Popen([sys.executable, "-m", "grpo_core", *words], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+    alone = start(tmp_path / "alone")
+    assert alone.wait(timeout=1500) == 0
+    launcher, draw, kills = start(tmp_path / "killed", "trainer.max_restarts=20"), random.Random(6), 0
+    while kills < 20:
+        time.sleep(draw.uniform(1, 20))
+        assert launcher.poll() is None, "it ended before it was killed often enough"
+        if running := ranks(launcher):
+            os.kill(draw.choice(running), signal.SIGKILL)
+            kills += 1
+    assert launcher.wait(timeout=1500) == 0
+    told = launcher.stderr.read()
+    assert told.count("was ended by SIGKILL") == 20 and "starting again from the last checkpoint, 1 left" in told
+    same(results(tmp_path / "killed" / "tiny"), results(tmp_path / "alone" / "tiny"))

@@ -55,7 +55,7 @@ def put(tree, key, value):
     tree[last] = value
 
 
-@many
+@settings(many, max_examples=500)
 @given(changes=st.dictionaries(keys, values, max_size=3))
 def test_a_config_is_what_it_says_or_refused(tmp_path, changes):
     tree = yaml.safe_load(TINY.read_text())
