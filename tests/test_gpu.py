@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from fakes import Alphabet
-from test_run import launch, overrides, read
+from test_run import launch, overrides, python, read
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_core.batch import Task
@@ -37,9 +37,41 @@ def test_it_trains_in_every_precision(tmp_path, environment, precision, deepspee
     assert done.returncode == 0, done.stderr
     rows = read(tmp_path / "tiny" / "metrics.jsonl")
     for row in rows:
-        assert all(math.isfinite(value) for value in row.values()) and row["skipped"] == 0
+        assert all(math.isfinite(value) for value in row.values() if value is not None) and row["skipped"] == 0
         assert 0 < row["logprob_gap"] < gap
     assert rows[0]["grad_norm"] > 0 and rows[-1]["adapter_norm"] != rows[0]["adapter_norm"]
+
+
+CAPPED = """
+import sys, torch
+torch.cuda.set_per_process_memory_fraction(float(sys.argv[1]) * 1e9 / torch.cuda.get_device_properties(0).total_memory)
+from grpo_core.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_memory_that_runs_out_for_real_is_halved_with_the_same_gradient(tmp_path, environment):
+    """A fixed budget that holds all in one micro-batch, in a process that may have 80 % of what that takes."""
+    settings = {"trainer__num_steps": 2, "model__precision": "fp32", "trainer__tokens_per_micro_batch": 10**6, "sampling__max_new_tokens": 48}
+    rows, cap = [], 30.0
+    for name in ("free", "capped"):
+        command = ["train", "--config", "configs/tiny.yaml", *overrides(tmp_path / name, **settings), "trainer.completions_per_step=512"]
+        done = python("-c", CAPPED, cap, *command, environment=environment)
+        assert done.returncode == 0, done.stderr
+        rows.append(read(tmp_path / name / "tiny" / "metrics.jsonl"))
+        cap = 0.8 * rows[0][0]["memory_gb/update"]
+    free, capped = (part[0] for part in rows)
+    assert free["memory_retries"] == 0 and capped["memory_retries"] == 1 and capped["memory_gb/update"] < 0.8 * free["memory_gb/update"]
+    assert capped["grad_norm"] == pytest.approx(free["grad_norm"], rel=1e-4)
+    assert "step 1: memory ran out; 1 micro-batches were computed in halves" in done.stdout
+
+
+def test_memory_that_is_never_enough_is_a_sentence_and_a_checkpoint(tmp_path, environment):
+    settings = {"trainer__num_steps": 2, "model__precision": "fp32", "trainer__tokens_per_micro_batch": 10**6, "sampling__max_new_tokens": 48}
+    command = ["train", "--config", "configs/tiny.yaml", *overrides(tmp_path, **settings), "trainer.completions_per_step=2048"]
+    done = python("-c", CAPPED, 0.25, *command, environment=environment)
+    assert done.returncode == 3 and "lower trainer.tokens_per_micro_batch or sampling.max_new_tokens, or switch" in done.stderr, done.stderr
+    assert (tmp_path / "tiny" / "checkpoints" / "step-000000" / "SHA256SUMS").exists() and "Traceback" not in done.stderr
 
 
 @pytest.fixture

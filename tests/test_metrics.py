@@ -1,11 +1,13 @@
 import json
+import math
 
 import pytest
 import torch
 
 from grpo_core.config import AdvantageConfig, FunctionConfig, LossConfig, RewardConfig, RunConfig
 from grpo_core.evaluation import wilson_interval
-from grpo_core.metrics import RunLog, Stats, own_files
+from grpo_core.metrics import RunLog, own_files
+from grpo_core.stats import Stats
 
 
 def test_stats_are_masked_means_totals_and_maxima():
@@ -17,7 +19,23 @@ def test_stats_are_masked_means_totals_and_maxima():
     stats.total("t", torch.tensor(4))
     stats.max("m", torch.tensor([1.0, 5.0]))
     stats.max("m", torch.tensor(3.0))
-    assert stats.reduce() == {"a": 4.0, "none": 0.0, "t": 7.0, "m": 5.0}
+    row = stats.reduce()
+    assert math.isnan(row.pop("none")) and row == {"a": 4.0, "t": 7.0, "m": 5.0}
+
+
+def test_stats_add_up():
+    """What two hold is what one would hold: totals are not averaged, weights are told by name."""
+    one, parts = Stats(), [Stats(), Stats()]
+    for i, part in enumerate(parts):
+        for stats in (one, part):
+            stats.mean("a", torch.arange(3.0) + i)
+            stats.total("t", torch.tensor(float(i + 3)))
+            stats.max("m", torch.tensor(5.0 - i))
+            stats.weights("w", torch.tensor([1.0, 2.0 + i]), torch.tensor([True, True]))
+    added = Stats()
+    for part in parts:
+        added.add(part)
+    assert added.reduce() == one.reduce() and added.reduce()["t"] == 7.0
 
 
 def test_resuming_drops_later_and_torn_rows(tmp_path):
