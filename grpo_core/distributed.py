@@ -1,5 +1,6 @@
 """Ranks: who we are, sums over all of us, and seeding."""
 
+import atexit
 import ctypes
 import os
 import signal
@@ -54,6 +55,8 @@ def setup(hang_timeout: float = 0) -> None:
     if not dist.is_initialized():
         timeout = max(TIMEOUT, timedelta(seconds=2 * hang_timeout))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+        if world_size() == 1:
+            atexit.register(shutdown)  # NCCL warns of a run that ends with an error and leaves it
     watchdog.start(hang_timeout, rank())
 
 

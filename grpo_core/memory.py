@@ -14,7 +14,7 @@ from grpo_core import distributed
 from grpo_core.batch import Rollouts, take
 from grpo_core.config import RunConfig
 from grpo_core.kl import KLS
-from grpo_core.packing import Budget
+from grpo_core.packing import Budget, Packing
 from grpo_core.policy import Policy, checkpoint_gradients
 from grpo_core.registry import fact
 from grpo_core.run import Budgets
@@ -156,3 +156,20 @@ def _free(trained: int) -> float:
     )
     reserved, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
     return min(free, share * total - reserved) + reserved - allocated - LATER - 8 * trained
+
+
+def in_halves_if_need_be(policy: Policy, rollouts: Rollouts, packing: Packing, work: Callable[[Packing], None]) -> bool:
+    """work(packing); where memory runs out, its rows once more in micro-batches of half the tokens. Was it halved?
+
+    `work` must have done nothing when it runs out of memory.
+    """
+    try:
+        work(packing)
+        return False
+    except torch.OutOfMemoryError:
+        pass  # outside, the exception no longer holds on to what was computed
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    for half in policy.plan(rollouts, Budget(packing.tokens // 2), packing.rows.tolist()):
+        work(half)
+    return True

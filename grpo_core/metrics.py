@@ -104,7 +104,9 @@ class RunLog:
             )
             self._append("completions", *[row for part in rows for row in part])
         if row.get("memory_retries"):
-            self.say(f"step {step + 1}: memory ran out; {row['memory_retries']:.0f} micro-batches were computed in halves")
+            self.say(
+                f"step {step + 1}: memory ran out; {row['memory_retries']:.0f} micro-batches were computed in halves"
+            )
         self.record(step, row, lambda row: _line(row, list(scores.by_name)))
         return row
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -19,7 +18,8 @@ from grpo_core.corrections import corrected_old_logprobs, off_policy_mask, quant
 from grpo_core.draw import Decoding
 from grpo_core.evaluation import evaluate
 from grpo_core.kl import kl_exact
-from grpo_core.packing import Budget, Packing, Plan
+from grpo_core.memory import in_halves_if_need_be
+from grpo_core.packing import Packing, Plan
 from grpo_core.policy import TokenStats
 from grpo_core.registry import fact
 from grpo_core.run import Run
@@ -117,7 +117,7 @@ def forward_all(run: Run, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         entropy.index_copy_(0, packing.rows, part.entropy)
 
     for packing in run.policy.plan(rollouts, run.budgets.forward):
-        in_halves_if_need_be(run, rollouts, packing, forward)
+        in_halves_if_need_be(run.policy, rollouts, packing, forward)
     return logprobs, entropy
 
 
@@ -178,27 +178,10 @@ def accumulate(run: Run, minibatch: TrainBatch, plan: Plan, totals: Totals, cont
     try:
         for packing in plan:
             watchdog.beat("update")
-            halved += in_halves_if_need_be(run, minibatch.rollouts, packing, forward_and_backward)
+            halved += in_halves_if_need_be(run.policy, minibatch.rollouts, packing, forward_and_backward)
     except torch.OutOfMemoryError:
         return False
     stats.total("memory_retries", torch.tensor(float(halved)))
-    return True
-
-
-def in_halves_if_need_be(run: Run, rollouts: Rollouts, packing: Packing, work: Callable[[Packing], None]) -> bool:
-    """work(packing); where memory runs out, its rows once more in micro-batches of half the tokens. Was it halved?
-
-    `work` must have done nothing when it runs out of memory.
-    """
-    try:
-        work(packing)
-        return False
-    except torch.OutOfMemoryError:
-        pass  # outside, the exception no longer holds on to what was computed
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    for half in run.policy.plan(rollouts, Budget(packing.tokens // 2), packing.rows.tolist()):
-        work(half)
     return True
 
 
