@@ -10,10 +10,11 @@ from conftest import ROOT
 pytestmark = pytest.mark.slow
 
 
-def test_sampling_on_two_cores_against_generate(tmp_path, environment):
+@pytest.mark.parametrize("part", ["tiny", pytest.param("cpu", marks=pytest.mark.soak)])
+def test_sampling_on_two_cores_against_generate(tmp_path, environment, part):
     environment = {**environment, "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, str(ROOT / "benchmarks" / "sampling.py"), f"--out={tmp_path / 'rows.json'}", "cpu", "tiny"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "sampling.py"), f"--out={tmp_path / 'rows.json'}", part]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
-    assert [row["met"] for row in rows] == [True, True], [(row["workload"], row["ratio"]) for row in rows]
+    assert [row["met"] for row in rows] == [True], [(row["workload"], row["ratio"]) for row in rows]

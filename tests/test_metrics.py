@@ -23,6 +23,25 @@ def test_stats_are_masked_means_totals_and_maxima():
     assert math.isnan(row.pop("none")) and row == {"a": 4.0, "t": 7.0, "m": 5.0}
 
 
+def test_nothing_that_is_said_moves_the_cursor(tmp_path, capsys):
+    log = RunLog(tmp_path, RunConfig(), 0, 1)
+    log.say("a\x1b[31mred\x07\r\u202e and\ntwo lines, ×")
+    log.warn(["once \x1b]0;title\x07"])
+    log.warn(["once \x1b]0;title\x07", "more"])
+    assert capsys.readouterr().out == (
+        "a\\x1b[31mred\\x07\\r\\u202e and\ntwo lines, ×\nwarning: once \\x1b]0;title\\x07\nwarning: more\n"
+    )
+
+
+def test_a_folder_that_is_no_runs_is_never_removed(tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.touch()
+    RunLog(tmp_path, RunConfig(overwrite=True), 0, 1)
+    assert mine.exists() and "overwrite: false" in (tmp_path / "config.yaml").read_text()
+    RunLog(tmp_path, RunConfig(overwrite=True), 0, 1)  # now it is one
+    assert not mine.exists()
+
+
 def test_stats_add_up():
     """What two hold is what one would hold: totals are not averaged, weights are told by name."""
     one, parts = Stats(), [Stats(), Stats()]

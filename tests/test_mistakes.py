@@ -178,6 +178,10 @@ def test_in_the_config_file(train, tmp_path, text, sentence):
     assert sentence in line and "secret" not in line and "a1a1" not in line
 
 
+def test_what_is_quoted_cannot_move_the_cursor(train):
+    assert train("name.\x1b[2J=1").startswith("unknown key name.\\x1b[2J; ")
+
+
 def test_a_run_that_lies_there(train, tmp_path):
     folder = tmp_path / "runs" / "tiny"
     folder.mkdir(parents=True)

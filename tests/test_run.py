@@ -263,12 +263,17 @@ def test_the_real_config_runs_on_small_parts(tmp_path, environment):
         "data.path=builtin:word_problems",
         "trainer.num_steps=1",
         "sampling.max_new_tokens=16",
+        "model.trust_remote_code=true",
     ]
+    environment |= {"HF_TOKEN": "hf_" + 30 * "q", "WANDB_API_KEY": 40 * "q"}
     config = ["--config", "configs/gsm8k_qwen2.5_1.5b.yaml", f"output_dir={tmp_path}", "evaluation.num_tasks=4", *small]
     done = launch(2, *config, environment=environment)
     assert done.returncode == 0, done.stderr
     (row,) = read(tmp_path / "gsm8k_qwen2.5_1.5b" / "metrics.jsonl")
     assert row["grad_norm"] > 0 and row["rewards/combined"] == row["reward"] > 0
+    assert "model.trust_remote_code is on: code that came with builtin:tiny runs in this process" in done.stdout
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(20 * b"q" in content for content in (*written, done.stdout.encode(), done.stderr.encode()))
 
 
 def test_torchrun_and_the_deepspeed_launcher_start_the_same_job(tmp_path, environment):

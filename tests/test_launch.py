@@ -1,0 +1,55 @@
+"""What the launcher starts, and starts again."""
+
+from pathlib import Path
+
+import pytest
+
+from grpo_core import launch
+from grpo_core.schema import ConfigError
+
+TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Ends of the starts to come, and the overrides that each was given."""
+    ends, given = [], []
+
+    class Ranks:
+        def __init__(self, processes, command, note):
+            given.append(command[3:])
+            note.write_text("/runs/tiny")
+
+        def wait(self):
+            return ends.pop(0)
+
+    monkeypatch.setattr(launch, "_Ranks", Ranks)
+    return ends, given
+
+
+def test_a_restart_goes_on_in_the_folder_of_the_run_and_removes_nothing(started):
+    ends, given = started
+    ends += [137, 1, 0]
+    assert launch.launch(2, TINY, ["overwrite=true", "seed=3", "trainer.max_restarts=5"]) == 0
+    assert given[0] == ["overwrite=true", "seed=3", "trainer.max_restarts=5"]
+    again = ["seed=3", "trainer.max_restarts=5", "overwrite=false", "resume=/runs/tiny"]
+    assert given[1:] == [again, again]
+
+
+@pytest.mark.parametrize("end", [0, 2, 130, 143])
+def test_what_a_restart_would_not_mend_is_final(started, end):
+    ends, given = started
+    ends += [end]
+    assert launch.launch(1, TINY, ["trainer.max_restarts=5"]) == end and len(given) == 1
+
+
+def test_restarts_are_counted(started):
+    ends, given = started
+    ends += [4, 3, 137]
+    assert launch.launch(1, TINY, ["trainer.max_restarts=2"]) == 137 and len(given) == 3
+
+
+def test_a_batch_that_does_not_divide_is_told_before_anything_starts(started):
+    with pytest.raises(ConfigError, match="must be a multiple of sampling.group_size × processes"):
+        launch.launch(3, TINY, [])
+    assert started[1] == []
