@@ -17,10 +17,17 @@ from grpo_core.scoring import Reward, score
 
 STREAM = 0x6576616C  # keeps the noise of evaluation apart from that of training
 GREEDY = Decoding(greedy=True)
+CORRECT = "of the evaluation"  # its name in a failure's sentence
 
 
 def evaluate(
-    sampler: Sampler, tasks: Sequence[Task], reward: Callable | Worker, *, batch_size: int, settings: Decoding = GREEDY
+    sampler: Sampler,
+    tasks: Sequence[Task],
+    reward: Callable | Worker,
+    *,
+    batch_size: int,
+    settings: Decoding = GREEDY,
+    warn: Callable[[Sequence[str]], object] = list,  # told why the reward failed; called on every rank
 ) -> dict[str, float]:
     """Accuracy of one completion a task over all ranks: it is correct where `reward` gives 1.0.
 
@@ -30,12 +37,14 @@ def evaluate(
     """
     tasks = [replace(task, seed=(*task.seed, task.index, STREAM)) for task in tasks]
     mine = sorted(tasks[distributed.rank() :: distributed.world_size()], key=lambda task: len(task.prompt_ids))
-    counts = torch.zeros(2)  # correct, failed
+    counts, failures = torch.zeros(2), []  # correct, failed
     for start in range(0, len(mine), batch_size):
         part = mine[start : start + batch_size]
         rollouts = sampler.generate(part, 1, settings=settings)
-        scores = score([Reward("correct", 1.0, reward)], part, rollouts.completions, 1)
-        counts += torch.stack([(scores.rewards == 1.0).sum(), scores.failed["correct"].sum()])
+        scores = score([Reward(CORRECT, 1.0, reward)], part, rollouts.completions, 1)
+        failures += scores.failures
+        counts += torch.stack([(scores.rewards == 1.0).sum(), scores.failed[CORRECT].sum()])
+    warn(failures)
     correct, failed = map(int, distributed.all_sum(counts).tolist())
     low, high = wilson_interval(correct, len(tasks))
     how = {} if settings.greedy else {k: v for k, v in asdict(settings).items() if v is not None and k != "greedy"}

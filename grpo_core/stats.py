@@ -62,19 +62,17 @@ class Stats:
 
     def reduce(self) -> dict[str, float]:
         """Every name's number over all ranks, nan where nothing counted. A collective."""
-        row = {}
-        if self._sums:
-            for name, (total, count) in zip(
-                self._sums, distributed.all_sum(torch.stack([*self._sums.values()])).tolist(), strict=True
-            ):
-                row[name] = total / count if count else math.nan
+        row = dict.fromkeys(self._sums, math.nan)
+        names = sorted(self._sums)  # a rank that had nothing to compute named them in another order
+        if names:
+            pairs = distributed.all_sum(torch.stack([self._sums[name] for name in names])).tolist()
+            row |= {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}
         for name in self._weights:
             square = row.pop(f"{name}_square")
             row[f"{name}_ess"] = row[name] ** 2 / square if square else 0.0
-        if self._maxima:
-            row |= dict(
-                zip(self._maxima, distributed.all_max(torch.stack([*self._maxima.values()])).tolist(), strict=True)
-            )
+        if names := sorted(self._maxima):
+            maxima = distributed.all_max(torch.stack([self._maxima[name] for name in names])).tolist()
+            row |= zip(names, maxima, strict=True)
         return row
 
     def _add(self, name: str, pair: Tensor) -> None:

@@ -33,8 +33,8 @@ def train(run: Run) -> None:
     """Take the run's steps; step s is a function of the weights and the control before it and of (seed, s)."""
     config, control, alerts = run.config, run.control, Alerts(run.config)
     sound = (run.start_step, control)  # before the first of the last steps that were skipped
-    if run.start_step == 0:
-        evaluate_now(run, 0)
+    if run.start_step == 0 and (failed := evaluate_now(run, 0)):
+        raise interrupt.RunFailed(failed)
     for step in range(run.start_step, run.num_steps):
         stats = Stats()
         # N tasks, B = N * G completions, rewards [N, G]
@@ -71,7 +71,7 @@ def finish_step(run: Run, steps_taken: int, control: Control, alerts: list[str],
         failed = failed or f"alerts is stop, and {alerts[0]}"
     signal = 0 if last else interrupt.asked()
     if (due(config.evaluation.every, steps_taken, run) or last) and not (signal or failed):
-        evaluate_now(run, steps_taken)
+        failed = evaluate_now(run, steps_taken)
     saved = True
     if due(config.checkpoint.every, steps_taken, run) or last or signal or failed:
         with run.log.phase("checkpoint"):
@@ -321,16 +321,22 @@ def measure_exact_kl(run: Run, rollouts: Rollouts, step: int, stats: Stats) -> N
         stats.mean("kl_exact", run.policy.divergence(take(rows, packing.rows), packing, kl_exact, keep[packing.rows]))
 
 
-def evaluate_now(run: Run, steps_taken: int) -> None:
-    """Accuracy on the held-out tasks, into the log."""
-    if run.eval_tasks:
-        chosen = run.config.evaluation
-        settings = Decoding(chosen.temperature or 1.0, not chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
-        with run.log.phase("evaluate"):
-            result = evaluate(
-                run.sampler, run.eval_tasks, run.eval_reward, batch_size=chosen.batch_size, settings=settings
-            )
-        run.log.evaluation(steps_taken, result)
+def evaluate_now(run: Run, steps_taken: int) -> str | None:
+    """Accuracy on the held-out tasks, into the log; a sentence if its reward failed on too many."""
+    if not run.eval_tasks:
+        return None
+    chosen, limit = run.config.evaluation, run.config.trainer.max_failed_rewards
+    settings = Decoding(chosen.temperature or 1.0, not chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
+    given = {"batch_size": chosen.batch_size, "settings": settings, "warn": run.log.warn}
+    with run.log.phase("evaluate"):
+        result = evaluate(run.sampler, run.eval_tasks, run.eval_reward, **given)
+    run.log.evaluation(steps_taken, result)
+    if result["failed"] <= limit * result["n"]:
+        return None
+    return (
+        f"evaluation.reward {chosen.reward} failed on {result['failed']} of {result['n']} tasks, "
+        f"more than trainer.max_failed_rewards ({limit:g}) allows"
+    )
 
 
 def due(every: int | str, steps_taken: int, run: Run) -> bool:

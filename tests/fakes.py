@@ -45,6 +45,9 @@ class Alphabet:
     def __call__(self, texts, add_special_tokens=True, return_attention_mask=True):
         return {"input_ids": [[ord(c) - 97 for c in text if "a" <= c <= "p"] for text in texts]}
 
+    def decode(self, ids):
+        return "".join(chr(97 + i) for i in ids)
+
     def save_pretrained(self, folder):
         pass
 

@@ -32,6 +32,7 @@ def seen(change, steps=30, config=None):
 def test_a_run_that_is_well_has_none():
     assert seen(lambda step: {}) == []
     assert seen(lambda step: {"tied_groups": float(step % 10 > 0), "truncated": float(step % 10 > 0), "kl": 3.0 * (step % 6 == 0)}) == []
+    assert seen(lambda step: {"entropy": 0.1 if step < 10 else 0.9}) == []
     assert seen(lambda step: {"entropy": 2.0 - step / 20, "skipped": 1, "adapter_norm": 1.0}) == []
     assert seen(lambda step: {name: 0.0 for name in ("kl",) if step % 2}) == []
 

@@ -68,6 +68,20 @@ def test_columns_are_renamed_to_ours(tmp_path):
     assert first.keys() == {"question", "fact", "answer"} and made[0].prompt == f"ab{first['question']}{first['fact']}"
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "x"}), encoding="utf-8-sig")
+    assert load_splits(DataConfig(path=str(path)), 0, 0)[0] == [{"question": "x"}]
+
+
+def test_long_prompts_are_cut_on_the_left_where_asked():
+    rows = [{"question": "abc"}, {"question": "abcdefg"}]
+    config = DataConfig(template="{question}", max_prompt_tokens=3, long_prompts="truncate_left")
+    tasks, cut = make_tasks(rows, config, Alphabet())
+    assert cut == 1 and [task.prompt_ids for task in tasks] == [[0, 1, 2], [4, 5, 6]]
+    assert [task.prompt for task in tasks] == ["abc", "efg"] and tasks[1].columns == rows[1]
+
+
 def test_long_prompts_are_left_out_and_counted():
     rows = [{"question": "abc"}, {"question": "abcdefg"}, {"question": "b"}]
     tasks, left_out = make_tasks(rows, DataConfig(template="{question}", max_prompt_tokens=3), Alphabet())

@@ -185,6 +185,26 @@ def test_evaluation_is_greedy_or_as_its_settings_say_with_noise_of_each_tasks_ow
     assert len(set(texts(temperature=1.0, min_p=1.0))) == len(set(texts(temperature=1.0, top_p=1e-6))) == 1
 
 
+def test_tasks_that_the_evaluations_reward_fails_on_are_counted_and_too_many_end_the_run(tmp_path, capsys):
+    calls = []
+
+    def fails_then(completions, row):
+        calls.append(1)
+        return [float("nan") if r < len(calls) else 1.0 for r in row]
+
+    def of(config):
+        return replace(config, evaluation=EvaluationConfig(batch_size=16, every=1), trainer=replace(config.trainer, max_failed_rewards=0.3))
+
+    run = make_run(tmp_path, num_steps=3, change=of)
+    run = replace(run, eval_tasks=run.tasks.batch(0), eval_reward=fails_then)
+    with pytest.raises(RunFailed, match=r"evaluation.reward correct_answer failed on 2 of 4 tasks, more than trainer.max_failed_rewards \(0.3\)"):
+        train(run)
+    assert [(row["failed"], row["correct"]) for row in rows(tmp_path, "evaluation")] == [(1, 3), (2, 2)]
+    out = capsys.readouterr().out
+    assert "warning: reward of the evaluation returned nan for completion" in out and "; the reward failed on 1)" in out
+    assert (tmp_path / "checkpoints" / "step-000001").exists()
+
+
 def not_finite(at):
     """A loss that is nan in the steps `at`."""
     calls = [0]

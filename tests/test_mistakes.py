@@ -93,6 +93,8 @@ def test_the_control_loads(train):
     (["data.max_prompt_tokens=30", "data.long_prompts=error"], "tokens, and data.max_prompt_tokens is 30;"),
     (["sampling.max_new_tokens=5000"], "are together more than the model's"),
     (["lora.target_modules=[q_proj, qq_proj]"], "lora.target_modules names 'qq_proj', which the model does not have; known: "),
+    (["lora.target_modules=[proj]"], "lora.target_modules names 'proj', which the model does not have"),
+    (["rewards=['https://me:secret@host/f.py:f']"], "rewards[0].name holds a password or token"),
     (["lora.target_modules=qq.*"], "lora.target_modules is 'qq.*', which matches no module"),
     (["rewards=nowhere.py:f"], "reward 'nowhere.py:f': there is no file nowhere.py"),
     (["loss.name=nowhere.py:f"], "loss 'nowhere.py:f': there is no file nowhere.py"),

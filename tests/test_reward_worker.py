@@ -14,7 +14,7 @@ from grpo_core.schema import ConfigError
 from grpo_core.scoring import Reward, build_reward, score
 
 MINE = '''
-import os, subprocess, sys, time
+import os, subprocess, sys, threading, time
 
 def count(completions, answer, *, factor: float = 1.0):
     return [factor * len(text) for text in completions]
@@ -36,6 +36,12 @@ def when(completions, prompts):
         print("{" * 100_000)
     if what == "fork":
         os.fork()
+    if what == "orphan":  # a copy of it lives on and holds the connection
+        if os.fork() == 0:
+            time.sleep(5)
+        os._exit(3)
+    if what == "later":
+        threading.Timer(0.05, os._exit, [9]).start()
     if what == "child":
         child = subprocess.Popen(["sleep", "1000"])
         open(completions[1], "w").write(str(child.pid))
@@ -82,17 +88,24 @@ def test_it_answers_with_columns_and_arguments(mine):
     ("crash", "was ended by SIGSEGV"),
     ("print", None),
     ("fork", None),
+    ("orphan", "ended with exit code 3"),
 ])  # fmt: skip
 def test_whatever_it_does_there_is_an_answer_and_the_next_batch_is_served(worker, what, why):
     start = time.monotonic()
     outcome = call(worker, [what, "b"])
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < (1 if what == "orphan" else 3)
     if why is None:
         assert outcome.values == [1.0, 1.0] and outcome.failed == [False, False]
     else:
         assert (outcome.values, outcome.failed, outcome.why) == ([None, None], [True, True], why)
     for _ in range(2):
         assert call(worker, ["fine", "b"]).values == [1.0, 1.0]
+
+
+def test_one_that_ends_between_batches_is_replaced(worker):
+    assert call(worker, ["later"]).values == [1.0]
+    time.sleep(0.3)
+    assert call(worker, ["fine"]).values == [1.0]
 
 
 def alive(pid):
@@ -134,10 +147,11 @@ def test_a_file_that_cannot_be_loaded_there_is_one_sentence(tmp_path):
         build_reward(f"{file}:f", timeout=5)
 
 
-def test_its_process_ends_with_this_one(mine):
-    code = "import os, sys; from grpo_core.reward_worker import Worker; worker = Worker(sys.argv[1], {}, 5)"
+def test_its_process_ends_with_this_one_and_prints_elsewhere(mine):
+    code = "import os, sys, time; from grpo_core.reward_worker import Worker; worker = Worker(sys.argv[1], {}, 5)"
+    code += "; worker.ask(['print'], {'prompts': ['p']}); worker.answer(); worker.ask(['hang'], {'prompts': ['p']}); time.sleep(0.3)"
     code += "; print(worker._process.pid, flush=True); os.kill(os.getpid(), 9)"
-    out = subprocess.run([sys.executable, "-c", code, f"{mine}:pid"], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    out = subprocess.run([sys.executable, "-c", code, f"{mine}:when"], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     deadline = time.monotonic() + 5
     while alive(int(out.stdout)):
         assert time.monotonic() < deadline

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grpo_core.batch import Task
-from grpo_core.rewards import REWARDS, final_number, missing_columns
+from grpo_core.rewards import REWARDS, attempt, final_number, missing_columns
 from grpo_core.scoring import Reward, score
 
 
@@ -183,6 +183,11 @@ def test_what_is_no_reward_is_none_counted_and_told_in_one_sentence(values, fail
     assert scores.by_name["bad"].isnan().tolist() == [failed] and scores.by_name["good"].tolist() == [[2, 3]]
     assert scores.rewards.isfinite().all() and len(scores.failures) == 1
     assert scores.failures[0].startswith(message) and "\n" not in scores.failures[0]
+
+
+def test_the_outcome_of_a_failure_holds_nothing_else():
+    outcome = attempt(lambda completions: [1.0, math.nan, None], ["a", "b", "c"], {})
+    assert outcome.values == [1.0, None, None] and outcome.failed == [False, True, False]
 
 
 def test_none_is_no_failure():

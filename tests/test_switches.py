@@ -24,6 +24,7 @@ from grpo_core.config import (
     SamplingConfig,
 )
 from grpo_core.config_file import build
+from grpo_core.control import adapt, first_control
 from grpo_core.kl import kl_exact
 from grpo_core.losses import LOSSES
 from grpo_core.presets import PRESETS, preset
@@ -172,6 +173,32 @@ def test_tied_groups_are_replaced_counted_and_bounded(tmp_path):
     train(replace(run, rewards=[Reward("good", 1.0, zeros)]))
     (row,) = rows(tmp_path / "b")
     assert row["resampling_attempts"] == 3 and row["resampled_groups"] == 12 and row["tied_groups"] == 1.0
+
+
+def test_a_group_whose_reward_failed_is_not_drawn_again(tmp_path):
+    run = make_run(tmp_path, num_steps=1, change=sampling(dynamic_attempts=3))
+    train(replace(run, rewards=[Reward("good", 1.0, lambda completions, row: [float("nan") if r == 2 else 0.0 for r in row])]))
+    (row,) = rows(tmp_path)
+    assert row["failed/good"] == 0.25 and row["resampled_groups"] == 9
+
+
+def test_a_reward_that_fails_on_what_was_drawn_again_is_told(tmp_path, capsys):
+    run = make_run(tmp_path, num_steps=1, change=sampling(dynamic_attempts=1))
+    train(replace(run, rewards=[Reward("good", 1.0, lambda completions, row: [float("nan") if r == 102 else 0.0 for r in row])]))
+    assert "warning: reward good returned nan for completion 16" in capsys.readouterr().out
+
+
+def test_a_step_in_which_every_reward_failed_changes_nothing_and_the_run_goes_on(tmp_path):
+    run, calls = make_run(tmp_path, num_steps=3, max_failed_rewards=1.0), []
+
+    def fails_at_first(completions):
+        calls.append(1)
+        return None if len(calls) == 1 else count_good(completions)
+
+    train(replace(run, rewards=[Reward("good", 1.0, fails_at_first)]))
+    first, second, _ = rows(tmp_path)
+    assert first["failed/good"] == 1 and first["reward"] is None and first["grad_norm"] == 0 and second["grad_norm"] > 0
+    assert all(row["reward"] is None and row["advantage"] == 0 for row in rows(tmp_path, "completions")[:32])
 
 
 def test_only_tied_groups_are_replaced_and_the_others_stay_as_they_were(tmp_path):
@@ -440,3 +467,10 @@ def test_every_preset_learns_the_bandit_through_the_loop(tmp_path, name):
     train(run)
     rewards = [row["reward"] for row in rows(tmp_path)]
     assert sum(rewards[-5:]) > 2 * sum(rewards[:5])
+
+
+def test_a_mean_over_no_token_steers_nothing():
+    config = LossConfig(kl_target=0.1, entropy_target=0.5, entropy_coef=0.1)
+    control = first_control(config)
+    assert adapt(control, config, math.nan, math.nan, 64) == control
+    assert adapt(control, config, 0.3, 0.3, 64) != control
