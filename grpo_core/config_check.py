@@ -43,7 +43,11 @@ def check(config: RunConfig) -> None:
         raise ConfigError(f"resume is {config.resume!r}; it must be auto, force, null, or the folder of a run")
 
 
-SECRET = re.compile(r"://[^/@\s]+:[^/@\s]+@|\b(hf|ghp|gho|github_pat|glpat|sk)[-_][A-Za-z0-9_-]{20,}")
+SECRET = re.compile(
+    r"""://[^/@\s]+:[^/@\s]+@ | \b(?:hf|ghp|gho)_[A-Za-z0-9]{30,} | \bgithub_pat_\w{30,}
+        | \bglpat-[\w-]{20,} | \bsk-(?:\w+-)*[A-Za-z0-9]{32,}""",
+    re.X,
+)
 
 
 def _check_secrets(value: Any, key: str) -> None:

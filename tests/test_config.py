@@ -22,6 +22,20 @@ def test_every_shipped_config_loads_and_its_dump_is_equal(path, tmp_path):
     deepspeed_config(config, torch.float32, 2)
 
 
+@pytest.mark.parametrize("path, secret", [
+    ("hf-internal-testing/tiny-random-LlamaForCausalLM", False), ("sk-learn-data/a-set-with-a-very-long-name-of-its-own", False),
+    ("https://host/path/to/rows.jsonl", False), ("/data/hf_models_and_other_things_of_ours/qwen", False),
+    ("https://me:word@host/rows.jsonl", True), ("ghp_" + 36 * "a", True), ("sk-proj-" + 40 * "b", True), ("x glpat-" + 20 * "c", True),
+])  # fmt: skip
+def test_what_looks_like_a_password_or_token(path, secret):
+    if not secret:
+        assert load(TINY, [f"data.path={path}"]).data.path == path
+        return
+    with pytest.raises(ValueError, match="data.path holds a password or token") as error:
+        load(TINY, [f"data.path={path}"])
+    assert path not in str(error.value)
+
+
 def test_no_deepspeed_json_is_zero2s():
     def settings(*given):
         filled = deepspeed_config(load(TINY, given), torch.float16, 2)
