@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
@@ -11,6 +10,7 @@ import torch
 from grpo_core import distributed
 from grpo_core.batch import Task
 from grpo_core.draw import Decoding
+from grpo_core.estimates import wilson_interval
 from grpo_core.reward_worker import Worker
 from grpo_core.sampler import Sampler
 from grpo_core.scoring import Reward, score
@@ -50,13 +50,3 @@ def evaluate(
     how = {} if settings.greedy else {k: v for k, v in asdict(settings).items() if v is not None and k != "greedy"}
     interval = {"ci_low": low, "ci_high": high}
     return {"accuracy": correct / len(tasks), "correct": correct, "n": len(tasks), **interval, "failed": failed, **how}
-
-
-def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The interval of a proportion, right also near 0 and 1. Wilson 1927, J. Am. Stat. Assoc. 22, 209-212."""
-    if n == 0:
-        return 0.0, 1.0
-    p, spread = correct / n, z * z / n
-    centre = (p + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(p * (1 - p) / n + spread / (4 * n))
-    return max(0.0, centre - half), min(1.0, centre + half)

@@ -13,7 +13,7 @@ LAYERS = [  # a module imports only from rows above its own
     {"schema", "watchdog"},
     {"registry", "batch"},
     # the mathematics: torch and the standard library
-    {"advantages", "averages", "corrections", "kl", "losses", "logprobs", "problems", "rewards", "truncation", "draw", "packing"},
+    {"advantages", "averages", "corrections", "kl", "losses", "logprobs", "estimates", "problems", "rewards", "truncation", "draw", "packing"},
     {"reward_worker"},
     {"scoring"},
     {"config", "distributed", "presets", "tiny", "decode_ops"},

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from grpo_core.config import AdvantageConfig, FunctionConfig, LossConfig, RewardConfig, RunConfig
-from grpo_core.evaluation import wilson_interval
+from grpo_core.estimates import wilson_interval
 from grpo_core.metrics import RunLog, own_files
 from grpo_core.stats import Stats
 

@@ -1,0 +1,78 @@
+"""What a sample of problems says of all of them: pass@k, maj@k, intervals, and whether two policies differ."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+
+def pass_at_k(correct: Sequence[int], n: int, k: int) -> list[float]:
+    """Per problem, the chance that one of k of its n samples is correct: 1 - C(n - c, k) / C(n, k), without bias.
+
+    `correct`: how many of the n were, for each problem. arXiv:2107.03374.
+
+    >>> pass_at_k([0, 1, 4], n=4, k=2)
+    [0.0, 0.5, 1.0]
+    """
+    assert 1 <= k <= n and all(0 <= c <= n for c in correct)
+    return [1.0 - math.comb(n - c, k) / math.comb(n, k) for c in correct]
+
+
+def majority_at_k(answers: Sequence[Sequence[Hashable | None]], right: Sequence[Sequence[bool]], k: int) -> list[float]:
+    """Per problem, whether the commonest answer of its first k samples is right; a tie counts by its share.
+
+    `answers`: of each problem's samples, equal where they mean the same, None where there is none. `right`: whether
+    each is correct. A problem without an answer is wrong. arXiv:2203.11171.
+
+    >>> majority_at_k([["7", "7", "8"], ["1", "2", None]], [[True, True, False], [True, False, False]], k=3)
+    [1.0, 0.5]
+    """
+    shares = []
+    for given, marks in zip(answers, right, strict=True):
+        counts = Counter(answer for answer in given[:k] if answer is not None)
+        most = max(counts.values(), default=0)
+        winners = {answer for answer, count in counts.items() if count == most}
+        correct = {answer for answer, mark in zip(given[:k], marks[:k], strict=True) if mark and answer in winners}
+        shares.append(len(correct) / len(winners) if winners else 0.0)
+    return shares
+
+
+def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The interval of a proportion, right also near 0 and 1. Wilson 1927, J. Am. Stat. Assoc. 22, 209-212."""
+    if n == 0:
+        return 0.0, 1.0
+    p, spread = correct / n, z * z / n
+    centre = (p + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(p * (1 - p) / n + spread / (4 * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap_interval(
+    values: Sequence[float], *, level: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """The interval of the mean over problems, by drawing problems with replacement. Efron 1979, Ann. Stat. 7, 1-26.
+
+    A problem's samples stay together, so `values` holds one number a problem.
+    """
+    array, generator = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    means = [array[generator.integers(len(array), size=len(array))].mean() for _ in range(draws)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int, float]:
+    """Two policies on the same problems: how many only the first solves, only the second, and the exact p-value.
+
+    p is that of a fair coin for the problems on which they differ, two-sided. McNemar 1947, Psychometrika 12, 153-157.
+
+    >>> mcnemar([True, False, False, False, False, False], [True, True, True, True, True, True])
+    (0, 5, 0.0625)
+    """
+    lost = sum(one and not other for one, other in zip(before, after, strict=True))
+    won = sum(other and not one for one, other in zip(before, after, strict=True))
+    n, fewer = lost + won, min(lost, won)
+    tail = sum(math.comb(n, i) for i in range(fewer + 1)) * 2
+    return lost, won, 1.0 if n == 0 or 2 * fewer == n else min(1.0, float(tail / 2**n))
