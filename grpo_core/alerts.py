@@ -12,6 +12,7 @@ Row = dict[str, float]
 
 WINDOW = 10  # steps
 RECENT = 5  # of them
+ENOUGH = 3  # steps to judge a reward by
 FIRST = 5  # steps whose entropy is what the run began with
 
 
@@ -114,9 +115,15 @@ class Alerts:
         return [alert.sentence for alert in found]
 
     def too_many_failed(self) -> str | None:
-        """A sentence if a reward has failed on more than trainer.max_failed_rewards of the last steps' completions."""
+        """A sentence if a reward has failed on more than trainer.max_failed_rewards of the last steps' completions.
+
+        In the first steps only if it has failed on all: one batch that goes wrong early is no share to go by.
+        """
         for key in self._rows[-1]:
-            if key.startswith("failed/") and (share := _mean(self._rows, key)) > self._limit:
+            if not key.startswith("failed/"):
+                continue
+            share = _mean(self._rows, key)
+            if share > self._limit and (len(self._rows) >= ENOUGH or share == 1):
                 return (
                     f"reward {key.removeprefix('failed/')} failed on {share:.0%} of the completions of the last "
                     f"{len(self._rows)} steps, more than trainer.max_failed_rewards ({self._limit:g}) allows"

@@ -70,6 +70,15 @@ def test_failed_rewards_are_counted_over_the_last_ten_steps():
     )
 
 
+def test_one_batch_that_fails_early_ends_nothing_and_a_reward_that_never_works_ends_at_once():
+    def told(*shares):
+        alerts = Alerts(RunConfig())
+        return [alerts.see({**WELL, "failed/correct_answer": share}) == [] and alerts.too_many_failed() is not None for share in shares]
+
+    assert told(0.0, 1.0, 0.0, 0.0) == [False] * 4 and told(0.9, 0.9, 0.9) == [False, False, True]
+    assert told(1.0) == [True]
+
+
 def level(run, mode="warn", **more):
     """The run with a reward that never differs."""
     rewards = [Reward("good", 1.0, lambda completions: [0.0] * len(completions))]

@@ -218,7 +218,7 @@ def test_a_reward_that_goes_wrong_on_one_rank_is_counted_told_and_the_run_goes_o
     assert [row["step"] for row in unscored] == [0, *16 * [1], 2] and all(row["reward"] in (0, 1) for row in unscored)
     refused = launch(2, *overrides(tmp_path, name="other", trainer__max_failed_rewards=0.01, rewards=rewards), environment=environment)
     assert refused.returncode == 3 and "Traceback" not in refused.stderr
-    assert "mine.py:bad failed on 3% of the completions of the last 1 steps, more than trainer.max_failed_rewards (0.01)" in refused.stderr
+    assert "mine.py:bad failed on 19% of the completions of the last 3 steps, more than trainer.max_failed_rewards (0.01)" in refused.stderr
 
 
 def test_another_run_is_never_overwritten_unasked_and_another_config_is_not_resumed(tmp_path, environment):
