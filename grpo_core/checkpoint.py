@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -67,12 +68,14 @@ def run_folder(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
     (or force), and removed with overwrite, when this one starts. Nothing is made yet. A collective.
 
     Raises:
-        ConfigError: a run lies there and neither is asked for, or there are checkpoints and all are damaged.
+        ConfigError: a run lies there and neither is asked for, there are checkpoints and all are damaged, or nothing
+            can be written there.
     """
     found: tuple[Path, Path | None, list[str]] | str = ""
     if distributed.is_main():
         try:
             found = _find(config)
+            _try_writing(found[0])
         except ConfigError as error:
             found = str(error)
     found = distributed.from_main(found)
@@ -99,6 +102,20 @@ def _find(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
     if damaged:
         raise ConfigError(f"every checkpoint in {folder} is damaged: {problem}; start under another name")
     return folder, None, []
+
+
+def _try_writing(folder: Path) -> None:
+    """Raise ConfigError where the run folder could not be made or written; leaves nothing behind."""
+    new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        if new:
+            folder.rmdir()
+    except OSError as error:
+        raise ConfigError(
+            f"the run folder {folder} (output_dir and name) cannot be written: {error.strerror}"
+        ) from None
 
 
 def holds_a_run(folder: Path) -> bool:

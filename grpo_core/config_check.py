@@ -37,6 +37,8 @@ def check(config: RunConfig) -> None:
     _check_numbers(config)
     _check_sampling(config)
     _check_objective(config)
+    if config.name in ("", ".", "..") or "/" in config.name or "\0" in config.name:
+        raise ConfigError(f"name is {config.name!r}; it must be the name of one folder, which is made in output_dir")
     if config.resume is not None and config.overwrite:
         raise ConfigError(f"resume is {config.resume!r} and overwrite is true; a run is continued or removed, not both")
     if config.resume not in (None, "auto", "force") and not (Path(config.resume) / "config.yaml").exists():

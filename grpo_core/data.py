@@ -39,6 +39,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         ConfigError: it cannot be loaded.
     """
     folder = model_path(path)
+    if Path(folder).is_dir() and not [*Path(folder).glob("*token*"), *Path(folder).glob("vocab*")]:
+        raise ConfigError(f"model.path is {path!r}, and its tokenizer cannot be loaded: no file of it is there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # of many kinds, by the tokenizer's

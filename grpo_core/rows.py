@@ -57,6 +57,8 @@ def _load(path: str, subset: str | None, split: str, most: int | None) -> list[R
 
 def _read(path: str, subset: str | None, split: str, most: int | None) -> list[Row]:
     local = Path(path)
+    if subset is not None and (path.startswith("builtin:") or local.is_file()):
+        raise ConfigError(f"data.subset is {subset!r}, but {path} has no subsets; leave it null")
     if path.startswith("builtin:"):
         if path != "builtin:word_problems" or split not in BUILTIN_ROWS:
             raise ConfigError(

@@ -74,6 +74,9 @@ def test_the_control_loads(train):
     (["engine.learning_rate=nan"], "engine.learning_rate is nan"),
     (["sampling.temperature=0"], "sampling.temperature is 0.0; it must be above 0"),
     (["alerts=loud"], "alerts is 'loud'; it must be one of warn, stop"),
+    (["name=../x"], "name is '../x'; it must be the name of one folder"),
+    (["name=''"], "name is ''; it must be the name of one folder"),
+    (["data.subset=main"], "data.subset is 'main', but builtin:word_problems has no subsets"),
     (["resume=auto", "overwrite=true"], "a run is continued or removed, not both"),
     (["resume=runs/none"], "resume is 'runs/none'; it must be auto, force, null, or the folder of a run"),
     (["engine.deepspeed={zero_optimization: {stage: 3}}"], "zero_optimization.stage is 3; it must be 1 or 2"),
@@ -142,6 +145,13 @@ def test_a_row_that_is_too_long_may_be_cut_on_the_left(train, tmp_path):
         train(f"data.path={path}", "evaluation.num_tasks=0", "data.max_prompt_tokens=20", "data.long_prompts=truncate_left")
 
 
+@pytest.mark.parametrize("folder", ["/proc/none", "file/inside"])
+def test_a_run_folder_that_cannot_be_written(train, tmp_path, folder):
+    (tmp_path / "file").touch()
+    given = Path(folder) if folder.startswith("/") else tmp_path / folder
+    assert f"the run folder {given / 'tiny'} (output_dir and name) cannot be written: " in train(f"output_dir={given}")
+
+
 def model(folder, **changes):
     shutil.copytree(BUILTIN, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -155,7 +165,7 @@ def test_in_a_model_folder(train, tmp_path):
     bare = model(tmp_path / "bare")
     for file in bare.glob("*token*"):
         file.unlink()
-    assert f"model.path is '{bare}', and its tokenizer cannot be loaded" in train(f"model.path={bare}")
+    assert f"model.path is '{bare}', and its tokenizer cannot be loaded: no file of it" in train(f"model.path={bare}")
     broken = model(tmp_path / "broken")
     (broken / "config.json").write_text("{")
     assert f"model.path is '{broken}', and" in train(f"model.path={broken}")
