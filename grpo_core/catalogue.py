@@ -1,4 +1,4 @@
-"""What there is to choose from: `losses` prints every function that a name in the YAML can pick, and every preset."""
+"""What there is to choose from: `losses`, `rewards` and `presets` print what a name in the YAML can pick."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from grpo_core.losses import LOSSES
 from grpo_core.objective import LETTERS, formula
 from grpo_core.presets import PRESETS
 from grpo_core.registry import Registry
+from grpo_core.rewards import REWARDS, needed_columns
 from grpo_core.schema import keyword_arguments
 from grpo_core.truncation import TRUNCATIONS
 
@@ -28,18 +29,32 @@ KEYS: dict[str, Registry] = {
 
 
 def catalogue() -> str:
-    """Every function by its key, with its formula, arguments, defaults and source; then the presets."""
+    """Every function of the objective by its key, with formula, arguments, defaults and source; then the presets."""
     parts = [LETTERS]
     for key, registry in KEYS.items():
         entries = [_entry(name, function) for name, function in registry.functions.items()]
         parts.append(f"{key}\n" + "\n".join(entries))
-    presets = [f"  {name:<22} {source}\n{'':<24} {_differences(name)}" for name, (source, _) in PRESETS.items()]
-    parts.append("preset (over grpo, on policy, no reference)\n" + "\n".join(presets))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, presets()])
 
 
-def _entry(name: str, function: Callable) -> str:
-    lines = [f"  {name:<22} {formula(function)}"]
+def presets() -> str:
+    """Every published objective, with its source and what it sets."""
+    entries = [f"  {name:<22} {source}\n{'':<24} {_differences(name)}" for name, (source, _) in PRESETS.items()]
+    return "preset (over grpo, on policy, no reference)\n" + "\n".join(entries)
+
+
+def rewards() -> str:
+    """Every built-in reward, with what it says of a completion, its arguments and the columns it needs."""
+    entries = []
+    for name, function in REWARDS.functions.items():
+        entries.append(_entry(name, function, inspect.getdoc(function).splitlines()[0]))
+        if columns := needed_columns(function):
+            entries.append(f"{'':<24} reads: {', '.join(columns)}")
+    return "rewards (or my_rewards.py:mine)\n" + "\n".join(entries)
+
+
+def _entry(name: str, function: Callable, says: str | None = None) -> str:
+    lines = [f"  {name:<22} {says or formula(function)}"]
     given = ", ".join(
         f"{key} = {'null' if p.default is None else p.default}" for key, p in keyword_arguments(function).items()
     )

@@ -1,4 +1,4 @@
-"""The commands: python -m grpo_core train | sft | launch | losses | check-loss | check-advantage."""
+"""The commands of python -m grpo_core; `--help` lists them."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         if name == "launch":
             command.add_argument("--processes", type=int, required=True)
     commands.add_parser("losses", help="every loss, average, KL, advantage and preset, with arguments and sources")
+    commands.add_parser("rewards", help="every built-in reward, with arguments and the columns it reads")
+    commands.add_parser("presets", help="every published objective by name, with its source and what it sets")
     for kind in ("loss", "advantage"):
         command = commands.add_parser(
             f"check-{kind}", help=f"is this {kind} sound? a table of laws, in seconds", allow_abbrev=False
@@ -104,10 +106,11 @@ def _launch(options: argparse.Namespace) -> int:
     return launch(options.processes, config, options.overrides)
 
 
-def _losses(options: argparse.Namespace) -> int:
-    from grpo_core.catalogue import catalogue
+def _list(options: argparse.Namespace) -> int:
+    from grpo_core import catalogue
 
-    print(catalogue())
+    lists = {"losses": catalogue.catalogue, "rewards": catalogue.rewards, "presets": catalogue.presets}
+    print(lists[options.command]())
     return 0
 
 
@@ -138,7 +141,9 @@ COMMANDS = {
     "train": _train,
     "sft": _sft,
     "launch": _launch,
-    "losses": _losses,
+    "losses": _list,
+    "rewards": _list,
+    "presets": _list,
     "check-loss": _check,
     "check-advantage": _check,
 }

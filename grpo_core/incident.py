@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def record(folder: Path, step: int, tasks: list[Task], batch: TrainBatch, row: d
         "step": step,
         "tasks": [task.index for task in tasks],
         "seeds": [list(task.seed) for task in tasks],
-        "row": row,
+        "row": {key: value if math.isfinite(value) else None for key, value in row.items()},  # JSON has no nan
     }
     try:
         (folder / "incidents").mkdir(exist_ok=True)

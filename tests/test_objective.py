@@ -1,5 +1,6 @@
 """Presets, the rendered formula, remarks, and the commands that show and check functions."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from grpo_core.config_file import arguments_of, dump, load
 from grpo_core.losses import LOSSES
 from grpo_core.objective import formula, remarks, render
 from grpo_core.presets import PRESETS, merge, preset
+from grpo_core.rewards import REWARDS
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -226,6 +228,15 @@ def test_an_own_functions_arguments_are_yaml_keys_and_it_is_tried_before_the_mod
         assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_rewards_and_presets_are_listed_with_what_they_take(capsys):
+    assert main(["rewards"]) == main(["presets"]) == 0
+    text = capsys.readouterr().out
+    for name, function in REWARDS.functions.items():
+        assert f"  {name} " in text and inspect.getdoc(function).splitlines()[0] in text
+    assert "args: strict = False\n" in text and "reads: answer\n" in text and "think_weight = 0.7" in text
+    assert all(f"  {name} " in text for name in PRESETS)
+
+
 def test_the_catalogue_names_everything_with_arguments_and_sources(capsys):
     assert main(["losses"]) == 0
     text = capsys.readouterr().out
@@ -288,6 +299,8 @@ def test_a_law_that_is_not_there_cannot_be_declared(own, tmp_path, capsys):
     (["check-loss", "grpo", "0.3"], 2),
     (["check-loss", "grpo", "clip_low=-1"], 2),
     (["losses"], 0),
+    (["rewards"], 0),
+    (["presets"], 0),
 ])  # fmt: skip
 def test_the_commands_exit_codes(words, code, environment):
     done = subprocess.run(
