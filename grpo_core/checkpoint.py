@@ -235,6 +235,12 @@ def load(checkpoint: Path, meta: dict[str, Any], run: Run) -> list[str]:
     return differing
 
 
+def weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The trained weights of a checkpoint by their names in the model, in float32."""
+    tensors = load_file(checkpoint / TENSORS)
+    return {name.removeprefix("weight/"): value for name, value in tensors.items() if name.startswith("weight/")}
+
+
 def fingerprints(run: Run) -> dict[str, str]:
     """What a path in the configuration stands for: short digests of the rows and of the frozen weights."""
     rows, weights = hashlib.sha256(), hashlib.sha256()

@@ -1,149 +1,286 @@
-"""The commands of python -m grpo_core; `--help` lists them."""
+"""The commands of python -m grpo_core; `--help` lists them. What is heavy loads only where it is used."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
-from grpo_core.config_file import arguments_of, load
+import click
+
 from grpo_core.schema import ConfigError, printable
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+EXAMPLES = "\b\nExamples:\n  "  # \b keeps the lines that follow as they are
+
+
+class Override(click.ParamType):
+    """section.key=value; a shell completes the keys, and the values where there are few."""
+
+    name = "section.key=value"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        from grpo_core.config import RunConfig
+
+        words = [f"{key}={value}" for key, values in _keys(RunConfig, "") for value in (values or [""])]
+        return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+
+
+def _keys(kind: type, prefix: str) -> Iterator[tuple[str, list[str]]]:
+    """Every key below a section, with its values where they are few."""
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        hint, key = hints[field.name], f"{prefix}{field.name}"
+        if is_dataclass(hint):
+            yield from _keys(hint, f"{key}.")
+        else:
+            options = [value for part in (hint, *get_args(hint)) for value in get_args(part)] or [*get_args(hint)]
+            values = ["true", "false"] if hint is bool else [value for value in options if isinstance(value, str)]
+            yield key, values
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; what the user did wrong is one sentence on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="grpo_core", description="GRPO with LoRA on DeepSpeed ZeRO-2.", allow_abbrev=False
-    )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher says it here and in LOCAL_RANK
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("train", "train by GRPO, in as many processes as a launcher started"),
-        ("sft", "supervised warm-up through the same engine"),
-        ("launch", "start `train` in several processes of this machine (what launch.sh calls)"),
-    ):
-        command = commands.add_parser(name, help=text, allow_abbrev=False)
-        command.add_argument(
-            "--config",
-            type=Path,
-            help="a YAML file; without it configs/gsm8k_qwen2.5_1.5b.yaml on a GPU and configs/tiny.yaml on a CPU",
-        )
-        command.add_argument("overrides", nargs="*", metavar="section.key=value")
-        if name == "launch":
-            command.add_argument("--processes", type=int, required=True)
-    commands.add_parser("losses", help="every loss, average, KL, advantage and preset, with arguments and sources")
-    commands.add_parser("rewards", help="every built-in reward, with arguments and the columns it reads")
-    commands.add_parser("presets", help="every published objective by name, with its source and what it sets")
-    for kind in ("loss", "advantage"):
-        command = commands.add_parser(
-            f"check-{kind}", help=f"is this {kind} sound? a table of laws, in seconds", allow_abbrev=False
-        )
-        command.add_argument("name", help=f"a name, or my_file.py:my_{kind}")
-        command.add_argument("overrides", nargs="*", metavar="argument=value")
-    options, rest = parser.parse_known_args(arguments)
-    if any(word.startswith("-") for word in rest):
-        parser.error(f"unknown option {rest[0]}")
-    if rest and not hasattr(options, "overrides"):
-        parser.error(f"{options.command} takes no arguments; got {rest[0]}")
-    if rest:
-        options.overrides += rest  # those that stood before --config
     try:
-        return COMMANDS[options.command](options)
+        return commands.main(arguments, prog_name="python -m grpo_core", standalone_mode=False) or 0
+    except click.exceptions.NoArgsIsHelpError as shown:
+        print(shown.format_message(), file=sys.stderr)
+        return 2
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "python -m grpo_core"
+        return _said(f"{error.format_message().rstrip('.')}; {where} --help says more", 2)
     except ConfigError as error:
         return _said(error, 2)
+    except (click.Abort, KeyboardInterrupt):
+        return 130
 
 
-def _said(error: Exception, exit_code: int) -> int:
+def _said(error: Exception | str, exit_code: int) -> int:
     """Say what went wrong, once a machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(printable(f"grpo_core: {error}"), file=sys.stderr)
     return exit_code
 
 
-def _train(options: argparse.Namespace) -> int:
-    config = load(options.config or _default_config(), options.overrides)
-    from grpo_core import checkpoint, distributed, interrupt  # the heavy rooms load only where they are used
-    from grpo_core.setup import setup
-    from grpo_core.trainer import train
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110})
+@click.option("--local_rank", hidden=True)  # the deepspeed launcher says it here and in LOCAL_RANK
+def commands(local_rank: str | None) -> None:
+    """GRPO with LoRA on DeepSpeed ZeRO-2, written by hand.
+
+    Any key of the configuration can be given as section.key=value; configs/tiny.yaml explains every one.
+    """
+
+
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="A YAML file.  [default: configs/gsm8k_qwen2.5_1.5b.yaml on a GPU, configs/tiny.yaml on a CPU]",
+)
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Say what would be done, sample and score one group, and stop. Nothing is written."
+)
+overrides_argument = click.argument("overrides", nargs=-1, type=Override())
+source_argument = click.argument("source", metavar="RUN_OR_MODEL")
+
+
+def command(name: str, epilog: str) -> Callable:
+    """A command of the group, with its examples; the list of commands shows its docstring's first paragraph whole."""
+
+    def register(function: Callable) -> click.Command:
+        short = " ".join((function.__doc__ or "").split("\n\n")[0].split())
+        return commands.command(name, short_help=short, epilog=EXAMPLES + epilog.replace("; ", "\n  "))(function)
+
+    return register
+
+
+@command(
+    "train", "python -m grpo_core train --config configs/tiny.yaml --dry-run; python -m grpo_core train name=b seed=1"
+)
+@config_option
+@dry_run_option
+@overrides_argument
+def train(config: Path | None, dry_run: bool, overrides: tuple[str, ...]) -> int:
+    """Train by GRPO, in as many processes as a launcher has started."""
+    from grpo_core.config_file import load
+
+    loaded = load(config or _default_config(), overrides)
+    if dry_run:
+        return _preview(loaded, int(os.environ.get("WORLD_SIZE", 1)))
+    from grpo_core import distributed, job
 
     distributed.die_with_launcher()
-    interrupt.listen()
-    run, tokenizer = setup(config)
-    try:
-        train(run)
-        adapter = run.folder / "adapter"
-        checkpoint.export(adapter, run.policy, tokenizer)
-    except interrupt.Interrupted as signal:
-        run.log.say(f"stopped by {signal} with a checkpoint; resume={run.folder} goes on")
-        return signal.exit_code
-    except interrupt.RunFailed as error:
-        return _said(error, 3)
-    finally:
-        run.log.close()
-    run.log.say(_summary(run.folder, adapter))
-    distributed.shutdown()
-    return 0
+    return _job(job.train, loaded)
 
 
-def _sft(options: argparse.Namespace) -> int:
-    config = load(options.config or CONFIGS / "tiny_sft.yaml", options.overrides)
+@command("sft", "python -m grpo_core sft --config configs/tiny_sft.yaml; python -m grpo_core sft lora.r=16 name=warm")
+@click.option("--config", type=click.Path(path_type=Path), default=CONFIGS / "tiny_sft.yaml", help="A YAML file.",
+              show_default="configs/tiny_sft.yaml")  # fmt: skip
+@overrides_argument
+def sft(config: Path, overrides: tuple[str, ...]) -> int:
+    """Supervised warm-up through the same engine: the data's own answers, LoRA or all weights."""
+    from grpo_core.config_file import load
+
+    loaded = load(config, overrides)
     from grpo_core import distributed
     from grpo_core.sft import run_sft
 
-    run_sft(config)
+    distributed.die_with_launcher()
+    return _job(run_sft, loaded)
+
+
+@command("launch", "bash launch.sh 2; python -m grpo_core launch --processes 2 preset=dapo")
+@config_option
+@click.option("--processes", type=click.IntRange(min=1), required=True, help="How many on this machine.")
+@dry_run_option
+@overrides_argument
+def launch(config: Path | None, processes: int, dry_run: bool, overrides: tuple[str, ...]) -> int:
+    """Start `train` in several processes of this machine (what launch.sh calls)."""
+    config = config or _default_config()
+    if dry_run:
+        from grpo_core.config_file import load
+
+        return _preview(load(config, overrides), processes * int(os.environ.get("NNODES", 1)))
+    from grpo_core.launch import launch
+
+    return launch(processes, config, list(overrides))
+
+
+@command("evaluate", "python -m grpo_core evaluate runs/tiny; python -m grpo_core evaluate builtin:tiny --samples 0")
+@source_argument
+@click.option("--data", help="Other problems: a file, a folder or a hub id.  [default: the run's held-out ones]")
+@click.option("--split", help="Their split.  [default: test, or train of a file]")
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many problems.  [default: all]")
+@click.option("--samples", type=click.IntRange(min=0), default=8, help="Of each problem, for pass@k, maj@k and mean@n.")
+@click.option("--temperature", type=float, default=1.0, help="Of the samples; the first answer is greedy.")
+@click.option("--top-k", type=int, help="Samples from the k most probable tokens only.")
+@click.option("--top-p", type=float, help="Samples from the fewest tokens that hold this much probability.")
+@click.option("--min-p", type=float, help="Samples from tokens with this share of the most probable one's.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="[default: the run's]")
+@click.option(
+    "--reward", "rewards", multiple=True, help="A reward to tell the mean of; again for more.  [default: the run's]"
+)
+@click.option("--base/--no-base", default=True, help="The base model on the same problems, and McNemar's test.")
+@click.option("--config", type=click.Path(path_type=Path), help="A YAML file for what is no run: its prompts and data.")
+@click.option("--output", type=click.Path(path_type=Path), help="A folder.  [default: RUN/evaluate, or evaluate]")
+@overrides_argument
+def evaluate(source: str, config: Path | None, overrides: tuple[str, ...], **options: Any) -> int:
+    """Accuracy of a run, a checkpoint, an adapter or a model, against its base, with intervals."""
+    from grpo_core.assessment import run_evaluate
+
+    return run_evaluate(source, overrides, config, **options)
+
+
+@command("sample", 'python -m grpo_core sample runs/tiny "Ada has 3 pens and buys 4 more. How many pens are left?"')
+@source_argument
+@click.argument("question", required=False)
+@click.option(
+    "-n", "--samples", type=click.IntRange(min=1), default=1, help="So many answers side by side, with rewards."
+)
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), help="0: greedy.  [default: 0 for one answer, 1 for several]"
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="[default: the run's]")
+@click.option("--answer", help="The right answer, for rewards that read it.")
+@click.option("--base", is_flag=True, help="With the adapter off.")
+@click.option("--raw", is_flag=True, help="The question is the whole prompt; the run's template is left out.")
+@click.option("--seed", type=int, default=0, help="Of the noise.")
+@click.option("--config", type=click.Path(path_type=Path), help="A YAML file for what is no run: its template.")
+def sample(source: str, question: str | None, config: Path | None, **options: Any) -> int:
+    """Ask a run or a model: one answer, streamed; or, without a question, as many as you like."""
+    from grpo_core.ask import run_sample
+
+    return run_sample(source, question, config, **options)
+
+
+@command("report", "python -m grpo_core report runs/tiny; python -m grpo_core report runs/a runs/b --output ab.html")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="The page.  [default: RUN/report.html; of several, report.html]"
+)
+@click.option("--png", is_flag=True, help="The curves as PNG files too, beside it (needs the extra `report`).")
+def report(runs: tuple[Path, ...], output: Path | None, png: bool) -> int:
+    """One page of curves and completions, of one run or several; it needs no network."""
+    from grpo_core.report import write_report
+
+    for path in write_report(runs, output, png=png):
+        print(path)
+    return 0
+
+
+@command("losses", "python -m grpo_core losses")
+def losses() -> int:
+    """Every loss, average, KL, advantage and preset, with arguments and sources."""
+    from grpo_core import catalogue
+
+    print(catalogue.catalogue())
+    return 0
+
+
+@command("rewards", "python -m grpo_core rewards")
+def rewards() -> int:
+    """Every built-in reward, with arguments and the columns it reads."""
+    from grpo_core import catalogue
+
+    print(catalogue.rewards())
+    return 0
+
+
+@command("presets", "python -m grpo_core presets")
+def presets() -> int:
+    """Every published objective by name, with its source and what it sets."""
+    from grpo_core import catalogue
+
+    print(catalogue.presets())
+    return 0
+
+
+def _check(kind: str) -> Callable:
+    @click.argument("name")
+    @click.argument("overrides", nargs=-1, metavar="[argument=value]...")
+    def check(name: str, overrides: tuple[str, ...]) -> int:
+        from grpo_core import check
+        from grpo_core.config_file import arguments_of
+
+        run = check.run_check_loss if kind == "loss" else check.run_check_advantage
+        return run(name, arguments_of(overrides))
+
+    check.__doc__ = f"Is this {kind} sound? A table of laws, in seconds. NAME may be my_file.py:my_{kind}."
+    return check
+
+
+command("check-loss", "python -m grpo_core check-loss gspo; python -m grpo_core check-loss mine.py:soft power=0.7")(
+    _check("loss")
+)
+command("check-advantage", "python -m grpo_core check-advantage rloo")(_check("advantage"))
+
+
+def _job(job: Callable, config: Any) -> int:
+    """Run a job to its end, or to the one that it came to."""
+    from grpo_core import distributed, interrupt
+
+    try:
+        job(config)
+    except interrupt.Interrupted as signal:
+        return signal.exit_code
+    except interrupt.RunFailed as error:
+        return _said(error, 3)
     distributed.shutdown()
     return 0
 
 
-def _launch(options: argparse.Namespace) -> int:
-    from grpo_core.launch import launch
+def _preview(config: Any, processes: int) -> int:
+    from grpo_core.preview import preview
 
-    config = options.config or _default_config()
-    return launch(options.processes, config, options.overrides)
-
-
-def _list(options: argparse.Namespace) -> int:
-    from grpo_core import catalogue
-
-    lists = {"losses": catalogue.catalogue, "rewards": catalogue.rewards, "presets": catalogue.presets}
-    print(lists[options.command]())
+    print(preview(config, processes))
     return 0
-
-
-def _check(options: argparse.Namespace) -> int:
-    from grpo_core import check
-
-    run = check.run_check_loss if options.command == "check-loss" else check.run_check_advantage
-    return run(options.name, arguments_of(options.overrides))
 
 
 def _default_config() -> Path:
     import torch
 
     return CONFIGS / ("gsm8k_qwen2.5_1.5b.yaml" if torch.cuda.is_available() else "tiny.yaml")
-
-
-def _summary(folder: Path, adapter: Path) -> str:
-    """The last lines: accuracy before and after, and where the adapter is."""
-    from grpo_core.metrics import describe
-
-    path, lines = folder / "evaluation.jsonl", []
-    if path.exists() and (rows := [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]):
-        lines = [f"before: {describe(rows[0])}", f"after:  {describe(rows[-1])}"]
-    return "\n".join([*lines, f"adapter: {adapter}"])
-
-
-COMMANDS = {
-    "train": _train,
-    "sft": _sft,
-    "launch": _launch,
-    "losses": _list,
-    "rewards": _list,
-    "presets": _list,
-    "check-loss": _check,
-    "check-advantage": _check,
-}

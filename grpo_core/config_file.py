@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -16,18 +17,63 @@ from grpo_core.presets import merge, preset
 from grpo_core.schema import ConfigError, coerce, known
 
 
-def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply a preset and `section.key=value` overrides (values are YAML), and check the outcome.
+
+    `base: FILE` in the file puts it on top of another one, which lies beside it.
 
     Raises:
         ConfigError: a missing file, an unknown key, a value of the wrong type, or numbers that do not fit together.
     """
     path = Path(path)
+    return _resolve(_layers(path, ()), overrides, path.parent)
+
+
+def load_written(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a run folder; files of the user's that are gone are taken from the run's own copies.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: kept(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [kept(inner) for inner in value]
+        file, colon, function = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+        copy = folder / "code" / Path(file).name
+        gone = colon and file.endswith(".py") and not Path(file).exists() and copy.exists()
+        return f"{copy}:{function}" if gone else value
+
+    return _resolve(kept(_layers(folder / "config.yaml", ())), overrides, folder)
+
+
+def from_words(overrides: Sequence[str]) -> RunConfig:
+    """The defaults with `section.key=value` overrides.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    return _resolve({}, overrides, Path())
+
+
+def _layers(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """A file's keys over its preset's, over those of the file that it names as its base."""
     data = _read(path, lambda text: yaml.load(text, _Loader), "YAML") or {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is not a mapping of sections and keys")
+    under, base = {}, data.pop("base", None)
+    if base is not None:
+        if path.resolve() in above:
+            raise ConfigError(f"base: {path} is its own base")
+        under = _layers(path.parent / str(base), (*above, path.resolve()))
     if data.get("preset") is not None:
-        data = merge(preset(str(data["preset"])), data)
+        under = merge(under, preset(str(data["preset"])))
+    return _with_deepspeed(merge(under, data), path.parent)
+
+
+def _resolve(data: dict[str, Any], overrides: Sequence[str], beside: Path) -> RunConfig:
     for override in overrides:
         if override.startswith("preset=") and (name := _parse(override.removeprefix("preset="))) is not None:
             data = merge(data, preset(str(name)))
@@ -35,19 +81,22 @@ def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
         _forget_arguments(data, override)
     for override in overrides:
         _apply(data, override)
-    config = build(RunConfig, data, "")
-    deepspeed = config.engine.deepspeed
-    if isinstance(deepspeed, str):  # the content, so that the written config.yaml alone re-runs the run
-        beside = path.parent / deepspeed
-        data.setdefault("engine", {})["deepspeed"] = _read(
-            beside if beside.is_file() else Path(deepspeed), json.loads, "JSON"
-        )
-        config = build(RunConfig, data, "")
+    build(RunConfig, data, "")  # types first: a wrong one is said before a file is looked for
+    config = build(RunConfig, _with_deepspeed(data, beside), "")
     check(config)
     return config
 
 
-def arguments_of(overrides: list[str]) -> dict[str, Any]:
+def _with_deepspeed(data: dict[str, Any], beside: Path) -> dict[str, Any]:
+    """With the content of engine.deepspeed's file, so that the written config.yaml alone re-runs the run."""
+    engine = data.get("engine")
+    if not isinstance(engine, dict) or not isinstance(named := engine.get("deepspeed"), str):
+        return data
+    file = beside / named if (beside / named).is_file() else Path(named)
+    return {**data, "engine": {**engine, "deepspeed": _read(file, json.loads, "JSON")}}
+
+
+def arguments_of(overrides: Sequence[str]) -> dict[str, Any]:
     """`name=value` words, the values YAML, as a function's arguments.
 
     Raises:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -25,10 +27,17 @@ class RunFailed(Exception):
     """The run cannot go on, and no setting of the user's was wrong. One sentence, exit code 3."""
 
 
-def listen() -> None:
-    """From here on the first signal is noted, and a second one ends the process at once."""
-    for number in SIGNALS:
-        signal.signal(number, _note)
+@contextmanager
+def listening() -> Iterator[None]:
+    """Inside, the first signal is noted, and a second one ends the process at once."""
+    global _received
+    _received = 0
+    before = {number: signal.signal(number, _note) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def asked() -> int:

@@ -5,7 +5,7 @@ Every prompt is prefilled once and its cache fanned out to the rows of its group
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ class PlainDecoder:
     def __init__(self, model: Any, pad_id: int, eos_ids: Sequence[int]) -> None:
         self.model, self.pad_id = model, pad_id
         self.eos = torch.tensor(sorted(eos_ids), device=model.device)
+        self.watch: Callable[[list[int], list[int]], None] | None = None  # told rows and their tokens as they are drawn
 
     def release(self) -> None:
         """Nothing is held between calls."""
@@ -76,6 +77,8 @@ class PlainDecoder:
             token, logprob = draw(logits, settings.temperature, None if noise is None else noise[rows, t])
             ended = torch.isin(token, self.eos)
             out.ids[rows, t], out.logprobs[rows, t], out.lengths[rows], out.ended[rows] = token, logprob, t + 1, ended
+            if self.watch is not None:
+                self.watch(rows.tolist(), token.tolist())
             going = ~ended & (t + 1 < limits[rows])
             if not going.all():
                 rows, token, mask = rows[going], token[going], mask[going]

@@ -284,8 +284,12 @@ def checkpoint_gradients(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def load_policy(model: ModelConfig, lora: LoraConfig, *, dtype: torch.dtype, temperature: float) -> Policy:
+def load_policy(
+    model: ModelConfig, lora: LoraConfig, *, dtype: torch.dtype, temperature: float, adapter: Path | None = None
+) -> Policy:
     """The base model of `model.path` in `dtype`, frozen, with a fresh LoRA adapter (or fully trainable with r = 0).
+
+    With `adapter` it has the one of that folder, in PEFT's format.
 
     Raises:
         ConfigError: a model that cannot be loaded, or target modules that it does not have.
@@ -306,7 +310,16 @@ def load_policy(model: ModelConfig, lora: LoraConfig, *, dtype: torch.dtype, tem
         raise ConfigError(
             f"model.path is {model.path!r}, and it cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
-    return wrap(base, model, lora, temperature=temperature)
+    if adapter is None:
+        return wrap(base, model, lora, temperature=temperature)
+    try:
+        base = PeftModel.from_pretrained(base, adapter, is_trainable=True, autocast_adapter_dtype=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"the adapter in {adapter} does not go on {model.path}: {str(error).splitlines()[0]}"
+        ) from error
+    layers.install(base)
+    return Policy(base, temperature=temperature)
 
 
 def wrap(base: PreTrainedModel, model: ModelConfig, lora: LoraConfig, *, temperature: float) -> Policy:

@@ -26,11 +26,11 @@ def load_splits(config: DataConfig, num_eval: int, seed: int) -> tuple[list[Row]
     Raises:
         ConfigError: data that cannot be loaded, or too few rows to hold `num_eval` of them out.
     """
-    train = _load(config.path, config.subset, config.split, config.limit)
+    train = load_rows(config.path, config.subset, config.split, config.limit)
     if config.eval_path is not None or config.eval_split is not None:
-        held_out = _load(config.eval_path or config.path, config.subset, config.eval_split or "train", num_eval)
+        held_out = load_rows(config.eval_path or config.path, config.subset, config.eval_split or "train", num_eval)
     elif config.path.startswith("builtin:"):
-        held_out = _load(config.path, None, "test", num_eval)
+        held_out = load_rows(config.path, None, "test", num_eval)
     else:
         if num_eval >= len(train):
             raise ConfigError(
@@ -47,7 +47,12 @@ def permutation(count: int, *key: int) -> np.ndarray:
     return np.random.default_rng((*key, 1)).permutation(count)
 
 
-def _load(path: str, subset: str | None, split: str, most: int | None) -> list[Row]:
+def load_rows(path: str, subset: str | None, split: str, most: int | None) -> list[Row]:
+    """At most `most` rows of a split, each with every column, None where it was not given.
+
+    Raises:
+        ConfigError: data that cannot be loaded, or has no rows.
+    """
     rows = _read(path, subset, split, most)
     if not rows:
         raise ConfigError(f"data.path is {path!r} (split {split!r}), and it has no rows")

@@ -70,11 +70,13 @@ class Sampler:
         greedy: bool = False,
         settings: Decoding | None = None,
         limits: Tensor | None = None,
+        watch: Callable[[list[int], list[int]], None] | None = None,
     ) -> Rollouts:
         """`group_size` completions of every task, B = N * G rows, prompt-major, none longer than max_new_tokens.
 
         Log-probs are those of the drawn tokens at the sampling temperature, greedy or not. `settings` takes the place
-        of temperature and greedy; `limits` [B] int64, from 1 on, allows some rows fewer tokens.
+        of temperature and greedy; `limits` [B] int64, from 1 on, allows some rows fewer tokens. `watch` is told rows
+        and their tokens as they are drawn, by the plain decoder.
 
         Raises:
             ConfigError: an empty prompt, or one that leaves no room for max_new_tokens.
@@ -88,7 +90,7 @@ class Sampler:
         if limits is None:
             limits = torch.full((len(tasks) * group_size,), self.max_new_tokens)
         assert limits.shape == (len(tasks) * group_size,) and 1 <= limits.min() <= limits.max() <= self.max_new_tokens
-        draws = self._decode(prompts, group_size, noise, limits, settings)
+        draws = self._decode(prompts, group_size, noise, limits, settings, watch)
         prompt_ids, prompt_mask = (
             x.repeat_interleave(group_size, dim=0) for x in left_padded(prompts, self.pad_id, self.device)
         )
@@ -102,11 +104,20 @@ class Sampler:
             self._decoder.release()
 
     def _decode(
-        self, prompts: list[list[int]], group_size: int, noise: Tensor | None, limits: Tensor, settings: Decoding
+        self,
+        prompts: list[list[int]],
+        group_size: int,
+        noise: Tensor | None,
+        limits: Tensor,
+        settings: Decoding,
+        watch: Callable[[list[int], list[int]], None] | None,
     ) -> Draws:
         """By the fused decoder, or by the plain one where that cannot: for good, or for this call."""
         how = (prompts, group_size, noise, limits, settings)
+        self._plain.watch = watch
         try:
+            if watch is not None:
+                return self._fitting(self._plain, *how)
             if self._decoder is None:
                 self._decoder = FusedDecoder(self.model, self.pad_id, self.eos_ids)
             return self._fitting(self._decoder, *how)

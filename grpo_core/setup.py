@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import gc
-import logging
-import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from grpo_core import checkpoint, distributed
 from grpo_core.advantages import ADVANTAGES
 from grpo_core.averages import AVERAGES
 from grpo_core.batch import Task
-from grpo_core.config import RunConfig, SamplingConfig
+from grpo_core.config import RunConfig
 from grpo_core.config_check import prompts_per_rank
 from grpo_core.control import Control, first_control
 from grpo_core.corrections import CORRECTIONS
-from grpo_core.data import TaskStream, load_tokenizer, make_tasks
+from grpo_core.data import TaskStream, load_tokenizer
 from grpo_core.engine import Engine, deepspeed_config
 from grpo_core.kl import KLS
 from grpo_core.laws import zero_advantage
 from grpo_core.losses import LOSSES
 from grpo_core.memory import find_budgets
 from grpo_core.metrics import RunLog
-from grpo_core.model_check import check_lengths, check_targets, check_vocabulary, load_model_config
 from grpo_core.objective import remarks
+from grpo_core.parts import all_tasks, check_before_loading, check_columns, make_rewards, make_sampler, quieten
 from grpo_core.policy import Policy, load_policy
 from grpo_core.registry import fact
-from grpo_core.rewards import REWARDS, missing_columns
-from grpo_core.rows import load_splits
 from grpo_core.run import Run
-from grpo_core.sampler import Sampler
-from grpo_core.schema import ConfigError
-from grpo_core.scoring import Reward, build_reward
+from grpo_core.scoring import build_reward
 from grpo_core.truncation import TRUNCATIONS
 
 
@@ -91,37 +83,6 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     return run, tokenizer
 
 
-def all_tasks(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Task], list[Task], int]:
-    """Tasks to train on, tasks to evaluate on, and how many prompts were too long."""
-    rows, eval_rows = load_splits(config.data, config.evaluation.num_tasks, config.seed)
-    tasks, long = make_tasks(rows, config.data, tokenizer)
-    eval_tasks, long_too = make_tasks(eval_rows, config.data, tokenizer)
-    return tasks, eval_tasks, long + long_too
-
-
-def check_before_loading(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> None:
-    """Raise ConfigError for what cannot go together, as far as the model's configuration tells."""
-    described = load_model_config(config.model)
-    check_vocabulary(described, tokenizer)
-    check_lengths(prompts, config.sampling.max_new_tokens, described)
-    check_targets(described, config.lora, config.model.trust_remote_code)
-
-
-def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task]) -> None:
-    """Raise ConfigError for a reward that needs a column the data does not have."""
-    wanted = [(reward.name, tasks) for reward in config.rewards] + [(config.evaluation.reward, eval_tasks)]
-    for name, rows in wanted:
-        if rows and (missing := missing_columns(REWARDS.get(name), rows[0].columns)):
-            columns = ", ".join(rows[0].columns)
-            raise ConfigError(f"reward {name} needs {missing[0]!r}, but the data has the columns {columns}")
-        for column in fact(REWARDS.get(name), "never_null", ()):
-            for task in rows:
-                if task.columns[column] is None:
-                    raise ConfigError(
-                        f"row {task.index + 1} of the data: {column!r} is null, and reward {name} needs it"
-                    )
-
-
 def assemble(
     config: RunConfig,
     folder: Path,
@@ -157,12 +118,9 @@ def assemble(
         tasks=stream,
         eval_tasks=eval_tasks,
         policy=policy,
-        sampler=make_sampler(config.sampling, policy, tokenizer, log),
+        sampler=make_sampler(config.sampling, policy, tokenizer, log.say),
         engine=engine,
-        rewards=[
-            Reward(r.name, r.weight, build_reward(r.name, r.args, timeout=trainer.reward_timeout))
-            for r in config.rewards
-        ],
+        rewards=make_rewards(config),
         eval_reward=build_reward(config.evaluation.reward, timeout=trainer.reward_timeout),
         truncation_fn=TRUNCATIONS.build(config.truncation.name, config.truncation.args),
         advantage_fn=ADVANTAGES.build(config.advantage.name, config.advantage.args),
@@ -180,19 +138,6 @@ def ties_can_be_skipped(loss_fn: Callable, average: str) -> bool:
     return zero_advantage(loss_fn)[0] and not fact(AVERAGES.get(average), "breaks")
 
 
-def make_sampler(config: SamplingConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, log: RunLog) -> Sampler:
-    """The sampler of the policy's live weights."""
-    return Sampler(
-        policy.causal_lm,
-        tokenizer,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        decoder=config.decoder,
-        rows_at_once=config.rows_at_once,
-        say=log.say,
-    )
-
-
 def start(config: RunConfig) -> torch.dtype:
     """Join the other ranks, seed, check the DeepSpeed JSON, and return the run's precision."""
     if not config.log.verbose:
@@ -202,13 +147,3 @@ def start(config: RunConfig) -> torch.dtype:
     dtype = distributed.precision(config.model.precision)
     deepspeed_config(config, dtype, distributed.world_size())
     return dtype
-
-
-def quieten() -> None:
-    """Silence what libraries say about themselves; errors still come through."""
-    warnings.filterwarnings("ignore")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("torch", "torch.distributed", "datasets", "peft", "deepspeed"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -32,6 +32,11 @@ def start(seconds: float, rank: int) -> None:
         faulthandler.cancel_dump_traceback_later()
 
 
+def stop() -> None:
+    """From here on this process may stand still."""
+    start(0, 0)
+
+
 def beat(phase: str | None = None) -> None:
     """Something has been done, or `phase` begins."""
     global _moved, _phase

@@ -28,7 +28,6 @@ def train(tmp_path, monkeypatch, capsys):
     for name in [name for name in os.environ if name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "FOLDER_NOTE")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr("grpo_core.distributed.die_with_launcher", lambda: None)
-    monkeypatch.setattr("grpo_core.interrupt.listen", lambda: None)
 
     def load_policy(*args, **kwargs):
         raise Loads

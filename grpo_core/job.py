@@ -1,0 +1,46 @@
+"""A whole training job: set up, train, write the adapter, say what came of it."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+
+from grpo_core import checkpoint, interrupt, watchdog
+from grpo_core.config import RunConfig
+from grpo_core.metrics import describe
+from grpo_core.setup import setup
+from grpo_core.trainer import train as train_loop
+
+
+def train(config: RunConfig) -> Path:
+    """Train as `config` says; returns the run folder, in which the adapter and everything else is.
+
+    Raises:
+        ConfigError: something that cannot be run; nothing was written.
+        Interrupted: a signal asked for an end, and there is a checkpoint.
+        RunFailed: the run could not go on.
+    """
+    with interrupt.listening():
+        run, tokenizer = setup(config)
+        try:
+            train_loop(run)
+            adapter = run.folder / "adapter"
+            checkpoint.export(adapter, run.policy, tokenizer)
+            run.log.say(summary(run.folder, adapter))
+        except interrupt.Interrupted as signal:
+            run.log.say(f"stopped by {signal} with a checkpoint; resume={run.folder} goes on")
+            raise
+        finally:
+            run.log.close()
+            watchdog.stop()
+            gc.unfreeze()
+    return run.folder
+
+
+def summary(folder: Path, adapter: Path) -> str:
+    """The last lines: accuracy before and after, and where the adapter is."""
+    path, lines = folder / "evaluation.jsonl", []
+    if path.exists() and (rows := [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]):
+        lines = [f"before: {describe(rows[0])}", f"after:  {describe(rows[-1])}"]
+    return "\n".join([*lines, f"adapter: {adapter}"])
