@@ -276,7 +276,8 @@ def _job(job: Callable, config: Any) -> int:
 def _preview(config: Any, processes: int) -> int:
     from grpo_core.preview import preview
 
-    print(preview(config, processes))
+    for section in preview(config, processes):
+        print(section, end="\n\n", flush=True)
     return 0
 
 

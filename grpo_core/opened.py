@@ -56,7 +56,15 @@ def open_source(
         ConfigError: nothing of that kind is there, or it cannot be loaded.
     """
     quieten()
-    found = _find(source, list(overrides), config)
+    try:
+        return _open(_find(source, list(overrides), config), source, say)
+    except ConfigError as error:
+        if Path(source).exists() or source.startswith("builtin:") or "model.path" not in str(error):
+            raise
+        raise ConfigError(f"there is no folder {source}, and as a model of the hub: {error}") from error
+
+
+def _open(found: _Found, source: str, say: Callable[[str], None]) -> Opened:
     settings, adapter, tensors = found.config, found.adapter, found.checkpoint
     dtype = distributed.precision(settings.model.precision)
     lora = settings.lora if tensors is not None else LoraConfig(r=0)

@@ -27,7 +27,12 @@ class Registry:
         """Decorator: make a function known as `name`, with `facts` as its attributes."""
 
         def decorator(function: Callable) -> Callable:
-            assert name not in self.functions, f"{self.kind} {name!r} is registered twice"
+            before = self.functions.get(name)  # a notebook's cell may be run again
+            again = before is None or (before.__module__, before.__qualname__) == (
+                function.__module__,
+                function.__qualname__,
+            )
+            assert again, f"{self.kind} {name!r} is registered twice"
             self.functions[name] = function
             for fact, value in facts.items():
                 setattr(function, fact, value)

@@ -58,7 +58,7 @@ def think_format(completions: Sequence[str], *, prompts: Sequence[str]) -> list[
     return [float(well_formed(text)) for text in _opened(completions, prompts)]
 
 
-@REWARDS.register("correct_answer", never_null=("answer",))
+@REWARDS.register("correct_answer", never_null=("answer",), answer=lambda text: final_number(text))
 def correct_answer(completions: Sequence[str], *, answer: Sequence[Any], strict: bool = False) -> list[float | None]:
     r"""1.0 if the completion's final number equals the gold answer's; None where the gold answer has no number.
 
