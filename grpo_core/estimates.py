@@ -58,8 +58,9 @@ def bootstrap_interval(
     A problem's samples stay together, so `values` holds one number a problem.
     """
     array, generator = np.asarray(values, dtype=float), np.random.default_rng(seed)
-    means = [array[generator.integers(len(array), size=len(array))].mean() for _ in range(draws)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    parts = [min(500, draws - done) for done in range(0, draws, 500)]  # a few MB at a time
+    means = [array[generator.integers(len(array), size=(part, len(array)))].mean(axis=1) for part in parts]
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

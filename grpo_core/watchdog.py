@@ -19,15 +19,17 @@ _seconds = 0.0  # 0: off
 _moved = 0.0
 _phase = "start"
 _waiting = False
+_off = threading.Event()
 
 
 def start(seconds: float, rank: int) -> None:
     """From here on this process may stand still for `seconds`; 0 turns the watchdog off."""
-    global _seconds
-    _seconds = seconds
+    global _seconds, _off
+    _off.set()  # an earlier one's
+    _seconds, _off = seconds, threading.Event()
     beat()
     if seconds:
-        threading.Thread(target=_watch, args=(rank,), daemon=True).start()
+        threading.Thread(target=_watch, args=(rank, seconds, _off), daemon=True).start()
     else:
         faulthandler.cancel_dump_traceback_later()
 
@@ -56,11 +58,10 @@ def waiting() -> Iterator[None]:
         _waiting = False
 
 
-def _watch(rank: int) -> None:
-    while _seconds:
-        time.sleep(min(1.0, _seconds / 10))
+def _watch(rank: int, seconds: float, off: threading.Event) -> None:
+    while not off.wait(min(1.0, seconds / 10)):
         still = time.monotonic() - _moved
-        if still > _seconds * (1.5 if _waiting else 1.0):
+        if still > seconds * (1.5 if _waiting else 1.0):
             what = "has waited for the other ranks" if _waiting else "has not moved"
             print(f"grpo_core: rank {rank} {what} for {still:.0f} s in phase {_phase}; it stands at", file=sys.stderr)
             faulthandler.dump_traceback(all_threads=True, file=sys.__stderr__)

@@ -1,0 +1,109 @@
+"""The `sample` command."""
+
+import builtins
+
+import pytest
+from fakes import tiny_policy
+
+from grpo_core.ask import Asking, Stream, changed, side_by_side
+from grpo_core.cli import main
+from grpo_core.data import load_tokenizer
+from grpo_core.plain_decoder import PlainDecoder
+from grpo_core.sampler import Sampler
+from grpo_core.schema import ConfigError
+
+QUESTION = "Ada has 12 pens. Ada buys 4 more and gives 5 away. How many pens are left?"
+pytestmark = pytest.mark.slow
+
+
+def test_one_answer_is_streamed_and_scored(tiny_run, capsys, monkeypatch):
+    watched = []
+    forward = PlainDecoder._forward
+    monkeypatch.setattr(PlainDecoder, "_forward", lambda *given: (watched.append(capsys.readouterr().out), forward(*given))[1])
+    assert main(["sample", str(tiny_run), QUESTION, "--answer", "11"]) == 0
+    rest = capsys.readouterr().out
+    text = "".join(watched) + rest
+    assert "[" in rest and len([piece for piece in watched if piece]) > 3  # it came piece by piece
+    answer, notes = text.rsplit("\n[", 1)
+    assert "tokens; correct_answer " in notes and f"has_think_tags {int('</think>' in answer)}]" in notes
+
+
+def test_what_is_streamed_is_what_is_sampled(tiny_run, capsys):
+    from grpo_core.opened import open_source
+
+    opened = open_source(str(tiny_run))
+    task = __import__("grpo_core.ask", fromlist=["task_of"]).task_of(opened, QUESTION, Asking())
+    plain = opened.sampler.generate([task], 1, greedy=True).completions[0]
+    pieces = []
+    watch = Stream(opened.tokenizer, opened.sampler.eos_ids, pieces.append)
+    assert opened.sampler.generate([task], 1, greedy=True, watch=watch).completions[0] == plain
+    assert "".join(pieces) + watch.rest() == plain and len(pieces) > 3
+    assert opened.sampler._plain.watch is watch
+    opened.sampler.generate([task], 1, greedy=True)
+    assert opened.sampler._plain.watch is None
+
+
+def test_several_side_by_side_and_without_the_adapter(tiny_run, capsys):
+    assert main(["sample", str(tiny_run), QUESTION, "-n", "3", "--answer", "11"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"({i})" in out for i in (1, 2, 3)) and out.count("correct_answer ") == 3
+    assert main(["sample", str(tiny_run), QUESTION, "-n", "3", "--answer", "11"]) == 0
+    assert capsys.readouterr().out == out  # a function of the seed
+    assert main(["sample", str(tiny_run), QUESTION, "-n", "3", "--answer", "11", "--seed", "1"]) == 0
+    assert capsys.readouterr().out != out
+    assert main(["sample", str(tiny_run), QUESTION, "--base"]) == 0
+    base = capsys.readouterr().out
+    assert main(["sample", "builtin:tiny", QUESTION]) == 0
+    assert base.split("\n[")[0] == capsys.readouterr().out.split("\n[")[0]
+    assert "correct_answer not told: it reads answer" in base
+    assert main(["sample", "builtin:tiny", QUESTION, "--base"]) == 2
+    assert "builtin:tiny has no adapter to switch off" in capsys.readouterr().err
+
+
+def test_the_prompt_loop(tiny_run, capsys, monkeypatch):
+    lines = iter(["", QUESTION, "/adapter off", QUESTION, "/n 2", "/n 0", "/what", "/temperature 0.7", QUESTION, "/quit", "never"])
+    monkeypatch.setattr(builtins, "input", lambda prompt: next(lines))
+    assert main(["sample", str(tiny_run)]) == 0
+    out = capsys.readouterr().out
+    assert "adapter off, n 1, greedy, answer not given" in out and "adapter off, n 2, temperature 0.7" in out
+    assert "/n 0 is nothing known here" in out and "/what is nothing known here; /help lists" in out and next(lines) == "never"
+    assert "(2)" in out
+
+
+def test_a_character_of_several_tokens_is_shown_whole():
+    tokenizer, pieces = load_tokenizer("builtin:tiny"), []
+    text = "a 日本 é"
+    stream = Stream(tokenizer, [1], pieces.append)
+    for token in tokenizer(text)["input_ids"]:
+        stream([0], [token])
+    assert "".join(pieces) + stream.rest() == text and "�" not in "".join(pieces)
+    for token in tokenizer("\x1b[2J")["input_ids"]:  # what moves the cursor is shown as an escape
+        stream([0], [token])
+    assert "".join(pieces).endswith("\\x1b[2J")
+
+
+def test_columns_fit_the_width():
+    text = side_by_side(["one two three four five six seven " * 4, "b\n\nc", "d"], [["x"], ["y"], ["z"]], 70)
+    assert max(map(len, text.splitlines())) <= 70 and text.splitlines()[0].split() == ["(1)", "|", "(2)"] and "(3)" in text
+    assert " ".join(line.split("|")[0].strip() for line in text.split("-" * 70)[0].splitlines()[3:]).split() == ("one two three four five six seven " * 4).split()
+
+
+@pytest.mark.parametrize("line", ["/n x", "/n", "/temperature hot", "/temperature -1", "/adapter maybe"])
+def test_commands_that_mean_nothing(line):
+    with pytest.raises(ConfigError):
+        changed(Asking(), line)
+
+
+def test_watching_several_rows_tells_each_token_once():
+    from fakes import Alphabet, FixedTasks
+
+    policy, seen = tiny_policy(), {}
+    sampler = Sampler(policy.causal_lm, Alphabet(), max_new_tokens=6)
+
+    def watch(rows, tokens):
+        for row, token in zip(rows, tokens, strict=True):
+            seen.setdefault(row, []).append(token)
+
+    rollouts = sampler.generate(FixedTasks().batch(0), 2, watch=watch)
+    for row, (ids, mask) in enumerate(zip(rollouts.completion_ids, rollouts.completion_mask, strict=True)):
+        assert seen[row] == ids[mask].tolist()

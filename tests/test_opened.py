@@ -1,0 +1,83 @@
+"""A run folder, a checkpoint, an adapter or a model, opened: the same weights whichever way one comes."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+
+from grpo_core.batch import Task
+from grpo_core.opened import open_source
+from grpo_core.schema import ConfigError
+
+pytestmark = pytest.mark.slow
+
+
+def greedy(opened, text="Question: Ada has 7 boxes with 6 pens each and 15 loose pens, and sells 20. How many pens are left?\n"):
+    task = Task(0, text, opened.tokenizer(text)["input_ids"], {})
+    return opened.sampler.generate([task], 1, greedy=True)
+
+
+def trained(opened):
+    return {name: p.detach() for name, p in opened.policy.model.named_parameters() if "lora_" in name}
+
+
+def test_a_run_its_adapter_and_its_last_checkpoint_are_the_same_policy(tiny_run):
+    run = open_source(str(tiny_run))
+    assert run.has_adapter and run.folder == tiny_run and run.weights == f"the adapter in {tiny_run / 'adapter'}"
+    weights = trained(run)
+    assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)
+    for other in (tiny_run / "checkpoints" / "step-000012", tiny_run / "adapter"):
+        opened = open_source(str(other))
+        assert all(torch.equal(value, weights[name]) for name, value in trained(opened).items()) and weights
+        assert torch.equal(greedy(opened).completion_ids, greedy(run).completion_ids)
+    earlier = trained(open_source(str(tiny_run / "checkpoints" / "step-000006")))
+    assert any(not torch.equal(value, weights[name]) for name, value in earlier.items())
+
+
+def test_the_base_is_the_model_that_was_trained_from(tiny_run):
+    run, base = open_source(str(tiny_run)), open_source("builtin:tiny")
+    assert not base.has_adapter and base.folder is None
+    ours = greedy(run)
+    with run.policy.reference():
+        before = greedy(run)
+    assert torch.equal(before.completion_ids, greedy(base).completion_ids)
+    torch.testing.assert_close(before.rollout_logprobs, greedy(base).rollout_logprobs)
+    assert ours.completion_ids.shape != before.completion_ids.shape or not torch.equal(ours.rollout_logprobs, before.rollout_logprobs)
+
+
+def test_a_run_that_was_killed_is_opened_at_its_newest_whole_checkpoint(tiny_run, tmp_path):
+    killed = tmp_path / "killed"
+    shutil.copytree(tiny_run, killed)
+    shutil.rmtree(killed / "adapter")
+    assert open_source(str(killed)).weights.endswith("step-000012")
+    torn = killed / "checkpoints" / "step-000012" / "tensors.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-10])
+    assert open_source(str(killed)).weights.endswith("step-000006")
+    with pytest.raises(ConfigError, match="step-000012 is damaged"):
+        open_source(str(torn.parent))
+    shutil.rmtree(killed / "checkpoints")
+    with pytest.raises(ConfigError, match="has written neither an adapter nor a checkpoint yet"):
+        open_source(str(killed))
+
+
+def test_keys_can_be_given_and_files_of_the_users_are_found_in_the_run(tiny_run, tmp_path):
+    assert open_source(str(tiny_run), ["sampling.max_new_tokens=7"]).sampler.max_new_tokens == 7
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_run, moved)
+    (moved / "code").mkdir()
+    (moved / "code" / "mine.py").write_text("def f(completions):\n    return [1.0 for _ in completions]\n")
+    text = (moved / "config.yaml").read_text().replace("name: has_think_tags", "name: gone/mine.py:f")
+    (moved / "config.yaml").write_text(text)
+    assert open_source(str(moved)).config.rewards[1].name == f"{moved / 'code' / 'mine.py'}:f"
+
+
+@pytest.mark.parametrize("source, sentence", [
+    ("tests", "tests is a folder, but neither a run"),
+    ("builtin:none", "model.path is 'builtin:none'"),
+    ("no-such-thing", "there is no folder no-such-thing, and as a model of the hub"),
+])  # fmt: skip
+def test_what_is_nothing_is_one_sentence(source, sentence, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=sentence):
+        open_source(source)
