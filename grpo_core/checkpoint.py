@@ -44,7 +44,8 @@ FREE = (
     "checkpoint",
     "trainer.num_steps",
     "trainer.epochs",
-    "sft",
+    "sft.output",
+    "sft.save_precision",
 )
 FREE += (
     "trainer.max_skipped_steps",

@@ -91,10 +91,17 @@ def _train(options: argparse.Namespace) -> int:
 
 def _sft(options: argparse.Namespace) -> int:
     config = load(options.config or CONFIGS / "tiny_sft.yaml", options.overrides)
-    from grpo_core import distributed
+    from grpo_core import distributed, interrupt
     from grpo_core.sft import run_sft
 
-    run_sft(config)
+    distributed.die_with_launcher()
+    interrupt.listen()
+    try:
+        run_sft(config)
+    except interrupt.Interrupted as signal:
+        return signal.exit_code
+    except interrupt.RunFailed as error:
+        return _said(error, 3)
     distributed.shutdown()
     return 0
 
