@@ -90,6 +90,8 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, Answers]:
     dtype = start(config)
     config = supervised(config)
     beginning = find_beginning(config)
+    if config.sft.output:
+        checkpoint.check_output(Path(config.sft.output), "sft.output")
     base, tokenizer = _new_base(config) if config.sft.new_model else (None, _tokenizer(config))
     described = base.config if base else load_model_config(config.model)
     tasks, eval_tasks, left_out = all_tasks(config, tokenizer)

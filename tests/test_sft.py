@@ -269,6 +269,7 @@ def test_a_target_that_cannot_be_is_one_sentence_before_the_model_loads(tmp_path
 @pytest.mark.parametrize("given, message", [
     (["trainer.num_passes=2"], "trainer.num_passes is 2; sft takes one optimizer step a batch"),
     (["sft.new_model={}", "sft.new_model.vocab_size=400"], "lora.r is 16, but sft.new_model makes a new model"),
+    (["sft.output=/dev/null/model"], "sft.output is /dev/null/model, which cannot be written: Not a directory"),
     (["sft.targets=[]"], "sft.targets is empty"),
     (["sft.targets=[{template: x, share: 0}]"], r"sft.targets\[0\].share is 0.0; it must be above 0"),
     (["sft.targets=['{answer:d}']"], "sft.targets: '{answer:d}' cannot be filled in"),
@@ -285,8 +286,16 @@ def test_a_run_that_learns_nothing_and_one_that_is_not_finite_end(tmp_path, grou
     assert [path.name for path in checkpoint.steps(tmp_path / "still" / "checkpoints")] == ["step-000010"]
     broken = configured(tmp_path, "name=broken", "evaluation.num_tasks=0", "trainer.max_skipped_steps=2")
     run, _, answers = sft.setup(broken)
-    run.policy.parameters()[0].data.fill_(float("nan"))
-    with pytest.raises(RunFailed, match="not finite in 2 steps in a row, from step 0 on"):
-        sft.train(run, answers)
-    assert (tmp_path / "broken" / "incidents" / "step-000001-rank-0.safetensors").exists()
-    assert [row["skipped"] for row in read(tmp_path / "broken" / "metrics.jsonl")] == [1, 1]
+    calls = []
+
+    def breaks(tasks):
+        calls.append(tasks)
+        if len(calls) == 2:
+            run.policy.parameters()[0].data.fill_(float("nan"))
+        return answers(tasks)
+
+    with pytest.raises(RunFailed, match="not finite in 2 steps in a row, from step 1 on"):
+        sft.train(run, breaks)
+    assert [path.name for path in checkpoint.steps(run.folder / "checkpoints")] == ["step-000001"]
+    assert (run.folder / "incidents" / "step-000002-rank-0.safetensors").exists()
+    assert [row["skipped"] for row in read(run.folder / "metrics.jsonl")] == [0, 1, 1]
