@@ -279,6 +279,14 @@ def test_what_sft_cannot_do_is_one_sentence(tmp_path, group, given, message):
         sft.run_sft(configured(tmp_path, *given))
 
 
+def test_only_the_reward_of_the_evaluation_needs_its_columns(tmp_path, group):
+    other = ["data.columns={reply: answer}", "sft.targets=['{reply}']", "trainer.num_steps=1"]
+    with pytest.raises(ConfigError, match="reward correct_answer needs 'answer'"):
+        sft.run_sft(configured(tmp_path, *other))
+    adapter = sft.run_sft(configured(tmp_path, *other, "evaluation.num_tasks=0"))
+    assert adapter.is_dir() and not (tmp_path / "tiny" / "evaluation.jsonl").exists()
+
+
 def test_a_run_that_learns_nothing_and_one_that_is_not_finite_end(tmp_path, group):
     still = ["trainer.num_steps=12", "engine.learning_rate=1e-30", "alerts=stop", "trainer.completions_per_step=8"]
     with pytest.raises(RunFailed, match="alerts is stop, and the adapter has not moved in 10 steps"):
