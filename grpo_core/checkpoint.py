@@ -44,7 +44,8 @@ FREE = (
     "checkpoint",
     "trainer.num_steps",
     "trainer.epochs",
-    "sft",
+    "sft.output",
+    "sft.save_precision",
 )
 FREE += (
     "trainer.max_skipped_steps",
@@ -75,7 +76,7 @@ def run_folder(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
     if distributed.is_main():
         try:
             found = _find(config)
-            _try_writing(found[0])
+            _try_writing(found[0], f"the run folder {found[0]} (output_dir and name)")
         except ConfigError as error:
             found = str(error)
     found = distributed.from_main(found)
@@ -104,8 +105,19 @@ def _find(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
     return folder, None, []
 
 
-def _try_writing(folder: Path) -> None:
-    """Raise ConfigError where the run folder could not be made or written; leaves nothing behind."""
+def check_output(folder: Path, key: str) -> None:
+    """Raise ConfigError where a folder that `key` names could not be made or written; leaves nothing. A collective."""
+    problem = ""
+    if distributed.is_main():
+        try:
+            _try_writing(folder, f"{key} is {folder}, which")
+        except ConfigError as error:
+            problem = str(error)
+    if problem := distributed.from_main(problem):
+        raise ConfigError(problem)
+
+
+def _try_writing(folder: Path, what: str) -> None:
     new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,9 +125,7 @@ def _try_writing(folder: Path) -> None:
         if new:
             folder.rmdir()
     except OSError as error:
-        raise ConfigError(
-            f"the run folder {folder} (output_dir and name) cannot be written: {error.strerror}"
-        ) from None
+        raise ConfigError(f"{what} cannot be written: {error.strerror}") from None
 
 
 def holds_a_run(folder: Path) -> bool:

@@ -163,8 +163,8 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class TargetConfig:
-    template: str
-    share: float = 1.0
+    template: str  # what the model shall answer; columns in braces
+    share: float = 1.0  # of the tasks, beside the other targets' shares
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class SftConfig:
 
     targets: list[TargetConfig] = field(default_factory=lambda: [TargetConfig("<think>{cot}</think>\n{answer}")])
     new_model: dict[str, int] | None = None  # sizes of a new Qwen2 with its own tokenizer, instead of model.path
-    output: str | None = None  # null: runs/<name>/model
+    output: str | None = None  # null: <run folder>/model, or <run folder>/adapter where lora.r is above 0
     save_precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: as trained
 
 

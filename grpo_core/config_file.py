@@ -121,7 +121,7 @@ def dump(config: RunConfig) -> str:
 
 
 def build(cls: type, data: Any, key: str) -> Any:
-    """A dataclass from nested mappings; list items that have only a name may be written as plain text.
+    """A dataclass from nested mappings; list items may be written as plain text, which is their first field.
 
     Raises:
         ConfigError: an unknown key, a missing value, or one of the wrong type.
@@ -147,7 +147,8 @@ def _value(kind: Any, value: Any, key: str) -> Any:
     item = get_args(kind)[0] if get_origin(kind) is list else None
     if is_dataclass(item):
         items = value if isinstance(value, list) else [value]
-        named = [{"name": x} if isinstance(x, str) and "name" in get_type_hints(item) else x for x in items]
+        first = fields(item)[0].name
+        named = [{first: x} if isinstance(x, str) else x for x in items]
         return [build(item, x, f"{key}[{i}]") for i, x in enumerate(named)]
     return coerce(value, kind, key)
 

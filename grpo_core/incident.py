@@ -36,6 +36,5 @@ def record(folder: Path, step: int, tasks: list[Task], batch: TrainBatch, row: d
 
 def _tensors(record: Any) -> dict[str, torch.Tensor]:
     values = {field.name: getattr(record, field.name) for field in fields(record)}
-    return {
-        name: value.detach().cpu().contiguous() for name, value in values.items() if isinstance(value, torch.Tensor)
-    }
+    kept = {name: value.detach().cpu() for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in kept.items()}  # shared by none

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from grpo_core import checkpoint, interrupt, watchdog
 from grpo_core.config import RunConfig
 from grpo_core.metrics import describe
+from grpo_core.run import Run
 from grpo_core.setup import setup
 from grpo_core.trainer import train as train_loop
 
@@ -23,19 +26,26 @@ def train(config: RunConfig) -> Path:
     """
     with interrupt.listening():
         run, tokenizer = setup(config)
-        try:
+        with closing(run):
             train_loop(run)
             adapter = run.folder / "adapter"
             checkpoint.export(adapter, run.policy, tokenizer)
             run.log.say(summary(run.folder, adapter))
-        except interrupt.Interrupted as signal:
-            run.log.say(f"stopped by {signal} with a checkpoint; resume={run.folder} goes on")
-            raise
-        finally:
-            run.log.close()
-            watchdog.stop()
-            gc.unfreeze()
     return run.folder
+
+
+@contextmanager
+def closing(run: Run) -> Iterator[None]:
+    """Inside, a run goes to its end; afterwards nothing of it is left running in this process."""
+    try:
+        yield
+    except interrupt.Interrupted as signal:
+        run.log.say(f"stopped by {signal} with a checkpoint; resume={run.folder} goes on")
+        raise
+    finally:
+        run.log.close()
+        watchdog.stop()
+        gc.unfreeze()
 
 
 def summary(folder: Path, adapter: Path) -> str:

@@ -221,10 +221,11 @@ def describe(result: dict[str, float]) -> str:
     sampled = "".join(
         f", {name} {result[name]}" for name in ("temperature", "top_k", "top_p", "min_p") if name in result
     )
+    loss = f", loss {result['loss']:.4f} nats a token" if result.get("loss") is not None else ""
     failed = f"; the reward failed on {result['failed']}" if result.get("failed") else ""
     return (
         f"accuracy {result['accuracy']:.1%} ({result['correct']} of {result['n']}, "
-        f"95 % interval {result['ci_low']:.1%} to {result['ci_high']:.1%}{sampled}{failed})"
+        f"95 % interval {result['ci_low']:.1%} to {result['ci_high']:.1%}{sampled}{failed}){loss}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
@@ -17,12 +18,16 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
     """The configuration that lies beside the weights.
 
     Raises:
-        ConfigError: it cannot be loaded.
+        ConfigError: it cannot be loaded, or is of an adapter.
     """
+    folder = model_path(model.path)
+    if (Path(folder) / "adapter_config.json").exists():
+        raise ConfigError(
+            f"model.path is {model.path!r}, which holds an adapter and not a model; make a whole model of its run with "
+            f"python -m grpo_core export RUN --merged, and name that"
+        )
     try:
-        return AutoConfig.from_pretrained(model_path(model.path), trust_remote_code=model.trust_remote_code)
-    except ConfigError:
-        raise
+        return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # of many kinds, by the model's
         raise ConfigError(
             f"model.path is {model.path!r}, and it cannot be loaded: {first_line(error)}{local_hint(model.path)}"

@@ -7,13 +7,13 @@ import os
 import warnings
 from collections.abc import Callable
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from grpo_core.batch import Task
 from grpo_core.config import RunConfig, SamplingConfig
 from grpo_core.data import make_tasks
-from grpo_core.model_check import check_lengths, check_targets, check_vocabulary, load_model_config
+from grpo_core.model_check import check_lengths, check_targets, check_vocabulary
 from grpo_core.policy import Policy
 from grpo_core.registry import fact
 from grpo_core.rewards import REWARDS, missing_columns
@@ -31,9 +31,10 @@ def all_tasks(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[li
     return tasks, eval_tasks, long + long_too
 
 
-def check_before_loading(config: RunConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> None:
-    """Raise ConfigError for what cannot go together, as far as the model's configuration tells."""
-    described = load_model_config(config.model)
+def check_before_loading(
+    config: RunConfig, described: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    """Raise ConfigError for what cannot go together, as far as `described`, the model's configuration, tells."""
     check_vocabulary(described, tokenizer)
     check_lengths(prompts, config.sampling.max_new_tokens, described)
     check_targets(described, config.lora, config.model.trust_remote_code)

@@ -15,6 +15,7 @@ from grpo_core.config import RunConfig
 from grpo_core.config_check import prompts_per_rank
 from grpo_core.data import TaskStream, load_tokenizer
 from grpo_core.memory import find_budgets
+from grpo_core.model_check import load_model_config
 from grpo_core.objective import render
 from grpo_core.parts import all_tasks, check_before_loading, check_columns, make_rewards, make_sampler, quieten
 from grpo_core.policy import Policy, load_policy
@@ -38,7 +39,9 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     tasks, eval_tasks, left_out = all_tasks(config, tokenizer)
     check_columns(config, tasks, eval_tasks)
-    check_before_loading(config, tokenizer, [task.prompt_ids for task in (*tasks, *eval_tasks)])
+    check_before_loading(
+        config, load_model_config(config.model), tokenizer, [task.prompt_ids for task in (*tasks, *eval_tasks)]
+    )
     yield "A step\n" + _indent(arithmetic(config, tasks, eval_tasks, left_out, processes, per_rank))
     first = TaskStream(tasks, config.prompts_per_step, config.seed).batch(0)[0]
     yield "The first prompt, as the model sees it\n" + _indent(prompt(first, tokenizer))

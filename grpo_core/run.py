@@ -50,3 +50,4 @@ class Run:
     skips_ties: bool  # a row with advantage 0 has no part in the gradient, whatever the others are
     log: RunLog
     steps_per_epoch: int
+    held_out: Callable[[], dict[str, float]] = dict  # what else an evaluation measures; a collective

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +26,7 @@ from grpo_core.laws import zero_advantage
 from grpo_core.losses import LOSSES
 from grpo_core.memory import find_budgets
 from grpo_core.metrics import RunLog
+from grpo_core.model_check import load_model_config
 from grpo_core.objective import remarks
 from grpo_core.parts import all_tasks, check_before_loading, check_columns, make_rewards, make_sampler, quieten
 from grpo_core.policy import Policy, load_policy
@@ -41,35 +44,20 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     """
     dtype = start(config)
     per_rank = prompts_per_rank(config, distributed.world_size())
-    folder, latest, damaged = checkpoint.run_folder(config)
-    meta, overridden = checkpoint.read_meta(latest, config) if latest else ({}, [])
-    start_step = meta.get("next_step", 0)
-    control = Control(**meta["control"]) if latest else first_control(config.loss)
+    beginning = find_beginning(config)
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     tasks, eval_tasks, left_out = all_tasks(config, tokenizer)
     check_columns(config, tasks, eval_tasks)
-    check_before_loading(config, tokenizer, [task.prompt_ids for task in (*tasks, *eval_tasks)])
+    described, prompts = load_model_config(config.model), [task.prompt_ids for task in (*tasks, *eval_tasks)]
+    check_before_loading(config, described, tokenizer, prompts)
     policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
-    run = assemble(
-        config, folder, policy, tokenizer, tasks, eval_tasks, config.prompts_per_step, dtype, start_step, control
-    )
+    run = assemble(config, beginning, policy, tokenizer, tasks, eval_tasks, config.prompts_per_step, dtype)
     if config.reference.every:
         policy.move_reference()  # the adapter is fresh: it starts as the base model
-    if config.model.trust_remote_code:
-        run.log.say(f"model.trust_remote_code is on: code that came with {config.model.path} runs in this process")
-    for sentence in damaged:
-        run.log.say(f"warning: {sentence}")
-    if latest:
-        overridden += checkpoint.load(latest, meta, run)
-        run.log.say(f"resumed from {latest} after {start_step} steps")
-        if overridden:
-            run.log.say(f"warning: resume=force went on in spite of {', '.join(overridden)}")
-    elif config.resume:
-        run.log.say(f"resume: {config.resume}, but there is no checkpoint: starting from the beginning")
+    go_on(run, beginning)
     sampling, trainer = config.sampling, config.trainer
-    what_of_them = "cut on the left" if config.data.long_prompts == "truncate_left" else "left out"
     run.log.say(
-        f"{len(tasks)} tasks ({left_out} {what_of_them}: prompt over {config.data.max_prompt_tokens} tokens), "
+        f"{described_tasks(config, len(tasks), left_out)}, "
         f"{run.num_steps} steps of {trainer.completions_per_step} completions = {distributed.world_size()} processes "
         f"× {per_rank} prompts × {sampling.group_size}, "
         f"{str(dtype).removeprefix('torch.')}"
@@ -83,17 +71,72 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     return run, tokenizer
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run starts: in its folder, anew or from a checkpoint."""
+
+    folder: Path
+    checkpoint: Path | None
+    meta: dict[str, Any]  # what the checkpoint holds beside tensors
+    overridden: list[str]  # keys of the configuration that differ, with resume: force
+    damaged: list[str]  # a sentence for each checkpoint that was passed over
+
+    @property
+    def step(self) -> int:
+        """Steps that were taken before."""
+        return self.meta.get("next_step", 0)
+
+    def control(self, config: RunConfig) -> Control:
+        """The coefficients as they are before the next step."""
+        return Control(**self.meta["control"]) if self.checkpoint else first_control(config.loss)
+
+
+def find_beginning(config: RunConfig) -> Beginning:
+    """The run folder, and the checkpoint there that `config` goes on from. A collective.
+
+    Raises:
+        ConfigError: what `checkpoint.run_folder` and `checkpoint.read_meta` raise.
+    """
+    folder, latest, damaged = checkpoint.run_folder(config)
+    meta, overridden = checkpoint.read_meta(latest, config) if latest else ({}, [])
+    return Beginning(folder, latest, meta, overridden, damaged)
+
+
+def go_on(run: Run, beginning: Beginning) -> None:
+    """Load the checkpoint, where there is one, and say what is to be said of it and of the model's code.
+
+    Raises:
+        ConfigError: what `checkpoint.load` raises.
+    """
+    config, latest = run.config, beginning.checkpoint
+    if config.model.trust_remote_code:
+        run.log.say(f"model.trust_remote_code is on: code that came with {config.model.path} runs in this process")
+    for sentence in beginning.damaged:
+        run.log.say(f"warning: {sentence}")
+    if latest:
+        overridden = beginning.overridden + checkpoint.load(latest, beginning.meta, run)
+        run.log.say(f"resumed from {latest} after {run.start_step} steps")
+        if overridden:
+            run.log.say(f"warning: resume=force went on in spite of {', '.join(overridden)}")
+    elif config.resume:
+        run.log.say(f"resume: {config.resume}, but there is no checkpoint: starting from the beginning")
+
+
+def described_tasks(config: RunConfig, count: int, left_out: int) -> str:
+    """How many tasks there are, in words."""
+    what_of_them = "cut on the left" if config.data.long_prompts == "truncate_left" else "left out"
+    return f"{count} tasks ({left_out} {what_of_them}: prompt over {config.data.max_prompt_tokens} tokens)"
+
+
 def assemble(
     config: RunConfig,
-    folder: Path,
+    beginning: Beginning,
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     tasks: list[Task],
     eval_tasks: list[Task],
     tasks_per_step: int,  # over all ranks
     dtype: torch.dtype,
-    start_step: int = 0,
-    control: Control | None = None,
     longest_completion: int | None = None,  # default: what the sampler may draw
 ) -> Run:
     """The parts of a run around a policy and its tasks."""
@@ -103,17 +146,17 @@ def assemble(
     total_steps = num_steps * trainer.num_minibatches * trainer.num_passes
     engine = Engine(policy.model, config, dtype=dtype, total_steps=total_steps, world_size=world_size)
     policy.model.eval()  # DeepSpeed leaves it in training mode
-    log = RunLog(folder, config, start_step, num_steps)
+    log = RunLog(beginning.folder, config, beginning.step, num_steps)
     log.flops_per_token = policy.flops_per_token()
     loss_fn = LOSSES.build(loss.name, loss.args)
     longest = (max(len(task.prompt_ids) for task in tasks), longest_completion or config.sampling.max_new_tokens)
     rows = trainer.completions_per_step // world_size // trainer.num_minibatches
     return Run(
         config=config,
-        folder=folder,
-        start_step=start_step,
+        folder=beginning.folder,
+        start_step=beginning.step,
         num_steps=num_steps,
-        control=control or first_control(config.loss),
+        control=beginning.control(config),
         steps_per_epoch=stream.steps_per_epoch,
         tasks=stream,
         eval_tasks=eval_tasks,

@@ -5,108 +5,186 @@ The loss is `reinforce` with advantage 1 and the token average, which is the usu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo_core import checkpoint, distributed
+from grpo_core import checkpoint, distributed, interrupt
+from grpo_core.alerts import Alerts
 from grpo_core.batch import Rollouts, Task, TrainBatch
-from grpo_core.config import AdvantageConfig, LossConfig, RunConfig, SftConfig
-from grpo_core.data import load_tokenizer, template_fields
-from grpo_core.policy import Policy, load_policy, wrap
+from grpo_core.config import AdvantageConfig, LossConfig, ReferenceConfig, RunConfig
+from grpo_core.data import load_tokenizer
+from grpo_core.job import closing
+from grpo_core.model_check import load_model_config
+from grpo_core.parts import all_tasks, check_before_loading, check_columns
+from grpo_core.policy import load_policy, wrap
 from grpo_core.rows import load_splits
+from grpo_core.run import Run
 from grpo_core.sampler import eos_ids
 from grpo_core.schema import ConfigError
-from grpo_core.setup import all_tasks, assemble, start
+from grpo_core.setup import assemble, described_tasks, find_beginning, go_on, start
 from grpo_core.stats import Stats
+from grpo_core.targets import longest_target, supervised_rollouts
 from grpo_core.tiny import new_model
-from grpo_core.trainer import due, evaluate_now, update_policy
+from grpo_core.trainer import (
+    end_after_too_many,
+    evaluate_now,
+    finish_step,
+    forward_all,
+    keep_what_went_wrong,
+    update_policy,
+)
+
+Answers = Callable[[Sequence[Task]], Rollouts]  # tasks with their targets
+
+TEMPERATURE = 1.0  # the cross-entropy is the model's own, whatever training samples at later
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+COLUMNS = (  # of metrics.jsonl; what else an update measures compares with a sampler
+    *("step", "loss", "tokens", "grad_norm", "learning_rate", "epoch", "adapter_norm", "skipped"),
+    *("tokens_updated", "micro_batches", "memory_retries"),
+)
 
 
 def run_sft(config: RunConfig) -> Path:
-    """Train on the data's own answers; returns the folder with the model (or adapter) and tokenizer.
+    """Train on the data's own answers; returns the folder with the model (with lora.r the adapter) and the tokenizer.
 
     Raises:
-        ConfigError: a template that names a column the data lacks, and what `setup` raises.
+        ConfigError: what `setup` raises.
+        interrupt.Interrupted: a signal asked for the end; a checkpoint is there.
+        interrupt.RunFailed: the run cannot go on.
     """
-    supervised = LossConfig(name="reinforce", average="token", kl_coef=0.0)
-    config = replace(config, loss=supervised, advantage=AdvantageConfig("dr_grpo"))
-    dtype = start(config)
-    folder, _, _ = checkpoint.run_folder(config)
-    policy, tokenizer = starting_point(config, dtype)
-    tasks, eval_tasks, _ = all_tasks(config, tokenizer)
-    for target in config.sft.targets:
-        for name in template_fields(target.template):
-            if name not in tasks[0].columns:
-                raise ConfigError(f"sft.targets uses {{{name}}}, but the columns are {', '.join(tasks[0].columns)}")
-    eos = min(eos_ids(policy.causal_lm, tokenizer))
-    texts = [target.template.format(**task.columns) for target in config.sft.targets for task in tasks]
-    longest = max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) + 1  # the end
-    run = assemble(
-        config,
-        folder,
-        policy,
-        tokenizer,
-        tasks,
-        eval_tasks,
-        config.trainer.completions_per_step,
-        dtype,
-        longest_completion=longest,
-    )
-    for step in range(run.num_steps):
-        with run.log.phase("update"):
-            rollouts = supervised_rollouts(run.tasks.batch(step), config.sft, tokenizer, eos, run.sampler.device)
-            ones, stats = torch.ones(len(rollouts), 1, device=run.sampler.device), Stats()
-            numbers = update_policy(run, TrainBatch(rollouts, ones, rollouts.completion_mask), step, run.control, stats)
-        stats.total("tokens", rollouts.lengths().sum())
-        run.log.record(step, {"step": step, **stats.reduce(), **numbers}, _line)
-        if due(config.evaluation.every, step + 1, run) or step + 1 == run.num_steps:
-            evaluate_now(run, step + 1)
-    output = Path(config.sft.output or folder / "model")
-    policy.model.to(distributed.precision(config.sft.save_precision))
-    checkpoint.export(output, policy, tokenizer)
-    run.log.say(f"model: {output}")
-    run.log.close()
+    kind = "adapter" if config.lora.r else "model"
+    with interrupt.listening():
+        run, tokenizer, answers = setup(config)
+        output = Path(config.sft.output or run.folder / kind)
+        with closing(run):
+            train(run, answers)
+            if config.sft.save_precision != "auto":
+                run.policy.model.to(DTYPES[config.sft.save_precision])
+            checkpoint.export(output, run.policy, tokenizer)
+            run.log.say(f"{kind}: {output}")
     return output
 
 
-def starting_point(config: RunConfig, dtype: torch.dtype) -> tuple[Policy, PreTrainedTokenizerBase]:
-    """model.path with its tokenizer, or a new small model with a tokenizer learned from the training rows."""
-    if not config.sft.new_model:
-        policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
-        return policy, load_tokenizer(config.model.path, config.model.trust_remote_code)
+def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, Answers]:
+    """Build the run, continue from a checkpoint where asked to, and write config.yaml.
+
+    Raises:
+        ConfigError: anything the user asked for that cannot be run, before the model loads where that can be told.
+    """
+    dtype = start(config)
+    config = supervised(config)
+    beginning = find_beginning(config)
+    if config.sft.output:
+        checkpoint.check_output(Path(config.sft.output), "sft.output")
+    base, tokenizer = _new_base(config) if config.sft.new_model else (None, _tokenizer(config))
+    described = base.config if base else load_model_config(config.model)
+    tasks, eval_tasks, left_out = all_tasks(config, tokenizer)
+    check_columns(replace(config, rewards=[]), tasks, eval_tasks)
+    check_before_loading(config, described, tokenizer, [task.prompt_ids for task in (*tasks, *eval_tasks)])
+    longest = max(
+        longest_target(config.sft, tasks, tokenizer, described),
+        longest_target(config.sft, eval_tasks, tokenizer, described, "the evaluation data"),
+    )
+    if base:
+        policy = wrap(base.to(dtype), config.model, config.lora, temperature=TEMPERATURE)
+    else:
+        policy = load_policy(config.model, config.lora, dtype=dtype, temperature=TEMPERATURE)
+    per_step = config.trainer.completions_per_step
+    run = assemble(config, beginning, policy, tokenizer, tasks, eval_tasks, per_step, dtype, longest)
+    end = tokenizer.eos_token_id
+    eos = min(eos_ids(policy.causal_lm, tokenizer)) if end is None else end
+    answers = partial(supervised_rollouts, config=config.sft, tokenizer=tokenizer, eos=eos, device=run.sampler.device)
+    run = replace(run, held_out=partial(held_out_loss, run, answers))
+    go_on(run, beginning)
+    run.log.say(
+        f"{described_tasks(config, len(tasks), left_out)}, {run.num_steps} steps of {per_step} targets of up to "
+        f"{longest} tokens on {distributed.world_size()} processes, {str(dtype).removeprefix('torch.')}"
+    )
+    return run, tokenizer, answers
+
+
+def supervised(config: RunConfig) -> RunConfig:
+    """`config` with the supervised loss in the place of its own. It is what checkpoints and config.yaml say.
+
+    Raises:
+        ConfigError: what cannot be of a supervised run.
+    """
+    trainer, world_size = config.trainer, distributed.world_size()
+    for key in ("num_minibatches", "num_passes"):
+        if getattr(trainer, key) != 1:
+            raise ConfigError(f"trainer.{key} is {getattr(trainer, key)}; sft takes one optimizer step a batch: 1")
+    if trainer.completions_per_step % world_size:
+        raise ConfigError(
+            f"trainer.completions_per_step is {trainer.completions_per_step}; it must be a multiple of the processes "
+            f"({world_size})"
+        )
+    if config.sft.new_model and config.lora.r:
+        raise ConfigError(
+            f"lora.r is {config.lora.r}, but sft.new_model makes a new model, all of which is trained: lora.r must be 0"
+        )
+    loss = LossConfig(name="reinforce", average="token", kl_coef=0.0)
+    return replace(config, loss=loss, advantage=AdvantageConfig("dr_grpo"), reference=ReferenceConfig())
+
+
+def train(run: Run, answers: Answers) -> None:
+    """Take the run's steps; step s is a function of the weights before it and of (seed, s).
+
+    Raises:
+        interrupt.Interrupted, interrupt.RunFailed: as `run_sft` does.
+    """
+    alerts, sound = Alerts(run.config), run.start_step  # steps before the first of the last that were skipped
+    if run.start_step == 0 and (failed := evaluate_now(run, 0)):
+        raise interrupt.RunFailed(failed)
+    for step in range(run.start_step, run.num_steps):
+        tasks, stats = run.tasks.batch(step), Stats()
+        with run.log.phase("update"):
+            rollouts = replace(answers(tasks), completions=())  # the loss reads no text
+            ones = torch.ones(len(rollouts), 1, device=rollouts.completion_ids.device)
+            batch = TrainBatch(rollouts, ones, rollouts.completion_mask)
+            numbers = update_policy(run, batch, step, run.control, stats)
+        stats.total("tokens", rollouts.lengths().sum())
+        row = {"step": step, **stats.reduce(), **numbers}
+        row = {name: row[name] for name in COLUMNS}
+        run.log.record(step, row, _line)
+        if numbers["skipped"]:
+            keep_what_went_wrong(run, step, tasks, batch, row)
+            end_after_too_many(run, step + 1, sound, run.control)
+        else:
+            sound = step + 1
+        finish_step(run, step + 1, run.control, alerts.see(row), None)
+
+
+@torch.no_grad()
+def held_out_loss(run: Run, answers: Answers) -> dict[str, float]:
+    """Cross-entropy of the evaluation tasks' targets: `loss`, the mean in nats of all their `tokens`. A collective.
+
+    Which of several templates a task gets depends on its row alone: it is the same at every time, in every run.
+    """
+    mine = run.eval_tasks[distributed.rank() :: distributed.world_size()]
+    counts = torch.zeros(2, dtype=torch.double)
+    if mine:
+        rollouts = replace(answers([replace(task, seed=(task.index,)) for task in mine]), completions=())
+        logprobs, _ = forward_all(run, rollouts)
+        counts = torch.stack([-logprobs.double().sum(), rollouts.lengths().sum()]).cpu()
+    nats, tokens = distributed.all_sum(counts).tolist()
+    return {"loss": nats / tokens, "tokens": int(tokens)}
+
+
+def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    return load_tokenizer(config.model.path, config.model.trust_remote_code)
+
+
+def _new_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A new small model with a tokenizer learned from the training rows."""
     rows, _ = load_splits(config.data, config.evaluation.num_tasks, config.seed)
-    base, tokenizer = new_model([" ".join(map(str, row.values())) for row in rows], **config.sft.new_model)
-    return wrap(base.to(dtype), config.model, config.lora, temperature=config.sampling.temperature), tokenizer
+    return new_model([" ".join(map(str, row.values())) for row in rows], **config.sft.new_model)
 
 
 def _line(row: dict[str, float]) -> str:
-    return f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  {row['seconds']:.2f} s"
-
-
-def supervised_rollouts(
-    tasks: Sequence[Task], config: SftConfig, tokenizer: PreTrainedTokenizerBase, eos: int, device: torch.device
-) -> Rollouts:
-    """The tasks' targets as rollouts. Which template a task gets depends on its seed, in proportion to the shares."""
-    shares = np.cumsum([target.share for target in config.targets])
-    texts = []
-    for task in tasks:
-        place = np.searchsorted(shares, np.random.default_rng(task.seed).random() * shares[-1], side="right")
-        texts.append(config.targets[place].template.format(**task.columns))
-    targets = [[*ids, eos] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    prompt_ids, prompt_mask = right_padded([task.prompt_ids for task in tasks], device)
-    ids, mask = right_padded(targets, device)
-    ended = torch.zeros(len(tasks), dtype=torch.bool, device=device)
-    return Rollouts(prompt_ids, prompt_mask, ids, mask, torch.zeros(ids.shape, device=device), ended, tuple(texts))
-
-
-def right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, [B, longest]."""
-    width = max(map(len, rows))
-    ids = torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return ids, torch.arange(width, device=device) < lengths[:, None]
+    skipped = "  update skipped: gradient not finite" if row["skipped"] else ""
+    return f"loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}  {row['seconds']:.2f} s{skipped}"

@@ -329,7 +329,7 @@ def evaluate_now(run: Run, steps_taken: int) -> str | None:
     settings = Decoding(chosen.temperature or 1.0, not chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
     given = {"batch_size": chosen.batch_size, "settings": settings, "warn": run.log.warn}
     with run.log.phase("evaluate"):
-        result = evaluate(run.sampler, run.eval_tasks, run.eval_reward, **given)
+        result = evaluate(run.sampler, run.eval_tasks, run.eval_reward, **given) | run.held_out()
     run.log.evaluation(steps_taken, result)
     if result["failed"] <= limit * result["n"]:
         return None

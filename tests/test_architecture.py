@@ -21,13 +21,14 @@ LAYERS = [  # a module imports only from rows above its own
     {"catalogue", "config_file", "laws", "decode_kernels", "layers"},
     {"advantage_laws", "fused_decoder"},
     {"alerts", "check", "data", "metrics", "progress"},
-    {"model_check"},
+    {"model_check", "targets"},
     {"policy", "sampler", "engine", "run"},
     {"checkpoint", "collect", "evaluation", "incident", "memory"},
     {"parts"},
     {"opened", "trainer"},
     {"ask", "assessment", "preview", "report", "setup"},
-    {"job", "sft"},
+    {"job"},
+    {"sft"},
     {"launch", "cli"},
     {"__main__", "__init__"},
 ]
@@ -41,7 +42,7 @@ DOORS = {
     "safetensors": {"checkpoint", "incident"},
     # the last three name its types and set its log level; they load nothing with it
     "triton": {"decode_kernels", "attention_kernels", "logprob_kernels", "layer_kernels"},
-    "transformers": {"policy", "sampler", "plain_decoder", "packed_attention", "data", "tiny", "checkpoint", "model_check", "parts", "setup", "opened", "sft"},
+    "transformers": {"policy", "sampler", "plain_decoder", "packed_attention", "data", "tiny", "checkpoint", "model_check", "parts", "setup", "opened", "ask", "preview", "sft", "targets"},
 }
 MATHEMATICS = {"grpo_core", "torch", "numpy"} | set(sys.stdlib_module_names)
 

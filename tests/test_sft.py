@@ -1,25 +1,43 @@
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_run import SHORT, python
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_run import free_port, overrides, read, without_times
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grpo_core import checkpoint, distributed, sft
 from grpo_core.averages import Totals
 from grpo_core.batch import Task, TrainBatch
 from grpo_core.config import LoraConfig, LossConfig, ModelConfig, RunConfig, SftConfig, TargetConfig
+from grpo_core.config_file import load
 from grpo_core.control import Control
 from grpo_core.corrections import CORRECTIONS
 from grpo_core.data import load_tokenizer
+from grpo_core.interrupt import RunFailed
 from grpo_core.losses import LOSSES
+from grpo_core.packing import Budget
 from grpo_core.policy import load_policy
 from grpo_core.problems import word_problems
-from grpo_core.sft import supervised_rollouts
+from grpo_core.run import Budgets
+from grpo_core.schema import ConfigError
 from grpo_core.stats import Stats
+from grpo_core.targets import supervised_rollouts
 from grpo_core.tiny import new_tokenizer
 from grpo_core.trainer import micro_loss
 
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "configs" / "tiny.yaml"
+THINK = "<think>{cot}</think>\n{answer}"
 ROWS = word_problems("train", 40)
 
 
@@ -50,6 +68,43 @@ def test_the_loss_is_the_models_own_cross_entropy():
     torch.testing.assert_close(ours, summed / mask.sum())
 
 
+def own_cross_entropy(model, tokenizer, rows, template=THINK):
+    """Summed over the tokens of all rows, and their number: transformers' own loss, a row at a time."""
+    nats, count = 0.0, 0
+    for row in rows:
+        prompt = tokenizer(f"Question: {row['question']}\n")["input_ids"]
+        target = [*tokenizer(template.format(**row), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        ids = torch.tensor([prompt + target])
+        with torch.no_grad():
+            nats += float(model(ids, labels=torch.tensor([[-100] * len(prompt) + target])).loss) * len(target)
+        count += len(target)
+    return nats, count
+
+
+def test_the_held_out_loss_is_the_models_own_whatever_the_order_and_the_seeds():
+    tokenizer = load_tokenizer("builtin:tiny")
+    policy = load_policy(ModelConfig(), LoraConfig(r=0), dtype=torch.float32, temperature=1.0)
+    config = SftConfig(targets=[TargetConfig("{answer}"), TargetConfig(THINK)])
+
+    def answers(tasks):
+        return supervised_rollouts(tasks, config, tokenizer, tokenizer.eos_token_id, torch.device("cpu"))
+
+    def measure(tasks):
+        budgets = Budgets(Budget(100), Budget(150))
+        return sft.held_out_loss(SimpleNamespace(eval_tasks=tasks, policy=policy, budgets=budgets), answers)
+
+    tasks = make_tasks(tokenizer, 12)
+    chosen = answers([replace(task, seed=(task.index,)) for task in tasks]).completions
+    thinks = [text.startswith("<think>") for text in chosen]
+    assert 2 < sum(thinks) < 10
+    parts = [own_cross_entropy(policy.causal_lm, tokenizer, [ROWS[i]], THINK if thinks[i] else "{answer}") for i in range(12)]
+    result = measure(tasks)
+    assert result["tokens"] == sum(count for _, count in parts)
+    assert result["loss"] == pytest.approx(sum(nats for nats, _ in parts) / result["tokens"], rel=1e-5)
+    others = measure([replace(task, seed=(5, task.index)) for task in reversed(tasks)])
+    assert others["tokens"] == result["tokens"] and others["loss"] == pytest.approx(result["loss"], rel=1e-6)
+
+
 def test_targets_are_mixed_by_their_shares():
     tokenizer = load_tokenizer("builtin:tiny")
     config = SftConfig(targets=[TargetConfig("{answer}", 0.6), TargetConfig("<think>{cot}</think>\n{answer}", 0.4)])
@@ -70,17 +125,185 @@ def test_the_tokenizer_keeps_digits_apart_and_encodes_anything():
     assert tokenizer.decode([tokenizer.eos_token_id, *tokenizer("a")["input_ids"]], skip_special_tokens=True) == "a"
 
 
-@pytest.mark.slow
-def test_the_command_makes_a_model_that_loads(tmp_path, environment):
-    command = [
-        "-m", "grpo_core", "sft", "--config", "configs/tiny_sft.yaml", f"output_dir={tmp_path}", f"sft.output={tmp_path}/model",
-        "trainer.num_steps=12", "engine.warmup_steps=2", *SHORT,
+def ranks(out, environment, *more):
+    """Two processes of the command."""
+    run = overrides(out, trainer__num_steps=8, checkpoint__every=3, evaluation__every=4, lora__dropout=0.1, sampling__temperature=0.5)
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "grpo_core", "sft", "--config", str(TINY), *run, *more]
+    return [
+        subprocess.Popen(
+            command, cwd=ROOT, env={**environment, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
     ]  # fmt: skip
-    done = python(*command, environment=environment)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"model: {tmp_path}/model", done.stderr
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "tiny_sft" / "metrics.jsonl").read_text().splitlines()]
-    assert losses[-1] < losses[0] - 0.5
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert model.dtype == torch.bfloat16 and model.config.vocab_size == len(
-        AutoTokenizer.from_pretrained(tmp_path / "model")
-    )
+
+
+def ended(processes):
+    """Exit codes, and what the first rank said."""
+    told = [process.communicate(timeout=200) for process in processes]
+    assert "Traceback" not in told[0][1] + told[1][1], told
+    return [process.returncode for process in processes], told[0][0]
+
+
+@pytest.mark.slow
+def test_an_adapter_of_two_processes_stopped_by_a_signal_and_resumed_is_bitwise_never_stopped(tmp_path, environment):
+    assert ended(ranks(tmp_path / "whole", environment))[0] == [0, 0]
+    cut = ranks(tmp_path / "cut", environment)
+    metrics, deadline = tmp_path / "cut" / "tiny" / "metrics.jsonl", time.time() + 100
+    while not metrics.exists() or not metrics.read_text():
+        assert time.time() < deadline and cut[1].poll() is None
+        time.sleep(0.01)
+    cut[1].send_signal(signal.SIGTERM)
+    codes, told = ended(cut)
+    assert codes == [143, 143] and "stopped by SIGTERM with a checkpoint; resume=" in told
+    assert len(read(metrics)) < 8
+    codes, told = ended(ranks(tmp_path / "cut", environment, "resume=auto"))
+    assert codes == [0, 0] and "resumed from" in told and told.splitlines()[-1] == f"adapter: {tmp_path / 'cut' / 'tiny' / 'adapter'}"
+
+    whole, cut = tmp_path / "whole" / "tiny", tmp_path / "cut" / "tiny"
+    for name in ("metrics", "evaluation"):
+        assert without_times(read(cut / f"{name}.jsonl")) == without_times(read(whole / f"{name}.jsonl"))
+    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, cut))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+    rows, evaluations = read(whole / "metrics.jsonl"), read(whole / "evaluation.jsonl")
+    columns = {name for name in rows[0] if not name.startswith("seconds")}
+    assert columns == {*sft.COLUMNS, "tokens_per_second"} and rows[0]["tokens"] > 32 and rows[-1]["learning_rate"] > 0
+    assert [row["step"] for row in evaluations] == [0, 4, 8] and all("accuracy" in row for row in evaluations)
+    assert evaluations[-1]["loss"] < evaluations[0]["loss"] and f"loss {evaluations[-1]['loss']:.4f} nats a token" in told
+    tokenizer = AutoTokenizer.from_pretrained(whole / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "grpo_core" / "builtin" / "tiny", dtype=torch.float32).eval()
+    before = own_cross_entropy(base, tokenizer, word_problems("test", 8))
+    after = own_cross_entropy(PeftModel.from_pretrained(base, whole / "adapter"), tokenizer, word_problems("test", 8))
+    for row, (nats, tokens) in ((evaluations[0], before), (evaluations[-1], after)):
+        assert row["tokens"] == tokens and row["loss"] == pytest.approx(nats / tokens, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def group():
+    """A process group of one: DeepSpeed takes no second one in a process."""
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    yield
+    distributed.shutdown()
+    for name in names:
+        os.environ.pop(name, None)
+
+
+def configured(out, *more, file=TINY):
+    return load(file, [*overrides(out), "trainer.num_steps=4", "evaluation.num_tasks=4", "trainer.hang_timeout=0", *more])
+
+
+def test_all_weights_over_a_full_disk_and_a_death_are_bitwise_those_of_a_run_left_alone(tmp_path, group, monkeypatch, capsys):
+    """A new model, too: what it starts as is a function of the seed."""
+
+    def config(out, *more):
+        steps = ["checkpoint.every=1", "trainer.num_steps=6", "engine.warmup_steps=2"]
+        return configured(tmp_path / out, *steps, *more, file=ROOT / "configs" / "tiny_sft.yaml")
+
+    model = sft.run_sft(config("whole", f"sft.output={tmp_path}/here"))
+    assert model == tmp_path / "here"
+    assert AutoModelForCausalLM.from_pretrained(model).config.vocab_size == len(AutoTokenizer.from_pretrained(model))
+    losses = [row["loss"] for row in read(tmp_path / "whole" / "tiny_sft" / "metrics.jsonl")]
+    assert losses[-1] < losses[0] - 1
+    write, finish = checkpoint._write, sft.finish_step
+
+    def full(folder, name, *rest):
+        if name == "step-000001":
+            raise OSError(28, "No space left on device")
+        write(folder, name, *rest)
+
+    def dies(run, steps_taken, *rest):
+        finish(run, steps_taken, *rest)
+        if steps_taken == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write", full)
+        patch.setattr(sft, "finish_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            sft.run_sft(config("cut"))
+    assert "the checkpoint after 1 steps could not be written (No space left on device); going on" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="sft.targets .* then"):
+        sft.run_sft(config("cut", "resume=auto", "sft.targets=['{answer}']"))
+    again = sft.run_sft(config("cut", "resume=auto", "sft.save_precision=auto"))
+    assert "after 2 steps" in capsys.readouterr().out and again == tmp_path / "cut" / "tiny_sft" / "model"
+    assert [row["loss"] for row in read(again.parent / "metrics.jsonl")] == losses
+    one, other = (load_file(folder / "model.safetensors") for folder in (model, again))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name].bfloat16()) for name in one)
+    assert {value.dtype for value in (*one.values(), *other.values())} == {torch.bfloat16, torch.float32}
+
+
+def test_data_without_a_chain_of_thought_and_going_on_from_a_model(tmp_path, group):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"question": "What is {i} + 1?", "answer": "{i + 1}"}}\n' for i in range(40)))
+    data = [f"data.path={rows}", "trainer.num_steps=1"]
+    whole = sft.run_sft(configured(tmp_path, *data, "name=a", "lora.r=0", "loss.kl_coef=0", 'sft.targets=["{answer}"]'))
+    with pytest.raises(ConfigError, match="sft.targets uses {cot}; known: answer, question"):
+        sft.run_sft(configured(tmp_path, *data, "name=b"))
+    adapter = sft.run_sft(configured(tmp_path, *data, "name=c", f"model.path={whole}", "sft.targets=['{answer}']"))
+    assert adapter == tmp_path / "c" / "adapter" and load_file(adapter / "adapter_model.safetensors")
+    last, first = (read(tmp_path / name / "evaluation.jsonl")[i]["loss"] for name, i in (("a", -1), ("c", 0)))
+    assert first == pytest.approx(last, rel=1e-5)
+    with pytest.raises(ConfigError, match="holds an adapter and not a model.*export RUN --merged"):
+        sft.run_sft(configured(tmp_path, *data, "name=d", f"model.path={adapter}"))
+
+
+@pytest.mark.parametrize("column, given, message", [
+    ("cot", None, "row 3 of {}: 'cot', which sft.targets uses, is null"),
+    ("cot", "1 + " * 2000, r"row 3 of {}: the target .* has \d{{4}} tokens, which with a prompt of up to \d+ .* model's 1024 positions"),
+])  # fmt: skip
+@pytest.mark.parametrize("where", ["the data", "the evaluation data"])
+def test_a_target_that_cannot_be_is_one_sentence_before_the_model_loads(tmp_path, group, monkeypatch, column, given, message, where):
+    monkeypatch.setattr(sft, "load_policy", None)
+    files = {name: tmp_path / f"{name.split()[1]}.jsonl" for name in ("the data", "the evaluation data")}
+    for name, path in files.items():
+        bad = {column: given} if name == where else {}
+        rows = [{**row, **(bad if i == 2 else {})} for i, row in enumerate(ROWS[:8])]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [f"data.path={files['the data']}", f"data.eval_path={files['the evaluation data']}"]
+    with pytest.raises(ConfigError, match=message.format(where)):
+        sft.run_sft(configured(tmp_path, *data))
+
+
+@pytest.mark.parametrize("given, message", [
+    (["trainer.num_passes=2"], "trainer.num_passes is 2; sft takes one optimizer step a batch"),
+    (["sft.new_model={}", "sft.new_model.vocab_size=400"], "lora.r is 16, but sft.new_model makes a new model"),
+    (["sft.output=/dev/null/model"], "sft.output is /dev/null/model, which cannot be written: Not a directory"),
+    (["sft.targets=[]"], "sft.targets is empty"),
+    (["sft.targets=[{template: x, share: 0}]"], r"sft.targets\[0\].share is 0.0; it must be above 0"),
+    (["sft.targets=['{answer:d}']"], "sft.targets: '{answer:d}' cannot be filled in"),
+])  # fmt: skip
+def test_what_sft_cannot_do_is_one_sentence(tmp_path, group, given, message):
+    with pytest.raises(ConfigError, match=message):
+        sft.run_sft(configured(tmp_path, *given))
+
+
+def test_only_the_reward_of_the_evaluation_needs_its_columns(tmp_path, group):
+    other = ["data.columns={reply: answer}", "sft.targets=['{reply}']", "trainer.num_steps=1"]
+    with pytest.raises(ConfigError, match="reward correct_answer needs 'answer'"):
+        sft.run_sft(configured(tmp_path, *other))
+    adapter = sft.run_sft(configured(tmp_path, *other, "evaluation.num_tasks=0"))
+    assert adapter.is_dir() and not (tmp_path / "tiny" / "evaluation.jsonl").exists()
+
+
+def test_a_run_that_learns_nothing_and_one_that_is_not_finite_end(tmp_path, group):
+    still = ["trainer.num_steps=12", "engine.learning_rate=1e-30", "alerts=stop", "trainer.completions_per_step=8"]
+    with pytest.raises(RunFailed, match="alerts is stop, and the adapter has not moved in 10 steps"):
+        sft.run_sft(configured(tmp_path, "name=still", "evaluation.num_tasks=0", *still))
+    assert [path.name for path in checkpoint.steps(tmp_path / "still" / "checkpoints")] == ["step-000010"]
+    broken = configured(tmp_path, "name=broken", "evaluation.num_tasks=0", "trainer.max_skipped_steps=2")
+    run, _, answers = sft.setup(broken)
+    calls = []
+
+    def breaks(tasks):
+        calls.append(tasks)
+        if len(calls) == 2:
+            run.policy.parameters()[0].data.fill_(float("nan"))
+        return answers(tasks)
+
+    with pytest.raises(RunFailed, match="not finite in 2 steps in a row, from step 1 on"):
+        sft.train(run, breaks)
+    assert [path.name for path in checkpoint.steps(run.folder / "checkpoints")] == ["step-000001"]
+    assert (run.folder / "incidents" / "step-000002-rank-0.safetensors").exists()
+    assert [row["skipped"] for row in read(run.folder / "metrics.jsonl")] == [0, 1, 1]
