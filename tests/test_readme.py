@@ -1,4 +1,4 @@
-"""The README's walk through a new loss, each command as it is written there."""
+"""The walk through a new loss in docs/loss.md, each command as it is written there."""
 
 import re
 import shutil
@@ -12,10 +12,11 @@ from grpo_core.advantage_laws import check_advantage
 from grpo_core.advantages import ADVANTAGES
 
 ROOT = Path(__file__).parents[1]
-SECTION = re.search(r"## Change the loss\n(.*?)\n### ", (ROOT / "README.md").read_text(), re.S)[1]
+PAGE = (ROOT / "docs" / "loss.md").read_text()
+SECTION = re.search(r"## From an idea to a trained loss in five commands\n(.*?)\n## ", PAGE, re.S)[1]
 COMMANDS = re.findall(r"^    (.+)$", re.sub(r"```.*?```", "", SECTION, flags=re.S), re.M)
 (PYTHON,) = re.findall(r"```python\n(.*?)```", SECTION, re.S)
-(ADVANTAGE,) = re.findall(r"```python\n(from grpo_core.advantages.*?)```", (ROOT / "README.md").read_text(), re.S)
+(ADVANTAGE,) = re.findall(r"```python\n(# my_advantages.py.*?)```", PAGE, re.S)
 
 
 def test_there_are_the_five_commands():

@@ -1,0 +1,240 @@
+"""README.md and docs: every command and block runs or loads, every key, link, metric and TRL option is real."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import is_dataclass
+from typing import get_type_hints
+
+import pytest
+from conftest import RANK
+from doc_commands import FENCE, ROOT, TRL, Unknown, blocks, job, jobs_of, simple_commands
+
+from grpo_core.config import RunConfig
+from grpo_core.config_check import prompts_per_rank
+from grpo_core.config_file import load
+
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+SECTIONS = {name: kind for name, kind in get_type_hints(RunConfig).items() if is_dataclass(kind)}
+READERS_OWN = {  # files that a reader is said to have
+    "my_rows.jsonl": {"question": "What is 1 + 1?", "answer": "#### 2"},
+    "my_problems.jsonl": {"problem": "What is 1 + 1?", "solution": "#### 2"},
+    "my_prompts.jsonl": {"prompt": "What is 1 + 1?"},
+}
+
+
+def inline(text):
+    """What stands in backticks outside of blocks."""
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+
+
+def tables(text, heading):
+    """Rows of the tables under a heading, as lists of cells without the header."""
+    section = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.S | re.M)[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
+    return [row for row in rows[2:] if set(row[0]) != {"-"}]
+
+
+def resolves(key):
+    """Whether a dotted key is one of the configuration; what stands below `args` is a function's."""
+    kind = RunConfig
+    for name in key.split("."):
+        if kind is dict or name not in (get_type_hints(kind) if is_dataclass(kind) else ()):
+            return False
+        kind = dict if name == "args" else get_type_hints(kind)[name]
+    return True
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory):
+    """Every page's jobs, done in a folder of its own; (page, what, problem) of each, and the folder."""
+    base, page_jobs = tmp_path_factory.mktemp("docs"), []
+    for page in ("", *PAGES):
+        folder = base / (page.replace("/", "-") or "first")
+        folder.mkdir()
+        for name in ("grpo_core", "configs"):
+            (folder / name).symlink_to(ROOT / name)
+        for name, row in READERS_OWN.items():
+            (folder / name).write_text(f"{json.dumps(row)}\n" * 40)
+        if not page:
+            tiny = {"kind": "job", "config": "configs/tiny.yaml", "overrides": [], "processes": 1}
+            page_jobs.append(("", "a run to start from", {"cwd": str(folder), **tiny}))
+        else:  # each has the run of the first
+            copy = {"kind": "shell", "command": f"cp -r {shlex.quote(str(base / 'first' / 'runs'))} ."}
+            page_jobs.append((page, "copy", {"cwd": str(folder), **copy}))
+            page_jobs += [(page, what, one) for what, one in jobs_of(PAGES[page], folder)]
+    (base / "jobs.json").write_text(json.dumps([one for *_, one in page_jobs]))
+    worker = ROOT / "tests" / "workers" / "commands.py"
+    environment = {key: value for key, value in os.environ.items() if key not in RANK}
+    environment |= {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, worker, base / "jobs.json", base / "problems.json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert (base / "problems.json").exists(), done.stderr[-2000:]
+    problems = json.loads((base / "problems.json").read_text())
+    yield base, [(page, what, problem) for (page, what, _), problem in zip(page_jobs, problems, strict=True)]
+    shutil.rmtree(base)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_its_commands_and_blocks_do_what_they_can_here(sandbox, page):
+    assert [(what, problem) for where, what, problem in sandbox[1] if where in ("", page) and problem] == []
+
+
+def test_a_command_that_no_rule_knows_fails(tmp_path):
+    for text in ("    make all\n", "    bash launch.sh 2 --fast\n", "```fish\nls\n```\n", "    ls && python -m grpo_core losses\n"):
+        with pytest.raises(Unknown):
+            jobs_of(text, tmp_path)
+
+
+def test_what_is_found_in_a_page(tmp_path):
+    text = "a\n\n    head x; NNODES=2 NODE_RANK=1 bash launch.sh 4 'a=b; c'\n\n```python\n# my.py\nx = 1\n```\n"
+    found = jobs_of(text, tmp_path)
+    assert [one["kind"] for _, one in found] == ["shell", "job", "python", "python"]
+    assert found[1][1]["processes"] == 8 and found[1][1]["overrides"] == ["a=b; c"]
+
+
+# --- words in backticks --------------------------------------------------------------------------------------------
+
+
+def placeholder(text):
+    """What a reader fills in."""
+    return "..." in text or "…" in text or ".py:" in text or re.search(r"\b(?!CUDA)[A-Z_]{1,}\b", text) is not None
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_key_and_override_in_backticks_is_one(page):
+    wrong = []
+    for code in inline(PAGES[page]):
+        for section, name in re.findall(rf"(?<![\w./:])({'|'.join(SECTIONS)})\.([a-z_]\w*)", code):
+            if name not in ("py", "jsonl", "yaml", "json") and not resolves(f"{section}.{name}"):
+                wrong.append(f"{section}.{name}")
+        key, equals, _ = code.partition("=")
+        if equals and re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", key):
+            if not resolves(key):
+                wrong.append(code)
+            elif not placeholder(code):
+                try:
+                    load(ROOT / "configs" / "tiny.yaml", shlex.split(code) if "'" in code else [code])
+                except ValueError as error:
+                    wrong.append(f"{code}: {error}")
+    # what was once a key, and is quoted in a message about it
+    assert [one for one in wrong if one != "trainer.micro_batch_size"] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_in_backticks_is_one(page):
+    for code in inline(PAGES[page]):
+        if not re.match(r"[A-Z_]*=?\S* ?(bash launch.sh|python -m|torchrun|deepspeed -|python benchmarks|uv |pip )", code) or placeholder(code):
+            continue
+        for simple in simple_commands(code):
+            for one in job(*simple):
+                if one["kind"] in ("job", "load"):
+                    config = load(ROOT / one["config"], one["overrides"])
+                    prompts_per_rank(config, one["processes"])
+
+
+# --- links ---------------------------------------------------------------------------------------------------------
+
+
+def anchors(text):
+    """GitHub's: lower case, punctuation away, spaces to hyphens."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", PAGES[page]))
+    for link in links:
+        if re.match(r"https?:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_every_page_is_reached_from_the_readme():
+    assert all(f"({page})" in PAGES["README.md"] for page in PAGES if page != "README.md")
+
+
+def test_the_readme_is_short_and_begins_with_the_two_commands():
+    text = PAGES["README.md"]
+    assert len(text.splitlines()) <= 230
+    assert [line for language, line in blocks(text) if language == "bash"][:2] == ["bash launch.sh 2", "bash tests/run.sh"]
+
+
+def test_the_files_it_names_are_there():
+    for page, text in PAGES.items():
+        for name in (word for code in inline(text) for word in re.findall(r"(?<![\w/.])(\w+\.py)\b(?!:)", code)):
+            assert (ROOT / "grpo_core" / name).exists() or name.startswith("my_") or name in ("mine.py", "file.py"), (page, name)
+
+
+def test_the_picture_shows_functions_that_are_there():
+    picture = (ROOT / "docs" / "loop.svg").read_text()
+    source = "".join(path.read_text() for path in (ROOT / "grpo_core").glob("*.py"))
+    names = re.findall(r"(\w+)\([^()]*\)</text>", picture)
+    assert len(names) >= 10 and all(f"def {name}(" in source for name in names), names
+    for page in re.findall(r"(\w+\.py)", picture):
+        assert (ROOT / "grpo_core" / page).exists(), page
+
+
+# --- from TRL ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heading", TRL)
+def test_the_table_of_trls_options(heading):
+    rows, seen = tables(PAGES["docs/from_trl.md"], heading), []
+    for row in rows:
+        options, here, difference = re.findall(r"`(\w+)`", row[0]), re.findall(r"`([\w.]+)`", row[1]), row[2]
+        assert options and all(option in TRL[heading] for option in options), row[0]
+        seen += options
+        keys = [key for key in here if resolves(key)]
+        assert keys or "not here, because" in row[1] or options == ["args"], row
+        default = re.search(r"default ([\w.-]+)(?: in both|, TRL's ([\w.-]+))", difference)
+        if default and not keys[0].endswith("args"):
+            ours = RunConfig()
+            for name in keys[0].split("."):
+                ours = getattr(ours, name)
+            theirs = TRL[heading][options[0]]
+            for said, value in ((default[1], ours), (default[2] or default[1], theirs)):
+                assert said.rstrip(".") == str(value) or float(said.rstrip(".")) == float(value), (row, value)
+    assert len(seen) == len(set(seen))
+    if heading != "TrainingArguments":
+        assert set(seen) == set(TRL[heading]), set(TRL[heading]) - set(seen)
+
+
+# --- metrics -------------------------------------------------------------------------------------------------------
+
+ON_A_GPU = {"memory_gb/PHASE", "reserved_memory_gb", "update_mfu"}
+
+
+def names_in(heading):
+    return {name for row in tables(PAGES["docs/metrics.md"], heading) for name in re.findall(r"`([^`]+)`", row[0])}
+
+
+def fits(name, documented):
+    return any(re.fullmatch(re.sub("NAME|PHASE", ".+", one), name) for one in documented)
+
+
+@pytest.mark.slow
+def test_every_name_that_a_run_writes_is_explained_and_every_name_explained_is_written(sandbox):
+    base, _ = sandbox
+    always, switched = names_in("metrics.jsonl, always"), names_in("With a switch on")
+    documented = {"metrics": always | switched, "evaluation": names_in("evaluation.jsonl"), "completions": names_in("completions.jsonl")}
+    written = {kind: set() for kind in documented}
+    for kind in documented:
+        for path in base.glob(f"*/runs/*/{kind}.jsonl"):
+            written[kind] |= {name for line in path.read_text().splitlines() for name in json.loads(line)}
+        assert [name for name in sorted(written[kind]) if not fits(name, documented[kind])] == []
+    (plain,) = [json.loads(line) for line in (base / "first/runs/tiny/metrics.jsonl").read_text().splitlines()]
+    assert [name for name in sorted(always) if not any(fits(one, {name}) for one in plain)] == []
+    missing = [name for name in switched if not any(fits(one, {name}) for one in written["metrics"])]
+    assert set(missing) == ON_A_GPU
+    assert not {"step", "accuracy", "top_p"} - written["evaluation"]
