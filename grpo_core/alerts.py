@@ -82,13 +82,13 @@ ALERTS = (
         "entropy_high",
         _rises,
         "the entropy has tripled since the run began: completions turn into noise; lower engine.learning_rate or "
-        "loss.entropy_coef, raise loss.kl_coef, or leave out what is cut off (truncation=mask_loss)",
+        "loss.entropy_coef, raise loss.kl_coef, or leave out what is cut off (truncation.name=mask_loss)",
     ),
     Alert(
         "entropy_low",
         _recently("entropy", lambda entropy: entropy < 1e-3),
         "the entropy is below 0.001 nats a token: completions of a prompt are all the same, and there is nothing left "
-        "to choose from; lower engine.learning_rate, or raise loss.clip_high, loss.entropy_coef or the temperature",
+        "to choose from; lower engine.learning_rate, or raise the loss's clip_high, loss.entropy_coef or the temperature",
     ),
 )
 

@@ -60,10 +60,7 @@ def run_evaluate(
     Raises:
         ConfigError: what cannot be opened, loaded or scored; settings that mean nothing.
     """
-    try:
-        settings = Decoding(temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    except ValueError as error:
-        raise ConfigError(f"--{str(error).replace('_', '-')}") from None
+    settings = _settings(temperature, top_k, top_p, min_p)
     overrides = [*overrides, *([f"sampling.max_new_tokens={max_new_tokens}"] if max_new_tokens else [])]
     if rewards:
         overrides.append(f"rewards={json.dumps([{'name': name} for name in rewards])}")
@@ -72,28 +69,39 @@ def run_evaluate(
     opened = open_source(source, overrides, config=config, say=print)
     tasks, what = problems(opened, data, split, limit)
     check_columns(opened.config, tasks, tasks)
-    scored = scorers(opened.config)
-    policies = {"policy": nullcontext()}
-    if base and opened.has_adapter:
-        policies = {"base": opened.policy.reference(), **policies}
-    rows: list[Row] = []
-    with bar(len(policies) * len(tasks) * (1 + samples), "evaluating", "completion") as shown:
-        for name, switch in policies.items():
-            with switch:
-                made = answers(opened, tasks, scored, samples, settings, shown.update)
-            rows += [{"policy": name, **row} for row in made]
-    parts = distributed.gather(rows)
+    folder = output or (opened.folder or Path()) / "evaluate"
+    _make(folder)
+    parts = distributed.gather(rows_of(opened, tasks, samples, settings, base=base))
     if not parts:  # another rank writes
         return 0
     rows = sorted((row for part in parts for row in part), key=lambda r: (r["policy"], r["task"], r["sample"]))
     result = summarise(opened, rows, samples) | {"source": source, "weights": opened.weights, "data": what}
     result["sampling"] = {k: v for k, v in vars(settings).items() if v is not None and k != "greedy"}
     result["sampling"] |= {"samples": samples, "max_new_tokens": opened.config.sampling.max_new_tokens}
-    text = table(result)
-    print(text)
-    folder = output or (opened.folder or Path()) / "evaluate"
+    print(text := table(result))
     _write(folder, result, text, rows)
     return 0
+
+
+def rows_of(opened: Opened, tasks: Sequence[Task], samples: int, settings: Decoding, *, base: bool) -> list[Row]:
+    """This rank's answers of the policy and, with `base`, of its base where there is one."""
+    policies = {"policy": nullcontext()}
+    if base and opened.has_adapter:
+        policies = {"base": opened.policy.reference(), **policies}
+    scored, rows = scorers(opened.config), []
+    with bar(len(policies) * len(tasks) * (1 + samples), "evaluating", "completion") as shown:
+        for name, switch in policies.items():
+            with switch:
+                made = answers(opened, tasks, scored, samples, settings, shown.update)
+            rows += [{"policy": name, **row} for row in made]
+    return rows
+
+
+def _settings(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> Decoding:
+    try:
+        return Decoding(temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    except ValueError as error:
+        raise ConfigError(f"--{str(error).replace('_', '-')}") from None
 
 
 def problems(opened: Opened, data: str | None, split: str | None, limit: int | None) -> tuple[list[Task], dict]:
@@ -269,15 +277,21 @@ def _cell(name: str, value: dict[str, float], *, signed: bool) -> str:
     return f"{mean}{' %' if share and not signed else ''} ({low} to {high})"
 
 
-def _write(folder: Path, result: dict[str, Any], text: str, rows: Sequence[Row]) -> None:
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {folder} cannot be written: {error.strerror}") from None
+
+
+def _write(folder: Path, result: dict[str, Any], text: str, rows: Sequence[Row]) -> None:
+    try:
         (folder / "evaluate.json").write_text(json.dumps(_without_nan(result), indent=1) + "\n", encoding="utf-8")
         (folder / "evaluate.txt").write_text(text + "\n", encoding="utf-8")
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / "completions.jsonl").write_bytes("".join(lines).encode(errors="replace"))
     except OSError as error:
-        raise ConfigError(f"--output {folder} cannot be written: {error.strerror}") from None
+        raise ConfigError(f"{folder} cannot be written: {error.strerror}") from None
     print(f"\n{folder}: evaluate.json, evaluate.txt, completions.jsonl")
 
 
