@@ -88,7 +88,8 @@ ALERTS = (
         "entropy_low",
         _recently("entropy", lambda entropy: entropy < 1e-3),
         "the entropy is below 0.001 nats a token: completions of a prompt are all the same, and there is nothing left "
-        "to choose from; lower engine.learning_rate, or raise the loss's clip_high, loss.entropy_coef or the temperature",
+        "to choose from; lower engine.learning_rate, or raise clip_high in loss.args, loss.entropy_coef or the "
+        "temperature",
     ),
 )
 

@@ -77,6 +77,8 @@ def launcher(words):
 def job(environment, words):
     """What is to be done about a command: jobs for the worker. Raises Unknown where no rule fits."""
     match words:
+        case ["bash", "launch.sh", processes, "--dry-run", *rest]:
+            return [{"kind": "main", "arguments": ["launch", "--processes", processes, "--config", DEFAULT, "--dry-run", *rest]}]
         case ["bash", "launch.sh", *rest]:
             processes = int(rest.pop(0)) if rest and rest[0].isdigit() else 1
             return [training(rest, processes, environment.items())]
@@ -88,6 +90,12 @@ def job(environment, words):
             return [{"kind": "main", "arguments": words[3:]}]
         case ["python", "-m", "grpo_core", "check-loss" | "check-advantage", *_]:  # 1: it found something
             return [{"kind": "main", "arguments": words[3:], "codes": [0, 1]}]
+        case ["python", "-m", "grpo_core", "evaluate" | "sample" | "report" | "replay" | "export", *rest]:  # of the first run
+            if rest[1:] == [] and words[3] == "sample":
+                raise Unknown("a prompt waits for somebody")
+            return [{"kind": "main", "arguments": words[3:]}]
+        case ["torchrun", "--nproc_per_node", _, "-m", "grpo_core", "evaluate", *rest]:
+            return [{"kind": "main", "arguments": ["evaluate", *rest, "--limit", "2", "--samples", "1"]}]
         case ["torchrun" | "deepspeed", *_]:
             return [launcher(words)]
         case ["bash", "tests/run.sh"]:
