@@ -101,13 +101,23 @@ def shares(attribution: Attribution, classes: Classes) -> dict:
 
 
 def classify(batch: TrainBatch, attribution: Attribution) -> Classes:
-    """Four partitions of the trained tokens: sign of A, length of the completion, clipped or kept, end or not."""
+    """Four partitions of the trained tokens: sign of A, length of the completion, clipped or kept, end or not.
+
+    A token is clipped where the surrogate's dL/dl is 0 and A is not; other bounds that take its gradient count too
+    (loss.off_policy_mask, a masking rollout correction). What loss.top_entropy leaves out is a class of its own.
+    """
     mask, column, lengths = batch.loss_mask, batch.advantages, batch.rollouts.lengths()
-    pulled = attribution.surrogate_weight != 0
+    acting = torch.ones_like(mask) if batch.surrogate_mask is None else batch.surrogate_mask
+    pulled, signal = attribution.surrogate_weight != 0, acting & (column != 0)
     partitions = {
         "advantage": {"A > 0": column > 0, "A < 0": column < 0, "A = 0": column == 0},
         "length": _deciles(lengths[mask.any(dim=1)], lengths[:, None]),
-        "clip": {"kept": pulled & (column != 0), "clipped": ~pulled & (column != 0), "A = 0": column == 0},
+        "clip": {
+            "kept": pulled & signal,
+            "clipped": ~pulled & signal,
+            "A = 0": acting & (column == 0),
+            "entropy too low": ~acting,
+        },
         "end": {"end of sequence": (end := _ends(batch)), "other tokens": ~end},
     }
     found = {

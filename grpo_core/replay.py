@@ -83,7 +83,9 @@ def run_replay(
     """
     for override in overrides:
         if not override.startswith(READ):
-            raise ConfigError(f"{override} changes nothing in a replay, which reads {', '.join(READ)}")
+            raise ConfigError(
+                f"{override} changes nothing in a replay, which reads {', '.join(READ).replace('.,', ',')}"
+            )
     dumped = batches.read(batch)
     configs = objectives(dumped.folder, overrides, loss)
     with working("loading the model"):
@@ -129,6 +131,7 @@ def open_weights(dumped: Dumped, own: RunConfig, model: str | None, overrides: S
     else:
         opened = open_source(model or str(dumped.folder), ["model.precision=fp32", *overrides])
         policy, words = opened.policy, opened.weights
+        words += "" if model else " (a batch with lora.r 0 holds none: the newest there are)"
     named = dict(policy.model.named_parameters())
     trained = dumped.weights or named
     if any(name not in named or named[name].shape != value.shape for name, value in trained.items()):

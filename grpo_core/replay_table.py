@@ -19,16 +19,16 @@ def _head(summary: dict[str, Any]) -> str:
     tokens = sum(len(one["tokens"]) for one in summary["completions"])
     steps, gap = summary["optimizer_steps"], summary["logprob_gap_max"]
     lines = [
-        f"{summary['run']}, step {summary['step']}: {len(summary['completions'])} completions of {summary['ranks']} "
-        f"ranks, {tokens:,} tokens",
+        f"{summary['run']}, step {summary['step']}: {len(summary['completions'])} completions, {tokens:,} tokens, "
+        f"ranks: {summary['ranks']}",
         f"weights: {summary['weights']}",
     ]
     if summary["ratio_is_1"]:
         lines.append(f"the whole batch is one minibatch, and every ratio is 1; log-probs as dumped within {gap:.2g}")
     else:
         lines.append(
-            f"the whole batch is one minibatch, and ratios are against the dumped log-probs (|l - l_old| up to "
-            f"{gap:.2g}): the run's loss in the row was at other weights"
+            f"the whole batch is one minibatch, with ratios against the dumped log-probs (|l - l_old| up to {gap:.2g});"
+            f" the row is of the weights before the step"
         )
     if steps > 1:
         lines.append(f"the run took {steps} optimizer steps on this batch, each on a part: the row's numbers are means")
