@@ -42,6 +42,7 @@ FREE = (
     "output_dir",
     "log",
     "checkpoint",
+    "debug",
     "trainer.num_steps",
     "trainer.epochs",
     "sft.output",
@@ -160,7 +161,7 @@ def save(run: Run, next_step: int, control: Control) -> bool:
     Returns whether it was written. Where it cannot be (a full disk), the ones before stay and the log says why.
     """
     problem = None
-    tensors = _on_main(run.engine.tensors())
+    tensors = on_main(run.engine.tensors())
     if distributed.is_main():
         for i, value in enumerate(run.policy.reference_state() or ()):
             tensors[f"reference/{i}"] = value.cpu()
@@ -283,7 +284,7 @@ def in_words(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error)).strip()
 
 
-def _on_main(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def on_main(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """All of them on the main rank's CPU, nothing elsewhere: every rank takes part in making each."""
     kept = {}
     for name, value in tensors:

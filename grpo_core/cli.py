@@ -212,6 +212,23 @@ def report(runs: tuple[Path, ...], output: Path | None, png: bool) -> int:
     return 0
 
 
+@command(
+    "replay",
+    "python -m grpo_core replay runs/tiny/batches/step-000012 --loss gspo --loss cispo; "
+    "python -m grpo_core replay runs/tiny/batches/step-000012 loss.average=token advantage.name=dr_grpo",
+)
+@click.argument("batch", type=click.Path(path_type=Path))
+@click.option("--loss", multiple=True, help="Another objective: a loss, file.py:function, or a preset; again for more.")
+@click.option("--model", metavar="SOURCE", help="Other weights, as a checkpoint.  [default: those before the step]")
+@click.option("--output", type=click.Path(path_type=Path), help="Everything, with each token's numbers, as JSON.")
+@overrides_argument
+def replay(batch: Path, overrides: tuple[str, ...], **options: Any) -> int:
+    """A batch that debug.dump_batches kept, under other losses: whose gradient goes where, and by which tokens."""
+    from grpo_core.replay import run_replay
+
+    return run_replay(batch, overrides, **options)
+
+
 @command("losses", "python -m grpo_core losses")
 def losses() -> int:
     """Every loss, average, KL, advantage and preset, with arguments and sources."""

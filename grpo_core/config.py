@@ -162,6 +162,11 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class DebugConfig:
+    dump_batches: int = 0  # steps between batches that are kept in batches/, for `replay`; 0: none
+
+
+@dataclass(frozen=True)
 class TargetConfig:
     template: str  # what the model shall answer; columns in braces
     share: float = 1.0  # of the tasks, beside the other targets' shares
@@ -205,6 +210,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
     sft: SftConfig = field(default_factory=SftConfig)
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from grpo_core import checkpoint, distributed, incident, interrupt, watchdog
+from grpo_core import checkpoint, distributed, dump, incident, interrupt, watchdog
 from grpo_core.alerts import Alerts
 from grpo_core.averages import Totals, entropy_weights, token_weights
 from grpo_core.batch import Rollouts, Task, TrainBatch, take
@@ -46,9 +46,11 @@ def train(run: Run) -> None:
             batch = freeze(run, rollouts, advantages, trained)
             if config.log.exact_kl_every and step % config.log.exact_kl_every == 0:
                 measure_exact_kl(run, rollouts, step, stats)
+        kept = dump.before(run, step, batch, scores, forward_all)
         with run.log.phase("update"):
             numbers = update_policy(run, batch, step, control, stats)
         row = run.log.step(step, tasks, rollouts, scores, rewards, advantages, stats, numbers)
+        dump.after(run, step, tasks, batch, kept, row, forward_all)
         if not numbers["skipped"]:
             control = adapt(control, config.loss, row.get("kl"), row["entropy"], config.trainer.completions_per_step)
         else:
