@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "grpo_core"
 
 LAYERS = [  # a module imports only from rows above its own
     {"schema", "watchdog"},
-    {"registry", "batch"},
+    {"registry", "batch", "run_folder"},
     # the mathematics: torch and the standard library
     {"advantages", "averages", "corrections", "kl", "losses", "logprobs", "estimates", "problems", "rewards", "truncation", "draw", "packing"},
     {"reward_worker"},
@@ -31,6 +31,9 @@ LAYERS = [  # a module imports only from rows above its own
     {"ask", "assessment", "preview", "report", "setup"},
     {"job"},
     {"sft"},
+    {"report_completions", "report_panels", "report_summary"},
+    {"report_markdown", "report_png"},
+    {"report"},  # reads files only: tests/test_report.py holds that it loads no torch
     {"launch", "cli"},
     {"__main__", "__init__"},
 ]
@@ -40,6 +43,7 @@ DOORS = {
     "peft": {"policy"},
     "datasets": {"rows"},
     "yaml": {"config_file"},
+    "matplotlib": {"report_png"},
     "tokenizers": {"tiny"},
     "safetensors": {"batches", "checkpoint"},
     # the last three name its types and set its log level; they load nothing with it

@@ -1,0 +1,93 @@
+// Elements, text and numbers. Text from a run enters the page here, as text and never as markup.
+
+// A tag with attributes ("class", "aria-label", ...; functions are listeners) and children (nodes or text).
+function el(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") element.addEventListener(name, value);
+    else if (value === true) element.setAttribute(name, "");
+    else if (value !== false && value !== null && value !== undefined) element.setAttribute(name, value);
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+function svg(tag, attributes = {}, text = null) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  if (text !== null) element.textContent = text;
+  return element;
+}
+
+const byId = (id) => document.getElementById(id);
+
+// Control characters and everything else that cannot be seen, or turns text around, as escapes.
+const UNSEEN = /[^\P{C}\n\t]|[\p{Zl}\p{Zp}]|(?! )\p{Zs}/gu;
+
+function visible(text) {
+  return text.replace(UNSEEN, (found) => {
+    const code = found.codePointAt(0);
+    if (code < 256) return "\\x" + code.toString(16).padStart(2, "0");
+    return code < 65536 ? "\\u" + code.toString(16).padStart(4, "0") : "\\u{" + code.toString(16) + "}";
+  });
+}
+
+// The text with every place where `query` stands marked.
+function marked(text, query) {
+  if (!query) return [visible(text)];
+  const pattern = new RegExp("(" + query.replace(/[.*+?^${}()|[\]\\]/g, "\\$&") + ")", "giu");
+  return text.split(pattern).map((part, i) => (i % 2 ? el("mark", {}, visible(part)) : visible(part)));
+}
+
+const MINUS = "\u2212";
+const NONE = "\u2013";
+
+// A number in four digits or so: 1,234, 0.1235, 3.1e−7.
+function inShort(value, digits = 4) {
+  if (value === null || value === undefined || Number.isNaN(value)) return NONE;
+  const size = Math.abs(value);
+  let text;
+  if (value === 0) text = "0";
+  else if (size >= 1e7 || size < 1e-4) text = String(Number(value.toPrecision(3)).toExponential()).replace("e+", "e");
+  else if (size >= 1000) text = Math.round(value).toLocaleString("en");
+  else text = String(Number(value.toPrecision(digits)));
+  return text.replace(/-/g, MINUS);
+}
+
+function percent(value, digits = 1) {
+  return value === null || value === undefined ? NONE : (100 * value).toFixed(digits).replace("-", MINUS) + " %";
+}
+
+function count(value) {
+  return value.toLocaleString("en");
+}
+
+// A table of text; the first column and the first row are headings.
+function table(head, rows, className = "") {
+  const heading = el("tr", {}, ...head.map((text) => el("th", { scope: "col" }, text)));
+  const body = rows.map(([first, ...rest]) =>
+    el("tr", {}, el("th", { scope: "row" }, first), ...rest.map((cell) => el("td", {}, cell)))
+  );
+  return el("table", { class: className }, el("thead", {}, heading), el("tbody", {}, ...body));
+}
+
+function later(action, milliseconds) {
+  let timer = 0;
+  return () => {
+    clearTimeout(timer);
+    timer = setTimeout(action, milliseconds);
+  };
+}
+
+// Several calls before the next frame are one.
+function onceAFrame(action) {
+  let asked = false;
+  return () => {
+    if (asked) return;
+    asked = true;
+    requestAnimationFrame(() => {
+      asked = false;
+      action();
+    });
+  };
+}

@@ -1,0 +1,91 @@
+// A dumped completion token by token, coloured by what the update asked for and what it did.
+
+const COLOURINGS = {
+  advantage: {
+    title: "Advantage",
+    what: "What the update asked for: blue tokens were to become likelier, orange ones less likely, the more the stronger. " +
+      "A dotted line: the step moved the token the other way.",
+    look: ({ advantage }) => (advantage ? `${advantage > 0 ? "up" : "down"}${Math.min(4, Math.ceil(Math.abs(advantage) * 2))}` : ""),
+    legend: [["down4", "below −1.5"], ["down2", "−0.5 to −1"], ["", "0"], ["up2", "0.5 to 1"], ["up4", "above 1.5"]],
+  },
+  ratio: {
+    title: "Ratio",
+    what: "What the step did: the token's probability after the update over the one before.",
+    look: ({ ratio }) => {
+      if (ratio === null || ratio <= 0) return "";
+      const strength = [1.005, 1.05, 1.2, 1.5].filter((edge) => Math.max(ratio, 1 / ratio) >= edge).length;
+      return strength ? `${ratio > 1 ? "up" : "down"}${strength}` : "";
+    },
+    legend: [
+      ["down4", "below 0.67"], ["down3", "to 0.83"], ["down2", "to 0.95"], ["", "about 1"],
+      ["up2", "from 1.05"], ["up3", "1.2"], ["up4", "above 1.5"],
+    ],
+  },
+  probability: {
+    title: "Probability",
+    what: "How likely the token was before the update: what is not coloured was nearly certain.",
+    look: ({ logprob }) => {
+      const rare = logprob === null ? 0 : [0.9, 0.5, 0.1, 0.01].filter((edge) => Math.exp(logprob) < edge).length;
+      return rare ? `rare${rare}` : "";
+    },
+    legend: [["", "above 90 %"], ["rare1", "50 to 90 %"], ["rare2", "10 to 50 %"], ["rare3", "1 to 10 %"], ["rare4", "below 1 %"]],
+  },
+};
+let colouring = "advantage"; // what was chosen last holds for the next completion too
+
+// `dump` is {tokens, logprobs, ratio}; one advantage belongs to the whole completion.
+function tokenView(dump, advantage) {
+  const facts = dump.tokens.map((text, i) => ({
+    text, advantage, logprob: dump.logprobs[i] ?? null, ratio: dump.ratio[i] ?? null,
+  }));
+  const text = el("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "Tokens; arrow keys go through them" });
+  const legend = el("p", { class: "token-legend" }), what = el("p", { class: "what" });
+  const said = el("p", { class: "token-said", "aria-live": "polite" }, "Point at a token, tap it, or use the arrow keys.");
+  const spans = facts.map((fact) => el("span", {}, visible(fact.text).replace(/\n/g, "\u23ce\n") || "\u2205"));
+  text.append(...spans);
+  let at = -1;
+
+  function paint() {
+    const { look, what: words, legend: steps } = COLOURINGS[colouring];
+    facts.forEach((fact, i) => {
+      const against = colouring === "advantage" && fact.ratio !== null && advantage * (fact.ratio - 1) < -1e-4;
+      spans[i].className = `${look(fact)}${against ? " against" : ""}${i === at ? " at" : ""}`;
+    });
+    what.textContent = words;
+    legend.replaceChildren(...steps.map(([name, label]) => el("span", {}, el("i", { class: name }), label)));
+    for (const [name, button] of buttons) button.setAttribute("aria-pressed", String(name === colouring));
+  }
+
+  function say(i) {
+    if (i < 0 || i >= facts.length) return;
+    if (at >= 0) spans[at].classList.remove("at");
+    at = i;
+    spans[at].classList.add("at");
+    const { logprob, ratio } = facts[i];
+    said.replaceChildren(
+      el("b", {}, `Token ${i + 1} of ${facts.length}`), ` ${JSON.stringify(visible(facts[i].text))}: `,
+      `probability ${logprob === null ? NONE : percent(Math.exp(logprob))}, log-prob ${inShort(logprob)}, `,
+      `ratio ${inShort(ratio, 5)}, advantage ${inShort(advantage)}`
+    );
+  }
+
+  const buttons = Object.entries(COLOURINGS).map(([name, { title }]) => {
+    const choose = () => {
+      colouring = name;
+      paint();
+    };
+    return [name, el("button", { type: "button", click: choose }, title)];
+  });
+  const tell = (event) => say(spans.indexOf(event.target));
+  text.addEventListener("pointerover", tell);
+  text.addEventListener("click", tell);
+  text.addEventListener("keydown", (event) => {
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!by) return;
+    event.preventDefault();
+    say(Math.min(facts.length - 1, Math.max(0, at + by)));
+  });
+  paint();
+  const choice = el("div", { class: "choice", role: "group", "aria-label": "Colour of tokens" }, "Coloured by ", ...buttons.map(([, b]) => b));
+  return el("div", { class: "token-view" }, choice, what, legend, text, said);
+}
