@@ -229,6 +229,23 @@ def replay(batch: Path, overrides: tuple[str, ...], **options: Any) -> int:
     return run_replay(batch, overrides, **options)
 
 
+@command(
+    "export", "python -m grpo_core export runs/tiny; python -m grpo_core export runs/tiny --push me/tiny --dry-run"
+)
+@click.argument("run", metavar="RUN")
+@click.option("--output", type=click.Path(path_type=Path), help="A folder.  [default: RUN/export]")
+@click.option("--merged/--adapter", default=True, help="One whole model, or the adapter alone.")
+@click.option("--dtype", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", help="auto: as trained.")
+@click.option("--push", metavar="ORG/NAME", help="Upload it to the hub; HF_TOKEN or the hub's login says who you are.")
+@click.option("--private", is_flag=True, help="What is uploaded is for you alone.")
+@click.option("--dry-run", is_flag=True, help="List what would be written and uploaded, with the card, and stop.")
+def export(run: str, merged: bool, **options: Any) -> int:
+    """A run's model for others: merged, checked, with its tokenizer and a model card; or its adapter."""
+    from grpo_core.export import run_export
+
+    return run_export(run, adapter=not merged, **options)
+
+
 @command("losses", "python -m grpo_core losses")
 def losses() -> int:
     """Every loss, average, KL, advantage and preset, with arguments and sources."""

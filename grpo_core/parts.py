@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable
 
+import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -82,5 +83,7 @@ def quieten() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which peft looks at, says that it found none
     for name in ("torch", "torch.distributed", "datasets", "peft", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)

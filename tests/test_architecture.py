@@ -28,7 +28,8 @@ LAYERS = [  # a module imports only from rows above its own
     {"opened", "trainer"},
     {"attribution"},
     {"replay"},
-    {"ask", "assessment", "preview", "report", "setup"},
+    {"ask", "assessment", "model_card", "preview", "setup"},
+    {"export"},
     {"job"},
     {"sft"},
     {"report_completions", "report_panels", "report_summary"},
@@ -45,10 +46,11 @@ DOORS = {
     "yaml": {"config_file"},
     "matplotlib": {"report_png"},
     "tokenizers": {"tiny"},
-    "safetensors": {"batches", "checkpoint"},
+    "huggingface_hub": {"export"},
+    "safetensors": {"batches", "checkpoint", "export"},
     # the last three name its types and set its log level; they load nothing with it
     "triton": {"decode_kernels", "attention_kernels", "logprob_kernels", "layer_kernels"},
-    "transformers": {"policy", "sampler", "plain_decoder", "packed_attention", "data", "tiny", "checkpoint", "model_check", "parts", "setup", "opened", "ask", "preview", "sft", "targets"},
+    "transformers": {"policy", "sampler", "plain_decoder", "packed_attention", "data", "tiny", "checkpoint", "model_check", "parts", "setup", "opened", "ask", "preview", "export", "sft", "targets"},
 }
 MATHEMATICS = {"grpo_core", "torch", "numpy"} | set(sys.stdlib_module_names)
 

@@ -1,0 +1,165 @@
+"""The `export` command: what others load is what was trained, and the card tells the truth about it."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from peft import PeftModel
+from peft.tuners.lora.model import LoraModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo_core import export
+from grpo_core.cli import main
+from grpo_core.export import compare
+from grpo_core.opened import open_source
+
+pytestmark = pytest.mark.slow
+BASE = ROOT / "grpo_core" / "builtin" / "tiny"
+TEXT = "Question: Ada has 7 boxes with 6 pens each and 15 loose pens, and sells 20. How many pens are left?\n"
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def logits(model, tokenizer):
+    with torch.no_grad():
+        return model.eval()(**tokenizer(TEXT, return_tensors="pt")).logits
+
+
+def test_the_merged_model_is_base_and_adapter(run, capsys):
+    assert main(["export", str(run)]) == 0
+    out = capsys.readouterr().out
+    folder = run / "export"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    before = logits(base, tokenizer)
+    adapted = logits(PeftModel.from_pretrained(base, run / "adapter"), tokenizer)
+    assert merged.dtype == torch.float32 and not hasattr(merged, "peft_config")
+    torch.testing.assert_close(logits(merged, tokenizer), adapted, atol=1e-3, rtol=1e-4)
+    assert (logits(merged, tokenizer) - before).abs().max() > 0.5  # it is not the base
+    told = json.loads((folder / "export.json").read_text())["gap"]
+    assert 0 < told["relative"] < 1e-5 and told["same_token"] == 1 and f"relative {told['relative']:.2g}" in out
+    assert f"relative {told['relative']:.2g}" in (folder / "README.md").read_text()
+    assert main(["export", str(run), "--dtype", "bf16"]) == 0  # in the place of the first
+    rounded = json.loads((folder / "export.json").read_text())["gap"]
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+    assert 1e-4 < rounded["relative"] < 0.03 and rounded["kl"] > told["kl"]
+
+
+def test_a_merge_that_went_wrong_is_refused(run, capsys, monkeypatch):
+    merge = LoraModel.merge_and_unload
+
+    def wrong(self, *given, **named):
+        model = merge(self, *given, **named)
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(1.1)
+        return model
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
+    assert main(["export", str(run)]) == 3
+    captured = capsys.readouterr()
+    assert "that is more than fp32 explains (0.001): not exported" in captured.err and "model: " not in captured.out
+    assert not (run / "export").exists()
+
+
+def test_the_gap_of_known_logits():
+    one = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
+    other = one + torch.tensor([[0.0, 0.0, 2.0], [0.0, 0.0, 0.0]])
+    gap = compare([one[:1], one[1:]], [other[:1], other[1:]])
+    p, q = one.softmax(1), other.softmax(1)
+    assert gap.largest == 2 and gap.same_token == 0.5 and gap.tokens == 2
+    assert gap.relative == pytest.approx(2 / (2 + 14 / 3) ** 0.5)
+    assert gap.kl == pytest.approx(float((p * (p / q).log()).sum(1).mean()))
+    assert compare([one], [one]).relative == 0
+
+
+def test_the_adapter_is_pefts(run):
+    assert main(["export", str(run), "--adapter", "--output", str(run.parent / "out")]) == 0
+    settings = json.loads((run.parent / "out" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "grpo_core/builtin/tiny"
+    tokenizer = AutoTokenizer.from_pretrained(run.parent / "out")
+    ours, theirs = (
+        logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), folder), tokenizer)
+        for folder in (run / "adapter", run.parent / "out")
+    )
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["--merged", "--adapter"])
+def test_the_cards_code_runs_and_answers_as_the_run_does(run, kind, environment):
+    assert main(["export", str(run), kind]) == 0
+    card = (run / "export" / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", card, re.S)[1].replace('"."', repr(str(run / "export")))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    opened = open_source(str(run))
+    from grpo_core.ask import Asking, task_of
+
+    task = task_of(opened, "What is 12 + 30?", Asking())
+    assert done.stdout.strip() == opened.sampler.generate([task], 1, greedy=True).completions[0].strip()
+
+
+def test_the_card_tells_what_the_run_was(run):
+    assert main(["evaluate", str(run), "--limit", "6", "--samples", "2"]) == 0
+    text = (run / "config.yaml").read_text().replace("path: builtin:word_problems", f"path: {run}/my_rows.jsonl")
+    (run / "my_rows.jsonl").write_text('{"question": "q?", "answer": "1"}\n' * 50)
+    (run / "config.yaml").write_text(text)
+    assert main(["export", str(run)]) == 0
+    card = (run / "export" / "README.md").read_text()
+    assert str(run) not in card and str(ROOT) not in card and "- data: my_rows.jsonl, split train" in card
+    result = json.loads((run / "evaluate" / "evaluate.json").read_text())
+    last = json.loads((run / "evaluation.jsonl").read_text().splitlines()[-1])
+    assert f"after (12 steps): accuracy {last['accuracy']:.1%} ({last['correct']} of 16" in card
+    assert f"| greedy | {result['base']['greedy']['value']:.4g} (" in card and f"{result['paired']['won']} won" in card
+    assert "- steps: 12 of 64 completions" in card and "-min(r A, clip(r, 1 - 0.2, 1 + 0.2) A)" in card
+    assert card.startswith("---\n") and "library_name: transformers\n" in card and "base_model:" not in card
+
+
+def test_nothing_is_written_by_a_dry_run_and_nothing_else_is_overwritten(run, capsys):
+    before = sorted(run.rglob("*"))
+    assert main(["export", str(run), "--dry-run", "--push", "me/tiny"]) == 0
+    out = capsys.readouterr().out
+    assert sorted(run.rglob("*")) == before and "and https://huggingface.co/me/tiny:" in out and "library_name" in out
+    size = float(re.search(r"model.safetensors +(\S+) MB in fp32", out)[1])
+    assert main(["export", str(run)]) == 0
+    assert (run / "export" / "model.safetensors").stat().st_size / 1e6 == pytest.approx(size, rel=0.01)
+    mine = run.parent / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").touch()
+    assert main(["export", str(run), "--output", str(mine)]) == 2
+    assert "holds something that is no export" in capsys.readouterr().err and (mine / "thesis.txt").exists()
+
+
+def test_what_cannot_be_exported(run, capsys):
+    assert main(["export", "builtin:tiny", "--adapter"]) == 2
+    assert "is a whole model and has no adapter" in capsys.readouterr().err
+
+
+class Hub:
+    calls = []  # noqa: RUF012
+
+    def create_repo(self, repository, **given):
+        self.calls.append(("create", repository, given))
+
+    def upload_folder(self, **given):
+        self.calls.append(("upload", given))
+
+
+def test_pushing(run, capsys, monkeypatch):
+    assert main(["export", str(run), "--adapter", "--push", "me/tiny"]) == 2  # the tests are offline
+    err = capsys.readouterr().err
+    assert "--push me/tiny: the hub did not take it (" in err and "hf auth login" in err and len(err.splitlines()) == 1
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert main(["export", str(run), "--adapter", "--push", "me/tiny", "--private"]) == 0
+    (create, upload) = Hub.calls
+    assert create == ("create", "me/tiny", {"private": True, "exist_ok": True})
+    assert upload[1]["folder_path"] == run / "export" and upload[1]["ignore_patterns"] == [export.MARK]
