@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_loop import make_run, rows
 from test_run import launch, overrides
 
-from grpo_core import batches
+from grpo_core import batches, checkpoint
 from grpo_core.attribution import Attribution, attribute, classify, dot, pulls
 from grpo_core.batch import TrainBatch
 from grpo_core.cli import main
@@ -19,7 +19,7 @@ from grpo_core.config import DebugConfig, LoraConfig, LossConfig, ModelConfig, R
 from grpo_core.config_file import load_written
 from grpo_core.data import load_tokenizer
 from grpo_core.policy import load_policy
-from grpo_core.replay import _control, _frozen, _run, open_weights, run_replay
+from grpo_core.replay import _control, _frozen, _run, objectives, open_weights, run_replay
 from grpo_core.schema import ConfigError
 from grpo_core.scoring import Reward
 from grpo_core.trainer import forward_all, train
@@ -41,7 +41,7 @@ def train_dumped(folder, num_steps=2, every=1, loss=GRPO, lora=4, start_step=0, 
 
     torch.manual_seed(0)
     policy = load_policy(ModelConfig(), LoraConfig(r=lora), dtype=torch.float32, temperature=1.0)
-    trainer = {"tokens_per_micro_batch": 200, **trainer}
+    trainer = {"tokens_per_micro_batch": 48, **trainer}
     run = make_run(folder, num_steps, loss=loss, policy=policy, learning_rate=1e-2, change=settings, **trainer)
     run = replace(run, rewards=[Reward("correct_answer", 1.0, kinds)], start_step=start_step)
     train(run)
@@ -113,6 +113,7 @@ def test_the_runs_own_objective_is_the_runs_and_the_pulls_add_up(tmp_path, loss,
         for labels in one["classes"].values():
             assert sum(found["pull"] for found in labels.values()) == pytest.approx(1, abs=1e-5)
             assert sum(found["share"] for found in labels.values()) == pytest.approx(1, abs=1e-6)
+            assert all(0 <= found["share"] <= 1 + 1e-9 for found in labels.values())
             assert sum(found["tokens"] for found in labels.values()) == row["tokens"]
     bonus = loss.entropy_coef * row["entropy"] if loss.top_entropy == 1 else None
     if bonus is not None:
@@ -159,6 +160,18 @@ def test_other_advantages_are_made_of_the_stored_rewards(plain):
     other = replayed(plain / "step-000001", "loss.average=constant", loss=["dr_grpo"])["objectives"][1]
     assert other["advantages"] == pytest.approx((rewards - rewards.mean(dim=1, keepdim=True)).flatten().tolist(), abs=1e-6)
     assert other["cosine"] < 0.9999 and other["name"] == "dr_grpo"
+
+
+def test_a_name_is_a_loss_before_it_is_a_preset(plain):
+    (_, own), (_, gspo), (_, dapo) = objectives(plain.parent, ["loss.kl_coef=0.5"], ["gspo", "dapo"])
+    assert own.loss == GRPO
+    assert (gspo.loss.name, gspo.loss.args, gspo.loss.kl_coef, gspo.loss.average) == ("gspo", {}, 0.5, own.loss.average)
+    assert (dapo.truncation.name, dapo.loss.average, dapo.loss.kl_coef) == ("soft_penalty", "token", 0.5)
+
+
+def test_a_run_may_go_on_with_other_dumps(plain):
+    config = load_written(plain.parent, ["debug.dump_batches=7"])
+    assert checkpoint.read_meta(plain.parent / "checkpoints" / "step-000002", config)[1] == []
 
 
 def test_two_ranks_are_one(plain, tmp_path):
@@ -210,16 +223,16 @@ def test_the_classes_of_a_batch_made_by_hand():
     assert places["end"] == {"end of sequence": [*second, third[2]], "other tokens": first + third[:2]}
 
 
-def test_deciles_hold_a_tenth_each():
-    lengths = torch.arange(1, 21)
-    mask = torch.arange(20) < lengths[:, None]
-    rollouts = replace(ragged_rollouts(20, width=20), completion_mask=mask)
-    zeros = torch.zeros(20, 20)
-    found = classify(TrainBatch(rollouts, torch.ones(20, 1), mask), Attribution(0.0, [], zeros, zeros, zeros, zeros))["length"]
-    assert list(found) == [f"{n} to {n + 1} tokens" for n in range(1, 21, 2)]
+@pytest.mark.parametrize("n, ends", [(20, range(2, 21, 2)), (25, [3, 5, 8, 10, 13, 15, 18, 20, 23, 25])])
+def test_deciles_hold_a_tenth_each(n, ends):
+    """Of n completions of 1 to n tokens; the i-th decile ends at the ceil(i n / 10)-th."""
+    mask = torch.arange(n) < torch.arange(1, n + 1)[:, None]
+    rollouts, zeros = replace(ragged_rollouts(n, width=n), completion_mask=mask), torch.zeros(n, n)
+    found = classify(TrainBatch(rollouts, torch.ones(n, 1), mask), Attribution(0.0, [], zeros, zeros, zeros, zeros))["length"]
+    assert list(found) == [f"{start + 1} to {end} tokens" for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def test_several_minibatches_and_dropout_are_said(tmp_path, capsys):
+def test_several_minibatches_are_said(tmp_path, capsys):
     train_dumped(tmp_path, 1, num_minibatches=2)
     run_replay(tmp_path / "batches" / "step-000000", [])
     shown = capsys.readouterr().out
