@@ -118,7 +118,7 @@ def _row(row: Row, names: list[str], prompts: dict[str, int], keys: dict[Key, in
         row.get("step"),
         *(row.get(name) if isinstance(row.get(name), (int, str)) else None for name in ("task", "sample")),
         place,
-        row.get("text") if isinstance(row.get("text"), str) else "".join(row.get("tokens", [])),
+        row.get("text") if isinstance(row.get("text"), str) else "".join(map(str, _list(row, "tokens"))),
         [_number(rewards.get(name)) for name in names],
         *numbers.values(),
         row.get("truncated") if isinstance(row.get("truncated"), bool) else None,

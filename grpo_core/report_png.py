@@ -8,7 +8,7 @@ from typing import Any
 
 from grpo_core.report_panels import Panel, chosen, curves
 from grpo_core.run_folder import RunFolder
-from grpo_core.schema import ConfigError
+from grpo_core.schema import ConfigError, printable
 
 COLOURS = ("#0072b2", "#d55e00", "#00805e", "#a8447f", "#8c6a00", "#4b4fa8", "#666a70", "#7a3e1d")
 DASHES = ("-", "--", ":", "-.")
@@ -24,17 +24,19 @@ def check_installed() -> None:
 
 
 def draw(runs: list[RunFolder], stem: Path) -> list[tuple[str, Path]]:
-    """STEM-PANEL.png of every panel, 3.3 inches wide at 300 dpi; returns titles and files."""
+    """STEM-PANEL.png of every panel, 3.3 inches wide at 300 dpi; returns titles and files.
+
+    Phases are stacked, so they have a picture a run, STEM-PANEL-0.png and so on where there are several.
+    """
     import matplotlib
 
     pictures = []
     with matplotlib.rc_context(PLAIN):
         for panel, metrics in chosen(runs):
-            for suffix, shown in (
-                [("", runs)] if panel.kind != "stack" else [(f"-{i}", [r]) for i, r in enumerate(runs)]
-            ):
-                path = stem.with_name(f"{stem.name}-{panel.id}{suffix if len(runs) > 1 else ''}.png")
-                title = panel.title if panel.kind != "stack" or len(runs) == 1 else f"{panel.title}, {shown[0].name}"
+            apart = panel.kind == "stack" and len(runs) > 1
+            for i, shown in enumerate([[run] for run in runs] if apart else [runs]):
+                path = stem.with_name(f"{stem.name}-{panel.id}{f'-{i}' if apart else ''}.png")
+                title = printable(f"{panel.title}, {shown[0].name}" if apart else panel.title)
                 _picture(panel, metrics, shown, title, path)
                 pictures.append((title, path))
     return pictures
@@ -55,8 +57,10 @@ def _picture(panel: Panel, metrics: list[str], runs: list[RunFolder], title: str
     axes.set_title(title, loc="left")
     axes.set_xlabel("step")
     axes.set_ylabel(panel.unit)
-    if panel.log and any(line.get_ydata().max() > 0 for line in axes.lines):
+    if panel.log and any(value > 0 for line in axes.lines for value in line.get_ydata()):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")  # its own labels are mathematics, which is not parsed
+        axes.yaxis.set_minor_formatter("")
     if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(frameon=False, fontsize=6)
     figure.savefig(path)
@@ -67,7 +71,9 @@ def _accuracy(axes: Any, run: RunFolder, colour: str) -> None:
     if rows:
         spread = [[r["accuracy"] - r["ci_low"] for r in rows], [r["ci_high"] - r["accuracy"] for r in rows]]
         steps, shares = [r["step"] for r in rows], [r["accuracy"] for r in rows]
-        axes.errorbar(steps, shares, yerr=spread, color=colour, marker="o", ms=3, lw=1, capsize=2, label=run.name)
+        axes.errorbar(
+            steps, shares, yerr=spread, color=colour, marker="o", ms=3, lw=1, capsize=2, label=printable(run.name)
+        )
 
 
 def _stack(axes: Any, run: RunFolder, metrics: list[str]) -> None:
@@ -85,7 +91,7 @@ def _lines(axes: Any, run: RunFolder, metrics: list[str], place: int, count: int
         colour, dash = (COLOURS[j % len(COLOURS)], "-") if count == 1 else (
             COLOURS[place % len(COLOURS)], DASHES[j % len(DASHES)])  # fmt: skip
         values = [float("nan") if value is None else value for value in found[name]]
-        label = ", ".join(([run.name] if count > 1 else []) + ([name] if len(metrics) > 1 else []))
+        label = ", ".join(([printable(run.name)] if count > 1 else []) + ([name] if len(metrics) > 1 else []))
         axes.plot(steps, values, dash, color=colour, lw=1, label=label or name)
         if name == "reward" and "reward_std" in found:
             pairs = [(v, s or 0.0) for v, s in zip(values, found["reward_std"], strict=True)]

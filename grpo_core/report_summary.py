@@ -35,7 +35,7 @@ def summary(run: RunFolder, completions: int) -> dict[str, str]:
     return {
         "Accuracy before": in_words(before),
         "Accuracy after": in_words(after),
-        "Steps": f"{steps:,} of {int(planned):,}" if planned.isdigit() else f"{steps:,}",
+        "Steps": f"{steps:,} of {int(planned):,}" if planned.isdecimal() else f"{steps:,}",
         "Completions": f"{completions:,}" if completions else "",
         "Tokens": f"{tokens:,.0f}" if tokens else "",
         "Time": duration(seconds) if seconds else "",
@@ -53,7 +53,7 @@ def final(run: RunFolder) -> dict[str, str]:
     for metric, title, form in NUMBERS:
         values = [row[metric] for row in run.metrics[-FINAL:] if row.get(metric) is not None]
         if values and not (run.is_supervised and metric in ("clip_frac", "logprob_gap")):
-            found[title] = form.format(sum(values) / len(values))
+            found[title] = form.format(sum(values) / len(values)).replace("%", " %")
     return found
 
 
@@ -71,8 +71,8 @@ def in_words(row: Row | None) -> str:
         return ""
     low, high = row.get("ci_low"), row.get("ci_high")
     interval = "" if low is None or high is None else f" ({100 * low:.1f} to {100 * high:.1f})"
-    count = "" if row.get("n") is None or row.get("correct") is None else f"; {row['correct']:.0f} of {row['n']:.0f}"
-    return f"{100 * row['accuracy']:.1f} %{interval} after {row['step']} steps{count}"
+    count = "" if row.get("n") is None or row.get("correct") is None else f"; {row['correct']:,.0f} of {row['n']:,.0f}"
+    return f"{100 * row['accuracy']:.1f} %{interval} after {row['step']:,} steps{count}"
 
 
 def duration(seconds: float) -> str:

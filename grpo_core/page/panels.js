@@ -4,7 +4,7 @@
 // panels that cannot lie on top of each other. Returns {element, draw, move}.
 function createPanel(panel, data, state, only = null) {
   const isShare = panel.unit.startsWith("share"), hidden = new Set();
-  const format = isShare ? (value) => percent(value, tickDigits(value)) : (value) => inShort(value, 3);
+  const format = isShare ? (value) => inShort(100 * value, 3) + " %" : (value) => inShort(value, 3);
   const title = only !== null && data.runs.length > 1 ? `${panel.title}, ${visible(data.runs[only].name)}` : panel.title;
   const root = svg("svg", { role: "img", tabindex: "0", class: "chart" });
   const legend = el("ul", { class: "legend" });
@@ -149,9 +149,4 @@ function describe(title, series, format) {
     return known.length ? `${visible(one.label)} from ${format(known[0])} to ${format(known[known.length - 1])}` : "";
   });
   return `${visible(title)}: ${parts.filter(Boolean).join("; ") || "nothing to draw"}. Arrow keys move the crosshair.`;
-}
-
-function tickDigits(value) {
-  const size = Math.abs(100 * value);
-  return size === 0 || Number.isInteger(Number(size.toPrecision(6))) ? 0 : size < 0.1 ? 3 : size < 1 ? 2 : 1;
 }

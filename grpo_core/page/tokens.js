@@ -6,7 +6,10 @@ const COLOURINGS = {
     what: "What the update asked for: blue tokens were to become likelier, orange ones less likely, the more the stronger. " +
       "A dotted line: the step moved the token the other way.",
     look: ({ advantage }) => (advantage ? `${advantage > 0 ? "up" : "down"}${Math.min(4, Math.ceil(Math.abs(advantage) * 2))}` : ""),
-    legend: [["down4", "below −1.5"], ["down2", "−0.5 to −1"], ["", "0"], ["up2", "0.5 to 1"], ["up4", "above 1.5"]],
+    legend: [
+      ["down4", "below −1.5"], ["down3", "to −1"], ["down2", "to −0.5"], ["down1", "below 0"], ["", "0"],
+      ["up1", "to 0.5"], ["up2", "to 1"], ["up3", "to 1.5"], ["up4", "above"],
+    ],
   },
   ratio: {
     title: "Ratio",
@@ -17,8 +20,8 @@ const COLOURINGS = {
       return strength ? `${ratio > 1 ? "up" : "down"}${strength}` : "";
     },
     legend: [
-      ["down4", "below 0.67"], ["down3", "to 0.83"], ["down2", "to 0.95"], ["", "about 1"],
-      ["up2", "from 1.05"], ["up3", "1.2"], ["up4", "above 1.5"],
+      ["down4", "below 0.67"], ["down3", "to 0.83"], ["down2", "to 0.95"], ["down1", "to 0.995"], ["", "about 1"],
+      ["up1", "from 1.005"], ["up2", "from 1.05"], ["up3", "from 1.2"], ["up4", "from 1.5"],
     ],
   },
   probability: {
