@@ -159,6 +159,8 @@ class LogConfig:
     verbose: bool = False  # let DeepSpeed, torch and transformers talk
     exact_kl_every: int = 0  # steps between measurements of the KL over the whole vocabulary; 0: none
     exact_kl_tokens: int = 256  # on how many tokens of each rank
+    tensorboard: bool = False  # event files in <run folder>/tensorboard
+    wandb: str | None = None  # a project of Weights & Biases
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from grpo_core.config_file import dump
 from grpo_core.schema import printable
 from grpo_core.scoring import Scores
 from grpo_core.stats import Stats
+from grpo_core.tracking import Trackers
 
 
 class RunLog:
@@ -41,6 +42,7 @@ class RunLog:
         self._said: set[str] = set()
         self._rows: dict[str, str] = defaultdict(str)  # file -> what is not yet in it
         self._full = False
+        self.trackers: Trackers | None = None
         if distributed.is_main():
             if config.overwrite and (folder / "config.yaml").exists():
                 shutil.rmtree(folder)
@@ -60,6 +62,7 @@ class RunLog:
             self.bar = tqdm(
                 total=num_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True, leave=False
             )
+            self.trackers = Trackers(folder, config, written, start_step, self.say)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -102,7 +105,10 @@ class RunLog:
             rows = distributed.gather(
                 _completion_rows(step, tasks, rollouts, scores, self._shaped(rewards), advantages)
             )
-            self._append("completions", *[row for part in rows for row in part])
+            rows = [row for part in rows for row in part]
+            self._append("completions", *rows)
+            if self.trackers and (step + 1) % self.config.log.every == 0:
+                self.trackers.completions(rows, step)
         if row.get("memory_retries"):
             self.say(
                 f"step {step + 1}: memory ran out; {row['memory_retries']:.0f} micro-batches were computed in halves"
@@ -139,6 +145,8 @@ class RunLog:
             row["update_mfu"] = row["tokens_updated"] * self.flops_per_token / available
         self.seconds = defaultdict(float)
         self._append("metrics", row)
+        if self.trackers:
+            self.trackers.metrics(row, step)
         if self.bar is not None:
             by_name = [name for name in row if name.startswith("rewards/") and not name.endswith("_std")]
             names = ["reward", *by_name] if by_name else ["loss"]
@@ -150,6 +158,8 @@ class RunLog:
     def evaluation(self, step: int, result: dict[str, float]) -> None:
         """One row of evaluation.jsonl and a line. `step` is the number of steps taken before it."""
         self._append("evaluation", {"step": step, **result})
+        if self.trackers:
+            self.trackers.evaluation(result, step)
         self.say(f"evaluation after {step} steps: {describe(result)}")
 
     def say(self, text: str) -> None:
@@ -170,6 +180,8 @@ class RunLog:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+        if self.trackers:
+            self.trackers.close()
 
     def write(self) -> str | None:
         """Bring every row to the disk; what is in the way, in words, where it cannot be done (on the main rank)."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grpo_core import checkpoint, distributed
+from grpo_core import checkpoint, distributed, tracking
 from grpo_core.advantages import ADVANTAGES
 from grpo_core.averages import AVERAGES
 from grpo_core.batch import Task
@@ -185,6 +185,7 @@ def start(config: RunConfig) -> torch.dtype:
     """Join the other ranks, seed, check the DeepSpeed JSON, and return the run's precision."""
     if not config.log.verbose:
         quieten()
+    tracking.check(config)
     distributed.setup(config.trainer.hang_timeout)
     distributed.seed_all(config.seed)
     dtype = distributed.precision(config.model.precision)

@@ -18,7 +18,7 @@ LAYERS = [  # a module imports only from rows above its own
     {"scoring"},
     {"config", "distributed", "presets", "tiny", "decode_ops"},
     {"config_check", "control", "rows", "stats", "interrupt", "objective", "attention_kernels", "fused_model", "plain_decoder", "packed_attention", "logprob_kernels", "layer_kernels"},
-    {"catalogue", "config_file", "laws", "decode_kernels", "layers"},
+    {"catalogue", "config_file", "tracking", "laws", "decode_kernels", "layers"},
     {"advantage_laws", "fused_decoder"},
     {"alerts", "batches", "check", "data", "metrics", "progress", "replay_table"},
     {"model_check", "targets"},
@@ -40,6 +40,7 @@ LAYERS = [  # a module imports only from rows above its own
 ]
 DOORS = {
     "click": {"cli"},
+    "wandb": {"tracking"},
     "deepspeed": {"engine"},
     "peft": {"policy"},
     "datasets": {"rows"},
