@@ -11,6 +11,7 @@ from grpo_core import distributed
 from grpo_core.batch import Task
 from grpo_core.draw import Decoding
 from grpo_core.estimates import wilson_interval
+from grpo_core.progress import bar
 from grpo_core.reward_worker import Worker
 from grpo_core.sampler import Sampler
 from grpo_core.scoring import Reward, score
@@ -38,12 +39,14 @@ def evaluate(
     tasks = [replace(task, seed=(*task.seed, task.index, STREAM)) for task in tasks]
     mine = sorted(tasks[distributed.rank() :: distributed.world_size()], key=lambda task: len(task.prompt_ids))
     counts, failures = torch.zeros(2), []  # correct, failed
-    for start in range(0, len(mine), batch_size):
-        part = mine[start : start + batch_size]
-        rollouts = sampler.generate(part, 1, settings=settings)
-        scores = score([Reward(CORRECT, 1.0, reward)], part, rollouts.completions, 1)
-        failures += scores.failures
-        counts += torch.stack([(scores.rewards == 1.0).sum(), scores.failed[CORRECT].sum()])
+    with bar(len(mine), "evaluating", "task") as shown:
+        for start in range(0, len(mine), batch_size):
+            part = mine[start : start + batch_size]
+            rollouts = sampler.generate(part, 1, settings=settings)
+            scores = score([Reward(CORRECT, 1.0, reward)], part, rollouts.completions, 1)
+            failures += scores.failures
+            counts += torch.stack([(scores.rewards == 1.0).sum(), scores.failed[CORRECT].sum()])
+            shown.update(len(part))
     warn(failures)
     correct, failed = map(int, distributed.all_sum(counts).tolist())
     low, high = wilson_interval(correct, len(tasks))

@@ -16,6 +16,7 @@ from grpo_core.config import RunConfig
 from grpo_core.kl import KLS
 from grpo_core.packing import Budget, Packing
 from grpo_core.policy import Policy, checkpoint_gradients
+from grpo_core.progress import working
 from grpo_core.registry import fact
 from grpo_core.run import Budgets
 from grpo_core.schema import ConfigError
@@ -45,7 +46,8 @@ def find_budgets(
         tokens = ON_CPU if fixed == "auto" else fixed
         return Budgets(Budget(tokens), Budget(max(tokens, ON_CPU)))
     trial = _Trial(config, policy, longest, rows)
-    update = trial.most_rows(backward=True)
+    with working("trying what fits into memory"):
+        update = trial.most_rows(backward=True)
     if distributed.all_max(torch.tensor(float(update == 0))) and checkpointing == "auto":
         checkpoint_gradients(policy.causal_lm)
         checkpointing, update = True, trial.most_rows(backward=True)

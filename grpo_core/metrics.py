@@ -23,6 +23,7 @@ from grpo_core import distributed, watchdog
 from grpo_core.batch import Rollouts, Task
 from grpo_core.config import RunConfig
 from grpo_core.config_file import dump
+from grpo_core.progress import ticking
 from grpo_core.schema import printable
 from grpo_core.scoring import Scores
 from grpo_core.stats import Stats
@@ -38,7 +39,7 @@ class RunLog:
         self.memory: dict[str, tuple[float, float]] = {}  # phase -> GB allocated, GB reserved
         self.flops_per_token = 0.0  # of the update; 0: unknown
         self.started = time.perf_counter()
-        self.bar = None
+        self.bar: tqdm | None = None
         self._said: set[str] = set()
         self._rows: dict[str, str] = defaultdict(str)  # file -> what is not yet in it
         self._full = False
@@ -62,12 +63,15 @@ class RunLog:
             self.bar = tqdm(
                 total=num_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True, leave=False
             )
+            self._stop_ticking = ticking(self.bar)
             self.trackers = Trackers(folder, config, written, start_step, self.say)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the wall-clock seconds inside to the step's phase `name`, and note the most GPU memory it held."""
         watchdog.beat(name)
+        if self.bar is not None:
+            self.bar.set_description_str(name, refresh=False)
         gpu, start = torch.cuda.is_available(), time.perf_counter()
         if gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -165,9 +169,8 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line on the terminal, above the progress bar."""
         if self.bar is not None:
-            self.bar.clear()
-            print(printable(text), flush=True)
-            self.bar.refresh()
+            tqdm.write(printable(text))  # all bars stand aside
+            sys.stdout.flush()
 
     def warn(self, sentences: Sequence[str]) -> None:
         """Say what any rank has to say, each sentence once in a run. A collective."""
@@ -179,6 +182,7 @@ class RunLog:
 
     def close(self) -> None:
         if self.bar is not None:
+            self._stop_ticking()
             self.bar.close()
         if self.trackers:
             self.trackers.close()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -23,25 +24,38 @@ def bar(total: int, what: str, unit: str) -> tqdm:
 def working(what: str) -> Iterator[None]:
     """Inside, `what` and the seconds it has taken, for work that cannot be counted."""
     shown = tqdm(desc=what, bar_format=LOOK, **_how())
-    done = threading.Event()
-
-    def tick() -> None:
-        while not done.wait(1.0):
-            shown.update(0)
-            shown.refresh()
-
-    thread = threading.Thread(target=tick, daemon=True)
-    if not shown.disable:
-        thread.start()
+    stop = ticking(shown)
     try:
         yield
     finally:
-        done.set()
-        if thread.is_alive():
-            thread.join()
+        stop()
         shown.close()
 
 
-def _how() -> dict[str, object]:
+def ticking(shown: tqdm) -> Callable[[], None]:
+    """Let the bar's clock go on while nothing is counted; returns what ends that."""
+    if shown.disable:
+        return lambda: None
+    done = threading.Event()
+
+    def tick() -> None:
+        if done.wait(DELAY):  # refresh() does not wait for it
+            return
+        while True:
+            shown.refresh()
+            if done.wait(1.0):
+                return
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+
+    def stop() -> None:
+        done.set()
+        thread.join()
+
+    return stop
+
+
+def _how() -> dict[str, Any]:
     # None: only where the output is a terminal
     return {"disable": None if distributed.is_main() else True, "delay": DELAY, "leave": False, "dynamic_ncols": True}

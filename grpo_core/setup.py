@@ -30,6 +30,7 @@ from grpo_core.model_check import load_model_config
 from grpo_core.objective import remarks
 from grpo_core.parts import all_tasks, check_before_loading, check_columns, make_rewards, make_sampler, quieten
 from grpo_core.policy import Policy, load_policy
+from grpo_core.progress import working
 from grpo_core.registry import fact
 from grpo_core.run import Run
 from grpo_core.scoring import build_reward
@@ -50,7 +51,8 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     check_columns(config, tasks, eval_tasks)
     described, prompts = load_model_config(config.model), [task.prompt_ids for task in (*tasks, *eval_tasks)]
     check_before_loading(config, described, tokenizer, prompts)
-    policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
+    with working("loading the model"):
+        policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
     run = assemble(config, beginning, policy, tokenizer, tasks, eval_tasks, config.prompts_per_step, dtype)
     if config.reference.every:
         policy.move_reference()  # the adapter is fresh: it starts as the base model

@@ -22,6 +22,7 @@ from grpo_core.job import closing
 from grpo_core.model_check import load_model_config
 from grpo_core.parts import all_tasks, check_before_loading, check_columns
 from grpo_core.policy import load_policy, wrap
+from grpo_core.progress import working
 from grpo_core.rows import load_splits
 from grpo_core.run import Run
 from grpo_core.sampler import eos_ids
@@ -93,7 +94,8 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, Answers]:
     if base:
         policy = wrap(base.to(dtype), config.model, config.lora, temperature=TEMPERATURE)
     else:
-        policy = load_policy(config.model, config.lora, dtype=dtype, temperature=TEMPERATURE)
+        with working("loading the model"):
+            policy = load_policy(config.model, config.lora, dtype=dtype, temperature=TEMPERATURE)
     per_step = config.trainer.completions_per_step
     run = assemble(config, beginning, policy, tokenizer, tasks, eval_tasks, per_step, dtype, longest)
     end = tokenizer.eos_token_id

@@ -1,0 +1,88 @@
+"""Bars and clocks: in a terminal they come and go, in a log file and on other ranks there is nothing."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+CODE = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from grpo_core import progress
+from grpo_core.config import RunConfig
+from grpo_core.metrics import RunLog
+progress.DELAY = 0.3
+with progress.working("loading the model"):
+    time.sleep(2.5)
+with progress.bar(4, "evaluating", "task") as shown:
+    for _ in range(4):
+        time.sleep(0.3)
+        shown.update()
+log = RunLog(Path({folder!r}), RunConfig(), 0, 2)
+with log.phase("sample"):
+    time.sleep(2.2)
+log.say("a line")
+log.close()
+print("done", flush=True)
+"""
+
+
+def in_terminal(code, env):
+    """What a process writes to a terminal."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=env, cwd=ROOT)
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # the other side is closed
+            break
+        written += part
+    assert process.wait() == 0, written.decode()
+    return written.decode()
+
+
+def screen(written):
+    """What is left to see: a carriage return goes back to the line's beginning, a bar that ends wipes itself."""
+    lines, row = [""], 0
+    for piece in re.split(r"(\r|\n|\x1b\[A)", written):
+        if piece == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+            at = 0
+        elif piece == "\x1b[A":
+            row -= 1
+        elif piece == "\r":
+            at = 0
+        elif piece:
+            at = 0 if "at" not in locals() else at
+            lines[row] = (lines[row].ljust(at)[:at] + piece + lines[row][at + len(piece) :]).rstrip()
+            at += len(piece)
+    return [line for line in lines if line.strip()]
+
+
+def test_in_a_terminal_they_tick_and_leave_nothing_behind(tmp_path, environment):
+    written = in_terminal(CODE.format(tests=str(ROOT / "tests"), folder=str(tmp_path / "r")), {**environment, "TERM": "xterm", "COLUMNS": "100"})
+    assert re.search(r"loading the model  00:0[12]", written) and "evaluating:" in written and "3/4" in written
+    assert len(set(re.findall(r"sample:   0%.*?\[(00:0\d)<", written))) >= 2, written  # the clock of the phase goes on
+    assert screen(written) == ["a line", "done"]
+
+
+def test_in_a_log_file_and_on_other_ranks_there_is_nothing(tmp_path, environment):
+    code = CODE.format(tests=str(ROOT / "tests"), folder=str(tmp_path / "r"))
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout == "a line\ndone\n"
+    other = in_terminal(code, {**environment, "TERM": "xterm", "RANK": "1", "WORLD_SIZE": "2"})
+    assert other.split() == ["done"]
