@@ -47,7 +47,7 @@ def rewards() -> str:
     """Every built-in reward, with what it says of a completion, its arguments and the columns it needs."""
     entries = []
     for name, function in REWARDS.functions.items():
-        entries.append(_entry(name, function, inspect.getdoc(function).splitlines()[0]))
+        entries.append(_entry(name, function, formula(function)))
         if columns := needed_columns(function):
             entries.append(f"{'':<24} reads: {', '.join(columns)}")
     return "rewards (or my_rewards.py:mine)\n" + "\n".join(entries)

@@ -51,7 +51,7 @@ def adapt(control: Control, config: LossConfig, kl: float | None, entropy: float
 
     A mean over no token is nan, and steers nothing.
     """
-    if config.kl_target is not None and not math.isnan(kl):
+    if config.kl_target is not None and kl is not None and not math.isnan(kl):
         kl_coef = next_kl_coef(
             control.kl_coef, kl, target=config.kl_target, horizon=config.kl_horizon, completions=completions
         )

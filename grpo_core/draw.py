@@ -60,8 +60,7 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Te
     """
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     probabilities = logits.softmax(dim=-1)
-    greedy = uniform is None
-    token = logits.argmax(dim=-1, keepdim=True) if greedy else _first_above(probabilities, uniform[:, None])
+    token = logits.argmax(dim=-1, keepdim=True) if uniform is None else _first_above(probabilities, uniform[:, None])
     return token.squeeze(1), probabilities.gather(1, token).log().squeeze(1)
 
 

@@ -244,7 +244,7 @@ def average_of(loss_fn: Callable) -> str:
 
 
 def gradient_of(
-    loss_fn: Callable, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, w: Tensor | None = None
+    loss_fn: Callable, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, w: Tensor | None = None
 ) -> Tensor:
     """d (per_token_loss * w).sum() / d logprobs, [B, C]; w of the average "sequence"."""
     x = logprobs.clone().requires_grad_()

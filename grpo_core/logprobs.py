@@ -1,7 +1,7 @@
 """Log-probs, entropies and divergences of tokens from hidden states, without ever holding a [B, C, V] tensor."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,8 @@ def token_logprobs(
             entropy = normaliser - (logits.softmax(dim=-1) * logits).sum(dim=-1)
         return logprobs, entropy
 
-    return _in_chunks(chunk, chunk_size or _generic_size(lm_head, flat), token_ids.shape, flat, ids)
+    logprobs, entropy = _in_chunks(chunk, chunk_size or _generic_size(lm_head, flat), token_ids.shape, flat, ids)
+    return logprobs, entropy
 
 
 def token_divergence(
@@ -93,7 +94,7 @@ def token_divergence(
     return values
 
 
-def is_frozen_linear(lm_head: object) -> bool:
+def is_frozen_linear(lm_head: object) -> TypeGuard[nn.Linear]:
     """Whether the head is a plain matrix that is not trained."""
     return type(lm_head) is nn.Linear and lm_head.bias is None and not lm_head.weight.requires_grad
 
@@ -122,7 +123,7 @@ class _FrozenHead(torch.autograd.Function):
             logprobs[part], entropy[part], slope = statistics(
                 F.linear(hidden[part], weight), ids[part], temperature, wanted
             )
-            if wanted:
+            if slopes is not None and slope is not None:
                 torch.mm(slope, weight, out=slopes[part])
         context.save_for_backward(slopes)
         context.mark_non_differentiable(entropy)

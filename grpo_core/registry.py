@@ -66,6 +66,7 @@ class Registry:
         if not Path(path).is_file():
             raise ConfigError(f"{self.kind} {name!r}: there is no file {path}")
         spec = importlib.util.spec_from_file_location(f"grpo_core_user_{Path(path).stem}", path)
+        assert spec is not None and spec.loader is not None  # of a file that ends in .py
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up
         try:

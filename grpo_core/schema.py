@@ -30,7 +30,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
-def in_short(error: Exception) -> str:
+def in_short(error: BaseException) -> str:
     """An exception in one line: its type, its message's first line, and the line of the user's that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
     libraries = (sys.prefix, sys.base_prefix, str(Path(__file__).parent), "<")

@@ -82,6 +82,8 @@ def job(environment, words):
         case ["bash", "launch.sh", *rest]:
             processes = int(rest.pop(0)) if rest and rest[0].isdigit() else 1
             return [training(rest, processes, environment.items())]
+        case ["python", "-m", "grpo_core", "train", *rest] if "--dry-run" in rest:  # its model may be a hub's
+            return [{**training([word for word in rest if word != "--dry-run"], 1), "kind": "load"}]
         case ["python", "-m", "grpo_core", "train", *rest]:
             return [training(rest, 1)]
         case ["python", "-m", "grpo_core", "sft", *rest]:
@@ -104,7 +106,9 @@ def job(environment, words):
             assert (ROOT / script).is_file(), script
             return []
         case ["pip", "install", *rest] | ["uv", "pip", "install", *rest]:
-            assert [word for word in rest if not (ROOT / word).exists()] == ["-c", "-e"], rest
+            extras = [word for word in rest if not (ROOT / word.split("[")[0]).exists() and word not in ("-c", "-e")]
+            wanted = {name for word in extras for name in re.fullmatch(r"grpo_core\[([\w,]+)\]", word)[1].split(",")}
+            assert wanted <= set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)), rest
             return []
         case ["uv", "venv", ".venv"] | ["source", ".venv/bin/activate"]:
             assert "$root/.venv/bin/python" in (ROOT / "environment.sh").read_text()
