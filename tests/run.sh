@@ -6,4 +6,6 @@ needs="dependencies test"
 source "$root/environment.sh"
 cd "$root"
 export PYTHONPATH=$root OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-exec "$python" -m pytest -q "$@"
+if [ $# -gt 0 ]; then exec "$python" -m pytest -q "$@"; fi
+"$python" -m pytest -q -n 2 --dist loadfile -m "not soak and not alone"
+exec "$python" -m pytest -q -m "alone and not soak"

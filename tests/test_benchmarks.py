@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 @pytest.mark.parametrize("part", ["tiny", pytest.param("cpu", marks=pytest.mark.soak)])

@@ -14,6 +14,7 @@ from grpo_core.cli import commands, main
 NAMES = sorted(commands.commands)
 
 
+@pytest.mark.alone
 def test_help_starts_in_less_than_half_a_second(environment):
     seconds = []
     for _ in range(3):
