@@ -28,9 +28,10 @@ if ! satisfies "$python"; then
     venv=$root/.venv/bin/python
     if command -v flock >/dev/null; then exec 9>"$root/.venv.lock" && flock 9; fi  # two starts at once install once
     if ! satisfies "$venv"; then
+        case " ${needs:-} " in *" test "*) extras="[test]" ;; *) extras="" ;; esac
         echo "Installing into $root/.venv (once; pinned in constraints.txt) ..."
         "$python" -m venv "$root/.venv"
-        "$venv" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "$root[test]"
+        "$venv" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "$root$extras"
     fi
     exec 9>&-
     python=$venv
