@@ -204,7 +204,7 @@ def _run(config: RunConfig, policy: Policy, dumped: Dumped) -> Run:
     """The parts of a run that its objective needs, for one minibatch."""
     config = replace(config, trainer=replace(config.trainer, num_minibatches=1, num_passes=1))
     loss, tokens = config.loss, config.trainer.tokens_per_micro_batch
-    budget = Budget(ON_CPU if tokens == "auto" else tokens)
+    budget = Budget((16_384 if torch.cuda.is_available() else ON_CPU) if tokens == "auto" else tokens)
     nothing = dict.fromkeys(("tasks", "sampler", "engine", "eval_reward", "log", "control"))
     return Run(
         config=config,

@@ -37,8 +37,21 @@ def tiny_run(tmp_path_factory):
     """The folder of a short run of the embedded default whose adapter has moved: 12 steps, checkpoints at 6 and 12."""
     folder = tmp_path_factory.mktemp("runs")
     given = ["trainer.num_steps=12", "checkpoint.every=6", "evaluation.num_tasks=16", "trainer.completions_per_step=64"]
-    command = [sys.executable, "-m", "grpo_core", "train", "--config", "configs/tiny.yaml", f"output_dir={folder}", *given]
-    env = {**{k: v for k, v in os.environ.items() if k not in RANK}, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [
+        sys.executable,
+        "-m",
+        "grpo_core",
+        "train",
+        "--config",
+        "configs/tiny.yaml",
+        f"output_dir={folder}",
+        *given,
+    ]
+    env = {
+        **{k: v for k, v in os.environ.items() if k not in RANK},
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder / "tiny"

@@ -19,7 +19,11 @@ def blocks(text):
     at, starts = 0, {}
     for number, line in enumerate(text.splitlines(keepends=True)):
         starts[number], at = at, at + len(line)
-    found += [(starts[i], "bash", line.strip()) for i, line in enumerate(bare.splitlines()) if line.startswith("    ") and line.strip()]
+    found += [
+        (starts[i], "bash", line.strip())
+        for i, line in enumerate(bare.splitlines())
+        if line.startswith("    ") and line.strip()
+    ]
     return [(language, content) for _, language, content in sorted(found)]
 
 
@@ -78,7 +82,12 @@ def job(environment, words):
     """What is to be done about a command: jobs for the worker. Raises Unknown where no rule fits."""
     match words:
         case ["bash", "launch.sh", processes, "--dry-run", *rest]:
-            return [{"kind": "main", "arguments": ["launch", "--processes", processes, "--config", DEFAULT, "--dry-run", *rest]}]
+            return [
+                {
+                    "kind": "main",
+                    "arguments": ["launch", "--processes", processes, "--config", DEFAULT, "--dry-run", *rest],
+                }
+            ]
         case ["bash", "launch.sh", *rest]:
             processes = int(rest.pop(0)) if rest and rest[0].isdigit() else 1
             return [training(rest, processes, environment.items())]
@@ -92,7 +101,13 @@ def job(environment, words):
             return [{"kind": "main", "arguments": words[3:]}]
         case ["python", "-m", "grpo_core", "check-loss" | "check-advantage", *_]:  # 1: it found something
             return [{"kind": "main", "arguments": words[3:], "codes": [0, 1]}]
-        case ["python", "-m", "grpo_core", "evaluate" | "sample" | "report" | "replay" | "export", *rest]:  # of the first run
+        case [
+            "python",
+            "-m",
+            "grpo_core",
+            "evaluate" | "sample" | "report" | "replay" | "export",
+            *rest,
+        ]:  # of the first run
             if rest[1:] == [] and words[3] == "sample":
                 raise Unknown("a prompt waits for somebody")
             return [{"kind": "main", "arguments": words[3:]}]
@@ -125,7 +140,9 @@ def python_job(code):
         return [{"kind": "python", "code": code}]
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
         for keyword in call.keywords if call.func.id in ("GRPOConfig", "GRPOTrainer") else ():
-            known = TRL["GRPOTrainer"] if call.func.id == "GRPOTrainer" else TRL["GRPOConfig"] | TRL["TrainingArguments"]
+            known = (
+                TRL["GRPOTrainer"] if call.func.id == "GRPOTrainer" else TRL["GRPOConfig"] | TRL["TrainingArguments"]
+            )
             assert keyword.arg in known, keyword.arg
     return []
 
@@ -143,7 +160,9 @@ def jobs_of(text, folder):
         elif language == "json":
             [json.loads(line) for line in content.splitlines()]
         elif language == "bash":
-            found += [(line, one) for line in content.splitlines() for simple in simple_commands(line) for one in job(*simple)]
+            found += [
+                (line, one) for line in content.splitlines() for simple in simple_commands(line) for one in job(*simple)
+            ]
         elif not (language == "text" or (language == "yaml" and named)):
             raise Unknown(f"a block of {language!r}")
     return [(what, {"cwd": str(folder), **one}) for what, one in found]

@@ -28,7 +28,7 @@ def test_it_holds_the_laws_or_says_which_it_breaks(name):
 
 UNSOUND = {
     "ties": lambda r: (r - r.mean(dim=1, keepdim=True)) / 1e-9,
-    "unscored": lambda r: (r.nan_to_num(0.0) - r.nan_to_num(0.0).mean(dim=1, keepdim=True)),
+    "unscored": lambda r: r.nan_to_num(0.0) - r.nan_to_num(0.0).mean(dim=1, keepdim=True),
     "zero_mean": lambda r: r - r.amin(dim=1, keepdim=True),
     "order": lambda r: r.mean(dim=1, keepdim=True) - r,
     "shift": lambda r: r / r.mean(dim=1, keepdim=True) - 1,
@@ -83,7 +83,12 @@ def test_gdpo_normalises_each_reward_by_itself():
     close(ours, summed / summed.std())
     # rewards that cancel in their sum are no tie: w z = -z_1 + 2 z_2 = z_1 of the first group
     cancel = torch.tensor([[[0.0, 1.0, 0.0, 1.0], [1.0] * 4], [[1.0, 0.5, 1.0, 0.5], [2.0] * 4]])
-    both = values("gdpo", (cancel * torch.tensor([1.0, 2.0]).view(2, 1, 1)).sum(dim=0), components=cancel, weights=torch.tensor([1.0, 2.0]))
+    both = values(
+        "gdpo",
+        (cancel * torch.tensor([1.0, 2.0]).view(2, 1, 1)).sum(dim=0),
+        components=cancel,
+        weights=torch.tensor([1.0, 2.0]),
+    )
     assert (both[0, [0, 2]] > 0.5).all() and (both[0, [1, 3]] < -0.5).all() and (both[1] == 0).all()
     scaled = components * torch.tensor([1.0, 100.0]).view(2, 1, 1)
     close(values("gdpo", scaled.sum(dim=0), args={"eps": 0.0}, components=scaled, weights=weights), ours)
@@ -116,11 +121,13 @@ def test_tied_groups_with_unscored_rows():
 
 def test_what_an_own_advantage_returns_is_checked():
     with pytest.raises(ValueError, match=r"advantage flat returned \(8,\); it must return \[N, G\] = \(2, 4\)"):
+
         def flat(rewards):
             return rewards.flatten()
 
         advantages(flat, REWARDS)
     with pytest.raises(ValueError, match="advantage worse returned a value that is not finite"):
+
         def worse(rewards):
             return rewards / 0
 

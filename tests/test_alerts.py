@@ -31,7 +31,16 @@ def seen(change, steps=30, config=None):
 
 def test_a_run_that_is_well_has_none():
     assert seen(lambda step: {}) == []
-    assert seen(lambda step: {"tied_groups": float(step % 10 > 0), "truncated": float(step % 10 > 0), "kl": 3.0 * (step % 6 == 0)}) == []
+    assert (
+        seen(
+            lambda step: {
+                "tied_groups": float(step % 10 > 0),
+                "truncated": float(step % 10 > 0),
+                "kl": 3.0 * (step % 6 == 0),
+            }
+        )
+        == []
+    )
     assert seen(lambda step: {"entropy": 0.1 if step < 10 else 0.9}) == []
     assert seen(lambda step: {"entropy": 2.0 - step / 20, "skipped": 1, "adapter_norm": 1.0}) == []
     assert seen(lambda step: {name: 0.0 for name in ("kl",) if step % 2}) == []
@@ -55,7 +64,9 @@ def test_each_comes_at_its_time_and_once(change, step, sentence):
 
 def test_the_ratio_may_move_off_policy_and_the_gap_is_narrower_in_float32():
     assert seen(lambda step: {"ratio": 1.1}, config=RunConfig(trainer=TrainerConfig(num_minibatches=2))) == []
-    ((step, sentence),) = seen(lambda step: {"logprob_gap": 0.02}, config=RunConfig(model=ModelConfig(precision="fp32")))
+    ((step, sentence),) = seen(
+        lambda step: {"logprob_gap": 0.02}, config=RunConfig(model=ModelConfig(precision="fp32"))
+    )
     assert step == 5 and "0.01 nats" in sentence
 
 
@@ -73,7 +84,10 @@ def test_failed_rewards_are_counted_over_the_last_ten_steps():
 def test_one_batch_that_fails_early_ends_nothing_and_a_reward_that_never_works_ends_at_once():
     def told(*shares):
         alerts = Alerts(RunConfig())
-        return [alerts.see({**WELL, "failed/correct_answer": share}) == [] and alerts.too_many_failed() is not None for share in shares]
+        return [
+            alerts.see({**WELL, "failed/correct_answer": share}) == [] and alerts.too_many_failed() is not None
+            for share in shares
+        ]
 
     assert told(0.0, 1.0, 0.0, 0.0) == [False] * 4 and told(0.9, 0.9, 0.9) == [False, False, True]
     assert told(1.0) == [True]
@@ -94,7 +108,9 @@ def test_a_run_with_nothing_to_learn_says_so_and_why(tmp_path, capsys):
 def test_with_stop_the_run_ends_with_a_checkpoint(tmp_path):
     with pytest.raises(RunFailed, match="alerts is stop, and the adapter has not moved in 10 steps"):
         train(level(make_run(tmp_path, num_steps=12), "stop"))
-    assert [path.name for path in checkpoint.steps(tmp_path / "checkpoints")] == ["step-000010"] and len(rows(tmp_path)) == 10
+    assert [path.name for path in checkpoint.steps(tmp_path / "checkpoints")] == ["step-000010"] and len(
+        rows(tmp_path)
+    ) == 10
 
 
 def test_a_learning_rate_that_is_far_too_high_runs_away(tmp_path, capsys):

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.slow
 def test_one_answer_is_streamed_and_scored(tiny_run, capsys, monkeypatch):
     watched = []
     forward = PlainDecoder._forward
-    monkeypatch.setattr(PlainDecoder, "_forward", lambda *given: (watched.append(capsys.readouterr().out), forward(*given))[1])
+    monkeypatch.setattr(
+        PlainDecoder, "_forward", lambda *given: (watched.append(capsys.readouterr().out), forward(*given))[1]
+    )
     assert main(["sample", str(tiny_run), QUESTION, "--answer", "11"]) == 0
     rest = capsys.readouterr().out
     text = "".join(watched) + rest
@@ -61,12 +63,30 @@ def test_several_side_by_side_and_without_the_adapter(tiny_run, capsys):
 
 
 def test_the_prompt_loop(tiny_run, capsys, monkeypatch):
-    lines = iter(["", QUESTION, "/adapter off", QUESTION, "/n 2", "/n 0", "/what", "/temperature 0.7", QUESTION, "/quit", "never"])
+    lines = iter(
+        [
+            "",
+            QUESTION,
+            "/adapter off",
+            QUESTION,
+            "/n 2",
+            "/n 0",
+            "/what",
+            "/temperature 0.7",
+            QUESTION,
+            "/quit",
+            "never",
+        ]
+    )
     monkeypatch.setattr(builtins, "input", lambda prompt: next(lines))
     assert main(["sample", str(tiny_run)]) == 0
     out = capsys.readouterr().out
     assert "adapter off, n 1, greedy, answer not given" in out and "adapter off, n 2, temperature 0.7" in out
-    assert "/n 0 is nothing known here" in out and "/what is nothing known here; /help lists" in out and next(lines) == "never"
+    assert (
+        "/n 0 is nothing known here" in out
+        and "/what is nothing known here; /help lists" in out
+        and next(lines) == "never"
+    )
     assert "(2)" in out
 
 
@@ -84,8 +104,13 @@ def test_a_character_of_several_tokens_is_shown_whole():
 
 def test_columns_fit_the_width():
     text = side_by_side(["one two three four five six seven " * 4, "b\n\nc", "d"], [["x"], ["y"], ["z"]], 70)
-    assert max(map(len, text.splitlines())) <= 70 and text.splitlines()[0].split() == ["(1)", "|", "(2)"] and "(3)" in text
-    assert " ".join(line.split("|")[0].strip() for line in text.split("-" * 70)[0].splitlines()[3:]).split() == ("one two three four five six seven " * 4).split()
+    assert (
+        max(map(len, text.splitlines())) <= 70 and text.splitlines()[0].split() == ["(1)", "|", "(2)"] and "(3)" in text
+    )
+    assert (
+        " ".join(line.split("|")[0].strip() for line in text.split("-" * 70)[0].splitlines()[3:]).split()
+        == ("one two three four five six seven " * 4).split()
+    )
 
 
 @pytest.mark.parametrize("line", ["/n x", "/n", "/temperature hot", "/temperature -1", "/adapter maybe"])

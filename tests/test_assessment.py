@@ -36,12 +36,25 @@ def test_figures_of_hand_made_rows():
     assert found["pass@2"] == pytest.approx([1 - 1 / 6, 1 - 3 / 6]) and found["pass@4"] == [1, 1]
     assert found["maj@4"] == [1, 0]  # 5, 6, 5 and none; 8, 8, 9, 2
     assert found["reward r"] == [0.25, 0.0] and found["cut off"] == [0, 0.25]  # of the samples; None is left out
-    assert list(found) == ["greedy", "greedy, strict", "mean@4", "pass@2", "pass@4", "maj@4", "reward r", "length", "cut off"]
+    assert list(found) == [
+        "greedy",
+        "greedy, strict",
+        "mean@4",
+        "pass@2",
+        "pass@4",
+        "maj@4",
+        "reward r",
+        "length",
+        "cut off",
+    ]
 
 
 def test_figures_without_samples_are_of_the_greedy_answers():
     found = figures([r for r in ROWS if r["sample"] == 0], 0, final_number)
-    assert list(found) == ["greedy", "greedy, strict", "reward r", "length", "cut off"] and found["reward r"] == [9.0, 0.0]
+    assert list(found) == ["greedy", "greedy, strict", "reward r", "length", "cut off"] and found["reward r"] == [
+        9.0,
+        0.0,
+    ]
 
 
 def test_figures_count_to_a_number_that_is_no_power_of_two():
@@ -58,9 +71,19 @@ def test_base_and_policy_are_compared_problem_by_problem():
     assert result["paired"] == {"lost": 1, "won": 11, "p": pytest.approx(2 * 13 / 2**12)}
     assert result["policy"]["greedy"]["value"] == 0.6 and result["base"]["greedy"]["n"] == 20
     assert result["policy"]["greedy"]["ci_low"] == pytest.approx(0.3866, abs=1e-3)  # Wilson
-    assert result["difference"]["greedy"]["value"] == pytest.approx(0.5) and result["difference"]["reward r"]["ci_low"] == 1.0
+    assert (
+        result["difference"]["greedy"]["value"] == pytest.approx(0.5)
+        and result["difference"]["reward r"]["ci_low"] == 1.0
+    )
     assert result["difference"]["greedy"]["ci_low"] > 0.2
-    text = table({**result, "weights": "w", "data": {"problems": 20, "path": "p", "split": "test", "left_out": 3}, "sampling": {"samples": 0}})
+    text = table(
+        {
+            **result,
+            "weights": "w",
+            "data": {"problems": 20, "path": "p", "split": "test", "left_out": 3},
+            "sampling": {"samples": 0},
+        }
+    )
     assert "greedy          10.0 % (2.8 to 30.1)        60.0 % (38.7 to 78.1)       +50.0 (" in text
     assert "11 won and 1 lost against the base, McNemar's p = 0.0063" in text and "3 left out" in text
 
@@ -69,7 +92,10 @@ def test_a_reward_without_a_strict_form_has_one_kind_of_right(tmp_path):
     lenient, strict = scorers(RunConfig())[:2]
     told = [scorer.function(completions=["it is 5"], answer=["5"]) for scorer in (lenient, strict)]
     assert told == [[1.0], [0.0]]
-    assert [s.name for s in scorers(RunConfig(evaluation=EvaluationConfig(reward="think_format")))] == [" correct", "correct_answer"]
+    assert [s.name for s in scorers(RunConfig(evaluation=EvaluationConfig(reward="think_format")))] == [
+        " correct",
+        "correct_answer",
+    ]
 
 
 def test_which_problems(tmp_path):
@@ -77,15 +103,26 @@ def test_which_problems(tmp_path):
 
     def of(own, evaluation=None, **given):
         config = RunConfig(data=own, evaluation=evaluation or EvaluationConfig(num_tasks=5))
-        return problems(SimpleNamespace(config=config, tokenizer=tokenizer), given.get("data"), given.get("split"), given.get("limit"))
+        return problems(
+            SimpleNamespace(config=config, tokenizer=tokenizer),
+            given.get("data"),
+            given.get("split"),
+            given.get("limit"),
+        )
 
     tasks, what = of(DataConfig())
-    assert what == {"path": "builtin:word_problems", "split": "test", "problems": 1000, "left_out": 0} == {**what, "problems": len(tasks)}
+    assert (
+        what
+        == {"path": "builtin:word_problems", "split": "test", "problems": 1000, "left_out": 0}
+        == {**what, "problems": len(tasks)}
+    )
     assert len(of(DataConfig(), limit=3)[0]) == 3
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"question": f"{i}?", "answer": str(i)}) + "\n" for i in range(30)))
     held_out, what = of(DataConfig(path=str(file)))
-    assert len(held_out) == 5 and what["split"] == "held out of train"  # as many as training held out, whatever is asked
+    assert (
+        len(held_out) == 5 and what["split"] == "held out of train"
+    )  # as many as training held out, whatever is asked
     assert [t.prompt for t in of(DataConfig(path=str(file)), limit=2)[0]] == [t.prompt for t in held_out[:2]]
     assert len(of(DataConfig(), data=str(file))[0]) == 30 and of(DataConfig(), data=str(file))[1]["split"] == "train"
     with pytest.raises(ConfigError, match="name some with --data"):
@@ -104,8 +141,12 @@ def test_the_command_on_a_run(tiny_run, tmp_path, capsys):
         own = [r for r in rows if r["policy"] == policy]
         assert result[policy]["greedy"]["value"] == sum(r["correct"] for r in own if r["sample"] == 0) / 24
         assert result[policy]["mean@4"]["value"] == pytest.approx(sum(r["correct"] for r in own if r["sample"]) / 96)
-    gained = [{r["task"] for r in rows if r["policy"] == p and r["sample"] == 0 and r["correct"]} for p in ("base", "policy")]
-    assert result["paired"]["won"] == len(gained[1] - gained[0]) and result["paired"]["lost"] == len(gained[0] - gained[1])
+    gained = [
+        {r["task"] for r in rows if r["policy"] == p and r["sample"] == 0 and r["correct"]} for p in ("base", "policy")
+    ]
+    assert result["paired"]["won"] == len(gained[1] - gained[0]) and result["paired"]["lost"] == len(
+        gained[0] - gained[1]
+    )
     assert len({r["text"] for r in rows if r["policy"] == "policy" and r["task"] == 0 and r["sample"]}) > 1
 
 
@@ -113,7 +154,9 @@ def test_the_command_on_a_run(tiny_run, tmp_path, capsys):
 def test_two_processes_answer_what_one_does(tiny_run, tmp_path, environment):
     command = ["-m", "grpo_core", "evaluate", str(tiny_run), "--limit", "9", "--samples", "2", "--output"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, *command, str(tmp_path / "two")], env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [*launcher, *command, str(tmp_path / "two")], env=environment, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     assert main([*command[2:], str(tmp_path / "one")]) == 0
     one, two = ((tmp_path / name / "completions.jsonl").read_text() for name in ("one", "two"))

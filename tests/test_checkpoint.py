@@ -49,7 +49,11 @@ def test_a_folder_can_be_named_and_a_new_run_never_takes_an_old_ones_unasked(two
     with pytest.raises(ConfigError, match=r"run holds a run already; resume=auto goes on with it, overwrite=true"):
         checkpoint.run_folder(replace(config, resume=None))
     assert checkpoint.run_folder(replace(config, resume=None, overwrite=True)) == (run.folder, None, [])
-    assert checkpoint.run_folder(replace(config, resume=None, name="other")) == (run.folder.with_name("other"), None, [])
+    assert checkpoint.run_folder(replace(config, resume=None, name="other")) == (
+        run.folder.with_name("other"),
+        None,
+        [],
+    )
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing_behind(two, monkeypatch, capsys):

@@ -19,7 +19,9 @@ def test_help_starts_in_less_than_half_a_second(environment):
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "grpo_core", "--help"], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "grpo_core", "--help"], env=environment, capture_output=True, text=True
+        )
         seconds.append(time.perf_counter() - start)
         assert done.returncode == 0 and all(name in done.stdout for name in NAMES)
     assert min(seconds) < 0.5, seconds
@@ -44,15 +46,23 @@ def test_nothing_heavy_is_loaded_for_help(environment):
 
 def test_a_shell_completes_commands_options_and_keys(environment):
     def completed(*words):
-        given = {"_GRPO_CORE_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(["grpo_core", *words]), "COMP_CWORD": str(len(words))}
+        given = {
+            "_GRPO_CORE_COMPLETE": "bash_complete",
+            "COMP_WORDS": " ".join(["grpo_core", *words]),
+            "COMP_CWORD": str(len(words)),
+        }
         code = "from grpo_core.cli import commands; commands.main(prog_name='grpo_core', complete_var='_GRPO_CORE_COMPLETE')"
-        done = subprocess.run([sys.executable, "-c", code], env={**environment, **given}, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**environment, **given}, capture_output=True, text=True
+        )
         return [line.partition(",")[2] for line in done.stdout.splitlines()]
 
     assert completed("eva") == ["evaluate"] and "--max-new-tokens" in completed("evaluate", "--m")
     assert completed("train", "sampling.max") == ["sampling.max_new_tokens="]
     assert completed("train", "engine.schedule=") == [f"engine.schedule={x}" for x in ("cosine", "linear", "constant")]
-    assert completed("train", "overwrite=t") == ["overwrite=true"] and "trainer.num_steps=" in completed("train", "trainer.")
+    assert completed("train", "overwrite=t") == ["overwrite=true"] and "trainer.num_steps=" in completed(
+        "train", "trainer."
+    )
 
 
 @pytest.mark.parametrize("arguments, sentence", [
@@ -91,7 +101,9 @@ for name in ("a", "b"):
 opened = open_source(str(folder))
 print(folder, opened.has_adapter)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{tmp_path / 'b'} True"
     assert (tmp_path / "a" / "metrics.jsonl").read_text().count("\n") == 2

@@ -40,7 +40,10 @@ def test_no_deepspeed_json_is_zero2s():
     def settings(*given):
         filled = deepspeed_config(load(TINY, given), torch.float16, 2)
         always = {"allgather_partitions", "reduce_scatter", "contiguous_gradients"}  # DeepSpeed's own defaults
-        return {**filled, "zero_optimization": {k: v for k, v in filled["zero_optimization"].items() if k not in always}}
+        return {
+            **filled,
+            "zero_optimization": {k: v for k, v in filled["zero_optimization"].items() if k not in always},
+        }
 
     assert settings("engine.deepspeed={}") == settings("engine.deepspeed=configs/ds_zero2.json")
 
@@ -90,7 +93,10 @@ def test_the_real_job_is_the_published_recipe():
         ("trainer.tokens_per_micro_batch=0", r"trainer.tokens_per_micro_batch is 0; it must be at least 1"),
         ("sampling.group_size=1", r"sampling.group_size is 1; it must be at least 2"),
         ("sampling.temperature=0", r"sampling.temperature is 0.0; it must be above 0"),
-        ("sampling.top_p=0.9", r"unknown key sampling.top_p; training samples from the whole distribution.*evaluation.top_p"),
+        (
+            "sampling.top_p=0.9",
+            r"unknown key sampling.top_p; training samples from the whole distribution.*evaluation.top_p",
+        ),
         ("sampling.rows_at_once=0", r"sampling.rows_at_once is 0; it must be at least 1"),
         ("evaluation.top_k=3", r"evaluation.top_k is 3, but evaluation.temperature is 0"),
         ("evaluation={temperature: 1, top_p: 2}", r"evaluation.top_p is 2.0; it must be above 0 and at most 1"),
@@ -105,7 +111,10 @@ def test_the_real_job_is_the_published_recipe():
         ("rewards=[{name: combined, weight: 0}]", r"every weight is 0"),
         ("lora.r=0", r"loss.kl_coef is 0.01, but lora.r is 0"),
         ("engine.deepspeed=nowhere.json", r"cannot read nowhere.json: No such file"),
-        ("trainer.micro_batch_size=4", r"unknown key trainer.micro_batch_size; it is trainer.tokens_per_micro_batch now"),
+        (
+            "trainer.micro_batch_size=4",
+            r"unknown key trainer.micro_batch_size; it is trainer.tokens_per_micro_batch now",
+        ),
         ("resume=maybe", r"resume is 'maybe'; it must be auto, force, null, or the folder of a run"),
         ("trainer.num_minibatches=3", r"num_minibatches is 3; it must divide sampling.group_size \(8\)"),
         ("trainer.num_steps=-3", r"trainer.num_steps is -3; it must be at least 1"),

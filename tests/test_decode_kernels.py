@@ -115,7 +115,8 @@ def test_draw_from_broken_logits_stays_in_the_vocabulary(value, greedy):
 
 
 @pytest.mark.parametrize(
-    "rows, heads, kv_heads, dim, normed", [(5, 6, 2, 32, True), (40, 4, 4, 16, False), (300, 9, 3, 24, False), (3, 12, 2, 128, False)]
+    "rows, heads, kv_heads, dim, normed",
+    [(5, 6, 2, 32, True), (40, 4, 4, 16, False), (300, 9, 3, 24, False), (3, 12, 2, 128, False)],
 )
 def test_attention_with_ragged_prompts_shared_by_rows_in_any_slot(rows, heads, kv_heads, dim, normed):
     triton_ops, torch_ops = both()

@@ -18,7 +18,10 @@ from grpo_core.config import RunConfig
 from grpo_core.config_check import prompts_per_rank
 from grpo_core.config_file import load
 
-PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 SECTIONS = {name: kind for name, kind in get_type_hints(RunConfig).items() if is_dataclass(kind)}
 READERS_OWN = {  # files that a reader is said to have
     "my_rows.jsonl": {"question": "What is 1 + 1?", "answer": "#### 2"},
@@ -35,7 +38,9 @@ def inline(text):
 def tables(text, heading):
     """Rows of the tables under a heading, as lists of cells without the header."""
     section = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.S | re.M)[1]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")
+    ]
     return [row for row in rows[2:] if set(row[0]) != {"-"}]
 
 
@@ -70,7 +75,11 @@ def sandbox(tmp_path_factory):
     (base / "jobs.json").write_text(json.dumps([one for *_, one in page_jobs]))
     worker = ROOT / "tests" / "workers" / "commands.py"
     environment = {key: value for key, value in os.environ.items() if key not in RANK}
-    environment |= {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, worker, base / "jobs.json", base / "problems.json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -87,7 +96,12 @@ def test_its_commands_and_blocks_do_what_they_can_here(sandbox, page):
 
 
 def test_a_command_that_no_rule_knows_fails(tmp_path):
-    for text in ("    make all\n", "    bash launch.sh 2 --fast\n", "```fish\nls\n```\n", "    ls && python -m grpo_core losses\n"):
+    for text in (
+        "    make all\n",
+        "    bash launch.sh 2 --fast\n",
+        "```fish\nls\n```\n",
+        "    ls && python -m grpo_core losses\n",
+    ):
         with pytest.raises(Unknown):
             jobs_of(text, tmp_path)
 
@@ -130,7 +144,9 @@ def test_every_key_and_override_in_backticks_is_one(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_in_backticks_is_one(page):
     for code in inline(PAGES[page]):
-        if not re.match(r"[A-Z_]*=?\S* ?(bash launch.sh|python -m|torchrun|deepspeed -|python benchmarks|uv |pip )", code) or placeholder(code):
+        if not re.match(
+            r"[A-Z_]*=?\S* ?(bash launch.sh|python -m|torchrun|deepspeed -|python benchmarks|uv |pip )", code
+        ) or placeholder(code):
             continue
         for simple in simple_commands(code):
             for one in job(*simple):
@@ -167,13 +183,19 @@ def test_every_page_is_reached_from_the_readme():
 def test_the_readme_is_short_and_begins_with_the_two_commands():
     text = PAGES["README.md"]
     assert len(text.splitlines()) <= 230
-    assert [line for language, line in blocks(text) if language == "bash"][:2] == ["bash launch.sh 2", "bash tests/run.sh"]
+    assert [line for language, line in blocks(text) if language == "bash"][:2] == [
+        "bash launch.sh 2",
+        "bash tests/run.sh",
+    ]
 
 
 def test_the_files_it_names_are_there():
     for page, text in PAGES.items():
         for name in (word for code in inline(text) for word in re.findall(r"(?<![\w/.])(\w+\.py)\b(?!:)", code)):
-            assert (ROOT / "grpo_core" / name).exists() or name.startswith("my_") or name in ("mine.py", "file.py"), (page, name)
+            assert (ROOT / "grpo_core" / name).exists() or name.startswith("my_") or name in ("mine.py", "file.py"), (
+                page,
+                name,
+            )
 
 
 def test_the_picture_shows_functions_that_are_there():
@@ -227,7 +249,11 @@ def fits(name, documented):
 def test_every_name_that_a_run_writes_is_explained_and_every_name_explained_is_written(sandbox):
     base, _ = sandbox
     always, switched = names_in("metrics.jsonl, always"), names_in("With a switch on")
-    documented = {"metrics": always | switched, "evaluation": names_in("evaluation.jsonl"), "completions": names_in("completions.jsonl")}
+    documented = {
+        "metrics": always | switched,
+        "evaluation": names_in("evaluation.jsonl"),
+        "completions": names_in("completions.jsonl"),
+    }
     written = {kind: set() for kind in documented}
     for kind in documented:
         for path in base.glob(f"*/runs/*/{kind}.jsonl"):

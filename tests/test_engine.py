@@ -21,7 +21,9 @@ def plain_adamw(average):
     """The same updates with nothing of grpo_core's trainer, losses, weights or engine in them."""
     policy = tiny_policy(lora_noise=0.1)
     parameters = policy.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, eps=1e-6)  # 1e-8 would magnify rounding where a gradient is 0
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1e-2, weight_decay=0.1, eps=1e-6
+    )  # 1e-8 would magnify rounding where a gradient is 0
     norms, losses, kl_coef = [], [], 0.0 if average == TIES else 0.5
     for step in range(STEPS):
         rollouts, advantages = step_data(step, average)
@@ -54,7 +56,9 @@ def plain_adamw(average):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("average, sizes", [("sequence", (1, 30, 1000)), ("token", (30,)), ("constant", (40,)), (TIES, (1, 50))])
+@pytest.mark.parametrize(
+    "average, sizes", [("sequence", (1, 30, 1000)), ("token", (30,)), ("constant", (40,)), (TIES, (1, 50))]
+)
 def test_zero2_on_two_processes_is_plain_adamw_on_one(tmp_path, environment, average, sizes):
     out = tmp_path / "out.pt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -87,7 +91,11 @@ def test_state_goes_on_bitwise_and_on_another_number_of_processes(tmp_path, envi
     for processes in (2, 1):
         resumed = run("resume", processes)
         for name in whole:
-            assert torch.equal(resumed[name], whole[name]) if processes == 2 else (resumed[name] - whole[name]).abs().max() < 1e-6
+            assert (
+                torch.equal(resumed[name], whole[name])
+                if processes == 2
+                else (resumed[name] - whole[name]).abs().max() < 1e-6
+            )
 
 
 def test_state_of_other_weights_is_refused():

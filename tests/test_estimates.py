@@ -33,7 +33,9 @@ def test_the_bootstraps_interval_covers_and_is_the_normal_one_for_many():
     values = [draw.random() for _ in range(500)]
     mean, spread = sum(values) / 500, math.sqrt(1 / 12 / 500)
     low, high = bootstrap_interval(values)
-    assert low == pytest.approx(mean - 1.96 * spread, abs=3e-3) and high == pytest.approx(mean + 1.96 * spread, abs=3e-3)
+    assert low == pytest.approx(mean - 1.96 * spread, abs=3e-3) and high == pytest.approx(
+        mean + 1.96 * spread, abs=3e-3
+    )
     assert bootstrap_interval(values, seed=1) != (low, high) == bootstrap_interval(values)
 
 

@@ -88,10 +88,29 @@ def test_the_adapter_is_pefts(run):
     assert settings["base_model_name_or_path"] == "grpo_core/builtin/tiny"
     tokenizer = AutoTokenizer.from_pretrained(run.parent / "out")
     ours, theirs = (
-        logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), folder), tokenizer)
+        logits(
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), folder),
+            tokenizer,
+        )
         for folder in (run / "adapter", run.parent / "out")
     )
     assert torch.equal(ours, theirs)
+
+
+def test_a_wrong_merge_that_bf16_would_hide_is_refused(run, capsys, monkeypatch):
+    merge = LoraModel.merge_and_unload
+
+    def wrong(self, *given, **named):
+        model = merge(self, *given, **named)
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(1.02)
+        return model
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
+    assert main(["export", str(run), "--dtype", "bf16"]) == 3
+    captured = capsys.readouterr()
+    assert "that is more than fp32 explains (0.001): not exported" in captured.err
+    assert 1e-3 < float(re.search(r"merged in fp32.* relative (\S+),", captured.out)[1]) < export.ALLOWED["bf16"]
 
 
 @pytest.mark.parametrize("kind", ["--merged", "--adapter"])
@@ -99,7 +118,9 @@ def test_the_cards_code_runs_and_answers_as_the_run_does(run, kind, environment)
     assert main(["export", str(run), kind]) == 0
     card = (run / "export" / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", card, re.S)[1].replace('"."', repr(str(run / "export")))
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr
     opened = open_source(str(run))
     from grpo_core.ask import Asking, task_of

@@ -24,7 +24,17 @@ STEPS = {"trainer__num_steps": 4, "checkpoint__every": 2, "evaluation__num_tasks
 
 def command(processes, out, *more, **settings):
     chosen = overrides(out, **{**STEPS, **settings})
-    return [sys.executable, str(WORKER), "launch", "--processes", str(processes), "--config", "configs/tiny.yaml", *chosen, *more]
+    return [
+        sys.executable,
+        str(WORKER),
+        "launch",
+        "--processes",
+        str(processes),
+        "--config",
+        "configs/tiny.yaml",
+        *chosen,
+        *more,
+    ]
 
 
 def run(processes, out, *more, environment, fault=None, **settings):
@@ -32,14 +42,22 @@ def run(processes, out, *more, environment, fault=None, **settings):
     if fault:
         environment["FAULT"] = json.dumps({"mark": str(out) + ".mark", **fault})
     return subprocess.run(
-        command(processes, out, *more, **settings), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+        command(processes, out, *more, **settings),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
 
 
 def results(folder):
     """Everything that a run leaves behind, but for times."""
     name = sorted((folder / "checkpoints").iterdir())[-1]
-    files = {name.name: load_file(name / "tensors.safetensors"), "adapter": load_file(folder / "adapter" / "adapter_model.safetensors")}
+    files = {
+        name.name: load_file(name / "tensors.safetensors"),
+        "adapter": load_file(folder / "adapter" / "adapter_model.safetensors"),
+    }
     return files, [without_times(read(folder / f"{kind}.jsonl")) for kind in ("metrics", "completions", "evaluation")]
 
 
@@ -81,15 +99,21 @@ def test_a_killed_rank_is_named_and_the_run_started_again_is_bitwise_the_same(tm
 @pytest.mark.soak
 def test_the_others_end_with_a_killed_rank_at_once(tmp_path, environment):
     start = time.time()
-    done = run(2, tmp_path, environment=environment, fault={"what": "kill", "where": "backward", "rank": 1, "calls": [2]})
+    done = run(
+        2, tmp_path, environment=environment, fault={"what": "kill", "where": "backward", "rank": 1, "calls": [2]}
+    )
     died = (Path(str(tmp_path) + ".mark")).stat().st_mtime
     assert done.returncode == 128 + signal.SIGKILL and time.time() - died < 20 and died > start
     assert "grpo_core: rank 1 was ended by SIGKILL" in done.stderr
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak)]
+)
 def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, environment, whole, number, code):
-    ranks = subprocess.Popen(command(2, tmp_path), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ranks = subprocess.Popen(
+        command(2, tmp_path), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     metrics, deadline = tmp_path / "tiny" / "metrics.jsonl", time.time() + 100
     while not metrics.exists() or not metrics.read_text().strip():
         assert time.time() < deadline and ranks.poll() is None
@@ -106,7 +130,11 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, environment, whole, n
 def test_a_second_signal_ends_at_once(tmp_path, environment):
     fault = json.dumps({"mark": str(tmp_path / "mark"), "what": "hang", "where": "reward", "rank": 1, "calls": [2]})
     ranks = subprocess.Popen(
-        command(2, tmp_path), cwd=ROOT, env={**environment, "FAULT": fault}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(2, tmp_path),
+        cwd=ROOT,
+        env={**environment, "FAULT": fault},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.time() + 100
     while not (tmp_path / "mark").exists():
@@ -123,7 +151,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, env
     fault = {"what": "full", "where": "write", "rank": 0, "calls": [1]}
     done = run(2, tmp_path, environment=environment, fault=fault)
     assert done.returncode == 0, done.stderr
-    assert "warning: the checkpoint after 2 steps could not be written (No space left on device); going on" in done.stdout
+    assert (
+        "warning: the checkpoint after 2 steps could not be written (No space left on device); going on" in done.stdout
+    )
     same(results(tmp_path / "tiny"), whole)
     assert [path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir()] == ["step-000004"]
 
@@ -149,7 +179,11 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(tmp_path, environment, 
         file.write_bytes(content[:-100] if harm == "truncated" else content)
     done = run(2, tmp_path, "resume=auto", environment=environment)
     assert done.returncode == 0, done.stderr
-    assert f"warning: {newest} is damaged (" in done.stdout and "resumed from" in done.stdout and "after 2 steps" in done.stdout
+    assert (
+        f"warning: {newest} is damaged (" in done.stdout
+        and "resumed from" in done.stdout
+        and "after 2 steps" in done.stdout
+    )
     same(results(tmp_path / "tiny"), whole)
 
 
@@ -157,7 +191,9 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(tmp_path, environment, 
 def test_another_number_of_processes_goes_on(tmp_path, environment, whole, first, then):
     """The same tasks, and numbers that differ by rounding alone."""
     # test_engine.py compares weights and moments
-    assert run(first, tmp_path, environment=environment, trainer__num_steps=2, engine__schedule="constant").returncode == 0
+    assert (
+        run(first, tmp_path, environment=environment, trainer__num_steps=2, engine__schedule="constant").returncode == 0
+    )
     done = run(then, tmp_path, "resume=auto", environment=environment, engine__schedule="constant")
     assert done.returncode == 0 and "after 2 steps" in done.stdout, done.stderr
     completions = read(tmp_path / "tiny" / "completions.jsonl")
@@ -220,11 +256,19 @@ def ranks(launcher):
 @pytest.mark.soak
 def test_300_steps_killed_at_20_moments_are_bitwise_those_of_a_run_left_alone(tmp_path, environment):
     """Any rank, at any moment: while it starts, samples, scores, updates, writes, evaluates. checkpoint.every is 5."""
-    long = ["trainer.num_steps=300", "checkpoint.every=5", "evaluation.every=60", "evaluation.num_tasks=100", "log.every=100"]
+    long = [
+        "trainer.num_steps=300",
+        "checkpoint.every=5",
+        "evaluation.every=60",
+        "evaluation.num_tasks=100",
+        "log.every=100",
+    ]
 
     def start(out, *more):
         words = ["launch", "--processes", "2", "--config", "configs/tiny.yaml", *long, f"output_dir={out}", *more]
-        return subprocess.Popen([sys.executable, "-m", "grpo_core", *words], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-m", "grpo_core", *words], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        )
 
     alone = start(tmp_path / "alone")
     assert alone.wait(timeout=1500) == 0

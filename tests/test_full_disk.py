@@ -38,7 +38,9 @@ class Full:
                 self.room -= written
                 return written
 
-        monkeypatch.setattr("grpo_core.metrics.open", lambda path, *how, **more: File(real(path, *how, **more)), raising=False)
+        monkeypatch.setattr(
+            "grpo_core.metrics.open", lambda path, *how, **more: File(real(path, *how, **more)), raising=False
+        )
 
 
 def test_no_row_is_torn_and_all_come_when_there_is_room(tmp_path, monkeypatch, capsys):
@@ -59,7 +61,10 @@ def test_no_row_is_torn_and_all_come_when_there_is_room(tmp_path, monkeypatch, c
     seen = []
     run.engine.step = step
     train(run)
-    assert capsys.readouterr().out.count("cannot be written (No space left on device); its rows are kept until it can be") == 1
+    assert (
+        capsys.readouterr().out.count("cannot be written (No space left on device); its rows are kept until it can be")
+        == 1
+    )
     for name in ("metrics", "completions"):
         one, other = rows(tmp_path / "full", name), rows(tmp_path / "whole", name)
         assert [row["step"] for row in one] == [row["step"] for row in other]

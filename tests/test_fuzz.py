@@ -20,14 +20,21 @@ from grpo_core.schema import ConfigError
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 many = settings(
-    max_examples=1000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=1000,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 leaf = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 3), st.integers(), st.floats(allow_nan=True), st.text(max_size=8),
     st.sampled_from(["auto", "null", "tiny", "grpo", "inf", "1e9", "epoch", "correct_answer", "a.py:f", "{question}"]),
 )  # fmt: skip
-values = st.recursive(leaf, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5)
+values = st.recursive(
+    leaf,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
 
 
 def flat(tree, prefix=""):
@@ -38,7 +45,9 @@ def flat(tree, prefix=""):
 
 
 KEYS = sorted(set(flat(yaml.safe_load(TINY.read_text()))))
-keys = st.sampled_from(KEYS) | st.text(max_size=10) | st.builds("{}.{}".format, st.sampled_from(KEYS), st.text(max_size=5))
+keys = (
+    st.sampled_from(KEYS) | st.text(max_size=10) | st.builds("{}.{}".format, st.sampled_from(KEYS), st.text(max_size=5))
+)
 
 
 def one_sentence(error):
@@ -82,7 +91,11 @@ def test_a_config_is_what_it_says_or_refused(tmp_path, changes):
 
 
 @many
-@given(text=st.text(max_size=60) | st.binary(max_size=40) | values.map(lambda value: yaml.safe_dump(value, allow_unicode=True)))
+@given(
+    text=st.text(max_size=60)
+    | st.binary(max_size=40)
+    | values.map(lambda value: yaml.safe_dump(value, allow_unicode=True))
+)
 def test_any_file_is_a_config_or_refused(tmp_path, text):
     path = tmp_path / "config.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode(errors="surrogatepass"))
@@ -93,7 +106,11 @@ def test_any_file_is_a_config_or_refused(tmp_path, text):
 
 
 @many
-@given(override=st.builds("{}={}".format, keys, leaf) | st.builds("{}={}".format, keys, values.map(json.dumps)) | st.text(max_size=20))
+@given(
+    override=st.builds("{}={}".format, keys, leaf)
+    | st.builds("{}={}".format, keys, values.map(json.dumps))
+    | st.text(max_size=20)
+)
 def test_any_override_is_taken_or_refused(override):
     try:
         assert isinstance(load(TINY, [override]), RunConfig)
@@ -117,9 +134,12 @@ TOKENIZER = load_tokenizer("builtin:tiny")
 
 @many
 @given(
-    content=st.one_of(lines.map(str.encode), st.lists(row, max_size=3).map(json.dumps).map(str.encode), st.binary(max_size=30)),
+    content=st.one_of(
+        lines.map(str.encode), st.lists(row, max_size=3).map(json.dumps).map(str.encode), st.binary(max_size=30)
+    ),
     suffix=st.sampled_from([".jsonl", ".json"]),
-    template=st.sampled_from(["{question}", "Q {question} {answer}", "no columns", "{question!r:>9}", "{x}"]) | st.text(max_size=9),
+    template=st.sampled_from(["{question}", "Q {question} {answer}", "no columns", "{question!r:>9}", "{x}"])
+    | st.text(max_size=9),
     columns=st.sampled_from([{}, {"question": "cot"}, {"answer": "x"}]),
     limit=st.none() | st.integers(1, 3),
 )
@@ -133,7 +153,11 @@ def test_any_data_file_is_read_whole_or_refused(tmp_path, content, suffix, templ
     except ConfigError as error:
         one_sentence(error)
         return
-    wanted = json.loads(content) if content.strip().startswith(b"[") else [json.loads(x) for x in content.decode("utf-8-sig").split("\n") if x.strip()]
+    wanted = (
+        json.loads(content)
+        if content.strip().startswith(b"[")
+        else [json.loads(x) for x in content.decode("utf-8-sig").split("\n") if x.strip()]
+    )
     assert len(tasks) + long == len(wanted if limit is None else wanted[:limit])
     for task in tasks:
         for name, value in task.columns.items():

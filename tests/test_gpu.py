@@ -52,22 +52,44 @@ sys.exit(main(sys.argv[2:]))
 
 def test_memory_that_runs_out_for_real_is_halved_with_the_same_gradient(tmp_path, environment):
     """A fixed budget that holds all in one micro-batch, in a process that may have 80 % of what that takes."""
-    settings = {"trainer__num_steps": 1, "model__precision": "fp32", "trainer__tokens_per_micro_batch": 10**6, "sampling__max_new_tokens": 48}
+    settings = {
+        "trainer__num_steps": 1,
+        "model__precision": "fp32",
+        "trainer__tokens_per_micro_batch": 10**6,
+        "sampling__max_new_tokens": 48,
+    }
     rows, cap = [], 30.0
     for name in ("free", "capped"):
-        command = ["train", "--config", "configs/tiny.yaml", *overrides(tmp_path / name, **settings), "trainer.completions_per_step=512"]
+        command = [
+            "train",
+            "--config",
+            "configs/tiny.yaml",
+            *overrides(tmp_path / name, **settings),
+            "trainer.completions_per_step=512",
+        ]
         done = python("-c", CAPPED, cap, *command, environment=environment)
         assert done.returncode == 0, done.stderr
         rows.append(read(tmp_path / name / "tiny" / "metrics.jsonl"))
         cap = 0.9 * rows[0][0]["memory_gb/update"]
     free, capped = (part[0] for part in rows)
-    assert free["memory_retries"] == 0 and capped["memory_retries"] == 1 and capped["memory_gb/update"] < 0.9 * free["memory_gb/update"]
+    assert (
+        free["memory_retries"] == 0
+        and capped["memory_retries"] == 1
+        and capped["memory_gb/update"] < 0.9 * free["memory_gb/update"]
+    )
     assert capped["grad_norm"] == pytest.approx(free["grad_norm"], rel=1e-4)
     assert "step 1: memory ran out; 1 micro-batches were computed in halves" in done.stdout
-    never = overrides(tmp_path / "never", **settings)  # half of eight times as much is too much: a sentence, a checkpoint
+    never = overrides(
+        tmp_path / "never", **settings
+    )  # half of eight times as much is too much: a sentence, a checkpoint
     done = python("-c", CAPPED, cap, *command[:3], *never, "trainer.completions_per_step=4096", environment=environment)
-    assert done.returncode == 3 and "lower trainer.tokens_per_micro_batch or sampling.max_new_tokens, or switch" in done.stderr, done.stderr
-    assert (tmp_path / "never" / "tiny" / "checkpoints" / "step-000000" / "SHA256SUMS").exists() and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 3
+        and "lower trainer.tokens_per_micro_batch or sampling.max_new_tokens, or switch" in done.stderr
+    ), done.stderr
+    assert (
+        tmp_path / "never" / "tiny" / "checkpoints" / "step-000000" / "SHA256SUMS"
+    ).exists() and "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 

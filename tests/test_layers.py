@@ -50,7 +50,22 @@ def test_a_model_computes_the_same_with_the_same_gradient(name, dropout):
 
 
 def test_what_only_looks_known_is_left_alone():
-    config = Gemma2Config(**{key: value for key, value in MODELS["gemma2"][1].to_dict().items() if key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")})
+    config = Gemma2Config(
+        **{
+            key: value
+            for key, value in MODELS["gemma2"][1].to_dict().items()
+            if key
+            in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "head_dim",
+            )
+        }
+    )
     model = Gemma2ForCausalLM(config)  # its norm multiplies by 1 + weight, its MLP has another activation
     layers.install(model)
     assert replaced(model) == set()

@@ -67,7 +67,9 @@ def test_a_divergence_over_the_vocabulary_is_the_plain_sum_and_pulls_the_policy_
     torch.testing.assert_close(ours, naive)
     grads = [torch.autograd.grad(x.sum(), hidden)[0] for x in (ours, naive)]
     torch.testing.assert_close(*grads)
-    assert torch.autograd.grad(token_divergence(hidden, reference, lm_head, kl_exact).sum(), reference, allow_unused=True) == (None,)
+    assert torch.autograd.grad(
+        token_divergence(hidden, reference, lm_head, kl_exact).sum(), reference, allow_unused=True
+    ) == (None,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -41,7 +41,9 @@ def count_good(completions):
     return [float(text.count(GOOD)) for text in completions]
 
 
-def make_run(folder, num_steps=25, loss="grpo", kl_coef=0.0, policy=None, learning_rate=2e-2, change=None, **trainer) -> Run:
+def make_run(
+    folder, num_steps=25, loss="grpo", kl_coef=0.0, policy=None, learning_rate=2e-2, change=None, **trainer
+) -> Run:
     """A run on fakes. `loss` may be a whole LossConfig, and `config` a function that changes the configuration."""
     policy = policy or tiny_policy()
     loss = loss if isinstance(loss, LossConfig) else LossConfig(name=loss, kl_coef=kl_coef, average="token")
@@ -170,11 +172,16 @@ def test_dropout_noise_is_a_function_of_seed_and_step(tmp_path):
 def test_evaluation_is_greedy_or_as_its_settings_say_with_noise_of_each_tasks_own(tmp_path, monkeypatch):
     """Forty tasks with one prompt: greedy gives one completion, a temperature many, top_k 1 one again."""
     seen = []
-    monkeypatch.setattr("grpo_core.evaluation.score", lambda rewards, tasks, texts, size: (seen.append(texts), score(rewards, tasks, texts, size))[1])
+    monkeypatch.setattr(
+        "grpo_core.evaluation.score",
+        lambda rewards, tasks, texts, size: (seen.append(texts), score(rewards, tasks, texts, size))[1],
+    )
     tasks = [Task(i, "p", [5, 6, 7], {"answer": "1"}, (0,)) for i in range(40)]
 
     def texts(**settings):
-        run = make_run(tmp_path, change=lambda config: replace(config, evaluation=EvaluationConfig(batch_size=16, **settings)))
+        run = make_run(
+            tmp_path, change=lambda config: replace(config, evaluation=EvaluationConfig(batch_size=16, **settings))
+        )
         seen.clear()
         evaluate_now(replace(run, eval_tasks=tasks), 0)
         return [text for part in seen for text in part]
@@ -193,11 +200,18 @@ def test_tasks_that_the_evaluations_reward_fails_on_are_counted_and_too_many_end
         return [float("nan") if r < len(calls) else 1.0 for r in row]
 
     def of(config):
-        return replace(config, evaluation=EvaluationConfig(batch_size=16, every=1), trainer=replace(config.trainer, max_failed_rewards=0.3))
+        return replace(
+            config,
+            evaluation=EvaluationConfig(batch_size=16, every=1),
+            trainer=replace(config.trainer, max_failed_rewards=0.3),
+        )
 
     run = make_run(tmp_path, num_steps=3, change=of)
     run = replace(run, eval_tasks=run.tasks.batch(0), eval_reward=fails_then)
-    with pytest.raises(RunFailed, match=r"evaluation.reward correct_answer failed on 2 of 4 tasks, more than trainer.max_failed_rewards \(0.3\)"):
+    with pytest.raises(
+        RunFailed,
+        match=r"evaluation.reward correct_answer failed on 2 of 4 tasks, more than trainer.max_failed_rewards \(0.3\)",
+    ):
         train(run)
     assert [(row["failed"], row["correct"]) for row in rows(tmp_path, "evaluation")] == [(1, 3), (2, 2)]
     out = capsys.readouterr().out

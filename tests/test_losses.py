@@ -103,7 +103,15 @@ def test_clipping_only_ever_removes_incentive(name, ratio, advantage, pulls):
     assert out.diagnostics["clip_frac"].mean() == (not pulls)
 
 
-@pytest.mark.parametrize("name, args", [("grpo", {"delta": 2.0}), ("gspo", {"delta": 2.0}), ("dual_clip", {"c": 2.0}), ("dual_clip", {"c": 2.0, "clip_high": 1.5})])
+@pytest.mark.parametrize(
+    "name, args",
+    [
+        ("grpo", {"delta": 2.0}),
+        ("gspo", {"delta": 2.0}),
+        ("dual_clip", {"c": 2.0}),
+        ("dual_clip", {"c": 2.0, "clip_high": 1.5}),
+    ],
+)
 def test_two_sided_clipping_lets_go_of_bad_tokens_that_grew(name, args):
     for ratio, pulls in ((1.9, True), (2.1, False)):
         old = torch.full((1, 2), -3.0)
@@ -167,7 +175,9 @@ def test_a_sequence_ratio_is_over_the_rows_own_tokens(name):
 
 def test_the_six_regions_as_check_loss_draws_them():
     def table(name, **args):
-        return [(sign, [round(p, 5) for p in pulls], where) for sign, pulls, where in clip_table(LOSSES.build(name, args))]
+        return [
+            (sign, [round(p, 5) for p in pulls], where) for sign, pulls, where in clip_table(LOSSES.build(name, args))
+        ]
 
     assert table("grpo", clip_low=0.1, clip_high=0.3) == [
         ("A > 0", [0.05, 0.5, 1.0, 0.0, 0.0], "from ratio 0 to 1.3"),
@@ -181,6 +191,7 @@ def test_the_six_regions_as_check_loss_draws_them():
 
 def test_a_push_the_wrong_way_at_any_ratio_is_seen():
     """A surrogate that is sound at 0.5, 1 and 2 and wrong between."""
+
     def kinked(logprobs, old_logprobs, advantages, completion_mask):
         ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
         return sound(-torch.where((ratio > 1.4) & (ratio < 1.6), -ratio, ratio) * advantages, logprobs)

@@ -44,7 +44,17 @@ def test_a_micro_batch_is_computed_in_halves_with_the_same_gradient(tmp_path, wh
         assert sum(row.pop("memory_retries") for row in one) == len(calls)
         assert "step 1: memory ran out; 1 micro-batches were computed in halves" in capsys.readouterr().out
     for row, row_ in zip(one, other, strict=True):
-        for name in ("loss", "kl", "entropy", "ratio", "grad_norm", "logprob_gap", "clip_frac", "tokens_updated", "micro_batches"):
+        for name in (
+            "loss",
+            "kl",
+            "entropy",
+            "ratio",
+            "grad_norm",
+            "logprob_gap",
+            "clip_frac",
+            "tokens_updated",
+            "micro_batches",
+        ):
             assert row[name] == pytest.approx(row_[name], abs=1e-4), name
 
 
@@ -54,7 +64,9 @@ def test_what_does_not_fit_in_halves_either_ends_the_run_with_a_checkpoint_of_be
     real = run.engine.step
     run.engine.step = lambda: (real(), before.append(weights(run)))[0]
     run_out(run, where="backward", calls=range(2, 100))
-    message = r"a micro-batch of step 2 does not fit .* trainer.tokens_per_micro_batch or sampling.max_new_tokens, or switch"
+    message = (
+        r"a micro-batch of step 2 does not fit .* trainer.tokens_per_micro_batch or sampling.max_new_tokens, or switch"
+    )
     with pytest.raises(RunFailed, match=message):
         train(run)
     (kept,) = checkpoint.steps(tmp_path / "checkpoints")
@@ -63,7 +75,11 @@ def test_what_does_not_fit_in_halves_either_ends_the_run_with_a_checkpoint_of_be
 
 
 def test_no_checkpoint_is_made_of_half_a_step(tmp_path):
-    run = run_out(make_run(tmp_path, num_steps=3, tokens_per_micro_batch=2000, num_minibatches=2), where="backward", calls=range(2, 100))
+    run = run_out(
+        make_run(tmp_path, num_steps=3, tokens_per_micro_batch=2000, num_minibatches=2),
+        where="backward",
+        calls=range(2, 100),
+    )
     with pytest.raises(RunFailed, match="does not fit"):
         train(run)
     assert checkpoint.steps(tmp_path / "checkpoints") == []

@@ -35,7 +35,11 @@ def train(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(setup, "load_policy", load_policy)
 
     def call(*overrides, config="configs/tiny.yaml", code=2):
-        small = ["data.limit=20", "evaluation.num_tasks=2", "trainer.hang_timeout=0"] if config == "configs/tiny.yaml" else []
+        small = (
+            ["data.limit=20", "evaluation.num_tasks=2", "trainer.hang_timeout=0"]
+            if config == "configs/tiny.yaml"
+            else []
+        )
         given = [f"output_dir={tmp_path / 'runs'}", *small, *overrides]
         assert main(["train", "--config", str(config), *map(str, given)]) == code
         err = capsys.readouterr().err
@@ -141,7 +145,12 @@ def test_a_row_that_is_too_long_may_be_cut_on_the_left(train, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({**ROW, "question": "Ada has 5 pens. " * n}) for n in (1, 30)))
     with pytest.raises(Loads):
-        train(f"data.path={path}", "evaluation.num_tasks=0", "data.max_prompt_tokens=20", "data.long_prompts=truncate_left")
+        train(
+            f"data.path={path}",
+            "evaluation.num_tasks=0",
+            "data.max_prompt_tokens=20",
+            "data.long_prompts=truncate_left",
+        )
 
 
 @pytest.mark.parametrize("folder", ["/proc/none", "file/inside"])

@@ -220,7 +220,10 @@ def test_an_own_functions_arguments_are_yaml_keys_and_it_is_tried_before_the_mod
         ([f"loss.name={own}:raises"], "fails on a batch of two: RuntimeError"),
         ([f"loss.name={own}:raises"], "(my_losses.py, line 22)"),
         ([f"loss.name={own}:bare"], "returned Tensor; it must return a PolicyLoss"),
-        ([f"loss.name={own}:loose", "loss.args={power: 1.0}"], "to be one, an argument stands after a * and has a default"),
+        (
+            [f"loss.name={own}:loose", "loss.args={power: 1.0}"],
+            "to be one, an argument stands after a * and has a default",
+        ),
         ([f"loss.name={own}:soft", f"advantage.name={own}:flat"], "advantage flat returned (4,)"),
     ):
         with pytest.raises(ValueError) as error:
@@ -312,7 +315,9 @@ def test_the_commands_exit_codes(words, code, environment):
 
 def test_words_that_mean_nothing_are_refused(capsys):
     assert main(["losses", "grpo"]) == 2
-    assert "Got unexpected extra argument (grpo); python -m grpo_core losses --help says more" in capsys.readouterr().err
+    assert (
+        "Got unexpected extra argument (grpo); python -m grpo_core losses --help says more" in capsys.readouterr().err
+    )
 
 
 def test_words_are_arguments():

@@ -13,7 +13,9 @@ from grpo_core.schema import ConfigError
 pytestmark = pytest.mark.slow
 
 
-def greedy(opened, text="Question: Ada has 7 boxes with 6 pens each and 15 loose pens, and sells 20. How many pens are left?\n"):
+def greedy(
+    opened, text="Question: Ada has 7 boxes with 6 pens each and 15 loose pens, and sells 20. How many pens are left?\n"
+):
     task = Task(0, text, opened.tokenizer(text)["input_ids"], {})
     return opened.sampler.generate([task], 1, greedy=True)
 
@@ -43,7 +45,9 @@ def test_the_base_is_the_model_that_was_trained_from(tiny_run):
         before = greedy(run)
     assert torch.equal(before.completion_ids, greedy(base).completion_ids)
     torch.testing.assert_close(before.rollout_logprobs, greedy(base).rollout_logprobs)
-    assert ours.completion_ids.shape != before.completion_ids.shape or not torch.equal(ours.rollout_logprobs, before.rollout_logprobs)
+    assert ours.completion_ids.shape != before.completion_ids.shape or not torch.equal(
+        ours.rollout_logprobs, before.rollout_logprobs
+    )
 
 
 def test_a_run_that_was_killed_is_opened_at_its_newest_whole_checkpoint(tiny_run, tmp_path):

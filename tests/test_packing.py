@@ -153,7 +153,11 @@ def test_what_is_tried_fits_its_own_budget():
     assert len(plan(rollouts, Budget(packing.tokens, len(packing.attention.spread.index)))) == 1
     assert len(plan(rollouts, Budget(packing.tokens - 1))) == 2
     [grid] = plan(rollouts, Budget(math.inf), grid=True)
-    assert len(plan(rollouts, Budget(grid.tokens), grid=True)) == 1 < len(plan(rollouts, Budget(grid.tokens - 1), grid=True))
+    assert (
+        len(plan(rollouts, Budget(grid.tokens), grid=True))
+        == 1
+        < len(plan(rollouts, Budget(grid.tokens - 1), grid=True))
+    )
 
 
 def test_gathering_adds_up_what_was_read_often():
@@ -177,7 +181,9 @@ class Recorder(TorchEngine):
     """Keeps the gradient of every step."""
 
     def step(self):
-        self.gradient = torch.cat([(0 * p if p.grad is None else p.grad).detach().flatten().clone() for p in self.parameters])
+        self.gradient = torch.cat(
+            [(0 * p if p.grad is None else p.grad).detach().flatten().clone() for p in self.parameters]
+        )
         return super().step()
 
 
@@ -222,7 +228,9 @@ def test_what_depends_on_rows_without_an_advantage_skips_none():
 
     assert all(ties_can_be_skipped(LOSSES.build(name), "token") for name in LOSSES.functions)
     assert not ties_can_be_skipped(LOSSES.build("grpo"), "micro_token")  # its micro-batches would be others
-    assert not ties_can_be_skipped(lambda logprobs, old, advantages, mask: PolicyLoss(logprobs * (advantages - 1)), "token")
+    assert not ties_can_be_skipped(
+        lambda logprobs, old, advantages, mask: PolicyLoss(logprobs * (advantages - 1)), "token"
+    )
 
 
 def test_a_step_without_any_signal_has_a_gradient_of_zero(tmp_path):
@@ -237,7 +245,9 @@ def test_the_gradient_does_not_depend_on_the_budget(tmp_path, average):
     for budget in (1, 40, 10_000):
         run = make_run(tmp_path / str(budget), policy=tiny_policy(lora_noise=0.1), kl_coef=0.1)
         config = replace(run.config, loss=replace(run.config.loss, average=average))
-        run = replace(run, config=config, engine=Recorder(run.policy.parameters()), budgets=Budgets(*2 * [Budget(budget)]))
+        run = replace(
+            run, config=config, engine=Recorder(run.policy.parameters()), budgets=Budgets(*2 * [Budget(budget)])
+        )
         batch = freeze(run, grouped_rollouts(groups=4, group_size=8), advantages)
         update_policy(run, batch, 0, run.control, Stats())
         seen.append(run.engine.gradient)

@@ -31,7 +31,9 @@ def test_loss_and_gradient_are_trls(name):
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 def test_the_rollout_corrections_are_trls(mode):
     case = LOSSES["cases"][f"dapo/rollout_is/{mode}/cmin0.9_cmax1.1"]
-    old, rollout, mask = (torch.tensor(LOSSES["inputs"][n], dtype=torch.double) for n in ("old_logps", "sampling_logps", "mask"))
+    old, rollout, mask = (
+        torch.tensor(LOSSES["inputs"][n], dtype=torch.double) for n in ("old_logps", "sampling_logps", "mask")
+    )
     ours = CORRECTIONS.build(mode, {"clip_min": 0.9, "clip_max": 1.1})(old, rollout, mask.bool())
     torch.testing.assert_close(ours, torch.tensor(case["config"]["vllm"], dtype=torch.double), atol=1e-10, rtol=0)
 

@@ -117,7 +117,14 @@ def test_the_exact_divergence_sees_an_adapter_on_the_head(moved):
     """The reference's distribution is its own head's, and a moving one's too."""
     torch.manual_seed(0)
     base = Qwen2ForCausalLM(
-        Qwen2Config(vocab_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+        Qwen2Config(
+            vocab_size=16,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
     )
     model = get_peft_model(base, PeftLoraConfig(r=4, target_modules=["lm_head"]))
     policy, rollouts = Policy(model), ragged_rollouts()

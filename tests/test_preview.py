@@ -29,7 +29,9 @@ def test_every_shipped_configuration_is_loaded_and_shown(path, tmp_path, monkeyp
     out = capsys.readouterr().out
     trainer, sampling = config.trainer, config.sampling
     prompts = trainer.completions_per_step // 2 // sampling.group_size
-    assert f"{trainer.completions_per_step} completions = 2 processes × {prompts} prompts × {sampling.group_size}" in out
+    assert (
+        f"{trainer.completions_per_step} completions = 2 processes × {prompts} prompts × {sampling.group_size}" in out
+    )
     assert f"    ({config.loss.name})" in out and f"({config.advantage.name})" in out
     assert f"({sampling.group_size})  reward " in out and f"({sampling.group_size + 1})" not in out
     assert [*tmp_path.iterdir()] == []
@@ -55,7 +57,9 @@ def test_what_it_says_is_what_the_run_does(tiny_run, capsys):
     assert "12 steps = 0.0048 epochs of 20,000 prompts" in out and "12 optimizer steps in all" in out
     assert "where another run lies (resume=auto" in out
     assert "116,736 trained parameters" in out and "0.47 MB gradients" in out  # 4 bytes each
-    assert "at most 9.44 MB keys and values while sampling 64 completions of 48 + 48 tokens" in out  # 2 × 2 × 96 × 4 bytes
+    assert (
+        "at most 9.44 MB keys and values while sampling 64 completions of 48 + 48 tokens" in out
+    )  # 2 × 2 × 96 × 4 bytes
 
 
 def test_a_mistake_is_said_before_the_weights_load(capsys):
@@ -72,7 +76,9 @@ def test_a_base_may_stand_on_a_base_and_not_on_itself(tmp_path):
     config = load(tmp_path / "sub" / "c.yaml", ["seed=4"])
     # the file over its preset over its base: kl_coef is b's, the average the preset's
     assert (config.seed, config.loss.kl_coef, config.loss.average, config.name) == (4, 0.25, "constant", "c")
-    assert config.engine.deepspeed == {"zero_optimization": {"stage": 1}}  # the file beside the configuration that names it
+    assert config.engine.deepspeed == {
+        "zero_optimization": {"stage": 1}
+    }  # the file beside the configuration that names it
     (tmp_path / "a.yaml").write_text("base: sub/c.yaml\n")
     with pytest.raises(ConfigError, match="is its own base"):
         load(tmp_path / "a.yaml")

@@ -74,7 +74,10 @@ def screen(written):
 
 
 def test_in_a_terminal_they_tick_and_leave_nothing_behind(tmp_path, environment):
-    written = in_terminal(CODE.format(tests=str(ROOT / "tests"), folder=str(tmp_path / "r")), {**environment, "TERM": "xterm", "COLUMNS": "100"})
+    written = in_terminal(
+        CODE.format(tests=str(ROOT / "tests"), folder=str(tmp_path / "r")),
+        {**environment, "TERM": "xterm", "COLUMNS": "100"},
+    )
     assert re.search(r"loading the model  00:0[12]", written) and "evaluating:" in written and "3/4" in written
     assert len(set(re.findall(r"sample:   0%.*?\[(00:0\d)<", written))) >= 2, written  # the clock of the phase goes on
     assert screen(written) == ["a line", "done"]

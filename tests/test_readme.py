@@ -20,7 +20,13 @@ COMMANDS = re.findall(r"^    (.+)$", re.sub(r"```.*?```", "", SECTION, flags=re.
 
 
 def test_there_are_the_five_commands():
-    starts = ["python -m grpo_core losses", "python -m grpo_core check-loss", "sed -i", "bash launch.sh 2", "head -n 10"]
+    starts = [
+        "python -m grpo_core losses",
+        "python -m grpo_core check-loss",
+        "sed -i",
+        "bash launch.sh 2",
+        "head -n 10",
+    ]
     assert [command[: len(start)] for command, start in zip(COMMANDS, starts, strict=True)] == starts
 
 
@@ -34,7 +40,9 @@ def test_they_do_what_is_said(tmp_path, environment):
     environment = {**environment, "PYTHONPATH": environment["PYTHONPATH"].replace(str(ROOT), str(tmp_path), 1)}
 
     def run(command):
-        return subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
 
     assert run(COMMANDS[0]).returncode == 0
     first = run(COMMANDS[1])

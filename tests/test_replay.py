@@ -36,7 +36,9 @@ def train_dumped(folder, num_steps=2, every=1, loss=GRPO, lora=4, start_step=0, 
     """A run on builtin:tiny with plain AdamW, every batch of which is kept."""
 
     def settings(config):
-        config = replace(config, lora=LoraConfig(r=lora), debug=DebugConfig(every), rewards=[RewardConfig("correct_answer")])
+        config = replace(
+            config, lora=LoraConfig(r=lora), debug=DebugConfig(every), rewards=[RewardConfig("correct_answer")]
+        )
         return change(config) if change else config
 
     torch.manual_seed(0)
@@ -65,7 +67,10 @@ def plain(tmp_path_factory):
 
 def test_a_dump_says_what_the_update_did_to_every_token(plain):
     """Step 1's weights are those after step 0."""
-    told, tensors = json.loads((plain / "step-000000-rank-0.json").read_text()), load_file(plain / "step-000000-rank-0.safetensors")
+    told, tensors = (
+        json.loads((plain / "step-000000-rank-0.json").read_text()),
+        load_file(plain / "step-000000-rank-0.safetensors"),
+    )
     first, later = batches.read(plain / "step-000000"), batches.read(plain / "step-000001-rank-0.safetensors")
     config = load_written(plain.parent)
     run = _run(config, open_weights(later, config, None).policy, later)
@@ -88,7 +93,11 @@ def test_a_dump_says_what_the_update_did_to_every_token(plain):
 
 def test_the_steps_that_are_dumped_and_no_other_effect(tmp_path):
     dumped, without = train_dumped(tmp_path / "a", 6, 2, start_step=1), train_dumped(tmp_path / "b", 6, 0, start_step=1)
-    assert sorted({path.name[:11] for path in (tmp_path / "a" / "batches").iterdir()}) == ["step-000001", "step-000002", "step-000004"]
+    assert sorted({path.name[:11] for path in (tmp_path / "a" / "batches").iterdir()}) == [
+        "step-000001",
+        "step-000002",
+        "step-000004",
+    ]
     assert not (tmp_path / "b" / "batches").exists()
     for one, other in zip(dumped.policy.parameters(), without.policy.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -126,7 +135,9 @@ def test_cosines_and_ratios_of_a_loss_with_itself_its_negative_and_its_triple(pl
         "def negative(l, old, A, mask):\n    return PolicyLoss(-grpo_loss(l, old, A, mask).per_token_loss)\n\n"
         "def triple(l, old, A, mask):\n    return PolicyLoss(3 * grpo_loss(l, old, A, mask).per_token_loss)\n"
     )
-    found = replayed(plain / "step-000001", loss=["grpo", *(f"{tmp_path}/mine.py:{name}" for name in ("negative", "triple"))])
+    found = replayed(
+        plain / "step-000001", loss=["grpo", *(f"{tmp_path}/mine.py:{name}" for name in ("negative", "triple"))]
+    )
     cosines, ratios = zip(*((one["cosine"], one["norm_ratio"]) for one in found["objectives"]), strict=True)
     assert cosines == pytest.approx([1, 1, -1, 1], abs=1e-6) and ratios == pytest.approx([1, 1, 1, 3], rel=1e-5)
     own, _, negative, _ = (one["tokens"]["weight"] for one in found["objectives"])
@@ -156,9 +167,13 @@ def test_a_class_pulls_what_the_batch_would_without_the_others(plain):
 def test_other_advantages_are_made_of_the_stored_rewards(plain):
     rewards = load_file(plain / "step-000001-rank-0.safetensors")["rewards"]
     again = replayed(plain / "step-000001", "advantage.min_group_std=1.0e-9")["objectives"]
-    assert again[1]["advantages"] == pytest.approx(again[0]["advantages"], abs=1e-6) and again[1]["cosine"] == pytest.approx(1)
+    assert again[1]["advantages"] == pytest.approx(again[0]["advantages"], abs=1e-6) and again[1][
+        "cosine"
+    ] == pytest.approx(1)
     other = replayed(plain / "step-000001", "loss.average=constant", loss=["dr_grpo"])["objectives"][1]
-    assert other["advantages"] == pytest.approx((rewards - rewards.mean(dim=1, keepdim=True)).flatten().tolist(), abs=1e-6)
+    assert other["advantages"] == pytest.approx(
+        (rewards - rewards.mean(dim=1, keepdim=True)).flatten().tolist(), abs=1e-6
+    )
     assert other["cosine"] < 0.9999 and other["name"] == "dr_grpo"
 
 
@@ -178,21 +193,34 @@ def test_two_ranks_are_one(plain, tmp_path):
     """The same batch cut into two ranks' files, each as wide as its own rows need."""
     shutil.copy(plain.parent / "config.yaml", tmp_path)
     (tmp_path / "batches").mkdir()
-    told, tensors = json.loads((plain / "step-000001-rank-0.json").read_text()), load_file(plain / "step-000001-rank-0.safetensors")
+    told, tensors = (
+        json.loads((plain / "step-000001-rank-0.json").read_text()),
+        load_file(plain / "step-000001-rank-0.safetensors"),
+    )
     for rank in range(2):
-        part = {name: value[len(value) // 2 * rank :][: len(value) // 2].clone() for name, value in tensors.items() if "weight/" not in name}
+        part = {
+            name: value[len(value) // 2 * rank :][: len(value) // 2].clone()
+            for name, value in tensors.items()
+            if "weight/" not in name
+        }
         empty = int((~part["prompt_mask"]).all(dim=0).sum())  # padded on the left
         part |= {name: part[name][:, empty:].clone() for name in ("prompt_ids", "prompt_mask")}
         width = int(part["completion_mask"].sum(dim=1).max())
-        part |= {name: x[:, :width].clone() for name, x in part.items() if x.shape[1:] == tensors["completion_ids"].shape[1:]}
+        part |= {
+            name: x[:, :width].clone() for name, x in part.items() if x.shape[1:] == tensors["completion_ids"].shape[1:]
+        }
         part |= {name: value for name, value in tensors.items() if "weight/" in name and rank == 0}
         save_file(part, tmp_path / "batches" / f"step-000001-rank-{rank}.safetensors")
         half = told["completions"][16 * rank :][:16]
-        (tmp_path / "batches" / f"step-000001-rank-{rank}.json").write_text(json.dumps({**told, "rank": rank, "ranks": 2, "completions": half}))
+        (tmp_path / "batches" / f"step-000001-rank-{rank}.json").write_text(
+            json.dumps({**told, "rank": rank, "ranks": 2, "completions": half})
+        )
     two, one = (replayed(folder / "step-000001", loss=["gspo", "dapo"]) for folder in (tmp_path / "batches", plain))
     assert (two["ranks"], one["ranks"]) == (2, 1) and two["completions"] == one["completions"]
     for left, right in zip(two["objectives"], one["objectives"], strict=True):
-        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-5) and left["cosine"] == pytest.approx(right["cosine"], abs=1e-5)
+        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-5) and left["cosine"] == pytest.approx(
+            right["cosine"], abs=1e-5
+        )
         for a, b in zip(left["tokens"]["weight"], right["tokens"]["weight"], strict=True):
             assert a == pytest.approx(b, abs=1e-6)
     (tmp_path / "batches" / "step-000001-rank-1.safetensors").unlink()
@@ -215,11 +243,18 @@ def test_the_classes_of_a_batch_made_by_hand():
     batch = TrainBatch(rollouts, torch.tensor([[1.0], [0.0], [-2.0], [5.0]]), trained, acting)
     zeros = torch.zeros(4, 6)
     classes = classify(batch, Attribution(0.0, [], zeros, zeros, zeros, surrogate))
-    places = {name: {label: where.nonzero().tolist() for label, where in labels.items()} for name, labels in classes.items()}
+    places = {
+        name: {label: where.nonzero().tolist() for label, where in labels.items()} for name, labels in classes.items()
+    }
     first, second, third = [[0, t] for t in range(6)], [[1, 0]], [[2, 0], [2, 1], [2, 2]]
     assert places["advantage"] == {"A > 0": first, "A < 0": third, "A = 0": second}
     assert places["length"] == {"1 tokens": second, "2 to 3 tokens": third, "4 to 6 tokens": first}
-    assert places["clip"] == {"kept": first[2:5] + third, "clipped": first[:2], "A = 0": second, "entropy too low": first[5:]}
+    assert places["clip"] == {
+        "kept": first[2:5] + third,
+        "clipped": first[:2],
+        "A = 0": second,
+        "entropy too low": first[5:],
+    }
     assert places["end"] == {"end of sequence": [*second, third[2]], "other tokens": first + third[:2]}
 
 
@@ -228,7 +263,9 @@ def test_deciles_hold_a_tenth_each(n, ends):
     """Of n completions of 1 to n tokens; the i-th decile ends at the ceil(i n / 10)-th."""
     mask = torch.arange(n) < torch.arange(1, n + 1)[:, None]
     rollouts, zeros = replace(ragged_rollouts(n, width=n), completion_mask=mask), torch.zeros(n, n)
-    found = classify(TrainBatch(rollouts, torch.ones(n, 1), mask), Attribution(0.0, [], zeros, zeros, zeros, zeros))["length"]
+    found = classify(TrainBatch(rollouts, torch.ones(n, 1), mask), Attribution(0.0, [], zeros, zeros, zeros, zeros))[
+        "length"
+    ]
     assert list(found) == [f"{start + 1} to {end} tokens" for start, end in zip([0, *ends], ends, strict=False)]
 
 
@@ -247,7 +284,10 @@ def test_without_an_adapter_the_newest_model_is_taken_and_said(tmp_path, capsys)
     run.policy.save(tmp_path / "adapter")
     load_tokenizer("builtin:tiny").save_pretrained(tmp_path / "adapter")
     newest = replayed(tmp_path / "batches" / "step-000000")
-    assert f"the model in {tmp_path / 'adapter'} (a batch with lora.r 0 holds none: the newest there are)" in capsys.readouterr().out
+    assert (
+        f"the model in {tmp_path / 'adapter'} (a batch with lora.r 0 holds none: the newest there are)"
+        in capsys.readouterr().out
+    )
     assert newest["logprob_gap_max"] > 1e-3 and not newest["ratio_is_1"]
     began = replayed(tmp_path / "batches" / "step-000000", model="builtin:tiny")
     assert began["logprob_gap_max"] < 1e-5
@@ -258,7 +298,10 @@ def test_a_disk_that_takes_no_batch_ends_no_run(tmp_path, capsys):
     (tmp_path / "batches").write_text("a file where the folder would be")
     train_dumped(tmp_path, 3)
     assert len(rows(tmp_path)) == 3
-    assert capsys.readouterr().out.count(f"warning: a batch could not be written to {tmp_path / 'batches'} (File exists)") == 1
+    assert (
+        capsys.readouterr().out.count(f"warning: a batch could not be written to {tmp_path / 'batches'} (File exists)")
+        == 1
+    )
 
 
 def test_what_a_disk_takes_in_part_is_not_there(tmp_path, monkeypatch):
@@ -298,7 +341,9 @@ def test_two_processes_and_a_later_checkpoint(tmp_path, environment):
     done = launch(2, *overrides(tmp_path, **more), environment=environment)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "tiny"
-    names = [f"step-00000{step}-rank-{rank}.{kind}" for step in (0, 1) for rank in (0, 1) for kind in ("json", "safetensors")]
+    names = [
+        f"step-00000{step}-rank-{rank}.{kind}" for step in (0, 1) for rank in (0, 1) for kind in ("json", "safetensors")
+    ]
     assert sorted(path.name for path in (folder / "batches").iterdir()) == names
     for step, row in enumerate(rows(folder)):
         own = replayed(folder / "batches" / f"step-00000{step}")["objectives"][0]
@@ -307,7 +352,13 @@ def test_two_processes_and_a_later_checkpoint(tmp_path, environment):
     assert not any("weight/" in name for name in load_file(folder / "batches" / "step-000001-rank-1.safetensors"))
 
     found = replayed(folder / "batches" / "step-000000-rank-1.json", model=str(folder / "checkpoints" / "step-000001"))
-    told = [one for rank in (0, 1) for one in json.loads((folder / "batches" / f"step-000000-rank-{rank}.json").read_text())["completions"]]
-    outside = sum(r > 1.2 if one["advantage"] > 0 else r < 0.8 for one in told if one["advantage"] for r in one["ratio"])
+    told = [
+        one
+        for rank in (0, 1)
+        for one in json.loads((folder / "batches" / f"step-000000-rank-{rank}.json").read_text())["completions"]
+    ]
+    outside = sum(
+        r > 1.2 if one["advantage"] > 0 else r < 0.8 for one in told if one["advantage"] for r in one["ratio"]
+    )
     clipped = found["objectives"][0]["classes"]["clip"]["clipped"]
     assert outside > 10 and clipped["tokens"] == outside

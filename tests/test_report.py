@@ -32,7 +32,9 @@ def lines(rows):
 def made_run(folder, steps=6, group=4, text="#### {}", **overrides):
     """A run folder as the trainer writes it, small: two groups a step, a null now and then, one dumped batch."""
     folder.mkdir(parents=True)
-    config = load(ROOT / "configs" / "tiny.yaml", [f"{k}={v}" for k, v in {"trainer.num_steps": steps, **overrides}.items()])
+    config = load(
+        ROOT / "configs" / "tiny.yaml", [f"{k}={v}" for k, v in {"trainer.num_steps": steps, **overrides}.items()]
+    )
     (folder / "config.yaml").write_text(dump(replace(config, name=folder.name)))
     metrics = [
         {
@@ -61,10 +63,19 @@ def made_run(folder, steps=6, group=4, text="#### {}", **overrides):
     (folder / "completions.jsonl").write_text(lines(completions))
     (folder / "evaluation.jsonl").write_text(lines(evaluations))
     tokens = {"tokens": ["####", " ", "1"], "logprobs": [-0.1, -0.2, -2.0], "ratio": [1.0, 0.9, 1.31234567]}
-    dumped = [{"task": row["task"], "sample": row["sample"], "advantage": row["advantage"], **tokens} for row in completions if row["step"] == 2]
+    dumped = [
+        {"task": row["task"], "sample": row["sample"], "advantage": row["advantage"], **tokens}
+        for row in completions
+        if row["step"] == 2
+    ]
     (folder / "batches").mkdir()
     for rank in (0, 1):
-        part = {"step": 2, "rank": rank, "row": {"reward": None}, "completions": dumped[rank * group : (rank + 1) * group]}
+        part = {
+            "step": 2,
+            "rank": rank,
+            "row": {"reward": None},
+            "completions": dumped[rank * group : (rank + 1) * group],
+        }
         (folder / "batches" / f"step-000002-rank-{rank}.json").write_text(json.dumps(part))
     return folder
 
@@ -140,7 +151,11 @@ def test_tokens_of_all_ranks_belong_to_their_completions(tmp_path):
     dumped = [row for row in records(found) if row["tokens"] is not None]
     assert [(row["step"], row["task"], row["sample"]) for row in dumped] == [(2, 20 + k // 4, k % 4) for k in range(8)]
     assert len({row["tokens"] for row in dumped}) == len(found["tokens"]) == 8
-    assert found["tokens"][0] == {"tokens": ["####", " ", "1"], "logprobs": [-0.1, -0.2, -2.0], "ratio": [1.0, 0.9, 1.3123]}
+    assert found["tokens"][0] == {
+        "tokens": ["####", " ", "1"],
+        "logprobs": [-0.1, -0.2, -2.0],
+        "ratio": [1.0, 0.9, 1.3123],
+    }
 
 
 def test_dumped_batches_alone_have_their_text_from_the_tokens(tmp_path):
@@ -153,23 +168,40 @@ def test_dumped_batches_alone_have_their_text_from_the_tokens(tmp_path):
 
 def test_torn_and_odd_dumps_are_left_out(tmp_path):
     run = made_run(tmp_path / "a")
-    odd = [{}, {"task": [1], "sample": 0, "tokens": ["a"]}, {"task": 40, "sample": 0, "tokens": []}, "x", {"task": 40, "sample": 1, "tokens": ["a", 7], "ratio": "b"}]
+    odd = [
+        {},
+        {"task": [1], "sample": 0, "tokens": ["a"]},
+        {"task": 40, "sample": 0, "tokens": []},
+        "x",
+        {"task": 40, "sample": 1, "tokens": ["a", 7], "ratio": "b"},
+    ]
     (run / "batches" / "step-000004-rank-0.json").write_text(json.dumps({"completions": odd}))
     (run / "batches" / "step-000005-rank-0.json").write_text('{"step": 5, "completions": [{"task": 50, "sam')
     (run / "batches" / "step-000003-rank-0.json").write_text("[]")
     found = sample(read_run(run), 10**6)
-    assert {(row["step"], row["task"], row["sample"]) for row in records(found) if row["tokens"] is not None and row["step"] > 2} == {(4, 40, 1)}
+    assert {
+        (row["step"], row["task"], row["sample"])
+        for row in records(found)
+        if row["tokens"] is not None and row["step"] > 2
+    } == {(4, 40, 1)}
     assert {"tokens": ["a", "\ufffd"], "logprobs": [], "ratio": []} in found["tokens"] and len(found["tokens"]) == 9
 
 
 def test_several_runs(tmp_path, monkeypatch):
-    first, second = made_run(tmp_path / "a"), made_run(tmp_path / "b", **{"loss.name": "gspo", "engine.learning_rate": "5.0e-4"})
+    first, second = (
+        made_run(tmp_path / "a"),
+        made_run(tmp_path / "b", **{"loss.name": "gspo", "engine.learning_rate": "5.0e-4"}),
+    )
     monkeypatch.chdir(tmp_path)
     written = write_report([first, second])
     assert [path.resolve() for path in written] == [tmp_path / "report.html", tmp_path / "report.md"]
     data = Page(written[0].read_text(encoding="utf-8")).json("report-data")
     assert [run["name"] for run in data["runs"]] == ["a", "b"]
-    assert data["difference"] == [["name", ["a", "b"]], ["loss.name", ["grpo", "gspo"]], ["engine.learning_rate", ["0.0015", "0.0005"]]]
+    assert data["difference"] == [
+        ["name", ["a", "b"]],
+        ["loss.name", ["grpo", "gspo"]],
+        ["engine.learning_rate", ["0.0015", "0.0005"]],
+    ]
     text = written[1].read_text()
     assert "| `loss.name` | `grpo` | `gspo` |" in text
     assert text.count("sum over tokens of (L + 0.01 KL) * weight") == 2
@@ -257,7 +289,9 @@ def test_a_torn_last_line_and_rows_that_came_twice(tmp_path):
 
 def test_values_that_are_no_numbers_are_gaps(tmp_path):
     run = made_run(tmp_path / "a")
-    (run / "metrics.jsonl").write_text('{"step": 0, "kl": NaN, "reward": Infinity, "loss": "x"}\n{"step": 1, "kl": 2, "reward": true}\n{"step": null}\n[]\n')
+    (run / "metrics.jsonl").write_text(
+        '{"step": 0, "kl": NaN, "reward": Infinity, "loss": "x"}\n{"step": 1, "kl": 2, "reward": true}\n{"step": null}\n[]\n'
+    )
     read = read_run(run)
     assert [row["kl"] for row in read.metrics] == [None, 2] and "reward" not in curves(read)
     assert read.notes == ("2 unreadable lines of metrics.jsonl left out",)
@@ -280,7 +314,18 @@ def test_a_supervised_run(tmp_path):
     run = made_run(tmp_path / "a")
     (run / "completions.jsonl").unlink()
     shutil.rmtree(run / "batches")
-    rows = [{"step": i, "loss": 6 / (i + 1), "logprob_gap": 6.0, "ratio": 1.0, "grad_norm": 1.0, "tokens": 5.0, "seconds": 1.0} for i in range(4)]
+    rows = [
+        {
+            "step": i,
+            "loss": 6 / (i + 1),
+            "logprob_gap": 6.0,
+            "ratio": 1.0,
+            "grad_norm": 1.0,
+            "tokens": 5.0,
+            "seconds": 1.0,
+        }
+        for i in range(4)
+    ]
     (run / "metrics.jsonl").write_text(lines(rows))
     data = page_of(run).json("report-data")
     assert {"loss", "grad_norm"} <= {panel["id"] for panel in data["panels"]}
@@ -347,7 +392,9 @@ def test_the_page_asks_for_nothing(tmp_path):
     assert all(a["href"].startswith("#") for _, a in page.tags if "href" in a)
     assert not [a for _, a in page.tags if any(name.startswith("on") or name == "style" for name in a)]
     program = page.scripts["program"] + text[text.index("<style>") : text.index("</style>")]
-    assert not re.search(r"\b(fetch|XMLHttpRequest|WebSocket|EventSource|sendBeacon|import)\s*\(|@import|url\(", program)
+    assert not re.search(
+        r"\b(fetch|XMLHttpRequest|WebSocket|EventSource|sendBeacon|import)\s*\(|@import|url\(", program
+    )
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", program)
     assert set(re.findall(r"https?://[^\"'` ]+", program)) == {"http://www.w3.org/2000/svg"}  # a name, not a place
 

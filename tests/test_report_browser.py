@@ -84,7 +84,11 @@ class TestBrowser:
         assert seen["second page"] == "page 2 of 4"
         assert seen["by advantage"] == "+1.5" and seen["by advantage, ascending"] == "\u22120.5"
         assert seen["group"] == "4 of 96 completions match"
-        assert seen["advantage look"] == "down1 against" and seen["ratio look"] == "up3" and seen["said"].startswith("Token 3 of 3")
+        assert (
+            seen["advantage look"] == "down1 against"
+            and seen["ratio look"] == "up3"
+            and seen["said"].startswith("Token 3 of 3")
+        )
         assert seen["lines"] - seen["lines of one run"] == seen["lines of one run"] > 10
         assert seen["crosshair"] == "step 3" and seen["value"] == "0.003"
 

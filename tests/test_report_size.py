@@ -27,11 +27,27 @@ def test_thin_keeps_extremes_and_gaps():
 def test_a_band_and_its_curve_keep_the_same_points(tmp_path):
     run = made_run(tmp_path / "a")
     rng = random.Random(0)
-    rows = [{"step": i, "reward": rng.random(), "reward_std": rng.random(), "seconds": 9.0, "seconds/sample": rng.random(), "seconds/update": rng.random()} for i in range(5000)]
+    rows = [
+        {
+            "step": i,
+            "reward": rng.random(),
+            "reward_std": rng.random(),
+            "seconds": 9.0,
+            "seconds/sample": rng.random(),
+            "seconds/update": rng.random(),
+        }
+        for i in range(5000)
+    ]
     (run / "metrics.jsonl").write_text(lines(rows))
     (run,) = page_of(run).json("report-data")["runs"]
-    assert run["curves"]["reward"]["x"] == run["curves"]["reward_std"]["x"] and len(run["curves"]["reward"]["x"]) <= 2000
-    assert run["curves"]["seconds/sample"]["x"] == run["curves"]["seconds/update"]["x"] == run["curves"]["seconds/other"]["x"]
+    assert (
+        run["curves"]["reward"]["x"] == run["curves"]["reward_std"]["x"] and len(run["curves"]["reward"]["x"]) <= 2000
+    )
+    assert (
+        run["curves"]["seconds/sample"]["x"]
+        == run["curves"]["seconds/update"]["x"]
+        == run["curves"]["seconds/other"]["x"]
+    )
     assert max(run["curves"]["reward"]["y"]) == pytest.approx(max(row["reward"] for row in rows), rel=1e-4)
 
 
@@ -67,12 +83,31 @@ def test_a_long_run_stays_below_20_mb(tmp_path):
     text = "<think>a b c d e f</think>" * 40
     with open(run / "completions.jsonl", "w") as file:
         for i in range(60_000):
-            row = {"step": i // 30, "task": i, "sample": i % 10, "prompt": f"Question {i // 10}", "text": text, "rewards": {"r": 1.0}, "reward": 1.0, "advantage": 0.3, "length": 300, "truncated": False}
+            row = {
+                "step": i // 30,
+                "task": i,
+                "sample": i % 10,
+                "prompt": f"Question {i // 10}",
+                "text": text,
+                "rewards": {"r": 1.0},
+                "reward": 1.0,
+                "advantage": 0.3,
+                "length": 300,
+                "truncated": False,
+            }
             file.write(json.dumps(row) + "\n")
-    one = {"sample": 0, "advantage": 1.0, "tokens": ["<abc>"] * 1000, "logprobs": [-0.123456] * 1000, "ratio": [1.000123] * 1000}
+    one = {
+        "sample": 0,
+        "advantage": 1.0,
+        "tokens": ["<abc>"] * 1000,
+        "logprobs": [-0.123456] * 1000,
+        "ratio": [1.000123] * 1000,
+    }
     for step in range(0, 2000, 50):
         rows = [{"task": 30 * step + k, **one} for k in range(15)]
-        (run / "batches" / f"step-{step:06d}-rank-0.json").write_text(json.dumps({"step": step, "rank": 0, "row": {}, "completions": rows}))
+        (run / "batches" / f"step-{step:06d}-rank-0.json").write_text(
+            json.dumps({"step": step, "rank": 0, "row": {}, "completions": rows})
+        )
     written = write_report([run])
     assert 12e6 < written[0].stat().st_size < 20e6
     found = Page(written[0].read_text(encoding="utf-8")).json("completion-data")[0]

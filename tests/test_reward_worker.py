@@ -142,7 +142,9 @@ def test_a_registered_reward_stays_in_this_process():
 
 def test_a_file_that_cannot_be_loaded_there_is_one_sentence(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text(f"import os\nassert os.getpid() == {os.getpid()}, 'elsewhere'\ndef f(completions):\n    return [0.0]\n")
+    file.write_text(
+        f"import os\nassert os.getpid() == {os.getpid()}, 'elsewhere'\ndef f(completions):\n    return [0.0]\n"
+    )
     with pytest.raises(ConfigError, match=r"reward .*mine.py:f reward .* cannot be loaded: AssertionError: elsewhere"):
         build_reward(f"{file}:f", timeout=5)
 
@@ -151,7 +153,9 @@ def test_its_process_ends_with_this_one_and_prints_elsewhere(mine):
     code = "import os, sys, time; from grpo_core.reward_worker import Worker; worker = Worker(sys.argv[1], {}, 5)"
     code += "; worker.ask(['print'], {'prompts': ['p']}); worker.answer(); worker.ask(['hang'], {'prompts': ['p']}); time.sleep(0.3)"
     code += "; print(worker._process.pid, flush=True); os.kill(os.getpid(), 9)"
-    out = subprocess.run([sys.executable, "-c", code, f"{mine}:when"], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    out = subprocess.run(
+        [sys.executable, "-c", code, f"{mine}:when"], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
     deadline = time.monotonic() + 5
     while alive(int(out.stdout)):
         assert time.monotonic() < deadline

@@ -72,7 +72,11 @@ def seconds(text, answer="#### 7"):
 def test_no_text_takes_long_to_read(head):
     """100 kB of any two pieces in turn, and of many at random: each is read in a moment, and none is an error."""
     draw = random.Random(head)
-    texts = [head + (one + other) * (100_000 // len(one + other)) for one in PIECES for other in ["", *draw.sample(PIECES, 2)]]
+    texts = [
+        head + (one + other) * (100_000 // len(one + other))
+        for one in PIECES
+        for other in ["", *draw.sample(PIECES, 2)]
+    ]
     texts += [head + "".join(draw.choices(draw.sample(PIECES, 4), k=40_000)) for _ in range(20)]
     texts += [head + "1" * 50_000 + ",3", head + "1/" + "2" * 50_000 + ",3", head + "1" * 50_000 + "." + "2" * 50_000]
     slow = {text[:30]: took for text in texts if (took := seconds(text)) > 0.5}
@@ -200,7 +204,9 @@ def test_a_reward_that_raises_is_named_with_its_place():
         return [1.0 / 0 for _ in completions]
 
     (why,) = score([Reward("bad", 1.0, raising)], TASKS[:1], ["a", "b"], 2).failures
-    assert re.fullmatch(r"reward bad raised ZeroDivisionError: (float )?division by zero \(test_rewards.py, line \d+\)", why)
+    assert re.fullmatch(
+        r"reward bad raised ZeroDivisionError: (float )?division by zero \(test_rewards.py, line \d+\)", why
+    )
 
 
 def test_arrays_and_truth_values_are_numbers():

@@ -17,7 +17,13 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
-SHORT = ["evaluation.num_tasks=8", "data.limit=500", "trainer.completions_per_step=32", "sampling.max_new_tokens=24", "log.every=1"]
+SHORT = [
+    "evaluation.num_tasks=8",
+    "data.limit=500",
+    "trainer.completions_per_step=32",
+    "sampling.max_new_tokens=24",
+    "log.every=1",
+]
 
 
 def overrides(out, **more):
@@ -160,7 +166,12 @@ def test_rollouts_do_not_depend_on_the_number_of_processes(tmp_path, environment
     assert texts[0] == texts[1]  # the second step's also show that the first update was the same
     for one, two in zip(*metrics, strict=True):
         assert one.keys() == two.keys()
-        for name in one.keys() - {"kl_exact", "logprob_gap", "logprob_gap_max", "micro_batches"}:  # the first is of a sample
+        for name in one.keys() - {
+            "kl_exact",
+            "logprob_gap",
+            "logprob_gap_max",
+            "micro_batches",
+        }:  # the first is of a sample
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
 
 
@@ -216,16 +227,26 @@ def test_a_reward_that_goes_wrong_on_one_rank_is_counted_told_and_the_run_goes_o
     assert [row["failed/correct_answer"] for row in rows] == [0, 0, 0] and rows[1]["seconds/reward"] < 4
     unscored = [row for row in read(tmp_path / "tiny" / "completions.jsonl") if row["rewards"][f"{file}:bad"] is None]
     assert [row["step"] for row in unscored] == [0, *16 * [1], 2] and all(row["reward"] in (0, 1) for row in unscored)
-    refused = launch(2, *overrides(tmp_path, name="other", trainer__max_failed_rewards=0.01, rewards=rewards), environment=environment)
+    refused = launch(
+        2,
+        *overrides(tmp_path, name="other", trainer__max_failed_rewards=0.01, rewards=rewards),
+        environment=environment,
+    )
     assert refused.returncode == 3 and "Traceback" not in refused.stderr
-    assert "mine.py:bad failed on 19% of the completions of the last 3 steps, more than trainer.max_failed_rewards (0.01)" in refused.stderr
+    assert (
+        "mine.py:bad failed on 19% of the completions of the last 3 steps, more than trainer.max_failed_rewards (0.01)"
+        in refused.stderr
+    )
 
 
 def test_another_run_is_never_overwritten_unasked_and_another_config_is_not_resumed(tmp_path, environment):
     run = overrides(tmp_path, trainer__num_steps=1)
     assert launch(1, *run, environment=environment).returncode == 0
     refused = launch(1, *run, environment=environment)
-    assert refused.returncode == 2 and "tiny holds a run already; resume=auto goes on with it, overwrite=true" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "tiny holds a run already; resume=auto goes on with it, overwrite=true" in refused.stderr
+    )
     again = launch(1, *run, "resume=auto", "trainer.num_steps=2", environment=environment)
     assert again.returncode == 0 and "resumed from" in again.stdout
     assert yaml.safe_load((tmp_path / "tiny" / "config.yaml").read_text())["resume"] is None

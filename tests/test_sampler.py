@@ -112,10 +112,15 @@ def test_every_architecture_greedy_as_generate_and_logprobs_as_teacher_forced(na
                 parameter.normal_(0, 0.1)
     said = []
     sampler = make(policy, say=said.append)
-    for rows in (kept(sampler.generate(TASKS, 1, greedy=True)), kept(make(policy, decoder="plain").generate(TASKS, 1, greedy=True))):
+    for rows in (
+        kept(sampler.generate(TASKS, 1, greedy=True)),
+        kept(make(policy, decoder="plain").generate(TASKS, 1, greedy=True)),
+    ):
         for task, row in zip(TASKS, rows, strict=True):
             prompt = torch.tensor([task.prompt_ids], device=DEVICE)
-            want = policy.causal_lm.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=PAD)[0, prompt.shape[1] :]
+            want = policy.causal_lm.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=PAD)[
+                0, prompt.shape[1] :
+            ]
             assert row == want.tolist()
     rollouts = sampler.generate(TASKS, 8)
     assert len(set(rollouts.lengths().tolist())) > 3  # ragged, or this shows little
@@ -133,7 +138,9 @@ def test_the_samplers_logprobs_are_the_trainers(temperature, decoder):
     torch.testing.assert_close(policy.logprobs(rollouts), rollouts.rollout_logprobs, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("how", [{}, {"rows_at_once": 5}, {"rows_at_once": 1}, {"decoder": "plain"}, {"decoder": "plain", "rows_at_once": 5}])
+@pytest.mark.parametrize(
+    "how", [{}, {"rows_at_once": 5}, {"rows_at_once": 1}, {"decoder": "plain"}, {"decoder": "plain", "rows_at_once": 5}]
+)
 def test_waves_refill_and_compaction_change_no_draw(how):
     policy = policy_on_device(lora_noise=0.1)
     whole = make(policy, 24)
@@ -295,7 +302,10 @@ def test_top_k_top_p_and_min_p():
         return restrict(logits, Decoding(**how))[0].isfinite().tolist()
 
     assert left(top_k=2) == [True, True, False, False, False] and left(top_k=9) == [True] * 5
-    assert left(top_p=0.5) == [True] + [False] * 4 and left(top_p=float(probabilities[:2].sum()) + 0.01) == [True] * 3 + [False] * 2
+    assert (
+        left(top_p=0.5) == [True] + [False] * 4
+        and left(top_p=float(probabilities[:2].sum()) + 0.01) == [True] * 3 + [False] * 2
+    )
     assert left(min_p=0.3) == [True, True, False, False, False] and left(min_p=1.0) == [True] + [False] * 4
     assert left(min_p=0.3, temperature=4.0) == [True] * 4 + [False]  # read at the temperature
     assert left(top_p=0.8, temperature=0.1) == [True] + [False] * 4

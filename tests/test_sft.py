@@ -57,7 +57,9 @@ def test_the_loss_is_the_models_own_cross_entropy():
     run = SimpleNamespace(config=config, policy=policy, loss_fn=LOSSES.build("reinforce"), correction_fn=correction_fn)
     mask = rollouts.completion_mask
     totals = Totals(tokens=mask.sum(), completions=torch.tensor(6), max_new_tokens=1)
-    ours = micro_loss(run, TrainBatch(rollouts, torch.ones(6, 1), mask), policy.forward(rollouts), totals, Control(0.0, 0.0), Stats())
+    ours = micro_loss(
+        run, TrainBatch(rollouts, torch.ones(6, 1), mask), policy.forward(rollouts), totals, Control(0.0, 0.0), Stats()
+    )
     summed = 0.0
     for i in range(6):
         prompt, target = rollouts.prompt_ids[i][rollouts.prompt_mask[i]], rollouts.completion_ids[i][mask[i]]
@@ -97,7 +99,9 @@ def test_the_held_out_loss_is_the_models_own_whatever_the_order_and_the_seeds():
     chosen = answers([replace(task, seed=(task.index,)) for task in tasks]).completions
     thinks = [text.startswith("<think>") for text in chosen]
     assert 2 < sum(thinks) < 10
-    parts = [own_cross_entropy(policy.causal_lm, tokenizer, [ROWS[i]], THINK if thinks[i] else "{answer}") for i in range(12)]
+    parts = [
+        own_cross_entropy(policy.causal_lm, tokenizer, [ROWS[i]], THINK if thinks[i] else "{answer}") for i in range(12)
+    ]
     result = measure(tasks)
     assert result["tokens"] == sum(count for _, count in parts)
     assert result["loss"] == pytest.approx(sum(nats for nats, _ in parts) / result["tokens"], rel=1e-5)
@@ -127,7 +131,14 @@ def test_the_tokenizer_keeps_digits_apart_and_encodes_anything():
 
 def ranks(out, environment, *more):
     """Two processes of the command."""
-    run = overrides(out, trainer__num_steps=8, checkpoint__every=3, evaluation__every=4, lora__dropout=0.1, sampling__temperature=0.5)
+    run = overrides(
+        out,
+        trainer__num_steps=8,
+        checkpoint__every=3,
+        evaluation__every=4,
+        lora__dropout=0.1,
+        sampling__temperature=0.5,
+    )
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "grpo_core", "sft", "--config", str(TINY), *run, *more]
     return [
@@ -159,7 +170,11 @@ def test_an_adapter_of_two_processes_stopped_by_a_signal_and_resumed_is_bitwise_
     assert codes == [143, 143] and "stopped by SIGTERM with a checkpoint; resume=" in told
     assert len(read(metrics)) < 8
     codes, told = ended(ranks(tmp_path / "cut", environment, "resume=auto"))
-    assert codes == [0, 0] and "resumed from" in told and told.splitlines()[-1] == f"adapter: {tmp_path / 'cut' / 'tiny' / 'adapter'}"
+    assert (
+        codes == [0, 0]
+        and "resumed from" in told
+        and told.splitlines()[-1] == f"adapter: {tmp_path / 'cut' / 'tiny' / 'adapter'}"
+    )
 
     whole, cut = tmp_path / "whole" / "tiny", tmp_path / "cut" / "tiny"
     for name in ("metrics", "evaluation"):
@@ -171,7 +186,9 @@ def test_an_adapter_of_two_processes_stopped_by_a_signal_and_resumed_is_bitwise_
     columns = {name for name in rows[0] if not name.startswith("seconds")}
     assert columns == {*sft.COLUMNS, "tokens_per_second"} and rows[0]["tokens"] > 32 and rows[-1]["learning_rate"] > 0
     assert [row["step"] for row in evaluations] == [0, 4, 8] and all("accuracy" in row for row in evaluations)
-    assert evaluations[-1]["loss"] < evaluations[0]["loss"] and f"loss {evaluations[-1]['loss']:.4f} nats a token" in told
+    assert (
+        evaluations[-1]["loss"] < evaluations[0]["loss"] and f"loss {evaluations[-1]['loss']:.4f} nats a token" in told
+    )
     tokenizer = AutoTokenizer.from_pretrained(whole / "adapter")
     base = AutoModelForCausalLM.from_pretrained(ROOT / "grpo_core" / "builtin" / "tiny", dtype=torch.float32).eval()
     before = own_cross_entropy(base, tokenizer, word_problems("test", 8))
@@ -191,10 +208,14 @@ def group():
 
 
 def configured(out, *more, file=TINY):
-    return load(file, [*overrides(out), "trainer.num_steps=4", "evaluation.num_tasks=4", "trainer.hang_timeout=0", *more])
+    return load(
+        file, [*overrides(out), "trainer.num_steps=4", "evaluation.num_tasks=4", "trainer.hang_timeout=0", *more]
+    )
 
 
-def test_all_weights_over_a_full_disk_and_a_death_are_bitwise_those_of_a_run_left_alone(tmp_path, group, monkeypatch, capsys):
+def test_all_weights_over_a_full_disk_and_a_death_are_bitwise_those_of_a_run_left_alone(
+    tmp_path, group, monkeypatch, capsys
+):
     """A new model, too: what it starts as is a function of the seed."""
 
     def config(out, *more):
@@ -223,7 +244,10 @@ def test_all_weights_over_a_full_disk_and_a_death_are_bitwise_those_of_a_run_lef
         patch.setattr(sft, "finish_step", dies)
         with pytest.raises(KeyboardInterrupt):
             sft.run_sft(config("cut"))
-    assert "the checkpoint after 1 steps could not be written (No space left on device); going on" in capsys.readouterr().out
+    assert (
+        "the checkpoint after 1 steps could not be written (No space left on device); going on"
+        in capsys.readouterr().out
+    )
     with pytest.raises(ConfigError, match="sft.targets .* then"):
         sft.run_sft(config("cut", "resume=auto", "sft.targets=['{answer}']"))
     again = sft.run_sft(config("cut", "resume=auto", "sft.save_precision=auto"))
@@ -254,7 +278,9 @@ def test_data_without_a_chain_of_thought_and_going_on_from_a_model(tmp_path, gro
     ("cot", "1 + " * 2000, r"row 3 of {}: the target .* has \d{{4}} tokens, which with a prompt of up to \d+ .* model's 1024 positions"),
 ])  # fmt: skip
 @pytest.mark.parametrize("where", ["the data", "the evaluation data"])
-def test_a_target_that_cannot_be_is_one_sentence_before_the_model_loads(tmp_path, group, monkeypatch, column, given, message, where):
+def test_a_target_that_cannot_be_is_one_sentence_before_the_model_loads(
+    tmp_path, group, monkeypatch, column, given, message, where
+):
     monkeypatch.setattr(sft, "load_policy", None)
     files = {name: tmp_path / f"{name.split()[1]}.jsonl" for name in ("the data", "the evaluation data")}
     for name, path in files.items():

@@ -83,7 +83,12 @@ def test_no_switch_depends_on_the_micro_batch(tmp_path, loss):
 def test_micro_token_does_depend_on_it(tmp_path):
     ends = []
     for size in (20, 1000):
-        run = make_run(tmp_path / str(size), num_steps=1, loss=LossConfig(average="micro_token", kl_coef=0), tokens_per_micro_batch=size)
+        run = make_run(
+            tmp_path / str(size),
+            num_steps=1,
+            loss=LossConfig(average="micro_token", kl_coef=0),
+            tokens_per_micro_batch=size,
+        )
         train(run)
         ends.append(parameters(run))
     assert (ends[0] - ends[1]).abs().max() > 1e-4
@@ -132,11 +137,17 @@ def test_every_switch_has_a_hand_in_the_loss(tmp_path):
 @pytest.mark.parametrize("correction", ["token_truncate", "sequence_mask"])
 def test_vespo_takes_the_rollout_correction_into_its_own_ratio(tmp_path, correction):
     """s = sum_t(l - l_old) + sum_t log w, and the surrogate is not weighed once more. arXiv:2602.10693."""
-    loss = LossConfig(name="vespo", average="token", kl_coef=0.0, rollout_correction=FunctionConfig(correction, {"clip_max": 1.3}))
+    loss = LossConfig(
+        name="vespo", average="token", kl_coef=0.0, rollout_correction=FunctionConfig(correction, {"clip_max": 1.3})
+    )
     run = make_run(tmp_path, loss=loss, policy=tiny_policy(lora_noise=0.1), num_minibatches=2)
     rollouts, column = ragged_rollouts(8), torch.tensor([[1.0], [-1.0]] * 4)
     mask = rollouts.completion_mask
-    rollouts = replace(rollouts, rollout_logprobs=run.policy.logprobs(rollouts).detach() + 0.05 * torch.sin(torch.arange(48.0)).view(8, 6) * mask)
+    rollouts = replace(
+        rollouts,
+        rollout_logprobs=run.policy.logprobs(rollouts).detach()
+        + 0.05 * torch.sin(torch.arange(48.0)).view(8, 6) * mask,
+    )
     batch = freeze(run, rollouts, column)
     batch = replace(batch, old_logprobs=batch.old_logprobs - 0.03 * mask)
     ours = whole_loss(run, batch, run.control, Stats())
@@ -158,7 +169,10 @@ def test_vespo_takes_the_rollout_correction_into_its_own_ratio(tmp_path, correct
 
 
 def rows_above_100(completions, row):
-    return [text.count(GOOD) + 0.01 * i if r >= 100 else 0.0 for i, (text, r) in enumerate(zip(completions, row, strict=True))]
+    return [
+        text.count(GOOD) + 0.01 * i if r >= 100 else 0.0
+        for i, (text, r) in enumerate(zip(completions, row, strict=True))
+    ]
 
 
 def test_tied_groups_are_replaced_counted_and_bounded(tmp_path):
@@ -177,14 +191,23 @@ def test_tied_groups_are_replaced_counted_and_bounded(tmp_path):
 
 def test_a_group_whose_reward_failed_is_not_drawn_again(tmp_path):
     run = make_run(tmp_path, num_steps=1, change=sampling(dynamic_attempts=3))
-    train(replace(run, rewards=[Reward("good", 1.0, lambda completions, row: [float("nan") if r == 2 else 0.0 for r in row])]))
+    train(
+        replace(
+            run, rewards=[Reward("good", 1.0, lambda completions, row: [float("nan") if r == 2 else 0.0 for r in row])]
+        )
+    )
     (row,) = rows(tmp_path)
     assert row["failed/good"] == 0.25 and row["resampled_groups"] == 9
 
 
 def test_a_reward_that_fails_on_what_was_drawn_again_is_told(tmp_path, capsys):
     run = make_run(tmp_path, num_steps=1, change=sampling(dynamic_attempts=1))
-    train(replace(run, rewards=[Reward("good", 1.0, lambda completions, row: [float("nan") if r == 102 else 0.0 for r in row])]))
+    train(
+        replace(
+            run,
+            rewards=[Reward("good", 1.0, lambda completions, row: [float("nan") if r == 102 else 0.0 for r in row])],
+        )
+    )
     assert "warning: reward good returned nan for completion 16" in capsys.readouterr().out
 
 
@@ -213,13 +236,17 @@ def test_only_tied_groups_are_replaced_and_the_others_stay_as_they_were(tmp_path
     assert [task.index for task in tasks] == [100, 1, 102, 3]
     for row in range(32):
         same = before.completions[row] == after.completions[row] and torch.equal(
-            before.completion_ids[row][before.completion_mask[row]], after.completion_ids[row][after.completion_mask[row]]
+            before.completion_ids[row][before.completion_mask[row]],
+            after.completion_ids[row][after.completion_mask[row]],
         )
         assert same == (row // 8 in (1, 3))
     assert (scores.rewards[[0, 2]] > 0).any() and torch.equal(scores.rewards, scores.by_name["good"])
     # what was put in is what was sampled: the trainer's log-probs are the sampler's, in every row
     torch.testing.assert_close(
-        plain.policy.logprobs(after)[after.completion_mask], after.rollout_logprobs[after.completion_mask], atol=1e-4, rtol=0
+        plain.policy.logprobs(after)[after.completion_mask],
+        after.rollout_logprobs[after.completion_mask],
+        atol=1e-4,
+        rtol=0,
     )
 
 
@@ -244,7 +271,9 @@ def test_gdpo_has_a_signal_where_any_reward_that_counts_has_one(tmp_path):
         return [1.0 - i % 2 for i in range(len(completions))]
 
     for name, weights, tied in (("gdpo", (1.0, 1.0), 0.0), ("grpo", (1.0, 1.0), 1.0), ("gdpo", (0.0, 1.0), 1.0)):
-        run = make_run(tmp_path / f"{name}{weights[0]}", change=lambda c, name=name: replace(c, advantage=AdvantageConfig(name)))
+        run = make_run(
+            tmp_path / f"{name}{weights[0]}", change=lambda c, name=name: replace(c, advantage=AdvantageConfig(name))
+        )
         second = down if weights[0] else zeros
         run = replace(run, rewards=[Reward("up", weights[0], up), Reward("down", weights[1], second)])
         stats = Stats()
@@ -255,7 +284,9 @@ def test_gdpo_has_a_signal_where_any_reward_that_counts_has_one(tmp_path):
 
 def test_rows_are_replaced_whatever_their_widths():
     wide, narrow = ragged_rollouts(4, prompt_width=7, width=9), ragged_rollouts(2, prompt_width=3, width=4, seed=1)
-    wide, narrow = (replace(r, completions=tuple(f"{n}{i}" for i in range(len(r)))) for r, n in ((wide, "w"), (narrow, "n")))
+    wide, narrow = (
+        replace(r, completions=tuple(f"{n}{i}" for i in range(len(r)))) for r, n in ((wide, "w"), (narrow, "n"))
+    )
     for ours, theirs in ((wide, narrow), (take(narrow, torch.tensor([0, 1, 0, 1])), take(wide, torch.tensor([2, 3])))):
         mixed = replace_rows(ours, torch.tensor([1, 3]), theirs)
         for row, (source, i) in enumerate([(ours, 0), (theirs, 0), (ours, 2), (theirs, 1)]):
@@ -340,7 +371,10 @@ def test_a_step_without_any_reward_is_one_sentence(tmp_path):
 
 def test_advantages_see_lengths_single_rewards_and_weights(tmp_path):
     run = make_run(tmp_path)
-    rewards = [Reward("good", 1.0, count_good), Reward("long", 0.5, lambda completions: [float(len(c)) for c in completions])]
+    rewards = [
+        Reward("good", 1.0, count_good),
+        Reward("long", 0.5, lambda completions: [float(len(c)) for c in completions]),
+    ]
     seen = {}
 
     def spy(rewards, lengths, components, weights):
@@ -384,7 +418,9 @@ def test_effective_sample_size_and_masks_are_in_the_log(tmp_path):
     loss = replace(EVERYTHING, rollout_correction=FunctionConfig("sequence_truncate"))
     train(make_run(tmp_path, num_steps=1, loss=loss))
     (row,) = rows(tmp_path)
-    assert row["rollout_weight"] == pytest.approx(1.0, abs=1e-3) and row["rollout_weight_ess"] == pytest.approx(1.0, abs=1e-3)
+    assert row["rollout_weight"] == pytest.approx(1.0, abs=1e-3) and row["rollout_weight_ess"] == pytest.approx(
+        1.0, abs=1e-3
+    )
     assert row["off_policy_kept"] == 1.0 and not any("square" in name for name in row)
 
 
@@ -400,7 +436,9 @@ def test_an_entropy_bonus_raises_the_entropy(tmp_path):
 
 
 def test_coefficients_adapt_and_are_logged(tmp_path):
-    loss = LossConfig(kl_coef=0.1, kl_target=1e-3, kl_horizon=64, entropy_coef=0.0, entropy_target=1.0, entropy_delta=0.01)
+    loss = LossConfig(
+        kl_coef=0.1, kl_target=1e-3, kl_horizon=64, entropy_coef=0.0, entropy_target=1.0, entropy_delta=0.01
+    )
     train(make_run(tmp_path, num_steps=25, loss=loss, learning_rate=5e-2))
     made = rows(tmp_path)
     for before, after in itertools.pairwise(made):
@@ -458,7 +496,9 @@ def test_every_preset_learns_the_bandit_through_the_loop(tmp_path, name):
         attempts = sections.pop("sampling")["dynamic_attempts"]
         objective = build(RunConfig, sections, "")
         chosen = {section: getattr(objective, section) for section in sections}
-        return replace(config, sampling=SamplingConfig(group_size=8, max_new_tokens=5, dynamic_attempts=attempts), **chosen)
+        return replace(
+            config, sampling=SamplingConfig(group_size=8, max_new_tokens=5, dynamic_attempts=attempts), **chosen
+        )
 
     policy = tiny_policy()
     run = make_run(tmp_path, policy=policy, change=change)

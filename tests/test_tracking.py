@@ -23,7 +23,17 @@ def read(path):
 
 
 def train(out, environment, *more):
-    command = [sys.executable, "-m", "grpo_core", "train", "--config", "configs/tiny.yaml", f"output_dir={out}", *SHORT, *more]
+    command = [
+        sys.executable,
+        "-m",
+        "grpo_core",
+        "train",
+        "--config",
+        "configs/tiny.yaml",
+        f"output_dir={out}",
+        *SHORT,
+        *more,
+    ]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
 
 
@@ -41,7 +51,9 @@ def test_both_hold_what_the_metrics_hold_also_when_resumed(tmp_path, environment
     assert {name for name in scalars if not name.startswith("evaluation/")} == numbers
     for name in ("reward", "kl", "grad_norm", "rewards/correct_answer"):
         seen = {event.step: event.value for event in events.Scalars(name)}
-        assert seen == {row["step"]: pytest.approx(row[name], rel=1e-5) for row in rows} and len(events.Scalars(name)) == 4
+        assert (
+            seen == {row["step"]: pytest.approx(row[name], rel=1e-5) for row in rows} and len(events.Scalars(name)) == 4
+        )
     accuracy = {event.step: event.value for event in events.Scalars("evaluation/accuracy")}
     assert accuracy[0] == pytest.approx(before["accuracy"]) and accuracy[4] == pytest.approx(after["accuracy"])
     text = events.Tensors("completions/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -68,16 +80,22 @@ def wandb_rows(run):
         if left < 7:
             at += left
             continue
-        size, kind = struct.unpack_from("<HB", data, at + 4)  # after the checksum; 1: whole, 2, 3, 4: first, middle, last
+        size, kind = struct.unpack_from(
+            "<HB", data, at + 4
+        )  # after the checksum; 1: whole, 2, 3, 4: first, middle, last
         whole, at = whole + data[at + 7 : at + 7 + size], at + 7 + size
         if kind in (1, 4):
             record, whole = wandb_internal_pb2.Record.FromString(whole), b""
             if record.WhichOneof("record_type") == "history":
-                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+                rows.append(
+                    {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                )
     return rows
 
 
-@pytest.mark.parametrize("key, package, shown", [("tensorboard=true", "tensorboard", "true"), ("wandb=mine", "wandb", "'mine'")])
+@pytest.mark.parametrize(
+    "key, package, shown", [("tensorboard=true", "tensorboard", "true"), ("wandb=mine", "wandb", "'mine'")]
+)
 def test_a_package_that_is_not_there_is_said_before_anything_loads(key, package, shown, monkeypatch, capsys, tmp_path):
     find = tracking.importlib.util.find_spec
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None if name == package else find(name))

@@ -42,6 +42,7 @@ def loss_case(config, inputs, meta):
         loss_fn = LOSSES.build("grpo" if level == "token" else "gspo", args)
     kl_fn = KLS.get("k3_corrected" if config.get("bias_kl", True) else "k3")
     if level == "sequence" and config.get("bias_kl", True):
+
         def kl_fn(logprobs, ref_logprobs, old_logprobs):
             return sequence_ratio(logprobs, old_logprobs, mask) * kl_k3(logprobs, ref_logprobs)
 
@@ -83,4 +84,6 @@ def advantage_case(case):
     name = {"group": "grpo", "batch": "batch_std", "none": "dr_grpo"}[case.get("scale", "group")]
     if case.get("agg") == "normalize_then_sum":
         name = "gdpo"
-    return advantages(ADVANTAGES.get(name), rewards.view(-1, group_size), components=components, weights=weights).flatten()
+    return advantages(
+        ADVANTAGES.get(name), rewards.view(-1, group_size), components=components, weights=weights
+    ).flatten()
