@@ -164,7 +164,9 @@ def _parse(text: str) -> Any:
 def _apply(data: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{override!r} is not an override; write section.key=value")
+        file = override.endswith((".yaml", ".yml", ".json"))
+        how = f"a config file is named by --config {override}" if file else "write section.key=value"
+        raise ConfigError(f"{override!r} is not an override; {how}")
     *sections, last = key.split(".")
     kind: Any = RunConfig
     for name in (*sections, last):

@@ -79,6 +79,18 @@ def test_a_wrong_command_line_is_one_sentence(arguments, sentence, capsys):
     assert line.startswith("grpo_core: ") and sentence in line
 
 
+@pytest.mark.parametrize("missing", ["click", "torch"])
+def test_a_python_without_what_is_needed_is_one_sentence(missing, tmp_path, environment):
+    """As where the package is found, by PYTHONPATH for example, and its needs are not."""
+    (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('hidden', name='{missing}')\n")
+    here = environment | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "grpo_core", "check-loss", "grpo"], env=here, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"grpo_core: {missing} is not installed for ") and "pip install -e ." in done.stderr
+
+
 def test_no_command_shows_the_help(capsys):
     assert main([]) == 2
     assert "Commands:" in capsys.readouterr().err

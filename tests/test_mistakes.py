@@ -60,6 +60,7 @@ def test_the_control_loads(train):
     (["trainr.num_steps=3"], "(did you mean trainer?)"),
     (["sampling.top_p=0.9"], "unknown key sampling.top_p; training samples from the whole distribution"),
     (["seed"], "'seed' is not an override; write section.key=value"),
+    (["configs/r1.yaml"], "'configs/r1.yaml' is not an override; a config file is named by --config configs/r1.yaml"),
     (["seed.x=1"], "seed"),
     (["seed=one"], "seed is 'one'; it must be an integer"),
     (["trainer.num_steps=2.5"], "trainer.num_steps is 2.5; it must be an integer or null"),
