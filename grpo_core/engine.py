@@ -4,6 +4,9 @@ Every micro-batch's loss is already a part of the whole step's loss (token_weigh
 micro-batches and ranks. Micro-batches are summed here, in float32 and without DeepSpeed, so ranks may have different
 numbers of them; `step` hands the sum over in one backward, whose collectives are the only ones of the step. DeepSpeed
 averages over ranks: the sum is multiplied by the world size.
+
+DeepSpeed's step costs a few dozen small operations for every parameter, and LoRA has hundreds. So what it is given is a
+few long vectors, of which the model's weights are views.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -45,6 +48,8 @@ with (
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+LONGEST = 2**26  # elements of a vector: LoRA is one; a whole model's are not all gathered at once for a checkpoint
+ALIGN = 64  # elements: every weight begins where wide loads may
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,10 @@ class Engine:
         if not self.parameters:
             raise ConfigError("the model has no parameter that is trained: nothing in it requires a gradient")
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._vectors = _Vectors(model, self.parameters, dtype)
         optimizer = (
             torch.optim.AdamW(  # torch's own, offloaded or not: it compiles nothing, and LoRA's states are small
-                self.parameters,
+                self._vectors.whole,
                 lr=settings.learning_rate,
                 betas=(settings.beta1, settings.beta2),
                 eps=settings.adam_eps,
@@ -77,19 +83,21 @@ class Engine:
         )
         schedule = learning_rate_schedule(settings.schedule, settings.warmup_steps, total_steps)
         filled = deepspeed_config(config, dtype, world_size)
-        trained = sum(p.numel() for p in self.parameters)
+        trained = sum(len(vector) for vector in self._vectors.whole)
         for bucket in ("reduce_bucket_size", "allgather_bucket_size"):  # 5e8 by default, and 1 GB held for it
             if filled["zero_optimization"].get(bucket, "auto") == "auto":
                 filled["zero_optimization"][bucket] = min(trained, 500_000_000)
         with _quiet(not config.log.verbose):
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=model,
+                model=self._vectors,
                 optimizer=optimizer,
                 lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
                 config=filled,
             )
+        self._vectors.attach(self.parameters)  # DeepSpeed has put them in its own buffer
         self.scales_loss = dtype is torch.float16
-        self._sums = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]  # where DeepSpeed put them
+        self._sums = [torch.zeros_like(vector, dtype=torch.float32) for vector in self._vectors.whole]
+        self._parts = self._vectors.cut(self._sums)
 
     def backward(self, loss: Tensor) -> None:
         """Add this micro-batch's part: the sum over all micro-batches and ranks is the step's gradient.
@@ -98,7 +106,7 @@ class Engine:
         """
         scale = float(getattr(self.optimizer, "loss_scale", 1.0))  # above 1 for fp16
         grads = torch.autograd.grad(loss * scale, self.parameters, allow_unused=True)
-        for total, grad in zip(self._sums, grads, strict=True):
+        for total, grad in zip(self._parts, grads, strict=True):
             if grad is not None:
                 total.add_(grad, alpha=1.0 / scale)
 
@@ -110,7 +118,7 @@ class Engine:
         """
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         with watchdog.waiting():
-            self.engine.backward(_Handed.apply(self._sums, *self.parameters) * self.world_size)
+            self.engine.backward(_Handed.apply(self._sums, *self._vectors.whole) * self.world_size)
             torch._foreach_zero_(self._sums)
             self.engine.step()
         grad_norm = self.engine.get_global_grad_norm()
@@ -121,10 +129,14 @@ class Engine:
 
         Names are <kind>/<weight>. Nothing in it depends on the number of ranks.
         """
-        for name, parameter in zip(self.trained, self.parameters, strict=True):
-            yield f"weight/{name}", safe_get_full_fp32_param(parameter)
+        names = iter(self.trained)
+        for vector, places in zip(self._vectors.whole, self._vectors.places, strict=True):
+            whole = {"weight": safe_get_full_fp32_param(vector)}
             for moment in MOMENTS if self._adam_steps() else ():
-                yield f"{moment}/{name}", safe_get_full_optimizer_state(parameter, moment)
+                whole[moment] = safe_get_full_optimizer_state(vector, moment)
+            for (start, shape), name in zip(places, names, strict=False):  # names go on with the next vector
+                for kind, values in whole.items():
+                    yield f"{kind}/{name}", values[start : start + shape.numel()].view(shape)
 
     def numbers(self) -> dict[str, Any]:
         """What else it goes on from: Adam's count of steps, the learning rate's schedule, fp16's loss scale."""
@@ -153,11 +165,16 @@ class Engine:
             adam.state[flat] = {"step": torch.tensor(float(numbers["adam_steps"])), **moments}
         if numbers["adam_steps"]:
             self.optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed does it after a first step
-        for name, parameter in zip(self.trained, self.parameters, strict=True):
-            safe_set_full_fp32_param(parameter, tensors[f"weight/{name}"])
-            parameter.data.copy_(tensors[f"weight/{name}"])
-            for moment in MOMENTS if numbers["adam_steps"] else ():
-                safe_set_full_optimizer_state(parameter, tensors[f"{moment}/{name}"], moment)
+        for kind in ("weight", *(MOMENTS if numbers["adam_steps"] else ())):
+            for total, name in zip(self._parts, self.trained, strict=True):
+                total.copy_(tensors[f"{kind}/{name}"])
+            for vector, values in zip(self._vectors.whole, self._sums, strict=True):
+                if kind == "weight":
+                    safe_set_full_fp32_param(vector, values)
+                    vector.data.copy_(values)
+                else:
+                    safe_set_full_optimizer_state(vector, values, kind)
+        torch._foreach_zero_(self._sums)
         self.engine.lr_scheduler.load_state_dict({**numbers["schedule"], "lr_lambdas": [None]})
         for group, rate in zip(adam.param_groups, numbers["schedule"]["_last_lr"], strict=True):
             group["lr"] = rate
@@ -167,6 +184,42 @@ class Engine:
 
     def _adam_steps(self) -> int:
         return max((int(state["step"]) for state in self.optimizer.optimizer.state.values()), default=0)
+
+
+class _Vectors(nn.Module):
+    """The model, and the vectors whose views its trained parameters are to be."""
+
+    def __init__(self, model: nn.Module, parameters: list[nn.Parameter], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.places: list[list[tuple[int, torch.Size]]] = []  # of each vector: its parameters' first elements, shapes
+        lengths: list[int] = []
+        for p in parameters:
+            if not lengths or lengths[-1] + p.numel() > LONGEST:
+                lengths.append(0)
+                self.places.append([])
+            self.places[-1].append((lengths[-1], p.shape))
+            lengths[-1] += -(-p.numel() // ALIGN) * ALIGN
+        self.whole = nn.ParameterList(torch.zeros(n, dtype=dtype, device=parameters[0].device) for n in lengths)
+        with torch.no_grad():
+            torch._foreach_copy_(self.cut([*self.whole]), parameters)
+        for p in parameters:  # DeepSpeed is to see the vectors alone
+            p.requires_grad_(False)
+            p.data = p.new_empty(0)
+
+    def cut(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters' places in `vectors`, in their shapes, as views."""
+        return [
+            vector.detach()[start : start + shape.numel()].view(shape)
+            for vector, places in zip(vectors, self.places, strict=True)
+            for start, shape in places
+        ]
+
+    def attach(self, parameters: list[nn.Parameter]) -> None:
+        """Let the parameters be views of the vectors, and require gradients again."""
+        for p, view in zip(parameters, self.cut([*self.whole]), strict=True):
+            p.data = view
+            p.requires_grad_(True)
 
 
 class _Handed(torch.autograd.Function):

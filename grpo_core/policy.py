@@ -205,12 +205,17 @@ class Policy:
             self._switch(training)
 
     def _switch(self, training: bool) -> None:
-        for module in self.model.modules():
+        for module in self._modules:
             vars(module)["training"] = training  # what train() and eval() set, 20 ms a step faster
+
+    @cached_property
+    def _modules(self) -> list[nn.Module]:
+        return [*self.model.modules()]
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        own = (p for module in self._modules for p in module._parameters.values())
+        return [p for p in dict.fromkeys(own) if p is not None and p.requires_grad]  # one that is shared, once
 
     def flops_per_token(self) -> float:
         """Of forward and backward: 2 for each weight forward, 2 for its input's gradient, 2 for its own if trained."""
@@ -225,7 +230,8 @@ class Policy:
 
         LoRA's B starts at 0, so a norm that never moves is a run that never trained.
         """
-        return torch.stack([p.detach().double().square().sum() for p in self.parameters()]).sum().sqrt()
+        norms = torch._foreach_norm([p.detach() for p in self.parameters()], 2.0, torch.float32)
+        return torch.stack(norms).double().square().sum().sqrt()
 
     def save(self, folder: Path) -> None:
         """The adapter in PEFT's format, or the whole model where there is none."""
