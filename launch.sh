@@ -15,7 +15,8 @@ fi
 
 processes=$((gpus > 0 ? gpus : 1))
 case "${1:-}" in
-    [0-9]*) processes=$1; shift ;;
+    "" | -* | *=*) ;;
+    *) processes=$1; shift ;;
 esac
 case "$processes" in
     *[!0-9]* | 0) echo "PROCESSES is '$processes'; it must be a whole number from 1 up." >&2; exit 2 ;;

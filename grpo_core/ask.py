@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +29,7 @@ HELP = """\
 /n 4              so many answers side by side, with their rewards; 1: one, streamed
 /temperature 0.7  of the answers; 0: greedy
 /answer 18        the right answer, for rewards that read it; /answer alone forgets it
-/quit             or Ctrl-D"""
+/quit             or Ctrl-D; Ctrl-C ends an answer"""
 
 
 @dataclass(frozen=True)
@@ -62,28 +64,34 @@ def run_sample(
         ConfigError: what cannot be opened, or a question that the run's template has no place for.
     """
     longest = [f"sampling.max_new_tokens={max_new_tokens}"] if max_new_tokens else []
-    opened = open_source(source, longest, config=config)
+    opened = open_source(source, longest, config=config, say=partial(print, file=sys.stderr))
     how, rewards = Asking(**asking), make_rewards(opened.config)  # type: ignore[arg-type]
     check_base(opened, how)
     if question is not None:
+        if not question.strip():
+            raise ConfigError("the question is empty; without one, a prompt opens")
         ask(opened, rewards, question, how)
         return 0
     print(f"{opened.weights}. A question, or /help.")
-    with suppress(EOFError, KeyboardInterrupt):
+    with suppress(ImportError):  # not everywhere
         import readline  # noqa: F401  gives input() its history and its editing
-
-        while (line := input("\n> ").strip()) != "/quit":
-            try:
-                if line.startswith("/"):
-                    how = changed(how, line)
-                    check_base(opened, how)
-                elif line:
-                    ask(opened, rewards, line, how)
-                    how = replace(how, seed=how.seed + 1)  # the same question again is another draw
-            except ConfigError as error:
-                print(error)
-    print()
-    return 0
+    while True:
+        try:
+            if (line := input("\n> ").strip()) in ("/quit", "quit", "exit"):
+                return 0
+            if line.startswith("/"):
+                how = changed(how, line)
+                check_base(opened, how)
+            elif line:
+                ask(opened, rewards, line, how)
+                how = replace(how, seed=how.seed + 1)  # the same question again is another draw
+        except ConfigError as error:
+            print(error)
+        except KeyboardInterrupt:
+            print("\n/quit or Ctrl-D leaves")
+        except EOFError:
+            print()
+            return 0
 
 
 def check_base(opened: Opened, how: Asking) -> None:
@@ -106,7 +114,9 @@ def changed(how: Asking, line: str) -> Asking:
             return how
         if word == "/adapter" and value in ("on", "off"):
             how = replace(how, base=value == "off")
-        elif word == "/n" and int(value) > 0:
+        elif word == "/n":
+            if int(value) < 1:
+                raise ValueError
             how = replace(how, samples=int(value))
         elif word == "/temperature":
             how = replace(how, temperature=float(value))
@@ -118,7 +128,8 @@ def changed(how: Asking, line: str) -> Asking:
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{word} {value}: that is no number it can be") from error
+        wanted = "a whole number from 1 up" if word == "/n" else "0 or a number above it"
+        raise ConfigError(f"{word} {value}: it must be {wanted}") from error
     shown = "greedy" if how.settings.greedy else f"temperature {how.settings.temperature:g}"
     print(f"adapter {'off' if how.base else 'on'}, n {how.samples}, {shown}, answer {how.answer or 'not given'}")
     return how

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -69,7 +70,7 @@ def run_evaluate(
     opened = open_source(source, overrides, config=config, say=print)
     tasks, what = problems(opened, data, split, limit)
     check_columns(opened.config, tasks, tasks)
-    folder = output or (opened.folder or Path()) / "evaluate"
+    folder = output or (opened.folder or Path()) / (f"evaluate-{Path(data).stem}" if data else "evaluate")
     _make(folder)
     parts = distributed.gather(rows_of(opened, tasks, samples, settings, base=base))
     if not parts:  # another rank writes
@@ -258,11 +259,11 @@ def table(result: dict[str, Any]) -> str:
     if how["samples"]:
         cuts = "".join(f", {name} {how[name]:g}" for name in ("top_k", "top_p", "min_p") if name in how)
         lines[-1] += f"; {how['samples']} samples of each at temperature {how['temperature']:g}{cuts}"
-    width = max(len(name) for name in result["policy"]) + 2
+    width = max(len(short(name)) for name in result["policy"]) + 2
     lines += ["", " " * width + "".join(f"{name:<28}" for name in shown).rstrip()]
     for name in result["policy"]:
-        cells = (_cell(name, result[policy][name], signed=policy == "difference") for policy in shown)
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
+        cells = (cell(name, result[policy][name], signed=policy == "difference") for policy in shown)
+        lines.append(f"{short(name):<{width}}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
     if "paired" in result:
         paired = result["paired"]
         lines += ["", f"greedy, problem by problem: {paired['won']} won and {paired['lost']} lost against the base, "
@@ -270,7 +271,13 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell(name: str, value: dict[str, float], *, signed: bool) -> str:
+def short(name: str) -> str:
+    """A reward of a file without the file's folder."""
+    return re.sub(r"[^ ]*/(?=[^/]*\.py:)", "", name)
+
+
+def cell(name: str, value: dict[str, float], *, signed: bool = False) -> str:
+    """A figure of that name with its interval: shares in per cent."""
     share = not name.startswith(("reward", "length"))
     scale, form = (100, "+.1f" if signed else ".1f") if share else (1, "+.3g" if signed else ".3g")
     mean, low, high = (f"{value[key] * scale:{form}}" for key in ("value", "ci_low", "ci_high"))

@@ -268,6 +268,7 @@ def export(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> 
     """Write the adapter (or the model, where there is none) and its tokenizer for others to load. A collective."""
     if distributed.is_main():
         policy.save(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form, which nobody has filled in
         tokenizer.save_pretrained(folder)
     distributed.barrier()
 

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 import click
 
+from grpo_core import __version__
 from grpo_core.schema import ConfigError, printable
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -68,6 +69,7 @@ def _said(error: Exception | str, exit_code: int) -> int:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110})
+@click.version_option(__version__, message="grpo_core %(version)s")
 @click.option("--local_rank", hidden=True)  # the deepspeed launcher says it here and in LOCAL_RANK
 def commands(local_rank: str | None) -> None:
     """GRPO with LoRA on DeepSpeed ZeRO-2, written by hand.
@@ -135,12 +137,12 @@ def sft(config: Path, overrides: tuple[str, ...]) -> int:
 
 @command("launch", "bash launch.sh 2; python -m grpo_core launch --processes 2 preset=dapo")
 @config_option
-@click.option("--processes", type=click.IntRange(min=1), required=True, help="How many on this machine.")
+@click.option("--processes", type=click.IntRange(min=1), help="How many on this machine.  [default: one a GPU, or one]")
 @dry_run_option
 @overrides_argument
-def launch(config: Path | None, processes: int, dry_run: bool, overrides: tuple[str, ...]) -> int:
+def launch(config: Path | None, processes: int | None, dry_run: bool, overrides: tuple[str, ...]) -> int:
     """Start `train` in several processes of this machine (what launch.sh calls)."""
-    config = config or _default_config()
+    config, processes = config or _default_config(), processes or _gpus() or 1
     if dry_run:
         from grpo_core.config_file import load
 
@@ -233,7 +235,9 @@ def replay(batch: Path, overrides: tuple[str, ...], **options: Any) -> int:
     "export", "python -m grpo_core export runs/tiny; python -m grpo_core export runs/tiny --push me/tiny --dry-run"
 )
 @click.argument("run", metavar="RUN")
-@click.option("--output", type=click.Path(path_type=Path), help="A folder.  [default: RUN/export]")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="A folder.  [default: RUN/export, or RUN/export-adapter]"
+)
 @click.option("--merged/--adapter", default=True, help="One whole model, or the adapter alone.")
 @click.option("--dtype", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", help="auto: as trained.")
 @click.option("--push", metavar="ORG/NAME", help="Upload it to the hub; HF_TOKEN or the hub's login says who you are.")
@@ -316,6 +320,10 @@ def _preview(config: Any, processes: int) -> int:
 
 
 def _default_config() -> Path:
+    return CONFIGS / ("gsm8k_qwen2.5_1.5b.yaml" if _gpus() else "tiny.yaml")
+
+
+def _gpus() -> int:
     import torch
 
-    return CONFIGS / ("gsm8k_qwen2.5_1.5b.yaml" if torch.cuda.is_available() else "tiny.yaml")
+    return torch.cuda.device_count()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from grpo_core.advantages import ADVANTAGES
 from grpo_core.config import REFUSED, RunConfig
 from grpo_core.config_check import check
+from grpo_core.losses import LOSSES
 from grpo_core.objective import LETTERS, render
 from grpo_core.presets import merge, preset
+from grpo_core.rewards import REWARDS
 from grpo_core.schema import ConfigError, coerce, known
 
 
@@ -29,8 +32,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return _resolve(_layers(path, ()), overrides, path.parent)
 
 
-def load_written(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_written(folder: Path, overrides: Sequence[str] = (), tell: Callable[[str], None] | None = None) -> RunConfig:
     """The configuration of a run folder; files of the user's that are gone are taken from the run's own copies.
+
+    With `tell` what only the training session knew, a reward, a loss or an advantage registered there, is left out and
+    `tell` is told so: for commands that want the weights and not the objective.
 
     Raises:
         ConfigError: as `load`.
@@ -46,7 +52,24 @@ def load_written(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
         gone = colon and file.endswith(".py") and not Path(file).exists() and copy.exists()
         return f"{copy}:{function}" if gone else value
 
-    return _resolve(kept(_layers(folder / "config.yaml", ())), overrides, folder)
+    data = kept(_layers(folder / "config.yaml", ()))
+    if tell is not None:
+        _leave_out_strangers(data, lambda what: tell(f"{folder}: {what} is not known here and is left out"))
+    return _resolve(data, overrides, folder)
+
+
+def _leave_out_strangers(data: dict[str, Any], tell: Callable[[str], None]) -> None:
+    """Drop the rewards, the loss and the advantage that no registry knows."""
+    for key, registry in (("loss", LOSSES), ("advantage", ADVANTAGES)):
+        if not registry.knows(name := data[key]["name"]):
+            tell(f"{key} {name}")
+            del data[key]
+    for reward in [*data["rewards"]]:
+        if not REWARDS.knows(reward["name"]):
+            tell(f"reward {reward['name']}")
+            data["rewards"].remove(reward)
+    if not data["rewards"]:
+        del data["rewards"]
 
 
 def from_words(overrides: Sequence[str]) -> RunConfig:

@@ -22,14 +22,28 @@ def model_path(path: str) -> str:
     """A hub id or folder as it is; builtin:NAME becomes the folder inside this package.
 
     Raises:
-        ConfigError: no such built-in model.
+        ConfigError: no such built-in model, or no such folder where only a folder can be meant.
     """
     if not path.startswith("builtin:"):
+        if missing := missing_folder(path):
+            raise ConfigError(f"model.path is {path!r}: {missing}")
         return path
     folder = BUILTIN / path.removeprefix("builtin:")
     if not folder.is_dir():
         raise ConfigError(f"model.path is {path!r}; {known(path, [f'builtin:{p.name}' for p in BUILTIN.glob('*/')])}")
     return str(folder)
+
+
+def missing_folder(path: str) -> str | None:
+    """Why nothing is at `path`, where it must be a folder: a name that begins as one or lies in one that is there."""
+    where = Path(path)
+    local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or ("/" in path and where.parent.is_dir())
+    if where.exists() or not local:
+        return None
+    if not where.parent.is_dir():
+        return f"there is no folder {path}"
+    there = [beside.name for beside in where.parent.iterdir() if beside.is_dir()]
+    return f"there is no folder {path}; {known(where.name, there)}"
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

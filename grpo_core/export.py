@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,10 +67,10 @@ def run_export(
     Raises:
         ConfigError: what cannot be opened, written or uploaded; --adapter of what has none.
     """
-    opened = open_source(source, ["model.precision=fp32"])
+    opened = open_source(source, ["model.precision=fp32"], say=partial(print, file=sys.stderr))
     if adapter and not opened.has_adapter:
         raise ConfigError(f"--adapter: {opened.weights} is a whole model and has no adapter")
-    folder = output or (opened.folder or Path()) / "export"
+    folder = output or (opened.folder or Path()) / ("export-adapter" if adapter else "export")
     dtype = _trained_dtype(opened) if dtype == "auto" else dtype
     if dry_run:
         _preview(opened, folder, adapter, dtype, push)
@@ -202,6 +203,8 @@ def _trained_dtype(opened: Opened) -> str:
 
 def _make_room(folder: Path) -> None:
     """Raise ConfigError where something else than an earlier export lies."""
+    if folder.is_file():
+        raise ConfigError(f"--output {folder} is a file; name a folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
         raise ConfigError(f"--output {folder} holds something that is no export; name another folder")
     if folder.exists():

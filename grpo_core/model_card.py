@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from grpo_core.assessment import cell, short
 from grpo_core.config import RunConfig
 from grpo_core.metrics import describe
 from grpo_core.objective import render
@@ -50,7 +51,7 @@ def card(opened: Opened, adapter: bool, dtype: str, gap: str | None) -> str:
     if gap:
         parts.append(f"Merged in float32 and written in {dtype}; against base and adapter, {gap}.")
     if run:
-        parts.append(f"## How well it does\n\n{_accuracy(opened.folder, run)}")
+        parts.append(f"## How well it does\n\n{_accuracy(config, opened.folder, run)}")
         parts.append(f"## What it was trained on\n\n{_data(config)}")
         if not run.is_supervised:
             parts.append(f"## What was minimised\n\n```text\n{render(config)}\n```")
@@ -108,25 +109,28 @@ def _code(opened: Opened, adapter: bool, dtype: str) -> str:
     return load + ASK.format(prompt=prompt, special=special, longest=config.sampling.max_new_tokens)
 
 
-def _accuracy(folder: Path, run: RunFolder) -> str:
+def _accuracy(config: RunConfig, folder: Path, run: RunFolder) -> str:
     """Before and after, from the run's evaluations; and what `evaluate` found, where it was asked."""
     lines = []
     rows = [row for row in run.evaluation if row.get("accuracy") is not None]
     for name, row in (("before", rows[0]), ("after", rows[-1])) if rows else ():
         lines.append(f"- {name} ({row['step']:.0f} steps): {describe(_whole(row))}")
-    if (folder / "evaluate" / "evaluate.json").exists():
-        result = json.loads((folder / "evaluate" / "evaluate.json").read_text(encoding="utf-8"))
+    if result := _evaluated(config, folder):
         shown = [name for name in ("base", "policy") if name in result]
-        data = result["data"]
+        data, how = result["data"], result["sampling"]
+        sampled = (
+            f", and {how['samples']} samples of each at temperature {how['temperature']:g}" if how["samples"] else ""
+        )
         lines += [
             "",
-            f"On {data['problems']} problems of {_public(data['path'])} ({data['split']}), with 95 % intervals:",
+            f"On {data['problems']} problems of {_public(data['path'])} ({data['split']}), answers of up to "
+            f"{how['max_new_tokens']} tokens{sampled}, with 95 % intervals:",
             "",
             f"| | {' | '.join(shown)} |\n|---|{'---|' * len(shown)}",
         ]
         for name in result["policy"]:
-            cells = ("{value:.4g} ({ci_low:.4g} to {ci_high:.4g})".format(**_known(result[one][name])) for one in shown)
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+            cells = (cell(name, _known(result[one][name])) for one in shown)
+            lines.append(f"| {short(name)} | {' | '.join(cells)} |")
         if "paired" in result:
             paired = result["paired"]
             lines += [
@@ -134,6 +138,15 @@ def _accuracy(folder: Path, run: RunFolder) -> str:
                 f"Against the base: {paired['won']} won, {paired['lost']} lost, McNemar's p = {paired['p']:.2g}.",
             ]
     return "\n".join(lines) if lines else "It was not evaluated."
+
+
+def _evaluated(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+    """What `evaluate` found on the run's own problems, answered as in the run; nothing else belongs on the card."""
+    file = folder / "evaluate" / "evaluate.json"
+    if not file.exists():
+        return None
+    result = json.loads(file.read_text(encoding="utf-8"))
+    return result if result["sampling"]["max_new_tokens"] == config.sampling.max_new_tokens else None
 
 
 def _whole(row: dict[str, Any]) -> dict[str, Any]:

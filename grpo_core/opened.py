@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core import checkpoint, distributed
 from grpo_core.config import LoraConfig, RunConfig
 from grpo_core.config_file import from_words, load, load_written
-from grpo_core.data import load_tokenizer
+from grpo_core.data import load_tokenizer, missing_folder
 from grpo_core.parts import make_sampler, quieten
 from grpo_core.policy import Policy, load_policy
 from grpo_core.progress import working
@@ -56,8 +56,10 @@ def open_source(
         ConfigError: nothing of that kind is there, or it cannot be loaded.
     """
     quieten()
+    if missing := missing_folder(source):
+        raise ConfigError(missing)
     try:
-        return _open(_find(source, list(overrides), config), source, say)
+        return _open(_find(source, list(overrides), config, say), source, say)
     except ConfigError as error:
         if Path(source).exists() or source.startswith("builtin:") or "model.path" not in str(error):
             raise
@@ -91,15 +93,15 @@ class _Found:
     checkpoint: Path | None = None
 
 
-def _find(source: str, overrides: list[str], config: Path | None) -> _Found:
+def _find(source: str, overrides: list[str], config: Path | None, say: Callable[[str], None]) -> _Found:
     """What `source` names, without loading any of it."""
     path = Path(source)
     if (path / checkpoint.META).exists():  # a checkpoint: <run folder>/checkpoints/step-000040
         if problem := checkpoint.damage(path):
             raise ConfigError(f"the checkpoint {path} is damaged: {problem}")
-        return _of_run(path.parents[1], overrides, path)
+        return _of_run(path.parents[1], overrides, path, say)
     if (path / "config.yaml").exists():
-        return _of_run(path, overrides, None)
+        return _of_run(path, overrides, None, say)
     if path.is_dir() and not [*path.glob("*.json"), *path.glob("*.safetensors")]:
         raise ConfigError(f"{source} is a folder, but neither a run (no config.yaml) nor a model or adapter")
     settings = load(config, overrides) if config else None
@@ -112,9 +114,9 @@ def _find(source: str, overrides: list[str], config: Path | None) -> _Found:
     return _Found(settings, None, source, source)
 
 
-def _of_run(folder: Path, overrides: list[str], chosen: Path | None) -> _Found:
+def _of_run(folder: Path, overrides: list[str], chosen: Path | None, say: Callable[[str], None]) -> _Found:
     """A run's last weights: its adapter or model, or those of a checkpoint where it has not come so far."""
-    settings = load_written(folder, overrides)
+    settings = load_written(folder, overrides, tell=say)
     model, adapter = folder / "model", folder / "adapter"
     if chosen is None and (adapter / ADAPTER).exists():
         tokenizer = _tokenizer(adapter, settings.model.path)

@@ -40,6 +40,10 @@ class Registry:
 
         return decorator
 
+    def knows(self, name: str) -> bool:
+        """Whether `get` would look for a function: the name is registered, or one of a file."""
+        return ".py:" in name or name in self.functions
+
     def get(self, name: str) -> Callable:
         """The function called `name`; `path/to/file.py:function` loads it from a user's own file.
 
@@ -48,6 +52,8 @@ class Registry:
         """
         if ".py:" in name:
             return self._load(name)
+        if name.endswith(".py"):
+            raise ConfigError(f"{self.kind} {name!r} is a file; name a function in it: {name}:function")
         if name not in self.functions:
             raise ConfigError(f"unknown {self.kind} {name!r}; {known(name, self.functions)}, or file.py:function")
         return self.functions[name]

@@ -20,7 +20,7 @@ def check_installed() -> None:
     ConfigError: matplotlib is not there.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("pictures need matplotlib: pip install 'grpo_core[report]'")
+        raise ConfigError("pictures need matplotlib: pip install -e '.[report]'")
 
 
 def draw(runs: list[RunFolder], stem: Path) -> list[tuple[str, Path]]:

@@ -37,7 +37,7 @@ def check(config: RunConfig) -> None:
     ):
         if value and importlib.util.find_spec(package) is None:
             shown = "true" if value is True else repr(value)
-            raise ConfigError(f"{key} is {shown}, but {package} is not installed: pip install 'grpo_core[{package}]'")
+            raise ConfigError(f"{key} is {shown}, but {package} is not installed: pip install -e '.[{package}]'")
 
 
 class Trackers:

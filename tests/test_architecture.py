@@ -55,7 +55,8 @@ LAYERS = [  # a module imports only from rows above its own
     {"opened", "trainer"},
     {"attribution"},
     {"replay"},
-    {"ask", "assessment", "model_card", "preview", "setup"},
+    {"ask", "assessment", "preview", "setup"},
+    {"model_card"},
     {"export"},
     {"job"},
     {"sft"},
@@ -107,7 +108,7 @@ def imports(module: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             if node.module == "grpo_core":
-                names |= {f"grpo_core.{alias.name}" for alias in node.names}
+                names |= {f"grpo_core.{alias.name}" for alias in node.names if alias.name != "__version__"}
             else:
                 names.add(node.module)
     return names

@@ -83,11 +83,37 @@ def test_the_prompt_loop(tiny_run, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "adapter off, n 1, greedy, answer not given" in out and "adapter off, n 2, temperature 0.7" in out
     assert (
-        "/n 0 is nothing known here" in out
+        "/n 0: it must be a whole number from 1 up" in out
         and "/what is nothing known here; /help lists" in out
         and next(lines) == "never"
     )
     assert "(2)" in out
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_prompt(tiny_run, capsys, monkeypatch):
+    def lines(prompt):
+        line = given.pop(0)
+        if line is not str:
+            return line
+        raise KeyboardInterrupt
+
+    given = [str, QUESTION, "/n 2", "quit", "never"]
+    asked = []
+
+    def ask(*what):
+        asked.append(what)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(builtins, "input", lines)
+    monkeypatch.setattr("grpo_core.ask.ask", ask)
+    assert main(["sample", str(tiny_run)]) == 0
+    out = capsys.readouterr().out
+    assert len(asked) == 1 and given == ["never"] and out.count("/quit or Ctrl-D leaves") == 2 and "n 2" in out
+
+
+def test_a_question_of_nothing_is_refused(capsys):
+    assert main(["sample", "builtin:tiny", " "]) == 2
+    assert "the question is empty" in capsys.readouterr().err
 
 
 def test_a_character_of_several_tokens_is_shown_whole():

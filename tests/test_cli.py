@@ -1,6 +1,7 @@
 """The command line: quick to start, helpful, and completed by a shell."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -68,7 +69,6 @@ def test_a_shell_completes_commands_options_and_keys(environment):
 @pytest.mark.parametrize("arguments, sentence", [
     (["trian"], "No such command 'trian'. Did you mean 'train'"),
     (["train", "--confg", "x"], "No such option '--confg'"),
-    (["launch"], "Missing option '--processes'"),
     (["launch", "--processes", "0"], "0 is not in the range x>=1"),
     (["evaluate"], "Missing argument 'RUN_OR_MODEL'"),
     (["check-loss", "grpo", "power"], "'power' is not an argument; write name=value"),
@@ -77,6 +77,17 @@ def test_a_wrong_command_line_is_one_sentence(arguments, sentence, capsys):
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("grpo_core: ") and sentence in line
+
+
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    (version,) = re.findall(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert capsys.readouterr().out == f"grpo_core {version}\n"
+
+
+def test_a_file_without_a_function_is_told_so(capsys):
+    assert main(["check-loss", "mine.py"]) == 2
+    assert "loss 'mine.py' is a file; name a function in it: mine.py:function" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["click", "torch"])

@@ -116,8 +116,9 @@ def test_a_wrong_merge_that_bf16_would_hide_is_refused(run, capsys, monkeypatch)
 @pytest.mark.parametrize("kind", ["--merged", "--adapter"])
 def test_the_cards_code_runs_and_answers_as_the_run_does(run, kind, environment):
     assert main(["export", str(run), kind]) == 0
-    card = (run / "export" / "README.md").read_text()
-    code = re.search(r"```python\n(.*?)```", card, re.S)[1].replace('"."', repr(str(run / "export")))
+    folder = run / ("export-adapter" if kind == "--adapter" else "export")
+    card = (folder / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", card, re.S)[1].replace('"."', repr(str(folder)))
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
     )
@@ -140,9 +141,22 @@ def test_the_card_tells_what_the_run_was(run):
     result = json.loads((run / "evaluate" / "evaluate.json").read_text())
     last = json.loads((run / "evaluation.jsonl").read_text().splitlines()[-1])
     assert f"after (12 steps): accuracy {last['accuracy']:.1%} ({last['correct']} of 16" in card
-    assert f"| greedy | {result['base']['greedy']['value']:.4g} (" in card and f"{result['paired']['won']} won" in card
+    assert f"| greedy | {result['base']['greedy']['value']:.1%}"[:-1] + " % (" in card
+    assert f"{result['paired']['won']} won" in card
+    assert "answers of up to 48 tokens, and 2 samples of each at temperature 1, with 95 % intervals" in card
     assert "- steps: 12 of 64 completions" in card and "-min(r A, clip(r, 1 - 0.2, 1 + 0.2) A)" in card
     assert card.startswith("---\n") and "library_name: transformers\n" in card and "base_model:" not in card
+
+
+def test_an_evaluation_of_another_kind_is_not_on_the_card(run):
+    """Neither other data, which has a folder of its own, nor answers that were cut off earlier than in the run."""
+    (run.parent / "other.jsonl").write_text('{"question": "q?", "answer": "1"}\n' * 3)
+    assert main(["evaluate", str(run), "--samples", "0", "--data", str(run.parent / "other.jsonl"), "--no-base"]) == 0
+    assert (run / "evaluate-other" / "evaluate.json").exists() and not (run / "evaluate").exists()
+    assert main(["evaluate", str(run), "--samples", "0", "--limit", "4", "--max-new-tokens", "3", "--no-base"]) == 0
+    assert main(["export", str(run), "--adapter"]) == 0
+    card = (run / "export-adapter" / "README.md").read_text()
+    assert "- after (12 steps): accuracy" in card and "| greedy |" not in card
 
 
 def test_nothing_is_written_by_a_dry_run_and_nothing_else_is_overwritten(run, capsys):
@@ -158,6 +172,8 @@ def test_nothing_is_written_by_a_dry_run_and_nothing_else_is_overwritten(run, ca
     (mine / "thesis.txt").touch()
     assert main(["export", str(run), "--output", str(mine)]) == 2
     assert "holds something that is no export" in capsys.readouterr().err and (mine / "thesis.txt").exists()
+    assert main(["export", str(run), "--output", str(mine / "thesis.txt")]) == 2
+    assert "is a file; name a folder" in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported(run, capsys):
@@ -183,4 +199,4 @@ def test_pushing(run, capsys, monkeypatch):
     assert main(["export", str(run), "--adapter", "--push", "me/tiny", "--private"]) == 0
     (create, upload) = Hub.calls
     assert create == ("create", "me/tiny", {"private": True, "exist_ok": True})
-    assert upload[1]["folder_path"] == run / "export" and upload[1]["ignore_patterns"] == [export.MARK]
+    assert upload[1]["folder_path"] == run / "export-adapter" and upload[1]["ignore_patterns"] == [export.MARK]

@@ -1,5 +1,6 @@
 """What the launcher starts, and starts again."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,12 @@ def test_restarts_are_counted(started):
     ends, given = started
     ends += [4, 3, 137]
     assert launch.launch(1, TINY, ["trainer.max_restarts=2"]) == 137 and len(given) == 3
+
+
+@pytest.mark.parametrize("word", ["two", "0", "2x"])
+def test_a_number_of_processes_that_is_none_is_told_by_launch_sh(word):
+    done = subprocess.run(["bash", "launch.sh", word, "seed=1"], cwd=TINY.parents[1], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == f"PROCESSES is '{word}'; it must be a whole number from 1 up.\n"
 
 
 def test_a_batch_that_does_not_divide_is_told_before_anything_starts(started):

@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT
 
 from grpo_core.batch import Task
+from grpo_core.cli import main
 from grpo_core.opened import open_source
 from grpo_core.schema import ConfigError
 
@@ -76,12 +77,36 @@ def test_keys_can_be_given_and_files_of_the_users_are_found_in_the_run(tiny_run,
     assert open_source(str(moved)).config.rewards[1].name == f"{moved / 'code' / 'mine.py'}:f"
 
 
+def test_what_only_the_training_session_knew_is_left_out_and_told(tiny_run, tmp_path):
+    """A reward, a loss and an advantage that were registered in a notebook: the weights are wanted all the same."""
+    run = tmp_path / "registered"
+    shutil.copytree(tiny_run, run)
+    text = (run / "config.yaml").read_text()
+    for key, name in (("- name: ", "has_think_tags"), ("loss:\n  name: ", "grpo"), ("advantage:\n  name: ", "grpo")):
+        assert key + name in text
+        text = text.replace(key + name, key + "mine", 1)
+    (run / "config.yaml").write_text(text)
+    told = []
+    opened = open_source(str(run), say=told.append)
+    assert [reward.name for reward in opened.config.rewards] == ["correct_answer"] and opened.config.loss.name == "grpo"
+    assert [sentence.removeprefix(f"{run}: ") for sentence in told] == [
+        f"{what} mine is not known here and is left out" for what in ("loss", "advantage", "reward")
+    ]
+    assert torch.equal(greedy(opened).completion_ids, greedy(open_source(str(tiny_run))).completion_ids)
+    assert main(["sample", str(run), "What is 1 + 1?"]) == 0 and main(["export", str(run), "--dry-run"]) == 0
+
+
 @pytest.mark.parametrize("source, sentence", [
     ("tests", "tests is a folder, but neither a run"),
+    ("tests/fixtuers", r"there is no folder tests/fixtuers; known: .*fixtures.* \(did you mean fixtures\?\)"),
+    ("/nothing/here", "there is no folder /nothing/here$"),
+    ("runs/a/b", "there is no folder runs/a/b$"),
     ("builtin:none", "model.path is 'builtin:none'"),
     ("no-such-thing", "there is no folder no-such-thing, and as a model of the hub"),
 ])  # fmt: skip
 def test_what_is_nothing_is_one_sentence(source, sentence, monkeypatch):
     monkeypatch.chdir(ROOT)
+    if "/" in source:  # no hub is asked for what can only be a folder
+        monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", None)
     with pytest.raises(ConfigError, match=sentence):
         open_source(source)

@@ -356,7 +356,7 @@ def test_what_a_user_does_wrong_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="cannot write"):
         write_report([run], run / "config.yaml" / "report.html")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match=re.escape("pip install 'grpo_core[report]'")):
+    with pytest.raises(ConfigError, match=re.escape("pip install -e '.[report]'")):
         write_report([run], png=True)
     assert not (run / "report.html").exists()
 

@@ -90,6 +90,7 @@ def test_launch_trains_and_the_adapter_loads_in_plain_peft(tmp_path, environment
     loaded = python("-c", code, ROOT / "grpo_core" / "builtin" / "tiny", folder / "adapter", environment=environment)
     assert loaded.returncode == 0 and loaded.stdout.startswith("Question: Ben has 5 pens."), loaded.stderr
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert not (folder / "adapter" / "README.md").exists()  # PEFT leaves a form there
     assert any(value.abs().max() > 0 for name, value in adapter.items() if "lora_B" in name)
 
 

@@ -100,7 +100,7 @@ def test_a_package_that_is_not_there_is_said_before_anything_loads(key, package,
     find = tracking.importlib.util.find_spec
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None if name == package else find(name))
     assert main(["train", "--config", str(ROOT / "configs" / "tiny.yaml"), f"output_dir={tmp_path}", f"log.{key}"]) == 2
-    sentence = f"log.{package} is {shown}, but {package} is not installed: pip install 'grpo_core[{package}]'"
+    sentence = f"log.{package} is {shown}, but {package} is not installed: pip install -e '.[{package}]'"
     assert sentence in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
