@@ -1,0 +1,165 @@
+"""Accuracy against seconds of training, TRL 1.16 on the job of one of our configurations.
+
+    pip install --no-deps trl==1.16.0
+    python benchmarks/learning.py OUT.jsonl [--config FILE] [--micro-batch ROWS] [--steps N] [--every N] [section.key=value ...]
+
+Model, LoRA, prompts, rewards, group size, completions a step, learning rate, warm-up, temperature and the loss are the
+configuration's. Held-out problems are answered greedily every so many steps, off the clock. Ours is
+`python -m grpo_core train --config FILE`, whose metrics.jsonl and evaluation.jsonl hold the same numbers.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("WANDB_DISABLED", "true")
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from grpo_core.config_file import load
+from grpo_core.problems import word_problems
+from grpo_core.rewards import REWARDS, correct_answer
+from grpo_core.truncation import soft_overlong_penalty
+
+GPU = torch.cuda.is_available()
+
+
+def rows_of(config, split, count):
+    """Rows of the built-in problems with TRL's `prompt`, which is what our prompt is."""
+    chat = config.data.prompt == "chat"
+    rows = word_problems(split, count)
+    for row in rows:
+        text = config.data.template.format(**row)
+        row["prompt"] = [{"role": "user", "content": text}] if chat else text
+    return rows
+
+
+def text_of(completion):
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def reward_functions(config):
+    """The configuration's rewards, and its penalty of long completions as one more."""
+    found = []
+    for reward in config.rewards:
+        function, name = REWARDS.build(reward.name, reward.args), reward.name.rpartition(":")[2]
+        columns = ("answer",) if name == "correct_answer" else ("cot",)
+
+        def score(completions, function=function, columns=columns, **given):
+            return function([text_of(text) for text in completions], **{key: given[key] for key in columns})
+
+        score.__name__ = name
+        found.append((score, reward.weight))
+    if config.truncation.name == "soft_penalty":
+        most, share = config.sampling.max_new_tokens, config.truncation.args.get("cache_share", 0.2)
+
+        def soft_penalty(completions, completion_ids, **given):
+            return soft_overlong_penalty(
+                torch.tensor([float(len(ids)) for ids in completion_ids]), most, share
+            ).tolist()
+
+        found.append((soft_penalty, 1.0))
+    else:
+        assert config.truncation.name == "keep", config.truncation.name
+    return found
+
+
+class Clock(TrainerCallback):
+    """Seconds of training, without those of the evaluation, and the accuracy every so many steps."""
+
+    def __init__(self, config, tokenizer, every, out):
+        self.tokenizer, self.every, self.out, self.seconds = tokenizer, every, out, 0.0
+        self.width, self.problems = config.sampling.max_new_tokens, rows_of(config, "test", config.evaluation.num_tasks)
+        self.start = None
+
+    def on_step_begin(self, args, state, control, model=None, **given):
+        if state.global_step == 0:
+            self.record(0, model)
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, model=None, **given):
+        if GPU:
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self.start
+        if state.global_step % self.every == 0 or state.global_step == args.max_steps:
+            self.record(state.global_step, model)
+
+    @torch.no_grad()
+    def record(self, step, model):
+        training, texts = model.training, []
+        model.eval()
+        prompts = [row["prompt"] for row in self.problems]
+        if not isinstance(prompts[0], str):
+            prompts = [
+                self.tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts
+            ]
+        self.tokenizer.padding_side = "left"
+        given = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+        for part in range(0, len(prompts), 250):
+            inputs = {key: values[part : part + 250] for key, values in given.items()}
+            output = model.generate(**inputs, do_sample=False, max_new_tokens=self.width, use_cache=True)
+            texts += self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        model.train(training)
+        scores = correct_answer(texts, answer=[row["answer"] for row in self.problems])
+        peak = torch.cuda.max_memory_allocated() / 1e9 if GPU else None
+        row = {
+            "step": step,
+            "seconds": round(self.seconds, 3),
+            "correct": int(sum(scores)),
+            "n": len(scores),
+            "peak_memory_gb": peak,
+        }
+        print(json.dumps(row), flush=True)
+        with self.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "experiments" / "word_problems.yaml")
+    parser.add_argument("--micro-batch", type=int, default=64)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--every", type=int, default=10)
+    parser.add_argument("overrides", nargs="*")
+    given = parser.parse_intermixed_args()
+    given.out.unlink(missing_ok=True)
+    config = load(given.config, given.overrides)
+    loss, engine, trainer_config = config.loss, config.engine, config.trainer
+    assert (loss.name, loss.average, loss.kl_coef, config.advantage.name) == ("grpo", "token", 0.0, "grpo"), loss
+    assert (trainer_config.num_minibatches, trainer_config.num_passes, engine.schedule) == (1, 1, "constant")
+    functions = reward_functions(config)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    steps = given.steps or trainer_config.num_steps
+    arguments = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), seed=config.seed, use_cpu=not GPU, bf16=GPU, report_to=[], disable_tqdm=True,
+        save_strategy="no", logging_steps=1, max_steps=steps, per_device_train_batch_size=given.micro_batch,
+        gradient_accumulation_steps=trainer_config.completions_per_step // given.micro_batch, gradient_checkpointing=False,
+        num_generations=config.sampling.group_size, max_completion_length=config.sampling.max_new_tokens,
+        temperature=config.sampling.temperature, beta=0.0, loss_type="dapo", scale_rewards="group", epsilon=0.2,
+        reward_weights=[weight for _, weight in functions], learning_rate=engine.learning_rate,
+        lr_scheduler_type="constant_with_warmup", warmup_steps=engine.warmup_steps, weight_decay=engine.weight_decay,
+        adam_beta2=engine.beta2, max_grad_norm=engine.max_grad_norm,
+        model_init_kwargs={"dtype": "bfloat16" if GPU else "float32"},
+    )  # fmt: skip
+    lora = config.lora
+    trainer = GRPOTrainer(
+        model=config.model.path, reward_funcs=[function for function, _ in functions], args=arguments, processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows_of(config, "train", 20_000)), callbacks=[Clock(config, tokenizer, given.every, given.out)],
+        peft_config=LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main()
