@@ -121,8 +121,8 @@ def job(environment, words):
             assert (ROOT / script).is_file(), script
             return []
         case ["pip", "install", *rest] | ["uv", "pip", "install", *rest]:
-            extras = [word for word in rest if not (ROOT / word.split("[")[0]).exists() and word not in ("-c", "-e")]
-            wanted = {name for word in extras for name in re.fullmatch(r"grpo_core\[([\w,]+)\]", word)[1].split(",")}
+            extras = [word for word in rest if not (ROOT / word).exists() and word not in ("-c", "-e")]
+            wanted = {name for word in extras for name in re.fullmatch(r"\.\[([\w,]+)\]", word)[1].split(",")}
             assert wanted <= set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)), rest
             return []
         case ["uv", "venv", ".venv"] | ["source", ".venv/bin/activate"]:

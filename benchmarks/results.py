@@ -1,0 +1,309 @@
+"""docs/results from run folders: what is kept of a run, and every figure and table there.
+
+    python benchmarks/results.py keep runs/experiments/NAME...     what a page needs of these runs, to docs/results/data
+    python benchmarks/results.py draw                              the pictures and tables, from docs/results/data alone
+
+Kept are config.yaml, evaluation.jsonl, what `evaluate` wrote beside its completions, some columns of metrics.jsonl in five
+digits, and of built-in problems 20 completions before and after. Rows of other data appear by their number alone.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from grpo_core.estimates import mcnemar, wilson_interval
+
+RESULTS = ROOT / "docs" / "results"
+DATA = RESULTS / "data"
+COLUMNS = (
+    "step", "reward", "rewards/correct_answer", "first_draw/reward", "tied_groups", "length", "truncated", "tokens", "tokens_sampled",
+    "entropy", "kl", "kl_exact", "ratio", "clip_frac", "grad_norm", "logprob_gap", "tokens_updated", "seconds", "seconds/sample",
+    "seconds/reward", "seconds/freeze", "seconds/update", "seconds/evaluate", "seconds/checkpoint", "peak_memory_gb",
+)  # fmt: skip
+SHOWN = 20  # completions before and after
+VARIANTS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
+SEEDS = (1, 2, 3)
+COLOURS = ("#0072b2", "#d55e00", "#00805e", "#a8447f", "#8c6a00")
+
+
+def read(path):
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def short(value):
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def keep(run):
+    """What a page needs of a run folder, under its name."""
+    to = DATA / run.name
+    to.mkdir(parents=True, exist_ok=True)
+    rows = [{name: short(row[name]) for name in COLUMNS if row.get(name) is not None} for row in read(run / "metrics.jsonl")]
+    (to / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("evaluation.jsonl", "config.yaml"):
+        (to / name).write_bytes((run / name).read_bytes())
+    builtin = yaml.safe_load((run / "config.yaml").read_text())["data"]["path"].startswith("builtin:")
+    for folder in sorted(run.glob("evaluate*")):
+        keep_evaluation(folder, to, with_text=builtin and folder.name == "evaluate")
+
+
+def keep_evaluation(folder, to, *, with_text):
+    """The figures, which problems were solved greedily, and for built-in problems some answers."""
+    result, rows = json.loads((folder / "evaluate.json").read_text()), read(folder / "completions.jsonl")
+    result["source"] = Path(result["source"]).name
+    result["weights"] = result["weights"].split("/")[0]
+    result["data"]["path"] = Path(result["data"]["path"]).name
+    greedy = {(row["policy"], row["task"]): row for row in rows if row["sample"] == 0}
+    result["solved"] = {
+        policy: sorted(task for (name, task), row in greedy.items() if name == policy and row["correct"])
+        for policy in ("base", "policy") if policy in result
+    }  # fmt: skip
+    (to / f"{folder.name}.json").write_text(json.dumps(result) + "\n")
+    if with_text:
+        tasks = sorted({task for _, task in greedy})[:SHOWN]
+        lines = [f"# {to.name}: the first {SHOWN} held-out problems, answered greedily before and after\n"]
+        for task in tasks:
+            question = greedy["policy", task]["prompt"].split("Problem: ")[-1].split("\n")[0].split("<|im_end|>")[0]
+            lines.append(f"**{task + 1}.** {question}\n")
+            for policy, when in (("base", "before"), ("policy", "after")):
+                if row := greedy.get((policy, task)):
+                    lines.append(f"{when} ({'right' if row['correct'] else 'wrong'}):\n\n```text\n{row['text'].strip()}\n```\n")
+        (to / "completions.md").write_text("\n".join(lines))
+
+
+def accuracy(name):
+    """Steps and the evaluations' rows of a run."""
+    return read(DATA / name / "evaluation.jsonl")
+
+
+def trained_seconds(name):
+    """Seconds of training after each number of steps, without evaluations and checkpoints; 0 after 0 steps.
+
+    The first row's are those of its phases: what was loaded and tried before the first step is in neither side's clock.
+    """
+    total, found = 0.0, [0.0]
+    for i, row in enumerate(read(DATA / name / "metrics.jsonl")):
+        phases = sum(row.get(f"seconds/{phase}", 0.0) for phase in ("sample", "reward", "freeze", "update"))
+        rest = row["seconds"] - sum(row.get(f"seconds/{phase}", 0.0) for phase in ("evaluate", "checkpoint"))
+        total += phases if i == 0 else rest
+        found.append(total)
+    return found
+
+
+def percent(share):
+    return f"{100 * share:.1f} %"
+
+
+def interval(correct, n):
+    low, high = wilson_interval(correct, n)
+    return f"{percent(correct / n)} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def figure(width=6.4, height=3.2):
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    axes = made.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylabel("held-out accuracy")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    axes.grid(axis="y", alpha=0.25)
+    return made, axes
+
+
+def curve(axes, name, label, colour, x=None):
+    """A run's accuracy with its intervals, over steps or over what `x` makes of them."""
+    rows = accuracy(name)
+    places = [x[row["step"]] if x else row["step"] for row in rows]
+    axes.plot(places, [row["accuracy"] for row in rows], color=colour, marker="o", ms=3, label=label)
+    axes.fill_between(places, [row["ci_low"] for row in rows], [row["ci_high"] for row in rows], color=colour, alpha=0.15, lw=0)
+
+
+def draw_word_problems():
+    made, axes = figure()
+    curve(axes, "word_problems", "greedy, 95 % interval", COLOURS[0])
+    axes.set_xlabel("step")
+    axes.set_title("SmolLM2-135M-Instruct on word problems, from the instruct weights", loc="left", fontsize=10)
+    made.savefig(RESULTS / "word_problems.png")
+
+
+def draw_against_trl():
+    made, axes = figure()
+    rows = read(DATA / "against_trl" / "trl.jsonl")
+    curve(axes, "against_trl", "grpo_core", COLOURS[0], trained_seconds("against_trl"))
+    axes.plot([row["seconds"] for row in rows], [row["correct"] / row["n"] for row in rows], color=COLOURS[1], marker="o", ms=3, label="TRL 1.16")
+    axes.set_xscale("symlog", linthresh=10)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("seconds of training, evaluation excluded")
+    axes.legend(frameon=False)
+    made.savefig(RESULTS / "against_trl.png")
+
+
+def seconds_to(rows, target):
+    """Seconds at which accuracy first reaches `target`, between the evaluations in a straight line; None: never."""
+    for (x0, y0), (x1, y1) in pairwise(rows):
+        if y1 >= target:
+            return x0 + (x1 - x0) * (target - y0) / (y1 - y0) if y0 < target else x0
+    return None
+
+
+def against_trl_table():
+    """Seconds to the same accuracies, and the ratio."""
+    clock, theirs = trained_seconds("against_trl"), read(DATA / "against_trl" / "trl.jsonl")
+    ours = [(clock[row["step"]], row["accuracy"]) for row in accuracy("against_trl")]
+    theirs = [(row["seconds"], row["correct"] / row["n"]) for row in theirs]
+    lines = ["| held-out accuracy | grpo_core | TRL 1.16 | ratio |", "|---|---|---|---|"]
+    for target in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6):
+        a, b = seconds_to(ours, target), seconds_to(theirs, target)
+        if a and b:
+            lines.append(f"| {percent(target)} | {a:.0f} s | {b:.0f} s | {b / a:.1f} × |")
+    return "\n".join(lines)
+
+
+def variant(name, seed):
+    return f"variant_{name}_{seed}"
+
+
+def draw_variants():
+    made, axes = figure()
+    for name, colour in zip(VARIANTS, COLOURS, strict=True):
+        runs = [accuracy(variant(name, seed)) for seed in SEEDS]
+        steps = [row["step"] for row in runs[0]]
+        values = [[row["accuracy"] for row in at] for at in zip(*runs, strict=True)]
+        axes.plot(steps, [statistics.mean(at) for at in values], color=colour, label=name)
+        axes.fill_between(steps, [min(at) for at in values], [max(at) for at in values], color=colour, alpha=0.15, lw=0)
+    axes.set_xlabel("step")
+    axes.legend(frameon=False)
+    axes.set_title("mean of three seeds; the band is from the lowest to the highest", loc="left", fontsize=10)
+    made.savefig(RESULTS / "variants.png")
+
+
+def variants_table():
+    lines = ["| | accuracy after: mean (seeds) | length | exact KL | tokens | seconds |", "|---|---|---|---|---|---|"]
+    for name in VARIANTS:
+        last = [accuracy(variant(name, seed))[-1]["accuracy"] for seed in SEEDS]
+        rows = [read(DATA / variant(name, seed) / "metrics.jsonl") for seed in SEEDS]
+        length = statistics.mean(statistics.mean(row["length"] for row in run[-10:]) for run in rows)
+        kl = statistics.mean([row["kl_exact"] for row in run if "kl_exact" in row][-1] for run in rows)
+        tokens = statistics.mean(sum(row.get("tokens_sampled", row["tokens"]) for row in run) for run in rows)
+        seconds = statistics.mean(trained_seconds(variant(name, seed))[-1] for seed in SEEDS)
+        seeds = ", ".join(f"{100 * value:.1f}" for value in last)
+        lines.append(f"| {name} | {percent(statistics.mean(last))} ({seeds}) | {length:.0f} | {kl:.2f} | {tokens / 1e6:.1f} M | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def draw_two_gpus():
+    made, axes = figure()
+    curve(axes, "one_gpu", "one GPU", COLOURS[0], trained_seconds("one_gpu"))
+    curve(axes, "two_gpus", "two GPUs", COLOURS[1], trained_seconds("two_gpus"))
+    axes.set_xlabel("seconds of training, evaluation excluded")
+    axes.legend(frameon=False)
+    made.savefig(RESULTS / "two_gpus.png")
+
+
+def two_gpus_table():
+    lines = ["| | before | after | seconds of training | median step |", "|---|---|---|---|---|"]
+    for name, label in (("one_gpu", "one GPU"), ("two_gpus", "two GPUs")):
+        rows, clock = accuracy(name), trained_seconds(name)
+        steps = [b - a for a, b in pairwise(clock)][5:]
+        ends = [interval(rows[i]["correct"], rows[i]["n"]) for i in (0, -1)]
+        lines.append(f"| {label} | {ends[0]} | {ends[1]} | {clock[-1]:.0f} | {statistics.median(steps):.2f} s |")
+    return "\n".join(lines)
+
+
+def draw_reward_hacking():
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(6.4, 3.2), dpi=150, layout="constrained")
+    left, right = made.subplots(1, 2)
+    rows = read(DATA / "reward_hacking" / "metrics.jsonl")
+    left.plot([row["step"] for row in rows], [row["reward"] for row in rows], color=COLOURS[1])
+    left.set(xlabel="step", title="the published combined reward")
+    right.set(xlabel="step", title="held-out accuracy", ylim=(0, 1))
+    right.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    curve(right, "reward_hacking", None, COLOURS[0])
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    made.savefig(RESULTS / "reward_hacking.png")
+
+
+def gsm8k():
+    """(label, correct, n, figures) of the test set's rows: base, warm-up, GRPO."""
+    base, trained = (json.loads((DATA / name / "evaluate-test.json").read_text()) for name in ("gsm8k_base", "gsm8k"))
+    return [("base", base["policy"], base["solved"]["policy"]), ("supervised warm-up", trained["base"], trained["solved"]["base"]),
+            ("GRPO", trained["policy"], trained["solved"]["policy"])]  # fmt: skip
+
+
+def gsm8k_table():
+    rows, lines = gsm8k(), ["| | greedy | mean@8 | pass@8 | maj@8 |", "|---|---|---|---|---|"]
+    for label, figures, solved in rows:
+        cells = [interval(len(solved), figures["greedy"]["n"])]
+        cells += [f"{percent(figures[k]['value'])} ({100 * figures[k]['ci_low']:.1f} to {100 * figures[k]['ci_high']:.1f})" for k in ("mean@8", "pass@8", "maj@8")]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    n, before, after = rows[1][1]["greedy"]["n"], set(rows[1][2]), set(rows[2][2])
+    lost, won, p = mcnemar([i in before for i in range(n)], [i in after for i in range(n)])
+    return "\n".join([*lines, "", f"GRPO against the warm-up, greedily and problem by problem: {won} won, {lost} lost, McNemar's p = {p:.2g}."])
+
+
+def draw_gsm8k():
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(6.4, 3.2), dpi=150, layout="constrained")
+    left, right = made.subplots(1, 2, sharey=True)
+    curve(left, "gsm8k", None, COLOURS[0])
+    left.set(xlabel="step", title="500 held-out training questions")
+    left.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    for place, (_, figures, solved) in enumerate(gsm8k()):
+        n = figures["greedy"]["n"]
+        low, high = wilson_interval(len(solved), n)
+        share = len(solved) / n
+        right.bar(place, share, color=COLOURS[place], width=0.6, yerr=[[share - low], [high - share]], capsize=3)
+    right.set_xticks(range(3), ["base", "warm-up", "GRPO"])
+    right.set_title("1,319 test questions, greedy")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+    made.savefig(RESULTS / "gsm8k.png")
+
+
+PAGE = {  # table's mark in docs/results/README.md -> what it holds
+    "gsm8k": gsm8k_table, "against_trl": against_trl_table, "variants": variants_table, "two_gpus": two_gpus_table,
+}  # fmt: skip
+PICTURES = (draw_word_problems, draw_gsm8k, draw_variants, draw_against_trl, draw_two_gpus, draw_reward_hacking)
+
+
+def filled_in(text):
+    """The page with every table between its marks made anew."""
+    for name, table in PAGE.items():
+        begin, end = f"<!-- table: {name} -->\n", f"<!-- end: {name} -->"
+        if begin in text:
+            head, _, rest = text.partition(begin)
+            text = f"{head}{begin}{table()}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["keep", "draw"])
+    parser.add_argument("runs", nargs="*", type=Path)
+    given = parser.parse_args()
+    if given.what == "keep":
+        for run in given.runs:
+            keep(run)
+        return
+    for picture in PICTURES:
+        picture()
+    for page in (RESULTS / "README.md", ROOT / "README.md"):
+        page.write_text(filled_in(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

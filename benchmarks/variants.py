@@ -1,0 +1,31 @@
+"""grpo, dr_grpo, dapo, gspo and cispo on configs/experiments/variants.yaml, three seeds each, one after the other.
+
+    python benchmarks/variants.py [NAME ...] [--seeds 1 2 3] [section.key=value ...]
+
+Start, data and what the task is stay the same: every run has the prompts of seed 0 in the same order, and the seed is
+that of the sampler's noise, of dropout and of LoRA's first weights. CUDA_VISIBLE_DEVICES divides the work over GPUs.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from grpo_core import load_config, train
+
+PRESETS = {"grpo": "grpo_paper", "dr_grpo": "dr_grpo", "dapo": "dapo", "gspo": "gspo", "cispo": "cispo"}
+OURS = ["loss.kl_coef=0", "truncation={name: zero_reward}"]  # of the task, whatever the preset says
+OF = {"dapo": ["sampling.dynamic_attempts=3"]}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    given = parser.parse_intermixed_args()
+    names = [word for word in given.words if "=" not in word] or [*PRESETS]
+    overrides = [word for word in given.words if "=" in word]
+    for name in names:
+        for seed in given.seeds:
+            words = [f"preset={PRESETS[name]}", *OURS, *OF.get(name, []), f"seed={seed}", f"name=variant_{name}_{seed}"]
+            train(load_config(ROOT / "configs" / "experiments" / "variants.yaml", [*words, *overrides]))
