@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 from collections.abc import Callable
 
 from grpo_core.advantages import ADVANTAGES
 from grpo_core.averages import AVERAGES
+from grpo_core.config_file import flow
 from grpo_core.corrections import CORRECTIONS
 from grpo_core.kl import KLS
 from grpo_core.losses import LOSSES
@@ -32,7 +34,11 @@ def catalogue() -> str:
     """Every function of the objective by its key, with formula, arguments, defaults and source; then the presets."""
     parts = [LETTERS]
     for key, registry in KEYS.items():
-        entries = [_entry(name, function) for name, function in registry.functions.items()]
+        first = {function: name for name, function in reversed(registry.functions.items())}
+        entries = [
+            _entry(name, function) + ("" if first[function] == name else f"\n{'':<24} the same as {first[function]}")
+            for name, function in registry.functions.items()
+        ]
         parts.append(f"{key}\n" + "\n".join(entries))
     return "\n\n".join([*parts, presets()])
 
@@ -55,9 +61,7 @@ def rewards() -> str:
 
 def _entry(name: str, function: Callable, says: str | None = None) -> str:
     lines = [f"  {name:<22} {says or formula(function)}"]
-    given = ", ".join(
-        f"{key} = {'null' if p.default is None else p.default}" for key, p in keyword_arguments(function).items()
-    )
+    given = ", ".join(f"{key} = {flow(p.default)}" for key, p in keyword_arguments(function).items())
     if given:
         lines.append(f"{'':<24} args: {given}")
     if found := sources(function):
@@ -71,13 +75,15 @@ def sources(function: Callable) -> list[str]:
 
 
 def _differences(name: str) -> str:
+    """A preset's keys as overrides, quoted for a shell."""
+
     def flat(tree: dict, prefix: str) -> list[str]:
         found = []
         for key, value in tree.items():
             if isinstance(value, dict) and key != "args":
                 found += flat(value, f"{prefix}{key}.")
             elif value != {}:
-                found.append(f"{prefix}{key}={value}")
+                found.append(f"{prefix}{key}={shlex.quote(flow(value))}")
         return found
 
     return " ".join(flat(PRESETS[name][1], ""))

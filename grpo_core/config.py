@@ -184,11 +184,6 @@ class SftConfig:
     save_precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: as trained
 
 
-_CUT = "training samples from the whole distribution, whose log-probs the loss uses; evaluation.{} cuts it off there"
-REFUSED = {f"sampling.{name}": _CUT.format(name) for name in ("top_k", "top_p", "min_p")}  # key -> why there is none
-REFUSED["trainer.micro_batch_size"] = "it is trainer.tokens_per_micro_batch now, and counts tokens instead of rows"
-
-
 @dataclass(frozen=True)
 class RunConfig:
     name: str = "run"  # the run folder is <output_dir>/<name>

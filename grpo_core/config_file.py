@@ -10,8 +10,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from grpo_core import elsewhere
 from grpo_core.advantages import ADVANTAGES
-from grpo_core.config import REFUSED, RunConfig
+from grpo_core.config import RunConfig
 from grpo_core.config_check import check
 from grpo_core.losses import LOSSES
 from grpo_core.objective import LETTERS, render
@@ -143,6 +144,12 @@ def dump(config: RunConfig) -> str:
     )
 
 
+def flow(value: Any) -> str:
+    """A value in one line of YAML, as an override takes it."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
+    return text.removesuffix("...\n").strip()
+
+
 def build(cls: type, data: Any, key: str) -> Any:
     """A dataclass from nested mappings; list items may be written as plain text, which is their first field.
 
@@ -155,7 +162,7 @@ def build(cls: type, data: Any, key: str) -> Any:
     names = {f.name for f in fields(cls)}
     for name, value in data.items():
         if name not in names:
-            why = REFUSED.get(_join(key, name)) or known(name, names)
+            why = elsewhere.key(_join(key, name), value) or known(name, names)
             raise ConfigError(f"unknown key {_join(key, name)}; {why}")
         values[name] = _value(hints[name], value, _join(key, name))
     for f in fields(cls):

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from grpo_core import elsewhere
+
 
 class ConfigError(ValueError):
     """What a user asked for cannot be run.
@@ -58,7 +60,8 @@ def typed_arguments(function: Callable, given: dict[str, Any], key: str) -> dict
         if name not in schema:
             hint = "; to be one, an argument stands after a * and has a default"
             there = hint if name in inspect.signature(function).parameters else ""
-            raise ConfigError(f"unknown key {key}.{name}; {known(name, schema)}{there}")
+            why = elsewhere.key(f"{key}.{name}") or known(name, schema)
+            raise ConfigError(f"unknown key {key}.{name}; {why}{there}")
     return {name: coerce(value, _kind(schema[name], hints), f"{key}.{name}") for name, value in given.items()}
 
 
@@ -107,7 +110,8 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
             return None
     elif isinstance(value, origin or kind):
         return value
-    raise ConfigError(f"{key} is {value!r}; it must be {describe(kind)}")
+    why = elsewhere.choice(key, value) or f"it must be {describe(kind)}"
+    raise ConfigError(f"{key} is {value!r}; {why}")
 
 
 def describe(kind: Any) -> str:

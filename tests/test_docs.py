@@ -7,16 +7,20 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import get_type_hints
 
 import pytest
 from conftest import RANK
 from doc_commands import FENCE, ROOT, TRL, Unknown, blocks, job, jobs_of, simple_commands
+from peft import LoraConfig
+from transformers.trainer_utils import SchedulerType
 
+from grpo_core import elsewhere
 from grpo_core.config import RunConfig
 from grpo_core.config_check import prompts_per_rank
 from grpo_core.config_file import load
+from grpo_core.presets import PRESETS
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
@@ -210,26 +214,75 @@ def test_the_picture_shows_functions_that_are_there():
 # --- from TRL ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("heading", TRL)
+NAMES = {heading: TRL[heading] for heading in ("GRPOConfig", "TrainingArguments", "GRPOTrainer")}  # with defaults
+NAMES["LoraConfig"] = {field.name: field.default for field in fields(LoraConfig)}
+NAMES["Schedules"] = dict.fromkeys(schedule.value for schedule in SchedulerType)
+OLDER = "Names of older versions"
+NAMES[OLDER] = dict.fromkeys(("max_prompt_length", "warmup_ratio"))
+COMPLETE = {"GRPOConfig", "GRPOTrainer", "Schedules", OLDER}
+
+
+@pytest.mark.parametrize("heading", NAMES)
 def test_the_table_of_trls_options(heading):
     rows, seen = tables(PAGES["docs/from_trl.md"], heading), []
     for row in rows:
         options, here, difference = re.findall(r"`(\w+)`", row[0]), re.findall(r"`([\w.]+)`", row[1]), row[2]
-        assert options and all(option in TRL[heading] for option in options), row[0]
+        assert options and all(option in NAMES[heading] for option in options), row[0]
         seen += options
         keys = [key for key in here if resolves(key)]
         assert keys or "not here, because" in row[1] or options == ["args"], row
-        default = re.search(r"default ([\w.-]+)(?: in both|, TRL's ([\w.-]+))", difference)
+        default = re.search(r"default ([\w.-]+)(?: in both|, (?:TRL|PEFT)'s ([\w.-]+))", difference)
         if default and not keys[0].endswith("args"):
             ours = RunConfig()
             for name in keys[0].split("."):
                 ours = getattr(ours, name)
-            theirs = TRL[heading][options[0]]
+            theirs = NAMES[heading][options[0]]
             for said, value in ((default[1], ours), (default[2] or default[1], theirs)):
                 assert said.rstrip(".") == str(value) or float(said.rstrip(".")) == float(value), (row, value)
     assert len(seen) == len(set(seen))
-    if heading != "TrainingArguments":
-        assert set(seen) == set(TRL[heading]), set(TRL[heading]) - set(seen)
+    if heading in COMPLETE:
+        assert set(seen) == set(NAMES[heading]), set(NAMES[heading]) - set(seen)
+
+
+def test_an_older_name_is_no_longer_trls():
+    assert not any(name in TRL[heading] for name in NAMES[OLDER] for heading in ("GRPOConfig", "TrainingArguments"))
+
+
+def test_the_table_of_what_trl_logs():
+    ours = names_in("metrics.jsonl, always") | names_in("With a switch on")
+    seen = []
+    for theirs, here in tables(PAGES["docs/from_trl.md"], "What is logged under which name"):
+        names, named = re.findall(r"`([^`]+)`", theirs), re.findall(r"`([^`]+)`", here)
+        seen += names
+        assert named or "not here" in here or here == "the same names", theirs
+        unknown = set(named if here != "the same names" else names) - ours
+        assert all(resolves(name) for name in unknown), unknown
+    assert sorted(seen) == TRL["logged"]
+
+
+SCRIPTS = {  # options of TRL's scripts, beside GRPOConfig's
+    *("model_name_or_path", "attn_implementation", "use_peft", "lora_r", "lora_alpha", "lora_dropout"),
+    *("lora_target_modules", "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split"),
+}
+
+
+def test_what_the_refusal_of_a_name_of_trls_says_is_what_the_tables_say():
+    text = PAGES["docs/from_trl.md"]
+    rows = [row for heading in NAMES for row in tables(text, heading)]
+    said = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert set(elsewhere.TRL) - set(said) <= SCRIPTS
+    for name, sentence in elsewhere.TRL.items():
+        keys = set(re.findall(r"[a-z]+(?:\.[a-z0-9_]+)+", sentence))
+        assert all(resolves(key) for key in keys), (name, keys)
+        if name in said and keys:
+            shown = set(re.findall(r"`([\w.]+)`", said[name][1]))
+            assert keys & shown or "not here" in said[name][1] or shown & {"rewards", "resume", "name"}, name
+    for name, (loss, average) in elsewhere.LOSS_TYPES.items():
+        assert re.search(rf"(?:^|; ){name}: {loss}, {average}[;.]", said["loss_type"][2]), name
+    for name, advantage in elsewhere.SCALES.items():
+        assert f"{name}: {advantage}" in said["scale_rewards"][2]
+    assert set(elsewhere.SCHEDULES) < set(NAMES["Schedules"])
+    assert set(elsewhere.WHOLE) == set(PRESETS)
 
 
 # --- metrics -------------------------------------------------------------------------------------------------------

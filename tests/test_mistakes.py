@@ -11,6 +11,7 @@ import yaml
 
 from grpo_core import setup
 from grpo_core.cli import main
+from grpo_core.losses import LOSSES
 
 ROOT = Path(__file__).parents[1]
 BUILTIN = ROOT / "grpo_core" / "builtin" / "tiny"
@@ -112,6 +113,55 @@ def test_in_the_configuration(train, overrides, sentence):
     assert sentence in train(*overrides)
 
 
+@pytest.mark.parametrize("word, sentence", [
+    ("beta=0.04", "unknown key beta; instead of TRL's beta there is loss.kl_coef"),
+    ("loss.beta=0.04", "unknown key loss.beta; instead of TRL's beta there is loss.kl_coef"),
+    ("num_generations=8", "there is sampling.group_size"),
+    ("sampling.num_generations=8", "there is sampling.group_size"),
+    ("max_completion_length=64", "there is sampling.max_new_tokens"),
+    ("data.max_prompt_length=64", "there is data.max_prompt_tokens, and data.long_prompts says"),
+    ("trainer.per_device_train_batch_size=4", "there is trainer.tokens_per_micro_batch, which counts tokens; a step's"),
+    ("gradient_accumulation_steps=4", "there is nothing: a step has as many micro-batches as it needs"),
+    ("epsilon=0.2", "there is clip_low in loss.args"),
+    ("loss.epsilon_high=0.28", "there is clip_high in loss.args"),
+    ("loss.args={epsilon: 0.2}", "unknown key loss.args.epsilon; instead of TRL's epsilon there is clip_low in loss.args"),
+    ("scale_rewards=false", "there is advantage.name: grpo for group, batch_std for batch, dr_grpo for none"),
+    ("advantage.name=batch", "unknown advantage 'batch'; TRL's scale_rewards=batch is advantage.name=batch_std"),
+    ("trainer.max_steps=3", "there is trainer.num_steps"),
+    ("num_iterations=2", "there is trainer.num_passes"),
+    ("steps_per_generation=2", "there is trainer.num_minibatches, which is it over gradient_accumulation_steps"),
+    ("learning_rate=1e-6", "there is engine.learning_rate"),
+    ("engine.lr_scheduler_type=cosine", "there is engine.schedule"),
+    ("engine.schedule=constant_with_warmup", "engine.schedule is 'constant_with_warmup'; here that is constant, with engine.warmup_steps"),
+    ("engine.schedule=greedy", "engine.schedule is 'greedy'; it must be one of cosine, linear, constant"),
+    ("report_to=wandb", "there is log.tensorboard=true or log.wandb=PROJECT"),
+    ("use_vllm=true", "there is nothing: the sampler"),
+    ("peft_config.r=8", "there is the section lora"),
+    ("loss_type=dapo", "unknown key loss_type; TRL's dapo is loss.name=grpo with loss.average=token; the whole objective of that name is preset=dapo"),
+    ("loss.loss_type=bnpo", "unknown key loss.loss_type; TRL's bnpo is loss.name=grpo with loss.average=micro_token"),
+    ("loss_type=[x]", "there is loss.name and loss.average"),
+    ("loss.name=dapo", "unknown loss 'dapo'; TRL's dapo is loss.name=grpo with loss.average=token; the whole objective of that name is preset=dapo"),
+    ("loss.name=bnpo", "unknown loss 'bnpo'; TRL's bnpo is loss.name=grpo with loss.average=micro_token"),
+    ("loss.name=dr_grpo", "is preset=dr_grpo"),
+    ("loss.name=rloo", "unknown loss 'rloo'; the whole objective of that name is preset=rloo"),
+    ("loss.name=dapoo", "unknown loss 'dapoo'; known: cispo, "),
+    ("advantage.args={beta: 1}", "unknown key advantage.args.beta; known: eps, std_ddof"),
+], ids=lambda value: value.split("; ")[0] if "=" in value else "")  # fmt: skip
+def test_a_name_of_trls(train, word, sentence):
+    assert sentence in train(word)
+
+
+def test_a_name_of_trls_that_someone_has_given_to_a_loss_of_their_own_is_theirs(train, tmp_path, monkeypatch):
+    text = "def dapo(logprobs, old_logprobs, advantages, completion_mask, *, epsilon: float = 0.2):\n"
+    text += "    from grpo_core.losses import PolicyLoss\n    return PolicyLoss(-advantages * logprobs, {})\n"
+    (tmp_path / "mine.py").write_text(text)
+    mine = f"{tmp_path / 'mine.py'}:dapo"
+    monkeypatch.setitem(LOSSES.functions, "dapo", LOSSES.get(mine))
+    for name in (mine, "dapo"):
+        with pytest.raises(Loads):
+            train(f"loss.name={name}", "loss.args={epsilon: 0.1}")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16")
 def test_fp16_without_a_gpu(train):
     assert "model.precision is fp16, which needs a GPU" in train("model.precision=fp16")
@@ -191,7 +241,9 @@ def test_in_a_model_folder(train, tmp_path):
     ("data: {path: hf_" + "a1" * 17 + "}\n", "data.path holds a password or token"),
     ("1: 2\n", "unknown key 1"),
     ("!!python/object/apply:os.system ['true']\n", "is not YAML"),
-], ids=range(10))  # fmt: skip
+    ("beta: 0.04\n", "unknown key beta; instead of TRL's beta there is loss.kl_coef"),
+    ("loss: {loss_type: dapo}\n", "unknown key loss.loss_type; TRL's dapo is loss.name=grpo"),
+], ids=range(12))  # fmt: skip
 def test_in_the_config_file(train, tmp_path, text, sentence):
     path = tmp_path / "config.yaml"
     path.write_text(text)

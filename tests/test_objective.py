@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from grpo_core.advantages import ADVANTAGES
-from grpo_core.catalogue import KEYS, catalogue, sources
+from grpo_core.catalogue import KEYS, catalogue, presets, sources
 from grpo_core.check import run_check_advantage, run_check_loss
 from grpo_core.cli import main
 from grpo_core.config_file import arguments_of, dump, load
@@ -236,8 +237,21 @@ def test_rewards_and_presets_are_listed_with_what_they_take(capsys):
     text = capsys.readouterr().out
     for name, function in REWARDS.functions.items():
         assert f"  {name} " in text and inspect.getdoc(function).splitlines()[0] in text
-    assert "args: strict = False\n" in text and "reads: answer\n" in text and "think_weight = 0.7" in text
+    assert "args: strict = false\n" in text and "reads: answer\n" in text and "think_weight = 0.7" in text
     assert all(f"  {name} " in text for name in PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_is_printed_of_a_preset_can_be_pasted_behind_a_command(name):
+    (line,) = re.findall(rf"^  {name} .*\n(.*)$", presets(), re.M)
+    words = shlex.split(line)
+    plain = ["preset=trl_1_16_default", "loss.average=sequence", "loss.kl=k3"]  # on policy, without a reference
+    assert render(load(TINY, [*plain, *words])) == render(load(TINY, [f"preset={name}"]))
+
+
+def test_a_second_name_is_said_to_be_one():
+    assert re.search(r"^  centered .*\n(?: {25}.*\n)* {25}the same as dr_grpo$", catalogue(), re.M)
+    assert catalogue().count("the same as ") == 1
 
 
 def test_the_catalogue_names_everything_with_arguments_and_sources(capsys):
