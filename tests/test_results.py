@@ -1,0 +1,119 @@
+"""docs/results: what is kept of a run, and figures and tables that are made of nothing else."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "configs" / "experiments"))
+import results
+from worked_steps import steps_in, worked_steps
+
+COT = "18 + 21 = 39. 39 - 20 = 19."
+
+
+@pytest.mark.parametrize("text, points", [
+    ("18 + 21 = 39. 39 - 20 = 19. #### 19", 1.0),
+    ("21+18=39, then 39 - 20 = 19", 1.0),  # the operands of a sum may change places
+    ("18 + 21 = 39. 20 - 39 = 19.", 0.5),  # those of a difference may not
+    ("18 + 21 = 40. 39 - 20 = 19.", 0.75),  # half a step for the operation alone
+    ("39 - 20 = 19. 18 + 21 = 39.", 0.5),  # in their order
+    ("18 + 21 = 39. " * 4, 0.25),  # one of four
+    ("#### 19", 0.0), ("", 0.0), ("18 + 21 = 3.9", 0.0), ("1.18 + 21 = 39", 0.0),
+])  # fmt: skip
+def test_worked_steps(text, points):
+    assert worked_steps([text, COT], [COT, COT]) == [points, 1.0]
+
+
+def test_steps_of_products_and_shares():
+    assert steps_in("3 x 4 = 12; 12 ÷ 4 = 3") == [(("*", 3, 4), 12), (("/", 12, 4), 3)]
+
+
+def row(policy, task, sample, correct, text="mine"):
+    return {
+        "policy": policy,
+        "task": task,
+        "sample": sample,
+        "correct": correct,
+        "text": text,
+        "prompt": f"Problem: What is {task}?\nSolution:",
+    }
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "page")
+    monkeypatch.setattr(results, "DATA", tmp_path / "page" / "data")
+    return tmp_path / "page" / "data"
+
+
+def a_run(folder, path, test):
+    """A run folder with one evaluation, called `test`."""
+    (folder / test).mkdir(parents=True)
+    (folder / "config.yaml").write_text(f"data: {{path: '{path}'}}\n")
+    (folder / "metrics.jsonl").write_text(
+        json.dumps({"step": 0, "reward": 1 / 3, "epoch": 0.1, "seconds": 9.0, "kl": None}) + "\n"
+    )
+    (folder / "evaluation.jsonl").write_text("")
+    figures = {"greedy": {"value": 0.5, "n": 2}}
+    told = {
+        "policy": figures,
+        "base": figures,
+        "source": "/where/run",
+        "weights": "the adapter in /where/run",
+        "data": {"path": "/where/x.jsonl"},
+    }
+    (folder / test / "evaluate.json").write_text(json.dumps(told))
+    rows = [
+        row("base", 0, 0, False),
+        row("base", 1, 0, True),
+        row("policy", 0, 0, True),
+        row("policy", 1, 0, False),
+        row("policy", 1, 1, True),
+    ]
+    (folder / test / "completions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return folder
+
+
+def test_what_is_kept_of_a_run(tmp_path, data):
+    results.keep(a_run(tmp_path / "mine", "builtin:word_problems", "evaluate"))
+    assert results.read(data / "mine" / "metrics.jsonl") == [{"step": 0, "reward": 0.33333, "seconds": 9.0}]
+    told = json.loads((data / "mine" / "evaluate.json").read_text())
+    assert told["solved"] == {"base": [1], "policy": [0]} and "/where" not in json.dumps(told)
+    text = (data / "mine" / "completions.md").read_text()
+    assert "**1.** What is 0?\n\nbefore (wrong):\n\n```text\nmine\n```\n\nafter (right):" in text
+
+
+def test_rows_of_other_data_appear_by_their_number_alone(tmp_path, data):
+    results.keep(a_run(tmp_path / "theirs", "/where/train.jsonl", "evaluate-test"))
+    kept = "".join(path.read_text() for path in data.rglob("*.json*"))
+    assert "What is" not in kept and "mine" not in kept and not [*data.rglob("*.md")]
+    assert json.loads((data / "theirs" / "evaluate-test.json").read_text())["solved"]["policy"] == [0]
+
+
+def test_seconds_of_training_leave_out_evaluations_and_what_came_before_the_first_step(data):
+    (data / "mine").mkdir(parents=True)
+    rows = [
+        {"step": 0, "seconds": 20.0, "seconds/sample": 1.0, "seconds/update": 2.0, "seconds/evaluate": 9.0},
+        {"step": 1, "seconds": 4.5, "seconds/sample": 1.0, "seconds/update": 2.0},
+        {"step": 2, "seconds": 9.0, "seconds/sample": 1.0, "seconds/update": 2.0, "seconds/evaluate": 5.0, "seconds/checkpoint": 1.0},
+    ]  # fmt: skip
+    (data / "mine" / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert results.trained_seconds("mine") == [0.0, 3.0, 7.5, 10.5]
+
+
+def test_seconds_to_an_accuracy():
+    rows = [(0, 0.1), (10, 0.3), (20, 0.2), (30, 0.5)]
+    assert results.seconds_to(rows, 0.2) == pytest.approx(5) and results.seconds_to(rows, 0.4) == pytest.approx(
+        26.667, abs=1e-3
+    )
+    assert results.seconds_to(rows, 0.1) == 0 and results.seconds_to(rows, 0.6) is None
+
+
+def test_the_published_tables_are_those_of_the_data():
+    for page in (ROOT / "docs" / "results" / "README.md", ROOT / "README.md"):
+        if page.exists():
+            text = page.read_text(encoding="utf-8")
+            assert results.filled_in(text) == text, page
