@@ -15,15 +15,30 @@ DELAY = 2.0  # seconds of work before anything is shown
 LOOK = "{desc}  {elapsed}"
 
 
+class Line(tqdm):
+    """Wipes at its end whatever it has shown; tqdm wipes only what update() has, not what refresh() or write() have."""
+
+    shown = False
+
+    def display(self, *args: Any, **options: Any) -> bool | None:
+        self.shown = True
+        return super().display(*args, **options)
+
+    def close(self) -> None:
+        if self.shown and not self.disable:
+            self.last_print_t = max(self.last_print_t, self.start_t + self.delay)
+        super().close()
+
+
 def bar(total: int, what: str, unit: str) -> tqdm:
     """A progress bar of `total` units that are counted by its update()."""
-    return tqdm(total=total, desc=what, unit=unit, **_how())
+    return Line(total=total, desc=what, unit=unit, **_how())
 
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Inside, `what` and the seconds it has taken, for work that cannot be counted."""
-    shown = tqdm(desc=what, bar_format=LOOK, **_how())
+    shown = Line(desc=what, bar_format=LOOK, **_how())
     stop = ticking(shown)
     try:
         yield

@@ -8,6 +8,7 @@ the dumped log-probs, and then clipping is seen.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +45,7 @@ from grpo_core.truncation import TRUNCATIONS
 
 READ = ("loss.", "advantage.", "truncation", "preset", "model.", "sampling.temperature", "sampling.max_new_tokens")
 READ += ("trainer.tokens_per_micro_batch",)  # keys that a replay depends on
+SOME = 12  # batches that an error message lists
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def run_replay(
             raise ConfigError(
                 f"{override} changes nothing in a replay, which reads {', '.join(READ).replace('.,', ',')}"
             )
+    check_kept(batch)
     dumped = batches.read(batch)
     configs = objectives(dumped.folder, overrides, loss)
     with working("loading the model"):
@@ -104,11 +107,29 @@ def run_replay(
     return 0
 
 
+def check_kept(batch: Path) -> None:
+    """Raise ConfigError where `batch` is named as one, but its step was not kept: with those that were."""
+    found = re.fullmatch(r"(step-\d+)(-rank-\d+)?(\.safetensors|\.json)?", batch.name)
+    folder, run = batch.parent, batch.absolute().parents[1]
+    if not found or any(folder.glob(f"{found[1]}-rank-*")):
+        return  # batches.read says what is wrong with it
+    if not run.is_dir():
+        raise ConfigError(f"there is no run folder {run}")
+    kept = sorted(path.name.removesuffix("-rank-0.json") for path in folder.glob("step-*-rank-0.json"))
+    if not kept:
+        raise ConfigError(f"{run} has kept no batches; debug.dump_batches=N keeps that of every N-th step")
+    some = kept if len(kept) <= SOME else [*kept[: SOME - 2], "...", kept[-1]]
+    raise ConfigError(f"{found[1]} was not kept in {folder}, which has {', '.join(some)}")
+
+
 def objectives(folder: Path, overrides: Sequence[str], losses: Sequence[str]) -> list[tuple[str, RunConfig]]:
     """Names and configurations: the run's own first, then those asked for. A loss comes before a preset of its name."""
     own = load_written(folder)
     found = [(f"run ({own.loss.name})", own)]
     for name in losses:
+        if name not in LOSSES.functions and name not in PRESETS and ".py:" not in name:
+            names = f"losses: {', '.join(sorted(LOSSES.functions))}; presets: {', '.join(sorted(PRESETS))}"
+            raise ConfigError(f"unknown loss or preset {name!r}; {names}; or file.py:function")
         word = f"preset={name}" if name in PRESETS and name not in LOSSES.functions else f"loss.name={name}"
         found.append((name, load_written(folder, [word, *overrides])))
     if overrides and not losses:

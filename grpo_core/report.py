@@ -14,7 +14,7 @@ from typing import Any
 from grpo_core.report_completions import as_json, sample
 from grpo_core.report_markdown import markdown
 from grpo_core.report_panels import chosen, curves, leader, thin
-from grpo_core.report_summary import FINAL, difference, final, summary
+from grpo_core.report_summary import difference, final, final_title, summary
 from grpo_core.run_folder import RunFolder, read_run
 from grpo_core.schema import ConfigError
 
@@ -60,7 +60,7 @@ def assemble(runs: list[RunFolder]) -> tuple[dict[str, Any], list[dict[str, Any]
     completions = [sample(run, left // len(runs)) for run in runs]
     data = {
         "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        "final": FINAL,
+        "final": final_title(runs),
         "points": points,
         "panels": [
             {"id": p.id, "title": p.title, "unit": p.unit, "what": p.what, "healthy": p.healthy, "kind": p.kind,

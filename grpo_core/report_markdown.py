@@ -29,7 +29,7 @@ def markdown(data: dict[str, Any], runs: list[RunFolder], pictures: list[tuple[s
             parts.append("Intervals are of 95 %.")
     finals = [{"Mean": name, **run["final"]} for name, run in zip(names, data["runs"], strict=True) if run["final"]]
     if finals:
-        parts += [f"## Mean of the last {data['final']} steps", _table(finals)]
+        parts += [f"## {_text(data['final'])}", _table(finals)]
     if data["difference"]:
         rows = [["Key", *names]] + [
             [_code(key), *("" if value is None else _code(value) for value in values)]

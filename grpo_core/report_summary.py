@@ -48,13 +48,26 @@ def summary(run: RunFolder, completions: int) -> dict[str, str]:
 
 
 def final(run: RunFolder) -> dict[str, str]:
-    """Means of the last FINAL steps."""
+    """Means of the last FINAL steps, or of all where there are fewer."""
     found = {}
     for metric, title, form in NUMBERS:
         values = [row[metric] for row in run.metrics[-FINAL:] if row.get(metric) is not None]
         if values and not (run.is_supervised and metric in ("clip_frac", "logprob_gap")):
             found[title] = form.format(sum(values) / len(values)).replace("%", " %")
     return found
+
+
+def final_title(runs: list[RunFolder]) -> str:
+    """What `final` is the mean of: a run of fewer than FINAL steps has all of them in it."""
+    counts = {run.name: len(run.metrics) for run in runs if run.metrics}
+    few = {name: count for name, count in counts.items() if count < FINAL}
+    if not few:
+        return f"Mean of the last {FINAL} steps"
+    if len(set(counts.values())) == 1:
+        count = next(iter(few.values()))
+        return f"Mean of all {count} steps" if count > 1 else "The only step"
+    told = ", ".join(f"{name} has {count}" for name, count in few.items())
+    return f"Mean of the last {FINAL} steps, or of all where there are fewer: {told}"
 
 
 def accuracies(run: RunFolder) -> tuple[Row | None, Row | None]:

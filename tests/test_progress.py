@@ -36,12 +36,32 @@ log.close()
 print("done", flush=True)
 """
 
+AND_THEN = """
+import time
+from tqdm import tqdm
+from grpo_core import progress
+progress.DELAY = 0.3
+with progress.working("loading the model"):
+    time.sleep(0.6)
+print("the adapter", flush=True)
+with progress.working("quick"):
+    time.sleep(0.05)
+    tqdm.write("said early")  # which shows every bar, long before it is due
+print("its end", flush=True)
+try:
+    with progress.working("failing"):
+        time.sleep(0.6)
+        raise ValueError
+except ValueError:
+    print("in", flush=True)
+"""
 
-def in_terminal(code, env):
-    """What a process writes to a terminal."""
+
+def in_terminal(code, env, stdout=None):
+    """What a process writes to a terminal; its errors alone, where `stdout` is another place."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=env, cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=stdout or theirs, stderr=theirs, env=env, cwd=ROOT)
     os.close(theirs)
     written = b""
     while True:
@@ -81,6 +101,16 @@ def test_in_a_terminal_they_tick_and_leave_nothing_behind(tmp_path, environment)
     assert re.search(r"loading the model  00:0[12]", written) and "evaluating:" in written and "3/4" in written
     assert len(set(re.findall(r"sample:   0%.*?\[(00:0\d)<", written))) >= 2, written  # the clock of the phase goes on
     assert screen(written) == ["a line", "done"]
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_what_comes_next_begins_on_an_empty_line(environment, tmp_path, piped):
+    with open(tmp_path / "out", "w") as out:
+        written = in_terminal(AND_THEN, {**environment, "TERM": "xterm", "COLUMNS": "100"}, out if piped else None)
+    said = ["the adapter", "said early", "its end", "in"]
+    assert all(f"{what}  00:00" in written for what in ("loading the model", "failing")), written
+    assert screen(written) == ([] if piped else said)
+    assert (tmp_path / "out").read_text().splitlines() == (said if piped else [])
 
 
 def test_in_a_log_file_and_on_other_ranks_there_is_nothing(tmp_path, environment):

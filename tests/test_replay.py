@@ -316,21 +316,29 @@ def test_what_a_disk_takes_in_part_is_not_there(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, said", [
     (["step-000001", "engine.learning_rate=1"], "engine.learning_rate=1 changes nothing in a replay, which reads loss, advantage"),
-    (["step-000001", "--loss", "nothing"], "unknown loss 'nothing'"),
+    (["step-000001", "--loss", "nothing"], "unknown loss or preset 'nothing'; losses: cispo, "),
+    (["step-000001", "--loss", "nothing"], "presets: cispo, dapo, "),
     (["step-000001", "--model", "builtin:tiny"], "builtin:tiny: these are other weights than the ones that"),
-    (["step-000007"], "cannot read the batch"),
+    (["step-000007"], "step-000007 was not kept in {plain}, which has step-000000, step-000001\n"),
+    (["step-000007-rank-0.json"], "step-000007 was not kept in {plain}, which has step-000000, step-000001\n"),
+    (["empty/batches/step-000001"], "empty has kept no batches; debug.dump_batches=N keeps that of every N-th step\n"),
+    (["many/batches/step-000001"], "which has step-000100, step-000101, step-000102, step-000103, step-000104, step-000105, step-000106, step-000107, step-000108, step-000109, ..., step-000149\n"),
+    (["nowhere/batches/step-000001"], "there is no run folder {plain}/nowhere\n"),
     (["metrics.jsonl"], "is no batch; name <run folder>/batches/step-000012"),
     (["torn/step-000001"], "is not a whole batch of debug.dump_batches"),
     (["step-000001", "--output", "/nowhere/a.json"], "--output is /nowhere/a.json, which cannot be written"),
 ])  # fmt: skip
 def test_what_cannot_be_replayed_is_one_sentence(plain, capsys, words, said):
-    torn = plain / "torn"
-    torn.mkdir(exist_ok=True)
+    torn, many = plain / "torn", plain / "many" / "batches"
+    for folder in (torn, plain / "empty", many):
+        folder.mkdir(exist_ok=True, parents=True)
+    for step in range(100, 150):
+        (many / f"step-{step:06d}-rank-0.json").touch()
     shutil.copy(plain / "step-000001-rank-0.json", torn)
     (torn / "step-000001-rank-0.safetensors").write_bytes(b"half of it")
     assert main(["replay", str(plain / words[0]), *words[1:]]) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert said.replace("{plain}", str(plain)) in error and error.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from grpo_core.config_file import dump, load
 from grpo_core.report import write_report
 from grpo_core.report_completions import COLUMNS, sample
 from grpo_core.report_panels import PANELS, chosen, curves
-from grpo_core.report_summary import accuracies, difference, duration, summary
+from grpo_core.report_summary import accuracies, difference, duration, final_title, summary
 from grpo_core.run_folder import dumped_steps, flat, read_run
 from grpo_core.schema import ConfigError
 
@@ -225,6 +225,23 @@ def test_markdown(tmp_path):
     assert "| `name` | `x` | `y\\|z` |" in write_report([first, second], tmp_path / "r.html")[1].read_text()
 
 
+@pytest.mark.parametrize("steps, title", [
+    ((6,), "Mean of all 6 steps"),
+    ((1,), "The only step"),
+    ((10,), "Mean of the last 10 steps"),
+    ((12, 30), "Mean of the last 10 steps"),
+    ((3, 3), "Mean of all 3 steps"),
+    ((12, 3, 0, 1), "Mean of the last 10 steps, or of all where there are fewer: r1 has 3, r3 has 1"),
+])  # fmt: skip
+def test_means_say_of_how_many_steps_they_are(tmp_path, steps, title):
+    runs = [made_run(tmp_path / f"r{i}", steps=max(1, count)) for i, count in enumerate(steps)]
+    read = [replace(run, metrics=run.metrics[:count]) for run, count in zip(map(read_run, runs), steps, strict=True)]
+    assert final_title(read) == title
+    if 0 not in steps:
+        page, text = (path.read_text() for path in write_report(runs, tmp_path / "r.html"))
+        assert Page(page).json("report-data")["final"] == title and f"\n## {title}\n" in text
+
+
 @pytest.mark.parametrize("output, page", [("r.html", "r.html"), ("sub", "sub/report.html"), (".", "report.html")])
 def test_where_it_is_written(tmp_path, output, page):
     run = made_run(tmp_path / "a")
@@ -418,13 +435,3 @@ def test_small_pieces(tmp_path):
     run = read_run(made_run(tmp_path / "a"))
     assert not [panel for panel, _ in chosen([replace(run, metrics=[], evaluation=[])])]
     assert dumped_steps(tmp_path) == {} and list(dumped_steps(tmp_path / "a")) == [2]
-
-
-def test_pictures(tmp_path):
-    pytest.importorskip("matplotlib")
-    first, second = made_run(tmp_path / "a"), made_run(tmp_path / "$b")
-    written = write_report([first, second], tmp_path / "r.html", png=True)
-    pictures = [path for path in written if path.suffix == ".png"]
-    assert {"r-accuracy.png", "r-reward.png", "r-time-0.png", "r-time-1.png"} <= {path.name for path in pictures}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
-    assert "![Reward](r-reward.png)" in (tmp_path / "r.md").read_text()

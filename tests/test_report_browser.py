@@ -67,14 +67,51 @@ class TestBrowser:
         dom = self.opened(tmp_path, empty)
         assert "no step has been logged" in dom and "These runs have no completions" in dom
 
-    def test_filters_order_pages_runs_and_tokens(self, tmp_path, monkeypatch):
-        """A script at the end of the page's own uses it as a reader would, and writes down what is shown."""
-        shutil.copytree(report.PAGE, tmp_path / "page")
+    def driven(self, tmp_path, monkeypatch, script, *runs, width=None):
+        """What a script at the end of the page's own has seen there; in a frame of `width` pixels."""
+        shutil.copytree(report.PAGE, tmp_path / "page", dirs_exist_ok=True)
         with open(tmp_path / "page" / "report.js", "a") as file:
-            file.write(DRIVER)
-        monkeypatch.setattr(report, "PAGE", tmp_path / "page")
-        dom = self.opened(tmp_path, made_run(tmp_path / "a"), made_run(tmp_path / "b"))
-        seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', dom)[1]))
+            file.write(script)
+        with monkeypatch.context() as patch:
+            patch.setattr(report, "PAGE", tmp_path / "page")
+            dom = self.opened(tmp_path, *runs)
+        if width is not None:  # a window is never narrower than 500
+            (tmp_path / "frame.html").write_text(FRAME.format(width))
+            dom = drawn(tmp_path / "frame.html", tmp_path)
+        return json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', dom)[1]))
+
+    def test_a_run_of_one_step_is_seen(self, tmp_path):
+        page = Page(self.opened(tmp_path, made_run(tmp_path / "a", steps=1)))
+        places = {
+            look: [
+                [float(x) for x in re.findall(r"[ML]([\d.]+) ", a["d"])]
+                for tag, a in page.tags
+                if tag == "path" and a.get("class", "").startswith(look)
+            ]
+            for look in ("fill", "band")
+        }
+        assert len(places["fill"]) == 3 and len(places["band"]) == 1
+        assert all(max(xs) - min(xs) == 8 for found in places.values() for xs in found)
+        assert sum(tag == "circle" and a.get("class", "").startswith("point") for tag, a in page.tags) >= 15
+
+    def test_two_runs_stand_beside_each_other_on_a_phone_and_more_scroll(self, tmp_path, monkeypatch):
+        name = "lr-5e-4-seed-{}-and-whatever-else-was-changed-by-it"
+        runs = [made_run(tmp_path / name.format(i), **{"loss.name": loss}) for i, loss in enumerate(("grpo", "gspo"))]
+        seen = self.driven(tmp_path, monkeypatch, MEASURE, *runs, width=390)
+        assert seen["width"] == 390 and seen["page"] == 0 and seen["beyond"] == [0, 0, 0], seen
+        more = [made_run(tmp_path / f"more-{i}") for i in range(3)]
+        seen = self.driven(tmp_path, monkeypatch, MEASURE, *runs, *more, width=390)
+        assert seen["page"] == 0 and all(beyond > 0 for beyond in seen["beyond"]) and seen["shadows"] == 3, seen
+
+    def test_without_a_dump_it_is_said_what_gives_tokens(self, tmp_path, monkeypatch):
+        first, second = made_run(tmp_path / "a"), made_run(tmp_path / "b")
+        shutil.rmtree(second / "batches")
+        assert "debug.dump_batches" not in self.driven(tmp_path, monkeypatch, OPEN, first)
+        assert "debug.dump_batches=N keeps the tokens" in self.driven(tmp_path, monkeypatch, OPEN, second)
+
+    def test_filters_order_pages_runs_and_tokens(self, tmp_path, monkeypatch):
+        """A script uses the page as a reader would, and writes down what is shown."""
+        seen = self.driven(tmp_path, monkeypatch, DRIVER, made_run(tmp_path / "a"), made_run(tmp_path / "b"))
         assert seen["all"] == "96 completions"
         assert seen["search"] == "12 of 96 completions match" and seen["marks"] >= 12
         assert seen["steps"] == "32 of 96 completions match"  # two steps of 8 in two runs
@@ -93,6 +130,24 @@ class TestBrowser:
         assert seen["crosshair"] == "step 3" and seen["value"] == "0.003"
 
 
+FRAME = """<!doctype html><iframe src="r.html" width="{}" height="900"></iframe>
+<script>addEventListener("message", (event) => (document.documentElement.dataset.seen = event.data));</script>"""
+MEASURE = """
+const boxes = [...document.querySelectorAll(".wide")], root = document.documentElement;
+parent.postMessage(root.dataset.seen = JSON.stringify({
+  width: innerWidth,
+  page: root.scrollWidth - root.clientWidth,
+  beyond: boxes.map((box) => box.scrollWidth - box.clientWidth),
+  shadows: boxes.filter((box) => getComputedStyle(box).backgroundImage.includes("gradient")).length,
+}), "*");
+"""
+OPEN = """
+const completion = document.querySelector(".completion");
+completion.addEventListener("toggle", () => setTimeout(() => {
+  document.documentElement.dataset.seen = JSON.stringify(completion.textContent);
+}));
+completion.open = true;
+"""
 DRIVER = """
 window.requestAnimationFrame = (action) => setTimeout(action, 16);  // without a screen there are no frames
 const seen = {}, form = document.querySelector(".filters"), pause = () => new Promise((done) => setTimeout(done, 300));

@@ -95,12 +95,12 @@ function alone(one, x, y, drawable) {
   const there = (i) => i >= 0 && i < one.x.length && drawable(one.y[i]);
   return one.x.flatMap((step, i) =>
     there(i) && !there(i - 1) && !there(i + 1)
-      ? [svg("circle", { class: `point c${one.colour}`, cx: x.at(step), cy: y.at(one.y[i]), r: 2 })]
+      ? [svg("circle", { class: `point c${one.colour}`, cx: x.at(step), cy: y.at(one.y[i]), r: 2.5 })]
       : []
   );
 }
 
-// The space between two edges, in pieces where there is a gap.
+// The space between two edges, in pieces where there is a gap. A point without a neighbour is a bar.
 function area(xs, low, high, x, y, look) {
   let text = "", start = 0;
   for (let i = 0; i <= xs.length; i++) {
@@ -108,8 +108,10 @@ function area(xs, low, high, x, y, look) {
     if (i > start) {
       const top = [], bottom = [];
       for (let k = start; k < i; k++) {
-        top.push(`${x.at(xs[k]).toFixed(1)} ${y.at(high[k]).toFixed(1)}`);
-        bottom.unshift(`${x.at(xs[k]).toFixed(1)} ${y.at(low[k]).toFixed(1)}`);
+        for (const aside of i - start > 1 ? [0] : [-4, 4]) {
+          top.push(`${(x.at(xs[k]) + aside).toFixed(1)} ${y.at(high[k]).toFixed(1)}`);
+          bottom.unshift(`${(x.at(xs[k]) + aside).toFixed(1)} ${y.at(low[k]).toFixed(1)}`);
+        }
       }
       text += `M${top.join("L")}L${bottom.join("L")}Z`;
     }

@@ -85,7 +85,7 @@ function howMany(completions, records) {
   const here = new Set(records.map((record) => `${record.run} ${record.step}`)).size;
   const dumped = records.filter((record) => record.tokens).length;
   const share = records.length === total
-    ? `All ${count(total)} completions of ${count(steps)} steps are in this page.`
+    ? `All ${count(total)} completions of ${count(steps)} ${steps === 1 ? "step" : "steps"} are in this page.`
     : `${count(records.length)} of ${count(total)} completions are in this page, those of ${count(here)} of ${count(steps)} steps: ` +
       "the first, the last, evenly spaced ones and those with dumped tokens. All are in completions.jsonl.";
   return share + (dumped ? ` ${count(dumped)} have their tokens.` : "") + " They are what a model wrote; nobody has checked them.";
@@ -178,6 +178,7 @@ function inFull(record, query, only) {
     record.prompt ? el("pre", { class: "text prompt" }, ...marked(record.prompt, query)) : null,
     el("h4", {}, "Completion"),
     record.tokens ? tokenView(record.tokens, record.advantage ?? 0) : el("pre", { class: "text" }, ...marked(record.text, query)),
+    record.found.tokens.length ? null : el("p", { class: "what" }, "A run with debug.dump_batches=N keeps the tokens of every N-th step, to be coloured here."),
     el("dl", { class: "facts" }, ...facts.map(([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text)))),
     group
   );

@@ -32,6 +32,11 @@ function visible(text) {
   });
 }
 
+// A key that may go on in the next line after a dot or an underscore.
+function breakable(key) {
+  return el("span", {}, ...visible(key).split(/(?<=[._])/).flatMap((part) => [part, el("wbr")]));
+}
+
 // The text with every place where `query` stands marked.
 function marked(text, query) {
   if (!query) return [visible(text)];

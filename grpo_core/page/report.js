@@ -18,7 +18,7 @@ function fillSummary(data) {
   const told = data.runs.length === 1 ? ["Accuracy before", "Accuracy after"] : [];
   byId("summary-table").append(rowsOf(data.runs.map((run) => run.summary), names, told));
   if (data.runs.some((run) => Object.keys(run.final).length)) {
-    byId("final-title").textContent = `Mean of the last ${data.final} steps`;
+    byId("final-title").textContent = visible(data.final);
     byId("final-table").append(rowsOf(data.runs.map((run) => run.final), names));
   } else {
     byId("final-title").hidden = byId("final-table").hidden = true;
@@ -50,7 +50,7 @@ function fillConfigurations(data) {
     byId("objectives").append(text ? el("pre", { class: "formula", tabindex: "0" }, visible(text)) : el("p", { class: "lead" }, "Not in the run folder."));
   }
   if (data.runs.length > 1) {
-    const rows = data.difference.map(([key, values]) => [visible(key), ...values.map((value) => (value === null ? NONE : visible(value)))]);
+    const rows = data.difference.map(([key, values]) => [breakable(key), ...values.map((value) => (value === null ? NONE : visible(value)))]);
     const shown = rows.length ? table(["Key", ...data.runs.map((run) => visible(run.name))], rows, "many code") : el("p", { class: "lead" }, "The configurations are the same.");
     byId("difference").append(el("h3", {}, "Keys that differ"), el("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Keys that differ" }, shown));
   }
