@@ -20,7 +20,8 @@ from grpo_core.decode_ops import Shape, TorchOps, rotated
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Without cuDNN's, which takes up to a second for every new shape.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-PREFILL_TOKENS = 2048  # of prompts that go through the model at once: memory, not speed
+PREFILL_BYTES = 111e6  # of the widest layer's values for the prompts that go through the model at once
+PREFILL_ON_CPU = 2048  # tokens; more are no faster there
 
 
 class Unsupported(Exception):
@@ -157,8 +158,9 @@ class FusedModel:
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: Any) -> Tensor:
         """Hidden states [N, H] after each prompt's last token; their keys and values go to `cache`."""
-        width = max(len(prompt) for prompt in prompts)
-        at_once, found = max(1, PREFILL_TOKENS // width), []
+        width, widest = max(len(prompt) for prompt in prompts), self.layers[0].gate_up.width
+        tokens = PREFILL_BYTES // (1.5 * widest * self.dtype.itemsize) if self.device.type == "cuda" else PREFILL_ON_CPU
+        at_once, found = max(1, int(tokens) // width), []
         for first in range(0, len(prompts), at_once):
             part = prompts[first : first + at_once]
             ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in part]).to(self.device)

@@ -353,7 +353,7 @@ def test_rows_may_be_allowed_fewer_tokens(decoder):
 def test_prompts_that_go_through_the_model_in_several_parts(monkeypatch):
     policy = policy_on_device(lora_noise=0.1)
     want = make(policy).generate(TASKS, 4)
-    monkeypatch.setattr("grpo_core.fused_model.PREFILL_TOKENS", 5)  # one or two prompts at a time
+    monkeypatch.setattr("grpo_core.fused_model.PREFILL_ON_CPU", 5)  # one or two prompts at a time
     assert kept(make(policy).generate(TASKS, 4)) == kept(want)
 
 
