@@ -28,8 +28,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from grpo_core.config_file import load
 from grpo_core.problems import word_problems
-from grpo_core.rewards import REWARDS, correct_answer
-from grpo_core.truncation import soft_overlong_penalty
+from grpo_core.rewards import REWARDS, correct_answer, needed_columns
 
 GPU = torch.cuda.is_available()
 
@@ -48,30 +47,20 @@ def text_of(completion):
     return completion if isinstance(completion, str) else completion[0]["content"]
 
 
-def reward_functions(config):
-    """The configuration's rewards, and its penalty of long completions as one more."""
-    found = []
-    for reward in config.rewards:
-        function, name = REWARDS.build(reward.name, reward.args), reward.name.rpartition(":")[2]
-        columns = ("answer",) if name == "correct_answer" else ("cot",)
+def reward_function(config, eos_id):
+    """The weighted sum of the configuration's rewards, with what it makes of completions that were cut off."""
+    functions = [(REWARDS.build(reward.name, reward.args), reward.weight) for reward in config.rewards]
+    zero = config.truncation.name == "zero_reward"
+    assert zero or config.truncation.name == "keep", config.truncation.name
 
-        def score(completions, function=function, columns=columns, **given):
-            return function([text_of(text) for text in completions], **{key: given[key] for key in columns})
+    def reward(completions, completion_ids, **columns):
+        texts, total = [text_of(completion) for completion in completions], [0.0] * len(completions)
+        for function, weight in functions:
+            given = {name: columns[name] for name in needed_columns(function) if name in columns}
+            total = [sum_ + weight * value for sum_, value in zip(total, function(texts, **given), strict=True)]
+        return [0.0 if zero and ids[-1] != eos_id else value for value, ids in zip(total, completion_ids, strict=True)]
 
-        score.__name__ = name
-        found.append((score, reward.weight))
-    if config.truncation.name == "soft_penalty":
-        most, share = config.sampling.max_new_tokens, config.truncation.args.get("cache_share", 0.2)
-
-        def soft_penalty(completions, completion_ids, **given):
-            return soft_overlong_penalty(
-                torch.tensor([float(len(ids)) for ids in completion_ids]), most, share
-            ).tolist()
-
-        found.append((soft_penalty, 1.0))
-    else:
-        assert config.truncation.name == "keep", config.truncation.name
-    return found
+    return reward
 
 
 class Clock(TrainerCallback):
@@ -138,7 +127,6 @@ def main():
     loss, engine, trainer_config = config.loss, config.engine, config.trainer
     assert (loss.name, loss.average, loss.kl_coef, config.advantage.name) == ("grpo", "token", 0.0, "grpo"), loss
     assert (trainer_config.num_minibatches, trainer_config.num_passes, engine.schedule) == (1, 1, "constant")
-    functions = reward_functions(config)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     steps = given.steps or trainer_config.num_steps
     arguments = GRPOConfig(
@@ -147,14 +135,14 @@ def main():
         gradient_accumulation_steps=trainer_config.completions_per_step // given.micro_batch, gradient_checkpointing=False,
         num_generations=config.sampling.group_size, max_completion_length=config.sampling.max_new_tokens,
         temperature=config.sampling.temperature, beta=0.0, loss_type="dapo", scale_rewards="group", epsilon=0.2,
-        reward_weights=[weight for _, weight in functions], learning_rate=engine.learning_rate,
+        learning_rate=engine.learning_rate,
         lr_scheduler_type="constant_with_warmup", warmup_steps=engine.warmup_steps, weight_decay=engine.weight_decay,
         adam_beta2=engine.beta2, max_grad_norm=engine.max_grad_norm,
         model_init_kwargs={"dtype": "bfloat16" if GPU else "float32"},
     )  # fmt: skip
     lora = config.lora
     trainer = GRPOTrainer(
-        model=config.model.path, reward_funcs=[function for function, _ in functions], args=arguments, processing_class=tokenizer,
+        model=config.model.path, reward_funcs=reward_function(config, tokenizer.eos_token_id), args=arguments, processing_class=tokenizer,
         train_dataset=Dataset.from_list(rows_of(config, "train", 20_000)), callbacks=[Clock(config, tokenizer, given.every, given.out)],
         peft_config=LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"),
     )  # fmt: skip
