@@ -75,6 +75,10 @@ class TorchEngine:
         self.optimizer.zero_grad()
         return StepResult(float(norm), self.learning_rate, True)
 
+    def by_gradient_descent(self, learning_rate=0.1):
+        """Weights that are as far apart as gradients: AdamW magnifies rounding wherever a gradient is near 0."""
+        self.optimizer = torch.optim.SGD(self.parameters, lr=learning_rate)
+
     def tensors(self):
         yield from ((f"weight/{i}", p.detach()) for i, p in enumerate(self.parameters))
 

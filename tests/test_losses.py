@@ -228,8 +228,8 @@ def test_weights_of_a_whole_step_sum_to_one(name):
 
 
 def test_names_and_arguments_are_checked():
-    with pytest.raises(ValueError, match="unknown key loss.args.epsilon; known: clip_high, clip_low, delta"):
-        LOSSES.build("grpo", {"epsilon": 0.2})
+    with pytest.raises(ValueError, match="unknown key loss.args.clip; known: clip_high, clip_low, delta"):
+        LOSSES.build("grpo", {"clip": 0.2})
     with pytest.raises(ValueError, match="loss.args.clip_low is 'wide'; it must be a number"):
         LOSSES.build("grpo", {"clip_low": "wide"})
     with pytest.raises(ValueError, match="unknown loss 'grpoo'.*did you mean grpo"):
