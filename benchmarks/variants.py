@@ -1,9 +1,9 @@
 """grpo, dr_grpo, dapo, gspo and cispo on configs/experiments/variants.yaml, three seeds each, one after the other.
 
-    python benchmarks/variants.py [NAME ...] [--seeds 1 2 3] [section.key=value ...]
+    python benchmarks/variants.py [NAME ...] [--seeds 1,2,3] [section.key=value ...]
 
-Start, data and what the task is stay the same: every run has the prompts of seed 0 in the same order, and the seed is
-that of the sampler's noise, of dropout and of LoRA's first weights. CUDA_VISIBLE_DEVICES divides the work over GPUs.
+Of one seed the prompts, their order, the sampler's noise and LoRA's first weights are the same under every objective.
+CUDA_VISIBLE_DEVICES divides the work over GPUs.
 """
 
 import argparse
@@ -21,11 +21,11 @@ OF = {"dapo": ["sampling.dynamic_attempts=3"]}
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("words", nargs="*")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--seeds", default="1,2,3")
     given = parser.parse_intermixed_args()
     names = [word for word in given.words if "=" not in word] or [*PRESETS]
     overrides = [word for word in given.words if "=" in word]
     for name in names:
-        for seed in given.seeds:
+        for seed in given.seeds.split(","):
             words = [f"preset={PRESETS[name]}", *OURS, *OF.get(name, []), f"seed={seed}", f"name=variant_{name}_{seed}"]
             train(load_config(ROOT / "configs" / "experiments" / "variants.yaml", [*words, *overrides]))
