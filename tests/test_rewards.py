@@ -79,7 +79,11 @@ def test_no_text_takes_long_to_read(head):
     ]
     texts += [head + "".join(draw.choices(draw.sample(PIECES, 4), k=40_000)) for _ in range(20)]
     texts += [head + "1" * 50_000 + ",3", head + "1/" + "2" * 50_000 + ",3", head + "1" * 50_000 + "." + "2" * 50_000]
-    slow = {text[:30]: took for text in texts if (took := seconds(text)) > 0.5}
+    slow = {
+        text[:30]: took
+        for text in texts
+        if (took := seconds(text)) > 0.3 and (took := min(seconds(text), seconds(text))) > 0.5
+    }
     assert not slow
 
 
