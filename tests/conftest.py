@@ -12,12 +12,15 @@ torch.set_num_threads(1)
 
 RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ROOT = Path(__file__).parents[1]
+LONGEST = ["test_run.py", "test_docs.py", "test_faults.py", "test_engine.py", "test_sft.py"]  # first, longest first
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    order = {name: place for place, name in enumerate(LONGEST)}  # of two processes neither waits for the other's last
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture
