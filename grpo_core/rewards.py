@@ -101,7 +101,8 @@ def _number(text: str, *, last: bool) -> Fraction | None:
     found = _NUMBER.finditer(text)
     match = next(found, None)
     if last:
-        *_, match = match, *found
+        for match in found:  # no list of them all: a text may hold 50,000
+            pass
     if match is None or len(match[0]) > LONGEST_NUMBER:
         return None
     value = Fraction(match["value"].replace(",", ""))
