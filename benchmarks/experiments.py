@@ -5,7 +5,8 @@
 Needs smollm2/, a folder with SmolLM2-135M-Instruct, and gsm8k/train.jsonl and test.jsonl here; TRL for its own part. An
 experiment is a chain of commands, as they stand on the page; each GPU takes the next chain when it has ended one, and
 chains that need two run at the end. What a command prints is in runs/experiments/logs. After --limit seconds none begins
-and the running ones are asked to stop, which leaves a checkpoint: `resume=auto` behind a command goes on.
+and the running ones are asked to stop, which leaves a checkpoint. The same command again leaves out what has ended well
+and goes on with the rest.
 """
 
 import argparse
@@ -45,17 +46,26 @@ CHAINS = {
     "one_gpu": [f"{TRAIN}/one_gpu.yaml"],
     **{f"variants_{name}": [f"python3 benchmarks/variants.py {name}"] for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo")},
 }  # fmt: skip
+AGAIN = {  # what stands behind a command that was begun before
+    TRAIN: "resume=auto", "python3 benchmarks/variants.py": "resume=auto", "bash launch.sh": "resume=auto",
+    "python3 -m grpo_core sft": "overwrite=true",
+}  # fmt: skip
 ON_TWO = {"two_gpus": ["bash launch.sh 2 --config configs/experiments/one_gpu.yaml name=two_gpus"]}
 
 
 def run(chain, commands, gpus, end, logs):
     """One command after the other, until one fails or time is up; a line of JSON for each."""
     for number, command in enumerate(commands):
+        output, done = logs / f"{chain}-{number}.log", logs / f"{chain}-{number}.done"
+        if done.exists():
+            continue
+        if output.exists():
+            command = " ".join([command, *(words for begin, words in AGAIN.items() if command.startswith(begin))])
         left, start = end - time.time(), time.time()
         if left < 5:
             return say(chain=chain, command=command, skipped="no time is left")
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-        with (logs / f"{chain}-{number}.log").open("w") as log:
+        with output.open("a") as log:
             started = subprocess.Popen(
                 ["bash", "-c", command], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -66,6 +76,7 @@ def run(chain, commands, gpus, end, logs):
         say(chain=chain, command=command, exit_code=code, seconds=round(time.time() - start, 1))
         if code:
             return None
+        done.touch()
 
 
 def stop(started):

@@ -43,16 +43,20 @@ def short(value):
 
 
 def keep(run):
-    """What a page needs of a run folder, under its name."""
+    """What a page needs of a run folder, under its name; of a folder of evaluations alone (an untrained model's), those."""
     to = DATA / run.name
     to.mkdir(parents=True, exist_ok=True)
-    rows = [{name: short(row[name]) for name in COLUMNS if row.get(name) is not None} for row in read(run / "metrics.jsonl")]
-    (to / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in ("evaluation.jsonl", "config.yaml"):
-        (to / name).write_bytes((run / name).read_bytes())
-    builtin = yaml.safe_load((run / "config.yaml").read_text())["data"]["path"].startswith("builtin:")
+    for name in ("evaluation.jsonl", "config.yaml", "trl.jsonl"):
+        if (run / name).exists():
+            (to / name).write_bytes((run / name).read_bytes())
+    if (run / "metrics.jsonl").exists():
+        rows = [{name: short(row[name]) for name in COLUMNS if row.get(name) is not None} for row in read(run / "metrics.jsonl")]
+        (to / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = yaml.safe_load((to / "config.yaml").read_text()) if (to / "config.yaml").exists() else None
+    builtin = config is not None and config["data"]["path"].startswith("builtin:")
     for folder in sorted(run.glob("evaluate*")):
-        keep_evaluation(folder, to, with_text=builtin and folder.name == "evaluate")
+        if folder.is_dir():
+            keep_evaluation(folder, to, with_text=builtin and folder.name == "evaluate")
 
 
 def keep_evaluation(folder, to, *, with_text):

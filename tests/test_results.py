@@ -2,12 +2,14 @@
 
 import json
 import sys
+import time
 
 import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "configs" / "experiments"))
+import experiments
 import results
 from worked_steps import steps_in, worked_steps
 
@@ -93,6 +95,21 @@ def test_rows_of_other_data_appear_by_their_number_alone(tmp_path, data):
     assert json.loads((data / "theirs" / "evaluate-test.json").read_text())["solved"]["policy"] == [0]
 
 
+def test_an_untrained_models_folder_holds_evaluations_alone(tmp_path, data):
+    run = a_run(tmp_path / "base", "/where/train.jsonl", "evaluate-test")
+    for name in ("config.yaml", "metrics.jsonl", "evaluation.jsonl"):
+        (run / name).unlink()
+    results.keep(run)
+    assert [path.name for path in (data / "base").iterdir()] == ["evaluate-test.json"]
+
+
+def test_the_other_trainers_rows_are_kept_with_our_run(tmp_path, data):
+    run = a_run(tmp_path / "mine", "builtin:word_problems", "evaluate")
+    (run / "trl.jsonl").write_text('{"step": 0}\n')
+    results.keep(run)
+    assert results.read(data / "mine" / "trl.jsonl") == [{"step": 0}]
+
+
 def test_seconds_of_training_leave_out_evaluations_and_what_came_before_the_first_step(data):
     (data / "mine").mkdir(parents=True)
     rows = [
@@ -117,3 +134,21 @@ def test_the_published_tables_are_those_of_the_data():
         if page.exists():
             text = page.read_text(encoding="utf-8")
             assert results.filled_in(text) == text, page
+
+
+def test_experiments_go_on_where_they_were(tmp_path, monkeypatch):
+    """What ended well is left out, what was begun goes on, and nothing follows a command that failed."""
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(experiments, "AGAIN", {"test -e": "-o 1"})
+    chain = ["echo one >> told", "test -e later", "echo three >> told"]
+    for seen in ("one\n", "one\nthree\n", "one\nthree\n"):
+        experiments.run("mine", chain, "", time.time() + 60, tmp_path)
+        assert (tmp_path / "told").read_text() == seen
+    told = [path.name for path in sorted(tmp_path.glob("*.done"))]
+    assert told == ["mine-0.done", "mine-1.done", "mine-2.done"]
+
+
+def test_an_experiment_is_stopped_when_time_is_up(tmp_path, capsys):
+    experiments.run("mine", ["exec sleep 60", "echo never"], "", time.time() + 5.5, tmp_path)
+    (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert row["exit_code"] == -15 and row["seconds"] < 20 and not [*tmp_path.glob("*.done")]
