@@ -8,6 +8,7 @@ Its keyword-only arguments with a default are its configuration. Your own needs 
 import inspect
 import math
 import re
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -100,9 +101,8 @@ def final_number(text: str, *, strict: bool = False) -> Fraction | None:
 def _number(text: str, *, last: bool) -> Fraction | None:
     found = _NUMBER.finditer(text)
     match = next(found, None)
-    if last:
-        for match in found:  # no list of them all: a text may hold 50,000
-            pass
+    if last and (rest := deque(found, maxlen=1)):  # no list of them all: a text may hold 50,000
+        match = rest[0]
     if match is None or len(match[0]) > LONGEST_NUMBER:
         return None
     value = Fraction(match["value"].replace(",", ""))

@@ -1,7 +1,8 @@
 import os
-import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +24,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
-@pytest.fixture
-def environment():
+def child_environment():
     """The environment of a child process: this interpreter first on the path, one thread."""
     return {
         **{k: v for k, v in os.environ.items() if k not in RANK},
@@ -35,26 +35,56 @@ def environment():
     }
 
 
+@pytest.fixture
+def environment():
+    return child_environment()
+
+
+@contextmanager
+def group_of_one():
+    """A process group of one, which stays afterwards: DeepSpeed takes no second one in a process."""
+    from grpo_core import distributed
+
+    names, shutdown = {*RANK} - os.environ.keys(), distributed.shutdown
+    distributed.shutdown = lambda: None
+    try:
+        yield
+    finally:
+        distributed.shutdown = shutdown
+        for name in names:
+            os.environ.pop(name, None)
+
+
+@pytest.fixture
+def group():
+    with group_of_one():
+        yield
+
+
+@pytest.fixture
+def here(group, capsys, monkeypatch):
+    """A command of ours in this process, which saves the imports: its exit code and what it said."""
+    from grpo_core.cli import main
+
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments):
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """The folder of a short run of the embedded default whose adapter has moved: 12 steps, checkpoints at 6 and 12."""
+    from grpo_core.cli import main
+
     folder = tmp_path_factory.mktemp("runs")
     given = ["trainer.num_steps=12", "checkpoint.every=6", "evaluation.num_tasks=16", "trainer.completions_per_step=64"]
-    command = [
-        sys.executable,
-        "-m",
-        "grpo_core",
-        "train",
-        "--config",
-        "configs/tiny.yaml",
-        f"output_dir={folder}",
-        *given,
-    ]
-    env = {
-        **{k: v for k, v in os.environ.items() if k not in RANK},
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    with group_of_one():
+        code = main(["train", "--config", str(ROOT / "configs" / "tiny.yaml"), f"output_dir={folder}", *given])
+    assert code == 0
     return folder / "tiny"

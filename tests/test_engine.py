@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import child_environment
 from fakes import tiny_policy
 from safetensors.torch import load_file
 from test_policy import naive_logprobs
+from workers import state
 from workers.zero2 import CLIP, PASSES, ROWS, STEPS, TIES, step_data
 
+from grpo_core import distributed
 from grpo_core.engine import Engine
 from grpo_core.schema import ConfigError
 
@@ -55,20 +58,30 @@ def plain_adamw(average):
     return torch.cat([p.detach().flatten() for p in parameters]), norms, losses
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "average, sizes", [("sequence", (1, 30, 1000)), ("token", (30,)), ("constant", (40,)), (TIES, (1, 50))]
-)
-def test_zero2_on_two_processes_is_plain_adamw_on_one(tmp_path, environment, average, sizes):
-    out = tmp_path / "out.pt"
+SIZES = {"sequence": (1, 30, 1000), "token": (30,), "constant": (40,), TIES: (1, 50)}
+
+
+def on_two(worker, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*command, WORKERS / "zero2.py", out, average, *map(str, sizes)], check=True, env=environment, timeout=300
-    )
+    subprocess.run([*command, WORKERS / worker, *arguments], check=True, env=child_environment(), timeout=300)
+
+
+@pytest.fixture(scope="module")
+def zero2(tmp_path_factory):
+    """What two processes came to, for each average and size of a micro-batch."""
+    out = tmp_path_factory.mktemp("zero2") / "out.pt"
+    on_two("zero2.py", out, *(f"{average}={','.join(map(str, sizes))}" for average, sizes in SIZES.items()))
+    return torch.load(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("average", SIZES)
+def test_zero2_on_two_processes_is_plain_adamw_on_one(zero2, average):
     parameters, norms, losses = plain_adamw(average)
     start = torch.cat([p.detach().flatten() for p in tiny_policy(lora_noise=0.1).parameters()])
     assert (parameters - start).abs().max() > 1e-2  # it moved, far more than the tolerance
-    for size, result in torch.load(out).items():
+    assert zero2[average].keys() == {*SIZES[average]}
+    for size, result in zero2[average].items():
         assert (result["parameters"] - parameters).abs().max() <= 1e-5, f"micro-batches of {size} tokens"
         assert result["norms"] == pytest.approx(norms, rel=1e-4)
         assert result["losses"] == pytest.approx(losses, rel=1e-4, abs=1e-6)
@@ -76,26 +89,20 @@ def test_zero2_on_two_processes_is_plain_adamw_on_one(tmp_path, environment, ave
 
 
 @pytest.mark.slow
-def test_state_goes_on_bitwise_and_on_another_number_of_processes(tmp_path, environment):
+def test_state_goes_on_bitwise_and_on_another_number_of_processes(tmp_path, group):
     """Weights, both moments, the count of steps and the learning rate: all of them show in the steps that follow."""
-
-    def run(what, processes):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        subprocess.run([*command, WORKERS / "state.py", tmp_path, what], check=True, env=environment, timeout=300)
-        return load_file(tmp_path / f"{what}-{processes}.safetensors")
-
-    whole = run("save", 2)
+    on_two("state.py", tmp_path)
+    distributed.setup()
+    state.run(tmp_path, "resume")
+    whole, on_two_again, on_one = (
+        load_file(tmp_path / f"{name}.safetensors") for name in ("save-2", "resume-2", "resume-1")
+    )
     assert {name.split("/")[0] for name in whole} == {"weight", "exp_avg", "exp_avg_sq"} and len(whole) == 3 * 16
     saved = load_file(tmp_path / "state.safetensors")
     assert all((whole[name] - saved[name]).abs().max() > 0 for name in whole)
-    for processes in (2, 1):
-        resumed = run("resume", processes)
-        for name in whole:
-            assert (
-                torch.equal(resumed[name], whole[name])
-                if processes == 2
-                else (resumed[name] - whole[name]).abs().max() < 1e-6
-            )
+    for name in whole:
+        assert torch.equal(on_two_again[name], whole[name])
+        assert (on_one[name] - whole[name]).abs().max() < 1e-6
 
 
 def test_state_of_other_weights_is_refused():

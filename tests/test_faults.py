@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import child_environment
 from safetensors.torch import load_file
 from test_run import overrides, read, without_times
+
+from grpo_core import checkpoint
 
 ROOT = Path(__file__).parents[1]
 WORKER = ROOT / "tests" / "workers" / "faulty.py"
@@ -73,8 +76,7 @@ def same(one, other):
 def whole(tmp_path_factory):
     """A run that nothing happened to."""
     out = tmp_path_factory.mktemp("whole")
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = run(2, out, environment=environment)
+    done = run(2, out, environment=child_environment())
     assert done.returncode == 0, done.stderr
     return results(out / "tiny")
 
@@ -158,9 +160,16 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, env
     assert [path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir()] == ["step-000004"]
 
 
-def test_a_run_whose_last_checkpoint_cannot_be_written_fails(tmp_path, environment):
-    fault = {"what": "full", "where": "write", "rank": 0, "calls": [2], "always": True}
-    done = run(2, tmp_path, environment=environment, fault=fault)
+def test_a_run_whose_last_checkpoint_cannot_be_written_fails(tmp_path, here, monkeypatch):
+    write = checkpoint._write
+
+    def full(folder, name, *rest):
+        if name == "step-000004":
+            raise OSError(28, "No space left on device")
+        write(folder, name, *rest)
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    done = here("train", "--config", "configs/tiny.yaml", *overrides(tmp_path, **STEPS))
     assert done.returncode == 3 and "grpo_core: the last checkpoint could not be written to" in done.stderr, done.stderr
     assert [path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir()] == ["step-000002"]
 
@@ -188,13 +197,18 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(tmp_path, environment, 
 
 
 @pytest.mark.parametrize("first, then", [(2, 1), pytest.param(1, 2, marks=pytest.mark.soak)])
-def test_another_number_of_processes_goes_on(tmp_path, environment, whole, first, then):
+def test_another_number_of_processes_goes_on(tmp_path, environment, here, whole, first, then):
     """The same tasks, and numbers that differ by rounding alone."""
     # test_engine.py compares weights and moments
-    assert (
-        run(first, tmp_path, environment=environment, trainer__num_steps=2, engine__schedule="constant").returncode == 0
-    )
-    done = run(then, tmp_path, "resume=auto", environment=environment, engine__schedule="constant")
+
+    def trained(processes, *more, **given):
+        given["engine__schedule"] = "constant"
+        if processes == 1:
+            return here("train", "--config", "configs/tiny.yaml", *overrides(tmp_path, **STEPS | given), *more)
+        return run(processes, tmp_path, *more, environment=environment, **given)
+
+    assert trained(first, trainer__num_steps=2).returncode == 0
+    done = trained(then, "resume=auto")
     assert done.returncode == 0 and "after 2 steps" in done.stdout, done.stderr
     completions = read(tmp_path / "tiny" / "completions.jsonl")
     assert [(row["step"], row["task"], row["sample"]) for row in completions] == [

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import child_environment
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +41,9 @@ def python(*arguments, environment, **kwargs):
         timeout=300,
         **kwargs,
     )
+
+
+TINY = ["train", "--config", "configs/tiny.yaml"]
 
 
 def launch(*arguments, environment, timeout=300):
@@ -94,20 +98,20 @@ def test_launch_trains_and_the_adapter_loads_in_plain_peft(tmp_path, environment
     assert any(value.abs().max() > 0 for name, value in adapter.items() if "lora_B" in name)
 
 
-def test_the_written_config_alone_re_runs_the_run(tmp_path, environment):
+def test_the_written_config_alone_re_runs_the_run(tmp_path, here):
     first = tmp_path / "first"
-    assert launch(1, *overrides(first, trainer__num_steps=1), environment=environment).returncode == 0
+    assert here(*TINY, *overrides(first, trainer__num_steps=1)).returncode == 0
     config = yaml.safe_load((first / "tiny" / "config.yaml").read_text())
     config["output_dir"] = str(tmp_path / "again")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    assert launch(1, "--config", tmp_path / "config.yaml", environment=environment).returncode == 0
+    assert here("train", "--config", tmp_path / "config.yaml").returncode == 0
     for name in ("metrics", "completions"):
         rows = [without_times(read(folder / "tiny" / f"{name}.jsonl")) for folder in (first, tmp_path / "again")]
         assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_and_resumed_is_bitwise_never_stopped(tmp_path, environment, processes):
+def test_killed_and_resumed_is_bitwise_never_stopped(tmp_path, environment, here, processes):
     """10 steps equal 5 steps, kill -9, resume, 5 steps: weights, metrics and completions.
 
     Dropout is on, and everything that a run carries from step to step: a moving reference and adapting coefficients.
@@ -116,8 +120,12 @@ def test_killed_and_resumed_is_bitwise_never_stopped(tmp_path, environment, proc
     settings |= {"reference__every": 3, "reference__mixing": 0.5, "loss__kl_target": 0.001, "loss__kl_horizon": 100}
     settings |= {"loss__entropy_target": 0.4, "sampling__dynamic_attempts": 1}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert launch(processes, *overrides(whole, **settings), environment=environment).returncode == 0
 
+    def run(out, *more):
+        words = [*overrides(out, **settings), *more]
+        return here(*TINY, *words) if processes == 1 else launch(processes, *words, environment=environment)
+
+    assert run(whole).returncode == 0
     command = ["bash", "launch.sh", str(processes), *overrides(cut, **settings)]
     victim = subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -130,7 +138,7 @@ def test_killed_and_resumed_is_bitwise_never_stopped(tmp_path, environment, proc
     victim.wait()
     assert not (cut / "tiny" / "checkpoints" / "step-000010").exists()
 
-    resumed = launch(processes, *overrides(cut, **settings), "resume=auto", environment=environment)
+    resumed = run(cut, "resume=auto")
     assert resumed.returncode == 0 and "after 5 steps" in resumed.stdout, resumed.stderr
     for name in ("metrics", "completions", "evaluation"):
         assert without_times(read(cut / "tiny" / f"{name}.jsonl")) == without_times(
@@ -148,24 +156,18 @@ ACROSS_RANKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("switches", [{}, ACROSS_RANKS], ids=["plain", "switches"])
-def test_rollouts_do_not_depend_on_the_number_of_processes(tmp_path, environment, switches):
+@pytest.mark.parametrize("name", ["plain", "switches"])
+def test_rollouts_do_not_depend_on_the_number_of_processes(tmp_path, here, on_two, name):
     """Nor does the update: what is relative to the batch, or a share of it, is of all ranks' batch."""
-    texts, metrics = [], []
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        run = overrides(out, trainer__num_steps=2, trainer__num_minibatches=2, **switches)
-        done = launch(processes, *run, environment=environment)
-        assert done.returncode == 0, done.stderr
-        metrics.append(without_times(read(out / "tiny" / "metrics.jsonl")))
-        texts.append(
-            [
-                (row["step"], row["prompt"], row["sample"], row["text"])
-                for row in read(out / "tiny" / "completions.jsonl")
-            ]
-        )
+    done = here(*TINY, *overrides(tmp_path, trainer__num_steps=2, **RUNS[name]))
+    assert done.returncode == 0, done.stderr
+    folders = [tmp_path / "tiny", on_two / name / "tiny"]
+    texts = [
+        [(row["step"], row["prompt"], row["sample"], row["text"]) for row in read(folder / "completions.jsonl")]
+        for folder in folders
+    ]
     assert texts[0] == texts[1]  # the second step's also show that the first update was the same
-    for one, two in zip(*metrics, strict=True):
+    for one, two in zip(*(without_times(read(folder / "metrics.jsonl")) for folder in folders), strict=True):
         assert one.keys() == two.keys()
         for name in one.keys() - {
             "kl_exact",
@@ -192,14 +194,38 @@ def short(completions, *, limit: int = 20, **columns):
 """
 
 
-def test_a_loss_an_advantage_and_a_reward_from_a_users_own_file_train(tmp_path, environment):
-    file = tmp_path / "mine.py"
-    file.write_text(OWN)
-    run = overrides(tmp_path, trainer__num_steps=2, loss__name=f"{file}:soft", loss__args="{power: 0.25}", advantage__name=f"{file}:best",
-                    advantage__args="{bonus: 2.0}", rewards=f"[{{name: '{file}:short', args: {{limit: 30}}}}]")  # fmt: skip
-    done = launch(2, *run, environment=environment)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "tiny"
+DEEPSPEED = sorted(path.name for path in (ROOT / "configs").glob("*.json"))
+RUNS = {  # of two steps, on two processes
+    "plain": {"trainer__num_minibatches": 2},
+    "switches": {"trainer__num_minibatches": 2, **ACROSS_RANKS},
+    "own": {
+        "loss__name": "FILE:soft", "loss__args": "{power: 0.25}", "advantage__name": "FILE:best", "advantage__args": "{bonus: 2.0}",
+        "rewards": "[{name: 'FILE:short', args: {limit: 30}}]",
+    },
+    **{name: {"engine__deepspeed": name} for name in DEEPSPEED},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    """The folder of RUNS, trained one after another by the same two processes."""
+    folder = tmp_path_factory.mktemp("on_two")
+    (folder / "mine.py").write_text(OWN)
+    jobs = []
+    for name, settings in RUNS.items():
+        own = {key: str(value).replace("FILE", str(folder / "mine.py")) for key, value in settings.items()}
+        words = [*TINY, *overrides(folder / name, trainer__num_steps=2, **own)]
+        jobs.append({"cwd": str(ROOT), "kind": "main", "arguments": words})
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    worker, answer = ROOT / "tests" / "workers" / "commands.py", folder / "problems.json"
+    done = python(*two, worker, folder / "jobs.json", answer, environment=child_environment())
+    assert done.returncode == 0 and json.loads(answer.read_text()) == [None] * len(jobs), (done.stderr, answer)
+    return folder
+
+
+def test_a_loss_an_advantage_and_a_reward_from_a_users_own_file_train(on_two):
+    folder = on_two / "own" / "tiny"
     assert "-(r ** 0.25) A / 0.25" in (folder / "config.yaml").read_text()
     completions = read(folder / "completions.jsonl")
     assert all(row["reward"] == float(len(row["text"]) < 30) for row in completions)
@@ -207,6 +233,11 @@ def test_a_loss_an_advantage_and_a_reward_from_a_users_own_file_train(tmp_path, 
     mean = sum(row["reward"] for row in group) / 8
     assert [row["advantage"] for row in group] == pytest.approx([2 * (row["reward"] - mean) for row in group])
     assert read(folder / "metrics.jsonl")[-1]["grad_norm"] > 0
+
+
+def test_every_deepspeed_json_trains_the_same(on_two):
+    rows = [without_times(read(on_two / name / "tiny" / "metrics.jsonl")) for name in DEEPSPEED]
+    assert len(rows) == 3 and rows[0] == rows[1] == rows[2]
 
 
 def test_a_reward_that_goes_wrong_on_one_rank_is_counted_told_and_the_run_goes_on(tmp_path, environment):
@@ -218,9 +249,11 @@ def test_a_reward_that_goes_wrong_on_one_rank_is_counted_told_and_the_run_goes_o
         "    return [float('nan') if os.environ['RANK'] == '1' and i == 3 else float(len(text)) for i, text in enumerate(completions)]\n"
     )
     rewards = f"[{{name: '{file}:bad'}}, correct_answer]"
-    run = overrides(tmp_path, trainer__num_steps=3, trainer__reward_timeout=2, rewards=rewards)
-    done = launch(2, *run, environment=environment)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    run = overrides(
+        tmp_path, trainer__num_steps=4, trainer__reward_timeout=2, trainer__max_failed_rewards=0.01, rewards=rewards
+    )
+    done = launch(2, *run, environment=environment)  # it goes on for three steps, which the share of failures is of
+    assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
     assert "mine.py:bad returned nan for completion 3; it must be None or a number up to a million" in done.stdout
     assert "mine.py:bad took more than 2 s" in done.stdout
     rows = read(tmp_path / "tiny" / "metrics.jsonl")
@@ -228,54 +261,39 @@ def test_a_reward_that_goes_wrong_on_one_rank_is_counted_told_and_the_run_goes_o
     assert [row["failed/correct_answer"] for row in rows] == [0, 0, 0] and rows[1]["seconds/reward"] < 4
     unscored = [row for row in read(tmp_path / "tiny" / "completions.jsonl") if row["rewards"][f"{file}:bad"] is None]
     assert [row["step"] for row in unscored] == [0, *16 * [1], 2] and all(row["reward"] in (0, 1) for row in unscored)
-    refused = launch(
-        2,
-        *overrides(tmp_path, name="other", trainer__max_failed_rewards=0.01, rewards=rewards),
-        environment=environment,
-    )
-    assert refused.returncode == 3 and "Traceback" not in refused.stderr
     assert (
         "mine.py:bad failed on 19% of the completions of the last 3 steps, more than trainer.max_failed_rewards (0.01)"
-        in refused.stderr
+        in done.stderr
     )
 
 
-def test_another_run_is_never_overwritten_unasked_and_another_config_is_not_resumed(tmp_path, environment):
-    run = overrides(tmp_path, trainer__num_steps=1)
-    assert launch(1, *run, environment=environment).returncode == 0
-    refused = launch(1, *run, environment=environment)
+def test_another_run_is_never_overwritten_unasked_and_another_config_is_not_resumed(tmp_path, here):
+    run = [*TINY, *overrides(tmp_path, trainer__num_steps=1)]
+    assert here(*run).returncode == 0
+    refused = here(*run)
     assert (
         refused.returncode == 2
         and "tiny holds a run already; resume=auto goes on with it, overwrite=true" in refused.stderr
     )
-    again = launch(1, *run, "resume=auto", "trainer.num_steps=2", environment=environment)
+    again = here(*run, "resume=auto", "trainer.num_steps=2")
     assert again.returncode == 0 and "resumed from" in again.stdout
     assert yaml.safe_load((tmp_path / "tiny" / "config.yaml").read_text())["resume"] is None
-    refused = launch(1, *run, "resume=auto", "loss.kl_coef=0.5", "lora.r=4", environment=environment)
+    refused = here(*run, "resume=auto", "loss.kl_coef=0.5", "lora.r=4")
     assert refused.returncode == 2
     assert "loss.kl_coef (0.01 then, 0.5 now)" in refused.stderr and "lora.r (16 then, 4 now)" in refused.stderr
-    forced = launch(1, *run, "resume=force", "loss.kl_coef=0.5", "trainer.num_steps=3", environment=environment)
+    forced = here(*run, "resume=force", "loss.kl_coef=0.5", "trainer.num_steps=3")
     assert forced.returncode == 0, forced.stderr
     assert "warning: resume=force went on in spite of loss.kl_coef (0.01 then, 0.5 now)" in forced.stdout
     assert [row["step"] for row in read(tmp_path / "tiny" / "metrics.jsonl")] == [0, 1, 2]
-    anew = launch(1, *run, "overwrite=true", environment=environment)
+    anew = here(*run, "overwrite=true")
     assert anew.returncode == 0 and [row["step"] for row in read(tmp_path / "tiny" / "metrics.jsonl")] == [0]
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"question": "What is {i} + 1?", "answer": "{i + 1}"}}\n' for i in range(40)))
     data = [f"data.path={rows}", "evaluation.num_tasks=0", "name=own"]
-    assert launch(1, *run, *data, environment=environment).returncode == 0
+    assert here(*run, *data).returncode == 0
     rows.write_text(rows.read_text().replace("+ 1", "plus 1"))
-    other = launch(1, *run, *data, "resume=auto", environment=environment)
+    other = here(*run, *data, "resume=auto")
     assert other.returncode == 2 and "is of another run: the rows of data.path (other than then)" in other.stderr
-
-
-def test_every_deepspeed_json_trains_the_same(tmp_path, environment):
-    rows = {}
-    for path in sorted((ROOT / "configs").glob("*.json")):
-        run = overrides(tmp_path / path.stem, trainer__num_steps=2, engine__deepspeed=path.name)
-        assert launch(2, *run, environment=environment).returncode == 0
-        rows[path.stem] = without_times(read(tmp_path / path.stem / "tiny" / "metrics.jsonl"))
-    assert len(rows) == 3 and rows["ds_zero2"] == rows["ds_zero1"] == rows["ds_zero2_offload"]
 
 
 def test_the_real_config_runs_on_small_parts(tmp_path, environment):

@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from test_run import free_port, overrides, read, without_times
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_core import checkpoint, distributed, sft
+from grpo_core import checkpoint, sft
 from grpo_core.averages import Totals
 from grpo_core.batch import Task, TrainBatch
 from grpo_core.config import LoraConfig, LossConfig, ModelConfig, RunConfig, SftConfig, TargetConfig
@@ -195,16 +194,6 @@ def test_an_adapter_of_two_processes_stopped_by_a_signal_and_resumed_is_bitwise_
     after = own_cross_entropy(PeftModel.from_pretrained(base, whole / "adapter"), tokenizer, word_problems("test", 8))
     for row, (nats, tokens) in ((evaluations[0], before), (evaluations[-1], after)):
         assert row["tokens"] == tokens and row["loss"] == pytest.approx(nats / tokens, rel=1e-4)
-
-
-@pytest.fixture(scope="module")
-def group():
-    """A process group of one: DeepSpeed takes no second one in a process."""
-    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-    yield
-    distributed.shutdown()
-    for name in names:
-        os.environ.pop(name, None)
 
 
 def configured(out, *more, file=TINY):

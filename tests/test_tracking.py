@@ -3,7 +3,6 @@
 import json
 import struct
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
@@ -22,26 +21,13 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def train(out, environment, *more):
-    command = [
-        sys.executable,
-        "-m",
-        "grpo_core",
-        "train",
-        "--config",
-        "configs/tiny.yaml",
-        f"output_dir={out}",
-        *SHORT,
-        *more,
-    ]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-
-
-def test_both_hold_what_the_metrics_hold_also_when_resumed(tmp_path, environment):
-    environment = {**environment, "WANDB_MODE": "offline", "HOME": str(tmp_path / "home"), "WANDB_DIR": ""}
-    on = ["log.tensorboard=true", "log.wandb=tests", "checkpoint.every=2", "log.every=2"]
+def test_both_hold_what_the_metrics_hold_also_when_resumed(tmp_path, here, monkeypatch):
+    for name, value in {"WANDB_MODE": "offline", "HOME": str(tmp_path / "home"), "WANDB_DIR": ""}.items():
+        monkeypatch.setenv(name, value)
+    on = ["log.tensorboard=true", "log.wandb=tests", "checkpoint.every=2", "log.every=2", "engine.schedule=constant"]
     for steps, more in ((3, []), (4, ["resume=auto"])):
-        done = train(tmp_path, environment, *on, f"trainer.num_steps={steps}", "engine.schedule=constant", *more)
+        words = [f"output_dir={tmp_path}", *SHORT, *on, f"trainer.num_steps={steps}", *more]
+        done = here("train", "--config", "configs/tiny.yaml", *words)
         assert done.returncode == 0 and "is off from here on" not in done.stdout, done.stdout + done.stderr
     folder = tmp_path / "tiny"
     rows, (before, *_, after) = read(folder / "metrics.jsonl"), read(folder / "evaluation.jsonl")

@@ -1,6 +1,6 @@
 """Runs the documents' commands one after another in one process, which saves the imports.
 
-    python commands.py JOBS.json PROBLEMS.json
+    [torchrun --nproc-per-node 2] commands.py JOBS.json PROBLEMS.json
 
 A job is {cwd, kind, ...}: load (a configuration as it is written), main (a command of grpo_core), shell, python. The answer has
 for each of them null or what went wrong, in words.
@@ -77,4 +77,5 @@ if __name__ == "__main__":
             problems.append(None)
         except (Exception, SystemExit) as error:
             problems.append("".join(traceback.format_exception_only(error)).strip())
-    Path(sys.argv[2]).write_text(json.dumps(problems))
+    if os.environ.get("RANK", "0") == "0":
+        Path(sys.argv[2]).write_text(json.dumps(problems))

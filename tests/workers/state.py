@@ -1,4 +1,4 @@
-"""Two processes train a little and save; `resume` loads that in any number of processes and trains on."""
+"""Processes train a little and save; `resume` loads that in any number of processes and trains on."""
 
 import sys
 from pathlib import Path
@@ -20,8 +20,7 @@ def gradient_steps(policy, engine, steps):
         engine.step()
 
 
-def main(folder, what):
-    distributed.setup()
+def run(folder, what):
     policy = tiny_policy(lora_noise=0.1)
     config = run_config("token", 4)
     engine = Engine(policy.model, config, dtype=torch.float32, total_steps=8, world_size=distributed.world_size())
@@ -42,8 +41,11 @@ def main(folder, what):
     final = dict(engine.tensors())
     if distributed.is_main():
         save_file(final, folder / f"{what}-{distributed.world_size()}.safetensors")
-    distributed.shutdown()
+    distributed.barrier()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    distributed.setup()
+    for what in ("save", "resume"):
+        run(Path(sys.argv[1]), what)
+    distributed.shutdown()

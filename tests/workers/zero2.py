@@ -1,6 +1,6 @@
 """In several processes: a few updates through DeepSpeed ZeRO-2 for each micro-batch size; rank 0 writes the weights.
 
-torchrun --nproc-per-node 2 tests/workers/zero2.py OUT AVERAGE MICRO_BATCH_SIZE...
+torchrun --nproc-per-node 2 tests/workers/zero2.py OUT AVERAGE=MICRO_BATCH_SIZE,...  ...
 """
 
 import sys
@@ -46,8 +46,8 @@ def step_data(step, average):
     return ragged_rollouts(ROWS, seed=step), advantages
 
 
-def main(out, average, sizes):
-    distributed.setup()
+def trained(average, sizes):
+    """Weights, gradient norms and losses for each size."""
     rank, world = distributed.rank(), distributed.world_size()
     rows = torch.arange(rank * ROWS // world, (rank + 1) * ROWS // world)
     results = {}
@@ -71,11 +71,14 @@ def main(out, average, sizes):
         results[size] = {
             "parameters": torch.cat([p.detach().flatten() for p in policy.parameters()]), "norms": norms, "losses": losses
         }  # fmt: skip
-    if distributed.is_main():
-        torch.save(results, out)
-    distributed.barrier()
-    distributed.shutdown()
+    return results
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], [int(size) for size in sys.argv[3:]])
+    distributed.setup()
+    given = dict(word.split("=") for word in sys.argv[2:])
+    found = {average: trained(average, [int(size) for size in sizes.split(",")]) for average, sizes in given.items()}
+    if distributed.is_main():
+        torch.save(found, sys.argv[1])
+    distributed.barrier()
+    distributed.shutdown()
