@@ -287,7 +287,7 @@ def tiny():
     """tiny.yaml's sampling: the built-in policy, 16 prompts × 8, completions that end by themselves."""
     folder = ROOT / "grpo_core" / "builtin" / "tiny"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    policy = wrap(AutoModelForCausalLM.from_pretrained(folder), ModelConfig(), LoraConfig(target_modules="all-linear"), temperature=1.0)
+    policy = wrap(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ModelConfig(), LoraConfig(target_modules="all-linear"), temperature=1.0)
     questions = [f"Question: Tom has {i + 2} pens and buys {i % 5 + 1} more. How many pens has he now?\n" for i in range(16)]
     rows = [Task(i, q, tokenizer(q)["input_ids"], {}, (0, 0, i)) for i, q in enumerate(questions)]
     sampler = Sampler(policy.causal_lm, tokenizer, max_new_tokens=48)

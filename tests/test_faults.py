@@ -83,7 +83,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("fault", [
     {"where": "reward", "rank": 1, "calls": [4]},
-    {"where": "name", "rank": 0, "calls": [2], "late": True},
+    pytest.param({"where": "name", "rank": 0, "calls": [2], "late": True}, marks=pytest.mark.soak),
     pytest.param({"where": "sample", "rank": 0, "calls": [5]}, marks=pytest.mark.soak),
     pytest.param({"where": "backward", "rank": 1, "calls": [1]}, marks=pytest.mark.soak),
     pytest.param({"where": "write", "rank": 0, "calls": [2]}, marks=pytest.mark.soak),

@@ -110,7 +110,7 @@ def test_the_written_config_alone_re_runs_the_run(tmp_path, here):
         assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_killed_and_resumed_is_bitwise_never_stopped(tmp_path, environment, here, processes):
     """10 steps equal 5 steps, kill -9, resume, 5 steps: weights, metrics and completions.
 
