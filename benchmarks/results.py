@@ -281,7 +281,11 @@ def draw_gsm8k():
 PAGE = {  # table's mark in docs/results/README.md -> what it holds
     "gsm8k": gsm8k_table, "against_trl": against_trl_table, "variants": variants_table, "two_gpus": two_gpus_table,
 }  # fmt: skip
-PICTURES = (draw_word_problems, draw_gsm8k, draw_variants, draw_against_trl, draw_two_gpus, draw_reward_hacking)
+PICTURES = {  # with the runs that they show
+    draw_word_problems: ["word_problems"], draw_gsm8k: ["gsm8k", "gsm8k_base"], draw_against_trl: ["against_trl"],
+    draw_variants: [variant(name, seed) for name in VARIANTS for seed in SEEDS], draw_two_gpus: ["one_gpu", "two_gpus"],
+    draw_reward_hacking: ["reward_hacking"],
+}  # fmt: skip
 
 
 def filled_in(text):
@@ -303,8 +307,11 @@ def main():
         for run in given.runs:
             keep(run)
         return
-    for picture in PICTURES:
-        picture()
+    for picture, runs in PICTURES.items():
+        if missing := [run for run in runs if not (DATA / run).exists()]:
+            print(f"{picture.__name__}: without {', '.join(missing)}")
+        else:
+            picture()
     for page in (RESULTS / "README.md", ROOT / "README.md"):
         page.write_text(filled_in(page.read_text(encoding="utf-8")), encoding="utf-8")
 
