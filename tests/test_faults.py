@@ -175,6 +175,14 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_fails(tmp_path, here, mon
 
 
 @pytest.mark.soak
+def test_two_processes_whose_last_checkpoint_cannot_be_written_fail(tmp_path, environment):
+    fault = {"what": "full", "where": "write", "rank": 0, "calls": [2], "always": True}
+    done = run(2, tmp_path, environment=environment, fault=fault)
+    assert done.returncode == 3 and "grpo_core: the last checkpoint could not be written to" in done.stderr, done.stderr
+    assert [path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir()] == ["step-000002"]
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("harm", ["truncated", "missing", "flipped"])
 def test_a_damaged_checkpoint_is_left_for_the_one_before(tmp_path, environment, whole, harm):
     assert run(2, tmp_path, environment=environment).returncode == 0

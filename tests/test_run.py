@@ -249,11 +249,9 @@ def test_a_reward_that_goes_wrong_on_one_rank_is_counted_told_and_the_run_goes_o
         "    return [float('nan') if os.environ['RANK'] == '1' and i == 3 else float(len(text)) for i, text in enumerate(completions)]\n"
     )
     rewards = f"[{{name: '{file}:bad'}}, correct_answer]"
-    run = overrides(
-        tmp_path, trainer__num_steps=4, trainer__reward_timeout=2, trainer__max_failed_rewards=0.01, rewards=rewards
-    )
-    done = launch(2, *run, environment=environment)  # it goes on for three steps, which the share of failures is of
-    assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
+    run = overrides(tmp_path, trainer__num_steps=3, trainer__reward_timeout=2, rewards=rewards)
+    done = launch(2, *run, environment=environment)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert "mine.py:bad returned nan for completion 3; it must be None or a number up to a million" in done.stdout
     assert "mine.py:bad took more than 2 s" in done.stdout
     rows = read(tmp_path / "tiny" / "metrics.jsonl")
@@ -261,9 +259,15 @@ def test_a_reward_that_goes_wrong_on_one_rank_is_counted_told_and_the_run_goes_o
     assert [row["failed/correct_answer"] for row in rows] == [0, 0, 0] and rows[1]["seconds/reward"] < 4
     unscored = [row for row in read(tmp_path / "tiny" / "completions.jsonl") if row["rewards"][f"{file}:bad"] is None]
     assert [row["step"] for row in unscored] == [0, *16 * [1], 2] and all(row["reward"] in (0, 1) for row in unscored)
+    refused = launch(
+        2,
+        *overrides(tmp_path, name="other", trainer__max_failed_rewards=0.01, rewards=rewards),
+        environment=environment,
+    )
+    assert refused.returncode == 3 and "Traceback" not in refused.stderr
     assert (
         "mine.py:bad failed on 19% of the completions of the last 3 steps, more than trainer.max_failed_rewards (0.01)"
-        in done.stderr
+        in refused.stderr
     )
 
 
