@@ -27,7 +27,7 @@ EVALUATE = "python3 -m grpo_core evaluate"
 CHAINS = {
     "word_problems": [
         f"{TRAIN}/word_problems.yaml",
-        f"{EVALUATE} {RUNS}/word_problems --limit 500",
+        f"{EVALUATE} {RUNS}/word_problems --limit 1000",
         f"python3 -m grpo_core export {RUNS}/word_problems",
         f"{TRAIN}/reward_hacking.yaml",
         f"{EVALUATE} {RUNS}/reward_hacking --limit 500 --samples 0",
@@ -41,7 +41,7 @@ CHAINS = {
     ],
     "against_trl": [
         f"{TRAIN}/against_trl.yaml",
-        f"python3 benchmarks/learning.py {RUNS}/against_trl/trl.jsonl --config configs/experiments/against_trl.yaml --micro-batch 128",
+        f"python3 benchmarks/learning.py {RUNS}/against_trl/trl.jsonl --config configs/experiments/against_trl.yaml --micro-batch 256",
     ],
     "one_gpu": [f"{TRAIN}/one_gpu.yaml"],
     **{f"variants_{name}": [f"python3 benchmarks/variants.py {name}"] for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo")},

@@ -94,8 +94,8 @@ class Clock(TrainerCallback):
             ]
         self.tokenizer.padding_side = "left"
         given = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-        for part in range(0, len(prompts), 250):
-            inputs = {key: values[part : part + 250] for key, values in given.items()}
+        for part in range(0, len(prompts), 500):
+            inputs = {key: values[part : part + 500] for key, values in given.items()}
             output = model.generate(**inputs, do_sample=False, max_new_tokens=self.width, use_cache=True)
             texts += self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         model.train(training)

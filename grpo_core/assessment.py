@@ -118,7 +118,7 @@ def problems(opened: Opened, data: str | None, split: str | None, limit: int | N
         rows, path = load_rows(data, config.subset if data == config.path else None, split, limit), data
     else:
         count = (limit or ALL) if own else opened.config.evaluation.num_tasks
-        rows = load_splits(config, count, opened.config.seed)[1][:limit]
+        rows = load_splits(config, count)[1][:limit]
         path = config.eval_path or config.path
         split = config.eval_split or ("test" if path.startswith("builtin:") else f"held out of {config.split}")
     if not rows:

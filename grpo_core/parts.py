@@ -26,7 +26,7 @@ from grpo_core.scoring import Reward, build_reward
 
 def all_tasks(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Task], list[Task], int]:
     """Tasks to train on, tasks to evaluate on, and how many prompts were too long."""
-    rows, eval_rows = load_splits(config.data, config.evaluation.num_tasks, config.seed)
+    rows, eval_rows = load_splits(config.data, config.evaluation.num_tasks)
     tasks, long = make_tasks(rows, config.data, tokenizer)
     eval_tasks, long_too = make_tasks(eval_rows, config.data, tokenizer)
     return tasks, eval_tasks, long + long_too

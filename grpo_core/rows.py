@@ -18,7 +18,7 @@ FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 BUILTIN_ROWS = {"train": 20_000, "test": 1_000}
 
 
-def load_splits(config: DataConfig, num_eval: int, seed: int) -> tuple[list[Row], list[Row]]:
+def load_splits(config: DataConfig, num_eval: int) -> tuple[list[Row], list[Row]]:
     """Training rows and at most `num_eval` rows for evaluation, disjoint where they come from one split.
 
     Every row has every column of its split, None where it was not given.
@@ -37,7 +37,7 @@ def load_splits(config: DataConfig, num_eval: int, seed: int) -> tuple[list[Row]
                 f"evaluation.num_tasks is {num_eval}, but {config.path} has only {len(train)} rows to hold them out "
                 f"from; name data.eval_path or data.eval_split, or ask for fewer"
             )
-        order = permutation(len(train), seed, 0)
+        order = permutation(len(train), 0, 0)  # the same for every seed: what one run holds out another must not train on
         train, held_out = ([train[i] for i in sorted(part)] for part in (order[num_eval:], order[:num_eval]))
     return train, held_out
 

@@ -183,7 +183,7 @@ def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
 def _new_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A new small model with a tokenizer learned from the training rows."""
-    rows, _ = load_splits(config.data, config.evaluation.num_tasks, config.seed)
+    rows, _ = load_splits(config.data, config.evaluation.num_tasks)
     return new_model([" ".join(map(str, row.values())) for row in rows], **config.sft.new_model)
 
 

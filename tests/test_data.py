@@ -27,7 +27,7 @@ def write(folder, suffix):
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
 def test_local_files(tmp_path, suffix):
-    rows, held_out = load_splits(DataConfig(path=str(write(tmp_path, suffix))), 3, 0)
+    rows, held_out = load_splits(DataConfig(path=str(write(tmp_path, suffix))), 3)
     questions, held = [row["question"] for row in rows], [row["question"] for row in held_out]
     assert len(questions) == 7 and len(held) == 3 and sorted(questions + held) == [row["question"] for row in ROWS]
 
@@ -35,7 +35,7 @@ def test_local_files(tmp_path, suffix):
 def test_a_local_folder_and_splits(tmp_path):
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({**row, "split": split}) + "\n" for row in ROWS))
-    rows, held_out = load_splits(DataConfig(path=str(tmp_path), eval_split="test", limit=4), 6, 0)
+    rows, held_out = load_splits(DataConfig(path=str(tmp_path), eval_split="test", limit=4), 6)
     assert [row["split"] for row in rows] == ["train"] * 4 and [row["split"] for row in held_out] == ["test"] * 6
 
 
@@ -51,17 +51,17 @@ def test_a_local_folder_and_splits(tmp_path):
 )
 def test_data_that_cannot_be_loaded_is_one_sentence(config, message):
     with pytest.raises(ValueError, match=message) as error:
-        load_splits(config, 1, 0)
+        load_splits(config, 1)
     assert "\n" not in str(error.value)
 
 
 def test_too_few_rows_to_hold_out(tmp_path):
     with pytest.raises(ValueError, match="num_tasks is 10, but .* has only 10 rows"):
-        load_splits(DataConfig(path=str(write(tmp_path, ".json"))), 10, 0)
+        load_splits(DataConfig(path=str(write(tmp_path, ".json"))), 10)
 
 
 def test_columns_are_renamed_to_ours(tmp_path):
-    rows, _ = load_splits(DataConfig(path=str(write(tmp_path, ".json"))), 1, 0)
+    rows, _ = load_splits(DataConfig(path=str(write(tmp_path, ".json"))), 1)
     config = DataConfig(template="ab{question}{fact}", columns={"fact": "cot"})
     made, _ = make_tasks(rows, config, Alphabet())
     first = made[0].columns
@@ -71,7 +71,7 @@ def test_columns_are_renamed_to_ours(tmp_path):
 def test_a_byte_order_mark_is_no_text(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"question": "x"}), encoding="utf-8-sig")
-    assert load_splits(DataConfig(path=str(path)), 0, 0)[0] == [{"question": "x"}]
+    assert load_splits(DataConfig(path=str(path)), 0)[0] == [{"question": "x"}]
 
 
 def test_long_prompts_are_cut_on_the_left_where_asked():

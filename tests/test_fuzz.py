@@ -148,7 +148,7 @@ def test_any_data_file_is_read_whole_or_refused(tmp_path, content, suffix, templ
     path.write_bytes(content)
     config = DataConfig(path=str(path), template=template, columns=columns, limit=limit)
     try:
-        rows, _ = load_splits(config, 0, 0)
+        rows, _ = load_splits(config, 0)
         tasks, long = make_tasks(rows, config, TOKENIZER)
     except ConfigError as error:
         one_sentence(error)
