@@ -37,7 +37,7 @@ def load_splits(config: DataConfig, num_eval: int) -> tuple[list[Row], list[Row]
                 f"evaluation.num_tasks is {num_eval}, but {config.path} has only {len(train)} rows to hold them out "
                 f"from; name data.eval_path or data.eval_split, or ask for fewer"
             )
-        order = permutation(len(train), 0, 0)  # the same for every seed: what one run holds out another must not train on
+        order = permutation(len(train), 0, 0)  # whatever the seed: a run must not train on what another is judged by
         train, held_out = ([train[i] for i in sorted(part)] for part in (order[num_eval:], order[:num_eval]))
     return train, held_out
 
