@@ -23,7 +23,7 @@ os.environ.setdefault("WANDB_DISABLED", "true")
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, GenerationConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_core.config_file import load
@@ -47,7 +47,7 @@ def text_of(completion):
     return completion if isinstance(completion, str) else completion[0]["content"]
 
 
-def reward_function(config, eos_id):
+def reward_function(config, ends):
     """The weighted sum of the configuration's rewards, with what it makes of completions that were cut off."""
     functions = [(REWARDS.build(reward.name, reward.args), reward.weight) for reward in config.rewards]
     zero = config.truncation.name == "zero_reward"
@@ -58,7 +58,7 @@ def reward_function(config, eos_id):
         for function, weight in functions:
             given = {name: columns[name] for name in needed_columns(function) if name in columns}
             total = [sum_ + weight * value for sum_, value in zip(total, function(texts, **given), strict=True)]
-        return [0.0 if zero and ids[-1] != eos_id else value for value, ids in zip(total, completion_ids, strict=True)]
+        return [0.0 if zero and ids[-1] not in ends else value for value, ids in zip(total, completion_ids, strict=True)]
 
     return reward
 
@@ -128,6 +128,8 @@ def main():
     assert (loss.name, loss.average, loss.kl_coef, config.advantage.name) == ("grpo", "token", 0.0, "grpo"), loss
     assert (trainer_config.num_minibatches, trainer_config.num_passes, engine.schedule) == (1, 1, "constant")
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    model_ends = GenerationConfig.from_pretrained(config.model.path).eos_token_id
+    ends = {tokenizer.eos_token_id, *(model_ends if isinstance(model_ends, list) else [model_ends])}
     steps = given.steps or trainer_config.num_steps
     arguments = GRPOConfig(
         output_dir=tempfile.mkdtemp(), seed=config.seed, use_cpu=not GPU, bf16=GPU, report_to=[], disable_tqdm=True,
@@ -142,7 +144,7 @@ def main():
     )  # fmt: skip
     lora = config.lora
     trainer = GRPOTrainer(
-        model=config.model.path, reward_funcs=reward_function(config, tokenizer.eos_token_id), args=arguments, processing_class=tokenizer,
+        model=config.model.path, reward_funcs=reward_function(config, ends), args=arguments, processing_class=tokenizer,
         train_dataset=Dataset.from_list(rows_of(config, "train", 20_000)), callbacks=[Clock(config, tokenizer, given.every, given.out)],
         peft_config=LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"),
     )  # fmt: skip

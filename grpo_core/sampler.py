@@ -161,10 +161,24 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
     Raises:
         ConfigError: there is none, so no completion would ever end.
     """
-    found: set[int] = set()
-    for source in (model.generation_config, model.config, tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        found |= {value} if isinstance(value, int) else set(value or ())
+    found = _ends(model.generation_config) | _ends(model.config) | _ends(tokenizer)
     if not found:
         raise ConfigError("the model and its tokenizer name no end-of-sequence token, so no completion would ever end")
     return found
+
+
+def disagreement(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A sentence where the tokenizer ends a text otherwise than the model does, as after a conversion gone wrong."""
+    models, own = _ends(model.generation_config) | _ends(model.config), _ends(tokenizer)
+    if not models or not own or models & own:
+        return None
+    names = [", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(ids)))) for ids in (own, models)]
+    return (
+        f"the tokenizer's end-of-sequence token is {names[0]}, the model's {names[1]}: either ends a completion, and "
+        f"what sft teaches ends with the tokenizer's"
+    )
+
+
+def _ends(source: object) -> set[int]:
+    value = getattr(source, "eos_token_id", None)
+    return {value} if isinstance(value, int) else set(value or ())

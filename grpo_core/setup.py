@@ -33,6 +33,7 @@ from grpo_core.policy import Policy, load_policy
 from grpo_core.progress import working
 from grpo_core.registry import fact
 from grpo_core.run import Run
+from grpo_core.sampler import disagreement
 from grpo_core.scoring import build_reward
 from grpo_core.truncation import TRUNCATIONS
 
@@ -150,6 +151,8 @@ def assemble(
     policy.model.eval()  # DeepSpeed leaves it in training mode
     log = RunLog(beginning.folder, config, beginning.step, num_steps)
     log.flops_per_token = policy.flops_per_token()
+    if sentence := disagreement(policy.causal_lm, tokenizer):
+        log.say(f"warning: {sentence}")
     loss_fn = LOSSES.build(loss.name, loss.args)
     longest = (max(len(task.prompt_ids) for task in tasks), longest_completion or config.sampling.max_new_tokens)
     rows = trainer.completions_per_step // world_size // trainer.num_minibatches

@@ -27,7 +27,7 @@ from grpo_core.config import LoraConfig, ModelConfig
 from grpo_core.draw import Decoding, draw, restrict
 from grpo_core.fused_decoder import FusedDecoder
 from grpo_core.policy import Policy, wrap
-from grpo_core.sampler import Sampler, eos_ids
+from grpo_core.sampler import Sampler, disagreement, eos_ids
 from grpo_core.schema import ConfigError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -373,6 +373,22 @@ def test_every_end_of_sequence_id_ends():
     rollouts = make(policy).generate(TASKS, 16)
     last = rollouts.completion_ids.gather(1, rollouts.lengths()[:, None] - 1).squeeze(1)
     assert set(last[~rollouts.truncated].tolist()) == {EOS, 5, 9}
+
+
+def test_a_tokenizer_that_ends_otherwise_than_the_model_is_told():
+    class Converted(Alphabet):
+        eos_token_id = 7
+
+        def convert_ids_to_tokens(self, ids):
+            return [f"<{i}>" for i in ids]
+
+    model = policy_on_device().causal_lm
+    model.generation_config.eos_token_id, model.config.eos_token_id = [EOS, 5], EOS
+    assert disagreement(model, Alphabet()) is None
+    sentence = disagreement(model, Converted())
+    assert f"'<7>', the model's '<{min(EOS, 5)}>', '<{max(EOS, 5)}>'" in sentence
+    model.generation_config.eos_token_id = [EOS, 7]
+    assert disagreement(model, Converted()) is None
 
 
 def test_a_rows_noise_does_not_depend_on_the_other_rows():
