@@ -43,6 +43,12 @@ CHAINS = {
         f"{TRAIN}/against_trl.yaml",
         f"python3 benchmarks/learning.py {RUNS}/against_trl/trl.jsonl --config configs/experiments/against_trl.yaml --micro-batch 256",
     ],
+    **{
+        f"tried_{temperature}_{rate}": [
+            f"{TRAIN}/word_problems.yaml name=tried_{temperature}_{rate} seed=11 sampling.temperature={temperature} engine.learning_rate={rate}"
+        ]
+        for temperature, rate in (("0.7", "6e-4"), ("1.0", "3e-4"), ("1.0", "6e-4"), ("1.0", "1e-3"))
+    },
     "one_gpu": [f"{TRAIN}/one_gpu.yaml"],
     **{f"variants_{name}": [f"python3 benchmarks/variants.py {name}"] for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo")},
 }  # fmt: skip

@@ -30,6 +30,7 @@ COLUMNS = (
 SHOWN = 20  # completions before and after
 VARIANTS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 SEEDS = (1, 2, 3)
+TRIED = ("tried_0.7_6e-4", "tried_1.0_3e-4", "tried_1.0_6e-4", "tried_1.0_1e-3")  # temperature and learning rate
 COLOURS = ("#0072b2", "#d55e00", "#00805e", "#a8447f", "#8c6a00")
 
 
@@ -49,7 +50,7 @@ def keep(run):
     for name in ("evaluation.jsonl", "config.yaml", "trl.jsonl"):
         if (run / name).exists():
             (to / name).write_bytes((run / name).read_bytes())
-    if (run / "metrics.jsonl").exists():
+    if (run / "metrics.jsonl").exists() and not run.name.startswith("tried_"):
         rows = [{name: short(row[name]) for name in COLUMNS if row.get(name) is not None} for row in read(run / "metrics.jsonl")]
         (to / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = yaml.safe_load((to / "config.yaml").read_text()) if (to / "config.yaml").exists() else None
@@ -137,6 +138,64 @@ def draw_word_problems():
     axes.set_xlabel("step")
     axes.set_title("SmolLM2-135M-Instruct on word problems, from the instruct weights", loc="left", fontsize=10)
     made.savefig(RESULTS / "word_problems.png")
+
+
+def evaluation(name):
+    return json.loads((DATA / name / "evaluate.json").read_text())
+
+
+def word_problems_table():
+    """Greedily on the problems that the curve watched and on those that it did not, sampled on all of them."""
+    found = evaluation("word_problems")
+    n, watched = found["policy"]["greedy"]["n"], accuracy("word_problems")[0]["n"]
+    rows = [("before", "base"), ("after", "policy")]
+    lines = [f"| | the {watched} that the curve shows | {n - watched} others | mean@8 | pass@8 | tokens | cut off |", "|---|---|---|---|---|---|---|"]
+    for label, policy in rows:
+        solved, figures = found["solved"][policy], found[policy]
+        first = sum(task < watched for task in solved)
+        cells = [interval(first, watched), interval(len(solved) - first, n - watched)]
+        cells += [percent(figures[k]["value"]) for k in ("mean@8", "pass@8")]
+        cells += [f"{figures['length']['value']:.0f}", percent(figures["cut off"]["value"])]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tried_table():
+    """What the settings of run 1 were chosen from."""
+    lines = ["| temperature | learning rate | after 50 steps | 100 | 150 | 200 | 250 |", "|---|---|---|---|---|---|---|"]
+    for run in TRIED:
+        rows = {row["step"]: row["accuracy"] for row in accuracy(run)}
+        _, temperature, rate = run.split("_")
+        lines.append(f"| {temperature} | {rate} | {' | '.join(percent(rows[step]) for step in (50, 100, 150, 200, 250))} |")
+    return "\n".join(lines)
+
+
+def reward_hacking_table():
+    found = evaluation("reward_hacking")
+    lines = ["| | held-out accuracy | the combined reward | tokens | cut off |", "|---|---|---|---|---|"]
+    for label, policy in (("before", "base"), ("after", "policy")):
+        figures, n = found[policy], found[policy]["greedy"]["n"]
+        cells = [interval(len(found["solved"][policy]), n), f"{figures['reward combined']['value']:.1f}"]
+        cells += [f"{figures['length']['value']:.0f}", percent(figures["cut off"]["value"])]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def runs_table():
+    """What every run took, variants aside."""
+    lines = ["| run | steps | completions a step | tokens sampled | seconds of training | a step (median) | GPU memory |", "|---|---|---|---|---|---|---|"]
+    for folder in sorted(DATA.iterdir()):
+        if folder.name.startswith("variant_") or not (folder / "metrics.jsonl").exists():
+            continue
+        rows, clock = read(folder / "metrics.jsonl"), trained_seconds(folder.name)
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        tokens = sum(row.get("tokens_sampled", row["tokens"]) for row in rows)
+        step, memory = statistics.median(b - a for a, b in pairwise(clock)), max(row["peak_memory_gb"] for row in rows)
+        lines.append(
+            f"| {folder.name} | {len(rows)} | {config['trainer']['completions_per_step']:,} | {tokens / 1e6:.1f} M | {clock[-1]:.0f} | "
+            f"{step:.2f} s | {memory:.0f} GB |"
+        )
+    return "\n".join(lines)
 
 
 def draw_against_trl():
@@ -279,6 +338,7 @@ def draw_gsm8k():
 
 
 PAGE = {  # table's mark in docs/results/README.md -> what it holds
+    "word_problems": word_problems_table, "tried": tried_table, "reward_hacking": reward_hacking_table, "runs": runs_table,
     "gsm8k": gsm8k_table, "against_trl": against_trl_table, "variants": variants_table, "two_gpus": two_gpus_table,
 }  # fmt: skip
 PICTURES = {  # with the runs that they show

@@ -1,17 +1,21 @@
 """docs/results: what is kept of a run, and figures and tables that are made of nothing else."""
 
 import json
+import re
 import sys
 import time
 
 import pytest
 from conftest import ROOT
+from doc_commands import blocks
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "configs" / "experiments"))
 import experiments
 import results
 from worked_steps import steps_in, worked_steps
+
+from grpo_core.config_file import load
 
 COT = "18 + 21 = 39. 39 - 20 = 19."
 
@@ -129,11 +133,29 @@ def test_seconds_to_an_accuracy():
     assert results.seconds_to(rows, 0.1) == 0 and results.seconds_to(rows, 0.6) is None
 
 
+PAGE = ROOT / "docs" / "results" / "README.md"
+
+
 def test_the_published_tables_are_those_of_the_data():
-    for page in (ROOT / "docs" / "results" / "README.md", ROOT / "README.md"):
-        if page.exists():
-            text = page.read_text(encoding="utf-8")
-            assert results.filled_in(text) == text, page
+    for page in (PAGE, ROOT / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        assert "<!-- table:" in text and results.filled_in(text) == text, page
+
+
+def test_every_command_on_the_page_is_one_of_the_experiments():
+    ours = [command for chain in (experiments.CHAINS | experiments.ON_TWO).values() for command in chain]
+    shown = [line for language, text in blocks(PAGE.read_text()) if language == "bash" for line in text.splitlines()]
+    assert shown and not set(shown) - set(ours)
+
+
+def test_every_experiments_configuration_loads():
+    for command in (command for chain in (experiments.CHAINS | experiments.ON_TWO).values() for command in chain):
+        if match := re.search(r"--config (\S+)((?: [a-z_.]+=\S+)*)", command):
+            load(ROOT / match[1], match[2].split())
+
+
+def test_the_published_data_are_small():
+    assert sum(path.stat().st_size for path in PAGE.parent.rglob("*")) <= 5e6
 
 
 def test_experiments_go_on_where_they_were(tmp_path, monkeypatch):
