@@ -8,7 +8,11 @@ digits, and of built-in problems 20 completions before and after. Rows of other 
 """
 
 import argparse
+import ast
 import json
+import math
+import operator
+import re
 import statistics
 import sys
 from itertools import pairwise
@@ -31,6 +35,7 @@ SHOWN = 20  # completions before and after
 VARIANTS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 SEEDS = (1, 2, 3)
 TRIED = ("tried_0.7_6e-4", "tried_1.0_3e-4", "tried_1.0_6e-4", "tried_1.0_1e-3")  # temperature and learning rate
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 COLOURS = ("#0072b2", "#d55e00", "#00805e", "#a8447f", "#8c6a00")
 
 
@@ -64,13 +69,17 @@ def keep_evaluation(folder, to, *, with_text):
     """The figures, which problems were solved greedily, and for built-in problems some answers."""
     result, rows = json.loads((folder / "evaluate.json").read_text()), read(folder / "completions.jsonl")
     result["source"] = Path(result["source"]).name
-    result["weights"] = result["weights"].split("/")[0]
+    result.pop("weights")
     result["data"]["path"] = Path(result["data"]["path"]).name
     greedy = {(row["policy"], row["task"]): row for row in rows if row["sample"] == 0}
     result["solved"] = {
         policy: sorted(task for (name, task), row in greedy.items() if name == policy and row["correct"])
         for policy in ("base", "policy") if policy in result
     }  # fmt: skip
+    result["slips"] = {
+        policy: sum(slips(row["text"]) for (name, _), row in greedy.items() if name == policy and not row["correct"])
+        for policy in result["solved"]
+    }
     (to / f"{folder.name}.json").write_text(json.dumps(result) + "\n")
     if with_text:
         tasks = sorted({task for _, task in greedy})[:SHOWN]
@@ -82,6 +91,27 @@ def keep_evaluation(folder, to, *, with_text):
                 if row := greedy.get((policy, task)):
                     lines.append(f"{when} ({'right' if row['correct'] else 'wrong'}):\n\n```text\n{row['text'].strip()}\n```\n")
         (to / "completions.md").write_text("\n".join(lines))
+
+
+def slips(text):
+    """Whether one of its marked calculations, <<3*4=12>>, is wrong."""
+    return any(not calculated(formula, result) for formula, result in re.findall(r"<<([-+*/.() \d]+)=(-?[\d.]+)>>", text))
+
+
+def calculated(formula, result):
+    """Whether the formula, of + - * / and brackets, has this value, to what GSM8K rounds to; not if it has none."""
+    try:
+        return math.isclose(_value(ast.parse(formula.strip(), mode="eval").body), float(result), abs_tol=0.005, rel_tol=0.001)
+    except (SyntaxError, ValueError, ZeroDivisionError, KeyError):
+        return False
+
+
+def _value(node):
+    if isinstance(node, ast.BinOp):
+        return OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
+    if isinstance(node, ast.UnaryOp):
+        return -_value(node.operand)
+    return float(ast.literal_eval(node))
 
 
 def accuracy(name):
@@ -313,7 +343,10 @@ def gsm8k_table():
         lines.append(f"| {label} | {' | '.join(cells)} |")
     n, before, after = rows[1][1]["greedy"]["n"], set(rows[1][2]), set(rows[2][2])
     lost, won, p = mcnemar([i in before for i in range(n)], [i in after for i in range(n)])
-    return "\n".join([*lines, "", f"GRPO against the warm-up, greedily and problem by problem: {won} won, {lost} lost, McNemar's p = {p:.2g}."])
+    slipped = json.loads((DATA / "gsm8k" / "evaluate-test.json").read_text())["slips"]
+    slipped = [percent(slipped[policy] / (n - len(solved))) for policy, solved in (("base", before), ("policy", after))]
+    limits = f"Wrong answers in which a marked calculation has a wrong result: {slipped[0]} of the warm-up's, {slipped[1]} of GRPO's."
+    return "\n".join([*lines, "", f"GRPO against the warm-up, greedily and problem by problem: {won} won, {lost} lost, McNemar's p = {p:.2g}.", "", limits])
 
 
 def draw_gsm8k():

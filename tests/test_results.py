@@ -48,6 +48,17 @@ def row(policy, task, sample, correct, text="mine"):
     }
 
 
+@pytest.mark.parametrize("text, slipped", [
+    ("so <<3*4=12>>12 and <<(12 - 2)/4=2.5>>2.5", False),
+    ("so <<3*4=13>>13 and <<13-2=11>>11", True),
+    ("<<10/3=3.33>>3.33, <<-2+5=3>>3", False),  # as GSM8K rounds
+    ("3 * 4 = 13", False),  # not marked
+    ("<<3/0=3>>", True), ("<<3**4=81>>", True), ("<<3 4=7>>", True),
+])  # fmt: skip
+def test_calculations_that_are_wrong(text, slipped):
+    assert results.slips(text) is slipped
+
+
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RESULTS", tmp_path / "page")
@@ -123,6 +134,22 @@ def test_seconds_of_training_leave_out_evaluations_and_what_came_before_the_firs
     ]  # fmt: skip
     (data / "mine" / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     assert results.trained_seconds("mine") == [0.0, 3.0, 7.5, 10.5]
+
+
+def test_the_test_sets_table(data):
+    """Two policies on 20 problems: 8 more are solved, 1 no longer."""
+    figures = {"greedy": {"n": 20}} | {
+        f"{what}@8": {"value": 0.5, "ci_low": 0.4, "ci_high": 0.6} for what in ("mean", "pass", "maj")
+    }
+    for name, told in (
+        ("gsm8k_base", {"policy": figures, "solved": {"policy": [0]}}),
+        ("gsm8k", {"base": figures, "policy": figures, "solved": {"base": [0, 1], "policy": [0, *range(2, 10)]}, "slips": {"base": 9, "policy": 0}}),
+    ):  # fmt: skip
+        (data / name).mkdir(parents=True)
+        (data / name / "evaluate-test.json").write_text(json.dumps(told))
+    table = results.gsm8k_table()
+    assert "| supervised warm-up | 10.0 % (2.8 to 30.1) | 50.0 % (40.0 to 60.0) |" in table
+    assert "8 won, 1 lost, McNemar's p = 0.039." in table and "50.0 % of the warm-up's, 0.0 % of GRPO's." in table
 
 
 def test_seconds_to_an_accuracy():
