@@ -23,7 +23,7 @@ os.environ.setdefault("WANDB_DISABLED", "true")
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer, GenerationConfig, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_core.config_file import load
@@ -128,8 +128,7 @@ def main():
     assert (loss.name, loss.average, loss.kl_coef, config.advantage.name) == ("grpo", "token", 0.0, "grpo"), loss
     assert (trainer_config.num_minibatches, trainer_config.num_passes, engine.schedule) == (1, 1, "constant")
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    model_ends = GenerationConfig.from_pretrained(config.model.path).eos_token_id
-    ends = {tokenizer.eos_token_id, *(model_ends if isinstance(model_ends, list) else [model_ends])}
+    ends = set()  # the tokens that end a completion, which the trainer gathers
     steps = given.steps or trainer_config.num_steps
     arguments = GRPOConfig(
         output_dir=tempfile.mkdtemp(), seed=config.seed, use_cpu=not GPU, bf16=GPU, report_to=[], disable_tqdm=True,
@@ -148,6 +147,7 @@ def main():
         train_dataset=Dataset.from_list(rows_of(config, "train", 20_000)), callbacks=[Clock(config, tokenizer, given.every, given.out)],
         peft_config=LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"),
     )  # fmt: skip
+    ends.update(trainer.eos_token_ids)
     trainer.train()
 
 

@@ -21,7 +21,9 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from experiments import CHAINS
+
 from grpo_core.estimates import mcnemar, wilson_interval
 
 RESULTS = ROOT / "docs" / "results"
@@ -34,7 +36,7 @@ COLUMNS = (
 SHOWN = 20  # completions before and after
 VARIANTS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 SEEDS = (1, 2, 3)
-TRIED = ("tried_0.7_6e-4", "tried_1.0_3e-4", "tried_1.0_6e-4", "tried_1.0_1e-3")  # temperature and learning rate
+TRIED = [name for name in CHAINS if name.startswith("tried_")]  # tried_TEMPERATURE_LEARNING-RATE
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 COLOURS = ("#0072b2", "#d55e00", "#00805e", "#a8447f", "#8c6a00")
 
@@ -55,7 +57,7 @@ def keep(run):
     for name in ("evaluation.jsonl", "config.yaml", "trl.jsonl"):
         if (run / name).exists():
             (to / name).write_bytes((run / name).read_bytes())
-    if (run / "metrics.jsonl").exists() and not run.name.startswith("tried_"):
+    if (run / "metrics.jsonl").exists() and run.name not in TRIED:
         rows = [{name: short(row[name]) for name in COLUMNS if row.get(name) is not None} for row in read(run / "metrics.jsonl")]
         (to / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = yaml.safe_load((to / "config.yaml").read_text()) if (to / "config.yaml").exists() else None
@@ -329,22 +331,21 @@ def draw_reward_hacking():
 
 
 def gsm8k():
-    """(label, correct, n, figures) of the test set's rows: base, warm-up, GRPO."""
+    """(label, figures, solved, slips) of the test set's rows: base, warm-up, GRPO."""
     base, trained = (json.loads((DATA / name / "evaluate-test.json").read_text()) for name in ("gsm8k_base", "gsm8k"))
-    return [("base", base["policy"], base["solved"]["policy"]), ("supervised warm-up", trained["base"], trained["solved"]["base"]),
-            ("GRPO", trained["policy"], trained["solved"]["policy"])]  # fmt: skip
+    told = (("base", base, "policy"), ("supervised warm-up", trained, "base"), ("GRPO", trained, "policy"))
+    return [(label, found[policy], found["solved"][policy], found["slips"][policy]) for label, found, policy in told]
 
 
 def gsm8k_table():
     rows, lines = gsm8k(), ["| | greedy | mean@8 | pass@8 | maj@8 |", "|---|---|---|---|---|"]
-    for label, figures, solved in rows:
+    for label, figures, solved, _ in rows:
         cells = [interval(len(solved), figures["greedy"]["n"])]
         cells += [f"{percent(figures[k]['value'])} ({100 * figures[k]['ci_low']:.1f} to {100 * figures[k]['ci_high']:.1f})" for k in ("mean@8", "pass@8", "maj@8")]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     n, before, after = rows[1][1]["greedy"]["n"], set(rows[1][2]), set(rows[2][2])
     lost, won, p = mcnemar([i in before for i in range(n)], [i in after for i in range(n)])
-    slipped = json.loads((DATA / "gsm8k" / "evaluate-test.json").read_text())["slips"]
-    slipped = [percent(slipped[policy] / (n - len(solved))) for policy, solved in (("base", before), ("policy", after))]
+    slipped = [percent(slips / (n - len(solved))) for _, _, solved, slips in rows[1:]]
     limits = f"Wrong answers in which a marked calculation has a wrong result: {slipped[0]} of the warm-up's, {slipped[1]} of GRPO's."
     return "\n".join([*lines, "", f"GRPO against the warm-up, greedily and problem by problem: {won} won, {lost} lost, McNemar's p = {p:.2g}.", "", limits])
 
@@ -357,7 +358,7 @@ def draw_gsm8k():
     curve(left, "gsm8k", None, COLOURS[0])
     left.set(xlabel="step", title="500 held-out training questions")
     left.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    for place, (_, figures, solved) in enumerate(gsm8k()):
+    for place, (_, figures, solved, _) in enumerate(gsm8k()):
         n = figures["greedy"]["n"]
         low, high = wilson_interval(len(solved), n)
         share = len(solved) / n

@@ -142,7 +142,7 @@ def test_the_test_sets_table(data):
         f"{what}@8": {"value": 0.5, "ci_low": 0.4, "ci_high": 0.6} for what in ("mean", "pass", "maj")
     }
     for name, told in (
-        ("gsm8k_base", {"policy": figures, "solved": {"policy": [0]}}),
+        ("gsm8k_base", {"policy": figures, "solved": {"policy": [0]}, "slips": {"policy": 1}}),
         ("gsm8k", {"base": figures, "policy": figures, "solved": {"base": [0, 1], "policy": [0, *range(2, 10)]}, "slips": {"base": 9, "policy": 0}}),
     ):  # fmt: skip
         (data / name).mkdir(parents=True)
