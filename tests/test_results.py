@@ -86,8 +86,8 @@ def a_run(folder, path, test):
     rows = [
         row("base", 0, 0, False),
         row("base", 1, 0, True),
-        row("policy", 0, 0, True),
-        row("policy", 1, 0, False),
+        row("policy", 0, 0, True, "mine, <<1+1=3>>"),
+        row("policy", 1, 0, False, "mine, <<1+1=3>>"),
         row("policy", 1, 1, True),
     ]
     (folder / test / "completions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
@@ -99,8 +99,12 @@ def test_what_is_kept_of_a_run(tmp_path, data):
     assert results.read(data / "mine" / "metrics.jsonl") == [{"step": 0, "reward": 0.33333, "seconds": 9.0}]
     told = json.loads((data / "mine" / "evaluate.json").read_text())
     assert told["solved"] == {"base": [1], "policy": [0]} and "/where" not in json.dumps(told)
+    assert told["slips"] == {"base": 0, "policy": 1}  # of the wrong answers alone
     text = (data / "mine" / "completions.md").read_text()
-    assert "**1.** What is 0?\n\nbefore (wrong):\n\n```text\nmine\n```\n\nafter (right):" in text
+    assert (
+        "**1.** What is 0?\n\nbefore (wrong):\n\n```text\nmine\n```\n\nafter (right):\n\n```text\nmine, <<1+1=3>>"
+        in text
+    )
 
 
 def test_rows_of_other_data_appear_by_their_number_alone(tmp_path, data):

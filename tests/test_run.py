@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -400,3 +401,13 @@ def test_an_old_python_and_too_many_processes_are_one_sentence(tmp_path, environ
     assert done.returncode == 2 and done.stderr.strip() == "3 processes were asked for, but only 2 GPU(s) are visible."
     done = launch(2, environment={**env, "PATH": smi + env["PATH"], "CUDA_VISIBLE_DEVICES": "1"})
     assert done.returncode == 2 and "only 1 GPU(s)" in done.stderr
+
+
+def test_a_tokenizer_that_ends_otherwise_than_the_model_is_told_before_the_first_step(tmp_path, here):
+    model = shutil.copytree(ROOT / "grpo_core" / "builtin" / "tiny", tmp_path / "converted")
+    settings = json.loads((model / "tokenizer_config.json").read_text()) | {"eos_token": "<think>"}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    short = {"trainer__num_steps": 1, "evaluation__num_tasks": 0, "trainer__completions_per_step": 32}
+    done = here("train", "--config", "configs/tiny.yaml", *overrides(tmp_path, model__path=model, **short))
+    assert done.returncode == 0, done.stderr
+    assert "end-of-sequence token is '<think>', the model's '<|end|>'" in done.stdout
