@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,15 @@ class Shapes:
     completion: np.ndarray  # its tokens
     group: np.ndarray  # rows after one another with the same prompt have the same number
 
+    @cached_property
     def computed(self) -> np.ndarray:
         """The completion tokens that are computed: the last one predicts nothing."""
         return np.maximum(self.completion - 1, 0)
+
+    @cached_property
+    def length(self) -> np.ndarray:
+        """What attention sees of each."""
+        return self.prompt + self.computed
 
 
 @dataclass(frozen=True)
@@ -139,41 +146,63 @@ def fill(shapes: Shapes, rows: Sequence[int], budget: Budget, *, grid: bool = Fa
 
     A group stays together where it fits, so that its prompt is computed once.
     """
-    length = shapes.prompt + shapes.computed()
-    if grid:
-        units = [[row] for row in rows]
-    else:
-        units = []
-        for row in rows:
-            together = bool(units) and shapes.group[units[-1][0]] == shapes.group[row]
-            if together and _fits(shapes, [*units[-1], row], budget, grid):
-                units[-1].append(row)
-            else:
-                units.append([row])
-    least = length if grid else shapes.computed()  # what a row adds at least
-    bins: list[list[int]] = []
-    held: list[int] = []  # what each holds at least: most that are full are told by it
-    for unit in sorted(units, key=lambda unit: -max(length[unit])):
-        more = int(least[unit].sum())
-        for i, one in enumerate(bins):
-            if held[i] + more <= budget.tokens and _fits(shapes, one + unit, budget, grid):
-                one.extend(unit)
-                held[i] += more
-                break
+    rows, forwards = np.asarray(rows, dtype=np.int64), []
+    for unit in sorted(_units(shapes, rows, budget, grid), key=lambda unit: -shapes.length[unit].max()):
+        if not any(one.takes(unit) for one in forwards):
+            forwards.append(_Forward(shapes, budget, grid))
+            forwards[-1].add(unit)
+    return [sorted(one.rows) for one in forwards]
+
+
+def _units(shapes: Shapes, rows: np.ndarray, budget: Budget, grid: bool) -> Iterator[np.ndarray]:
+    """What stays together: of a grid the single row, else a group, or as much of it as fits."""
+    if grid or len(rows) == 0:
+        yield from rows[:, None]
+        return
+    for group in np.split(rows, np.flatnonzero(np.diff(shapes.group[rows])) + 1):
+        part, begin = _Forward(shapes, budget, grid), 0
+        for i in [] if part.takes(group) else range(len(group)):
+            if not part.takes(group[i : i + 1]):
+                yield from [group[begin:i]] if i > begin else []
+                part, begin = _Forward(shapes, budget, grid), i
+                part.add(group[i : i + 1])
+        yield group[begin:]
+
+
+class _Forward:
+    """The rows of one forward, added unit by unit, the longest first. The rows of a unit share one prompt."""
+
+    def __init__(self, shapes: Shapes, budget: Budget, grid: bool) -> None:
+        self.shapes, self.budget, self.grid = shapes, budget, grid
+        self.rows: list[int] = []
+        self.groups: set[int] = set()
+        self.tokens = self.places = 0  # that are computed; of attention's rows, without their padding
+
+    def takes(self, unit: np.ndarray) -> bool:
+        """Add `unit` if it fits."""
+        budget, length = self.budget, self.shapes.length
+        if self.grid:
+            fits = (len(self.rows) + 1) * length[[*self.rows[:1], *unit]].max() <= min(budget.tokens, budget.places)
         else:
-            bins.append(list(unit))
-            held.append(int(length[unit[0]]) + more - int(least[unit[0]]))
-    return [sorted(one) for one in bins]
+            fits = self.tokens + self._tokens(unit) <= budget.tokens
+            least = self.places + length[unit].sum()  # and at most 1 / RAGGED of it
+            fits = fits and least <= budget.places
+            if fits and least > RAGGED * budget.places:
+                fits = sum(len(rows) * width for rows, width in _buckets(length[[*self.rows, *unit]])) <= budget.places
+        if fits:
+            self.add(unit)
+        return bool(fits)
 
+    def add(self, unit: np.ndarray) -> None:
+        self.tokens += self._tokens(unit)
+        self.places += self.shapes.length[unit].sum()
+        self.groups.add(self.shapes.group[unit[0]])
+        self.rows += unit.tolist()
 
-def _fits(shapes: Shapes, rows: list[int], budget: Budget, grid: bool) -> bool:
-    length = (shapes.prompt + shapes.computed())[rows]
-    if grid:
-        return len(rows) * length.max() <= min(budget.tokens, budget.places)
-    _, leaders = np.unique(shapes.group[rows], return_index=True)
-    tokens = shapes.prompt[rows][leaders].sum() + shapes.computed()[rows].sum()
-    places = sum(len(rows) * width for rows, width in _buckets(length))
-    return tokens <= budget.tokens and places <= budget.places
+    def _tokens(self, unit: np.ndarray) -> int:
+        """What it adds: its completions, and the prompt that it shares unless that is here."""
+        own = self.shapes.computed[unit].sum()
+        return own if self.shapes.group[unit[0]] in self.groups else own + self.shapes.prompt[unit[0]]
 
 
 def _buckets(length: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
@@ -189,65 +218,58 @@ def _buckets(length: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
 def pack(rollouts: Rollouts, shapes: Shapes, rows: Sequence[int], *, grid: bool = False) -> Packing:
     """Lay out one forward over `rows`, ascending, of the rollouts that `shapes` describes."""
     device, width = rollouts.completion_ids.device, rollouts.completion_ids.shape[1]
-    prompt, completion = shapes.prompt[rows], shapes.computed()[rows]
+    prompt, length, predicted = shapes.prompt[rows], shapes.length[rows], shapes.completion[rows]
     lay = _grid if grid else _packed
-    # of every row: where its tokens stand among the T
-    tokens, size, attention, mask = lay(prompt, completion, shapes.group[rows], device)
+    row, place = _counted(length)  # of every token of every row: its row and its place there
+    token, size, attention, mask = lay(prompt, length, shapes.group[rows], row, place, device)
     source, positions = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
-    predictors, places = [], []
-    for i, row in enumerate(rows):
-        p, c = int(prompt[i]), int(completion[i])
-        first = i * (rollouts.prompt_ids.shape[1] + width)
-        source[tokens[i][:p]] = first + shapes.start[row] + np.arange(p)
-        source[tokens[i][p:]] = first + rollouts.prompt_ids.shape[1] + np.arange(c)
-        positions[tokens[i]] = np.arange(p + c)
-        n = int(shapes.completion[row])
-        predictors.append(tokens[i][p - 1 : p - 1 + n])
-        places.append(i * width + np.arange(n))
+    wide = rollouts.prompt_ids.shape[1]
+    column = np.where(place < prompt[row], shapes.start[rows][row] + place, wide + place - prompt[row])
+    source[token], positions[token] = row * (wide + width) + column, place
+    which, nth = _counted(predicted)
     return Packing(
         rows=_on(device, np.asarray(rows)),
         source=_on(device, source),
         positions=_on(device, positions),
-        predictors=gather(np.concatenate(predictors), size, device),
-        places=_on(device, np.concatenate(places)),
+        predictors=gather(token[(np.cumsum(length) - length + prompt - 1)[which] + nth], size, device),
+        places=_on(device, which * width + nth),
         attention=attention,
         mask=mask,
         tokens=size,
     )
 
 
+def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """0 for counts[0] times, 1 for counts[1] times, ...; and beside it 0, 1, ... anew for each."""
+    which = np.repeat(np.arange(len(counts)), counts)
+    return which, np.arange(len(which)) - (np.cumsum(counts) - counts)[which]
+
+
 def _packed(
-    prompt: np.ndarray, completion: np.ndarray, group: np.ndarray, device: torch.device
-) -> tuple[list[np.ndarray], int, AttentionRows, None]:
+    prompt: np.ndarray, length: np.ndarray, group: np.ndarray, row: np.ndarray, place: np.ndarray, device: torch.device
+) -> tuple[np.ndarray, int, AttentionRows, None]:
     leader = np.searchsorted(group, group, side="left")  # the first of the rows here that share a prompt
-    leads = leader == np.arange(len(group))
-    prompts = np.cumsum(prompt * leads) - prompt * leads
-    completions = (prompt * leads).sum() + np.cumsum(completion) - completion
-    tokens = [
-        np.concatenate([prompts[leader[i]] + np.arange(prompt[i]), completions[i] + np.arange(completion[i])])
-        for i in range(len(group))
-    ]
-    size = int((prompt * leads).sum() + completion.sum())
-    places, buckets = [], []
-    for which, width in _buckets(prompt + completion):
-        table = np.full((len(which), width), -1)
-        for line, i in zip(table, which, strict=True):
-            line[: len(tokens[i])] = tokens[i]
-        places.append(table.ravel())
+    shared, completion = prompt * (leader == np.arange(len(group))), length - prompt
+    prompts, completions = np.cumsum(shared) - shared, shared.sum() + np.cumsum(completion) - completion
+    token = np.where(place < prompt[row], prompts[leader][row] + place, (completions - prompt)[row] + place)
+    size, first, tables, buckets = int(shared.sum() + completion.sum()), np.cumsum(length) - length, [], []
+    for which, width in _buckets(length):
+        real = np.arange(width) < length[which][:, None]
+        table = np.full(real.shape, -1)
+        table[real] = token[(first[which][:, None] + np.arange(width))[real]]
+        tables.append(table.ravel())
         buckets.append((len(which), width))
-    index = np.concatenate(places)
+    index = np.concatenate(tables)
     back = np.empty(size, dtype=np.int64)
     back[index[index >= 0][::-1]] = np.flatnonzero(index >= 0)[::-1]  # the first place of each
-    return tokens, size, AttentionRows(gather(index, size, device), tuple(buckets), _on(device, back)), None
+    return token, size, AttentionRows(gather(index, size, device), tuple(buckets), _on(device, back)), None
 
 
 def _grid(
-    prompt: np.ndarray, completion: np.ndarray, group: np.ndarray, device: torch.device
-) -> tuple[list[np.ndarray], int, None, Tensor]:
-    length, width = prompt + completion, int((prompt + completion).max())
-    tokens = [i * width + np.arange(length[i]) for i in range(len(group))]
-    mask = np.arange(width) < length[:, None]
-    return tokens, mask.size, None, _on(device, mask)
+    prompt: np.ndarray, length: np.ndarray, group: np.ndarray, row: np.ndarray, place: np.ndarray, device: torch.device
+) -> tuple[np.ndarray, int, None, Tensor]:
+    mask = np.arange(length.max()) < length[:, None]
+    return row * mask.shape[1] + place, mask.size, None, _on(device, mask)
 
 
 def gather(index: np.ndarray, size: int, device: torch.device) -> Gather:

@@ -146,6 +146,14 @@ def test_forwards_keep_to_the_budget_and_groups_together():
     assert len(plan(rollouts, Budget(1))) == 24  # a row that is too long gets a forward of its own
 
 
+def test_of_a_group_that_does_not_fit_as_much_as_fits_shares_the_prompt():
+    rollouts = grouped_rollouts(groups=1, group_size=6)
+    prompt, computed = int(rollouts.prompt_mask[0].sum()), rollouts.lengths() - 1
+    first, second = plan(rollouts, Budget(prompt + int(computed[:4].sum())))
+    assert {tuple(first.rows.tolist()), tuple(second.rows.tolist())} == {(0, 1, 2, 3), (4, 5)}
+    assert {first.tokens, second.tokens} == {prompt + int(computed[:4].sum()), prompt + int(computed[4:].sum())}
+
+
 def test_what_is_tried_fits_its_own_budget():
     """The budget that one forward has is enough for the same forward."""
     rollouts = grouped_rollouts()
