@@ -305,13 +305,15 @@ def draw_two_gpus():
 
 
 def two_gpus_table():
-    lines = ["| | before | after | seconds of training | median step |", "|---|---|---|---|---|"]
+    lines, found = ["| | before | after | seconds of training | median step |", "|---|---|---|---|---|"], []
     for name, label in (("one_gpu", "one GPU"), ("two_gpus", "two GPUs")):
         rows, clock = accuracy(name), trained_seconds(name)
         steps = [b - a for a, b in pairwise(clock)][5:]
         ends = [interval(rows[i]["correct"], rows[i]["n"]) for i in (0, -1)]
         lines.append(f"| {label} | {ends[0]} | {ends[1]} | {clock[-1]:.0f} | {statistics.median(steps):.2f} s |")
-    return "\n".join(lines)
+        found.append((clock[-1], statistics.median(steps)))
+    whole, median = (one / two for one, two in zip(*found, strict=True))
+    return "\n".join([*lines, "", f"Two GPUs are {whole:.2f} times as fast over the whole run, {median:.2f} times by the median step."])
 
 
 def draw_reward_hacking():
