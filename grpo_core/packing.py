@@ -146,8 +146,9 @@ def fill(shapes: Shapes, rows: Sequence[int], budget: Budget, *, grid: bool = Fa
 
     A group stays together where it fits, so that its prompt is computed once.
     """
-    rows, forwards = np.asarray(rows, dtype=np.int64), []
-    for unit in sorted(_units(shapes, rows, budget, grid), key=lambda unit: -shapes.length[unit].max()):
+    forwards: list[_Forward] = []
+    units = _units(shapes, np.asarray(rows, dtype=np.int64), budget, grid)
+    for unit in sorted(units, key=lambda unit: -shapes.length[unit].max()):
         if not any(one.takes(unit) for one in forwards):
             forwards.append(_Forward(shapes, budget, grid))
             forwards[-1].add(unit)
