@@ -129,6 +129,7 @@ def test_a_prompt_is_computed_once_and_no_padding_at_all():
     assert part.tokens == prompts[[0, 4, 11]].sum() + (lengths[[0, 4, 5, 11]] - 1).sum()
     [grid] = plan(rollouts, Budget(math.inf), grid=True)
     assert grid.tokens == grid.mask.numel() == 12 * (prompts + lengths - 1).max()
+    assert grid.mask.sum(dim=1).tolist() == (prompts + lengths - 1).tolist()
 
 
 def test_forwards_keep_to_the_budget_and_groups_together():
