@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 RUNS = "runs/experiments"
 TRAIN = "python3 -m grpo_core train --config configs/experiments"
 EVALUATE = "python3 -m grpo_core evaluate"
+GSM8K = "gsm8k_calculations"  # of three, by the held-out training questions
 CHAINS = {
     "word_problems": [
         f"{TRAIN}/word_problems.yaml",
@@ -33,10 +34,17 @@ CHAINS = {
         f"{EVALUATE} {RUNS}/reward_hacking --limit 500 --samples 0",
     ],
     "gsm8k": [
-        "python3 -m grpo_core sft --config configs/experiments/gsm8k_sft.yaml",
-        f"python3 -m grpo_core export {RUNS}/gsm8k_sft",
-        f"{TRAIN}/gsm8k.yaml",
-        f"{EVALUATE} {RUNS}/gsm8k --data gsm8k/test.jsonl",
+        "python3 configs/experiments/gsm8k_files.py",
+        *(
+            command
+            for start, runs in (("gsm8k_sft", ["gsm8k"]), ("gsm8k_drills_sft", ["gsm8k_drills", "gsm8k_calculations"]))
+            for command in (
+                f"python3 -m grpo_core sft --config configs/experiments/{start}.yaml",
+                f"python3 -m grpo_core export {RUNS}/{start}",
+                *(f"{TRAIN}/{run}.yaml" for run in runs),
+            )
+        ),
+        f"{EVALUATE} {RUNS}/{GSM8K} --data gsm8k/test.jsonl",
         f"{EVALUATE} smollm2 --config configs/experiments/gsm8k.yaml --data gsm8k/test.jsonl --output {RUNS}/gsm8k_base/evaluate-test",
     ],
     "against_trl": [

@@ -8,11 +8,7 @@ digits, and of built-in problems 20 completions before and after. Rows of other 
 """
 
 import argparse
-import ast
 import json
-import math
-import operator
-import re
 import statistics
 import sys
 from itertools import pairwise
@@ -21,8 +17,9 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "configs" / "experiments")]
 from experiments import CHAINS
+from right_calculations import MARKED, holds
 
 from grpo_core.estimates import mcnemar, wilson_interval
 
@@ -37,7 +34,6 @@ SHOWN = 20  # completions before and after
 VARIANTS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 SEEDS = (1, 2, 3)
 TRIED = [name for name in CHAINS if name.startswith("tried_")]  # tried_TEMPERATURE_LEARNING-RATE
-OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 COLOURS = ("#0072b2", "#d55e00", "#00805e", "#a8447f", "#8c6a00")
 
 
@@ -97,23 +93,7 @@ def keep_evaluation(folder, to, *, with_text):
 
 def slips(text):
     """Whether one of its marked calculations, <<3*4=12>>, is wrong."""
-    return any(not calculated(formula, result) for formula, result in re.findall(r"<<([-+*/.() \d]+)=(-?[\d.]+)>>", text))
-
-
-def calculated(formula, result):
-    """Whether the formula, of + - * / and brackets, has this value, to what GSM8K rounds to; not if it has none."""
-    try:
-        return math.isclose(_value(ast.parse(formula.strip(), mode="eval").body), float(result), abs_tol=0.005, rel_tol=0.001)
-    except (SyntaxError, ValueError, ZeroDivisionError, KeyError):
-        return False
-
-
-def _value(node):
-    if isinstance(node, ast.BinOp):
-        return OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
-    if isinstance(node, ast.UnaryOp):
-        return -_value(node.operand)
-    return float(ast.literal_eval(node))
+    return any(not holds(formula, result) for formula, result in MARKED.findall(text))
 
 
 def accuracy(name):
