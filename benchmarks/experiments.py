@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 RUNS = "runs/experiments"
 TRAIN = "python3 -m grpo_core train --config configs/experiments"
 EVALUATE = "python3 -m grpo_core evaluate"
-GSM8K = "gsm8k_calculations"  # of three, by the held-out training questions
+GSM8K = "gsm8k"  # of three, by the held-out training questions
 CHAINS = {
     "word_problems": [
         f"{TRAIN}/word_problems.yaml",

@@ -18,7 +18,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "configs" / "experiments")]
-from experiments import CHAINS
+from experiments import CHAINS, GSM8K
 from right_calculations import MARKED, holds
 
 from grpo_core.estimates import mcnemar, wilson_interval
@@ -33,13 +33,19 @@ COLUMNS = (
 SHOWN = 20  # completions before and after
 VARIANTS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 SEEDS = (1, 2, 3)
+GSM8K_TRIED = ("gsm8k", "gsm8k_drills", "gsm8k_calculations")
 TRIED = [name for name in CHAINS if name.startswith("tried_")]  # tried_TEMPERATURE_LEARNING-RATE
 COLOURS = ("#0072b2", "#d55e00", "#00805e", "#a8447f", "#8c6a00")
 
 
 def read(path):
     """The rows of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]  # of text they end at U+2028 too
+
+
+def of_file(path):
+    """The rows of a data set that is a file of JSON lines here, none of another."""
+    return read(ROOT / path) if path.endswith(".jsonl") and (ROOT / path).exists() else []
 
 
 def short(value):
@@ -66,6 +72,8 @@ def keep(run):
 def keep_evaluation(folder, to, *, with_text):
     """The figures, which problems were solved greedily, and for built-in problems some answers."""
     result, rows = json.loads((folder / "evaluate.json").read_text()), read(folder / "completions.jsonl")
+    if solutions := [row["answer"] for row in of_file(result["data"]["path"]) if "answer" in row]:
+        result["calculations"] = [len(MARKED.findall(text)) for text in solutions[: result["policy"]["greedy"]["n"]]]
     result["source"] = Path(result["source"]).name
     result.pop("weights")
     result["data"]["path"] = Path(result["data"]["path"]).name
@@ -314,9 +322,30 @@ def draw_reward_hacking():
 
 def gsm8k():
     """(label, figures, solved, slips) of the test set's rows: base, warm-up, GRPO."""
-    base, trained = (json.loads((DATA / name / "evaluate-test.json").read_text()) for name in ("gsm8k_base", "gsm8k"))
+    base, trained = (json.loads((DATA / name / "evaluate-test.json").read_text()) for name in ("gsm8k_base", GSM8K))
     told = (("base", base, "policy"), ("supervised warm-up", trained, "base"), ("GRPO", trained, "policy"))
     return [(label, found[policy], found["solved"][policy], found["slips"][policy]) for label, found, policy in told]
+
+
+def gsm8k_tried_table():
+    """The runs of which one was chosen, by the held-out training questions."""
+    steps = (0, 20, 40, 60, 80, 100, 120, 160, 200)
+    lines = [f"| held-out training questions after | {' | '.join(map(str, steps))} |", "|---" * (len(steps) + 1) + "|"]
+    for name in GSM8K_TRIED:
+        rows = {row["step"]: row["accuracy"] for row in accuracy(name)}
+        lines.append(f"| {name} | {' | '.join(percent(rows[step]) if step in rows else '' for step in steps)} |")
+    return "\n".join(lines)
+
+
+def gsm8k_calculations_table():
+    """Test questions by how many marked calculations their solution has."""
+    told, rows = json.loads((DATA / GSM8K / "evaluate-test.json").read_text())["calculations"], gsm8k()[1:]
+    lines = ["| calculations in the given solution | questions | supervised warm-up | GRPO |", "|---|---|---|---|"]
+    for low, high in ((0, 1), (2, 2), (3, 3), (4, 4), (5, max(told))):
+        among = {task for task, count in enumerate(told) if low <= count <= high}
+        shares = [percent(len(among & {*solved}) / len(among)) for _, _, solved, _ in rows]
+        lines.append(f"| {low if low == high else f'{low} to {high}'} | {len(among)} | {' | '.join(shares)} |")
+    return "\n".join(lines)
 
 
 def gsm8k_table():
@@ -337,7 +366,10 @@ def draw_gsm8k():
 
     made = Figure(figsize=(6.4, 3.2), dpi=150, layout="constrained")
     left, right = made.subplots(1, 2, sharey=True)
-    curve(left, "gsm8k", None, COLOURS[0])
+    for name, label, colour in zip(GSM8K_TRIED, ("from worked answers", "and calculations", "and a reward for them"), COLOURS, strict=True):
+        rows = accuracy(name)
+        left.plot([row["step"] for row in rows], [row["accuracy"] for row in rows], color=colour, marker="o", ms=2, lw=1, label=label)
+    left.legend(frameon=False, fontsize=8, loc="lower right")
     left.set(xlabel="step", title="500 held-out training questions")
     left.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     for place, (_, figures, solved, _) in enumerate(gsm8k()):
@@ -355,10 +387,10 @@ def draw_gsm8k():
 
 PAGE = {  # table's mark in docs/results/README.md -> what it holds
     "word_problems": word_problems_table, "tried": tried_table, "reward_hacking": reward_hacking_table, "runs": runs_table,
-    "gsm8k": gsm8k_table, "against_trl": against_trl_table, "variants": variants_table, "two_gpus": two_gpus_table,
+    "gsm8k": gsm8k_table, "gsm8k_tried": gsm8k_tried_table, "gsm8k_calculations": gsm8k_calculations_table, "against_trl": against_trl_table, "variants": variants_table, "two_gpus": two_gpus_table,
 }  # fmt: skip
 PICTURES = {  # with the runs that they show
-    draw_word_problems: ["word_problems"], draw_gsm8k: ["gsm8k", "gsm8k_base"], draw_against_trl: ["against_trl"],
+    draw_word_problems: ["word_problems"], draw_gsm8k: [*GSM8K_TRIED, "gsm8k_base"], draw_against_trl: ["against_trl"],
     draw_variants: [variant(name, seed) for name in VARIANTS for seed in SEEDS], draw_two_gpus: ["one_gpu", "two_gpus"],
     draw_reward_hacking: ["reward_hacking"],
 }  # fmt: skip

@@ -293,11 +293,11 @@ def _truncate(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > last_step:
+    for line in path.read_bytes().splitlines(keepends=True):  # of text it would split at U+2028, which JSON may hold
+        if not line.endswith(b"\n") or json.loads(line)["step"] > last_step:
             break
         kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
+    path.write_bytes(b"".join(kept))
 
 
 def _append_whole(path: Path, content: bytes) -> None:

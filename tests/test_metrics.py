@@ -59,12 +59,13 @@ def test_stats_add_up():
 
 def test_resuming_drops_later_and_torn_rows(tmp_path):
     for name in ("metrics", "completions", "evaluation"):
-        lines = [json.dumps({"step": step}) + "\n" for step in (0, 1, 1, 2, 3)]
+        row = {"text": "lines that only str.splitlines sees: \u2028 \u2029 \x85"}
+        lines = [json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for step in (0, 1, 1, 2, 3)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines) + '{"step": 4, "lo')
     RunLog(tmp_path, RunConfig(), start_step=2, num_steps=5).close()
 
     def steps(name):
-        return [json.loads(line)["step"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        return [json.loads(line)["step"] for line in (tmp_path / f"{name}.jsonl").read_bytes().splitlines()]
 
     assert steps("metrics") == steps("completions") == [0, 1, 1]
     assert steps("evaluation") == [0, 1, 1, 2]  # the one after two steps stands
