@@ -209,11 +209,14 @@ def runs_table():
             continue
         rows, clock = read(folder / "metrics.jsonl"), trained_seconds(folder.name)
         config = yaml.safe_load((folder / "config.yaml").read_text())
-        tokens = sum(row.get("tokens_sampled", row["tokens"]) for row in rows)
-        step, memory = statistics.median(b - a for a, b in pairwise(clock)), max(row["peak_memory_gb"] for row in rows)
+        step = statistics.median(b - a for a, b in pairwise(clock))
+        tokens, memory = "none", ""  # a supervised run samples nothing
+        if "reward" in rows[0]:
+            tokens = f"{sum(row.get('tokens_sampled', row['tokens']) for row in rows) / 1e6:.1f} M"
+            memory = f"{max(row['peak_memory_gb'] for row in rows):.0f} GB"
         lines.append(
-            f"| {folder.name} | {len(rows)} | {config['trainer']['completions_per_step']:,} | {tokens / 1e6:.1f} M | {clock[-1]:.0f} | "
-            f"{step:.2f} s | {memory:.0f} GB |"
+            f"| {folder.name} | {len(rows)} | {config['trainer']['completions_per_step']:,} | {tokens} | {clock[-1]:.0f} | "
+            f"{step:.2f} s | {memory} |"
         )
     return "\n".join(lines)
 
@@ -342,9 +345,9 @@ def gsm8k_calculations_table():
     told, rows = json.loads((DATA / GSM8K / "evaluate-test.json").read_text())["calculations"], gsm8k()[1:]
     lines = ["| calculations in the given solution | questions | supervised warm-up | GRPO |", "|---|---|---|---|"]
     for low, high in ((0, 1), (2, 2), (3, 3), (4, 4), (5, max(told))):
-        among = {task for task, count in enumerate(told) if low <= count <= high}
-        shares = [percent(len(among & {*solved}) / len(among)) for _, _, solved, _ in rows]
-        lines.append(f"| {low if low == high else f'{low} to {high}'} | {len(among)} | {' | '.join(shares)} |")
+        if among := {task for task, count in enumerate(told) if low <= count <= high}:
+            shares = [percent(len(among & {*solved}) / len(among)) for _, _, solved, _ in rows]
+            lines.append(f"| {low if low == high else f'{low} to {high}'} | {len(among)} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
 
@@ -366,7 +369,7 @@ def draw_gsm8k():
 
     made = Figure(figsize=(6.4, 3.2), dpi=150, layout="constrained")
     left, right = made.subplots(1, 2, sharey=True)
-    for name, label, colour in zip(GSM8K_TRIED, ("from worked answers", "and calculations", "and a reward for them"), COLOURS, strict=True):
+    for name, label, colour in zip(GSM8K_TRIED, ("gsm8k", "drills", "calculations"), COLOURS[:3], strict=True):
         rows = accuracy(name)
         left.plot([row["step"] for row in rows], [row["accuracy"] for row in rows], color=colour, marker="o", ms=2, lw=1, label=label)
     left.legend(frameon=False, fontsize=8, loc="lower right")
@@ -376,7 +379,7 @@ def draw_gsm8k():
         n = figures["greedy"]["n"]
         low, high = wilson_interval(len(solved), n)
         share = len(solved) / n
-        right.bar(place, share, color=COLOURS[place], width=0.6, yerr=[[share - low], [high - share]], capsize=3)
+        right.bar(place, share, color="#8a94a0", width=0.6, yerr=[[share - low], [high - share]], capsize=3)
     right.set_xticks(range(3), ["base", "warm-up", "GRPO"])
     right.set_title("1,319 test questions, greedy")
     for axes in (left, right):

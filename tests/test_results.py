@@ -1,6 +1,7 @@
 """docs/results: what is kept of a run, and figures and tables that are made of nothing else."""
 
 import json
+import random
 import re
 import sys
 import time
@@ -12,7 +13,9 @@ from doc_commands import blocks
 sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "configs" / "experiments"))
 import experiments
+import gsm8k_files
 import results
+from right_calculations import holds, right_calculations
 from worked_steps import steps_in, worked_steps
 
 from grpo_core.config_file import load
@@ -35,6 +38,37 @@ def test_worked_steps(text, points):
 
 def test_steps_of_products_and_shares():
     assert steps_in("3 x 4 = 12; 12 ÷ 4 = 3") == [(("*", 3, 4), 12), (("/", 12, 4), 3)]
+
+
+@pytest.mark.parametrize("text, points", [
+    ("<<48/2=24>>24 and <<48+24=72>>72", 1.0), ("<<48/2=24>>24", 0.5), ("<<48/2=24>>24 and <<48+24=71>>71", 0.5),
+    ("<<48/2=24>>" * 2, 0.5), ("<<48/2=24>>" * 4, 0.25),  # the same again is none
+    ("<<1+1=2>><<2+2=4>><<3+3=6>>", 2 / 3),  # more than are needed
+    ("", 0.0), ("48/2=24", 0.0), ("<<" + "(" * 300 + "1=1>>", 0.0), ("<<" + "-" * 5000 + "1=1>>", 0.0),
+    ("<<" + "9" * 5000 + "=1>>", 0.0),
+])  # fmt: skip
+def test_right_calculations(text, points):
+    worked = "<<48/2=24>>24 <<48+24=72>>72"
+    assert right_calculations([text, worked], [worked, worked]) == [points, 1.0]
+
+
+def test_rows_of_calculations_are_right_and_of_the_given_form():
+    draw = random.Random(1)
+    for formula in ["48/2", "1.5*20", "(100-40)/3", "7+80+900"] * 50:
+        if made := gsm8k_files.like(formula, draw):
+            assert holds(*made) and re.sub(r"[\d.]+", "1", made[0]) == re.sub(r"[\d.]+", "1", formula)
+    assert gsm8k_files.like("3+", draw) is None
+
+
+def test_what_is_watched_is_not_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(gsm8k_files, "FOLDER", tmp_path)
+    rows = [{"question": f"q{i} \u2028", "answer": f"<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"} for i in range(510)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows), "utf-8")
+    gsm8k_files.main()
+    rest, held, warmup = (results.read(tmp_path / f"{name}.jsonl") for name in ("rest", "validation", "warmup"))
+    assert rest == rows[:10] and held == rows[10:] and warmup[:10] == rest and len(warmup) == 10 + gsm8k_files.DRILLS
+    written = [results.MARKED.findall(one["answer"]) for one in warmup[10:]]
+    assert all(len(one) == gsm8k_files.CALCULATIONS and all(holds(*pair) for pair in one) for one in written)
 
 
 def row(policy, task, sample, correct, text="mine"):
@@ -147,12 +181,14 @@ def test_the_test_sets_table(data):
     }
     for name, told in (
         ("gsm8k_base", {"policy": figures, "solved": {"policy": [0]}, "slips": {"policy": 1}}),
-        ("gsm8k", {"base": figures, "policy": figures, "solved": {"base": [0, 1], "policy": [0, *range(2, 10)]}, "slips": {"base": 9, "policy": 0}}),
+        ("gsm8k", {"base": figures, "policy": figures, "solved": {"base": [0, 1], "policy": [0, *range(2, 10)]}, "slips": {"base": 9, "policy": 0}, "calculations": [2, 7] * 10}),
     ):  # fmt: skip
         (data / name).mkdir(parents=True)
         (data / name / "evaluate-test.json").write_text(json.dumps(told))
     table = results.gsm8k_table()
     assert "| supervised warm-up | 10.0 % (2.8 to 30.1) | 50.0 % (40.0 to 60.0) |" in table
+    by_calculations = results.gsm8k_calculations_table().splitlines()[2:]
+    assert by_calculations == ["| 2 | 10 | 10.0 % | 50.0 % |", "| 5 to 7 | 10 | 10.0 % | 40.0 % |"]
     assert "8 won, 1 lost, McNemar's p = 0.039." in table and "50.0 % of the warm-up's, 0.0 % of GRPO's." in table
 
 
