@@ -33,6 +33,7 @@ COLUMNS = (
 SHOWN = 20  # completions before and after
 VARIANTS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 SEEDS = (1, 2, 3)
+GSM8K_EARLIER = [f"gsm8k_earlier_{run}" for run in ("2_1e-4", "2_2e-4", "4_2e-4", "6_3e-4", "6_7e-5")]
 GSM8K_TRIED = ("gsm8k", "gsm8k_drills", "gsm8k_calculations")
 TRIED = [name for name in CHAINS if name.startswith("tried_")]  # tried_TEMPERATURE_LEARNING-RATE
 COLOURS = ("#0072b2", "#d55e00", "#00805e", "#a8447f", "#8c6a00")
@@ -59,7 +60,7 @@ def keep(run):
     for name in ("evaluation.jsonl", "config.yaml", "trl.jsonl"):
         if (run / name).exists():
             (to / name).write_bytes((run / name).read_bytes())
-    if (run / "metrics.jsonl").exists() and run.name not in TRIED:
+    if (run / "metrics.jsonl").exists() and not run.name.startswith(("tried_", "gsm8k_earlier_")):
         rows = [{name: short(row[name]) for name in COLUMNS if row.get(name) is not None} for row in read(run / "metrics.jsonl")]
         (to / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = yaml.safe_load((to / "config.yaml").read_text()) if (to / "config.yaml").exists() else None
@@ -86,6 +87,10 @@ def keep_evaluation(folder, to, *, with_text):
         policy: sum(slips(row["text"]) for (name, _), row in greedy.items() if name == policy and not row["correct"])
         for policy in result["solved"]
     }
+    if "calculations" in result:
+        result["operations"] = {
+            policy: operations(row["text"] for (name, _), row in greedy.items() if name == policy) for policy in result["solved"]
+        }
     (to / f"{folder.name}.json").write_text(json.dumps(result) + "\n")
     if with_text:
         tasks = sorted({task for _, task in greedy})[:SHOWN]
@@ -102,6 +107,18 @@ def keep_evaluation(folder, to, *, with_text):
 def slips(text):
     """Whether one of its marked calculations, <<3*4=12>>, is wrong."""
     return any(not holds(formula, result) for formula, result in MARKED.findall(text))
+
+
+def operations(texts):
+    """Of marked calculations by what they do: how many are wrong, and how many there are."""
+    found = {}
+    for formula, result in (pair for text in texts for pair in MARKED.findall(text)):
+        signs = [sign for sign in formula if sign in "+-*/"]
+        kind = f"{len(signs) + 1} numbers, {signs[0]}" if len({*signs}) == 1 and len(signs) <= 2 else "others"
+        told = found.setdefault(kind, [0, 0])
+        told[0] += not holds(formula, result)
+        told[1] += 1
+    return found
 
 
 def accuracy(name):
@@ -251,6 +268,9 @@ def against_trl_table():
         a, b = seconds_to(ours, target), seconds_to(theirs, target)
         if a and b:
             lines.append(f"| {percent(target)} | {a:.0f} s | {b:.0f} s | {b / a:.1f} × |")
+    last = read(DATA / "against_trl" / "trl.jsonl")[-1]
+    a, b = clock[last["step"]] / last["step"], last["seconds"] / last["step"]
+    lines.append(f"| a step, mean of {last['step']} | {a:.2f} s | {b:.2f} s | {b / a:.1f} × |")
     return "\n".join(lines)
 
 
@@ -332,11 +352,33 @@ def gsm8k():
 
 def gsm8k_tried_table():
     """The runs of which one was chosen, by the held-out training questions."""
-    steps = (0, 20, 40, 60, 80, 100, 120, 160, 200)
+    steps = range(0, 201, 20)
     lines = [f"| held-out training questions after | {' | '.join(map(str, steps))} |", "|---" * (len(steps) + 1) + "|"]
     for name in GSM8K_TRIED:
         rows = {row["step"]: row["accuracy"] for row in accuracy(name)}
         lines.append(f"| {name} | {' | '.join(percent(rows[step]) if step in rows else '' for step in steps)} |")
+    return "\n".join(lines)
+
+
+def gsm8k_earlier_table():
+    """What the settings were chosen from before: GRPO from supervised starts of so many epochs."""
+    lines = ["| supervised epochs | learning rate | steps | 0 | 20 | 40 | 60 | 80 | 100 |", "|---|---|---|---|---|---|---|---|---|"]
+    for name in GSM8K_EARLIER:
+        rows, config = accuracy(name), yaml.safe_load((DATA / name / "config.yaml").read_text())
+        rate, at = config["engine"], {row["step"]: percent(row["accuracy"]) for row in rows}
+        start = name.split("_")[2] + ("" if config["data"]["eval_path"] else " *")
+        cells = [start, f"{float(rate['learning_rate']):.0e}, {rate['schedule']}", f"{rows[-1]['step']}", *(at.get(step, "") for step in range(0, 101, 20))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gsm8k_operations_table():
+    """Wrong results among the calculations that the test set's greedy answers mark."""
+    told = json.loads((DATA / GSM8K / "evaluate-test.json").read_text())["operations"]
+    lines = ["| a calculation of | supervised warm-up: wrong | GRPO: wrong |", "|---|---|---|"]
+    for kind in sorted(told["policy"], key=lambda kind: (kind == "others", kind)):
+        cells = [f"{percent(wrong / total)} of {total}" for wrong, total in (told[name].get(kind, (0, 1)) for name in ("base", "policy"))]
+        lines.append(f"| {kind.replace('*', '×')} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -352,10 +394,11 @@ def gsm8k_calculations_table():
 
 
 def gsm8k_table():
-    rows, lines = gsm8k(), ["| | greedy | mean@8 | pass@8 | maj@8 |", "|---|---|---|---|---|"]
+    rows, lines = gsm8k(), ["| | greedy | mean@8 | pass@8 | maj@8 | cut off |", "|---|---|---|---|---|---|"]
     for label, figures, solved, _ in rows:
         cells = [interval(len(solved), figures["greedy"]["n"])]
         cells += [f"{percent(figures[k]['value'])} ({100 * figures[k]['ci_low']:.1f} to {100 * figures[k]['ci_high']:.1f})" for k in ("mean@8", "pass@8", "maj@8")]
+        cells.append(percent(figures["cut off"]["value"]))
         lines.append(f"| {label} | {' | '.join(cells)} |")
     n, before, after = rows[1][1]["greedy"]["n"], set(rows[1][2]), set(rows[2][2])
     lost, won, p = mcnemar([i in before for i in range(n)], [i in after for i in range(n)])
@@ -390,7 +433,8 @@ def draw_gsm8k():
 
 PAGE = {  # table's mark in docs/results/README.md -> what it holds
     "word_problems": word_problems_table, "tried": tried_table, "reward_hacking": reward_hacking_table, "runs": runs_table,
-    "gsm8k": gsm8k_table, "gsm8k_tried": gsm8k_tried_table, "gsm8k_calculations": gsm8k_calculations_table, "against_trl": against_trl_table, "variants": variants_table, "two_gpus": two_gpus_table,
+    "gsm8k": gsm8k_table, "gsm8k_tried": gsm8k_tried_table, "gsm8k_calculations": gsm8k_calculations_table,
+    "gsm8k_earlier": gsm8k_earlier_table, "gsm8k_operations": gsm8k_operations_table, "against_trl": against_trl_table, "variants": variants_table, "two_gpus": two_gpus_table,
 }  # fmt: skip
 PICTURES = {  # with the runs that they show
     draw_word_problems: ["word_problems"], draw_gsm8k: [*GSM8K_TRIED, "gsm8k_base"], draw_against_trl: ["against_trl"],

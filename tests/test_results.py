@@ -93,6 +93,11 @@ def test_calculations_that_are_wrong(text, slipped):
     assert results.slips(text) is slipped
 
 
+def test_calculations_by_what_they_do():
+    told = results.operations(["<<1+1=2>><<1+1=3>><<1+2+3=6>>", "<<6/3=2>><<2*3+1=8>>", "nothing"])
+    assert told == {"2 numbers, +": [1, 2], "3 numbers, +": [0, 1], "2 numbers, /": [0, 1], "others": [1, 1]}
+
+
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RESULTS", tmp_path / "page")
@@ -176,7 +181,7 @@ def test_seconds_of_training_leave_out_evaluations_and_what_came_before_the_firs
 
 def test_the_test_sets_table(data):
     """Two policies on 20 problems: 8 more are solved, 1 no longer."""
-    figures = {"greedy": {"n": 20}} | {
+    figures = {"greedy": {"n": 20}, "cut off": {"value": 0.25}} | {
         f"{what}@8": {"value": 0.5, "ci_low": 0.4, "ci_high": 0.6} for what in ("mean", "pass", "maj")
     }
     for name, told in (
@@ -186,7 +191,7 @@ def test_the_test_sets_table(data):
         (data / name).mkdir(parents=True)
         (data / name / "evaluate-test.json").write_text(json.dumps(told))
     table = results.gsm8k_table()
-    assert "| supervised warm-up | 10.0 % (2.8 to 30.1) | 50.0 % (40.0 to 60.0) |" in table
+    assert "| supervised warm-up | 10.0 % (2.8 to 30.1) | 50.0 % (40.0 to 60.0) |" in table and "| 25.0 % |\n" in table
     by_calculations = results.gsm8k_calculations_table().splitlines()[2:]
     assert by_calculations == ["| 2 | 10 | 10.0 % | 50.0 % |", "| 5 to 7 | 10 | 10.0 % | 40.0 % |"]
     assert "8 won, 1 lost, McNemar's p = 0.039." in table and "50.0 % of the warm-up's, 0.0 % of GRPO's." in table
