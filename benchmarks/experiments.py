@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RUNS = "runs/experiments"
 TRAIN = "python3 -m grpo_core train --config configs/experiments"
+SFT = "python3 -m grpo_core sft --config configs/experiments"
 EVALUATE = "python3 -m grpo_core evaluate"
 GSM8K = "gsm8k"  # of three, by the held-out training questions
 CHAINS = {
@@ -35,15 +36,13 @@ CHAINS = {
     ],
     "gsm8k": [
         "python3 configs/experiments/gsm8k_files.py",
-        *(
-            command
-            for start, runs in (("gsm8k_sft", ["gsm8k"]), ("gsm8k_drills_sft", ["gsm8k_drills", "gsm8k_calculations"]))
-            for command in (
-                f"python3 -m grpo_core sft --config configs/experiments/{start}.yaml",
-                f"python3 -m grpo_core export {RUNS}/{start}",
-                *(f"{TRAIN}/{run}.yaml" for run in runs),
-            )
-        ),
+        f"{SFT}/gsm8k_sft.yaml",
+        f"python3 -m grpo_core export {RUNS}/gsm8k_sft",
+        f"{TRAIN}/gsm8k.yaml",
+        f"{SFT}/gsm8k_drills_sft.yaml",
+        f"python3 -m grpo_core export {RUNS}/gsm8k_drills_sft",
+        f"{TRAIN}/gsm8k_drills.yaml",
+        f"{TRAIN}/gsm8k_calculations.yaml",
         f"{EVALUATE} {RUNS}/{GSM8K} --data gsm8k/test.jsonl",
         f"{EVALUATE} smollm2 --config configs/experiments/gsm8k.yaml --data gsm8k/test.jsonl --output {RUNS}/gsm8k_base/evaluate-test",
     ],
@@ -62,7 +61,7 @@ CHAINS = {
 }  # fmt: skip
 AGAIN = {  # what stands behind a command that was begun before
     TRAIN: "resume=auto", "python3 benchmarks/variants.py": "resume=auto", "bash launch.sh": "resume=auto",
-    "python3 -m grpo_core sft": "overwrite=true",
+    SFT: "overwrite=true",
 }  # fmt: skip
 ON_TWO = {"two_gpus": ["bash launch.sh 2 --config configs/experiments/one_gpu.yaml name=two_gpus"]}
 

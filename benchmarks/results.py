@@ -343,9 +343,13 @@ def draw_reward_hacking():
     made.savefig(RESULTS / "reward_hacking.png")
 
 
+def on_test(name):
+    return json.loads((DATA / name / "evaluate-test.json").read_text())
+
+
 def gsm8k():
     """(label, figures, solved, slips) of the test set's rows: base, warm-up, GRPO."""
-    base, trained = (json.loads((DATA / name / "evaluate-test.json").read_text()) for name in ("gsm8k_base", GSM8K))
+    base, trained = on_test("gsm8k_base"), on_test(GSM8K)
     told = (("base", base, "policy"), ("supervised warm-up", trained, "base"), ("GRPO", trained, "policy"))
     return [(label, found[policy], found["solved"][policy], found["slips"][policy]) for label, found, policy in told]
 
@@ -374,17 +378,18 @@ def gsm8k_earlier_table():
 
 def gsm8k_operations_table():
     """Wrong results among the calculations that the test set's greedy answers mark."""
-    told = json.loads((DATA / GSM8K / "evaluate-test.json").read_text())["operations"]
+    told = on_test(GSM8K)["operations"]
     lines = ["| a calculation of | supervised warm-up: wrong | GRPO: wrong |", "|---|---|---|"]
     for kind in sorted(told["policy"], key=lambda kind: (kind == "others", kind)):
-        cells = [f"{percent(wrong / total)} of {total}" for wrong, total in (told[name].get(kind, (0, 1)) for name in ("base", "policy"))]
+        found = [told[name].get(kind) for name in ("base", "policy")]
+        cells = [f"{percent(counts[0] / counts[1])} of {counts[1]}" if counts else "none" for counts in found]
         lines.append(f"| {kind.replace('*', '×')} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def gsm8k_calculations_table():
     """Test questions by how many marked calculations their solution has."""
-    told, rows = json.loads((DATA / GSM8K / "evaluate-test.json").read_text())["calculations"], gsm8k()[1:]
+    told, rows = on_test(GSM8K)["calculations"], gsm8k()[1:]
     lines = ["| calculations in the given solution | questions | supervised warm-up | GRPO |", "|---|---|---|---|"]
     for low, high in ((0, 1), (2, 2), (3, 3), (4, 4), (5, max(told))):
         if among := {task for task, count in enumerate(told) if low <= count <= high}:

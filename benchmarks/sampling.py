@@ -245,7 +245,7 @@ def smollm2(folder, questions, gguf=None):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **how).to(DEVICE).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, **how)
     model.generation_config.eos_token_id = model.config.eos_token_id = None
-    questions = [json.loads(line)["question"] for line in Path(questions).read_text().splitlines()[:64]]
+    questions = [json.loads(line)["question"] for line in Path(questions).read_bytes().splitlines()[:64]]
     texts = [tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True) for q in questions]
     ids = [tokenizer(text)["input_ids"] for text in texts]
     rows = [Task(i, "", row, {}) for i, row in enumerate(ids)]

@@ -118,7 +118,7 @@ def trl(job: dict) -> dict:
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    prompts = [json.loads(line)["question"] for line in Path(job["data"]).read_text().splitlines()]
+    prompts = [json.loads(line)["question"] for line in Path(job["data"]).read_bytes().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     seconds, tokens = [], []
 

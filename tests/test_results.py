@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "configs" / "experiments"))
 import experiments
 import gsm8k_files
 import results
-from right_calculations import holds, right_calculations
+from right_calculations import holds, right_calculations, value_of
 from worked_steps import steps_in, worked_steps
 
 from grpo_core.config_file import load
@@ -56,7 +56,8 @@ def test_rows_of_calculations_are_right_and_of_the_given_form():
     draw = random.Random(1)
     for formula in ["48/2", "1.5*20", "(100-40)/3", "7+80+900"] * 50:
         if made := gsm8k_files.like(formula, draw):
-            assert holds(*made) and re.sub(r"[\d.]+", "1", made[0]) == re.sub(r"[\d.]+", "1", formula)
+            assert value_of(made[0]) == pytest.approx(float(made[1]), abs=1e-9)  # exactly, where a reward allows rounding
+            assert re.sub(r"[\d.]+", "1", made[0]) == re.sub(r"[\d.]+", "1", formula)
     assert gsm8k_files.like("3+", draw) is None
 
 
@@ -153,6 +154,25 @@ def test_rows_of_other_data_appear_by_their_number_alone(tmp_path, data):
     assert json.loads((data / "theirs" / "evaluate-test.json").read_text())["solved"]["policy"] == [0]
 
 
+def test_what_is_kept_beside_a_test_sets_solutions(tmp_path, data):
+    """Of the rows that were evaluated, in their order: how many calculations the solutions have, and what went wrong."""
+    run = a_run(tmp_path / "theirs", "/where/train.jsonl", "evaluate-test")
+    solutions = ["<<1+1=2>><<2+2=4>>", "<<1+1=2>>", "<<1+1=2>><<1+1=2>><<1+1=2>>"]
+    source, told = tmp_path / "test.jsonl", run / "evaluate-test" / "evaluate.json"
+    source.write_text("".join(json.dumps({"answer": text}) + "\n" for text in solutions))
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"data": {"path": str(source)}}))
+    results.keep(run)
+    kept = json.loads((data / "theirs" / "evaluate-test.json").read_text())
+    assert kept["calculations"] == [2, 1] and kept["data"]["path"] == "test.jsonl"
+    assert kept["operations"] == {"base": {}, "policy": {"2 numbers, +": [2, 2]}}
+
+
+@pytest.mark.parametrize("name", ["tried_1.0_3e-4", "gsm8k_earlier_2_1e-4"])
+def test_of_a_run_that_was_tried_the_evaluations_are_kept(tmp_path, data, name):
+    results.keep(a_run(tmp_path / name, "/where/train.jsonl", "evaluate-test"))
+    assert (data / name / "evaluation.jsonl").exists() and not (data / name / "metrics.jsonl").exists()
+
+
 def test_an_untrained_models_folder_holds_evaluations_alone(tmp_path, data):
     run = a_run(tmp_path / "base", "/where/train.jsonl", "evaluate-test")
     for name in ("config.yaml", "metrics.jsonl", "evaluation.jsonl"):
@@ -186,13 +206,17 @@ def test_the_test_sets_table(data):
     }
     for name, told in (
         ("gsm8k_base", {"policy": figures, "solved": {"policy": [0]}, "slips": {"policy": 1}}),
-        ("gsm8k", {"base": figures, "policy": figures, "solved": {"base": [0, 1], "policy": [0, *range(2, 10)]}, "slips": {"base": 9, "policy": 0}, "calculations": [2, 7] * 10}),
+        ("gsm8k", {"base": figures, "policy": figures, "solved": {"base": [0, 1], "policy": [0, *range(2, 10)]}, "slips": {"base": 9, "policy": 0}, "calculations": [2, 7] * 10, "operations": {"base": {"others": [1, 4]}, "policy": {"others": [0, 3], "2 numbers, *": [1, 2]}}}),
     ):  # fmt: skip
         (data / name).mkdir(parents=True)
         (data / name / "evaluate-test.json").write_text(json.dumps(told))
     table = results.gsm8k_table()
     assert "| supervised warm-up | 10.0 % (2.8 to 30.1) | 50.0 % (40.0 to 60.0) |" in table and "| 25.0 % |\n" in table
     by_calculations = results.gsm8k_calculations_table().splitlines()[2:]
+    assert results.gsm8k_operations_table().splitlines()[2:] == [
+        "| 2 numbers, × | none | 50.0 % of 2 |",
+        "| others | 25.0 % of 4 | 0.0 % of 3 |",
+    ]
     assert by_calculations == ["| 2 | 10 | 10.0 % | 50.0 % |", "| 5 to 7 | 10 | 10.0 % | 40.0 % |"]
     assert "8 won, 1 lost, McNemar's p = 0.039." in table and "50.0 % of the warm-up's, 0.0 % of GRPO's." in table
 

@@ -11,11 +11,10 @@ import random
 import re
 from pathlib import Path
 
-from right_calculations import value_of
+from right_calculations import MARKED, value_of
 
 FOLDER = Path("gsm8k")
 HELD_OUT, DRILLS, CALCULATIONS = 500, 3500, 8  # rows; rows; in each
-FORMULA = re.compile(r"<<([\d.+*/() -]+)=")
 
 
 def another(number, draw):
@@ -47,7 +46,7 @@ def main():
     draw = random.Random(0)
     rows = [json.loads(line) for line in (FOLDER / "train.jsonl").open(encoding="utf-8")]
     rest, held = rows[:-HELD_OUT], rows[-HELD_OUT:]
-    formulas = [f.replace(" ", "") for row in rest for f in FORMULA.findall(row["answer"])]
+    formulas = [f.replace(" ", "") for row in rest for f, _ in MARKED.findall(row["answer"])]
     drills = []
     while len(drills) < DRILLS:
         found = [one for one in (like(draw.choice(formulas), draw) for _ in range(CALCULATIONS)) if one]
