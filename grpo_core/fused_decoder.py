@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,6 @@ class FusedDecoder:
         self.causal_lm, self.pad_id, self.compact = model, pad_id, compact
         self.eos_ids = sorted(eos_ids)
         self._build()
-        self.check_every = 16 if self.on_gpu else 2  # steps between looks at who has ended: on a GPU each look waits
 
     def _build(self) -> None:
         self.model = None  # two would hold the weights twice
@@ -66,15 +65,15 @@ class FusedDecoder:
         self,
         prompts: Sequence[Sequence[int]],
         group_size: int,
-        noise: Tensor | None,
+        noise: Callable[[], Tensor] | None,
         limits: Tensor,
         settings: Decoding,
         slots: int,
     ) -> Draws:
         """`group_size` completions of every prompt, at most limits [B] tokens each, B = N * G rows, prompt-major.
 
-        noise [B, T] float64 are the uniforms, None where settings.greedy. At most `slots` rows are decoded at once; the
-        others wait until one ends.
+        noise() [B, T] float64 are the uniforms, None where settings.greedy; they are made while the GPU computes the
+        prompts. At most `slots` rows are decoded at once; the others wait until one ends.
 
         Raises:
             Unsupported: the completions could outgrow a sliding window.
@@ -85,13 +84,13 @@ class FusedDecoder:
             raise Unsupported(f"the completions could outgrow its sliding window of {limited} tokens")
         self._settings, self._group = settings, group_size
         self._prepare(width + longest, min(slots, rows), rows, longest)
-        if noise is not None:
-            self._tables.noise.copy_(noise[:, :longest])
         lengths = torch.tensor([len(prompt) for prompt in prompts]).repeat_interleave(group_size)
         self._bounds = torch.stack([lengths, limits.cpu()]).to(self.model.device)
         try:
             self.cache.take(len(prompts), width, min(slots, rows), longest)
             self._hidden = self.model.prefill(prompts, self.cache)
+            if noise is not None:
+                self._tables.noise.copy_(noise()[:, :longest])
             self._run(rows, min(slots, rows))
         finally:
             self._hidden = None
@@ -144,8 +143,12 @@ class FusedDecoder:
             left = int((now[LIMIT] - now[DRAWN])[~done].max())
             size = self._bucket(n)
             self._state[DONE, n:size] = 1
-            for _ in range(min(self.check_every, left)):
+            for _ in range(min(self._between_looks(n), left)):
                 self._step(size)
+
+    def _between_looks(self, n: int) -> int:
+        """Steps of n rows between looks at who has ended: on a GPU each look waits, and many rows' steps are long."""
+        return 2 if not self.on_gpu else 16 if n < ROWS[-1] else 4
 
     def _bucket(self, n: int) -> int:
         """Rows that a step of n rows is computed for: on a GPU one of a few sizes, so that few graphs exist."""

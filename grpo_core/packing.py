@@ -1,9 +1,10 @@
 """Which rows share a forward, and where each of their tokens stands in it: no padding is computed, a prompt once.
 
 A packed forward is one long row of tokens [T]: the prompts, each once for all the rows after one another that share it,
-then every completion but its last token, which predicts nothing. Only attention sees rows: it gathers their queries,
-keys and values from the tokens, in buckets of rows of similar length. A model whose attention cannot do that gets a
-grid [R, L], padded on the right, of which the rest of the package notices nothing.
+then every completion but its last token, which predicts nothing. Only attention sees rows. In the layout "segments",
+which wants a kernel for it, it gathers the keys and values that each completion sees; in the layout "rows" it gathers
+queries, keys and values, in buckets of rows of similar length. A model whose attention can do neither gets a "grid"
+[R, L], padded on the right, of which the rest of the package notices nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from grpo_core.batch import Rollouts
 
+Layout = Literal["segments", "rows", "grid"]
 RAGGED = 0.6  # a row shorter than this share of its bucket's longest begins another bucket
 
 
@@ -91,6 +93,21 @@ class AttentionRows:
 
 
 @dataclass(frozen=True)
+class Segments:
+    """What attention sees without padding: P prompts among themselves, then R completions with their rows before them.
+
+    Rows that compute no completion token are in no segment but their prompt's.
+    """
+
+    spread: Gather  # T tokens -> M keys: of every row its prompt and its completion
+    prompts: Tensor  # [P + 1] int32: where each begins among the tokens, and where the last ends
+    completions: Tensor  # [R + 1] int32: among the tokens after the prompts
+    rows: Tensor  # [R + 1] int32: among the M keys
+    longest: tuple[int, int, int]  # of prompts, completions and rows
+    shared: int  # tokens that are a prompt's
+
+
+@dataclass(frozen=True)
 class Packing:
     """One forward over some rows of a batch."""
 
@@ -99,7 +116,7 @@ class Packing:
     positions: Tensor  # [T]
     predictors: Gather  # T hidden states -> the n that predict a completion token
     places: Tensor  # [n] of those in [b, C], flattened
-    attention: AttentionRows | None  # None: a grid
+    attention: AttentionRows | Segments | None  # None: a grid
     mask: Tensor | None  # [R, L] bool of a grid
     tokens: int  # T
 
@@ -111,24 +128,20 @@ class Plan:
     rollouts: Rollouts
     shapes: Shapes
     forwards: list[list[int]]  # rows
-    grid: bool
+    layout: Layout
 
     def __len__(self) -> int:
         return len(self.forwards)
 
     def __iter__(self) -> Iterator[Packing]:
-        return (pack(self.rollouts, self.shapes, rows, grid=self.grid) for rows in self.forwards)
+        return (pack(self.rollouts, self.shapes, rows, self.layout) for rows in self.forwards)
 
 
-def plan(rollouts: Rollouts, budget: Budget, rows: Sequence[int] | None = None, *, grid: bool = False) -> Plan:
+def plan(rollouts: Rollouts, budget: Budget, rows: Sequence[int] | None = None, layout: Layout = "rows") -> Plan:
     """Divide `rows` (default: all) into as few forwards as `budget` allows. Reads the device once."""
     shapes = survey(rollouts)
-    return Plan(
-        rollouts,
-        shapes,
-        fill(shapes, range(len(rollouts)) if rows is None else rows, budget, grid=grid),
-        grid,
-    )
+    forwards = fill(shapes, range(len(rollouts)) if rows is None else rows, budget, layout)
+    return Plan(rollouts, shapes, forwards, layout)
 
 
 def survey(rollouts: Rollouts) -> Shapes:
@@ -141,31 +154,31 @@ def survey(rollouts: Rollouts) -> Shapes:
     return Shapes(*rows.cpu().numpy())
 
 
-def fill(shapes: Shapes, rows: Sequence[int], budget: Budget, *, grid: bool = False) -> list[list[int]]:
+def fill(shapes: Shapes, rows: Sequence[int], budget: Budget, layout: Layout = "rows") -> list[list[int]]:
     """Divide `rows` into as few forwards as the budget allows, longest first; a row that is too long gets its own.
 
     A group stays together where it fits, so that its prompt is computed once.
     """
     forwards: list[_Forward] = []
-    units = _units(shapes, np.asarray(rows, dtype=np.int64), budget, grid)
+    units = _units(shapes, np.asarray(rows, dtype=np.int64), budget, layout)
     for unit in sorted(units, key=lambda unit: -shapes.length[unit].max()):
         if not any(one.takes(unit) for one in forwards):
-            forwards.append(_Forward(shapes, budget, grid))
+            forwards.append(_Forward(shapes, budget, layout))
             forwards[-1].add(unit)
     return [sorted(one.rows) for one in forwards]
 
 
-def _units(shapes: Shapes, rows: np.ndarray, budget: Budget, grid: bool) -> Iterator[np.ndarray]:
+def _units(shapes: Shapes, rows: np.ndarray, budget: Budget, layout: Layout) -> Iterator[np.ndarray]:
     """What stays together: of a grid the single row, else a group, or as much of it as fits."""
-    if grid or len(rows) == 0:
+    if layout == "grid" or len(rows) == 0:
         yield from rows[:, None]
         return
     for group in np.split(rows, np.flatnonzero(np.diff(shapes.group[rows])) + 1):
-        part, begin = _Forward(shapes, budget, grid), 0
+        part, begin = _Forward(shapes, budget, layout), 0
         for i in [] if part.takes(group) else range(len(group)):
             if not part.takes(group[i : i + 1]):
                 yield from [group[begin:i]] if i > begin else []
-                part, begin = _Forward(shapes, budget, grid), i
+                part, begin = _Forward(shapes, budget, layout), i
                 part.add(group[i : i + 1])
         yield group[begin:]
 
@@ -173,8 +186,8 @@ def _units(shapes: Shapes, rows: np.ndarray, budget: Budget, grid: bool) -> Iter
 class _Forward:
     """The rows of one forward, added unit by unit, the longest first. The rows of a unit share one prompt."""
 
-    def __init__(self, shapes: Shapes, budget: Budget, grid: bool) -> None:
-        self.shapes, self.budget, self.grid = shapes, budget, grid
+    def __init__(self, shapes: Shapes, budget: Budget, layout: Layout) -> None:
+        self.shapes, self.budget, self.layout = shapes, budget, layout
         self.rows: list[int] = []
         self.groups: set[int] = set()
         self.tokens = self.places = 0  # that are computed; of attention's rows, without their padding
@@ -182,13 +195,13 @@ class _Forward:
     def takes(self, unit: np.ndarray) -> bool:
         """Add `unit` if it fits."""
         budget, length = self.budget, self.shapes.length
-        if self.grid:
+        if self.layout == "grid":
             fits = (len(self.rows) + 1) * length[[*self.rows[:1], *unit]].max() <= min(budget.tokens, budget.places)
         else:
             fits = self.tokens + self._tokens(unit) <= budget.tokens
-            least = self.places + length[unit].sum()  # and at most 1 / RAGGED of it
+            least = self.places + length[unit].sum()  # and in rows at most 1 / RAGGED of it
             fits = fits and least <= budget.places
-            if fits and least > RAGGED * budget.places:
+            if fits and self.layout == "rows" and least > RAGGED * budget.places:
                 fits = sum(len(rows) * width for rows, width in _buckets(length[[*self.rows, *unit]])) <= budget.places
         if fits:
             self.add(unit)
@@ -216,11 +229,11 @@ def _buckets(length: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
         order = order[count:]
 
 
-def pack(rollouts: Rollouts, shapes: Shapes, rows: Sequence[int], *, grid: bool = False) -> Packing:
+def pack(rollouts: Rollouts, shapes: Shapes, rows: Sequence[int], layout: Layout) -> Packing:
     """Lay out one forward over `rows`, ascending, of the rollouts that `shapes` describes."""
     device, width = rollouts.completion_ids.device, rollouts.completion_ids.shape[1]
     prompt, length, predicted = shapes.prompt[rows], shapes.length[rows], shapes.completion[rows]
-    lay = _grid if grid else _packed
+    lay = _grid if layout == "grid" else _rows if layout == "rows" else _segments
     row, place = _counted(length)  # of every token of every row: its row and its place there
     token, size, attention, mask = lay(prompt, length, shapes.group[rows], row, place, device)
     source, positions = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
@@ -247,12 +260,34 @@ def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _packed(
-    prompt: np.ndarray, length: np.ndarray, group: np.ndarray, row: np.ndarray, place: np.ndarray, device: torch.device
-) -> tuple[np.ndarray, int, AttentionRows, None]:
+    prompt: np.ndarray, length: np.ndarray, group: np.ndarray, row: np.ndarray, place: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which token each place of each row is; the prompts' tokens, 0 for a row that shares one; the completions'."""
     leader = np.searchsorted(group, group, side="left")  # the first of the rows here that share a prompt
     shared, completion = prompt * (leader == np.arange(len(group))), length - prompt
     prompts, completions = np.cumsum(shared) - shared, shared.sum() + np.cumsum(completion) - completion
     token = np.where(place < prompt[row], prompts[leader][row] + place, (completions - prompt)[row] + place)
+    return token, shared, completion
+
+
+def _segments(
+    prompt: np.ndarray, length: np.ndarray, group: np.ndarray, row: np.ndarray, place: np.ndarray, device: torch.device
+) -> tuple[np.ndarray, int, Segments, None]:
+    token, shared, completion = _packed(prompt, length, group, row, place)
+    size, real = int(shared.sum() + completion.sum()), completion > 0
+    parts = shared[shared > 0], completion[real], length[real]
+    prompts, completions, rows = (
+        _on(device, np.concatenate([[0], np.cumsum(part)]).astype(np.int32)) for part in parts
+    )
+    longest = (int(parts[0].max(initial=0)), int(parts[1].max(initial=0)), int(parts[2].max(initial=0)))
+    spread = gather(token[real[row]], size, device)
+    return token, size, Segments(spread, prompts, completions, rows, longest, int(shared.sum())), None
+
+
+def _rows(
+    prompt: np.ndarray, length: np.ndarray, group: np.ndarray, row: np.ndarray, place: np.ndarray, device: torch.device
+) -> tuple[np.ndarray, int, AttentionRows, None]:
+    token, shared, completion = _packed(prompt, length, group, row, place)
     size, first, tables, buckets = int(shared.sum() + completion.sum()), np.cumsum(length) - length, [], []
     for which, width in _buckets(length):
         real = np.arange(width) < length[which][:, None]

@@ -31,14 +31,14 @@ class PlainDecoder:
         self,
         prompts: Sequence[Sequence[int]],
         group_size: int,
-        noise: Tensor | None,
+        noise: Callable[[], Tensor] | None,
         limits: Tensor,
         settings: Decoding,
         slots: int,
     ) -> Draws:
         """`group_size` completions of every prompt, at most limits [B] tokens each, B = N * G rows, prompt-major.
 
-        noise [B, T] float64 are the uniforms, None where settings.greedy. At most `slots` rows are decoded at once.
+        noise() [B, T] float64 are the uniforms, None where settings.greedy. At most `slots` rows are decoded at once.
         """
         shape, device = (len(limits), int(limits.max())), self.model.device
         out = Draws(
@@ -47,11 +47,10 @@ class PlainDecoder:
             torch.zeros(shape[0], dtype=torch.long, device=device),
             torch.zeros(shape[0], dtype=torch.bool, device=device),
         )
+        uniform = None if noise is None else noise().to(device)
         for first in range(0, shape[0], slots):
             rows = torch.arange(first, min(first + slots, shape[0]), device=device)
-            self._wave(
-                prompts, group_size, rows, None if noise is None else noise.to(device), limits.to(device), settings, out
-            )
+            self._wave(prompts, group_size, rows, uniform, limits.to(device), settings, out)
         used = int(out.lengths.max())
         return Draws(out.ids[:, :used], out.logprobs[:, :used], out.lengths, out.ended)
 

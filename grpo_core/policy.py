@@ -27,11 +27,8 @@ from grpo_core.logprobs import (
     token_divergence,
     token_logprobs,
 )
-from grpo_core.packing import Budget, Packing, Plan, plan
+from grpo_core.packing import Budget, Layout, Packing, Plan, plan
 from grpo_core.schema import ConfigError
-
-# the sliding window of others may be in the mask alone, which packing does not use
-TELL_ATTENTION_THE_WINDOW = {"mistral", "qwen2", "qwen3"}
 
 
 @dataclass(frozen=True)
@@ -58,30 +55,14 @@ class Policy:
         self._reference: list[Tensor] | None = None  # the adapter of a reference that moves
 
     @cached_property
-    def packs(self) -> bool:
-        """Whether the model can compute packed rows; seen by trying, beside a padded grid of the same two rows."""
-        config = self.causal_lm.config
-        windows = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-        if windows and config.model_type not in TELL_ATTENTION_THE_WINDOW:
-            return False
-        if not packed_attention.install(self.causal_lm):
-            return False
-        ids = torch.arange(12, device=self.causal_lm.device).view(2, 6) % self.causal_lm.config.vocab_size
-        mask = torch.tensor([[True] * 3, [True, True, False]], device=ids.device)
-        rollouts = Rollouts(ids[:, :3], mask, ids[:, 3:], mask, torch.zeros(2, 3, device=ids.device), mask[:, 2])
-        try:
-            with torch.no_grad(), self._without_dropout():
-                packed, grid = (
-                    self._hidden(rollouts, one) for x in (False, True) for one in plan(rollouts, Budget(99), grid=x)
-                )
-        except Exception:  # a model that does not take what others take
-            return False
-        allowed = 1e-3 if packed.dtype == torch.float32 else 0.05
-        return bool((packed - grid).float().norm() <= allowed * grid.float().norm())
+    def layout(self) -> Layout:
+        """How rows share a forward of this model (packing.py); seen by trying, in evaluation mode."""
+        with torch.no_grad(), self._without_dropout():
+            return packed_attention.layout(self.causal_lm, self._hidden)
 
     def plan(self, rollouts: Rollouts, budget: Budget | None = None, rows: Sequence[int] | None = None) -> Plan:
         """The forwards that `rows` (default: all) divide into: as few as `budget` allows. Reads the device once."""
-        return plan(rollouts, budget or Budget(math.inf), rows, grid=not self.packs)
+        return plan(rollouts, budget or Budget(math.inf), rows, self.layout)
 
     def logprobs(self, rollouts: Rollouts) -> Tensor:
         """Log-prob of every completion token at the sampling temperature, [B, C] float32; 0 where masked."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -86,7 +87,8 @@ class Sampler:
         check_lengths(prompts, self.max_new_tokens, self.model.config)
         noise = None
         if not settings.greedy:
-            noise = uniforms([(*task.seed, i) for task in tasks for i in range(group_size)], self.max_new_tokens)
+            keys = [(*task.seed, i) for task in tasks for i in range(group_size)]
+            noise = cache(partial(uniforms, keys, self.max_new_tokens))
         if limits is None:
             limits = torch.full((len(tasks) * group_size,), self.max_new_tokens)
         assert limits.shape == (len(tasks) * group_size,) and 1 <= limits.min() <= limits.max() <= self.max_new_tokens
@@ -107,7 +109,7 @@ class Sampler:
         self,
         prompts: list[list[int]],
         group_size: int,
-        noise: Tensor | None,
+        noise: Callable[[], Tensor] | None,
         limits: Tensor,
         settings: Decoding,
         watch: Callable[[list[int], list[int]], None] | None,
@@ -133,7 +135,7 @@ class Sampler:
         decoder: FusedDecoder | PlainDecoder,
         prompts: list[list[int]],
         group_size: int,
-        noise: Tensor | None,
+        noise: Callable[[], Tensor] | None,
         limits: Tensor,
         settings: Decoding,
     ) -> Draws:

@@ -153,7 +153,6 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
                 end_out_of_memory(run, step, control, nothing_changed=not results)
             if len(plan) == 0:  # nothing to learn: the names in the log stay the same
                 micro_loss(run, *nothing_of(minibatch), totals, control, stats)
-            stats.total("tokens_updated", torch.tensor(float(sum(packing.tokens for packing in plan))))
             stats.total("micro_batches", torch.tensor(float(len(plan))))
             results.append(run.engine.step())
     return {
@@ -176,14 +175,16 @@ def accumulate(run: Run, minibatch: TrainBatch, plan: Plan, totals: Totals, cont
         run.engine.backward(micro_loss(run, micro, tokens, totals, control, seen))
         stats.add(seen)
 
-    halved = 0
+    halved = tokens = 0
     try:
         for packing in plan:
             watchdog.beat("update")
             halved += in_halves_if_need_be(run.policy, minibatch.rollouts, packing, forward_and_backward)
+            tokens += packing.tokens
     except torch.OutOfMemoryError:
         return False
     stats.total("memory_retries", torch.tensor(float(halved)))
+    stats.total("tokens_updated", torch.tensor(float(tokens)))
     return True
 
 

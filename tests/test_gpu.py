@@ -1,14 +1,16 @@
 """On a GPU: the embedded job in each precision and with each DeepSpeed JSON, and what only the sampler's graphs do."""
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 from fakes import Alphabet
+from test_packing import gradient, grouped_rollouts
 from test_run import launch, overrides, python, read
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from grpo_core.batch import Task
+from grpo_core.batch import Rollouts, Task
 from grpo_core.config import LoraConfig, ModelConfig
 from grpo_core.fused_decoder import FusedDecoder
 from grpo_core.policy import wrap
@@ -151,3 +153,30 @@ def test_bf16_log_probs_are_near_the_trainers(decoder_policy):
     rollouts = Sampler(decoder_policy.causal_lm, Alphabet(), max_new_tokens=64).generate(tasks(8), 8)
     gap = (decoder_policy.logprobs(rollouts) - rollouts.rollout_logprobs).abs()[rollouts.completion_mask]
     assert gap.mean() < 0.03
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_attention_in_segments_is_as_near_to_float32_as_in_padded_rows(decoder_policy, window):
+    policy = decoder_policy
+    rollouts = grouped_rollouts(groups=9, group_size=4, prompt_width=23, width=40, vocabulary=500)
+    rollouts = Rollouts(*(getattr(rollouts, f.name).to("cuda") for f in fields(rollouts)[:-1]))
+    if window:
+        for layer in policy.causal_lm.model.layers:
+            layer.self_attn.sliding_window = window
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.normal_(0, 0.05)
+
+    def computed(layout):
+        policy.layout = layout
+        out = policy.forward(rollouts).logprobs
+        return out.detach(), gradient(policy, out.float(), rollouts.completion_mask)
+
+    exact = computed("rows")
+    policy.model.to(torch.bfloat16)
+    del policy.layout
+    assert policy.layout == "segments"
+    rows, segments = (
+        [(a.float() - b).norm() / b.norm() for a, b in zip(computed(x), exact, strict=True)] for x in ("rows", "segments")
+    )
+    assert all(b <= 1.3 * a < 0.1 for a, b in zip(rows, segments, strict=True))

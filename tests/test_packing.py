@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from test_policy import naive_logprobs
 from test_sampler import MODELS
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
+from grpo_core import packed_attention
 from grpo_core.batch import Rollouts, take
 from grpo_core.config import LoraConfig, LossConfig, ModelConfig
-from grpo_core.packing import Budget, gather, plan
+from grpo_core.packing import Budget, Segments, gather, plan
 from grpo_core.policy import Policy, wrap
 from grpo_core.run import Budgets
 from grpo_core.stats import Stats
@@ -32,7 +34,7 @@ def grouped_rollouts(groups=4, group_size=3, prompt_width=7, width=9, vocabulary
 
 
 def gradient(policy, logprobs, mask):
-    weights = torch.cos(torch.arange(mask.numel()).view(mask.shape))
+    weights = torch.cos(torch.arange(mask.numel(), device=mask.device).view(mask.shape))
     grads = torch.autograd.grad((logprobs * weights * mask).sum(), policy.parameters())
     return torch.cat([g.flatten() for g in grads])
 
@@ -45,13 +47,71 @@ def forwards(policy, rollouts, budget=None):
     return out
 
 
+@pytest.fixture
+def kernel(monkeypatch):
+    """In flash attention's place, which needs a GPU: segment by segment, the last query sees the last key."""
+
+    def segment_by_segment(query, key, value, of_queries, of_keys, most_queries, most_keys, dropout, scaling, window):
+        out = []
+        for (a, b), (c, d) in zip(pairwise(of_queries.tolist()), pairwise(of_keys.tolist()), strict=True):
+            assert 0 < b - a <= most_queries and b - a <= d - c <= most_keys
+            mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+            if window is not None:
+                mask = mask.triu(d - c - (b - a) - window + 1)
+            q, k, v = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
+            how = {"attn_mask": mask, "dropout_p": dropout, "scale": scaling, "enable_gqa": len(q) != len(k)}
+            out.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, **how).transpose(0, 1))
+        assert b == len(query) and d == len(key)
+        return torch.cat(out)
+
+    monkeypatch.setattr(packed_attention, "_flash", segment_by_segment)
+    monkeypatch.setattr(packed_attention, "has_segments", lambda model: True)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("budget", [Budget(math.inf), Budget(30), Budget(1), Budget(60, 50)], ids=str)
+def test_segments_change_nothing(budget, side, kernel):
+    policy, rollouts = tiny_policy(lora_noise=0.1), grouped_rollouts(side=side)
+    assert policy.layout == "segments"
+    assert isinstance(next(iter(policy.plan(rollouts))).attention, Segments)
+    ours, naive = forwards(policy, rollouts, budget), naive_logprobs(policy, rollouts)
+    torch.testing.assert_close(ours, naive, atol=1e-5, rtol=1e-5)
+    mask = rollouts.completion_mask
+    torch.testing.assert_close(gradient(policy, ours, mask), gradient(policy, naive, mask), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_segments_of_every_architecture(name, kernel):
+    test_every_architecture(name, "segments")
+
+
+def test_of_a_prompt_every_query_is_computed_once(kernel):
+    rollouts = grouped_rollouts(groups=4, group_size=3)
+    [packing] = plan(rollouts, Budget(math.inf), layout="segments")
+    prompts, computed = rollouts.prompt_mask.sum(1), rollouts.lengths() - 1
+    segments = packing.attention
+    assert segments.shared == prompts[::3].sum() and len(segments.prompts) == 5
+    assert segments.prompts[-1] + segments.completions[-1] == packing.tokens
+    real = computed > 0
+    assert not real.all() and segments.rows.diff().tolist() == (prompts + computed)[real].tolist()
+    assert segments.longest == (prompts.max(), computed.max(), (prompts + computed)[real].max())
+
+
+def test_a_kernel_that_computes_something_else_is_not_used(kernel, monkeypatch):
+    right = packed_attention._flash
+    monkeypatch.setattr(packed_attention, "_flash", lambda *args: right(*args) * 1.3)
+    policy, rollouts = tiny_policy(lora_noise=0.1), grouped_rollouts()
+    assert policy.layout == "rows"
+    torch.testing.assert_close(forwards(policy, rollouts), naive_logprobs(policy, rollouts), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("budget", [Budget(math.inf), Budget(30), Budget(1), Budget(60, 50)], ids=str)
 @pytest.mark.parametrize("grid", [False, True])
 def test_log_probs_and_gradient_do_not_depend_on_the_packing(budget, grid, side):
     policy, rollouts = tiny_policy(lora_noise=0.1), grouped_rollouts(side=side)
-    assert policy.packs
-    policy.packs = not grid
+    assert policy.layout == "rows"
+    policy.layout = "grid" if grid else "rows"
     ours, naive = forwards(policy, rollouts, budget), naive_logprobs(policy, rollouts)
     torch.testing.assert_close(ours, naive, atol=1e-5, rtol=1e-5)
     mask = rollouts.completion_mask
@@ -61,7 +121,7 @@ def test_log_probs_and_gradient_do_not_depend_on_the_packing(budget, grid, side)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_architecture(name):
+def test_every_architecture(name, layout="rows"):
     kind, config, _ = MODELS[name]
     torch.manual_seed(0)
     model = kind(config)
@@ -73,7 +133,7 @@ def test_every_architecture(name):
         for p in policy.parameters():
             p.normal_(0, 0.1)
     rollouts = grouped_rollouts(width=12, vocabulary=config.vocab_size)
-    assert policy.packs == (not name.startswith("gemma2"))
+    assert policy.layout == ("grid" if name.startswith("gemma2") else layout)
     ours, naive = forwards(policy, rollouts, Budget(80)), naive_logprobs(policy, rollouts)
     torch.testing.assert_close(ours, naive, atol=1e-4, rtol=1e-4)
     mask = rollouts.completion_mask
@@ -88,7 +148,7 @@ def test_a_model_that_would_mix_rows_gets_a_grid(model):
     torch.manual_seed(0)
     policy = Policy(model())
     rollouts = grouped_rollouts()
-    assert not policy.packs
+    assert policy.layout == "grid"
     torch.testing.assert_close(forwards(policy, rollouts), naive_logprobs(policy, rollouts), atol=1e-5, rtol=1e-4)
 
 
@@ -98,7 +158,7 @@ def test_a_layer_that_mixes_tokens_is_noticed():
     layer = policy.causal_lm.model.layers[0].mlp
     own = layer.forward
     layer.forward = lambda x: own(torch.cat([x[:, :1], x[:, 1:] + x[:, :-1]], dim=1))
-    assert not policy.packs
+    assert policy.layout == "grid"
     torch.testing.assert_close(forwards(policy, rollouts), naive_logprobs(policy, rollouts), atol=1e-5, rtol=1e-4)
 
 
@@ -106,7 +166,7 @@ def test_the_models_own_scale_of_attention_counts():
     policy, rollouts = tiny_policy(lora_noise=0.1), grouped_rollouts()
     for layer in policy.causal_lm.model.layers:
         layer.self_attn.scaling *= 3
-    assert policy.packs
+    assert policy.layout == "rows"
     torch.testing.assert_close(forwards(policy, rollouts), naive_logprobs(policy, rollouts), atol=1e-5, rtol=1e-4)
 
 
@@ -127,7 +187,7 @@ def test_a_prompt_is_computed_once_and_no_padding_at_all():
     # the same prompt elsewhere in the batch is another one, and one row of a group alone has its own
     [part] = plan(rollouts, Budget(math.inf), rows=[0, 4, 5, 11])
     assert part.tokens == prompts[[0, 4, 11]].sum() + (lengths[[0, 4, 5, 11]] - 1).sum()
-    [grid] = plan(rollouts, Budget(math.inf), grid=True)
+    [grid] = plan(rollouts, Budget(math.inf), layout="grid")
     assert grid.tokens == grid.mask.numel() == 12 * (prompts + lengths - 1).max()
     assert grid.mask.sum(dim=1).tolist() == (prompts + lengths - 1).tolist()
 
@@ -161,11 +221,11 @@ def test_what_is_tried_fits_its_own_budget():
     [packing] = plan(rollouts, Budget(math.inf))
     assert len(plan(rollouts, Budget(packing.tokens, len(packing.attention.spread.index)))) == 1
     assert len(plan(rollouts, Budget(packing.tokens - 1))) == 2
-    [grid] = plan(rollouts, Budget(math.inf), grid=True)
+    [grid] = plan(rollouts, Budget(math.inf), layout="grid")
     assert (
-        len(plan(rollouts, Budget(grid.tokens), grid=True))
+        len(plan(rollouts, Budget(grid.tokens), layout="grid"))
         == 1
-        < len(plan(rollouts, Budget(grid.tokens - 1), grid=True))
+        < len(plan(rollouts, Budget(grid.tokens - 1), layout="grid"))
     )
 
 
