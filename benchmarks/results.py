@@ -65,9 +65,24 @@ def keep(run):
         (to / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = yaml.safe_load((to / "config.yaml").read_text()) if (to / "config.yaml").exists() else None
     builtin = config is not None and config["data"]["path"].startswith("builtin:")
+    if builtin and (run / "evaluation_completions.jsonl").exists():
+        rows = read(run / "evaluation_completions.jsonl")
+        write_completions(to, *({row["task"]: row for row in rows if row["step"] == step} for step in (0, rows[-1]["step"])))
     for folder in sorted(run.glob("evaluate*")):
         if folder.is_dir():
             keep_evaluation(folder, to, with_text=builtin and folder.name == "evaluate")
+
+
+def write_completions(to, before, after):
+    """completions.md: task -> row of the same problems before and after."""
+    lines = [f"# {to.name}: the first {SHOWN} held-out problems, answered greedily before and after\n"]
+    for task in sorted(after)[:SHOWN]:
+        question = after[task]["prompt"].split("Problem: ")[-1].split("\n")[0].split("<|im_end|>")[0]
+        lines.append(f"**{task + 1}.** {question}\n")
+        for rows, when in ((before, "before"), (after, "after")):
+            if row := rows.get(task):
+                lines.append(f"{when} ({'right' if row['correct'] else 'wrong'}):\n\n```text\n{row['text'].strip()}\n```\n")
+    (to / "completions.md").write_text("\n".join(lines))
 
 
 def keep_evaluation(folder, to, *, with_text):
@@ -93,15 +108,7 @@ def keep_evaluation(folder, to, *, with_text):
         }
     (to / f"{folder.name}.json").write_text(json.dumps(result) + "\n")
     if with_text:
-        tasks = sorted({task for _, task in greedy})[:SHOWN]
-        lines = [f"# {to.name}: the first {SHOWN} held-out problems, answered greedily before and after\n"]
-        for task in tasks:
-            question = greedy["policy", task]["prompt"].split("Problem: ")[-1].split("\n")[0].split("<|im_end|>")[0]
-            lines.append(f"**{task + 1}.** {question}\n")
-            for policy, when in (("base", "before"), ("policy", "after")):
-                if row := greedy.get((policy, task)):
-                    lines.append(f"{when} ({'right' if row['correct'] else 'wrong'}):\n\n```text\n{row['text'].strip()}\n```\n")
-        (to / "completions.md").write_text("\n".join(lines))
+        write_completions(to, *({task: row for (name, task), row in greedy.items() if name == policy} for policy in ("base", "policy")))
 
 
 def slips(text):

@@ -156,6 +156,7 @@ class CheckpointConfig:
 class LogConfig:
     every: int = 10  # steps between lines on the terminal; the files get every step
     completions: bool = True  # write completions.jsonl
+    evaluation_completions: int = 20  # of the first held-out tasks, at every evaluation: evaluation_completions.jsonl
     verbose: bool = False  # let DeepSpeed, torch and transformers talk
     exact_kl_every: int = 0  # steps between measurements of the KL over the whole vocabulary; 0: none
     exact_kl_tokens: int = 256  # on how many tokens of each rank

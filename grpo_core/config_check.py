@@ -171,7 +171,8 @@ LEAST = {  # null, auto and epoch are fine where a key takes them
         *("loss.kl_coef", "loss.entropy_coef", "loss.entropy_delta", "advantage.min_group_std", "reference.every"),
         *("engine.max_grad_norm", "engine.warmup_steps", "sampling.dynamic_attempts", "trainer.max_restarts"),
         *("trainer.hang_timeout", "trainer.max_failed_rewards", "debug.dump_batches"),
-        *("log.exact_kl_every", "evaluation.num_tasks", "evaluation.every", "checkpoint.every", "lora.r", "seed"),
+        *("log.exact_kl_every", "log.evaluation_completions", "evaluation.num_tasks", "evaluation.every"),
+        *("checkpoint.every", "lora.r", "seed"),
     ),
 }
 

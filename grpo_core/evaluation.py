@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from grpo_core import distributed
-from grpo_core.batch import Task
+from grpo_core.batch import Rollouts, Task
 from grpo_core.draw import Decoding
 from grpo_core.estimates import wilson_interval
 from grpo_core.progress import bar
@@ -28,28 +30,42 @@ def evaluate(
     *,
     batch_size: int,
     settings: Decoding = GREEDY,
+    shown: int = 0,
     warn: Callable[[Sequence[str]], object] = list,  # told why the reward failed; called on every rank
-) -> dict[str, float]:
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Accuracy of one completion a task over all ranks: it is correct where `reward` gives 1.0.
 
-    Returns accuracy, correct, n, ci_low, ci_high (Wilson, 95 %) and failed, the tasks that the reward failed on. Tasks
-    that cannot be scored count as wrong. Where it is not greedy, a task's noise depends on its own seed and row, and
-    the settings are returned too.
+    Returns accuracy, correct, n, ci_low, ci_high (Wilson, 95 %) and failed, the tasks that the reward failed on; and on
+    the main rank a row for each of the first `shown` tasks with its completion. Tasks that cannot be scored count as
+    wrong. Where it is not greedy, a task's noise depends on its own seed and row, and the settings are returned too.
     """
-    tasks = [replace(task, seed=(*task.seed, task.index, STREAM)) for task in tasks]
-    mine = sorted(tasks[distributed.rank() :: distributed.world_size()], key=lambda task: len(task.prompt_ids))
-    counts, failures = torch.zeros(2), []  # correct, failed
-    with bar(len(mine), "evaluating", "task") as shown:
+    placed = [(i, replace(task, seed=(*task.seed, task.index, STREAM))) for i, task in enumerate(tasks)]
+    mine = sorted(placed[distributed.rank() :: distributed.world_size()], key=lambda task: len(task[1].prompt_ids))
+    counts, failures, rows = torch.zeros(2), [], []  # correct, failed
+    with bar(len(mine), "evaluating", "task") as progress:
         for start in range(0, len(mine), batch_size):
-            part = mine[start : start + batch_size]
+            places, part = zip(*mine[start : start + batch_size], strict=True)
             rollouts = sampler.generate(part, 1, settings=settings)
             scores = score([Reward(CORRECT, 1.0, reward)], part, rollouts.completions, 1)
             failures += scores.failures
-            counts += torch.stack([(scores.rewards == 1.0).sum(), scores.failed[CORRECT].sum()])
-            shown.update(len(part))
+            correct = scores.rewards.flatten() == 1.0
+            counts += torch.stack([correct.sum(), scores.failed[CORRECT].sum()])
+            rows += [(i, row) for i, row in zip(places, _rows(part, rollouts, correct), strict=True) if i < shown]
+            progress.update(len(part))
     warn(failures)
-    correct, failed = map(int, distributed.all_sum(counts).tolist())
-    low, high = wilson_interval(correct, len(tasks))
+    right, failed = map(int, distributed.all_sum(counts).tolist())
+    low, high = wilson_interval(right, len(tasks))
     how = {} if settings.greedy else {k: v for k, v in asdict(settings).items() if v is not None and k != "greedy"}
     interval = {"ci_low": low, "ci_high": high}
-    return {"accuracy": correct / len(tasks), "correct": correct, "n": len(tasks), **interval, "failed": failed, **how}
+    result = {"accuracy": right / len(tasks), "correct": right, "n": len(tasks), **interval, "failed": failed, **how}
+    everywhere = sorted((row for part in distributed.gather(rows) for row in part), key=lambda row: row[0])
+    return result, [row for _, row in everywhere]
+
+
+def _rows(tasks: Sequence[Task], rollouts: Rollouts, correct: Tensor) -> Iterator[dict[str, Any]]:
+    lengths, truncated = rollouts.lengths().tolist(), rollouts.truncated.tolist()
+    for i, task in enumerate(tasks):
+        yield {
+            "task": task.index, "prompt": task.prompt, "text": rollouts.completions[i], "correct": bool(correct[i]),
+            "length": lengths[i], "truncated": truncated[i],
+        }  # fmt: skip

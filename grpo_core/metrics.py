@@ -58,6 +58,7 @@ class RunLog:
                 ("metrics", start_step - 1),
                 ("completions", start_step - 1),
                 ("evaluation", start_step or -1),  # the one before the first step is made again
+                ("evaluation_completions", start_step or -1),
             ):
                 _truncate(folder / f"{name}.jsonl", last)
             self.bar = tqdm(
@@ -159,9 +160,11 @@ class RunLog:
         if (step + 1) % self.config.log.every == 0 or step + 1 == self.num_steps:
             self.say(f"step {step + 1:>{len(str(self.num_steps))}}/{self.num_steps}  {line(row)}")
 
-    def evaluation(self, step: int, result: dict[str, float]) -> None:
-        """One row of evaluation.jsonl and a line. `step` is the number of steps taken before it."""
+    def evaluation(self, step: int, result: dict[str, float], completions: list[dict[str, Any]]) -> None:
+        """One row of evaluation.jsonl, some of evaluation_completions.jsonl, and a line, after `step` steps."""
         self._append("evaluation", {"step": step, **result})
+        if completions:
+            self._append("evaluation_completions", *({"step": step, **row} for row in completions))
         if self.trackers:
             self.trackers.evaluation(result, step)
         self.say(f"evaluation after {step} steps: {describe(result)}")

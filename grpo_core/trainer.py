@@ -331,9 +331,11 @@ def evaluate_now(run: Run, steps_taken: int) -> str | None:
     chosen, limit = run.config.evaluation, run.config.trainer.max_failed_rewards
     settings = Decoding(chosen.temperature or 1.0, not chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
     given = {"batch_size": chosen.batch_size, "settings": settings, "warn": run.log.warn}
+    given["shown"] = run.config.log.evaluation_completions
     with run.log.phase("evaluate"):
-        result = evaluate(run.sampler, run.eval_tasks, run.eval_reward, **given) | run.held_out()
-    run.log.evaluation(steps_taken, result)
+        result, shown = evaluate(run.sampler, run.eval_tasks, run.eval_reward, **given)
+        result |= run.held_out()
+    run.log.evaluation(steps_taken, result, shown)
     if result["failed"] <= limit * result["n"]:
         return None
     return (

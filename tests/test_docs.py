@@ -306,6 +306,7 @@ def test_every_name_that_a_run_writes_is_explained_and_every_name_explained_is_w
         "metrics": always | switched,
         "evaluation": names_in("evaluation.jsonl"),
         "completions": names_in("completions.jsonl"),
+        "evaluation_completions": names_in("evaluation_completions.jsonl"),
     }
     written = {kind: set() for kind in documented}
     for kind in documented:

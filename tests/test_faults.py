@@ -61,7 +61,8 @@ def results(folder):
         name.name: load_file(name / "tensors.safetensors"),
         "adapter": load_file(folder / "adapter" / "adapter_model.safetensors"),
     }
-    return files, [without_times(read(folder / f"{kind}.jsonl")) for kind in ("metrics", "completions", "evaluation")]
+    kinds = ("metrics", "completions", "evaluation", "evaluation_completions")
+    return files, [without_times(read(folder / f"{kind}.jsonl")) for kind in kinds]
 
 
 def same(one, other):

@@ -58,7 +58,7 @@ def test_stats_add_up():
 
 
 def test_resuming_drops_later_and_torn_rows(tmp_path):
-    for name in ("metrics", "completions", "evaluation"):
+    for name in ("metrics", "completions", "evaluation", "evaluation_completions"):
         row = {"text": "lines that only str.splitlines sees: \u2028 \u2029 \x85"}
         lines = [json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for step in (0, 1, 1, 2, 3)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines) + '{"step": 4, "lo')
@@ -68,7 +68,7 @@ def test_resuming_drops_later_and_torn_rows(tmp_path):
         return [json.loads(line)["step"] for line in (tmp_path / f"{name}.jsonl").read_bytes().splitlines()]
 
     assert steps("metrics") == steps("completions") == [0, 1, 1]
-    assert steps("evaluation") == [0, 1, 1, 2]  # the one after two steps stands
+    assert steps("evaluation") == steps("evaluation_completions") == [0, 1, 1, 2]  # the one after two steps stands
 
 
 @pytest.mark.parametrize(
@@ -86,10 +86,11 @@ def test_wilson_interval_against_tables(correct, n, low, high):
 
 
 def test_starting_over_keeps_no_row_of_a_run_that_died_before_its_first_checkpoint(tmp_path):
-    for name in ("metrics", "completions", "evaluation"):
+    names = ("metrics", "completions", "evaluation", "evaluation_completions")
+    for name in names:
         (tmp_path / f"{name}.jsonl").write_text('{"step": 0}\n')
     RunLog(tmp_path, RunConfig(), start_step=0, num_steps=5).close()
-    assert all((tmp_path / f"{name}.jsonl").read_text() == "" for name in ("metrics", "completions", "evaluation"))
+    assert all((tmp_path / f"{name}.jsonl").read_text() == "" for name in names)
 
 
 def test_a_users_files_are_kept_with_the_run(tmp_path):

@@ -147,6 +147,21 @@ def test_what_is_kept_of_a_run(tmp_path, data):
     )
 
 
+def test_of_a_run_the_held_out_answers_before_and_after_are_kept(tmp_path, data):
+    rows = [
+        {"step": step, "task": task, "prompt": f"Problem: What is {task}?", "text": f"{step}.", "correct": step == 9}
+        for step in (0, 5, 9) for task in range(25)
+    ]  # fmt: skip
+    for name, path in (("mine", "builtin:word_problems"), ("theirs", "/where/train.jsonl")):
+        run = a_run(tmp_path / name, path, "evaluate-test")
+        (run / "evaluation_completions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+        results.keep(run)
+    text = (data / "mine" / "completions.md").read_text()
+    assert "**1.** What is 0?\n\nbefore (wrong):\n\n```text\n0.\n```\n\nafter (right):\n\n```text\n9.\n```" in text
+    assert "**20.**" in text and "**21.**" not in text and "\n5." not in text
+    assert not (data / "theirs" / "completions.md").exists()
+
+
 def test_rows_of_other_data_appear_by_their_number_alone(tmp_path, data):
     results.keep(a_run(tmp_path / "theirs", "/where/train.jsonl", "evaluate-test"))
     kept = "".join(path.read_text() for path in data.rglob("*.json*"))

@@ -81,6 +81,8 @@ def test_launch_trains_and_the_adapter_loads_in_plain_peft(tmp_path, environment
     assert [row["step"] for row in read(folder / "evaluation.jsonl")] == [0, 2]
     completions = read(folder / "completions.jsonl")
     assert len(completions) == 2 * 32 and len({row["prompt"] for row in completions}) == 8
+    shown = read(folder / "evaluation_completions.jsonl")  # gathered from both processes, in the order of the tasks
+    assert [(row["step"], row["task"]) for row in shown] == [(step, task) for step in (0, 2) for task in range(8)]
 
     code = (
         "import sys\n"
@@ -164,7 +166,10 @@ def test_rollouts_do_not_depend_on_the_number_of_processes(tmp_path, here, on_tw
     assert done.returncode == 0, done.stderr
     folders = [tmp_path / "tiny", on_two / name / "tiny"]
     texts = [
-        [(row["step"], row["prompt"], row["sample"], row["text"]) for row in read(folder / "completions.jsonl")]
+        [
+            [(row["step"], row["prompt"], row.get("sample"), row["text"]) for row in read(folder / f"{kind}.jsonl")]
+            for kind in ("completions", "evaluation_completions")
+        ]
         for folder in folders
     ]
     assert texts[0] == texts[1]  # the second step's also show that the first update was the same
