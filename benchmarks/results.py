@@ -323,15 +323,18 @@ def draw_two_gpus():
 
 
 def two_gpus_table():
-    lines, found = ["| | before | after | seconds of training | median step |", "|---|---|---|---|---|"], []
+    lines, found = ["| | before | after | tokens sampled | tokens trained on | seconds of training | a step: mean | median |", "|---|---|---|---|---|---|---|---|"], []
     for name, label in (("one_gpu", "one GPU"), ("two_gpus", "two GPUs")):
-        rows, clock = accuracy(name), trained_seconds(name)
+        rows, clock, metrics = accuracy(name), trained_seconds(name), read(DATA / name / "metrics.jsonl")
         steps = [b - a for a, b in pairwise(clock)][5:]
-        ends = [interval(rows[i]["correct"], rows[i]["n"]) for i in (0, -1)]
-        lines.append(f"| {label} | {ends[0]} | {ends[1]} | {clock[-1]:.0f} | {statistics.median(steps):.2f} s |")
-        found.append((clock[-1], statistics.median(steps)))
-    whole, median = (one / two for one, two in zip(*found, strict=True))
-    return "\n".join([*lines, "", f"Two GPUs are {whole:.2f} times as fast over the whole run, {median:.2f} times by the median step."])
+        times = (clock[-1], statistics.mean(steps), statistics.median(steps))
+        cells = [interval(rows[i]["correct"], rows[i]["n"]) for i in (0, -1)]
+        cells += [f"{sum(row[kind] for row in metrics) / 1e6:.2f} M" for kind in ("tokens", "tokens_updated")]
+        lines.append(f"| {label} | {' | '.join(cells)} | {times[0]:.0f} | {times[1]:.2f} s | {times[2]:.2f} s |")
+        found.append(times)
+    whole, mean, median = (one / two for one, two in zip(*found, strict=True))
+    told = f"Two GPUs are {whole:.2f} times as fast over the whole run, {mean:.2f} times by the mean step and {median:.2f} times by the median."
+    return "\n".join([*lines, "", told])
 
 
 def draw_reward_hacking():

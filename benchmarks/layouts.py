@@ -1,0 +1,67 @@
+"""What the layout of a micro-batch and its size cost an update: the word problems of docs/results, part 5, on one GPU.
+
+    python benchmarks/layouts.py [--out FILE] [section.key=value ...]     every layout and size, each in its own process
+    python benchmarks/layouts.py one LAYOUT TOKENS [section.key=value ...]
+
+Needs smollm2/. The reward is a number that no two texts share, so no group is left out and the work of every run is the same
+up to the lengths.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+CASES = [(layout, tokens) for layout in ("rows", "segments") for tokens in (32_768, 65_536, 131_072)]
+JOB = [
+    "name=layouts", "trainer.num_steps=5", "evaluation.every=0", "evaluation.num_tasks=0", "sampling.max_new_tokens=32",
+    "truncation={name: keep}", "rewards=[benchmarks/layouts.py:checksum]", "log.every=1",
+]  # fmt: skip
+
+
+def checksum(completions, **columns):
+    return [zlib.crc32(text.encode()) % 1000 / 1000 for text in completions]
+
+
+def one(layout: str, tokens: int, overrides: list[str]) -> dict:
+    """Seconds and memory of the update, medians over the steps after the first."""
+    from update import stamp
+
+    from grpo_core import load_config, memory, packed_attention, train
+
+    found = packed_attention.layout
+    packed_attention.layout = lambda *given: found(*given) and layout  # found all the same: that installs its attention
+    memory.MOST = tokens
+    with tempfile.TemporaryDirectory() as folder:
+        run = train(load_config(ROOT / "configs" / "experiments" / "one_gpu.yaml", [*JOB, *overrides, f"output_dir={folder}"]))
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
+    names = ("seconds/update", "micro_batches", "tokens_updated", "memory_gb/update", "peak_memory_gb", "memory_retries")
+    found = {name: round(statistics.median(row[name] for row in rows), 3) for name in names if name in rows[0]}
+    return {"bench": "layouts", "layout": layout, "most_tokens": tokens, **found, **stamp()}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "layouts.json")
+    given = parser.parse_intermixed_args()
+    if given.words[:1] == ["one"]:
+        print(json.dumps(one(given.words[1], int(given.words[2]), given.words[3:])))
+        return
+    rows = []
+    for layout, tokens in CASES:
+        command = [sys.executable, __file__, "one", layout, str(tokens), *given.words]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        rows.append(done.stdout.splitlines()[-1])
+        print(rows[-1], flush=True)
+    given.out.write_text("\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
