@@ -195,6 +195,27 @@ def test_evaluation_is_greedy_or_as_its_settings_say_with_noise_of_each_tasks_ow
     assert len(set(texts(temperature=1.0, min_p=1.0))) == len(set(texts(temperature=1.0, top_p=1e-6))) == 1
 
 
+def test_the_first_held_out_answers_are_kept_in_the_order_of_their_tasks(tmp_path):
+    tasks = [Task(10 + i, f"p{i}", [5, 6, 7][: 3 - i % 3], {"row": i}, (0,)) for i in range(5)]
+
+    def even(completions, row):
+        return [float(r % 2 == 0) for r in row]
+
+    def of(config, shown):
+        log = replace(config.log, evaluation_completions=shown)
+        return replace(config, log=log, evaluation=EvaluationConfig(batch_size=2))
+
+    for shown in (0, 3):
+        run = make_run(tmp_path / str(shown), change=lambda config, shown=shown: of(config, shown))
+        evaluate_now(replace(run, eval_tasks=tasks, eval_reward=even), 7)
+    assert not (tmp_path / "0" / "evaluation_completions.jsonl").exists()
+    found, drawn = rows(tmp_path / "3", "evaluation_completions"), run.sampler.generate(tasks[:3], 1, greedy=True)
+    assert [(row["step"], row["task"], row["prompt"]) for row in found] == [(7, 10, "p0"), (7, 11, "p1"), (7, 12, "p2")]
+    assert [row["correct"] for row in found] == [True, False, True]
+    for name, values in (("text", drawn.completions), ("length", drawn.lengths()), ("truncated", drawn.truncated)):
+        assert [row[name] for row in found] == [value if name == "text" else value.item() for value in values], name
+
+
 def test_tasks_that_the_evaluations_reward_fails_on_are_counted_and_too_many_end_the_run(tmp_path, capsys):
     calls = []
 
