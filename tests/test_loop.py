@@ -112,13 +112,17 @@ def test_the_reference_pulls(tmp_path):
 
 
 def test_the_micro_batch_size_changes_nothing(tmp_path):
-    norms = []
+    norms, updated = [], []
     for size in (1, 30, 1000):
         run = make_run(tmp_path / str(size), num_steps=2, tokens_per_micro_batch=size, kl_coef=0.1)
         before = torch.cat([p.detach().flatten() for p in run.policy.parameters()])
         run.engine.by_gradient_descent()
         train(run)
         norms.append(torch.cat([p.detach().flatten() for p in run.policy.parameters()]))
+        updated.append(rows(tmp_path / str(size))[0]["tokens_updated"])
+    tasks, drawn = run.tasks.batch(0), rows(tmp_path / "1", "completions")[:32]
+    assert updated[0] == sum(len(tasks[i // 8].prompt_ids) + row["length"] - 1 for i, row in enumerate(drawn))
+    assert updated[2] == updated[0] - sum(7 * len(task.prompt_ids) for task in tasks)  # prompts once for their eight
     torch.testing.assert_close(norms[1], norms[0], atol=1e-6, rtol=0)
     torch.testing.assert_close(norms[2], norms[0], atol=1e-6, rtol=0)
     assert (norms[0] - before).abs().max() > 1e-3
@@ -199,7 +203,7 @@ def test_the_first_held_out_answers_are_kept_in_the_order_of_their_tasks(tmp_pat
     tasks = [Task(10 + i, f"p{i}", [5, 6, 7][: 3 - i % 3], {"row": i}, (0,)) for i in range(5)]
 
     def even(completions, row):
-        return [float(r % 2 == 0) for r in row]
+        return [1.0 if r % 2 == 0 else 0.5 for r in row]
 
     def of(config, shown):
         log = replace(config.log, evaluation_completions=shown)
@@ -212,6 +216,7 @@ def test_the_first_held_out_answers_are_kept_in_the_order_of_their_tasks(tmp_pat
     found, drawn = rows(tmp_path / "3", "evaluation_completions"), run.sampler.generate(tasks[:3], 1, greedy=True)
     assert [(row["step"], row["task"], row["prompt"]) for row in found] == [(7, 10, "p0"), (7, 11, "p1"), (7, 12, "p2")]
     assert [row["correct"] for row in found] == [True, False, True]
+    assert rows(tmp_path / "3", "evaluation")[0]["correct"] == 3  # of five; half a point is not correct
     for name, values in (("text", drawn.completions), ("length", drawn.lengths()), ("truncated", drawn.truncated)):
         assert [row[name] for row in found] == [value if name == "text" else value.item() for value in values], name
 

@@ -10,7 +10,14 @@ from fakes import TorchEngine, ragged_rollouts, tiny_policy
 from test_loop import make_run
 from test_policy import naive_logprobs
 from test_sampler import MODELS
-from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
+)
 
 from grpo_core import packed_attention
 from grpo_core.batch import Rollouts, take
@@ -97,6 +104,19 @@ def test_of_a_prompt_every_query_is_computed_once(kernel):
     assert segments.longest == (prompts.max(), computed.max(), (prompts + computed)[real].max())
 
 
+def test_segments_fill_the_places_that_rows_would_pad():
+    """Three rows of 9, 7 and 6 places are 22; in rows, padded to the longest, 27."""
+    rollouts = grouped_rollouts(groups=1, prompt_width=1)
+    lengths = torch.tensor([[9], [7], [6]])
+    mask = torch.arange(rollouts.completion_mask.shape[1]) < lengths
+    rollouts = replace(rollouts, completion_mask=mask, prompt_mask=torch.ones_like(rollouts.prompt_mask))
+    counts = {
+        layout: [len(plan(rollouts, Budget(99, places), layout=layout)) for places in (27, 26, 22, 21)]
+        for layout in ("segments", "rows")
+    }
+    assert counts == {"segments": [1, 1, 1, 2], "rows": [1, 2, 2, 2]}
+
+
 def test_a_kernel_that_computes_something_else_is_not_used(kernel, monkeypatch):
     right = packed_attention._flash
     monkeypatch.setattr(packed_attention, "_flash", lambda *args: right(*args) * 1.3)
@@ -143,7 +163,11 @@ def test_every_architecture(name, layout="rows"):
 @pytest.mark.parametrize("model", [
     lambda: BloomForCausalLM(BloomConfig(vocab_size=16, hidden_size=16, n_layer=1, n_head=2)),
     lambda: MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=16, state_size=4, num_hidden_layers=1)),
-], ids=["positions in the attention's bias", "no attention"])  # fmt: skip
+    lambda: Starcoder2ForCausalLM(Starcoder2Config(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        sliding_window=8, bos_token_id=None, eos_token_id=1,
+    )),
+], ids=["positions in the attention's bias", "no attention", "a window that its mask may hold"])  # fmt: skip
 def test_a_model_that_would_mix_rows_gets_a_grid(model):
     torch.manual_seed(0)
     policy = Policy(model())

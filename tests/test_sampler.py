@@ -347,6 +347,8 @@ def test_rows_may_be_allowed_fewer_tokens(decoder):
     sampler, limits = make(policy_on_device(), decoder=decoder), torch.tensor([1, 2, 3, 12] * 4)
     whole, rollouts = sampler.generate(TASKS, 4), sampler.generate(TASKS, 4, limits=limits)
     assert kept(rollouts) == [row[:limit] for row, limit in zip(kept(whole), limits.tolist(), strict=True)]
+    short = sampler.generate(TASKS, 4, limits=torch.full((16,), 2))  # fewer than the sampler allows, all of them
+    assert kept(short) == [row[:2] for row in kept(whole)]
     assert rollouts.truncated.tolist() == [row[-1] != EOS for row in kept(rollouts)]
 
 
