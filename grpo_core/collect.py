@@ -40,11 +40,11 @@ def _resample(
     """`collect`'s tasks, completions and scores with tied groups replaced."""
     group_size, tasks = run.config.sampling.group_size, list(tasks)
     stats.mean("first_draw/reward", scores.rewards, ~scores.rewards.isnan())
-    stats.mean("first_draw/tied_groups", _tied(run, scores.rewards, scores))
+    stats.mean("first_draw/tied_groups", _to_replace(run, rollouts, scores))
     replaced, used, tokens = 0, 0, rollouts.lengths().sum()
     for attempt in range(1, run.config.sampling.dynamic_attempts + 1):
         failed = torch.stack([*scores.failed.values()]).any(dim=0).any(dim=1)  # not the prompt's fault
-        tied = (_tied(run, scores.rewards, scores) & ~failed).nonzero().squeeze(1)
+        tied = (_to_replace(run, rollouts, scores) & ~failed).nonzero().squeeze(1)
         if len(tied) == 0:
             break
         others = run.tasks.replacements(step, attempt)
@@ -69,8 +69,7 @@ def rewards_to_learn_from(
     rewards = scores.rewards
     if run.config.loss.kl_in == "reward" and kl_coef > 0:
         rewards = rewards - kl_coef * _sequence_kl(run, rollouts, stats).view_as(rewards)
-    lengths, truncated = (x.view(rewards.shape).cpu() for x in (rollouts.lengths(), rollouts.truncated))
-    return run.truncation_fn(rewards, lengths, truncated, run.config.sampling.max_new_tokens)
+    return _after_truncation(run, rollouts, rewards)
 
 
 def advantages_over_ranks(run: Run, rewards: Tensor, rollouts: Rollouts, scores: Scores, stats: Stats) -> Tensor:
@@ -108,6 +107,17 @@ def _tied(run: Run, rewards: Tensor, scores: Scores) -> Tensor:
         return tied_groups(level(rewards, least))
     counting = [scores.by_name[reward.name] for reward in run.rewards if reward.weight]
     return torch.stack([tied_groups(level(values, least)) for values in counting]).all(dim=0)
+
+
+def _to_replace(run: Run, rollouts: Rollouts, scores: Scores) -> Tensor:
+    """Groups that teach nothing, [N] bool: tied as they were scored, which is DAPO's rule, or after truncation."""
+    rewards, trained = _after_truncation(run, rollouts, scores.rewards)
+    return _tied(run, scores.rewards, scores) | _tied(run, rewards, scores) | ~trained.any(dim=1)
+
+
+def _after_truncation(run: Run, rollouts: Rollouts, rewards: Tensor) -> tuple[Tensor, Tensor]:
+    lengths, truncated = (x.view(rewards.shape).cpu() for x in (rollouts.lengths(), rollouts.truncated))
+    return run.truncation_fn(rewards, lengths, truncated, run.config.sampling.max_new_tokens)
 
 
 def _replace_scores(scores: Scores, groups: Tensor, others: Scores) -> Scores:

@@ -255,6 +255,23 @@ def test_only_tied_groups_are_replaced_and_the_others_stay_as_they_were(tmp_path
     )
 
 
+@pytest.mark.parametrize("what", ["rewards", "mask"])
+def test_groups_that_truncation_leaves_without_a_signal_are_replaced_too(tmp_path, what):
+    def by_row(completions, row):
+        return [i % 8 + 50.0 * (r not in (1, 3)) for i, r in enumerate(row)]
+
+    def rows_1_and_3_are_cut_off(rewards, lengths, truncated, max_new_tokens):
+        assert lengths.shape == truncated.shape == rewards.shape == (len(rewards), 8) and max_new_tokens == 5
+        cut = (rewards.max(dim=1, keepdim=True).values < 50).expand_as(rewards)
+        return (rewards * ~cut, torch.ones_like(cut)) if what == "rewards" else (rewards, ~cut)
+
+    run = make_run(tmp_path, change=sampling(dynamic_attempts=1))
+    run, stats = replace(run, rewards=[Reward("good", 1.0, by_row)], truncation_fn=rows_1_and_3_are_cut_off), Stats()
+    tasks, _, _ = collect(run, 0, stats)
+    assert [task.index for task in tasks] == [0, 101, 2, 103]
+    assert stats.reduce()["first_draw/tied_groups"] == 0.5
+
+
 def test_near_ties_count_as_ties(tmp_path):
     def almost(completions):
         return [1e-4 * (i % 3) for i in range(len(completions))]
