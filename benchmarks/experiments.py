@@ -56,14 +56,15 @@ CHAINS = {
         ]
         for temperature, rate in (("0.7", "6e-4"), ("1.0", "3e-4"), ("1.0", "6e-4"), ("1.0", "1e-3"))
     },
-    "one_gpu": [f"{TRAIN}/one_gpu.yaml"],
     **{f"variants_{name}": [f"python3 benchmarks/variants.py {name}"] for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo")},
 }  # fmt: skip
 AGAIN = {  # what stands behind a command that was begun before
     TRAIN: "resume=auto", "python3 benchmarks/variants.py": "resume=auto", "bash launch.sh": "resume=auto",
     SFT: "overwrite=true",
 }  # fmt: skip
-ON_TWO = {"two_gpus": ["bash launch.sh 2 --config configs/experiments/one_gpu.yaml name=two_gpus"]}
+ON_TWO = {  # one after the other, beside nothing else
+    "two_gpus": [f"{TRAIN}/one_gpu.yaml", "bash launch.sh 2 --config configs/experiments/one_gpu.yaml name=two_gpus"]
+}
 
 
 def run(chain, commands, gpus, end, logs):

@@ -26,7 +26,8 @@ from grpo_core.estimates import mcnemar, wilson_interval
 RESULTS = ROOT / "docs" / "results"
 DATA = RESULTS / "data"
 COLUMNS = (
-    "step", "reward", "rewards/correct_answer", "first_draw/reward", "tied_groups", "length", "truncated", "tokens", "tokens_sampled",
+    "step", "reward", "rewards/correct_answer", "first_draw/reward", "first_draw/tied_groups", "tied_groups", "resampled_groups",
+    "length", "truncated", "tokens", "tokens_sampled", "micro_batches",
     "entropy", "kl", "kl_exact", "ratio", "clip_frac", "grad_norm", "logprob_gap", "tokens_updated", "seconds", "seconds/sample",
     "seconds/reward", "seconds/freeze", "seconds/update", "seconds/evaluate", "seconds/checkpoint", "peak_memory_gb",
 )  # fmt: skip
@@ -147,8 +148,8 @@ def trained_seconds(name):
     return found
 
 
-def percent(share):
-    return f"{100 * share:.1f} %"
+def percent(share, digits=1):
+    return f"{100 * share:.{digits}f} %"
 
 
 def interval(correct, n):
@@ -300,16 +301,21 @@ def draw_variants():
 
 
 def variants_table():
-    lines = ["| | accuracy after: mean (seeds) | length | exact KL | tokens | seconds |", "|---|---|---|---|---|---|"]
+    at = (20, 40, 50, 60)
+    head = " | ".join([f"after {step} steps" for step in at[:-1]] + [f"{at[-1]}: mean (seeds)"])
+    lines = [f"| | {head} | length | KL | clipped | tokens sampled | seconds |", "|---|---|---|---|---|---|---|---|---|---|"]
     for name in VARIANTS:
-        last = [accuracy(variant(name, seed))[-1]["accuracy"] for seed in SEEDS]
+        found = [{row["step"]: row["accuracy"] for row in accuracy(variant(name, seed))} for seed in SEEDS]
+        means = [percent(statistics.mean(one[step] for one in found)) for step in at]
         rows = [read(DATA / variant(name, seed) / "metrics.jsonl") for seed in SEEDS]
         length = statistics.mean(statistics.mean(row["length"] for row in run[-10:]) for run in rows)
         kl = statistics.mean([row["kl_exact"] for row in run if "kl_exact" in row][-1] for run in rows)
         tokens = statistics.mean(sum(row.get("tokens_sampled", row["tokens"]) for row in run) for run in rows)
         seconds = statistics.mean(trained_seconds(variant(name, seed))[-1] for seed in SEEDS)
-        seeds = ", ".join(f"{100 * value:.1f}" for value in last)
-        lines.append(f"| {name} | {percent(statistics.mean(last))} ({seeds}) | {length:.0f} | {kl:.2f} | {tokens / 1e6:.1f} M | {seconds:.0f} |")
+        clipped = statistics.mean(row["clip_frac"] for run in rows for row in run if "clip_frac" in row)
+        means[-1] += f" ({', '.join(f'{100 * one[at[-1]]:.1f}' for one in found)})"
+        cells = [*means, f"{length:.0f}", f"{kl:.1f}", percent(clipped, 2), f"{tokens / 1e6:.1f} M", f"{seconds:.0f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -323,18 +329,20 @@ def draw_two_gpus():
 
 
 def two_gpus_table():
-    lines, found = ["| | before | after | tokens sampled | tokens trained on | seconds of training | a step: mean | median |", "|---|---|---|---|---|---|---|---|"], []
+    lines = [
+        "| | before | after | tokens sampled | computed in updates | seconds of training | sampling | rewards | updates |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    found = []
     for name, label in (("one_gpu", "one GPU"), ("two_gpus", "two GPUs")):
-        rows, clock, metrics = accuracy(name), trained_seconds(name), read(DATA / name / "metrics.jsonl")
-        steps = [b - a for a, b in pairwise(clock)][5:]
-        times = (clock[-1], statistics.mean(steps), statistics.median(steps))
+        rows, metrics = accuracy(name), read(DATA / name / "metrics.jsonl")
+        seconds = [trained_seconds(name)[-1], *(sum(row[f"seconds/{phase}"] for row in metrics) for phase in ("sample", "reward", "update"))]
         cells = [interval(rows[i]["correct"], rows[i]["n"]) for i in (0, -1)]
         cells += [f"{sum(row[kind] for row in metrics) / 1e6:.2f} M" for kind in ("tokens", "tokens_updated")]
-        lines.append(f"| {label} | {' | '.join(cells)} | {times[0]:.0f} | {times[1]:.2f} s | {times[2]:.2f} s |")
-        found.append(times)
-    whole, mean, median = (one / two for one, two in zip(*found, strict=True))
-    told = f"Two GPUs are {whole:.2f} times as fast over the whole run, {mean:.2f} times by the mean step and {median:.2f} times by the median."
-    return "\n".join([*lines, "", told])
+        lines.append(f"| {label} | {' | '.join(cells)} | {' | '.join(f'{value:.1f}' for value in seconds)} |")
+        found.append(seconds)
+    ratios = [f"{one / two:.2f} ×" for one, two in zip(*found, strict=True)]
+    return "\n".join([*lines, f"| ratio | | | | | {' | '.join(ratios)} |"])
 
 
 def draw_reward_hacking():
