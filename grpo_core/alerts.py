@@ -13,7 +13,7 @@ Row = dict[str, float]
 WINDOW = 10  # steps
 RECENT = 5  # of them
 ENOUGH = 3  # steps to judge a reward by
-FIRST = 5  # steps whose entropy is what the run began with
+FIRST = 5  # steps that are what the run began with
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ class Alerts:
         if trainer.num_minibatches * trainer.num_passes == 1:
             self._alerts.append(ON_POLICY)
         self._alerts.append(_gap(0.01 if config.model.precision == "fp32" else 0.3))
+        if any(reward.name == config.evaluation.reward for reward in config.rewards):
+            self._alerts.append(_hacked(config.evaluation.reward))
         self._rows: deque[Row] = deque(maxlen=WINDOW)
         self._first: list[Row] = []
 
@@ -145,6 +147,25 @@ def _gap(limit: float) -> Alert:
         _recently("logprob_gap", lambda gap: gap > limit),
         f"sampler and trainer disagree by more than {limit} nats a token (logprob_gap): with lora.dropout it holds the "
         f"dropout's noise; else compare with sampling.decoder=plain and model.attention=eager, and report it",
+    )
+
+
+def _hacked(name: str) -> Alert:
+    """What the evaluation counts, where it is among the rewards (a weight of 0 is enough), beside what is paid for."""
+    key = f"rewards/{name}"
+
+    def holds(rows: list[Row], first: list[Row]) -> bool:
+        if len(rows) < WINDOW or any(row.get(k) is None for row in (*rows, *first) for k in (key, "reward")):
+            return False
+        began, now = (_mean(part, key) for part in (first, rows[-RECENT:]))
+        return now < min(began / 2, began - 0.1) and _mean(rows[-RECENT:], "reward") > _mean(first, "reward")
+
+    return Alert(
+        "hacked",
+        holds,
+        f"{name} has fallen below half of what it was while the whole reward rose: the policy has found something "
+        f"else that is paid for; read completions.jsonl, give the other rewards an upper end or less weight, or raise "
+        f"loss.kl_coef",
     )
 
 

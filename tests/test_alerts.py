@@ -1,15 +1,17 @@
 """Each alert comes when its cause is there, once, and never in a run that is well."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
 from fakes import tiny_policy
 from test_loop import make_run, rows
 
 from grpo_core import checkpoint
 from grpo_core.alerts import ALERTS, Alerts
-from grpo_core.config import LossConfig, ModelConfig, RunConfig, TrainerConfig
+from grpo_core.config import LossConfig, ModelConfig, RewardConfig, RunConfig, TrainerConfig
 from grpo_core.interrupt import RunFailed
 from grpo_core.scoring import Reward
 from grpo_core.trainer import train
@@ -68,6 +70,36 @@ def test_the_ratio_may_move_off_policy_and_the_gap_is_narrower_in_float32():
         lambda step: {"logprob_gap": 0.02}, config=RunConfig(model=ModelConfig(precision="fp32"))
     )
     assert step == 5 and "0.01 nats" in sentence
+
+
+LOGGED = RunConfig(rewards=[RewardConfig("combined"), RewardConfig("correct_answer", weight=0.0)])
+
+
+@pytest.mark.parametrize("correct, reward, step", [
+    ([0.5] * 8 + [0.1] * 22, [1.0] * 8 + [2.0] * 22, 12),  # four of the last five steps
+    ([0.5] * 8 + [0.1] * 22, [1.0] * 30, None),  # nothing else is paid for
+    ([0.5] * 8 + [0.1] * 22, [1.0] * 8 + [0.9] * 22, None),
+    ([0.5] * 8 + [0.3] * 22, [1.0] * 8 + [2.0] * 22, None),
+    ([0.12] * 8 + [0.03] * 22, [1.0] * 8 + [2.0] * 22, None),  # of few problems that is chance
+    ([0.5] * 8 + [None] * 22, [1.0] * 8 + [2.0] * 22, None),  # the reward could not tell
+])  # fmt: skip
+def test_what_is_counted_falls_while_what_is_paid_rises(correct, reward, step):
+    def change(i):
+        return {"rewards/correct_answer": correct[i], "reward": reward[i]}
+
+    said = seen(change, config=LOGGED)
+    assert [at for at, _ in said] == [step] * (step is not None)
+    assert all(sentence.startswith("correct_answer has fallen below half of what it was") for _, sentence in said)
+    assert seen(change, config=RunConfig(rewards=[RewardConfig("combined")])) == []
+
+
+def test_the_published_recipes_reward_is_noticed_after_ten_steps():
+    """By the metrics of docs/results, part 6, where accuracy was 0 by then; that all was cut off came 20 steps in."""
+    kept = [json.loads(line) for line in (ROOT / "docs/results/data/reward_hacking/metrics.jsonl").open()]
+    said = seen(lambda step: kept[step], steps=len(kept), config=LOGGED)
+    assert [(at, sentence[:14]) for at, sentence in said][:2] == [(10, "correct_answer"), (21, "in 10 steps ne")]
+    honest = [json.loads(line) for line in (ROOT / "docs/results/data/word_problems/metrics.jsonl").open()]
+    assert seen(lambda step: honest[step], steps=len(honest), config=LOGGED) == []
 
 
 def test_failed_rewards_are_counted_over_the_last_ten_steps():
