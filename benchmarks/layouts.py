@@ -3,8 +3,8 @@
     python benchmarks/layouts.py [--out FILE] [section.key=value ...]     every layout and size, each in its own process
     python benchmarks/layouts.py one LAYOUT TOKENS [section.key=value ...]
 
-Needs smollm2/. The reward is a number that no two texts share, so no group is left out and the work of every run is the same
-up to the lengths.
+Needs smollm2/. The reward is a number that hardly any two texts share, so no group is left out and the work of every run is the
+same up to the lengths.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -21,12 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 CASES = [(layout, tokens) for layout in ("rows", "segments") for tokens in (32_768, 65_536, 131_072)]
 JOB = [
     "name=layouts", "trainer.num_steps=5", "evaluation.every=0", "evaluation.num_tasks=0", "sampling.max_new_tokens=32",
-    "truncation={name: keep}", "rewards=[benchmarks/layouts.py:checksum]", "log.every=1",
+    "truncation={name: keep}", "rewards=[benchmarks/update.py:pseudo_reward]", "log.every=1",
 ]  # fmt: skip
-
-
-def checksum(completions, **columns):
-    return [zlib.crc32(text.encode()) % 1000 / 1000 for text in completions]
 
 
 def one(layout: str, tokens: int, overrides: list[str]) -> dict:

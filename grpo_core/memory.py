@@ -22,7 +22,7 @@ from grpo_core.run import Budgets
 from grpo_core.schema import ConfigError
 
 ON_CPU = 2048  # tokens: 512 and 8,192 are 5 to 15 % slower on two cores
-MOST = 65536  # more at once are no faster
+MOST = 65536  # more at once gain little, and hold all memory of a large card
 MARGIN = 0.9  # the share of the free memory that is used; the rest is for fragments
 LATER = 0.4e9  # bytes that are taken only afterwards: the sampler's graphs and buffers, a step's batch
 

@@ -23,6 +23,11 @@ from grpo_core.packing import AttentionRows, Budget, Layout, Packing, Segments, 
 NAME = "sdpa_packed"
 # the sliding window of others may be in the mask alone, which packing does not use
 TELL_ATTENTION_THE_WINDOW = {"mistral", "qwen2", "qwen3"}
+LARGE_CARDS = {
+    (8, 0),
+    (9, 0),
+    (10, 0),
+}  # compute capabilities; elsewhere flash attention's backward may refuse wide heads
 # cuDNN's plans a kernel anew for every shape, and no two micro-batches have the same
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -45,21 +50,22 @@ def layout(model: PreTrainedModel, hidden: Callable[[Rollouts, Packing], Tensor]
 
 
 def has_segments(model: PreTrainedModel) -> bool:
-    """Whether flash attention's kernel for segments of any length is there for this model's dtype and device."""
+    """Whether flash attention's kernel for segments of any length is there for this model's heads, dtype and device."""
     if model.device.type != "cuda" or model.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return torch.cuda.get_device_capability(model.device)[0] >= 8 and hasattr(
-        torch.ops.aten, "_flash_attention_forward"
-    )
+    config, capability = model.config, torch.cuda.get_device_capability(model.device)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    backward = dim <= 192 or capability in LARGE_CARDS  # what `layout` tries is forward alone
+    return capability[0] >= 8 and backward and hasattr(torch.ops.aten, "_flash_attention_forward")
 
 
-def _agrees(model: PreTrainedModel, hidden: Callable[[Rollouts, Packing], Tensor], layout: Layout) -> bool:
+def _agrees(model: PreTrainedModel, hidden: Callable[[Rollouts, Packing], Tensor], which: Layout) -> bool:
     """Whether two rows' hidden states are in this layout those of a padded grid; False where either fails."""
     ids = torch.arange(12, device=model.device).view(2, 6) % model.config.vocab_size
     mask = torch.tensor([[True] * 3, [True, True, False]], device=ids.device)
     rollouts = Rollouts(ids[:, :3], mask, ids[:, 3:], mask, torch.zeros(2, 3, device=ids.device), mask[:, 2])
     try:
-        packed, grid = (hidden(rollouts, one) for x in (layout, "grid") for one in plan(rollouts, Budget(99), layout=x))
+        packed, grid = (hidden(rollouts, one) for x in (which, "grid") for one in plan(rollouts, Budget(99), layout=x))
     except Exception:  # a model that does not take what others take
         return False
     allowed = 1e-3 if packed.dtype == torch.float32 else 0.05

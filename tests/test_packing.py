@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,19 @@ def test_segments_fill_the_places_that_rows_would_pad():
         for layout in ("segments", "rows")
     }
     assert counts == {"segments": [1, 1, 1, 2], "rows": [1, 2, 2, 2]}
+
+
+@pytest.mark.parametrize("capability, dtype, dim, there", [
+    ((9, 0), torch.bfloat16, 64, True), ((8, 6), torch.float16, 128, True), ((8, 6), torch.bfloat16, 192, True),
+    ((8, 6), torch.bfloat16, 256, False), ((8, 0), torch.bfloat16, 256, True),  # the backward of wide heads
+    ((7, 5), torch.float16, 64, False), ((9, 0), torch.float32, 64, False),
+])  # fmt: skip
+def test_where_the_kernel_for_segments_is_looked_for(monkeypatch, capability, dtype, dim, there):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for config in (SimpleNamespace(head_dim=dim), SimpleNamespace(hidden_size=3 * dim, num_attention_heads=3)):
+        model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, config=config)
+        assert packed_attention.has_segments(model) is there
+    assert not packed_attention.has_segments(tiny_policy().causal_lm)
 
 
 def test_a_kernel_that_computes_something_else_is_not_used(kernel, monkeypatch):
