@@ -25,6 +25,7 @@ RUNS = "runs/experiments"
 TRAIN = "python3 -m grpo_core train --config configs/experiments"
 SFT = "python3 -m grpo_core sft --config configs/experiments"
 EVALUATE = "python3 -m grpo_core evaluate"
+TRL = "python3 benchmarks/learning.py"
 GSM8K = "gsm8k"  # of three, by the held-out training questions
 CHAINS = {
     "word_problems": [
@@ -46,17 +47,20 @@ CHAINS = {
         f"{EVALUATE} {RUNS}/{GSM8K} --data gsm8k/test.jsonl",
         f"{EVALUATE} smollm2 --config configs/experiments/gsm8k.yaml --data gsm8k/test.jsonl --output {RUNS}/gsm8k_base/evaluate-test",
     ],
-    "against_trl": [
-        f"{TRAIN}/against_trl.yaml",
-        f"python3 benchmarks/learning.py {RUNS}/against_trl/trl.jsonl --config configs/experiments/against_trl.yaml --micro-batch 256",
-    ],
+    **{
+        f"against_trl_{seed}": [
+            f"{TRAIN}/against_trl.yaml name=against_trl_{seed} seed={seed}",
+            f"{TRL} {RUNS}/against_trl_{seed}/trl.jsonl --config configs/experiments/against_trl.yaml --micro-batch 256 seed={seed}",
+        ]
+        for seed in (0, 1, 2)
+    },
     **{
         f"tried_{temperature}_{rate}": [
             f"{TRAIN}/word_problems.yaml name=tried_{temperature}_{rate} seed=11 sampling.temperature={temperature} engine.learning_rate={rate}"
         ]
         for temperature, rate in (("0.7", "6e-4"), ("1.0", "3e-4"), ("1.0", "6e-4"), ("1.0", "1e-3"))
     },
-    **{f"variants_{name}": [f"python3 benchmarks/variants.py {name}"] for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo")},
+    **{f"variants_{name}": [f"python3 benchmarks/variants.py {name}"] for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "one_step")},
 }  # fmt: skip
 AGAIN = {  # what stands behind a command that was begun before
     TRAIN: "resume=auto", "python3 benchmarks/variants.py": "resume=auto", "bash launch.sh": "resume=auto",

@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import sys
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import yaml
@@ -32,8 +32,10 @@ COLUMNS = (
     "seconds/reward", "seconds/freeze", "seconds/update", "seconds/evaluate", "seconds/checkpoint", "peak_memory_gb",
 )  # fmt: skip
 SHOWN = 20  # completions before and after
-VARIANTS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
+VARIANTS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "one_step")
 SEEDS = (1, 2, 3)
+SEEDS_BESIDE_TRL = (0, 1, 2)
+EARLIER = "earlier"  # the same commands run before, with the code of before: DATA / EARLIER
 GSM8K_EARLIER = [f"gsm8k_earlier_{run}" for run in ("2_1e-4", "2_2e-4", "4_2e-4", "6_3e-4", "6_7e-5")]
 GSM8K_TRIED = ("gsm8k", "gsm8k_drills", "gsm8k_calculations")
 TRIED = [name for name in CHAINS if name.startswith("tried_")]  # tried_TEMPERATURE_LEARNING-RATE
@@ -246,15 +248,25 @@ def runs_table():
     return "\n".join(lines)
 
 
+def beside_trl(seed, earlier=False):
+    """Of one seed (seconds, accuracy) of every evaluation and the seconds of a step, ours and TRL's."""
+    name = f"{EARLIER}/against_trl" if earlier else f"against_trl_{seed}"
+    clock, theirs = trained_seconds(name), read(DATA / name / "trl.jsonl")
+    last = theirs[-1]["step"]
+    ours = [(clock[row["step"]], row["accuracy"]) for row in accuracy(name)]
+    return (ours, clock[last] / last), ([(row["seconds"], row["correct"] / row["n"]) for row in theirs], theirs[-1]["seconds"] / last)
+
+
 def draw_against_trl():
     made, axes = figure()
-    rows = read(DATA / "against_trl" / "trl.jsonl")
-    curve(axes, "against_trl", "grpo_core", COLOURS[0], trained_seconds("against_trl"))
-    axes.plot([row["seconds"] for row in rows], [row["correct"] / row["n"] for row in rows], color=COLOURS[1], marker="o", ms=3, label="TRL 1.16")
+    for seed in SEEDS_BESIDE_TRL:
+        for (rows, _), label, colour in zip(beside_trl(seed), ("grpo_core", "TRL 1.16"), COLOURS, strict=False):
+            axes.plot(*zip(*rows, strict=True), color=colour, marker="o", ms=3, lw=1, label=None if seed else label)
     axes.set_xscale("symlog", linthresh=10)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("seconds of training, evaluation excluded")
     axes.legend(frameon=False)
+    axes.set_title("three seeds of each", loc="left", fontsize=10)
     made.savefig(RESULTS / "against_trl.png")
 
 
@@ -267,18 +279,25 @@ def seconds_to(rows, target):
 
 
 def against_trl_table():
-    """Seconds to the same accuracies, and the ratio."""
-    clock, theirs = trained_seconds("against_trl"), read(DATA / "against_trl" / "trl.jsonl")
-    ours = [(clock[row["step"]], row["accuracy"]) for row in accuracy("against_trl")]
-    theirs = [(row["seconds"], row["correct"] / row["n"]) for row in theirs]
-    lines = ["| held-out accuracy | grpo_core | TRL 1.16 | ratio |", "|---|---|---|---|"]
-    for target in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6):
-        a, b = seconds_to(ours, target), seconds_to(theirs, target)
-        if a and b:
-            lines.append(f"| {percent(target)} | {a:.0f} s | {b:.0f} s | {b / a:.1f} × |")
-    last = read(DATA / "against_trl" / "trl.jsonl")[-1]
-    a, b = clock[last["step"]] / last["step"], last["seconds"] / last["step"]
-    lines.append(f"| a step, mean of {last['step']} | {a:.2f} s | {b:.2f} s | {b / a:.1f} × |")
+    """Seconds to the same accuracies, medians of the seeds, and the ratio; each seed's in parentheses."""
+    pairs, before = [beside_trl(seed) for seed in SEEDS_BESIDE_TRL], beside_trl(0, earlier=True)
+    lines = ["| held-out accuracy | grpo_core: median (seeds) | TRL 1.16 | ratio | an earlier pass, one seed |", "|---|---|---|---|---|"]
+
+    def row(label, ours, theirs, once, digits):
+        told = []
+        for found in (ours, theirs):
+            each = ", ".join("never" if value is None else f"{value:.{digits}f}" for value in found)
+            told.append((statistics.median(float("inf") if value is None else value for value in found), each))
+        cells = [f"{middle:.{digits}f} s ({each})" for middle, each in told]
+        a, b = once
+        return f"| {label} | {' | '.join(cells)} | {told[1][0] / told[0][0]:.1f} × | {f'{b / a:.1f} ×' if a and b else ''} |"
+
+    for target in (0.05, 0.1, 0.15, 0.2, 0.3):
+        ours, theirs = ([seconds_to(pair[side][0], target) for pair in pairs] for side in (0, 1))
+        if all(sum(value is not None for value in found) > len(pairs) / 2 for found in (ours, theirs)):
+            lines.append(row(percent(target), ours, theirs, [seconds_to(rows, target) for rows, _ in before], 0))
+    ours, theirs = ([pair[side][1] for pair in pairs] for side in (0, 1))
+    lines.append(row("a step, mean up to TRL's last evaluation", ours, theirs, [seconds for _, seconds in before], 2))
     return "\n".join(lines)
 
 
@@ -288,11 +307,12 @@ def variant(name, seed):
 
 def draw_variants():
     made, axes = figure()
-    for name, colour in zip(VARIANTS, COLOURS, strict=True):
+    for name, colour in zip(VARIANTS, (*COLOURS, "#6b7280"), strict=True):
         runs = [accuracy(variant(name, seed)) for seed in SEEDS]
         steps = [row["step"] for row in runs[0]]
         values = [[row["accuracy"] for row in at] for at in zip(*runs, strict=True)]
-        axes.plot(steps, [statistics.mean(at) for at in values], color=colour, label=name)
+        style = "--" if name == "one_step" else "-"
+        axes.plot(steps, [statistics.mean(at) for at in values], style, color=colour, label=name)
         axes.fill_between(steps, [min(at) for at in values], [max(at) for at in values], color=colour, alpha=0.15, lw=0)
     axes.set_xlabel("step")
     axes.legend(frameon=False)
@@ -302,10 +322,13 @@ def draw_variants():
 
 def variants_table():
     at = (20, 40, 50, 60)
-    head = " | ".join([f"after {step} steps" for step in at[:-1]] + [f"{at[-1]}: mean (seeds)"])
-    lines = [f"| | {head} | length | KL | clipped | tokens sampled | seconds |", "|---|---|---|---|---|---|---|---|---|---|"]
+    head = " | ".join([f"after {step} steps" for step in at[:-1]] + [f"{at[-1]}: mean (seeds)", f"{at[-1]} in an earlier pass"])
+    lines = [f"| | {head} | length | KL | clipped | tokens sampled | seconds |", "|---|---|---|---|---|---|---|---|---|---|---|"]
     for name in VARIANTS:
-        found = [{row["step"]: row["accuracy"] for row in accuracy(variant(name, seed))} for seed in SEEDS]
+        found, before = (
+            [{row["step"]: row["accuracy"] for row in accuracy(folder + variant(name, seed))} for seed in SEEDS if (DATA / folder / variant(name, seed)).exists()]
+            for folder in ("", f"{EARLIER}/")
+        )  # fmt: skip
         means = [percent(statistics.mean(one[step] for one in found)) for step in at]
         rows = [read(DATA / variant(name, seed) / "metrics.jsonl") for seed in SEEDS]
         length = statistics.mean(statistics.mean(row["length"] for row in run[-10:]) for run in rows)
@@ -313,10 +336,34 @@ def variants_table():
         tokens = statistics.mean(sum(row.get("tokens_sampled", row["tokens"]) for row in run) for run in rows)
         seconds = statistics.mean(trained_seconds(variant(name, seed))[-1] for seed in SEEDS)
         clipped = statistics.mean(row["clip_frac"] for run in rows for row in run if "clip_frac" in row)
-        means[-1] += f" ({', '.join(f'{100 * one[at[-1]]:.1f}' for one in found)})"
+        ends = [[one[at[-1]] for one in runs] for runs in (found, before)]
+        means[-1:] = [f"{percent(statistics.mean(run))} ({', '.join(f'{100 * one:.1f}' for one in run)})" if run else "" for run in ends]
         cells = [*means, f"{length:.0f}", f"{kl:.1f}", percent(clipped, 2), f"{tokens / 1e6:.1f} M", f"{seconds:.0f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def permutation_p(a, b):
+    """Two-sided p of the difference of two means, over all ways to divide the values into such two groups."""
+    values, observed = [*a, *b], abs(statistics.mean(a) - statistics.mean(b))
+    rest, found = sum(values), []
+    for chosen in combinations(values, len(a)):
+        found.append(abs(sum(chosen) / len(a) - (rest - sum(chosen)) / len(b)) >= observed - 1e-12)
+    return statistics.mean(found)
+
+
+def variants_pairs_table():
+    """The objectives after the last step in both passes, and a permutation test of every pair."""
+    names = VARIANTS[:-1]
+    runs = {name: [accuracy(folder + variant(name, seed))[-1]["accuracy"] for folder in ("", f"{EARLIER}/") for seed in SEEDS] for name in names}
+    lines = [f"| | six runs: mean (range) | {' | '.join(f'p against {name}' for name in names[:-1])} |", "|---" * (len(names) + 1) + "|"]
+    for place, name in enumerate(names):
+        cells = [f"{percent(statistics.mean(runs[name]))} ({100 * min(runs[name]):.1f} to {100 * max(runs[name]):.1f})"]
+        cells += [f"{permutation_p(runs[name], runs[other]):.2g}" if i < place else "" for i, other in enumerate(names[:-1])]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    apart = [abs(again - before) for values in runs.values() for again, before in zip(values[:3], values[3:], strict=True)]
+    said = f"Two runs of one objective and one seed ended {100 * statistics.mean(apart):.1f} points apart on average, {100 * max(apart):.1f} at the most."
+    return "\n".join([*lines, "", said])
 
 
 def draw_two_gpus():
@@ -333,16 +380,19 @@ def two_gpus_table():
         "| | before | after | tokens sampled | computed in updates | seconds of training | sampling | rewards | updates |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    found = []
-    for name, label in (("one_gpu", "one GPU"), ("two_gpus", "two GPUs")):
-        rows, metrics = accuracy(name), read(DATA / name / "metrics.jsonl")
-        seconds = [trained_seconds(name)[-1], *(sum(row[f"seconds/{phase}"] for row in metrics) for phase in ("sample", "reward", "update"))]
-        cells = [interval(rows[i]["correct"], rows[i]["n"]) for i in (0, -1)]
-        cells += [f"{sum(row[kind] for row in metrics) / 1e6:.2f} M" for kind in ("tokens", "tokens_updated")]
-        lines.append(f"| {label} | {' | '.join(cells)} | {' | '.join(f'{value:.1f}' for value in seconds)} |")
-        found.append(seconds)
-    ratios = [f"{one / two:.2f} ×" for one, two in zip(*found, strict=True)]
-    return "\n".join([*lines, f"| ratio | | | | | {' | '.join(ratios)} |"])
+    for folder, told in (("", ""), (f"{EARLIER}/", ", an earlier pair")):
+        found = []
+        for name, label in (("one_gpu", "one GPU"), ("two_gpus", "two GPUs")):
+            rows, metrics = accuracy(folder + name), read(DATA / folder / name / "metrics.jsonl")
+            phases = [sum(row[f"seconds/{phase}"] for row in metrics) for phase in ("sample", "reward", "update")]
+            seconds = [trained_seconds(folder + name)[-1], *phases]
+            cells = [interval(rows[i]["correct"], rows[i]["n"]) for i in (0, -1)]
+            cells += [f"{sum(row[kind] for row in metrics) / 1e6:.2f} M" for kind in ("tokens", "tokens_updated")]
+            lines.append(f"| {label}{told} | {' | '.join(cells)} | {' | '.join(f'{value:.1f}' for value in seconds)} |")
+            found.append(seconds)
+        ratios = [f"{one / two:.2f} ×" for one, two in zip(*found, strict=True)]
+        lines.append(f"| ratio{told} | | | | | {' | '.join(ratios)} |")
+    return "\n".join(lines)
 
 
 def draw_reward_hacking():
@@ -457,10 +507,11 @@ def draw_gsm8k():
 PAGE = {  # table's mark in docs/results/README.md -> what it holds
     "word_problems": word_problems_table, "tried": tried_table, "reward_hacking": reward_hacking_table, "runs": runs_table,
     "gsm8k": gsm8k_table, "gsm8k_tried": gsm8k_tried_table, "gsm8k_calculations": gsm8k_calculations_table,
-    "gsm8k_earlier": gsm8k_earlier_table, "gsm8k_operations": gsm8k_operations_table, "against_trl": against_trl_table, "variants": variants_table, "two_gpus": two_gpus_table,
+    "gsm8k_earlier": gsm8k_earlier_table, "gsm8k_operations": gsm8k_operations_table, "against_trl": against_trl_table, "variants": variants_table,
+    "variants_pairs": variants_pairs_table, "two_gpus": two_gpus_table,
 }  # fmt: skip
 PICTURES = {  # with the runs that they show
-    draw_word_problems: ["word_problems"], draw_gsm8k: [*GSM8K_TRIED, "gsm8k_base"], draw_against_trl: ["against_trl"],
+    draw_word_problems: ["word_problems"], draw_gsm8k: [*GSM8K_TRIED, "gsm8k_base"], draw_against_trl: [f"against_trl_{seed}" for seed in SEEDS_BESIDE_TRL],
     draw_variants: [variant(name, seed) for name in VARIANTS for seed in SEEDS], draw_two_gpus: ["one_gpu", "two_gpus"],
     draw_reward_hacking: ["reward_hacking"],
 }  # fmt: skip

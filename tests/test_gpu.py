@@ -172,6 +172,7 @@ def test_attention_in_segments_is_as_near_to_float32_as_in_padded_rows(decoder_p
         out = policy.forward(rollouts).logprobs
         return out.detach(), gradient(policy, out.float(), rollouts.completion_mask)
 
+    assert policy.layout == "rows"  # of float32; finding it installs the attention that takes either layout
     exact = computed("rows")
     policy.model.to(torch.bfloat16)
     del policy.layout

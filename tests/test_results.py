@@ -244,6 +244,49 @@ def test_seconds_to_an_accuracy():
     assert results.seconds_to(rows, 0.1) == 0 and results.seconds_to(rows, 0.6) is None
 
 
+def beside(folder, ours, theirs, a_step):
+    """A run of 20 steps with accuracies after 0, 10 and 20, and TRL's at ten times the seconds."""
+    folder.mkdir(parents=True)
+    metrics = [{"step": step, "seconds": a_step, "seconds/sample": a_step} for step in range(20)]
+    curve = [{"step": 10 * i, "accuracy": value} for i, value in enumerate(ours)]
+    trl = [{"step": 10 * i, "seconds": 100 * a_step * i, "correct": int(100 * value), "n": 100} for i, value in enumerate(theirs)]
+    for name, rows in (("metrics", metrics), ("evaluation", curve), ("trl", trl)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_table_beside_trl(data):
+    """Medians of three seeds, one of which never gets there; a row that two do not reach is left out."""
+    for seed, (ours, theirs) in enumerate((([0, 0.1, 0.2], [0, 0.1, 0.2]), ([0, 0.05, 0.05], [0, 0, 0.1]), ([0, 0.2, 0.2], [0, 0.2, 0.2]))):
+        beside(data / f"against_trl_{seed}", ours, theirs, 1.0)
+    beside(data / "earlier" / "against_trl", [0, 0.1, 0.1], [0, 0.1, 0.1], 0.5)
+    assert results.against_trl_table().splitlines()[2:] == [
+        "| 5.0 % | 5 s (5, 10, 2) | 50 s (50, 150, 25) | 10.0 × | 10.0 × |",
+        "| 10.0 % | 10 s (10, never, 5) | 100 s (100, 200, 50) | 10.0 × | 10.0 × |",
+        "| 15.0 % | 15 s (15, never, 8) | 150 s (150, never, 75) | 10.0 × |  |",
+        "| 20.0 % | 20 s (20, never, 10) | 200 s (200, never, 100) | 10.0 × |  |",
+        "| a step, mean up to TRL's last evaluation | 1.00 s (1.00, 1.00, 1.00) | 10.00 s (10.00, 10.00, 10.00) | 10.0 × | 10.0 × |",
+    ]
+
+
+def test_two_means_are_compared_over_all_divisions_of_the_values():
+    assert results.permutation_p([1, 2, 3], [4, 5, 6]) == pytest.approx(2 / 20)  # of 20 divisions this one and its mirror
+    assert results.permutation_p([1, 2, 4], [3, 5, 6]) == pytest.approx(4 / 20)
+    assert results.permutation_p([1, 2], [1, 2]) == 1
+
+
+def test_the_objectives_of_both_passes_in_pairs(data):
+    for folder, more in (("", 0.0), ("earlier", 0.02)):
+        for i, name in enumerate(results.VARIANTS[:-1]):
+            for seed in results.SEEDS:
+                (to := data / folder / f"variant_{name}_{seed}").mkdir(parents=True)
+                rows = [{"step": 0, "accuracy": 0.9}, {"step": 60, "accuracy": 0.1 * i + 0.01 * seed + more * seed}]
+                (to / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = results.variants_pairs_table().splitlines()
+    assert table[2] == "| grpo | 4.0 % (1.0 to 9.0) |  |  |  |  |"
+    assert table[4] == "| dapo | 24.0 % (21.0 to 29.0) | 0.0022 | 0.0022 |  |  |"
+    assert table[-1] == "Two runs of one objective and one seed ended 4.0 points apart on average, 6.0 at the most."
+
+
 PAGE = ROOT / "docs" / "results" / "README.md"
 
 
