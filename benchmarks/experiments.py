@@ -27,6 +27,21 @@ SFT = "python3 -m grpo_core sft --config configs/experiments"
 EVALUATE = "python3 -m grpo_core evaluate"
 TRL = "python3 benchmarks/learning.py"
 GSM8K = "gsm8k"  # of three, by the held-out training questions
+OTHERS_HELD_OUT = "data.path=gsm8k/train.jsonl data.eval_path=null"  # 500 that evaluation itself takes away
+SMALLER = "trainer.tokens_per_micro_batch=16000"
+
+
+def earlier_start(epochs, words):
+    """The supervised start of what GSM8K's settings were chosen from, and its model."""
+    name = f"gsm8k_earlier_sft_{epochs}"
+    return f"{SFT}/gsm8k_sft.yaml name={name} trainer.epochs={epochs} {words}", f"python3 -m grpo_core export {RUNS}/{name}"
+
+
+def earlier(epochs, rate, steps, words):
+    begun = f"name=gsm8k_earlier_{epochs}_{rate} model.path={RUNS}/gsm8k_earlier_sft_{epochs}/export"
+    return f"{TRAIN}/gsm8k.yaml {begun} engine.learning_rate={rate} trainer.num_steps={steps} {words}"
+
+
 CHAINS = {
     "word_problems": [
         f"{TRAIN}/word_problems.yaml",
@@ -35,6 +50,13 @@ CHAINS = {
         f"{TRAIN}/reward_hacking.yaml",
         f"{EVALUATE} {RUNS}/reward_hacking --limit 500 --samples 0",
     ],
+    **{
+        f"tried_{temperature}_{rate}": [
+            f"{TRAIN}/word_problems.yaml name=tried_{temperature}_{rate} seed=11 sampling.temperature={temperature} "
+            f"engine.learning_rate={rate} trainer.num_steps={steps} evaluation.every=25 trainer.tokens_per_micro_batch=24000"
+        ]
+        for temperature, rate, steps in (("0.7", "6e-4", 300), ("1.0", "3e-4", 250), ("1.0", "6e-4", 300), ("1.0", "1e-3", 300))
+    },
     "gsm8k": [
         "python3 configs/experiments/gsm8k_files.py",
         f"{SFT}/gsm8k_sft.yaml",
@@ -47,6 +69,18 @@ CHAINS = {
         f"{EVALUATE} {RUNS}/{GSM8K} --data gsm8k/test.jsonl",
         f"{EVALUATE} smollm2 --config configs/experiments/gsm8k.yaml --data gsm8k/test.jsonl --output {RUNS}/gsm8k_base/evaluate-test",
     ],
+    "gsm8k_earlier": [
+        *earlier_start(2, "seed=11"),
+        *earlier_start(4, "seed=11"),
+        *earlier_start(8, "seed=11"),
+        *earlier_start(6, OTHERS_HELD_OUT),
+        earlier(2, "1e-4", 30, f"seed=11 {SMALLER}"),
+        earlier(2, "2e-4", 30, f"seed=11 {SMALLER}"),
+        earlier(4, "2e-4", 100, f"seed=11 {SMALLER}"),
+        earlier(6, "3e-4", 120, f"engine.schedule=cosine {OTHERS_HELD_OUT}"),
+        earlier(6, "7e-5", 90, OTHERS_HELD_OUT),
+    ],
+    **{f"variants_{name}": [f"python3 benchmarks/variants.py {name}"] for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "one_step")},
     **{
         f"against_trl_{seed}": [
             f"{TRAIN}/against_trl.yaml name=against_trl_{seed} seed={seed}",
@@ -54,13 +88,6 @@ CHAINS = {
         ]
         for seed in (0, 1, 2)
     },
-    **{
-        f"tried_{temperature}_{rate}": [
-            f"{TRAIN}/word_problems.yaml name=tried_{temperature}_{rate} seed=11 sampling.temperature={temperature} engine.learning_rate={rate}"
-        ]
-        for temperature, rate in (("0.7", "6e-4"), ("1.0", "3e-4"), ("1.0", "6e-4"), ("1.0", "1e-3"))
-    },
-    **{f"variants_{name}": [f"python3 benchmarks/variants.py {name}"] for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "one_step")},
 }  # fmt: skip
 AGAIN = {  # what stands behind a command that was begun before
     TRAIN: "resume=auto", "python3 benchmarks/variants.py": "resume=auto", "bash launch.sh": "resume=auto",

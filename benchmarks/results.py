@@ -35,7 +35,8 @@ SHOWN = 20  # completions before and after
 VARIANTS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "one_step")
 SEEDS = (1, 2, 3)
 SEEDS_BESIDE_TRL = (0, 1, 2)
-EARLIER = "earlier"  # the same commands run before, with the code of before: DATA / EARLIER
+FIRST_PASS = "first_pass/"  # parts 3 to 5 as they were run before, with the code of then
+WITH_8192 = "with_8192/"  # part 5 with half as many completions a step
 GSM8K_EARLIER = [f"gsm8k_earlier_{run}" for run in ("2_1e-4", "2_2e-4", "4_2e-4", "6_3e-4", "6_7e-5")]
 GSM8K_TRIED = ("gsm8k", "gsm8k_drills", "gsm8k_calculations")
 TRIED = [name for name in CHAINS if name.startswith("tried_")]  # tried_TEMPERATURE_LEARNING-RATE
@@ -248,25 +249,28 @@ def runs_table():
     return "\n".join(lines)
 
 
-def beside_trl(seed, earlier=False):
-    """Of one seed (seconds, accuracy) of every evaluation and the seconds of a step, ours and TRL's."""
-    name = f"{EARLIER}/against_trl" if earlier else f"against_trl_{seed}"
+def beside_trl(seed, first_pass=False):
+    """Of one seed (seconds, accuracy, step) of every evaluation and the seconds of a step, ours and TRL's."""
+    name = f"{FIRST_PASS}against_trl" if first_pass else f"against_trl_{seed}"
     clock, theirs = trained_seconds(name), read(DATA / name / "trl.jsonl")
     last = theirs[-1]["step"]
-    ours = [(clock[row["step"]], row["accuracy"]) for row in accuracy(name)]
-    return (ours, clock[last] / last), ([(row["seconds"], row["correct"] / row["n"]) for row in theirs], theirs[-1]["seconds"] / last)
+    ours = [(clock[row["step"]], row["accuracy"], row["step"]) for row in accuracy(name)]
+    theirs = [(row["seconds"], row["correct"] / row["n"], row["step"]) for row in theirs]
+    return (ours, clock[last] / last), (theirs, theirs[-1][0] / last)
 
 
 def draw_against_trl():
     made, axes = figure()
-    for seed in SEEDS_BESIDE_TRL:
-        for (rows, _), label, colour in zip(beside_trl(seed), ("grpo_core", "TRL 1.16"), COLOURS, strict=False):
-            axes.plot(*zip(*rows, strict=True), color=colour, marker="o", ms=3, lw=1, label=None if seed else label)
+    for side, label in enumerate(("grpo_core", "TRL 1.16")):
+        for seed, style in zip(SEEDS_BESIDE_TRL, ("-", "--", ":"), strict=True):
+            rows, _ = beside_trl(seed)[side]
+            seconds, values, _ = zip(*rows, strict=True)
+            axes.plot(seconds, values, style, color=COLOURS[side], marker="o", ms=3, lw=1.2, label=f"{label}, seed {seed}, {rows[-1][2]} steps")
     axes.set_xscale("symlog", linthresh=10)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("seconds of training, evaluation excluded")
-    axes.legend(frameon=False)
-    axes.set_title("three seeds of each", loc="left", fontsize=10)
+    axes.set_xlabel("seconds of training, evaluation excluded (up to 10 linear, then logarithmic)")
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+    axes.set_ylim(top=0.56)
     made.savefig(RESULTS / "against_trl.png")
 
 
@@ -279,25 +283,30 @@ def seconds_to(rows, target):
 
 
 def against_trl_table():
-    """Seconds to the same accuracies, medians of the seeds, and the ratio; each seed's in parentheses."""
-    pairs, before = [beside_trl(seed) for seed in SEEDS_BESIDE_TRL], beside_trl(0, earlier=True)
-    lines = ["| held-out accuracy | grpo_core: median (seeds) | TRL 1.16 | ratio | an earlier pass, one seed |", "|---|---|---|---|---|"]
+    """Seconds to the same accuracies, medians of the seeds, and the ratio; each seed's in parentheses; then in steps."""
+    pairs, before = [beside_trl(seed) for seed in SEEDS_BESIDE_TRL], beside_trl(0, first_pass=True)
+    lines = ["| held-out accuracy | grpo_core: median (seeds) | TRL 1.16 | ratio | in steps: grpo_core, TRL | ratio in the first pass |", "|---|---|---|---|---|---|"]
 
-    def row(label, ours, theirs, once, digits):
-        told = []
-        for found in (ours, theirs):
-            each = ", ".join("never" if value is None else f"{value:.{digits}f}" for value in found)
-            told.append((statistics.median(float("inf") if value is None else value for value in found), each))
-        cells = [f"{middle:.{digits}f} s ({each})" for middle, each in told]
-        a, b = once
-        return f"| {label} | {' | '.join(cells)} | {told[1][0] / told[0][0]:.1f} × | {f'{b / a:.1f} ×' if a and b else ''} |"
+    def middle(values):
+        return statistics.median(float("inf") if value is None else value for value in values)
+
+    def row(label, sides, steps, once, digits):
+        each = [", ".join("never" if value is None else f"{value:.{digits}f}" for value in side) for side in sides]
+        cells = [f"{middle(side):.{digits}f} s ({told})" for side, told in zip(sides, each, strict=True)]
+        cells += [f"{middle(sides[1]) / middle(sides[0]):.1f} ×", ", ".join(f"{middle(side):.0f}" for side in steps)]
+        return f"| {label} | {' | '.join(cells)} | {f'{once[1] / once[0]:.1f} ×' if all(once) else ''} |"
+
+    def to(target, place):
+        """Both sides' seconds (place 0) or steps (2) to an accuracy, of every seed."""
+        return [[seconds_to([(at[place], at[1]) for at in pair[side][0]], target) for pair in pairs] for side in (0, 1)]
 
     for target in (0.05, 0.1, 0.15, 0.2, 0.3):
-        ours, theirs = ([seconds_to(pair[side][0], target) for pair in pairs] for side in (0, 1))
-        if all(sum(value is not None for value in found) > len(pairs) / 2 for found in (ours, theirs)):
-            lines.append(row(percent(target), ours, theirs, [seconds_to(rows, target) for rows, _ in before], 0))
-    ours, theirs = ([pair[side][1] for pair in pairs] for side in (0, 1))
-    lines.append(row("a step, mean up to TRL's last evaluation", ours, theirs, [seconds for _, seconds in before], 2))
+        seconds = to(target, 0)
+        if all(sum(value is not None for value in side) > len(pairs) / 2 for side in seconds):
+            once = [seconds_to([at[:2] for at in rows], target) for rows, _ in before]
+            lines.append(row(percent(target), seconds, to(target, 2), once, 0))
+    steps = [[pair[side][1] for pair in pairs] for side in (0, 1)]
+    lines.append(row("a step, mean up to TRL's last evaluation", steps, [], [seconds for _, seconds in before], 2))
     return "\n".join(lines)
 
 
@@ -306,29 +315,42 @@ def variant(name, seed):
 
 
 def draw_variants():
-    made, axes = figure()
-    for name, colour in zip(VARIANTS, (*COLOURS, "#6b7280"), strict=True):
-        runs = [accuracy(variant(name, seed)) for seed in SEEDS]
-        steps = [row["step"] for row in runs[0]]
-        values = [[row["accuracy"] for row in at] for at in zip(*runs, strict=True)]
-        style = "--" if name == "one_step" else "-"
-        axes.plot(steps, [statistics.mean(at) for at in values], style, color=colour, label=name)
-        axes.fill_between(steps, [min(at) for at in values], [max(at) for at in values], color=colour, alpha=0.15, lw=0)
-    axes.set_xlabel("step")
-    axes.legend(frameon=False)
-    axes.set_title("mean of three seeds; the band is from the lowest to the highest", loc="left", fontsize=10)
+    """A panel each: mean and range of three seeds, the first pass's runs dotted, the other objectives' means in grey."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+    panels = made.subplots(2, 3, sharex=True, sharey=True).flat
+    found = {name: [accuracy(variant(name, seed)) for seed in SEEDS] for name in VARIANTS}
+    steps = [row["step"] for row in found["grpo"][0]]
+    values = {name: [[row["accuracy"] for row in at] for at in zip(*runs, strict=True)] for name, runs in found.items()}
+    for axes, name, colour in zip(panels, VARIANTS, (*COLOURS, "#374151"), strict=True):
+        for other in VARIANTS:
+            axes.plot(steps, [statistics.mean(at) for at in values[other]], color="#c9ced6", lw=1)
+        for run in in_pass(FIRST_PASS, name):
+            axes.plot(steps, [row["accuracy"] for row in run], ":", color=colour, lw=1)
+        axes.fill_between(steps, [min(at) for at in values[name]], [max(at) for at in values[name]], color=colour, alpha=0.2, lw=0)
+        axes.plot(steps, [statistics.mean(at) for at in values[name]], color=colour, lw=2)
+        axes.set_title(name, fontsize=10, color=colour)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+    made.supxlabel("step", fontsize=10)
+    made.supylabel("held-out accuracy", fontsize=10)
     made.savefig(RESULTS / "variants.png")
+
+
+def in_pass(folder, name):
+    """The evaluations of an objective's runs in one pass, by seed; none where there was no such run."""
+    places = [folder + variant(name, seed) for seed in SEEDS]
+    return [accuracy(place) for place in places if (DATA / place).exists()]
 
 
 def variants_table():
     at = (20, 40, 50, 60)
-    head = " | ".join([f"after {step} steps" for step in at[:-1]] + [f"{at[-1]}: mean (seeds)", f"{at[-1]} in an earlier pass"])
+    head = " | ".join([f"after {step} steps" for step in at[:-1]] + [f"{at[-1]}: mean (seeds)", f"{at[-1]} in the first pass"])
     lines = [f"| | {head} | length | KL | clipped | tokens sampled | seconds |", "|---|---|---|---|---|---|---|---|---|---|---|"]
     for name in VARIANTS:
-        found, before = (
-            [{row["step"]: row["accuracy"] for row in accuracy(folder + variant(name, seed))} for seed in SEEDS if (DATA / folder / variant(name, seed)).exists()]
-            for folder in ("", f"{EARLIER}/")
-        )  # fmt: skip
+        found, before = ([{row["step"]: row["accuracy"] for row in run} for run in in_pass(folder, name)] for folder in ("", FIRST_PASS))
         means = [percent(statistics.mean(one[step] for one in found)) for step in at]
         rows = [read(DATA / variant(name, seed) / "metrics.jsonl") for seed in SEEDS]
         length = statistics.mean(statistics.mean(row["length"] for row in run[-10:]) for run in rows)
@@ -355,7 +377,7 @@ def permutation_p(a, b):
 def variants_pairs_table():
     """The objectives after the last step in both passes, and a permutation test of every pair."""
     names = VARIANTS[:-1]
-    runs = {name: [accuracy(folder + variant(name, seed))[-1]["accuracy"] for folder in ("", f"{EARLIER}/") for seed in SEEDS] for name in names}
+    runs = {name: [run[-1]["accuracy"] for folder in ("", FIRST_PASS) for run in in_pass(folder, name)] for name in names}
     lines = [f"| | six runs: mean (range) | {' | '.join(f'p against {name}' for name in names[:-1])} |", "|---" * (len(names) + 1) + "|"]
     for place, name in enumerate(names):
         cells = [f"{percent(statistics.mean(runs[name]))} ({100 * min(runs[name]):.1f} to {100 * max(runs[name]):.1f})"]
@@ -377,21 +399,22 @@ def draw_two_gpus():
 
 def two_gpus_table():
     lines = [
-        "| | before | after | tokens sampled | computed in updates | seconds of training | sampling | rewards | updates |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | before | after | tokens sampled | computed in updates | seconds of training | sampling | rewards | updates | the rest |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for folder, told in (("", ""), (f"{EARLIER}/", ", an earlier pair")):
+    for folder, told in (("", "second pass"), (FIRST_PASS, "first pass"), (WITH_8192, "8,192 completions")):
         found = []
         for name, label in (("one_gpu", "one GPU"), ("two_gpus", "two GPUs")):
             rows, metrics = accuracy(folder + name), read(DATA / folder / name / "metrics.jsonl")
             phases = [sum(row[f"seconds/{phase}"] for row in metrics) for phase in ("sample", "reward", "update")]
-            seconds = [trained_seconds(folder + name)[-1], *phases]
+            total = trained_seconds(folder + name)[-1]
+            seconds = [total, *phases, total - sum(phases)]
             cells = [interval(rows[i]["correct"], rows[i]["n"]) for i in (0, -1)]
             cells += [f"{sum(row[kind] for row in metrics) / 1e6:.2f} M" for kind in ("tokens", "tokens_updated")]
-            lines.append(f"| {label}{told} | {' | '.join(cells)} | {' | '.join(f'{value:.1f}' for value in seconds)} |")
+            lines.append(f"| {told}: {label} | {' | '.join(cells)} | {' | '.join(f'{value:.1f}' for value in seconds)} |")
             found.append(seconds)
         ratios = [f"{one / two:.2f} ×" for one, two in zip(*found, strict=True)]
-        lines.append(f"| ratio{told} | | | | | {' | '.join(ratios)} |")
+        lines.append(f"| {told}: ratio | | | | | {' | '.join(ratios[:-1])} | |")
     return "\n".join(lines)
 
 

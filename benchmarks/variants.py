@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from grpo_core import load_config, train
 
+CONFIG = ROOT / "configs" / "experiments" / "variants.yaml"
 OURS = ["loss.kl_coef=0", "truncation={name: zero_reward}"]  # of the task, whatever the preset says
 VARIANTS = {
     "grpo": ["preset=grpo_paper"],
@@ -25,6 +26,11 @@ VARIANTS = {
     "one_step": ["preset=grpo_paper", "trainer.num_minibatches=1"],
 }
 
+def words(name, seed):
+    """What a run of the objective changes in CONFIG."""
+    return [*VARIANTS[name], *OURS, f"seed={seed}", f"name=variant_{name}_{seed}"]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("words", nargs="*")
@@ -34,5 +40,4 @@ if __name__ == "__main__":
     overrides = [word for word in given.words if "=" in word]
     for name in names:
         for seed in given.seeds.split(","):
-            words = [*VARIANTS[name], *OURS, f"seed={seed}", f"name=variant_{name}_{seed}", *overrides]
-            train(load_config(ROOT / "configs" / "experiments" / "variants.yaml", words))
+            train(load_config(CONFIG, [*words(name, seed), *overrides]))
