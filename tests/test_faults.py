@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import child_environment
 from safetensors.torch import load_file
-from test_run import overrides, read, without_times
+from test_run import CARRIED, overrides, read, without_times
 
 from grpo_core import checkpoint
 
@@ -23,6 +23,7 @@ WORKER = ROOT / "tests" / "workers" / "faulty.py"
 pytestmark = pytest.mark.slow
 
 STEPS = {"trainer__num_steps": 4, "checkpoint__every": 2, "evaluation__num_tasks": 4, "sampling__max_new_tokens": 8}
+STEPS |= {"reference__every": 1, **CARRIED}
 
 
 def command(processes, out, *more, **settings):
@@ -83,7 +84,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("fault", [
-    {"where": "reward", "rank": 1, "calls": [4]},
+    {"where": "reward", "rank": 1, "calls": [7]},
     pytest.param({"where": "name", "rank": 0, "calls": [2], "late": True}, marks=pytest.mark.soak),
     pytest.param({"where": "sample", "rank": 0, "calls": [5]}, marks=pytest.mark.soak),
     pytest.param({"where": "backward", "rank": 1, "calls": [1]}, marks=pytest.mark.soak),

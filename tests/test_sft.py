@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import child_environment
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_run import free_port, overrides, read, without_times
@@ -156,11 +157,20 @@ def ended(processes):
     return [process.returncode for process in processes], told[0][0]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of an adapter's run of two processes that nothing happened to, and what it said."""
+    out = tmp_path_factory.mktemp("sft")
+    codes, told = ended(ranks(out, child_environment()))
+    assert codes == [0, 0]
+    return out / "tiny", told
+
+
 @pytest.mark.slow
-def test_an_adapter_of_two_processes_stopped_by_a_signal_and_resumed_is_bitwise_never_stopped(tmp_path, environment):
-    assert ended(ranks(tmp_path / "whole", environment))[0] == [0, 0]
-    cut = ranks(tmp_path / "cut", environment)
-    metrics, deadline = tmp_path / "cut" / "tiny" / "metrics.jsonl", time.time() + 100
+@pytest.mark.soak
+def test_two_processes_stopped_by_a_signal_and_resumed_are_bitwise_never_stopped(tmp_path, environment, whole):
+    cut = ranks(tmp_path, environment)
+    metrics, deadline = tmp_path / "tiny" / "metrics.jsonl", time.time() + 100
     while not metrics.exists() or not metrics.read_text():
         assert time.time() < deadline and cut[1].poll() is None
         time.sleep(0.01)
@@ -168,30 +178,32 @@ def test_an_adapter_of_two_processes_stopped_by_a_signal_and_resumed_is_bitwise_
     codes, told = ended(cut)
     assert codes == [143, 143] and "stopped by SIGTERM with a checkpoint; resume=" in told
     assert len(read(metrics)) < 8
-    codes, told = ended(ranks(tmp_path / "cut", environment, "resume=auto"))
-    assert (
-        codes == [0, 0]
-        and "resumed from" in told
-        and told.splitlines()[-1] == f"adapter: {tmp_path / 'cut' / 'tiny' / 'adapter'}"
-    )
+    codes, told = ended(ranks(tmp_path, environment, "resume=auto"))
+    assert codes == [0, 0] and "resumed from" in told
 
-    whole, cut = tmp_path / "whole" / "tiny", tmp_path / "cut" / "tiny"
     for name in ("metrics", "evaluation"):
-        assert without_times(read(cut / f"{name}.jsonl")) == without_times(read(whole / f"{name}.jsonl"))
-    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, cut))
+        one, other = (read(folder / f"{name}.jsonl") for folder in (tmp_path / "tiny", whole[0]))
+        assert without_times(one) == without_times(other)
+    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (tmp_path / "tiny", whole[0]))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
-    rows, evaluations = read(whole / "metrics.jsonl"), read(whole / "evaluation.jsonl")
+
+@pytest.mark.slow
+def test_an_adapter_of_two_processes(whole):
+    """What is written, and that its loss is cross-entropy as written out here."""
+    folder, told = whole
+    assert told.splitlines()[-1] == f"adapter: {folder / 'adapter'}"
+    rows, evaluations = read(folder / "metrics.jsonl"), read(folder / "evaluation.jsonl")
     columns = {name for name in rows[0] if not name.startswith("seconds")}
     assert columns == {*sft.COLUMNS, "tokens_per_second"} and rows[0]["tokens"] > 32 and rows[-1]["learning_rate"] > 0
     assert [row["step"] for row in evaluations] == [0, 4, 8] and all("accuracy" in row for row in evaluations)
     assert (
         evaluations[-1]["loss"] < evaluations[0]["loss"] and f"loss {evaluations[-1]['loss']:.4f} nats a token" in told
     )
-    tokenizer = AutoTokenizer.from_pretrained(whole / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
     base = AutoModelForCausalLM.from_pretrained(ROOT / "grpo_core" / "builtin" / "tiny", dtype=torch.float32).eval()
     before = own_cross_entropy(base, tokenizer, word_problems("test", 8))
-    after = own_cross_entropy(PeftModel.from_pretrained(base, whole / "adapter"), tokenizer, word_problems("test", 8))
+    after = own_cross_entropy(PeftModel.from_pretrained(base, folder / "adapter"), tokenizer, word_problems("test", 8))
     for row, (nats, tokens) in ((evaluations[0], before), (evaluations[-1], after)):
         assert row["tokens"] == tokens and row["loss"] == pytest.approx(nats / tokens, rel=1e-4)
 
