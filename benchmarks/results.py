@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import sys
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 from pathlib import Path
 
 import yaml
@@ -366,24 +366,24 @@ def variants_table():
 
 
 def permutation_p(a, b):
-    """Two-sided p of the difference of two means, over all ways to divide the values into such two groups."""
-    values, observed = [*a, *b], abs(statistics.mean(a) - statistics.mean(b))
-    rest, found = sum(values), []
-    for chosen in combinations(values, len(a)):
-        found.append(abs(sum(chosen) / len(a) - (rest - sum(chosen)) / len(b)) >= observed - 1e-12)
-    return statistics.mean(found)
+    """Two-sided p of the difference of two sums, over all ways to exchange values of the same seed; [seed][run] both."""
+    whole, observed = sum(map(sum, (*a, *b))), abs(sum(map(sum, a)) - sum(map(sum, b)))
+    ways = [[sum(chosen) for chosen in combinations([*one, *other], len(one))] for one, other in zip(a, b, strict=True)]
+    return statistics.mean(abs(2 * sum(sums) - whole) >= observed - 1e-12 for sums in product(*ways))
 
 
 def variants_pairs_table():
     """The objectives after the last step in both passes, and a permutation test of every pair."""
     names = VARIANTS[:-1]
-    runs = {name: [run[-1]["accuracy"] for folder in ("", FIRST_PASS) for run in in_pass(folder, name)] for name in names}
+    passes = {name: [[run[-1]["accuracy"] for run in in_pass(folder, name)] for folder in ("", FIRST_PASS)] for name in names}
+    runs = {name: [*zip(*both, strict=True)] for name, both in passes.items()}  # [seed][pass]
     lines = [f"| | six runs: mean (range) | {' | '.join(f'p against {name}' for name in names[:-1])} |", "|---" * (len(names) + 1) + "|"]
     for place, name in enumerate(names):
-        cells = [f"{percent(statistics.mean(runs[name]))} ({100 * min(runs[name]):.1f} to {100 * max(runs[name]):.1f})"]
+        six = [value for seed in runs[name] for value in seed]
+        cells = [f"{percent(statistics.mean(six))} ({100 * min(six):.1f} to {100 * max(six):.1f})"]
         cells += [f"{permutation_p(runs[name], runs[other]):.2g}" if i < place else "" for i, other in enumerate(names[:-1])]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    apart = [abs(again - before) for values in runs.values() for again, before in zip(values[:3], values[3:], strict=True)]
+    apart = [abs(again - before) for seeds in runs.values() for again, before in seeds]
     said = f"Two runs of one objective and one seed ended {100 * statistics.mean(apart):.1f} points apart on average, {100 * max(apart):.1f} at the most."
     return "\n".join([*lines, "", said])
 

@@ -270,10 +270,11 @@ def test_the_table_beside_trl(data):
     ]
 
 
-def test_two_means_are_compared_over_all_divisions_of_the_values():
-    assert results.permutation_p([1, 2, 3], [4, 5, 6]) == pytest.approx(2 / 20)  # of 20 divisions this one and its mirror
-    assert results.permutation_p([1, 2, 4], [3, 5, 6]) == pytest.approx(4 / 20)
-    assert results.permutation_p([1, 2], [1, 2]) == 1
+def test_two_objectives_are_compared_over_all_exchanges_within_a_seed():
+    assert results.permutation_p([[1, 2, 3]], [[4, 5, 6]]) == pytest.approx(2 / 20)  # this division and its mirror
+    assert results.permutation_p([[1, 2, 4]], [[3, 5, 6]]) == pytest.approx(4 / 20)
+    assert results.permutation_p([[1, 2], [11, 12]], [[3, 4], [13, 14]]) == pytest.approx(2 / 36)  # not 2 of 70
+    assert results.permutation_p([[1, 2]], [[1, 2]]) == 1
 
 
 def test_the_objectives_of_both_passes_in_pairs(data):
@@ -285,7 +286,7 @@ def test_the_objectives_of_both_passes_in_pairs(data):
                 (to / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = results.variants_pairs_table().splitlines()
     assert table[2] == "| grpo | 4.0 % (1.0 to 9.0) |  |  |  |  |"
-    assert table[4] == "| dapo | 24.0 % (21.0 to 29.0) | 0.0022 | 0.0022 |  |  |"
+    assert table[4] == "| dapo | 24.0 % (21.0 to 29.0) | 0.0093 | 0.0093 |  |  |"
     assert table[-1] == "Two runs of one objective and one seed ended 4.0 points apart on average, 6.0 at the most."
 
 
