@@ -118,9 +118,10 @@ def test_the_written_config_alone_re_runs_the_run(tmp_path, here):
         assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_is_bitwise_never_stopped(tmp_path, environment, here, processes):
-    """10 steps equal 5 steps, kill -9, resume, 5 steps: weights, metrics and completions; test_faults.py has two ranks."""
+    """10 steps equal 5 steps, kill -9, resume, 5 steps: weights, metrics and completions; short of it: test_faults.py."""
     settings = {"trainer__num_steps": 10, "checkpoint__every": 5, "evaluation__every": 5, "reference__every": 3, **CARRIED}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
 
@@ -321,36 +322,21 @@ def test_the_real_config_runs_on_small_parts(tmp_path, environment):
     assert not any(20 * b"q" in content for content in (*written, done.stdout.encode(), done.stderr.encode()))
 
 
-def test_torchrun_and_the_deepspeed_launcher_start_the_same_job(tmp_path, environment):
-    bin_folder = Path(sys.executable).parent
-    run = ["train", "--config", "configs/tiny.yaml", "trainer.num_steps=1"]
-    commands = {
-        "torchrun": [bin_folder / "torchrun", "--standalone", "--nproc_per_node", "2", "-m", "grpo_core"],
-        "deepspeed": [
-            bin_folder / "deepspeed",
-            "--num_gpus",
-            "2",
-            "--master_port",
-            free_port(),
-            "--module",
-            "grpo_core",
-        ],
-    }
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.soak)])
+def test_other_launchers_start_the_same_job(tmp_path, environment, here, launcher):
+    command = {
+        "torchrun": ["--standalone", "--nproc_per_node", "2", "-m", "grpo_core"],
+        "deepspeed": ["--num_gpus", "2", "--master_port", free_port(), "--module", "grpo_core"],
+    }[launcher]
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
-    texts = []
-    for name, command in commands.items():
-        done = subprocess.run(
-            [*map(str, command), *run, *overrides(tmp_path / name)],
-            env=environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        texts.append([row["text"] for row in read(tmp_path / name / "tiny" / "completions.jsonl")])
-    assert texts[0] == texts[1]
+    run = [*TINY, "trainer.num_steps=1"]
+    words = [Path(sys.executable).parent / launcher, *command, *run, *overrides(tmp_path / "two")]
+    done = subprocess.run([*map(str, words)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert here(*run, *overrides(tmp_path / "one")).returncode == 0
+    one, two = (read(tmp_path / name / "tiny" / "completions.jsonl") for name in ("one", "two"))
+    assert [row["text"] for row in one] == [row["text"] for row in two]
 
 
 def test_two_nodes_of_one_process(tmp_path, environment):
