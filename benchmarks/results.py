@@ -32,7 +32,7 @@ COLUMNS = (
     "seconds/reward", "seconds/freeze", "seconds/update", "seconds/evaluate", "seconds/checkpoint", "peak_memory_gb",
 )  # fmt: skip
 SHOWN = 20  # completions before and after
-VARIANTS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "one_step")
+VARIANTS = [name.removeprefix("variants_") for name in CHAINS if name.startswith("variants_")]  # the control is the last
 SEEDS = (1, 2, 3)
 SEEDS_BESIDE_TRL = (0, 1, 2)
 FIRST_PASS = "first_pass/"  # parts 3 to 5 as they were run before, with the code of then
