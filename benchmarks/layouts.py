@@ -28,7 +28,8 @@ def one(layout: str, tokens: int, overrides: list[str]) -> dict:
     """Seconds and memory of the update, medians over the steps after the first."""
     from update import stamp
 
-    from grpo_core import load_config, memory, packed_attention, train
+    from grpo_core import load_config, train
+    from grpo_core.model import memory, packed_attention
 
     found = packed_attention.layout
     packed_attention.layout = lambda *given: found(*given) and layout  # found all the same: that installs its attention

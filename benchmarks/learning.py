@@ -26,9 +26,10 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from grpo_core.config_file import load
-from grpo_core.problems import word_problems
-from grpo_core.rewards import REWARDS, correct_answer, needed_columns
+from grpo_core.config.files import load
+from grpo_core.data.word_problems import word_problems
+from grpo_core.objective.rewards import REWARDS, correct_answer
+from grpo_core.scoring.reward_call import needed_columns
 
 GPU = torch.cuda.is_available()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from grpo_core.losses import LOSSES
+from grpo_core.objective.losses import LOSSES
 
 SHAPE = (64, 1024)
 RESULTS = Path(__file__).parent / "results" / "losses.json"
@@ -53,7 +53,7 @@ def main() -> None:
         forward = fastest(lambda loss_fn=loss_fn: loss_fn(logprobs, old, advantages, mask))
         row = {"workload": name, "ours": round(forward, 2), "with_backward": round(fastest(both), 2), "unit": "ms"}
         rows.append(row | {"reach": REACH_MS, "met": forward < REACH_MS})
-    for module in ("torch", "grpo_core.losses"):
+    for module in ("torch", "grpo_core.objective.losses"):
         seconds = import_seconds(module)
         rows.append({"workload": f"import {module}", "ours": round(seconds, 2), "unit": "s"})
         if module != "torch":

@@ -25,11 +25,11 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from grpo_core import setup as room
-from grpo_core.config_file import load
-from grpo_core.data import load_tokenizer
-from grpo_core.policy import load_policy
-from grpo_core.trainer import train
+from grpo_core.config.files import load
+from grpo_core.model.loading import load_tokenizer
+from grpo_core.model.policy import load_policy
+from grpo_core.training import setup as room
+from grpo_core.training.trainer import train
 
 OUT = ROOT / "benchmarks" / "results" / "precision.json"
 

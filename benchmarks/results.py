@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "configs" / "exp
 from experiments import CHAINS, GSM8K
 from right_calculations import MARKED, holds
 
-from grpo_core.estimates import mcnemar, wilson_interval
+from grpo_core.training.eval_statistics import mcnemar, wilson_interval
 
 RESULTS = ROOT / "docs" / "results"
 DATA = RESULTS / "data"

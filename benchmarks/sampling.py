@@ -34,9 +34,9 @@ from transformers import (
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from grpo_core.batch import Task
-from grpo_core.config import LoraConfig, ModelConfig
-from grpo_core.policy import wrap
-from grpo_core.sampler import Sampler
+from grpo_core.config.sections import LoraConfig, ModelConfig
+from grpo_core.model.policy import wrap
+from grpo_core.sampling.sampler import Sampler
 
 GPU = torch.cuda.is_available()
 OUT = ROOT / "benchmarks" / "results" / "sampling.json"

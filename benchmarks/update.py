@@ -78,7 +78,7 @@ def make_prompts(file: Path, tokenizer, length: int, count: int) -> Path:
 
 def our_config(job: dict, out: Path):
     """The job as one of our configurations, to run in `out`."""
-    from grpo_core.config_file import load
+    from grpo_core.config.files import load
 
     overrides = [
         f"output_dir={out}", "name=bench", f"model.path={job['model']}", f"data.path={job['data']}", "data.template='{question}'",
@@ -89,8 +89,8 @@ def our_config(job: dict, out: Path):
 
 def ours(job: dict) -> dict:
     """Our trainer on the job: seconds of every step and the numbers of its last metrics row."""
-    from grpo_core import setup as room
-    from grpo_core.trainer import train
+    from grpo_core.training import setup as room
+    from grpo_core.training.trainer import train
 
     out = Path(tempfile.mkdtemp())
     run, _ = room.setup(our_config(job, out))
@@ -170,15 +170,15 @@ def agreement(model, theirs, inputs, accumulated, job) -> dict:
     """Our loss of the batch that TRL trained on last, with the weights that it has now, beside its own `theirs`."""
     from types import SimpleNamespace
 
-    from grpo_core.averages import Totals
     from grpo_core.batch import Rollouts, TrainBatch
-    from grpo_core.control import first_control
-    from grpo_core.corrections import CORRECTIONS
-    from grpo_core.kl import KLS
-    from grpo_core.losses import LOSSES
-    from grpo_core.policy import Policy
-    from grpo_core.stats import Stats
-    from grpo_core.trainer import micro_loss
+    from grpo_core.model.policy import Policy
+    from grpo_core.monitor.aggregates import Stats
+    from grpo_core.objective.corrections import CORRECTIONS
+    from grpo_core.objective.kl import KLS
+    from grpo_core.objective.losses import LOSSES
+    from grpo_core.objective.token_weights import Totals
+    from grpo_core.training.control import first_control
+    from grpo_core.training.update import micro_loss
 
     weights = [p for p in model.parameters() if p.requires_grad]
     their_gradient = torch.cat([g.flatten().double() for g in torch.autograd.grad(theirs, weights)])
@@ -276,7 +276,7 @@ def card(folder):
 def cpu(folder):
     from transformers import AutoTokenizer
 
-    from grpo_core.problems import word_problems
+    from grpo_core.data.word_problems import word_problems
 
     model = ROOT / "grpo_core" / "builtin" / "tiny"
     data = folder / "problems.jsonl"

@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from update import gpu_job, stamp
 
-from grpo_core import setup as room
 from grpo_core.batch import TrainBatch, take
-from grpo_core.config_file import load
-from grpo_core.stats import Stats
-from grpo_core.trainer import count_over_ranks, forward_with_gradient, micro_loss
+from grpo_core.config.files import load
+from grpo_core.monitor.aggregates import Stats
+from grpo_core.training import setup as room
+from grpo_core.training.update import count_over_ranks, forward_with_gradient, micro_loss
 
 
 def timed(function, times=5):

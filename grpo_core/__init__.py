@@ -1,38 +1,44 @@
 """GRPO with LoRA on DeepSpeed ZeRO-2, written by hand.
 
-From Python, in a notebook for example:
+These names are the stable imports; everything else may move between modules:
 
-    load_config(file, overrides)   a configuration, checked (config_file.py)
-    train(config)                  the whole job; returns the run folder (job.py)
-    open_source(run_or_model)      a policy with its tokenizer and sampler (opened.py)
-    LOSSES, ADVANTAGES, REWARDS    what a name in the configuration stands for; `@REWARDS.register("mine")` adds to it
+    load_config(file, overrides)      read and check a configuration (config/files.py)
+    train(config)                     run the whole training job and return the run folder (training/job.py)
+    open_source(run_or_model)         open a run or a model: policy, tokenizer, sampler (commands/open_policy.py)
+    LOSSES, ADVANTAGES, REWARDS       the registries; `@REWARDS.register("mine")` adds a function
+    PolicyLoss, token_ratio           what a loss returns, and exp(l - l_old) with the difference clamped
+    center                            rewards minus their group's mean, exactly 0 in a tied group
+    attempt                           call a reward function as the trainer calls it
+    ConfigError                       what a user asked for cannot be run
 
-Everything else is as near as its room: `from grpo_core.losses import token_ratio`. What is named here loads when it is
-first used, so `import grpo_core` costs nothing.
+A name loads its module when it is first used, so `import grpo_core` loads nothing heavy.
 """
 
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["ADVANTAGES", "LOSSES", "REWARDS", "ConfigError", "load_config", "open_source", "train"]
-
-_WHERE = {
-    "ADVANTAGES": ("advantages", "ADVANTAGES"),
-    "LOSSES": ("losses", "LOSSES"),
-    "REWARDS": ("rewards", "REWARDS"),
-    "ConfigError": ("schema", "ConfigError"),
-    "load_config": ("config_file", "load"),
-    "open_source": ("opened", "open_source"),
-    "train": ("job", "train"),
+_EXPORTS = {
+    "ADVANTAGES": "objective.advantages",
+    "LOSSES": "objective.losses",
+    "REWARDS": "objective.rewards",
+    "ConfigError": "schema",
+    "PolicyLoss": "objective.losses",
+    "attempt": "scoring.reward_call",
+    "center": "objective.advantages",
+    "load_config": "config.files",
+    "open_source": "commands.open_policy",
+    "token_ratio": "objective.losses",
+    "train": "training.job",
 }
+_RENAMED = {"load_config": "load"}  # exported name -> name in its module
+__all__ = [*_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _EXPORTS:
         raise AttributeError(f"module 'grpo_core' has no attribute {name!r}")
-    room, attribute = _WHERE[name]
-    return getattr(import_module(f"grpo_core.{room}"), attribute)
+    return getattr(import_module(f"grpo_core.{_EXPORTS[name]}"), _RENAMED.get(name, name))
 
 
 def __dir__() -> list[str]:

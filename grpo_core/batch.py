@@ -58,6 +58,35 @@ class Rollouts:
 
 
 @dataclass(frozen=True)
+class SamplingParams:
+    """How a token is chosen.
+
+    The last three cut the distribution off, and the log-probs are then those of what is left; training allows none of
+    them (config_check.py says why).
+    """
+
+    temperature: float = 1.0
+    greedy: bool = False
+    top_k: int | None = None  # the k most probable tokens, and those as probable as the k-th
+    top_p: float | None = None  # the fewest tokens that hold this much probability. arXiv:1904.09751
+    min_p: float | None = None  # tokens with at least this share of the most probable one's. arXiv:2407.01082
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; it must be above 0, or use greedy")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
+        for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} is {value}; it must be above 0 and at most 1")
+
+    @property
+    def restricted(self) -> bool:
+        """Whether any of them is set."""
+        return not (self.top_k is None and self.top_p is None and self.min_p is None)
+
+
+@dataclass(frozen=True)
 class TrainBatch:
     """Rollouts with everything the loss compares against, fixed before the first gradient."""
 

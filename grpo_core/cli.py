@@ -26,7 +26,7 @@ class Override(click.ParamType):
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
         from click.shell_completion import CompletionItem
 
-        from grpo_core.config import RunConfig
+        from grpo_core.config.sections import RunConfig
 
         words = [f"{key}={value}" for key, values in _keys(RunConfig, "") for value in (values or [""])]
         return [CompletionItem(word) for word in words if word.startswith(incomplete)]
@@ -108,14 +108,15 @@ def command(name: str, epilog: str) -> Callable:
 @overrides_argument
 def train(config: Path | None, dry_run: bool, overrides: tuple[str, ...]) -> int:
     """Train by GRPO, in as many processes as a launcher has started."""
-    from grpo_core.config_file import load
+    from grpo_core.config.files import load
 
     loaded = load(config or _default_config(), overrides)
     if dry_run:
         return _preview(loaded, int(os.environ.get("WORLD_SIZE", 1)))
-    from grpo_core import distributed, job
+    from grpo_core.distributed import ranks
+    from grpo_core.training import job
 
-    distributed.die_with_launcher()
+    ranks.die_with_launcher()
     return _job(job.train, loaded)
 
 
@@ -125,13 +126,13 @@ def train(config: Path | None, dry_run: bool, overrides: tuple[str, ...]) -> int
 @overrides_argument
 def sft(config: Path, overrides: tuple[str, ...]) -> int:
     """Supervised warm-up through the same engine: the data's own answers, LoRA or all weights."""
-    from grpo_core.config_file import load
+    from grpo_core.config.files import load
 
     loaded = load(config, overrides)
-    from grpo_core import distributed
-    from grpo_core.sft import run_sft
+    from grpo_core.distributed import ranks
+    from grpo_core.training.sft import run_sft
 
-    distributed.die_with_launcher()
+    ranks.die_with_launcher()
     return _job(run_sft, loaded)
 
 
@@ -144,10 +145,10 @@ def launch(config: Path | None, processes: int | None, dry_run: bool, overrides:
     """Start `train` in several processes of this machine (what launch.sh calls)."""
     config, processes = config or _default_config(), processes or _gpus() or 1
     if dry_run:
-        from grpo_core.config_file import load
+        from grpo_core.config.files import load
 
         return _preview(load(config, overrides), processes * int(os.environ.get("NNODES", 1)))
-    from grpo_core.launch import launch
+    from grpo_core.commands.launch import launch
 
     return launch(processes, config, list(overrides))
 
@@ -172,7 +173,7 @@ def launch(config: Path | None, processes: int | None, dry_run: bool, overrides:
 @overrides_argument
 def evaluate(source: str, config: Path | None, overrides: tuple[str, ...], **options: Any) -> int:
     """Accuracy of a run, a checkpoint, an adapter or a model, against its base, with intervals."""
-    from grpo_core.assessment import run_evaluate
+    from grpo_core.commands.evaluate import run_evaluate
 
     return run_evaluate(source, overrides, config, **options)
 
@@ -194,7 +195,7 @@ def evaluate(source: str, config: Path | None, overrides: tuple[str, ...], **opt
 @click.option("--config", type=click.Path(path_type=Path), help="A YAML file for what is no run: its template.")
 def sample(source: str, question: str | None, config: Path | None, **options: Any) -> int:
     """Ask a run or a model: one answer, streamed; or, without a question, as many as you like."""
-    from grpo_core.ask import run_sample
+    from grpo_core.commands.sample import run_sample
 
     return run_sample(source, question, config, **options)
 
@@ -207,7 +208,7 @@ def sample(source: str, question: str | None, config: Path | None, **options: An
 @click.option("--png", is_flag=True, help="The curves as PNG files too, beside it (needs the extra `report`).")
 def report(runs: tuple[Path, ...], output: Path | None, png: bool) -> int:
     """One page of curves and completions, of one run or several; it needs no network."""
-    from grpo_core.report import write_report
+    from grpo_core.report.report import write_report
 
     for path in write_report(runs, output, png=png):
         print(path)
@@ -226,7 +227,7 @@ def report(runs: tuple[Path, ...], output: Path | None, png: bool) -> int:
 @overrides_argument
 def replay(batch: Path, overrides: tuple[str, ...], **options: Any) -> int:
     """A batch that debug.dump_batches kept, under other losses: whose gradient goes where, and by which tokens."""
-    from grpo_core.replay import run_replay
+    from grpo_core.commands.replay import run_replay
 
     return run_replay(batch, overrides, **options)
 
@@ -245,7 +246,7 @@ def replay(batch: Path, overrides: tuple[str, ...], **options: Any) -> int:
 @click.option("--dry-run", is_flag=True, help="List what would be written and uploaded, with the card, and stop.")
 def export(run: str, merged: bool, **options: Any) -> int:
     """A run's model for others: merged, checked, with its tokenizer and a model card; or its adapter."""
-    from grpo_core.export import run_export
+    from grpo_core.commands.export import run_export
 
     return run_export(run, adapter=not merged, **options)
 
@@ -253,27 +254,27 @@ def export(run: str, merged: bool, **options: Any) -> int:
 @command("losses", "python -m grpo_core losses")
 def losses() -> int:
     """Every loss, average, KL, advantage and preset, with arguments and sources."""
-    from grpo_core import catalogue
+    from grpo_core.commands import list_names
 
-    print(catalogue.catalogue())
+    print(list_names.catalogue())
     return 0
 
 
 @command("rewards", "python -m grpo_core rewards")
 def rewards() -> int:
     """Every built-in reward, with arguments and the columns it reads."""
-    from grpo_core import catalogue
+    from grpo_core.commands import list_names
 
-    print(catalogue.rewards())
+    print(list_names.rewards())
     return 0
 
 
 @command("presets", "python -m grpo_core presets")
 def presets() -> int:
     """Every published objective by name, with its source and what it sets."""
-    from grpo_core import catalogue
+    from grpo_core.commands import list_names
 
-    print(catalogue.presets())
+    print(list_names.presets())
     return 0
 
 
@@ -281,10 +282,10 @@ def _check(kind: str) -> Callable:
     @click.argument("name")
     @click.argument("overrides", nargs=-1, metavar="[argument=value]...")
     def check(name: str, overrides: tuple[str, ...]) -> int:
-        from grpo_core import check
-        from grpo_core.config_file import arguments_of
+        from grpo_core.commands import check_function
+        from grpo_core.config.files import arguments_of
 
-        run = check.run_check_loss if kind == "loss" else check.run_check_advantage
+        run = check_function.run_check_loss if kind == "loss" else check_function.run_check_advantage
         return run(name, arguments_of(overrides))
 
     check.__doc__ = f"Is this {kind} sound? A table of laws, in seconds. NAME may be my_file.py:my_{kind}."
@@ -299,20 +300,20 @@ command("check-advantage", "python -m grpo_core check-advantage rloo")(_check("a
 
 def _job(job: Callable, config: Any) -> int:
     """Run a job to its end, or to the one that it came to."""
-    from grpo_core import distributed, interrupt
+    from grpo_core.distributed import ranks, signals
 
     try:
         job(config)
-    except interrupt.Interrupted as signal:
+    except signals.Interrupted as signal:
         return signal.exit_code
-    except interrupt.RunFailed as error:
+    except signals.RunFailed as error:
         return _said(error, 3)
-    distributed.shutdown()
+    ranks.shutdown()
     return 0
 
 
 def _preview(config: Any, processes: int) -> int:
-    from grpo_core.preview import preview
+    from grpo_core.commands.dry_run import preview
 
     for section in preview(config, processes):
         print(section, end="\n\n", flush=True)

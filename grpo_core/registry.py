@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo_core import elsewhere
+from grpo_core import trl_names
 from grpo_core.schema import ConfigError, known, typed_arguments
 
 
@@ -56,7 +56,7 @@ class Registry:
         if name.endswith(".py"):
             raise ConfigError(f"{self.kind} {name!r} is a file; name a function in it: {name}:function")
         if name not in self.functions:
-            why = elsewhere.choice(self.kind, name) or f"{known(name, self.functions)}, or file.py:function"
+            why = trl_names.choice(self.kind, name) or f"{known(name, self.functions)}, or file.py:function"
             raise ConfigError(f"unknown {self.kind} {name!r}; {why}")
         return self.functions[name]
 

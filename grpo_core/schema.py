@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from grpo_core import elsewhere
+from grpo_core import trl_names
 
 
 class ConfigError(ValueError):
@@ -60,7 +60,7 @@ def typed_arguments(function: Callable, given: dict[str, Any], key: str) -> dict
         if name not in schema:
             hint = "; to be one, an argument stands after a * and has a default"
             there = hint if name in inspect.signature(function).parameters else ""
-            why = elsewhere.key(f"{key}.{name}") or known(name, schema)
+            why = trl_names.key(f"{key}.{name}") or known(name, schema)
             raise ConfigError(f"unknown key {key}.{name}; {why}{there}")
     return {name: coerce(value, _kind(schema[name], hints), f"{key}.{name}") for name, value in given.items()}
 
@@ -110,7 +110,7 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
             return None
     elif isinstance(value, origin or kind):
         return value
-    why = elsewhere.choice(key, value) or f"it must be {describe(kind)}"
+    why = trl_names.choice(key, value) or f"it must be {describe(kind)}"
     raise ConfigError(f"{key} is {value!r}; {why}")
 
 

@@ -43,14 +43,14 @@ def environment():
 @contextmanager
 def group_of_one():
     """A process group of one, which stays afterwards: DeepSpeed takes no second one in a process."""
-    from grpo_core import distributed
+    from grpo_core.distributed import ranks
 
-    names, shutdown = {*RANK} - os.environ.keys(), distributed.shutdown
-    distributed.shutdown = lambda: None
+    names, shutdown = {*RANK} - os.environ.keys(), ranks.shutdown
+    ranks.shutdown = lambda: None
     try:
         yield
     finally:
-        distributed.shutdown = shutdown
+        ranks.shutdown = shutdown
         for name in names:
             os.environ.pop(name, None)
 

@@ -8,8 +8,8 @@ from peft import get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_core.batch import Rollouts, Task
-from grpo_core.engine import StepResult
-from grpo_core.policy import Policy
+from grpo_core.model.policy import Policy
+from grpo_core.training.engine import StepResult
 
 PAD, EOS, VOCAB = 0, 1, 16
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from grpo_core.advantage_laws import ADVANTAGE_LAWS, check_advantage
-from grpo_core.advantages import ADVANTAGES, advantages, level, tied_groups
+from grpo_core.objective.advantage_laws import ADVANTAGE_LAWS, check_advantage
+from grpo_core.objective.advantages import ADVANTAGES, advantages, level, tied_groups
 from grpo_core.registry import fact
 
 NAN = float("nan")

@@ -9,12 +9,12 @@ from conftest import ROOT
 from fakes import tiny_policy
 from test_loop import make_run, rows
 
-from grpo_core import checkpoint
-from grpo_core.alerts import ALERTS, Alerts
-from grpo_core.config import LossConfig, ModelConfig, RewardConfig, RunConfig, TrainerConfig
-from grpo_core.interrupt import RunFailed
-from grpo_core.scoring import Reward
-from grpo_core.trainer import train
+from grpo_core.config.sections import LossConfig, ModelConfig, RewardConfig, RunConfig, TrainerConfig
+from grpo_core.distributed.signals import RunFailed
+from grpo_core.monitor.alerts import ALERTS, Alerts
+from grpo_core.scoring.scoring import Reward
+from grpo_core.training import checkpoint
+from grpo_core.training.trainer import train
 
 WELL = {
     "adapter_norm": 1.0, "skipped": 0, "learning_rate": 1e-4, "tied_groups": 0.3, "truncated": 0.1, "kl": 0.02, "entropy": 0.4,

@@ -1,170 +1,167 @@
-"""Imports point one way, each heavy dependency has one door, and rooms stay rooms."""
+"""Imports between folders point one way, each heavy dependency has one place, and files and functions stay short."""
 
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-PACKAGE = Path(__file__).parents[1] / "grpo_core"
-
-LAYERS = [  # a module imports only from rows above its own
-    {"elsewhere"},
-    {"schema", "watchdog"},
-    {"registry", "batch", "run_folder"},
-    # the mathematics: torch and the standard library
-    {
-        "advantages",
-        "averages",
-        "corrections",
-        "kl",
-        "losses",
-        "logprobs",
-        "estimates",
-        "problems",
-        "rewards",
-        "truncation",
-        "draw",
-        "packing",
-    },
-    {"reward_worker"},
-    {"scoring"},
-    {"config", "distributed", "presets", "tiny", "decode_ops"},
-    {
-        "config_check",
-        "control",
-        "progress",
-        "rows",
-        "stats",
-        "interrupt",
-        "objective",
-        "attention_kernels",
-        "fused_model",
-        "plain_decoder",
-        "packed_attention",
-        "logprob_kernels",
-        "layer_kernels",
-    },
-    {"config_file", "tracking", "laws", "decode_kernels", "layers"},
-    {"catalogue", "advantage_laws", "fused_decoder"},
-    {"alerts", "batches", "check", "data", "metrics", "replay_table"},
-    {"model_check", "targets"},
-    {"policy", "sampler", "engine", "run"},
-    {"checkpoint", "collect", "evaluation", "incident", "memory"},
-    {"dump", "parts"},
-    {"opened", "trainer"},
-    {"attribution"},
-    {"replay"},
-    {"ask", "assessment", "preview", "setup"},
-    {"model_card"},
-    {"export"},
-    {"job"},
-    {"sft"},
-    {"report_completions", "report_panels", "report_summary"},
-    {"report_markdown", "report_png"},
-    {"report"},  # reads files only: tests/test_report.py holds that it loads no torch
-    {"launch", "cli"},
-    {"__main__", "__init__"},
+PACKAGE = ROOT / "grpo_core"
+LAYERS = [  # a module imports from its own folder and from layers above its own in this list
+    {"trl_names"},
+    {"schema"},
+    {"registry"},
+    {"batch"},
+    {"report"},  # reads files only
+    {"distributed"},
+    {"objective"},  # pure functions of tensors
+    {"config"},
+    {"data", "scoring"},
+    {"monitor"},
+    {"model"},
+    {"sampling"},
+    {"training"},
+    {"commands"},
+    {"cli"},
+    {"__init__", "__main__"},
 ]
-DOORS = {
+HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
+PLACES = {  # heavy dependency -> the modules that may import it
     "click": {"cli"},
-    "wandb": {"tracking"},
-    "deepspeed": {"engine"},
-    "peft": {"policy"},
-    "datasets": {"rows"},
-    "yaml": {"config_file"},
-    "matplotlib": {"report_png"},
-    "tokenizers": {"tiny"},
-    "huggingface_hub": {"export"},
-    "safetensors": {"batches", "checkpoint", "export"},
-    # the last three name its types and set its log level; they load nothing with it
-    "triton": {"decode_kernels", "attention_kernels", "logprob_kernels", "layer_kernels"},
-    "transformers": {
-        "policy",
-        "sampler",
-        "plain_decoder",
-        "packed_attention",
-        "data",
-        "tiny",
-        "checkpoint",
-        "model_check",
-        "parts",
-        "setup",
-        "opened",
-        "ask",
-        "preview",
-        "export",
-        "sft",
-        "targets",
-    },
+    "wandb": {"monitor/trackers"},
+    "deepspeed": {"training/engine"},
+    "peft": {"model/policy"},
+    "datasets": {"data/rows"},
+    "yaml": {"config/files"},
+    "matplotlib": {"report/png"},
+    "tokenizers": {"model/new_model"},
+    "huggingface_hub": {"commands/export"},
+    "safetensors": {"training/saved_batches", "training/checkpoint", "commands/export"},
+    "triton": {"sampling/decode_kernels", "sampling/attention_kernels", "model/kernels"},
 }
+TRANSFORMERS = {"data", "model", "sampling", "training", "commands"}  # the folders that may import it
 MATHEMATICS = {"grpo_core", "torch", "numpy"} | set(sys.stdlib_module_names)
+RANK_TESTS = {"monitor", "distributed", "training/checkpoint", "training/run_dir"}
 
 
-def imports(module: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(module.read_text())):
+def name_of(path):
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
+
+
+def folder_of(name):
+    return name.split("/")[0]
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+def imports(tree):
+    """The modules that a tree imports: of grpo_core as folder/module, of others the top-level name."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            if node.module == "grpo_core":
-                names |= {f"grpo_core.{alias.name}" for alias in node.names if alias.name != "__version__"}
-            else:
-                names.add(node.module)
-    return names
+            dotted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            dotted = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in dotted:
+            root, *rest = name.split(".")
+            if root != "grpo_core":
+                yield root
+                continue
+            while rest and "/".join(rest) not in MODULES:
+                rest = rest[:-1]  # a name in the module
+            if rest:
+                yield "/".join(rest)
 
 
-HEIGHT = {name: row for row, names in enumerate(LAYERS) for name in names}
+def upwards(name, tree):
+    """The imports of a module that point to a higher layer, or beside it."""
+    own = folder_of(name)
+    for module in imports(tree):
+        if module in MODULES and folder_of(module) != own and HEIGHT[folder_of(module)] >= HEIGHT[own]:
+            yield module
 
 
-@pytest.mark.parametrize("module", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
-def test_imports_point_down_and_every_dependency_uses_its_door(module):
-    assert module.stem in HEIGHT, f"{module.stem} has no layer"
-    for name in imports(module):
-        root, _, rest = name.partition(".")
-        if root == "grpo_core" and rest:
-            room = rest.split(".")[0]
-            down = HEIGHT[room] < HEIGHT[module.stem]
-            beside = HEIGHT[room] == HEIGHT[module.stem] and {room, module.stem} == {"launch", "cli"}
-            assert down or beside, f"{module.stem} must not import {room}"
-        assert module.stem in DOORS.get(root, {module.stem}), f"{module.stem} must not import {root}"
-        if HEIGHT[module.stem] <= HEIGHT["losses"]:
-            assert root in MATHEMATICS, f"{module.stem} is mathematics and must not import {root}"
+def circle(graph):
+    """A circle of imports as a list of modules, or None."""
+    done = set()
+
+    def visit(name, path):
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return None
+        for other in graph[name]:
+            if found := visit(other, [*path, name]):
+                return found
+        done.add(name)
+        return None
+
+    return next((found for name in graph if (found := visit(name, []))), None)
 
 
-def test_rooms_are_small_and_functions_smaller():
-    for module in PACKAGE.glob("*.py"):
-        text = module.read_text()
-        assert len(text.splitlines()) <= 350, f"{module.name} is too long: two rooms"
-        for node in ast.walk(ast.parse(text)):
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down_and_every_dependency_has_its_place(name):
+    assert folder_of(name) in HEIGHT, f"{folder_of(name)} has no layer"
+    assert [*upwards(name, TREES[name])] == []
+    for module in imports(TREES[name]):
+        assert name in PLACES.get(module, {name}), f"{name} must not import {module}"
+        assert module != "transformers" or folder_of(name) in TRANSFORMERS, f"{name} must not import transformers"
+        if folder_of(name) == "objective":
+            assert module in MATHEMATICS or module in MODULES, f"{name} is mathematics and must not import {module}"
+
+
+def test_no_circle():
+    assert circle({name: {m for m in imports(tree) if m in MODULES} for name, tree in TREES.items()}) is None
+
+
+def test_these_checks_see_what_they_look_for():
+    assert [*upwards("objective/losses", ast.parse("from grpo_core.training.engine import Engine"))]
+    assert [*upwards("data/rows", ast.parse("from grpo_core.scoring import scoring"))]
+    assert [*upwards("schema", ast.parse("import grpo_core.config.files"))]
+    assert [*upwards("training/engine", ast.parse("from grpo_core import batch, schema"))] == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+
+
+def test_the_folders_are_packages_with_empty_init_files():
+    for folder in {folder_of(name) for name in MODULES if "/" in name}:
+        assert (PACKAGE / folder / "__init__.py").read_text() == "", folder
+
+
+def test_files_and_functions_are_short():
+    for name, path in MODULES.items():
+        assert len(path.read_text().splitlines()) <= 500, f"{name} is too long: split it by concept"
+        for node in ast.walk(TREES[name]):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno <= 50, f"{module.name}: {node.name} is too long"
+                assert node.end_lineno - node.lineno <= 50, f"{name}: {node.name} is too long"
+    assert len(MODULES["training/trainer"].read_text().splitlines()) <= 160  # the loop and nothing else
 
 
-def test_rank_tests_stay_in_their_rooms():
-    allowed = {"metrics", "checkpoint", "distributed", "progress"}
-    for module in PACKAGE.glob("*.py"):
-        if "is_main()" in module.read_text():
-            assert module.stem in allowed, f"{module.name} asks for the rank"
+def test_rank_tests_stay_in_their_places():
+    for name, path in MODULES.items():
+        if "is_main()" in path.read_text():
+            assert RANK_TESTS & {name, folder_of(name)}, f"{name} asks for the rank"
+
+
+def loaded_by(code):
+    """Of the heavy libraries those that `code` loads, in a new process."""
+    heavy = "print([m for m in ('transformers', 'deepspeed', 'peft', 'datasets') if m in sys.modules])"
+    command = [sys.executable, "-c", f"import sys; {code}; {heavy}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()
 
 
 def test_the_mathematics_loads_no_heavy_library():
-    rooms = ", ".join(f"grpo_core.{name}" for name in sorted(LAYERS[HEIGHT["losses"]]))
-    code = (
-        "import sys, time, torch; start = time.perf_counter();"
-        f"import {rooms}; seconds = time.perf_counter() - start;"
-        "print([m for m in ('transformers', 'deepspeed', 'peft', 'datasets') if m in sys.modules], seconds < 0.5)"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
-    assert out.stdout.strip() == "[] True"  # half a second on top of torch's own; 0.02 s in benchmarks/losses.py
+    names = ", ".join(f"grpo_core.{name.replace('/', '.')}" for name in MODULES if folder_of(name) == "objective")
+    timed = f"import time, torch; start = time.perf_counter(); import {names}; print(time.perf_counter() - start)"
+    seconds, loaded = loaded_by(timed)
+    assert loaded == "[]" and float(seconds) < 0.5  # on top of torch's own; 0.02 s in benchmarks/losses.py
 
 
 def test_choosing_and_checking_functions_loads_no_heavy_library():
     """`losses` and `check-loss` are for a laptop."""
-    code = (
-        "import sys, grpo_core.cli, grpo_core.check, grpo_core.catalogue;"
-        "print([m for m in ('transformers', 'deepspeed', 'peft', 'datasets') if m in sys.modules])"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
-    assert out.stdout.strip() == "[]"
+    modules = "grpo_core.cli, grpo_core.commands.check_function, grpo_core.commands.list_names"
+    assert loaded_by(f"import {modules}") == ["[]"]

@@ -5,11 +5,11 @@ import builtins
 import pytest
 from fakes import tiny_policy
 
-from grpo_core.ask import Asking, Stream, changed, side_by_side
 from grpo_core.cli import main
-from grpo_core.data import load_tokenizer
-from grpo_core.plain_decoder import PlainDecoder
-from grpo_core.sampler import Sampler
+from grpo_core.commands.sample import Asking, Stream, changed, side_by_side
+from grpo_core.model.loading import load_tokenizer
+from grpo_core.sampling.plain_decoder import PlainDecoder
+from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 
 QUESTION = "Ada has 12 pens. Ada buys 4 more and gives 5 away. How many pens are left?"
@@ -31,10 +31,10 @@ def test_one_answer_is_streamed_and_scored(tiny_run, capsys, monkeypatch):
 
 
 def test_what_is_streamed_is_what_is_sampled(tiny_run, capsys):
-    from grpo_core.opened import open_source
+    from grpo_core.commands.open_policy import open_source
 
     opened = open_source(str(tiny_run))
-    task = __import__("grpo_core.ask", fromlist=["task_of"]).task_of(opened, QUESTION, Asking())
+    task = __import__("grpo_core.commands.sample", fromlist=["task_of"]).task_of(opened, QUESTION, Asking())
     plain = opened.sampler.generate([task], 1, greedy=True).completions[0]
     pieces = []
     watch = Stream(opened.tokenizer, opened.sampler.eos_ids, pieces.append)
@@ -105,7 +105,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_prompt(tiny_run, capsys, monkeypatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(builtins, "input", lines)
-    monkeypatch.setattr("grpo_core.ask.ask", ask)
+    monkeypatch.setattr("grpo_core.commands.sample.ask", ask)
     assert main(["sample", str(tiny_run)]) == 0
     out = capsys.readouterr().out
     assert len(asked) == 1 and given == ["never"] and out.count("/quit or Ctrl-D leaves") == 2 and "n 2" in out

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from grpo_core.assessment import figures, problems, scorers, summarise, table
 from grpo_core.cli import main
-from grpo_core.config import DataConfig, EvaluationConfig, RunConfig
-from grpo_core.data import load_tokenizer
-from grpo_core.rewards import final_number
+from grpo_core.commands.evaluate import figures, problems, scorers, summarise, table
+from grpo_core.config.sections import DataConfig, EvaluationConfig, RunConfig
+from grpo_core.model.loading import load_tokenizer
+from grpo_core.objective.rewards import final_number
 from grpo_core.schema import ConfigError
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from test_loop import make_run
 
-from grpo_core import checkpoint
 from grpo_core.schema import ConfigError
+from grpo_core.training import checkpoint, run_dir
 
 
 @pytest.fixture
@@ -24,13 +24,13 @@ def two(tmp_path):
 def test_damage_is_seen_and_the_one_before_is_taken(two, file, harm):
     run, config = two
     newest = run.folder / "checkpoints" / "step-000002"
-    assert checkpoint.run_folder(config) == (run.folder, newest, [])
+    assert run_dir.run_folder(config) == (run.folder, newest, [])
     content = (newest / file).read_bytes()
     harmed = {"truncated": content[:-7], "flipped": content[:9] + bytes([content[9] ^ 1]) + content[10:], "empty": b""}
     (newest / file).unlink()
     if harm != "missing":
         (newest / file).write_bytes(harmed[harm])
-    folder, found, (sentence,) = checkpoint.run_folder(config)
+    folder, found, (sentence,) = run_dir.run_folder(config)
     assert folder == run.folder and found.name == "step-000001" and sentence.startswith(f"{newest} is damaged (")
 
 
@@ -39,17 +39,17 @@ def test_where_all_are_damaged_the_run_is_refused(two):
     for one in (run.folder / "checkpoints").iterdir():
         (one / "meta.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"every checkpoint in .* is damaged: meta.json is not what was written"):
-        checkpoint.run_folder(config)
+        run_dir.run_folder(config)
 
 
 def test_a_folder_can_be_named_and_a_new_run_never_takes_an_old_ones_unasked(two):
     run, config = two
     named = replace(config, resume=str(run.folder), name="other")
-    assert checkpoint.run_folder(named)[:2] == (run.folder, run.folder / "checkpoints" / "step-000002")
+    assert run_dir.run_folder(named)[:2] == (run.folder, run.folder / "checkpoints" / "step-000002")
     with pytest.raises(ConfigError, match=r"run holds a run already; resume=auto goes on with it, overwrite=true"):
-        checkpoint.run_folder(replace(config, resume=None))
-    assert checkpoint.run_folder(replace(config, resume=None, overwrite=True)) == (run.folder, None, [])
-    assert checkpoint.run_folder(replace(config, resume=None, name="other")) == (
+        run_dir.run_folder(replace(config, resume=None))
+    assert run_dir.run_folder(replace(config, resume=None, overwrite=True)) == (run.folder, None, [])
+    assert run_dir.run_folder(replace(config, resume=None, name="other")) == (
         run.folder.with_name("other"),
         None,
         [],

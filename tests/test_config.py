@@ -5,10 +5,11 @@ import pytest
 import torch
 import yaml
 
-from grpo_core.config import RunConfig
-from grpo_core.config_check import prompts_per_rank
-from grpo_core.config_file import dump, load
-from grpo_core.engine import deepspeed_config, learning_rate_schedule
+from grpo_core.config.checks import prompts_per_rank
+from grpo_core.config.files import dump, load
+from grpo_core.config.sections import RunConfig
+from grpo_core.training.deepspeed_config import deepspeed_config
+from grpo_core.training.engine import learning_rate_schedule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = CONFIGS / "tiny.yaml"

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from grpo_core.config import LossConfig
-from grpo_core.control import Control, adapt, first_control
-from grpo_core.corrections import CORRECTIONS, corrected_old_logprobs, off_policy_mask, quantile
-from grpo_core.stats import Stats
-from grpo_core.truncation import TRUNCATIONS, soft_overlong_penalty
+from grpo_core.config.sections import LossConfig
+from grpo_core.monitor.aggregates import Stats
+from grpo_core.objective.corrections import CORRECTIONS, corrected_old_logprobs, off_policy_mask, quantile
+from grpo_core.objective.truncation import TRUNCATIONS, soft_overlong_penalty
+from grpo_core.training.control import Control, adapt, first_control
 
 MASK = torch.tensor([[True, True], [True, False]])
 OLD = torch.tensor([[4.0, 0.5], [3.0, 9.0]]).log()  # ratios to a sampler's log-probs of 0; the last is padding

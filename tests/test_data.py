@@ -4,9 +4,11 @@ import pytest
 from fakes import Alphabet
 
 from grpo_core.batch import Task
-from grpo_core.config import DataConfig
-from grpo_core.data import TaskStream, load_tokenizer, make_tasks, model_path, render_prompt
-from grpo_core.rows import load_splits
+from grpo_core.config.sections import DataConfig
+from grpo_core.data.prompts import make_tasks, render_prompt
+from grpo_core.data.rows import load_splits
+from grpo_core.data.stream import TaskStream
+from grpo_core.model.loading import load_tokenizer, model_path
 
 ROWS = [{"question": f"q{i}", "cot": f"c{i}", "answer": str(i)} for i in range(10)]
 

@@ -8,8 +8,8 @@ import os
 import pytest
 import torch
 
-from grpo_core import decode_ops as ops
-from grpo_core.draw import Decoding
+from grpo_core.batch import SamplingParams
+from grpo_core.sampling import decode_ops as ops
 
 # Without either, every test is reported as skipped; with one of them, a missing triton is a failure.
 pytestmark = [] if os.environ.get("TRITON_INTERPRET") == "1" else [pytest.mark.gpu]
@@ -26,7 +26,7 @@ def random(*shape, dtype=torch.float32):
 
 
 def both():
-    from grpo_core.decode_kernels import TritonOps  # needs triton, which only torch for a GPU brings
+    from grpo_core.sampling.decode_kernels import TritonOps  # needs triton, which only torch for a GPU brings
 
     torch.manual_seed(0)
     return TritonOps(DEVICE), ops.TorchOps()
@@ -74,7 +74,7 @@ def test_draw_with_rows_that_are_done_and_tokens_that_cannot_be(greedy, temperat
         )
         mine = state.clone().to(DEVICE)
         one.columns(width)
-        one.draw(logits, mine, tables, Decoding(temperature, greedy))
+        one.draw(logits, mine, tables, SamplingParams(temperature, greedy))
         got.append((mine, tables))
     (ours, table), (theirs, other) = got
     assert torch.equal(ours, theirs) and torch.equal(table.ids, other.ids)
@@ -95,7 +95,7 @@ def draw_one(logits, uniform, greedy=False):
     )
     triton_ops, _ = both()
     triton_ops.columns(1)
-    triton_ops.draw(logits, state, tables, Decoding(greedy=greedy))
+    triton_ops.draw(logits, state, tables, SamplingParams(greedy=greedy))
     return tables
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from grpo_core import distributed
+from grpo_core.distributed import ranks
 
 
 def rows(rank, width):
@@ -14,7 +14,7 @@ def rows(rank, width):
 def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
-    torch.save([distributed.all_rows(rows(rank, width)) for width in (1, 2)], f"{folder}/{rank}.pt")
+    torch.save([ranks.all_rows(rows(rank, width)) for width in (1, 2)], f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -34,4 +34,4 @@ def test_all_rows_joins_different_numbers_of_rows_in_the_order_of_ranks(tmp_path
 
 
 def test_alone_it_is_the_rows():
-    assert torch.equal(distributed.all_rows(torch.ones(2, 3)), torch.ones(2, 3))
+    assert torch.equal(ranks.all_rows(torch.ones(2, 3)), torch.ones(2, 3))

@@ -16,11 +16,11 @@ from doc_commands import FENCE, ROOT, TRL, Unknown, blocks, job, jobs_of, simple
 from peft import LoraConfig
 from transformers.trainer_utils import SchedulerType
 
-from grpo_core import elsewhere
-from grpo_core.config import RunConfig
-from grpo_core.config_check import prompts_per_rank
-from grpo_core.config_file import load
-from grpo_core.presets import PRESETS
+from grpo_core import trl_names
+from grpo_core.config.checks import prompts_per_rank
+from grpo_core.config.files import load
+from grpo_core.config.presets import PRESETS
+from grpo_core.config.sections import RunConfig
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
@@ -270,19 +270,19 @@ def test_what_the_refusal_of_a_name_of_trls_says_is_what_the_tables_say():
     text = PAGES["docs/from_trl.md"]
     rows = [row for heading in NAMES for row in tables(text, heading)]
     said = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
-    assert set(elsewhere.TRL) - set(said) <= SCRIPTS
-    for name, sentence in elsewhere.TRL.items():
+    assert set(trl_names.TRL) - set(said) <= SCRIPTS
+    for name, sentence in trl_names.TRL.items():
         keys = set(re.findall(r"[a-z]+(?:\.[a-z0-9_]+)+", sentence))
         assert all(resolves(key) for key in keys), (name, keys)
         if name in said and keys:
             shown = set(re.findall(r"`([\w.]+)`", said[name][1]))
             assert keys & shown or "not here" in said[name][1] or shown & {"rewards", "resume", "name"}, name
-    for name, (loss, average) in elsewhere.LOSS_TYPES.items():
+    for name, (loss, average) in trl_names.LOSS_TYPES.items():
         assert re.search(rf"(?:^|; ){name}: {loss}, {average}[;.]", said["loss_type"][2]), name
-    for name, advantage in elsewhere.SCALES.items():
+    for name, advantage in trl_names.SCALES.items():
         assert f"{name}: {advantage}" in said["scale_rewards"][2]
-    assert set(elsewhere.SCHEDULES) < set(NAMES["Schedules"])
-    assert set(elsewhere.WHOLE) == set(PRESETS)
+    assert set(trl_names.SCHEDULES) < set(NAMES["Schedules"])
+    assert set(trl_names.WHOLE) == set(PRESETS)
 
 
 # --- metrics -------------------------------------------------------------------------------------------------------

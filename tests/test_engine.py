@@ -13,9 +13,9 @@ from test_policy import naive_logprobs
 from workers import state
 from workers.zero2 import CLIP, PASSES, ROWS, STEPS, TIES, step_data
 
-from grpo_core import distributed
-from grpo_core.engine import Engine
+from grpo_core.distributed import ranks
 from grpo_core.schema import ConfigError
+from grpo_core.training.engine import Engine
 
 WORKERS = Path(__file__).parent / "workers"
 
@@ -92,7 +92,7 @@ def test_zero2_on_two_processes_is_plain_adamw_on_one(zero2, average):
 def test_state_goes_on_bitwise_and_on_another_number_of_processes(tmp_path, group):
     """Weights, both moments, the count of steps and the learning rate: all of them show in the steps that follow."""
     on_two("state.py", tmp_path)
-    distributed.setup()
+    ranks.setup()
     state.run(tmp_path, "resume")
     whole, on_two_again, on_one = (
         load_file(tmp_path / f"{name}.safetensors") for name in ("save-2", "resume-2", "resume-1")

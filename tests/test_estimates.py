@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from grpo_core.estimates import bootstrap_interval, majority_at_k, mcnemar, pass_at_k
+from grpo_core.training.eval_statistics import bootstrap_interval, majority_at_k, mcnemar, pass_at_k
 
 
 @pytest.mark.parametrize("n, c, k", [(n, c, k) for n in range(1, 7) for c in range(n + 1) for k in range(1, n + 1)])

@@ -13,10 +13,10 @@ from peft import PeftModel
 from peft.tuners.lora.model import LoraModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_core import export
 from grpo_core.cli import main
-from grpo_core.export import compare
-from grpo_core.opened import open_source
+from grpo_core.commands import export
+from grpo_core.commands.export import compare
+from grpo_core.commands.open_policy import open_source
 
 pytestmark = pytest.mark.slow
 BASE = ROOT / "grpo_core" / "builtin" / "tiny"
@@ -124,7 +124,7 @@ def test_the_cards_code_runs_and_answers_as_the_run_does(run, kind, environment)
     )
     assert done.returncode == 0, done.stderr
     opened = open_source(str(run))
-    from grpo_core.ask import Asking, task_of
+    from grpo_core.commands.sample import Asking, task_of
 
     task = task_of(opened, "What is 12 + 30?", Asking())
     assert done.stdout.strip() == opened.sampler.generate([task], 1, greedy=True).completions[0].strip()

@@ -16,7 +16,7 @@ from conftest import child_environment
 from safetensors.torch import load_file
 from test_run import CARRIED, overrides, read, without_times
 
-from grpo_core import checkpoint
+from grpo_core.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 WORKER = ROOT / "tests" / "workers" / "faulty.py"

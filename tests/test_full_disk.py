@@ -5,8 +5,8 @@ import json
 import pytest
 from test_loop import make_run, rows
 
-from grpo_core import checkpoint
-from grpo_core.trainer import train
+from grpo_core.training import checkpoint
+from grpo_core.training.trainer import train
 
 
 class Full:
@@ -39,7 +39,7 @@ class Full:
                 return written
 
         monkeypatch.setattr(
-            "grpo_core.metrics.open", lambda path, *how, **more: File(real(path, *how, **more)), raising=False
+            "grpo_core.monitor.run_log.open", lambda path, *how, **more: File(real(path, *how, **more)), raising=False
         )
 
 

@@ -11,10 +11,11 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grpo_core.config import DataConfig, RunConfig
-from grpo_core.config_file import build, dump, load
-from grpo_core.data import load_tokenizer, make_tasks
-from grpo_core.rows import load_splits
+from grpo_core.config.files import build, dump, load
+from grpo_core.config.sections import DataConfig, RunConfig
+from grpo_core.data.prompts import make_tasks
+from grpo_core.data.rows import load_splits
+from grpo_core.model.loading import load_tokenizer
 from grpo_core.schema import ConfigError
 
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)

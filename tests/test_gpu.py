@@ -11,10 +11,10 @@ from test_run import launch, overrides, python, read
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_core.batch import Rollouts, Task
-from grpo_core.config import LoraConfig, ModelConfig
-from grpo_core.fused_decoder import FusedDecoder
-from grpo_core.policy import wrap
-from grpo_core.sampler import Sampler
+from grpo_core.config.sections import LoraConfig, ModelConfig
+from grpo_core.model.policy import wrap
+from grpo_core.sampling.fused_decoder import FusedDecoder
+from grpo_core.sampling.sampler import Sampler
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grpo_core.kl import KLS
+from grpo_core.objective.kl import KLS
 from grpo_core.registry import fact
 
 P = torch.tensor([0.5, 0.3, 0.2]).double().log()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_core import launch
+from grpo_core.commands import launch
 from grpo_core.schema import ConfigError
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"

@@ -11,7 +11,7 @@ from test_sampler import MODELS
 from transformers import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
-from grpo_core import layers
+from grpo_core.model import fast_layers
 
 KERNELS = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -32,7 +32,7 @@ def test_a_model_computes_the_same_with_the_same_gradient(name, dropout):
             if "lora_B" in key or parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     ours = copy.deepcopy(theirs)
-    layers.install(ours)
+    fast_layers.install(ours)
     assert len(replaced(ours)) == (0 if name == "gpt2" else 3)
     ids = torch.arange(2, 12).view(2, 5)
     results = []
@@ -67,7 +67,7 @@ def test_what_only_looks_known_is_left_alone():
         }
     )
     model = Gemma2ForCausalLM(config)  # its norm multiplies by 1 + weight, its MLP has another activation
-    layers.install(model)
+    fast_layers.install(model)
     assert replaced(model) == set()
 
 
@@ -77,17 +77,17 @@ def test_all_weights_can_be_trained():
     x = torch.randn(3, MODELS["qwen2"][1].hidden_size, requires_grad=True)
     for module in (mlp, norm):
         want = torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()])
-        layers.install(module)
+        fast_layers.install(module)
         ours = torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()])
         torch.testing.assert_close(ours, want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), *(["cpu"] if KERNELS else [])])
 def test_the_kernels_are_their_definitions(device):
-    from grpo_core import layer_kernels
+    from grpo_core.model import kernels
 
     torch.manual_seed(0)
     grad, gate, up = (torch.randn(3, 1001, device=device) for _ in range(3))
-    torch.testing.assert_close(layer_kernels.silu_mul(gate, up), layers.silu_mul(gate, up))
-    ours, want = (room.silu_mul_backward(grad, gate, up) for room in (layer_kernels, layers))
+    torch.testing.assert_close(kernels.silu_mul(gate, up), fast_layers.silu_mul(gate, up))
+    ours, want = (room.silu_mul_backward(grad, gate, up) for room in (kernels, fast_layers))
     torch.testing.assert_close(ours, want, atol=1e-5, rtol=1e-5)

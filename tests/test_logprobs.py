@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from grpo_core.kl import kl_exact
-from grpo_core.logprobs import token_divergence, token_logprobs
+from grpo_core.model.logprobs import token_divergence, token_logprobs
+from grpo_core.objective.kl import kl_exact
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 7, 1000])

@@ -8,9 +8,8 @@ import torch
 from fakes import Alphabet, FixedTasks, TorchEngine, tiny_policy
 from safetensors.torch import load_file
 
-from grpo_core.advantages import ADVANTAGES
 from grpo_core.batch import Task
-from grpo_core.config import (
+from grpo_core.config.sections import (  # fmt: skip
     CheckpointConfig,
     EvaluationConfig,
     LogConfig,
@@ -19,20 +18,25 @@ from grpo_core.config import (
     RunConfig,
     SamplingConfig,
     TrainerConfig,
-)  # fmt: skip
-from grpo_core.control import first_control
-from grpo_core.corrections import CORRECTIONS
-from grpo_core.interrupt import RunFailed
-from grpo_core.kl import KLS
-from grpo_core.losses import LOSSES, PolicyLoss
-from grpo_core.metrics import RunLog
-from grpo_core.packing import Budget
-from grpo_core.run import Budgets, Run
-from grpo_core.sampler import Sampler
-from grpo_core.scoring import Reward, score
-from grpo_core.stats import Stats
-from grpo_core.trainer import evaluate_now, freeze, train, update_policy
-from grpo_core.truncation import TRUNCATIONS
+)
+from grpo_core.distributed.signals import RunFailed
+from grpo_core.model.memory import Budgets
+from grpo_core.model.packing import Budget
+from grpo_core.monitor.aggregates import Stats
+from grpo_core.monitor.run_log import RunLog
+from grpo_core.objective.advantages import ADVANTAGES
+from grpo_core.objective.corrections import CORRECTIONS
+from grpo_core.objective.kl import KLS
+from grpo_core.objective.losses import LOSSES, PolicyLoss
+from grpo_core.objective.truncation import TRUNCATIONS
+from grpo_core.sampling.sampler import Sampler
+from grpo_core.scoring.scoring import Reward, score
+from grpo_core.training.control import first_control
+from grpo_core.training.evaluation import evaluate_now
+from grpo_core.training.freeze import freeze
+from grpo_core.training.run import Run
+from grpo_core.training.trainer import train
+from grpo_core.training.update import update_policy
 
 GOOD = "h"
 

@@ -6,9 +6,20 @@ import time
 import pytest
 import torch
 
-from grpo_core.averages import AVERAGES, Totals, entropy_weights, token_weights
-from grpo_core.laws import B, C, average_of, batch, check_loss, clip_table, gradient_of, ranks, start_rank_gaps, weights
-from grpo_core.losses import LOSSES, PolicyLoss
+from grpo_core.objective.laws import (
+    B,
+    C,
+    average_of,
+    batch,
+    check_loss,
+    clip_table,
+    gradient_of,
+    ranks,
+    start_rank_gaps,
+    weights,
+)
+from grpo_core.objective.losses import LOSSES, PolicyLoss
+from grpo_core.objective.token_weights import AVERAGES, Totals, entropy_weights, token_weights
 from grpo_core.registry import fact
 
 

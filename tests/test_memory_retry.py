@@ -5,9 +5,9 @@ import torch
 from fakes import tiny_policy
 from test_loop import make_run, rows
 
-from grpo_core import checkpoint
-from grpo_core.interrupt import RunFailed
-from grpo_core.trainer import train
+from grpo_core.distributed.signals import RunFailed
+from grpo_core.training import checkpoint
+from grpo_core.training.trainer import train
 
 
 def run_out(run, *, where, calls=(), above=None):

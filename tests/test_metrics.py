@@ -4,10 +4,10 @@ import math
 import pytest
 import torch
 
-from grpo_core.config import AdvantageConfig, FunctionConfig, LossConfig, RewardConfig, RunConfig
-from grpo_core.estimates import wilson_interval
-from grpo_core.metrics import RunLog, own_files
-from grpo_core.stats import Stats
+from grpo_core.config.sections import AdvantageConfig, FunctionConfig, LossConfig, RewardConfig, RunConfig
+from grpo_core.monitor.aggregates import Stats
+from grpo_core.monitor.run_log import RunLog, own_files
+from grpo_core.training.eval_statistics import wilson_interval
 
 
 def test_stats_are_masked_means_totals_and_maxima():

@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from grpo_core import setup
 from grpo_core.cli import main
-from grpo_core.losses import LOSSES
+from grpo_core.objective.losses import LOSSES
+from grpo_core.training import setup
 
 ROOT = Path(__file__).parents[1]
 BUILTIN = ROOT / "grpo_core" / "builtin" / "tiny"
@@ -28,7 +28,7 @@ def train(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     for name in [name for name in os.environ if name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "FOLDER_NOTE")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr("grpo_core.distributed.die_with_launcher", lambda: None)
+    monkeypatch.setattr("grpo_core.distributed.ranks.die_with_launcher", lambda: None)
 
     def load_policy(*args, **kwargs):
         raise Loads

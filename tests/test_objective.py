@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo_core.advantages import ADVANTAGES
-from grpo_core.catalogue import KEYS, catalogue, presets, sources
-from grpo_core.check import run_check_advantage, run_check_loss
 from grpo_core.cli import main
-from grpo_core.config_file import arguments_of, dump, load
-from grpo_core.losses import LOSSES
-from grpo_core.objective import formula, remarks, render
-from grpo_core.presets import PRESETS, merge, preset
-from grpo_core.rewards import REWARDS
+from grpo_core.commands.check_function import run_check_advantage, run_check_loss
+from grpo_core.commands.list_names import KEYS, catalogue, presets, sources
+from grpo_core.config.files import arguments_of, dump, load
+from grpo_core.config.formula import formula, remarks, render
+from grpo_core.config.presets import PRESETS, merge, preset
+from grpo_core.objective.advantages import ADVANTAGES
+from grpo_core.objective.losses import LOSSES
+from grpo_core.objective.rewards import REWARDS
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny.yaml"

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from grpo_core.batch import Task
 from grpo_core.cli import main
-from grpo_core.opened import open_source
+from grpo_core.commands.open_policy import open_source
 from grpo_core.schema import ConfigError
 
 pytestmark = pytest.mark.slow

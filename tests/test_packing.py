@@ -20,14 +20,15 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
-from grpo_core import packed_attention
 from grpo_core.batch import Rollouts, take
-from grpo_core.config import LoraConfig, LossConfig, ModelConfig
-from grpo_core.packing import Budget, Segments, gather, plan
-from grpo_core.policy import Policy, wrap
-from grpo_core.run import Budgets
-from grpo_core.stats import Stats
-from grpo_core.trainer import freeze, rows_to_train, update_policy
+from grpo_core.config.sections import LoraConfig, LossConfig, ModelConfig
+from grpo_core.model import packed_attention
+from grpo_core.model.memory import Budgets
+from grpo_core.model.packing import Budget, Segments, gather, plan
+from grpo_core.model.policy import Policy, wrap
+from grpo_core.monitor.aggregates import Stats
+from grpo_core.training.freeze import freeze
+from grpo_core.training.update import rows_to_train, update_policy
 
 
 def grouped_rollouts(groups=4, group_size=3, prompt_width=7, width=9, vocabulary=16, side="left", seed=0) -> Rollouts:
@@ -330,8 +331,8 @@ def test_where_every_token_counts_none_is_skipped(tmp_path, loss):
 
 
 def test_what_depends_on_rows_without_an_advantage_skips_none():
-    from grpo_core.losses import LOSSES, PolicyLoss
-    from grpo_core.setup import ties_can_be_skipped
+    from grpo_core.objective.losses import LOSSES, PolicyLoss
+    from grpo_core.training.setup import ties_can_be_skipped
 
     assert all(ties_can_be_skipped(LOSSES.build(name), "token") for name in LOSSES.functions)
     assert not ties_can_be_skipped(LOSSES.build("grpo"), "micro_token")  # its micro-batches would be others

@@ -7,8 +7,8 @@ import pytest
 import torch
 from trl_cases import advantage_case, loss_case
 
-from grpo_core.advantages import tied_groups
-from grpo_core.corrections import CORRECTIONS
+from grpo_core.objective.advantages import tied_groups
+from grpo_core.objective.corrections import CORRECTIONS
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LOSSES = json.loads((FIXTURES / "trl_1_16_losses.json").read_text())

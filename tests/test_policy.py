@@ -8,8 +8,8 @@ from peft import get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_core.batch import split, take
-from grpo_core.kl import kl_exact
-from grpo_core.policy import Policy
+from grpo_core.model.policy import Policy
+from grpo_core.objective.kl import kl_exact
 from grpo_core.schema import ConfigError
 
 

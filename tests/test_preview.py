@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from grpo_core.cli import main
-from grpo_core.config_file import load
+from grpo_core.config.files import load
 from grpo_core.schema import ConfigError
 
 pytestmark = pytest.mark.slow

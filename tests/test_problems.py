@@ -1,8 +1,8 @@
 import re
 from collections import Counter
 
-from grpo_core.problems import solve, word_problems
-from grpo_core.rewards import correct_answer, final_number
+from grpo_core.data.word_problems import solve, word_problems
+from grpo_core.objective.rewards import correct_answer, final_number
 
 
 def test_splits_are_disjoint_seeded_and_distinct():

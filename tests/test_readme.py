@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from test_run import SHORT
 
-from grpo_core.advantage_laws import check_advantage
-from grpo_core.advantages import ADVANTAGES
+from grpo_core.objective.advantage_laws import check_advantage
+from grpo_core.objective.advantages import ADVANTAGES
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "loss.md").read_text()

@@ -11,18 +11,19 @@ from safetensors.torch import load_file, save_file
 from test_loop import make_run, rows
 from test_run import launch, overrides
 
-from grpo_core import batches, checkpoint
-from grpo_core.attribution import Attribution, attribute, classify, dot, pulls
 from grpo_core.batch import TrainBatch
 from grpo_core.cli import main
-from grpo_core.config import DebugConfig, LoraConfig, LossConfig, ModelConfig, RewardConfig
-from grpo_core.config_file import load_written
-from grpo_core.data import load_tokenizer
-from grpo_core.policy import load_policy
-from grpo_core.replay import _control, _frozen, _run, objectives, open_weights, run_replay
+from grpo_core.commands.attribution import Attribution, attribute, classify, dot, pulls
+from grpo_core.commands.replay import _control, _frozen, _run, objectives, open_weights, run_replay
+from grpo_core.config.files import load_written
+from grpo_core.config.sections import DebugConfig, LoraConfig, LossConfig, ModelConfig, RewardConfig
+from grpo_core.model.loading import load_tokenizer
+from grpo_core.model.policy import load_policy
 from grpo_core.schema import ConfigError
-from grpo_core.scoring import Reward
-from grpo_core.trainer import forward_all, train
+from grpo_core.scoring.scoring import Reward
+from grpo_core.training import checkpoint, saved_batches
+from grpo_core.training.freeze import forward_all
+from grpo_core.training.trainer import train
 
 GRPO = LossConfig(kl_coef=0.0)
 
@@ -71,7 +72,7 @@ def test_a_dump_says_what_the_update_did_to_every_token(plain):
         json.loads((plain / "step-000000-rank-0.json").read_text()),
         load_file(plain / "step-000000-rank-0.safetensors"),
     )
-    first, later = batches.read(plain / "step-000000"), batches.read(plain / "step-000001-rank-0.safetensors")
+    first, later = saved_batches.read_dump(plain / "step-000000"), saved_batches.read_dump(plain / "step-000001-rank-0.safetensors")
     config = load_written(plain.parent)
     run = _run(config, open_weights(later, config, None).policy, later)
     with torch.no_grad():
@@ -151,7 +152,7 @@ def test_cosines_and_ratios_of_a_loss_with_itself_its_negative_and_its_triple(pl
 
 def test_a_class_pulls_what_the_batch_would_without_the_others(plain):
     """Rows whose advantage is set to 0 leave the gradient, and every other token keeps its weight."""
-    dumped, config = batches.read(plain / "step-000001"), load_written(plain.parent)
+    dumped, config = saved_batches.read_dump(plain / "step-000001"), load_written(plain.parent)
     weights = open_weights(dumped, config, None)
     run, control = _run(config, weights.policy, dumped), _control(dumped, config, config)
     batch = _frozen(run, dumped, weights, config)
@@ -309,8 +310,8 @@ def test_what_a_disk_takes_in_part_is_not_there(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(batches, "save_file", torn)
-    assert batches.write(tmp_path / "batches", 3, {}, {}) == "No space left on device"
+    monkeypatch.setattr(saved_batches, "save_file", torn)
+    assert saved_batches.write_files(tmp_path / "batches", 3, {}, {}) == "No space left on device"
     assert list((tmp_path / "batches").iterdir()) == []
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo_core import report
-from grpo_core.config_file import dump, load
-from grpo_core.report import write_report
-from grpo_core.report_completions import COLUMNS, sample
-from grpo_core.report_panels import PANELS, chosen, curves
-from grpo_core.report_summary import accuracies, difference, duration, final_title, summary
-from grpo_core.run_folder import dumped_steps, flat, read_run
+from grpo_core.config.files import dump, load
+from grpo_core.report import report
+from grpo_core.report.completions import COLUMNS, sample
+from grpo_core.report.panels import PANELS, chosen, curves
+from grpo_core.report.report import write_report
+from grpo_core.report.run_reader import dumped_steps, flat, read_run
+from grpo_core.report.summary import accuracies, difference, duration, final_title, summary
 from grpo_core.schema import ConfigError
 
 ROOT = Path(__file__).parents[1]

@@ -9,8 +9,8 @@ import subprocess
 import pytest
 from test_report import EVIL, Page, made_run
 
-from grpo_core import report
-from grpo_core.report import write_report
+from grpo_core.report import report
+from grpo_core.report.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

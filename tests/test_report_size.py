@@ -7,10 +7,10 @@ from itertools import pairwise
 import pytest
 from test_report import Page, lines, made_run, page_of
 
-from grpo_core.report import write_report
-from grpo_core.report_completions import as_json, inwards, sample, spaced
-from grpo_core.report_panels import thin
-from grpo_core.run_folder import read_run
+from grpo_core.report.completions import as_json, inwards, sample, spaced
+from grpo_core.report.panels import thin
+from grpo_core.report.report import write_report
+from grpo_core.report.run_reader import read_run
 
 
 def test_thin_keeps_extremes_and_gaps():

@@ -20,7 +20,7 @@ import variants
 from right_calculations import holds, right_calculations, value_of
 from worked_steps import steps_in, worked_steps
 
-from grpo_core.config_file import dump, load
+from grpo_core.config.files import dump, load
 
 COT = "18 + 21 = 39. 39 - 20 = 19."
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from grpo_core.batch import Task
-from grpo_core.reward_worker import Worker
 from grpo_core.schema import ConfigError
-from grpo_core.scoring import Reward, build_reward, score
+from grpo_core.scoring.reward_worker import Worker
+from grpo_core.scoring.scoring import Reward, build_reward, score
 
 MINE = '''
 import os, subprocess, sys, threading, time

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from grpo_core.batch import Task
-from grpo_core.rewards import REWARDS, attempt, final_number, missing_columns
-from grpo_core.scoring import Reward, score
+from grpo_core.objective.rewards import REWARDS, final_number
+from grpo_core.scoring.reward_call import attempt, missing_columns
+from grpo_core.scoring.scoring import Reward, score
 
 
 def call(name, completions, **columns):

@@ -22,12 +22,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from grpo_core.batch import Task
-from grpo_core.config import LoraConfig, ModelConfig
-from grpo_core.draw import Decoding, draw, restrict
-from grpo_core.fused_decoder import FusedDecoder
-from grpo_core.policy import Policy, wrap
-from grpo_core.sampler import Sampler, disagreement, eos_ids
+from grpo_core.batch import SamplingParams, Task
+from grpo_core.config.sections import LoraConfig, ModelConfig
+from grpo_core.model.policy import Policy, wrap
+from grpo_core.sampling.draw import draw, restrict
+from grpo_core.sampling.fused_decoder import FusedDecoder
+from grpo_core.sampling.sampler import Sampler, disagreement, eos_ids
 from grpo_core.schema import ConfigError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -299,7 +299,7 @@ def test_top_k_top_p_and_min_p():
     probabilities = logits.softmax(-1)[0]  # 0.64, 0.24, 0.09, 0.03, 0.004
 
     def left(**how):
-        return restrict(logits, Decoding(**how))[0].isfinite().tolist()
+        return restrict(logits, SamplingParams(**how))[0].isfinite().tolist()
 
     assert left(top_k=2) == [True, True, False, False, False] and left(top_k=9) == [True] * 5
     assert (
@@ -311,13 +311,13 @@ def test_top_k_top_p_and_min_p():
     assert left(top_p=0.8, temperature=0.1) == [True] + [False] * 4
     for wrong in ({"top_k": 0}, {"top_p": 0.0}, {"min_p": 1.5}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            Decoding(**wrong)
+            SamplingParams(**wrong)
 
 
 @pytest.mark.parametrize("decoder", ["auto", "plain"])
 def test_restricted_sampling_draws_only_what_is_left(decoder):
     policy = policy_on_device(lora_noise=0.1)
-    settings = Decoding(1.0, top_k=2)
+    settings = SamplingParams(1.0, top_k=2)
     rollouts = make(policy, decoder=decoder).generate(TASKS, 8, settings=settings)
     exact = policy.logprobs(rollouts)
     mask = rollouts.completion_mask
@@ -355,7 +355,7 @@ def test_rows_may_be_allowed_fewer_tokens(decoder):
 def test_prompts_that_go_through_the_model_in_several_parts(monkeypatch):
     policy = policy_on_device(lora_noise=0.1)
     want = make(policy).generate(TASKS, 4)
-    monkeypatch.setattr("grpo_core.fused_model.PREFILL_ON_CPU", 5)  # one or two prompts at a time
+    monkeypatch.setattr("grpo_core.sampling.fused_model.PREFILL_ON_CPU", 5)  # one or two prompts at a time
     assert kept(make(policy).generate(TASKS, 4)) == kept(want)
 
 

@@ -15,25 +15,25 @@ from safetensors.torch import load_file
 from test_run import free_port, overrides, read, without_times
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_core import checkpoint, sft
-from grpo_core.averages import Totals
 from grpo_core.batch import Task, TrainBatch
-from grpo_core.config import LoraConfig, LossConfig, ModelConfig, RunConfig, SftConfig, TargetConfig
-from grpo_core.config_file import load
-from grpo_core.control import Control
-from grpo_core.corrections import CORRECTIONS
-from grpo_core.data import load_tokenizer
-from grpo_core.interrupt import RunFailed
-from grpo_core.losses import LOSSES
-from grpo_core.packing import Budget
-from grpo_core.policy import load_policy
-from grpo_core.problems import word_problems
-from grpo_core.run import Budgets
+from grpo_core.config.files import load
+from grpo_core.config.sections import LoraConfig, LossConfig, ModelConfig, RunConfig, SftConfig, TargetConfig
+from grpo_core.data.word_problems import word_problems
+from grpo_core.distributed.signals import RunFailed
+from grpo_core.model.loading import load_tokenizer
+from grpo_core.model.memory import Budgets
+from grpo_core.model.new_model import new_tokenizer
+from grpo_core.model.packing import Budget
+from grpo_core.model.policy import load_policy
+from grpo_core.monitor.aggregates import Stats
+from grpo_core.objective.corrections import CORRECTIONS
+from grpo_core.objective.losses import LOSSES
+from grpo_core.objective.token_weights import Totals
 from grpo_core.schema import ConfigError
-from grpo_core.stats import Stats
-from grpo_core.targets import supervised_rollouts
-from grpo_core.tiny import new_tokenizer
-from grpo_core.trainer import micro_loss
+from grpo_core.training import checkpoint, sft
+from grpo_core.training.control import Control
+from grpo_core.training.sft_targets import supervised_rollouts
+from grpo_core.training.update import micro_loss
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny.yaml"

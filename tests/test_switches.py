@@ -10,11 +10,10 @@ from fakes import FixedTasks, ragged_rollouts, tiny_policy
 from safetensors.torch import load_file
 from test_loop import GOOD, count_good, make_run, rows
 
-from grpo_core.advantages import ADVANTAGES
-from grpo_core.averages import token_weights
 from grpo_core.batch import replace_rows, split, take
-from grpo_core.collect import advantages_over_ranks, collect, rewards_to_learn_from
-from grpo_core.config import (
+from grpo_core.config.files import build
+from grpo_core.config.presets import PRESETS, preset
+from grpo_core.config.sections import (
     AdvantageConfig,
     FunctionConfig,
     LogConfig,
@@ -23,14 +22,17 @@ from grpo_core.config import (
     RunConfig,
     SamplingConfig,
 )
-from grpo_core.config_file import build
-from grpo_core.control import adapt, first_control
-from grpo_core.kl import kl_exact
-from grpo_core.losses import LOSSES
-from grpo_core.presets import PRESETS, preset
-from grpo_core.scoring import Reward
-from grpo_core.stats import Stats
-from grpo_core.trainer import count_over_ranks, forward_with_gradient, freeze, micro_loss, top_entropy_mask, train
+from grpo_core.monitor.aggregates import Stats
+from grpo_core.objective.advantages import ADVANTAGES
+from grpo_core.objective.kl import kl_exact
+from grpo_core.objective.losses import LOSSES
+from grpo_core.objective.token_weights import token_weights
+from grpo_core.scoring.scoring import Reward
+from grpo_core.training.control import adapt, first_control
+from grpo_core.training.freeze import freeze, top_entropy_mask
+from grpo_core.training.rollouts import advantages_over_ranks, collect, rewards_to_learn_from
+from grpo_core.training.trainer import train
+from grpo_core.training.update import count_over_ranks, forward_with_gradient, micro_loss
 
 EVERYTHING = LossConfig(
     average="token", kl="k3_corrected", kl_coef=0.1, entropy_coef=0.05, top_entropy=0.5, off_policy_mask=0.02,

@@ -9,10 +9,10 @@ from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_run import SHORT
 
-from grpo_core import tracking
 from grpo_core.cli import main
-from grpo_core.config import LogConfig, RunConfig
-from grpo_core.tracking import Trackers
+from grpo_core.config.sections import LogConfig, RunConfig
+from grpo_core.monitor import trackers
+from grpo_core.monitor.trackers import Trackers
 
 pytestmark = pytest.mark.slow
 
@@ -83,8 +83,8 @@ def wandb_rows(run):
     "key, package, shown", [("tensorboard=true", "tensorboard", "true"), ("wandb=mine", "wandb", "'mine'")]
 )
 def test_a_package_that_is_not_there_is_said_before_anything_loads(key, package, shown, monkeypatch, capsys, tmp_path):
-    find = tracking.importlib.util.find_spec
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    find = trackers.importlib.util.find_spec
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == package else find(name))
     assert main(["train", "--config", str(ROOT / "configs" / "tiny.yaml"), f"output_dir={tmp_path}", f"log.{key}"]) == 2
     sentence = f"log.{package} is {shown}, but {package} is not installed: pip install -e '.[{package}]'"
     assert sentence in capsys.readouterr().err and not any(tmp_path.iterdir())
@@ -107,17 +107,17 @@ class Broken:
 
 def test_a_tracker_that_fails_is_switched_off_and_said_once(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(tracking, "TensorBoard", lambda folder, first_step: Broken())
-    trackers = Trackers(tmp_path, RunConfig(log=LogConfig(tensorboard=True)), "", 0, said.append)
+    monkeypatch.setattr(trackers, "TensorBoard", lambda folder, first_step: Broken())
+    both = Trackers(tmp_path, RunConfig(log=LogConfig(tensorboard=True)), "", 0, said.append)
     for step in range(4):
-        trackers.metrics({"step": step, "a": 1.0, "b": None, "c": float("nan")}, step)
-    trackers.close()
+        both.metrics({"step": step, "a": 1.0, "b": None, "c": float("nan")}, step)
+    both.close()
     assert said == ["warning: log.tensorboard is off from here on: No space left"] and Broken.calls == 2
 
     def refuse(*given):
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(tracking, "WeightsAndBiases", refuse)
-    trackers = Trackers(tmp_path, RunConfig(log=LogConfig(wandb="x")), "", 0, said.append)
-    trackers.metrics({"a": 1.0}, 0)
+    monkeypatch.setattr(trackers, "WeightsAndBiases", refuse)
+    both = Trackers(tmp_path, RunConfig(log=LogConfig(wandb="x")), "", 0, said.append)
+    both.metrics({"a": 1.0}, 0)
     assert said[1:] == ["warning: log.wandb is off from here on: no network"]

@@ -10,17 +10,18 @@ from types import SimpleNamespace
 
 import torch
 
-from grpo_core.advantages import ADVANTAGES, advantages
-from grpo_core.averages import Totals
 from grpo_core.batch import Rollouts, TrainBatch
-from grpo_core.config import LossConfig, RunConfig, SamplingConfig
-from grpo_core.control import first_control
-from grpo_core.corrections import CORRECTIONS
-from grpo_core.kl import KLS, kl_k3
-from grpo_core.losses import LOSSES, sequence_ratio
-from grpo_core.policy import TokenStats
-from grpo_core.stats import Stats
-from grpo_core.trainer import micro_loss, top_entropy_mask
+from grpo_core.config.sections import LossConfig, RunConfig, SamplingConfig
+from grpo_core.model.policy import TokenStats
+from grpo_core.monitor.aggregates import Stats
+from grpo_core.objective.advantages import ADVANTAGES, advantages
+from grpo_core.objective.corrections import CORRECTIONS
+from grpo_core.objective.kl import KLS, kl_k3
+from grpo_core.objective.losses import LOSSES, sequence_ratio
+from grpo_core.objective.token_weights import Totals
+from grpo_core.training.control import first_control
+from grpo_core.training.freeze import top_entropy_mask
+from grpo_core.training.update import micro_loss
 
 AVERAGE = {"grpo": "sequence", "sapo": "sequence", "bnpo": "micro_token", "dr_grpo": "constant", "luspo": "row_sum",
            "dapo": "token", "cispo": "token", "vespo": "token"}  # fmt: skip

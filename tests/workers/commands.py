@@ -15,9 +15,10 @@ import sys
 import traceback
 from pathlib import Path
 
-from grpo_core import cli, distributed
-from grpo_core.config_check import prompts_per_rank
-from grpo_core.config_file import load
+from grpo_core import cli
+from grpo_core.config.checks import prompts_per_rank
+from grpo_core.config.files import load
+from grpo_core.distributed import ranks
 
 
 def load_only(config, overrides, processes):
@@ -68,7 +69,7 @@ def python(code):
 KINDS = {"load": load_only, "main": main, "job": local_job, "shell": shell, "python": python}
 
 if __name__ == "__main__":
-    distributed.shutdown = lambda: None  # DeepSpeed holds on to the group of its first run
+    ranks.shutdown = lambda: None  # DeepSpeed holds on to the group of its first run
     problems = []
     for job in json.loads(Path(sys.argv[1]).read_text()):
         os.chdir(job.pop("cwd"))

@@ -15,10 +15,11 @@ FAULT = json.loads(os.environ.get("FAULT", "null"))
 
 
 def places():
-    from grpo_core import checkpoint, collect, engine, sampler
+    from grpo_core.sampling import sampler
+    from grpo_core.training import checkpoint, engine, rollouts
 
     return {
-        "sample": (sampler.Sampler, "generate"), "reward": (collect, "score"), "backward": (engine.Engine, "backward"),
+        "sample": (sampler.Sampler, "generate"), "reward": (rollouts, "score"), "backward": (engine.Engine, "backward"),
         "step": (engine.Engine, "step"), "write": (checkpoint, "save_file"), "name": (checkpoint.os, "replace"),
     }  # fmt: skip
 
@@ -48,8 +49,8 @@ def arm():
 
 
 if __name__ == "__main__":
-    from grpo_core import launch
     from grpo_core.cli import main
+    from grpo_core.commands import launch
 
     launch.PROGRAM = (__file__,)
     if FAULT and os.environ.get("RANK") == str(FAULT["rank"]):

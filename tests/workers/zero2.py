@@ -9,18 +9,19 @@ from types import SimpleNamespace
 import torch
 from fakes import ragged_rollouts, tiny_policy
 
-from grpo_core import distributed
 from grpo_core.batch import take
-from grpo_core.config import EngineConfig, LossConfig, RunConfig, SamplingConfig, TrainerConfig
-from grpo_core.control import first_control
-from grpo_core.corrections import CORRECTIONS
-from grpo_core.engine import Engine
-from grpo_core.kl import KLS
-from grpo_core.losses import LOSSES
-from grpo_core.metrics import Stats
-from grpo_core.packing import Budget
-from grpo_core.run import Budgets
-from grpo_core.trainer import freeze, update_policy
+from grpo_core.config.sections import EngineConfig, LossConfig, RunConfig, SamplingConfig, TrainerConfig
+from grpo_core.distributed import ranks
+from grpo_core.model.memory import Budgets
+from grpo_core.model.packing import Budget
+from grpo_core.monitor.run_log import Stats
+from grpo_core.objective.corrections import CORRECTIONS
+from grpo_core.objective.kl import KLS
+from grpo_core.objective.losses import LOSSES
+from grpo_core.training.control import first_control
+from grpo_core.training.engine import Engine
+from grpo_core.training.freeze import freeze
+from grpo_core.training.update import update_policy
 
 STEPS, ROWS, PASSES = 3, 16, 2
 TIES = "ties"  # for an average: no KL, and rows without an advantage
@@ -48,7 +49,7 @@ def step_data(step, average):
 
 def trained(average, sizes):
     """Weights, gradient norms and losses for each size."""
-    rank, world = distributed.rank(), distributed.world_size()
+    rank, world = ranks.rank(), ranks.world_size()
     rows = torch.arange(rank * ROWS // world, (rank + 1) * ROWS // world)
     results = {}
     for size in sizes:  # tokens of a micro-batch
@@ -75,10 +76,10 @@ def trained(average, sizes):
 
 
 if __name__ == "__main__":
-    distributed.setup()
+    ranks.setup()
     given = dict(word.split("=") for word in sys.argv[2:])
     found = {average: trained(average, [int(size) for size in sizes.split(",")]) for average, sizes in given.items()}
-    if distributed.is_main():
+    if ranks.is_main():
         torch.save(found, sys.argv[1])
-    distributed.barrier()
-    distributed.shutdown()
+    ranks.barrier()
+    ranks.shutdown()

@@ -1,0 +1,244 @@
+"""The checks of a configuration that need no model: names, arguments, ranges, and what does not go together."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_core.batch import SamplingParams
+from grpo_core.config.sections import RunConfig
+from grpo_core.objective.advantages import ADVANTAGES, advantages
+from grpo_core.objective.corrections import CORRECTIONS
+from grpo_core.objective.kl import KLS
+from grpo_core.objective.losses import LOSSES, PolicyLoss
+from grpo_core.objective.rewards import REWARDS
+from grpo_core.objective.token_weights import AVERAGES
+from grpo_core.objective.truncation import TRUNCATIONS
+from grpo_core.registry import fact
+from grpo_core.schema import ConfigError, in_short
+
+
+def check(config: RunConfig) -> None:
+    """Names, arguments and ranges; what depends on the number of ranks is checked by `prompts_per_rank`.
+
+    Raises:
+        ConfigError: the first thing that does not hold.
+    """
+    _check_secrets(asdict(config), "")
+    _check_functions(config)
+    _check_rewards(config)
+    _check_numbers(config)
+    _check_sampling(config)
+    _check_objective(config)
+    if config.name in ("", ".", "..") or "/" in config.name or "\0" in config.name:
+        raise ConfigError(f"name is {config.name!r}; it must be the name of one folder, which is made in output_dir")
+    if config.resume is not None and config.overwrite:
+        raise ConfigError(f"resume is {config.resume!r} and overwrite is true; a run is continued or removed, not both")
+    if config.resume not in (None, "auto", "force") and not (Path(config.resume) / "config.yaml").exists():
+        raise ConfigError(f"resume is {config.resume!r}; it must be auto, force, null, or the folder of a run")
+
+
+SECRET = re.compile(
+    r"""://[^/@\s]+:[^/@\s]+@ | \b(?:hf|ghp|gho)_[A-Za-z0-9]{30,} | \bgithub_pat_\w{30,}
+        | \bglpat-[\w-]{20,} | \bsk-(?:\w+-)*[A-Za-z0-9]{32,}""",
+    re.X,
+)
+
+
+def _check_secrets(value: Any, key: str) -> None:
+    """The configuration is written to the run folder and to logs."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_secrets(inner, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _check_secrets(inner, f"{key}[{i}]")
+    elif isinstance(value, str) and SECRET.search(value):
+        raise ConfigError(
+            f"{key} holds a password or token, which would be written to logs; give it in the environment"
+        )
+
+
+def _check_functions(config: RunConfig) -> None:
+    """Every function is there, takes its arguments, and works on a batch of two."""
+    loss = config.loss
+    KLS.get(loss.kl), AVERAGES.get(loss.average)
+    try_loss(loss.name, loss.args)
+    try_advantage(config.advantage.name, config.advantage.args)
+    old, mask, rewards = torch.full((2, 3), -1.0), torch.ones(2, 3, dtype=torch.bool), torch.eye(2)
+    chosen = loss.rollout_correction
+    function = CORRECTIONS.build(chosen.name, chosen.args, "loss.rollout_correction.args")
+    _try("loss.rollout_correction", chosen.name, function, old, old, mask)
+    chosen = config.truncation
+    function = TRUNCATIONS.build(chosen.name, chosen.args, "truncation.args")
+    _try("truncation", chosen.name, function, rewards, torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool), 8)
+
+
+def try_loss(name: str, args: dict[str, Any]) -> Callable:
+    """The loss `name` with `args`, once it has been seen to work on a batch of two.
+
+    Raises:
+        ConfigError: it is not there, does not take the arguments, raises, or does not return what a loss returns.
+    """
+    function = LOSSES.build(name, args, "loss.args")
+    old = torch.tensor([[-1.0, -2.0, -0.5], [-0.1, -3.0, -1.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    column = torch.tensor([[1.0], [-0.5]])
+    out = _try("loss", name, function, (old + 0.1).requires_grad_(), old, column, mask)
+    if not isinstance(out, PolicyLoss):
+        raise ConfigError(f"loss {name} returned {type(out).__name__}; it must return a PolicyLoss")
+    if out.per_token_loss.shape != old.shape:
+        shape = list(out.per_token_loss.shape)
+        raise ConfigError(f"loss {name} returned per_token_loss {shape}; it must be [B, C] = [2, 3], unreduced")
+    return function
+
+
+def try_advantage(name: str, args: dict[str, Any]) -> Callable:
+    """As `try_loss`, for an advantage."""
+    function = ADVANTAGES.build(name, args, "advantage.args")
+    _try("advantage", name, advantages, function, torch.tensor([[1.0, 0.0], [0.5, 1.0]]))
+    return function
+
+
+def _try(key: str, name: str, function: Callable, *given: Any) -> Any:
+    try:
+        return function(*given)
+    except ConfigError as error:
+        named = str(error).startswith(key)
+        raise ConfigError(str(error) if named else f"{key} {name}: {error}") from None
+    except Exception as error:
+        raise ConfigError(f"{key} {name} fails on a batch of two: {in_short(error)}") from error
+
+
+def _check_rewards(config: RunConfig) -> None:
+    REWARDS.get(config.evaluation.reward)
+    for i, reward in enumerate(config.rewards):
+        REWARDS.build(reward.name, reward.args, f"rewards[{i}].args")
+    if len({reward.name for reward in config.rewards}) < len(config.rewards) or not config.rewards:
+        raise ConfigError("rewards must name at least one reward, and each only once")
+    if all(reward.weight == 0 for reward in config.rewards):
+        raise ConfigError("rewards: every weight is 0, so there is nothing to learn")
+
+
+def _check_objective(config: RunConfig) -> None:
+    """Ranges of the switches, and those that do not go together."""
+    loss, reference = config.loss, config.reference
+    for name, value in (("loss.top_entropy", loss.top_entropy), ("reference.mixing", reference.mixing)):
+        if not 0 < value <= 1:
+            raise ConfigError(f"{name} is {value}; it must be above 0 and at most 1")
+    for name, value in (("loss.kl_target", loss.kl_target), ("loss.kl_horizon", loss.kl_horizon)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name} is {value}; it must be above 0")
+    if not loss.entropy_min <= loss.entropy_coef <= loss.entropy_max and loss.entropy_target is not None:
+        raise ConfigError(
+            f"loss.entropy_coef is {loss.entropy_coef}; it must be from entropy_min ({loss.entropy_min}) "
+            f"to entropy_max ({loss.entropy_max})"
+        )
+    if loss.kl_target is not None and not loss.kl_coef > 0:
+        raise ConfigError("loss.kl_target steers loss.kl_coef, which is 0; give it a value to start from")
+    if reference.every and not loss.kl_coef > 0:
+        raise ConfigError("reference.every moves a reference that loss.kl_coef 0 does not use")
+    if config.lora.r == 0 and (loss.kl_coef > 0 or config.log.exact_kl_every):
+        key, value = (
+            ("loss.kl_coef", loss.kl_coef) if loss.kl_coef else ("log.exact_kl_every", config.log.exact_kl_every)
+        )
+        raise ConfigError(f"{key} is {value}, but lora.r is 0: without an adapter there is no reference")
+    if fact(ADVANTAGES.get(config.advantage.name), "reads_components"):
+        changed = fact(TRUNCATIONS.get(config.truncation.name), "changes_reward")
+        if changed or (loss.kl_coef and loss.kl_in == "reward"):
+            key = f"truncation {config.truncation.name}" if changed else "loss.kl_in reward"
+            raise ConfigError(
+                f"advantage {config.advantage.name} reads the single rewards, and {key} changes only their sum"
+            )
+
+
+LEAST = {  # null, auto and epoch are fine where a key takes them
+    2: ("sampling.group_size",),
+    1: (
+        *("trainer.completions_per_step", "trainer.num_minibatches", "trainer.num_passes", "trainer.max_skipped_steps"),
+        *("trainer.num_steps", "trainer.tokens_per_micro_batch", "sampling.max_new_tokens", "sampling.rows_at_once"),
+        *("data.max_prompt_tokens", "data.limit", "evaluation.batch_size", "checkpoint.keep"),
+        *("log.every", "log.exact_kl_tokens"),
+    ),
+    0: (
+        *("loss.kl_coef", "loss.entropy_coef", "loss.entropy_delta", "advantage.min_group_std", "reference.every"),
+        *("engine.max_grad_norm", "engine.warmup_steps", "sampling.dynamic_attempts", "trainer.max_restarts"),
+        *("trainer.hang_timeout", "trainer.max_failed_rewards", "debug.dump_batches"),
+        *("log.exact_kl_every", "log.evaluation_completions", "evaluation.num_tasks", "evaluation.every"),
+        *("checkpoint.every", "lora.r", "seed"),
+    ),
+}
+
+
+def _check_numbers(config: RunConfig) -> None:
+    for least, keys in LEAST.items():
+        for key in keys:
+            value = attrgetter(key)(config)
+            if not isinstance(value, str | None):
+                _at_least(key, value, least)
+    if config.sampling.group_size % config.trainer.num_minibatches:
+        raise ConfigError(
+            f"trainer.num_minibatches is {config.trainer.num_minibatches}; it must divide sampling.group_size "
+            f"({config.sampling.group_size})"
+        )
+    if config.trainer.max_failed_rewards > 1:
+        raise ConfigError(
+            f"trainer.max_failed_rewards is {config.trainer.max_failed_rewards}; it is a share, at most 1"
+        )
+    if not 0 <= config.lora.dropout < 1:
+        raise ConfigError(f"lora.dropout is {config.lora.dropout}; it must be from 0 up to, but not, 1")
+    for name, value in (
+        ("engine.learning_rate", config.engine.learning_rate),
+        ("trainer.reward_timeout", config.trainer.reward_timeout),
+        ("trainer.epochs", config.trainer.epochs),
+    ):
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name} is {value}; it must be above 0")
+
+
+def _check_sampling(config: RunConfig) -> None:
+    """The settings of training's and of evaluation's sampling; what cuts a distribution off needs a temperature."""
+    if not config.sampling.temperature > 0 or config.sampling.temperature == math.inf:
+        raise ConfigError(
+            f"sampling.temperature is {config.sampling.temperature}; it must be above 0 (evaluation's may be 0)"
+        )
+    chosen = config.evaluation
+    cuts = {name: getattr(chosen, name) for name in ("top_k", "top_p", "min_p")}
+    if not 0 <= chosen.temperature < math.inf:
+        raise ConfigError(f"evaluation.temperature is {chosen.temperature}; it must be at least 0 (0: greedy)")
+    if chosen.temperature == 0:
+        for name, value in cuts.items():
+            if value is not None:
+                raise ConfigError(f"evaluation.{name} is {value}, but evaluation.temperature is 0, which is greedy")
+        return
+    try:
+        SamplingParams(chosen.temperature, **cuts)
+    except ValueError as error:
+        raise ConfigError(f"evaluation.{error}") from None
+
+
+def prompts_per_rank(config: RunConfig, world_size: int) -> int:
+    """N, the prompts of one step on one rank.
+
+    Raises:
+        ConfigError: completions_per_step does not divide into ranks and groups.
+    """
+    total, group = config.trainer.completions_per_step, config.sampling.group_size
+    if total % (group * world_size):
+        raise ConfigError(
+            f"trainer.completions_per_step is {total}; it must be a multiple of sampling.group_size × processes "
+            f"= {group} × {world_size} = {group * world_size}"
+        )
+    return total // group // world_size
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if not value >= least:  # NaN is refused too
+        raise ConfigError(f"{key} is {value}; it must be at least {least}")

@@ -1,0 +1,297 @@
+"""What every policy loss holds, checked on small batches in seconds; `check-loss` runs it on yours, the tests on ours.
+
+A law is fn(loss function) -> (whether it holds, the number that says so). A loss that breaks a law knowingly says so in
+its attribute `breaks`, {law: reason}; then the law must be seen to break. Arguments are bound before.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_core.distributed.ranks import all_sum
+from grpo_core.objective.advantages import grpo_advantages
+from grpo_core.objective.losses import LOSSES
+from grpo_core.objective.token_weights import Totals, token_weights
+from grpo_core.registry import fact
+
+B, C = 6, 7
+LENGTHS = [7, 1, 4, 3, 7, 2]
+RATIOS = [0.05, 0.5, 1.0, 2.0, 20.0]  # what the clip table shows
+GRID = torch.linspace(-math.log(20), math.log(20), 6001, dtype=torch.double)  # of log-ratios, where the clip law looks
+
+
+@dataclass(frozen=True)
+class Outcome:
+    law: str
+    holds: bool
+    shown: str  # the number
+    declared: str | None = None  # why the function says that it breaks it
+
+    @property
+    def ok(self) -> bool:
+        """It holds, or breaks as declared."""
+        return self.holds == (self.declared is None)
+
+
+def check_loss(loss_fn: Callable) -> list[Outcome]:
+    """Every law but `ranks`, which needs processes: see `start_rank_gaps`."""
+    return outcomes_of(loss_fn, LOSS_LAWS)
+
+
+def outcomes_of(function: Callable, laws: dict[str, Callable[[Callable], tuple[bool, str]]]) -> list[Outcome]:
+    """Each law's outcome; a law during which the function raises does not hold."""
+    outcomes = []
+    for name, law in laws.items():
+        try:
+            holds, shown = law(function)
+        except Exception as error:
+            holds, shown = False, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        outcomes.append(Outcome(name, holds, shown, (fact(function, "breaks") or {}).get(name)))
+    return outcomes
+
+
+def shape(loss_fn: Callable) -> tuple[bool, str]:
+    """the loss is unreduced, [B, C]; its diagnostics, if any, are [B, C] and detached"""
+    logprobs, old, advantages, mask = batch()
+    out = loss_fn(logprobs.requires_grad_(), old, advantages, mask)
+    for name, values in out.diagnostics.items():
+        if values.shape != (B, C) or values.requires_grad:
+            return False, f"{name} {'has a gradient' if values.requires_grad else list(values.shape)}"
+    return out.per_token_loss.shape == (B, C), str(list(out.per_token_loss.shape))
+
+
+def pure(loss_fn: Callable) -> tuple[bool, str]:
+    """called twice it returns the same, and it changes none of its inputs"""
+    inputs = batch()
+    kept = [x.clone() for x in inputs]
+    first, second = (loss_fn(*inputs).per_token_loss for _ in range(2))
+    gap = float((first - second).abs().max())
+    return gap == 0 and all(torch.equal(a, b) for a, b in zip(inputs, kept, strict=True)), f"{gap:.1g}"
+
+
+def finite(loss_fn: Callable) -> tuple[bool, str]:
+    """value and gradient are finite in float32, with a row wholly masked and log-ratios of +-100"""
+    old = torch.full((4, 3), -101.0)
+    logprobs = (old + torch.tensor([[100.0], [-100.0], [100.0], [-100.0]])).requires_grad_()
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0], [1, 0, 0]]).bool()
+    bad = 0
+    for sign in (1.0, -1.0):
+        out = loss_fn(logprobs, old, torch.tensor([[sign], [-sign], [sign], [sign]]), mask).per_token_loss
+        (gradient,) = torch.autograd.grad((out * weights(mask)).sum(), logprobs)
+        bad += int((~out.isfinite()).sum() + (~gradient.isfinite()).sum())
+    return bad == 0, f"{bad} not finite"
+
+
+def zero_advantage(loss_fn: Callable) -> tuple[bool, str]:
+    """an advantage of 0 has gradient exactly 0"""
+    logprobs, old, advantages, mask = batch()
+    largest = float(gradient_of(loss_fn, logprobs, old, 0 * advantages, mask).abs().max())
+    return largest == 0, f"{largest:.1g}"
+
+
+def padding(loss_fn: Callable) -> tuple[bool, str]:
+    """masked places get no gradient, and what stands in them changes nothing"""
+    logprobs, old, advantages, mask = batch()
+    one = gradient_of(loss_fn, logprobs, old, advantages, mask)
+    other = gradient_of(loss_fn, logprobs.masked_fill(~mask, -30.0), old.masked_fill(~mask, -2.0), advantages, mask)
+    gap = float((one - other).abs().max())
+    return gap < 1e-12 and bool((one[~mask] == 0).all()) and bool((one[mask] != 0).any()), f"{gap:.1g}"
+
+
+def splits(loss_fn: Callable) -> tuple[bool, str]:
+    """cutting the step into micro-batches in any way gives the same gradient"""
+    inputs = batch()
+    average, gap = average_of(loss_fn), 0.0
+    whole = gradient_of(loss_fn, *inputs, w=weights(inputs[3], average))
+    for sizes in ([1, 5], [2, 2, 2], [1] * B):
+        parts = [
+            gradient_of(loss_fn, *part, w=weights(part[3], average, of=inputs[3]))
+            for part in zip(*(x.split(sizes) for x in inputs), strict=True)
+        ]
+        gap = max(gap, float((torch.cat(parts) - whole).abs().max()))
+    return gap < 1e-12, f"{gap:.1g}"
+
+
+def on_policy(loss_fn: Callable) -> tuple[bool, str]:
+    """before the first update the gradient is -A * weight, REINFORCE's"""
+    logprobs, _, advantages, mask = batch()
+    w = weights(mask, average_of(loss_fn))
+    gap = float((gradient_of(loss_fn, logprobs, logprobs.clone(), advantages, mask, w=w) + advantages * w).abs().max())
+    return gap < 1e-12, f"{gap:.1g}"
+
+
+def gradcheck(loss_fn: Callable) -> tuple[bool, str]:
+    """the gradient is that of the value, by finite differences in float64"""
+    logprobs, old, advantages, mask = batch()
+    w = mask * torch.rand(B, C, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+
+    def value(x: Tensor) -> Tensor:
+        return (loss_fn(x, old, advantages, mask).per_token_loss * w).sum()
+
+    gradient, step, gap = gradient_of(loss_fn, logprobs, old, advantages, mask, w=w), 1e-6, 0.0
+    for i, j in mask.nonzero().tolist():
+        nudge = torch.zeros_like(logprobs)
+        nudge[i, j] = step
+        slope = (value(logprobs + nudge) - value(logprobs - nudge)) / (2 * step)
+        gap = max(gap, abs(float(slope - gradient[i, j])))
+    return gap < 1e-7, f"{gap:.1g}"
+
+
+def clip(loss_fn: Callable) -> tuple[bool, str]:
+    """a token is never pushed against its advantage, whatever its ratio, and on policy it is pulled"""
+    lowest = min(float(pull(loss_fn, sign, GRID).min()) for sign in (1, -1))
+    on_policy = min(float(pull(loss_fn, sign, torch.zeros(1))) for sign in (1, -1))
+    return lowest >= 0 and on_policy > 0, f"{lowest + 0.0:.2g} at least"
+
+
+def learns(loss_fn: Callable) -> tuple[bool, str]:
+    """a bandit: one of 8 tokens is good, another ends the completion; 60 steps of two passes"""
+    torch.manual_seed(0)
+    logits = torch.zeros(C, 8, requires_grad=True)
+    optimizer, rewards = torch.optim.Adam([logits], lr=0.1), []
+    for _ in range(60):
+        with torch.no_grad():
+            drawn = torch.distributions.Categorical(logits=logits).sample((64,))  # [B, C]
+            mask = (drawn == 0).cumsum(dim=1) - (drawn == 0).int() == 0
+            rewards.append(((drawn == 3) & mask).sum(dim=1) / C)
+            advantages = grpo_advantages(rewards[-1].view(8, 8)).view(-1, 1)
+            old = logits.log_softmax(dim=-1).expand(64, C, 8).gather(2, drawn[..., None]).squeeze(2)
+        w = weights(mask, average_of(loss_fn))
+        for _ in range(2):
+            logprobs = logits.log_softmax(dim=-1).expand(64, C, 8).gather(2, drawn[..., None]).squeeze(2)
+            optimizer.zero_grad()
+            (loss_fn(logprobs, old, advantages, mask).per_token_loss * w).sum().backward()
+            optimizer.step()
+    first, last = (float(torch.cat(part).mean()) for part in (rewards[:5], rewards[-5:]))
+    return last > 0.6 > 3 * first, f"{first:.2f} -> {last:.2f}"
+
+
+LOSS_LAWS: dict[str, Callable[[Callable], tuple[bool, str]]] = {
+    law.__name__: law
+    for law in (shape, pure, finite, zero_advantage, padding, splits, on_policy, gradcheck, clip, learns)
+}
+
+
+def pull(loss_fn: Callable, sign: int, log_ratios: Tensor) -> Tensor:
+    """-(d loss / d log-prob) / A of single tokens at `log_ratios` [n], with A = `sign`: [n].
+
+    1 is REINFORCE's, 0 is a token that is clipped.
+    """
+    difference = log_ratios.double()[:, None]
+    old, mask = torch.full_like(difference, -6.0), torch.ones_like(difference, dtype=torch.bool)
+    advantages = torch.full_like(difference, float(sign))
+    return -gradient_of(loss_fn, old + difference, old, advantages, mask, w=torch.ones_like(old)).squeeze(1) / sign
+
+
+def clip_table(loss_fn: Callable) -> list[tuple[str, list[float], str]]:
+    """The six regions: for either sign of A the pull below, on and above ratio 1 (RATIOS), and where it pulls."""
+    table = []
+    for sign in (1, -1):
+        pulling = (pull(loss_fn, sign, GRID).abs() > 1e-9).nonzero().squeeze(1).tolist()
+        low, high = "0", "any"
+        if pulling and pulling[0] > 0:
+            low = f"{_edge(loss_fn, sign, GRID[pulling[0]], GRID[pulling[0] - 1]):.6g}"
+        if pulling and pulling[-1] < len(GRID) - 1:
+            high = f"{_edge(loss_fn, sign, GRID[pulling[-1]], GRID[pulling[-1] + 1]):.6g}"
+        where = "everywhere" if (low, high) == ("0", "any") else f"from ratio {low} to {high}"
+        if float(pull(loss_fn, sign, GRID).min()) < -1e-9:
+            where = "the wrong way somewhere"
+        shown = (pull(loss_fn, sign, torch.tensor(RATIOS, dtype=torch.double).log()) + 0.0).tolist()
+        table.append((f"A {'>' if sign > 0 else '<'} 0", shown, where if pulling else "nowhere"))
+    return table
+
+
+def _edge(loss_fn: Callable, sign: int, inside: Tensor, outside: Tensor) -> float:
+    """The ratio between the two logarithms at which the pull ends, by bisection."""
+    for _ in range(40):
+        middle = (inside + outside) / 2
+        if abs(float(pull(loss_fn, sign, middle[None]))) > 1e-9:
+            inside = middle
+        else:
+            outside = middle
+    return math.exp(float(inside))
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs, old log-probs [6, 7] with ratios around 1, advantages [6, 1] and a ragged mask, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(C) < torch.tensor(LENGTHS)[:, None]
+    logprobs = -torch.rand(B, C, generator=generator, dtype=torch.double) * 3 - 0.5
+    old = logprobs + 0.3 * torch.sin(torch.arange(B * C).view(B, C))
+    return logprobs, old, torch.randn(B, 1, generator=generator, dtype=torch.double), mask
+
+
+def weights(mask: Tensor, average: str = "sequence", of: Tensor | None = None, scale: int = 1) -> Tensor:
+    """Token weights for `mask` as a part of the step's mask `of`, which `scale` ranks have alike."""
+    of = mask if of is None else of
+    totals = Totals(tokens=of.sum() * scale, completions=torch.tensor(len(of) * scale), max_new_tokens=C)
+    return token_weights(mask, average=average, totals=totals, dtype=torch.double)
+
+
+def average_of(loss_fn: Callable) -> str:
+    """An average that the loss is defined with."""
+    return (fact(loss_fn, "averages") or ("sequence",))[0]
+
+
+def gradient_of(
+    loss_fn: Callable, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, w: Tensor | None = None
+) -> Tensor:
+    """d (per_token_loss * w).sum() / d logprobs, [B, C]; w of the average "sequence"."""
+    x = logprobs.clone().requires_grad_()
+    loss = (loss_fn(x, old, advantages, mask).per_token_loss * (weights(mask) if w is None else w)).sum()
+    return torch.autograd.grad(loss, x)[0] if loss.requires_grad else torch.zeros_like(logprobs)
+
+
+def start_rank_gaps(losses: Sequence[tuple[str, dict[str, Any]]]) -> Callable[[], list[float]]:
+    """Start two gloo processes that share the rows of each (name, args); call the result for the gradients' gaps."""
+    folder = tempfile.TemporaryDirectory()
+    out = Path(folder.name) / "gaps.pt"
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_rank, args=(rank, folder.name, list(losses)), daemon=True) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+
+    def gaps() -> list[float]:
+        for process in processes:
+            process.join()
+        found = torch.load(out) if out.exists() else [math.inf] * len(losses)
+        folder.cleanup()
+        return found
+
+    return gaps
+
+
+def ranks(gap: float) -> tuple[bool, str]:
+    """two processes that share the rows, with totals over both, give the gradient of one"""
+    return gap < 1e-12, f"{gap:.1g}"
+
+
+def _rank(rank: int, folder: str, losses: list[tuple[str, dict[str, Any]]]) -> None:
+    """One of two processes: half of the rows, the totals of all."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    inputs, gaps = batch(), []
+    mine = [x[rank::2] for x in inputs]
+    for name, args in losses:
+        loss_fn = LOSSES.build(name, args)
+        average = average_of(loss_fn)
+        tokens, rows = all_sum(torch.tensor([mine[3].sum(), len(mine[3])]))
+        w = token_weights(mine[3], average=average, totals=Totals(tokens, rows, C), dtype=torch.double)
+        gradient = torch.zeros(B, C, dtype=torch.double)
+        gradient[rank::2] = gradient_of(loss_fn, *mine, w=w)
+        whole = gradient_of(loss_fn, *inputs, w=weights(inputs[3], average))
+        gaps.append(float((all_sum(gradient) - whole).abs().max()))
+    if rank == 0:
+        torch.save(gaps, Path(folder) / "gaps.pt")
+    dist.barrier()
+    dist.destroy_process_group()

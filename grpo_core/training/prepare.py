@@ -1,0 +1,90 @@
+"""The parts of a run that need no engine: its tasks, what can be told of them before the weights load, its sampler."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from grpo_core.batch import Task
+from grpo_core.config.sections import RunConfig, SamplingConfig
+from grpo_core.data.prompts import make_tasks
+from grpo_core.data.rows import load_splits
+from grpo_core.model.loading import check_lengths, check_targets, check_vocabulary
+from grpo_core.model.policy import Policy
+from grpo_core.objective.rewards import REWARDS
+from grpo_core.registry import fact
+from grpo_core.sampling.sampler import Sampler
+from grpo_core.schema import ConfigError
+from grpo_core.scoring.reward_call import missing_columns
+from grpo_core.scoring.scoring import Reward, build_reward
+
+
+def all_tasks(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Task], list[Task], int]:
+    """Tasks to train on, tasks to evaluate on, and how many prompts were too long."""
+    rows, eval_rows = load_splits(config.data, config.evaluation.num_tasks)
+    tasks, long = make_tasks(rows, config.data, tokenizer)
+    eval_tasks, long_too = make_tasks(eval_rows, config.data, tokenizer)
+    return tasks, eval_tasks, long + long_too
+
+
+def check_before_loading(
+    config: RunConfig, described: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    """Raise ConfigError for what cannot go together, as far as `described`, the model's configuration, tells."""
+    check_vocabulary(described, tokenizer)
+    check_lengths(prompts, config.sampling.max_new_tokens, described)
+    check_targets(described, config.lora, config.model.trust_remote_code)
+
+
+def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task]) -> None:
+    """Raise ConfigError for a reward that needs a column the data does not have."""
+    wanted = [(reward.name, tasks) for reward in config.rewards] + [(config.evaluation.reward, eval_tasks)]
+    for name, rows in wanted:
+        if rows and (missing := missing_columns(REWARDS.get(name), rows[0].columns)):
+            columns = ", ".join(rows[0].columns)
+            raise ConfigError(f"reward {name} needs {missing[0]!r}, but the data has the columns {columns}")
+        for column in fact(REWARDS.get(name), "never_null", ()):
+            for task in rows:
+                if task.columns[column] is None:
+                    raise ConfigError(
+                        f"row {task.index + 1} of the data: {column!r} is null, and reward {name} needs it"
+                    )
+
+
+def make_rewards(config: RunConfig) -> list[Reward]:
+    """The rewards of a configuration with their arguments bound; one from a user's file in a process of its own."""
+    timeout = config.trainer.reward_timeout
+    return [Reward(r.name, r.weight, build_reward(r.name, r.args, timeout=timeout)) for r in config.rewards]
+
+
+def make_sampler(
+    config: SamplingConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+) -> Sampler:
+    """The sampler of the policy's live weights."""
+    return Sampler(
+        policy.causal_lm,
+        tokenizer,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        decoder=config.decoder,
+        rows_at_once=config.rows_at_once,
+        say=say,
+    )
+
+
+def quieten() -> None:
+    """Silence what libraries say about themselves; errors still come through."""
+    warnings.filterwarnings("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which peft looks at, says that it found none
+    for name in ("torch", "torch.distributed", "datasets", "peft", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
