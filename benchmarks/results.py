@@ -1,7 +1,7 @@
 """docs/results from run folders: what is kept of a run, and every figure and table there.
 
-    python benchmarks/results.py keep runs/experiments/NAME...     what a page needs of these runs, to docs/results/data
-    python benchmarks/results.py draw                              the pictures and tables, from docs/results/data alone
+    python benchmarks/results.py keep runs/experiments/NAME...     what a page needs of these runs, to benchmarks/results/runs
+    python benchmarks/results.py draw                              the pictures and tables, from benchmarks/results/runs alone
 
 Kept are config.yaml, evaluation.jsonl, what `evaluate` wrote beside its completions, some columns of metrics.jsonl in five
 digits, and of built-in problems 20 completions before and after. Rows of other data appear by their number alone.
@@ -24,7 +24,7 @@ from right_calculations import MARKED, holds
 from grpo_core.training.eval_statistics import mcnemar, wilson_interval
 
 RESULTS = ROOT / "docs" / "results"
-DATA = RESULTS / "data"
+DATA = ROOT / "benchmarks" / "results" / "runs"
 COLUMNS = (
     "step", "reward", "rewards/correct_answer", "first_draw/reward", "first_draw/tied_groups", "tied_groups", "resampled_groups",
     "length", "truncated", "tokens", "tokens_sampled", "micro_batches",

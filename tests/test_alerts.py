@@ -95,10 +95,10 @@ def test_what_is_counted_falls_while_what_is_paid_rises(correct, reward, step):
 
 def test_the_published_recipes_reward_is_noticed_after_ten_steps():
     """By the metrics of docs/results, part 6, where accuracy was 0 by then; that all was cut off came 20 steps in."""
-    kept = [json.loads(line) for line in (ROOT / "docs/results/data/reward_hacking/metrics.jsonl").open()]
+    kept = [json.loads(line) for line in (ROOT / "benchmarks/results/runs/reward_hacking/metrics.jsonl").open()]
     said = seen(lambda step: kept[step], steps=len(kept), config=LOGGED)
     assert [(at, sentence[:14]) for at, sentence in said][:2] == [(10, "correct_answer"), (21, "in 10 steps ne")]
-    honest = [json.loads(line) for line in (ROOT / "docs/results/data/word_problems/metrics.jsonl").open()]
+    honest = [json.loads(line) for line in (ROOT / "benchmarks/results/runs/word_problems/metrics.jsonl").open()]
     assert seen(lambda step: honest[step], steps=len(honest), config=LOGGED) == []
 
 
