@@ -283,10 +283,10 @@ def _check(kind: str) -> Callable:
     @click.argument("overrides", nargs=-1, metavar="[argument=value]...")
     def check(name: str, overrides: tuple[str, ...]) -> int:
         from grpo_core.commands import check_function
-        from grpo_core.config.files import arguments_of
+        from grpo_core.config.files import parse_arguments
 
         run = check_function.run_check_loss if kind == "loss" else check_function.run_check_advantage
-        return run(name, arguments_of(overrides))
+        return run(name, parse_arguments(overrides))
 
     check.__doc__ = f"Is this {kind} sound? A table of laws, in seconds. NAME may be my_file.py:my_{kind}."
     return check

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_core import trl_names
-from grpo_core.schema import ConfigError, known, typed_arguments
+from grpo_core.schema import ConfigError, check_arguments, list_known
 
 
 class Registry:
@@ -56,7 +56,7 @@ class Registry:
         if name.endswith(".py"):
             raise ConfigError(f"{self.kind} {name!r} is a file; name a function in it: {name}:function")
         if name not in self.functions:
-            why = trl_names.choice(self.kind, name) or f"{known(name, self.functions)}, or file.py:function"
+            why = trl_names.value_hint(self.kind, name) or f"{list_known(name, self.functions)}, or file.py:function"
             raise ConfigError(f"unknown {self.kind} {name!r}; {why}")
         return self.functions[name]
 
@@ -67,7 +67,7 @@ class Registry:
             ConfigError: as `get`; or an argument it does not take, or of the wrong type, named as `key`.argument.
         """
         function = self.get(name)
-        return functools.partial(function, **typed_arguments(function, args or {}, key or f"{self.kind}.args"))
+        return functools.partial(function, **check_arguments(function, args or {}, key or f"{self.kind}.args"))
 
     def _load(self, name: str) -> Callable:
         path, _, attribute = name.rpartition(":")

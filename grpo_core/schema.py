@@ -32,7 +32,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
-def in_short(error: BaseException) -> str:
+def summarize_error(error: BaseException) -> str:
     """An exception in one line: its type, its message's first line, and the line of the user's that it came from."""
     frames = traceback.extract_tb(error.__traceback__)
     libraries = (sys.prefix, sys.base_prefix, str(Path(__file__).parent), "<")
@@ -48,7 +48,7 @@ def keyword_arguments(function: Callable) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
 
-def typed_arguments(function: Callable, given: dict[str, Any], key: str) -> dict[str, Any]:
+def check_arguments(function: Callable, given: dict[str, Any], key: str) -> dict[str, Any]:
     """Check `given` against the schema of `function`.
 
     Raises:
@@ -60,12 +60,12 @@ def typed_arguments(function: Callable, given: dict[str, Any], key: str) -> dict
         if name not in schema:
             hint = "; to be one, an argument stands after a * and has a default"
             there = hint if name in inspect.signature(function).parameters else ""
-            why = trl_names.key(f"{key}.{name}") or known(name, schema)
+            why = trl_names.key_hint(f"{key}.{name}") or list_known(name, schema)
             raise ConfigError(f"unknown key {key}.{name}; {why}{there}")
     return {name: coerce(value, _kind(schema[name], hints), f"{key}.{name}") for name, value in given.items()}
 
 
-def known(name: str, names: Iterable[str]) -> str:
+def list_known(name: str, names: Iterable[str]) -> str:
     """'known: a, b (did you mean a?)' for an error message."""
     names = sorted(names)
     close = difflib.get_close_matches(str(name), names, n=1)
@@ -110,7 +110,7 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
             return None
     elif isinstance(value, origin or kind):
         return value
-    why = trl_names.choice(key, value) or f"it must be {describe(kind)}"
+    why = trl_names.value_hint(key, value) or f"it must be {describe(kind)}"
     raise ConfigError(f"{key} is {value!r}; {why}")
 
 

@@ -11,7 +11,7 @@ _CUT = "training samples from the whole distribution, whose log-probs the loss u
 REFUSED = {f"sampling.{name}": _CUT.format(name) for name in ("top_k", "top_p", "min_p")}  # key -> why there is none
 REFUSED["trainer.micro_batch_size"] = "it is trainer.tokens_per_micro_batch now, and counts tokens instead of rows"
 
-TRL = {  # name -> what it is here; with or without a section before it
+OPTION_HINTS = {  # name -> what it is here; with or without a section before it
     "model_name_or_path": "model.path",
     "attn_implementation": "model.attention",
     "bf16": "model.precision=bf16",
@@ -92,7 +92,7 @@ LOSS_TYPES = {  # TRL's loss_type -> loss.name, loss.average
     "luspo": ("luspo", "row_sum"),
     "vespo": ("vespo", "token"),
 }
-WHOLE = (  # presets, some of which are no loss
+PRESET_NAMES = (  # presets, some of which are no loss
     *("grpo_paper", "dr_grpo", "dapo", "gspo", "cispo", "rloo"),
     *("trl_1_16_default", "verl_default", "open_instruct_default"),
 )
@@ -100,24 +100,24 @@ SCALES = {"group": "grpo", "batch": "batch_std", "none": "dr_grpo"}  # TRL's sca
 SCHEDULES = {"constant_with_warmup": "constant, with engine.warmup_steps"}  # transformers' lr_scheduler_type
 
 
-def key(name: str, value: Any = None) -> str | None:
+def key_hint(name: str, value: Any = None) -> str | None:
     """What there is instead of the dotted key `name`, in words; None where nothing is known of it."""
     section, _, last = name.rpartition(".")
     if name in REFUSED:
         return REFUSED[name]
-    if last not in TRL or (section.endswith("args") and section != "loss.args"):  # a function's own arguments
+    if last not in OPTION_HINTS or (section.endswith("args") and section != "loss.args"):  # a function's own arguments
         return None
-    if last == "loss_type" and (said := choice("loss", value)):
+    if last == "loss_type" and (said := value_hint("loss", value)):
         return said
-    return f"instead of TRL's {last} there is {TRL[last]}"
+    return f"instead of TRL's {last} there is {OPTION_HINTS[last]}"
 
 
-def choice(kind: str, value: Any) -> str | None:
+def value_hint(kind: str, value: Any) -> str | None:
     """The same of a value that is not there: a loss, an advantage, or what engine.schedule may be."""
     said, value = [], str(value)
     if kind == "loss" and value in LOSS_TYPES:
         said.append("TRL's {} is loss.name={} with loss.average={}".format(value, *LOSS_TYPES[value]))
-    if kind == "loss" and value in WHOLE:
+    if kind == "loss" and value in PRESET_NAMES:
         said.append(f"the whole objective of that name is preset={value}")
     if kind == "advantage" and value in SCALES:
         said.append(f"TRL's scale_rewards={value} is advantage.name={SCALES[value]}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo_core.objective.advantage_laws import ADVANTAGE_LAWS, check_advantage
-from grpo_core.objective.advantages import ADVANTAGES, advantages, level, tied_groups
+from grpo_core.objective.advantages import ADVANTAGES, compute_advantages, tie_small_spreads, tied_groups
 from grpo_core.registry import fact
 
 NAN = float("nan")
@@ -16,7 +16,7 @@ def close(a, b, **kwargs):
 
 
 def values(name, rewards=REWARDS, *, args=None, **given):
-    return advantages(ADVANTAGES.build(name, args), rewards, **given)
+    return compute_advantages(ADVANTAGES.build(name, args), rewards, **given)
 
 
 @pytest.mark.parametrize("name", sorted(ADVANTAGES.functions))
@@ -98,13 +98,13 @@ def test_near_ties_are_levelled():
     """Without it a gap of 1e-3 is an advantage of 1.25."""
     rewards = torch.tensor([[0.0, 0.0, 0.0, 0.001], [1.0, 0.0, 0.0, NAN], [0.1, NAN, 0.1001, 0.1]])
     assert values("grpo", rewards)[0].max() > 1.2
-    assert tied_groups(level(torch.tensor([[0.0, 0.02]]), 0.01)).tolist() == [False]  # a std of 0.014
-    assert tied_groups(level(torch.tensor([[0.0, 0.013]]), 0.01)).tolist() == [True]  # 0.009
-    levelled = level(rewards, 0.01)
+    assert tied_groups(tie_small_spreads(torch.tensor([[0.0, 0.02]]), 0.01)).tolist() == [False]  # a std of 0.014
+    assert tied_groups(tie_small_spreads(torch.tensor([[0.0, 0.013]]), 0.01)).tolist() == [True]  # 0.009
+    levelled = tie_small_spreads(rewards, 0.01)
     assert tied_groups(levelled).tolist() == [True, False, True]
     assert (values("grpo", levelled)[[0, 2]] == 0).all() and (levelled.isnan() == rewards.isnan()).all()
     close(values("grpo", levelled)[1], values("grpo", rewards)[1])
-    assert level(rewards, 0.0) is rewards
+    assert tie_small_spreads(rewards, 0.0) is rewards
 
 
 @pytest.mark.parametrize("name", sorted(ADVANTAGES.functions))
@@ -125,10 +125,10 @@ def test_what_an_own_advantage_returns_is_checked():
         def flat(rewards):
             return rewards.flatten()
 
-        advantages(flat, REWARDS)
+        compute_advantages(flat, REWARDS)
     with pytest.raises(ValueError, match="advantage worse returned a value that is not finite"):
 
         def worse(rewards):
             return rewards / 0
 
-        advantages(worse, REWARDS)
+        compute_advantages(worse, REWARDS)

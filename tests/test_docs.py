@@ -270,8 +270,8 @@ def test_what_the_refusal_of_a_name_of_trls_says_is_what_the_tables_say():
     text = PAGES["docs/from_trl.md"]
     rows = [row for heading in NAMES for row in tables(text, heading)]
     said = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
-    assert set(trl_names.TRL) - set(said) <= SCRIPTS
-    for name, sentence in trl_names.TRL.items():
+    assert set(trl_names.OPTION_HINTS) - set(said) <= SCRIPTS
+    for name, sentence in trl_names.OPTION_HINTS.items():
         keys = set(re.findall(r"[a-z]+(?:\.[a-z0-9_]+)+", sentence))
         assert all(resolves(key) for key in keys), (name, keys)
         if name in said and keys:
@@ -282,7 +282,7 @@ def test_what_the_refusal_of_a_name_of_trls_says_is_what_the_tables_say():
     for name, advantage in trl_names.SCALES.items():
         assert f"{name}: {advantage}" in said["scale_rewards"][2]
     assert set(trl_names.SCHEDULES) < set(NAMES["Schedules"])
-    assert set(trl_names.WHOLE) == set(PRESETS)
+    assert set(trl_names.PRESET_NAMES) == set(PRESETS)
 
 
 # --- metrics -------------------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ import torch
 from grpo_core.objective.laws import (
     B,
     C,
-    average_of,
     batch,
     check_loss,
     clip_table,
-    gradient_of,
+    default_average,
+    loss_gradient,
     ranks,
     start_rank_gaps,
     weights,
@@ -49,10 +49,10 @@ def test_two_ranks_have_the_gradient_of_one(name, rank_gaps):
 def test_no_average_depends_on_how_the_step_is_cut(name, average):
     """Any split into micro-batches sums to the one-batch gradient, but with the average that is made to differ."""
     loss_fn, inputs = LOSSES.get(name), batch()
-    whole = gradient_of(loss_fn, *inputs, w=weights(inputs[3], average))
+    whole = loss_gradient(loss_fn, *inputs, w=weights(inputs[3], average))
     parts = []
     for part in zip(*(x.split([1, 3, 2]) for x in inputs), strict=True):
-        parts.append(gradient_of(loss_fn, *part, w=weights(part[3], average, of=inputs[3])))
+        parts.append(loss_gradient(loss_fn, *part, w=weights(part[3], average, of=inputs[3])))
     same = torch.allclose(torch.cat(parts), whole, atol=1e-14)
     assert same == ("splits" not in (fact(AVERAGES.get(average), "breaks") or {}))
 
@@ -61,8 +61,8 @@ def test_an_average_that_is_wrong_by_the_number_of_ranks_would_be_seen():
     """The totals of one rank in place of all ranks' double the gradient: the law has teeth."""
     logprobs, old, advantages, mask = batch()
     half = [x[::2] for x in (logprobs, old, advantages, mask)]
-    wrong = gradient_of(LOSSES.get("grpo"), *half, w=weights(half[3], "token"))
-    right = gradient_of(LOSSES.get("grpo"), logprobs, old, advantages, mask, w=weights(mask, "token"))[::2]
+    wrong = loss_gradient(LOSSES.get("grpo"), *half, w=weights(half[3], "token"))
+    right = loss_gradient(LOSSES.get("grpo"), logprobs, old, advantages, mask, w=weights(mask, "token"))[::2]
     assert (wrong - right).abs().max() > 1e-3
 
 
@@ -279,4 +279,4 @@ def test_a_loss_is_cheap_and_knows_no_vocabulary(name):
 def test_averages_and_rank_counts_of_the_laws_are_the_batch_of_the_laws():
     logprobs, old, advantages, mask = batch()
     assert logprobs.shape == old.shape == mask.shape == (B, C) and advantages.shape == (B, 1)
-    assert average_of(LOSSES.get("luspo")) == "row_sum"
+    assert default_average(LOSSES.get("luspo")) == "row_sum"

@@ -14,9 +14,9 @@ import yaml
 from grpo_core.cli import main
 from grpo_core.commands.check_function import run_check_advantage, run_check_loss
 from grpo_core.commands.list_names import KEYS, catalogue, presets, sources
-from grpo_core.config.files import arguments_of, dump, load
-from grpo_core.config.formula import formula, remarks, render
-from grpo_core.config.presets import PRESETS, merge, preset
+from grpo_core.config.files import dump, load, parse_arguments
+from grpo_core.config.formula import get_formula, list_remarks, render
+from grpo_core.config.presets import PRESETS, get_preset, merge
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rewards import REWARDS
@@ -79,11 +79,11 @@ def test_another_functions_arguments_do_not_shine_through():
     assert load(TINY, ["preset=dapo", "loss.name=grpo"]).loss.args["clip_high"] == 0.28
     assert load(TINY, ["preset=verl_default", "advantage.name=dr_grpo"]).advantage.args == {}
     assert load(TINY, ["preset=null"]).preset is None
-    assert merge(preset("dapo"), {"loss": {"name": "sapo"}})["loss"].get("args") is None
-    assert merge(preset("dapo"), {"loss": {"kl_coef": 1}})["loss"]["args"]["clip_high"] == 0.28
-    before = preset("dapo")
+    assert merge(get_preset("dapo"), {"loss": {"name": "sapo"}})["loss"].get("args") is None
+    assert merge(get_preset("dapo"), {"loss": {"kl_coef": 1}})["loss"]["args"]["clip_high"] == 0.28
+    before = get_preset("dapo")
     merge(before, {"loss": {"args": {"clip_high": 9}}})
-    assert before == preset("dapo")
+    assert before == get_preset("dapo")
 
 
 def test_the_formula_has_the_values_in_it():
@@ -109,7 +109,7 @@ def test_the_formula_has_the_values_in_it():
 def test_every_preset_renders_without_a_left_over_name(name):
     text = render(load(TINY, [f"preset={name}"]))
     assert not re.search(r"\b(clip_low|clip_high|eps|cap|std_ddof|cache_share|max_new_tokens)\b", text), text
-    assert remarks(load(TINY, [f"preset={name}"])) == []
+    assert list_remarks(load(TINY, [f"preset={name}"])) == []
 
 
 @pytest.mark.parametrize("overrides, remark", [
@@ -130,7 +130,7 @@ def test_every_preset_renders_without_a_left_over_name(name):
     (["loss.kl=k1", "loss.kl_in=reward"], None),
 ])  # fmt: skip
 def test_what_an_author_may_not_have_meant_is_remarked(overrides, remark):
-    found = remarks(load(TINY, overrides))
+    found = list_remarks(load(TINY, overrides))
     assert (found == []) if remark is None else (len(found) == 1 and remark in found[0])
 
 
@@ -261,7 +261,7 @@ def test_the_catalogue_names_everything_with_arguments_and_sources(capsys):
     for key, registry in KEYS.items():
         assert key in text
         for name, function in registry.functions.items():
-            assert re.search(rf"^  {re.escape(name)}  *{re.escape(formula(function))}$", text, re.M), name
+            assert re.search(rf"^  {re.escape(name)}  *{re.escape(get_formula(function))}$", text, re.M), name
     for name in PRESETS:
         assert f"  {name} " in text
     for registry in (LOSSES, ADVANTAGES):
@@ -335,8 +335,8 @@ def test_words_that_mean_nothing_are_refused(capsys):
 
 
 def test_words_are_arguments():
-    assert arguments_of(["a=1", "b=x", "c=null", "d=1.0e-4"]) == {"a": 1, "b": "x", "c": None, "d": 1e-4}
-    assert arguments_of([]) == {} and arguments_of(["a={"]) == {"a": "{"}  # no YAML: text
+    assert parse_arguments(["a=1", "b=x", "c=null", "d=1.0e-4"]) == {"a": 1, "b": "x", "c": None, "d": 1e-4}
+    assert parse_arguments([]) == {} and parse_arguments(["a={"]) == {"a": "{"}  # no YAML: text
 
 
 def test_a_file_without_keys_and_a_preset_that_is_no_name_are_one_sentence(tmp_path):

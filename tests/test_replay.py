@@ -15,7 +15,7 @@ from grpo_core.batch import TrainBatch
 from grpo_core.cli import main
 from grpo_core.commands.attribution import Attribution, attribute, classify, dot, pulls
 from grpo_core.commands.replay import _control, _frozen, _run, objectives, open_weights, run_replay
-from grpo_core.config.files import load_written
+from grpo_core.config.files import load_run_config
 from grpo_core.config.sections import DebugConfig, LoraConfig, LossConfig, ModelConfig, RewardConfig
 from grpo_core.model.loading import load_tokenizer
 from grpo_core.model.policy import load_policy
@@ -73,7 +73,7 @@ def test_a_dump_says_what_the_update_did_to_every_token(plain):
         load_file(plain / "step-000000-rank-0.safetensors"),
     )
     first, later = saved_batches.read_dump(plain / "step-000000"), saved_batches.read_dump(plain / "step-000001-rank-0.safetensors")
-    config = load_written(plain.parent)
+    config = load_run_config(plain.parent)
     run = _run(config, open_weights(later, config, None).policy, later)
     with torch.no_grad():
         ratio = (forward_all(run, first.batch.rollouts)[0] - tensors["old_logprobs"]).exp()
@@ -152,7 +152,7 @@ def test_cosines_and_ratios_of_a_loss_with_itself_its_negative_and_its_triple(pl
 
 def test_a_class_pulls_what_the_batch_would_without_the_others(plain):
     """Rows whose advantage is set to 0 leave the gradient, and every other token keeps its weight."""
-    dumped, config = saved_batches.read_dump(plain / "step-000001"), load_written(plain.parent)
+    dumped, config = saved_batches.read_dump(plain / "step-000001"), load_run_config(plain.parent)
     weights = open_weights(dumped, config, None)
     run, control = _run(config, weights.policy, dumped), _control(dumped, config, config)
     batch = _frozen(run, dumped, weights, config)
@@ -186,7 +186,7 @@ def test_a_name_is_a_loss_before_it_is_a_preset(plain):
 
 
 def test_a_run_may_go_on_with_other_dumps(plain):
-    config = load_written(plain.parent, ["debug.dump_batches=7"])
+    config = load_run_config(plain.parent, ["debug.dump_batches=7"])
     assert checkpoint.read_meta(plain.parent / "checkpoints" / "step-000002", config)[1] == []
 
 

@@ -12,7 +12,7 @@ from test_loop import GOOD, count_good, make_run, rows
 
 from grpo_core.batch import replace_rows, split, take
 from grpo_core.config.files import build
-from grpo_core.config.presets import PRESETS, preset
+from grpo_core.config.presets import PRESETS, get_preset
 from grpo_core.config.sections import (
     AdvantageConfig,
     FunctionConfig,
@@ -516,7 +516,7 @@ def test_every_advantage_learns_the_bandit_through_the_loop(tmp_path, name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_learns_the_bandit_through_the_loop(tmp_path, name):
     def change(config):
-        sections = preset(name)
+        sections = get_preset(name)
         attempts = sections.pop("sampling")["dynamic_attempts"]
         objective = build(RunConfig, sections, "")
         chosen = {section: getattr(objective, section) for section in sections}

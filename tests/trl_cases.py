@@ -14,7 +14,7 @@ from grpo_core.batch import Rollouts, TrainBatch
 from grpo_core.config.sections import LossConfig, RunConfig, SamplingConfig
 from grpo_core.model.policy import TokenStats
 from grpo_core.monitor.aggregates import Stats
-from grpo_core.objective.advantages import ADVANTAGES, advantages
+from grpo_core.objective.advantages import ADVANTAGES, compute_advantages
 from grpo_core.objective.corrections import CORRECTIONS
 from grpo_core.objective.kl import KLS, kl_k3
 from grpo_core.objective.losses import LOSSES, sequence_ratio
@@ -85,6 +85,6 @@ def advantage_case(case):
     name = {"group": "grpo", "batch": "batch_std", "none": "dr_grpo"}[case.get("scale", "group")]
     if case.get("agg") == "normalize_then_sum":
         name = "gdpo"
-    return advantages(
+    return compute_advantages(
         ADVANTAGES.get(name), rewards.view(-1, group_size), components=components, weights=weights
     ).flatten()

@@ -10,7 +10,7 @@ from grpo_core.config.checks import try_advantage, try_loss
 from grpo_core.objective.advantage_laws import ADVANTAGE_LAWS, check_advantage
 from grpo_core.objective.laws import LOSS_LAWS, RATIOS, Outcome, check_loss, clip_table, ranks, start_rank_gaps
 from grpo_core.registry import fact
-from grpo_core.schema import ConfigError, known
+from grpo_core.schema import ConfigError, list_known
 
 HINTS = {
     "finite": "a wholly masked row has 0 tokens; losses.token_ratio is exp(l - l_old) with the difference clamped",
@@ -64,7 +64,7 @@ def _note_arguments(function: Callable) -> None:
 def _check_breaks(name: str, function: Callable, laws: list[str]) -> None:
     for law in fact(function, "breaks") or {}:
         if law not in laws:
-            raise ConfigError(f"{name}: its attribute `breaks` names {law!r}; {known(law, laws)}")
+            raise ConfigError(f"{name}: its attribute `breaks` names {law!r}; {list_known(law, laws)}")
 
 
 def _table(name: str, args: dict[str, Any], outcomes: list[Outcome], laws: dict[str, Callable]) -> int:

@@ -41,7 +41,7 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
     """
     quieten()
     ranks.seed_all(config.seed)
-    per_rank, dtype = prompts_per_rank(config, processes), ranks.precision(config.model.precision)
+    per_rank, dtype = prompts_per_rank(config, processes), ranks.resolve_dtype(config.model.precision)
     yield "What is minimised\n" + _indent(render(config))
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     tasks, eval_tasks, left_out = all_tasks(config, tokenizer)

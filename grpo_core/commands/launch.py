@@ -19,7 +19,7 @@ from pathlib import Path
 
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.files import load
-from grpo_core.distributed.ranks import FOLDER_NOTE
+from grpo_core.distributed.ranks import RUN_FOLDER_VARIABLE
 
 PROGRAM = ("-m", "grpo_core")
 GRACE = 5.0  # seconds that the others have to say what they have to say
@@ -59,7 +59,7 @@ class _Ranks:
         if nodes == 1:
             address, port = "127.0.0.1", str(_free_port())
         shared = {"WORLD_SIZE": processes * nodes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": address}
-        shared |= {"MASTER_PORT": port, FOLDER_NOTE: note}
+        shared |= {"MASTER_PORT": port, RUN_FOLDER_VARIABLE: note}
         threads = max(1, (os.cpu_count() or 1) // (2 * processes))
         self.ended: queue.Queue[tuple[int, int]] = queue.Queue()
         self.ranks: dict[int, subprocess.Popen] = {}

@@ -7,8 +7,8 @@ import re
 import shlex
 from collections.abc import Callable
 
-from grpo_core.config.files import flow
-from grpo_core.config.formula import LETTERS, formula
+from grpo_core.config.files import to_inline_yaml
+from grpo_core.config.formula import LETTERS, get_formula
 from grpo_core.config.presets import PRESETS
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
@@ -54,15 +54,15 @@ def rewards() -> str:
     """Every built-in reward, with what it says of a completion, its arguments and the columns it needs."""
     entries = []
     for name, function in REWARDS.functions.items():
-        entries.append(_entry(name, function, formula(function)))
+        entries.append(_entry(name, function, get_formula(function)))
         if columns := needed_columns(function):
             entries.append(f"{'':<24} reads: {', '.join(columns)}")
     return "rewards (or my_rewards.py:mine)\n" + "\n".join(entries)
 
 
 def _entry(name: str, function: Callable, says: str | None = None) -> str:
-    lines = [f"  {name:<22} {says or formula(function)}"]
-    given = ", ".join(f"{key} = {flow(p.default)}" for key, p in keyword_arguments(function).items())
+    lines = [f"  {name:<22} {says or get_formula(function)}"]
+    given = ", ".join(f"{key} = {to_inline_yaml(p.default)}" for key, p in keyword_arguments(function).items())
     if given:
         lines.append(f"{'':<24} args: {given}")
     if found := sources(function):
@@ -84,7 +84,7 @@ def _differences(name: str) -> str:
             if isinstance(value, dict) and key != "args":
                 found += flat(value, f"{prefix}{key}.")
             elif value != {}:
-                found.append(f"{prefix}{key}={shlex.quote(flow(value))}")
+                found.append(f"{prefix}{key}={shlex.quote(to_inline_yaml(value))}")
         return found
 
     return " ".join(flat(PRESETS[name][1], ""))

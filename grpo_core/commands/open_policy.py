@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grpo_core.config.files import from_words, load, load_written
+from grpo_core.config.files import load, load_overrides, load_run_config
 from grpo_core.config.sections import LoraConfig, RunConfig
 from grpo_core.distributed import ranks
 from grpo_core.model.loading import load_tokenizer, missing_folder
@@ -69,7 +69,7 @@ def open_source(
 
 def _open(found: _Found, source: str, say: Callable[[str], None]) -> Opened:
     settings, adapter, tensors = found.config, found.adapter, found.checkpoint
-    dtype = ranks.precision(settings.model.precision)
+    dtype = ranks.resolve_dtype(settings.model.precision)
     lora = settings.lora if tensors is not None else LoraConfig(r=0)
     with working("loading the model"):
         tokenizer = load_tokenizer(str(found.tokenizer), settings.model.trust_remote_code)
@@ -108,16 +108,16 @@ def _find(source: str, overrides: list[str], config: Path | None, say: Callable[
     settings = load(config, overrides) if config else None
     if (path / ADAPTER).exists():
         base = json.loads((path / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        settings = settings or from_words([f"model.path={base}", *overrides])
+        settings = settings or load_overrides([f"model.path={base}", *overrides])
         return _Found(settings, None, f"the adapter in {path}", _tokenizer(path, settings.model.path), adapter=path)
-    settings = settings or from_words(overrides)
+    settings = settings or load_overrides(overrides)
     settings = replace(settings, model=replace(settings.model, path=source))
     return _Found(settings, None, source, source)
 
 
 def _of_run(folder: Path, overrides: list[str], chosen: Path | None, say: Callable[[str], None]) -> _Found:
     """A run's last weights: its adapter or model, or those of a checkpoint where it has not come so far."""
-    settings = load_written(folder, overrides, tell=say)
+    settings = load_run_config(folder, overrides, tell=say)
     model, adapter = folder / "model", folder / "adapter"
     if chosen is None and (adapter / ADAPTER).exists():
         tokenizer = _tokenizer(adapter, settings.model.path)

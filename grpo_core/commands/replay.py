@@ -20,7 +20,7 @@ from grpo_core.batch import Rollouts, TrainBatch
 from grpo_core.commands.attribution import Attribution, attribute, classify, dot, pulls, shares
 from grpo_core.commands.open_policy import open_source
 from grpo_core.commands.replay_table import table
-from grpo_core.config.files import load_written
+from grpo_core.config.files import load_run_config
 from grpo_core.config.presets import PRESETS
 from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import ranks
@@ -125,16 +125,16 @@ def check_kept(batch: Path) -> None:
 
 def objectives(folder: Path, overrides: Sequence[str], losses: Sequence[str]) -> list[tuple[str, RunConfig]]:
     """Names and configurations: the run's own first, then those asked for. A loss comes before a preset of its name."""
-    own = load_written(folder)
+    own = load_run_config(folder)
     found = [(f"run ({own.loss.name})", own)]
     for name in losses:
         if name not in LOSSES.functions and name not in PRESETS and ".py:" not in name:
             names = f"losses: {', '.join(sorted(LOSSES.functions))}; presets: {', '.join(sorted(PRESETS))}"
             raise ConfigError(f"unknown loss or preset {name!r}; {names}; or file.py:function")
         word = f"preset={name}" if name in PRESETS and name not in LOSSES.functions else f"loss.name={name}"
-        found.append((name, load_written(folder, [word, *overrides])))
+        found.append((name, load_run_config(folder, [word, *overrides])))
     if overrides and not losses:
-        found.append((" ".join(overrides), load_written(folder, overrides)))
+        found.append((" ".join(overrides), load_run_config(folder, overrides)))
     return found
 
 
@@ -145,7 +145,7 @@ def open_weights(dumped: Dumped, own: RunConfig, model: str | None, overrides: S
         ConfigError: `model` has other weights than those that the run trains.
     """
     quieten()
-    config, device = load_written(dumped.folder, overrides), ranks.device()
+    config, device = load_run_config(dumped.folder, overrides), ranks.device()
     if dumped.weights and model is None:
         temperature = own.sampling.temperature
         policy = load_policy(config.model, own.lora, dtype=torch.float32, temperature=temperature)

@@ -14,7 +14,7 @@ import torch
 
 from grpo_core.batch import SamplingParams
 from grpo_core.config.sections import RunConfig
-from grpo_core.objective.advantages import ADVANTAGES, advantages
+from grpo_core.objective.advantages import ADVANTAGES, compute_advantages
 from grpo_core.objective.corrections import CORRECTIONS
 from grpo_core.objective.kl import KLS
 from grpo_core.objective.losses import LOSSES, PolicyLoss
@@ -22,7 +22,7 @@ from grpo_core.objective.rewards import REWARDS
 from grpo_core.objective.token_weights import AVERAGES
 from grpo_core.objective.truncation import TRUNCATIONS
 from grpo_core.registry import fact
-from grpo_core.schema import ConfigError, in_short
+from grpo_core.schema import ConfigError, summarize_error
 
 
 def check(config: RunConfig) -> None:
@@ -103,7 +103,7 @@ def try_loss(name: str, args: dict[str, Any]) -> Callable:
 def try_advantage(name: str, args: dict[str, Any]) -> Callable:
     """As `try_loss`, for an advantage."""
     function = ADVANTAGES.build(name, args, "advantage.args")
-    _try("advantage", name, advantages, function, torch.tensor([[1.0, 0.0], [0.5, 1.0]]))
+    _try("advantage", name, compute_advantages, function, torch.tensor([[1.0, 0.0], [0.5, 1.0]]))
     return function
 
 
@@ -114,7 +114,7 @@ def _try(key: str, name: str, function: Callable, *given: Any) -> Any:
         named = str(error).startswith(key)
         raise ConfigError(str(error) if named else f"{key} {name}: {error}") from None
     except Exception as error:
-        raise ConfigError(f"{key} {name} fails on a batch of two: {in_short(error)}") from error
+        raise ConfigError(f"{key} {name} fails on a batch of two: {summarize_error(error)}") from error
 
 
 def _check_rewards(config: RunConfig) -> None:

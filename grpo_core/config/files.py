@@ -13,12 +13,12 @@ import yaml
 from grpo_core import trl_names
 from grpo_core.config.checks import check
 from grpo_core.config.formula import LETTERS, render
-from grpo_core.config.presets import merge, preset
+from grpo_core.config.presets import get_preset, merge
 from grpo_core.config.sections import RunConfig
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rewards import REWARDS
-from grpo_core.schema import ConfigError, coerce, known
+from grpo_core.schema import ConfigError, coerce, list_known
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -33,7 +33,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return _resolve(_layers(path, ()), overrides, path.parent)
 
 
-def load_written(folder: Path, overrides: Sequence[str] = (), tell: Callable[[str], None] | None = None) -> RunConfig:
+def load_run_config(
+    folder: Path, overrides: Sequence[str] = (), tell: Callable[[str], None] | None = None
+) -> RunConfig:
     """The configuration of a run folder; files of the user's that are gone are taken from the run's own copies.
 
     With `tell` what only the training session knew, a reward, a loss or an advantage registered there, is left out and
@@ -73,7 +75,7 @@ def _leave_out_strangers(data: dict[str, Any], tell: Callable[[str], None]) -> N
         del data["rewards"]
 
 
-def from_words(overrides: Sequence[str]) -> RunConfig:
+def load_overrides(overrides: Sequence[str]) -> RunConfig:
     """The defaults with `section.key=value` overrides.
 
     Raises:
@@ -93,14 +95,14 @@ def _layers(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
             raise ConfigError(f"base: {path} is its own base")
         under = _layers(path.parent / str(base), (*above, path.resolve()))
     if data.get("preset") is not None:
-        under = merge(under, preset(str(data["preset"])))
+        under = merge(under, get_preset(str(data["preset"])))
     return _with_deepspeed(merge(under, data), path.parent)
 
 
 def _resolve(data: dict[str, Any], overrides: Sequence[str], beside: Path) -> RunConfig:
     for override in overrides:
         if override.startswith("preset=") and (name := _parse(override.removeprefix("preset="))) is not None:
-            data = merge(data, preset(str(name)))
+            data = merge(data, get_preset(str(name)))
     for override in overrides:
         _forget_arguments(data, override)
     for override in overrides:
@@ -120,7 +122,7 @@ def _with_deepspeed(data: dict[str, Any], beside: Path) -> dict[str, Any]:
     return {**data, "engine": {**engine, "deepspeed": _read(file, json.loads, "JSON")}}
 
 
-def arguments_of(overrides: Sequence[str]) -> dict[str, Any]:
+def parse_arguments(overrides: Sequence[str]) -> dict[str, Any]:
     """`name=value` words, the values YAML, as a function's arguments.
 
     Raises:
@@ -144,7 +146,7 @@ def dump(config: RunConfig) -> str:
     )
 
 
-def flow(value: Any) -> str:
+def to_inline_yaml(value: Any) -> str:
     """A value in one line of YAML, as an override takes it."""
     text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
     return text.removesuffix("...\n").strip()
@@ -162,7 +164,7 @@ def build(cls: type, data: Any, key: str) -> Any:
     names = {f.name for f in fields(cls)}
     for name, value in data.items():
         if name not in names:
-            why = trl_names.key(_join(key, name), value) or known(name, names)
+            why = trl_names.key_hint(_join(key, name), value) or list_known(name, names)
             raise ConfigError(f"unknown key {_join(key, name)}; {why}")
         values[name] = _value(hints[name], value, _join(key, name))
     for f in fields(cls):

@@ -62,7 +62,7 @@ def render(config: RunConfig) -> str:
     rows.append(("truncated", f"{truncation}    ({config.truncation.name})"))
     if config.sampling.dynamic_attempts:
         rows.append(("tied", f"replaced by fresh prompts, up to {config.sampling.dynamic_attempts} times a step"))
-    rows += [("note", remark) for remark in remarks(config)]
+    rows += [("note", remark) for remark in list_remarks(config)]
     return "\n".join(f"{name:<9}  {text}" for name, text in rows)
 
 
@@ -82,7 +82,7 @@ def _sum(config: RunConfig) -> str:
     return f"sum over tokens of {token} * weight" + (f", - {_number(loss.entropy_coef)} H" if bonus else "")
 
 
-def remarks(config: RunConfig) -> list[str]:
+def list_remarks(config: RunConfig) -> list[str]:
     """What the objective does that its author may not have meant; none of it stops a run."""
     loss, found = config.loss, []
     function = LOSSES.get(loss.name)
@@ -116,12 +116,12 @@ def remarks(config: RunConfig) -> list[str]:
     return found
 
 
-def arguments(function: Callable, given: dict[str, Any]) -> dict[str, Any]:
+def merge_arguments(function: Callable, given: dict[str, Any]) -> dict[str, Any]:
     """All of a function's keyword arguments, with the given values in place of the defaults."""
     return {name: p.default for name, p in keyword_arguments(function).items()} | given
 
 
-def formula(function: Callable) -> str:
+def get_formula(function: Callable) -> str:
     """The first line of a function's docstring, or its name."""
     text = inspect.getdoc(function) or function.__name__
     return text.splitlines()[0]
@@ -130,11 +130,11 @@ def formula(function: Callable) -> str:
 def _formula(registry: Registry, name: str, given: dict[str, Any], max_new_tokens: int | None = None) -> str:
     """A function's formula with the values of its arguments in their places, bounds that are not there left out."""
     function = registry.get(name)
-    text = formula(function)
+    text = get_formula(function)
     if max_new_tokens is not None:
         text = text.replace("max_new_tokens", str(max_new_tokens))
     rest = []
-    for argument, value in arguments(function, given).items():
+    for argument, value in merge_arguments(function, given).items():
         text, times = re.subn(rf"\b{argument}\b", _number(value), text)
         if not times:
             rest.append(f"{argument} {_number(value)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from grpo_core.schema import ConfigError, known
+from grpo_core.schema import ConfigError, list_known
 
 _PLAIN = {  # grpo, on policy, no reference
     "advantage": {"name": "grpo", "args": {"eps": 1e-4, "std_ddof": 1}, "min_group_std": 0.0},
@@ -92,14 +92,14 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> where it is from, 
 }
 
 
-def preset(name: str) -> dict[str, Any]:
+def get_preset(name: str) -> dict[str, Any]:
     """The sections of a run config that `name` stands for.
 
     Raises:
         ConfigError: no such preset; the message lists them.
     """
     if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}; {known(name, PRESETS)}")
+        raise ConfigError(f"unknown preset {name!r}; {list_known(name, PRESETS)}")
     return merge(copy.deepcopy(_PLAIN), PRESETS[name][1])
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core.batch import Task
 from grpo_core.config.sections import DataConfig
 from grpo_core.data.rows import Row
-from grpo_core.schema import ConfigError, in_short, known
+from grpo_core.schema import ConfigError, list_known, summarize_error
 
 
 def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Task], int]:
@@ -62,7 +62,7 @@ def _renamed(rows: Sequence[Row], columns: dict[str, str]) -> list[Row]:
     """With our names for the data's columns."""
     for ours, theirs in columns.items():
         if theirs not in rows[0]:
-            raise ConfigError(f"data.columns.{ours} is {theirs!r}; {known(theirs, rows[0])}")
+            raise ConfigError(f"data.columns.{ours} is {theirs!r}; {list_known(theirs, rows[0])}")
         if ours in rows[0] and ours not in columns.values():
             raise ConfigError(f"data.columns.{ours} is {theirs!r}, but the data has a column {ours!r} of its own")
     names = {theirs: ours for ours, theirs in columns.items()}
@@ -86,7 +86,7 @@ def render_prompt(row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBa
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # the template is a program of the model's
-        raise ConfigError(f"the model's chat template cannot be filled in: {in_short(error)}") from error
+        raise ConfigError(f"the model's chat template cannot be filled in: {summarize_error(error)}") from error
 
 
 def template_fields(template: str) -> list[str]:

@@ -20,7 +20,7 @@ from grpo_core.distributed import watchdog
 from grpo_core.schema import ConfigError
 
 TIMEOUT = timedelta(minutes=30)
-FOLDER_NOTE = "GRPO_CORE_FOLDER_NOTE"  # names the file in which the launcher looks for the run folder
+RUN_FOLDER_VARIABLE = "GRPO_CORE_FOLDER_NOTE"  # names the file in which the launcher looks for the run folder
 PEAK_TERAFLOPS = {
     "H200": 989,
     "H100 PCIe": 756,
@@ -66,9 +66,9 @@ def die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
-def tell_launcher(folder: Path) -> None:
+def report_run_folder(folder: Path) -> None:
     """Let the launcher know where this run is, so that it can go on from there."""
-    if note := os.environ.get(FOLDER_NOTE):
+    if note := os.environ.get(RUN_FOLDER_VARIABLE):
         Path(note).write_text(str(folder.resolve()), encoding="utf-8")
 
 
@@ -126,7 +126,7 @@ def all_rows(values: Tensor) -> Tensor:
     return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
 
 
-def together(function: Callable, *args: Any) -> Any:
+def raise_on_all_ranks(function: Callable, *args: Any) -> Any:
     """function(*args); if it raises a ConfigError on any rank, that one is raised on all of them. A collective."""
     result, error = None, None
     try:
@@ -153,7 +153,7 @@ def gather(value: Any) -> list[Any]:
     return values or []
 
 
-def from_main(value: Any) -> Any:
+def broadcast_from_main(value: Any) -> Any:
     """The main rank's picklable `value`, on every rank."""
     values = [value]
     if world_size() > 1:
@@ -162,7 +162,7 @@ def from_main(value: Any) -> Any:
     return values[0]
 
 
-def precision(name: str) -> torch.dtype:
+def resolve_dtype(name: str) -> torch.dtype:
     """The dtype of model.precision; 'auto' is bf16 where the GPU has it, fp16 on older GPUs, fp32 on the CPU.
 
     Raises:
@@ -190,7 +190,7 @@ def seed_all(*key: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
-def uniforms(keys: Sequence[tuple[int, ...]], count: int) -> Tensor:
+def draw_uniforms(keys: Sequence[tuple[int, ...]], count: int) -> Tensor:
     """Uniform noise in [0, 1), [len(keys), count] float64: row i depends on keys[i] and on nothing else."""
     rows = [np.random.default_rng(key).random(count) for key in keys]
     return torch.from_numpy(np.stack(rows))

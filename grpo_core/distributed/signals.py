@@ -28,7 +28,7 @@ class RunFailed(Exception):
 
 
 @contextmanager
-def listening() -> Iterator[None]:
+def handle_signals() -> Iterator[None]:
     """Inside, the first signal is noted, and a second one ends the process at once."""
     global _received
     _received = 0
@@ -40,7 +40,7 @@ def listening() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def asked() -> int:
+def received_signal() -> int:
     """The signal that any rank has received, 0 for none; the same on all ranks. A collective."""
     return int(ranks.all_max(torch.tensor(float(_received))))
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from grpo_core.config.sections import LoraConfig, ModelConfig
-from grpo_core.schema import ConfigError, known
+from grpo_core.schema import ConfigError, list_known
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
 
@@ -27,7 +27,9 @@ def model_path(path: str) -> str:
         return path
     folder = BUILTIN / path.removeprefix("builtin:")
     if not folder.is_dir():
-        raise ConfigError(f"model.path is {path!r}; {known(path, [f'builtin:{p.name}' for p in BUILTIN.glob('*/')])}")
+        raise ConfigError(
+            f"model.path is {path!r}; {list_known(path, [f'builtin:{p.name}' for p in BUILTIN.glob('*/')])}"
+        )
     return str(folder)
 
 
@@ -40,7 +42,7 @@ def missing_folder(path: str) -> str | None:
     if not where.parent.is_dir():
         return f"there is no folder {path}"
     there = [beside.name for beside in where.parent.iterdir() if beside.is_dir()]
-    return f"there is no folder {path}; {known(where.name, there)}"
+    return f"there is no folder {path}; {list_known(where.name, there)}"
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -135,5 +137,5 @@ def check_targets(config: PretrainedConfig, lora: LoraConfig, trust_remote_code:
     for target in lora.target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise ConfigError(
-                f"lora.target_modules names {target!r}, which the model does not have; {known(target, last)}"
+                f"lora.target_modules names {target!r}, which the model does not have; {list_known(target, last)}"
             )

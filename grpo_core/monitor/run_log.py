@@ -50,7 +50,7 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             written = dump(replace(config, resume=None, overwrite=False))
             (folder / "config.yaml").write_text(written, encoding="utf-8")
-            ranks.tell_launcher(folder)
+            ranks.report_run_folder(folder)
             for file in own_files(config):  # what the run was made with
                 (folder / "code").mkdir(exist_ok=True)
                 shutil.copy(file, folder / "code")

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from grpo_core.objective.advantages import advantages, tied_groups
-from grpo_core.objective.laws import Outcome, outcomes_of
+from grpo_core.objective.advantages import compute_advantages, tied_groups
+from grpo_core.objective.laws import Outcome, run_laws
 
 N, G = 5, 8
 NAN = float("nan")
@@ -16,7 +16,7 @@ NAN = float("nan")
 
 def check_advantage(advantage_fn: Callable) -> list[Outcome]:
     """Every law, in a moment."""
-    return outcomes_of(advantage_fn, ADVANTAGE_LAWS)
+    return run_laws(advantage_fn, ADVANTAGE_LAWS)
 
 
 def shape(advantage_fn: Callable) -> tuple[bool, str]:
@@ -106,4 +106,4 @@ def call(
 ) -> Tensor:
     """The advantages where completion i of a group has i + 1 tokens."""
     places = torch.arange(given.shape[1]) if places is None else places
-    return advantages(advantage_fn, given, lengths=(places + 1).expand(given.shape), components=components)
+    return compute_advantages(advantage_fn, given, lengths=(places + 1).expand(given.shape), components=components)

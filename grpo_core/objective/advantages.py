@@ -145,7 +145,7 @@ def gpg_advantages(rewards: Tensor) -> Tensor:
     return center(rewards)[0] * ((~rewards.isnan()).sum() / _signal(rewards).sum().clamp(min=1))
 
 
-def advantages(
+def compute_advantages(
     function: Callable,
     rewards: Tensor,  # [N, G]
     *,
@@ -176,7 +176,7 @@ def advantages(
     return values
 
 
-def level(rewards: Tensor, min_group_std: float) -> Tensor:
+def tie_small_spreads(rewards: Tensor, min_group_std: float) -> Tensor:
     """Rewards [..., G] in which a group whose std (n - 1) is below `min_group_std` is tied exactly.
 
     Else a gap of 1e-3 in one of four rewards becomes an advantage of 1.25.

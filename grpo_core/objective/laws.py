@@ -45,10 +45,10 @@ class Outcome:
 
 def check_loss(loss_fn: Callable) -> list[Outcome]:
     """Every law but `ranks`, which needs processes: see `start_rank_gaps`."""
-    return outcomes_of(loss_fn, LOSS_LAWS)
+    return run_laws(loss_fn, LOSS_LAWS)
 
 
-def outcomes_of(function: Callable, laws: dict[str, Callable[[Callable], tuple[bool, str]]]) -> list[Outcome]:
+def run_laws(function: Callable, laws: dict[str, Callable[[Callable], tuple[bool, str]]]) -> list[Outcome]:
     """Each law's outcome; a law during which the function raises does not hold."""
     outcomes = []
     for name, law in laws.items():
@@ -95,15 +95,15 @@ def finite(loss_fn: Callable) -> tuple[bool, str]:
 def zero_advantage(loss_fn: Callable) -> tuple[bool, str]:
     """an advantage of 0 has gradient exactly 0"""
     logprobs, old, advantages, mask = batch()
-    largest = float(gradient_of(loss_fn, logprobs, old, 0 * advantages, mask).abs().max())
+    largest = float(loss_gradient(loss_fn, logprobs, old, 0 * advantages, mask).abs().max())
     return largest == 0, f"{largest:.1g}"
 
 
 def padding(loss_fn: Callable) -> tuple[bool, str]:
     """masked places get no gradient, and what stands in them changes nothing"""
     logprobs, old, advantages, mask = batch()
-    one = gradient_of(loss_fn, logprobs, old, advantages, mask)
-    other = gradient_of(loss_fn, logprobs.masked_fill(~mask, -30.0), old.masked_fill(~mask, -2.0), advantages, mask)
+    one = loss_gradient(loss_fn, logprobs, old, advantages, mask)
+    other = loss_gradient(loss_fn, logprobs.masked_fill(~mask, -30.0), old.masked_fill(~mask, -2.0), advantages, mask)
     gap = float((one - other).abs().max())
     return gap < 1e-12 and bool((one[~mask] == 0).all()) and bool((one[mask] != 0).any()), f"{gap:.1g}"
 
@@ -111,11 +111,11 @@ def padding(loss_fn: Callable) -> tuple[bool, str]:
 def splits(loss_fn: Callable) -> tuple[bool, str]:
     """cutting the step into micro-batches in any way gives the same gradient"""
     inputs = batch()
-    average, gap = average_of(loss_fn), 0.0
-    whole = gradient_of(loss_fn, *inputs, w=weights(inputs[3], average))
+    average, gap = default_average(loss_fn), 0.0
+    whole = loss_gradient(loss_fn, *inputs, w=weights(inputs[3], average))
     for sizes in ([1, 5], [2, 2, 2], [1] * B):
         parts = [
-            gradient_of(loss_fn, *part, w=weights(part[3], average, of=inputs[3]))
+            loss_gradient(loss_fn, *part, w=weights(part[3], average, of=inputs[3]))
             for part in zip(*(x.split(sizes) for x in inputs), strict=True)
         ]
         gap = max(gap, float((torch.cat(parts) - whole).abs().max()))
@@ -125,8 +125,10 @@ def splits(loss_fn: Callable) -> tuple[bool, str]:
 def on_policy(loss_fn: Callable) -> tuple[bool, str]:
     """before the first update the gradient is -A * weight, REINFORCE's"""
     logprobs, _, advantages, mask = batch()
-    w = weights(mask, average_of(loss_fn))
-    gap = float((gradient_of(loss_fn, logprobs, logprobs.clone(), advantages, mask, w=w) + advantages * w).abs().max())
+    w = weights(mask, default_average(loss_fn))
+    gap = float(
+        (loss_gradient(loss_fn, logprobs, logprobs.clone(), advantages, mask, w=w) + advantages * w).abs().max()
+    )
     return gap < 1e-12, f"{gap:.1g}"
 
 
@@ -138,7 +140,7 @@ def gradcheck(loss_fn: Callable) -> tuple[bool, str]:
     def value(x: Tensor) -> Tensor:
         return (loss_fn(x, old, advantages, mask).per_token_loss * w).sum()
 
-    gradient, step, gap = gradient_of(loss_fn, logprobs, old, advantages, mask, w=w), 1e-6, 0.0
+    gradient, step, gap = loss_gradient(loss_fn, logprobs, old, advantages, mask, w=w), 1e-6, 0.0
     for i, j in mask.nonzero().tolist():
         nudge = torch.zeros_like(logprobs)
         nudge[i, j] = step
@@ -166,7 +168,7 @@ def learns(loss_fn: Callable) -> tuple[bool, str]:
             rewards.append(((drawn == 3) & mask).sum(dim=1) / C)
             advantages = grpo_advantages(rewards[-1].view(8, 8)).view(-1, 1)
             old = logits.log_softmax(dim=-1).expand(64, C, 8).gather(2, drawn[..., None]).squeeze(2)
-        w = weights(mask, average_of(loss_fn))
+        w = weights(mask, default_average(loss_fn))
         for _ in range(2):
             logprobs = logits.log_softmax(dim=-1).expand(64, C, 8).gather(2, drawn[..., None]).squeeze(2)
             optimizer.zero_grad()
@@ -190,7 +192,7 @@ def pull(loss_fn: Callable, sign: int, log_ratios: Tensor) -> Tensor:
     difference = log_ratios.double()[:, None]
     old, mask = torch.full_like(difference, -6.0), torch.ones_like(difference, dtype=torch.bool)
     advantages = torch.full_like(difference, float(sign))
-    return -gradient_of(loss_fn, old + difference, old, advantages, mask, w=torch.ones_like(old)).squeeze(1) / sign
+    return -loss_gradient(loss_fn, old + difference, old, advantages, mask, w=torch.ones_like(old)).squeeze(1) / sign
 
 
 def clip_table(loss_fn: Callable) -> list[tuple[str, list[float], str]]:
@@ -238,12 +240,12 @@ def weights(mask: Tensor, average: str = "sequence", of: Tensor | None = None, s
     return token_weights(mask, average=average, totals=totals, dtype=torch.double)
 
 
-def average_of(loss_fn: Callable) -> str:
+def default_average(loss_fn: Callable) -> str:
     """An average that the loss is defined with."""
     return (fact(loss_fn, "averages") or ("sequence",))[0]
 
 
-def gradient_of(
+def loss_gradient(
     loss_fn: Callable, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, w: Tensor | None = None
 ) -> Tensor:
     """d (per_token_loss * w).sum() / d logprobs, [B, C]; w of the average "sequence"."""
@@ -284,12 +286,12 @@ def _rank(rank: int, folder: str, losses: list[tuple[str, dict[str, Any]]]) -> N
     mine = [x[rank::2] for x in inputs]
     for name, args in losses:
         loss_fn = LOSSES.build(name, args)
-        average = average_of(loss_fn)
+        average = default_average(loss_fn)
         tokens, rows = all_sum(torch.tensor([mine[3].sum(), len(mine[3])]))
         w = token_weights(mine[3], average=average, totals=Totals(tokens, rows, C), dtype=torch.double)
         gradient = torch.zeros(B, C, dtype=torch.double)
-        gradient[rank::2] = gradient_of(loss_fn, *mine, w=w)
-        whole = gradient_of(loss_fn, *inputs, w=weights(inputs[3], average))
+        gradient[rank::2] = loss_gradient(loss_fn, *mine, w=w)
+        whole = loss_gradient(loss_fn, *inputs, w=weights(inputs[3], average))
         gaps.append(float((all_sum(gradient) - whole).abs().max()))
     if rank == 0:
         torch.save(gaps, Path(folder) / "gaps.pt")

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_core.batch import Rollouts, SamplingParams, Task
-from grpo_core.distributed.ranks import uniforms
+from grpo_core.distributed.ranks import draw_uniforms
 from grpo_core.model.loading import check_lengths
 from grpo_core.sampling.draw import Draws
 from grpo_core.sampling.fused_decoder import FusedDecoder
@@ -88,7 +88,7 @@ class Sampler:
         noise = None
         if not settings.greedy:
             keys = [(*task.seed, i) for task in tasks for i in range(group_size)]
-            noise = cache(partial(uniforms, keys, self.max_new_tokens))
+            noise = cache(partial(draw_uniforms, keys, self.max_new_tokens))
         if limits is None:
             limits = torch.full((len(tasks) * group_size,), self.max_new_tokens)
         assert limits.shape == (len(tasks) * group_size,) and 1 <= limits.min() <= limits.max() <= self.max_new_tokens

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_core.schema import in_short, keyword_arguments
+from grpo_core.schema import keyword_arguments, summarize_error
 
 LARGEST = 1e6  # a reward beyond it is a mistake, and float32 would not tell its neighbours apart
 
@@ -36,7 +36,7 @@ def attempt(function: Callable, completions: list[str], columns: dict[str, Any])
             )
         values = list(values)
     except (Exception, SystemExit) as error:
-        return failure(len(completions), f"raised {in_short(error)}")
+        return failure(len(completions), f"raised {summarize_error(error)}")
     if len(values) != len(completions):
         return failure(len(completions), f"returned {len(values)} values for {len(completions)} completions")
     numbers = [_number_or_none(value) for value in values]

@@ -103,7 +103,7 @@ def save(run: Run, next_step: int, control: Control) -> bool:
                 shutil.rmtree(old)
         except (OSError, SafetensorError) as error:
             problem = in_words(error)
-    problem = ranks.from_main(problem)
+    problem = ranks.broadcast_from_main(problem)
     if problem:
         run.log.say(f"warning: the checkpoint after {next_step} steps could not be written ({problem}); going on")
     return problem is None

@@ -25,7 +25,7 @@ def train(config: RunConfig) -> Path:
         Interrupted: a signal asked for an end, and there is a checkpoint.
         RunFailed: the run could not go on.
     """
-    with signals.listening():
+    with signals.handle_signals():
         run, tokenizer = setup(config)
         with closing(run):
             train_loop(run)

@@ -14,7 +14,7 @@ from torch import Tensor
 from grpo_core.batch import Rollouts, Task, replace_rows, take
 from grpo_core.distributed import ranks
 from grpo_core.monitor.aggregates import Stats
-from grpo_core.objective.advantages import advantages, level, tied_groups
+from grpo_core.objective.advantages import compute_advantages, tie_small_spreads, tied_groups
 from grpo_core.registry import fact
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.scoring import Scores, score
@@ -82,12 +82,12 @@ def advantages_over_ranks(run: Run, rewards: Tensor, rollouts: Rollouts, scores:
     stats.mean("tied_groups", _tied(run, rewards, scores))
     components = torch.stack([*scores.by_name.values()]).masked_fill(rewards.isnan(), torch.nan)  # [K, N, G]
     lengths = rollouts.lengths().view(shape).cpu().to(rewards.dtype)
-    mine = torch.cat([level(rewards, least)[None], lengths[None], level(components, least)])
+    mine = torch.cat([tie_small_spreads(rewards, least)[None], lengths[None], tie_small_spreads(components, least)])
     whole = ranks.all_rows(mine.transpose(0, 1)).cpu().transpose(0, 1)  # [2 + K, N of all ranks, G]
     if whole[0].isnan().all() and not ranks.all_max(torch.tensor(float(len(scores.failures)))):
         raise ConfigError("no completion of this step has a reward: every reward returned None for every one of them")
     weights = torch.tensor([reward.weight for reward in run.rewards])
-    values = advantages(run.advantage_fn, whole[0], lengths=whole[1], components=whole[2:], weights=weights)
+    values = compute_advantages(run.advantage_fn, whole[0], lengths=whole[1], components=whole[2:], weights=weights)
     first = ranks.rank() * len(rewards)
     return values[first : first + len(rewards)].to(torch.float32)
 
@@ -104,9 +104,9 @@ def _tied(run: Run, rewards: Tensor, scores: Scores) -> Tensor:
     """Groups without a signal for the advantage, [N] bool."""
     least = run.config.advantage.min_group_std
     if not fact(run.advantage_fn, "reads_components"):
-        return tied_groups(level(rewards, least))
+        return tied_groups(tie_small_spreads(rewards, least))
     counting = [scores.by_name[reward.name] for reward in run.rewards if reward.weight]
-    return torch.stack([tied_groups(level(values, least)) for values in counting]).all(dim=0)
+    return torch.stack([tied_groups(tie_small_spreads(values, least)) for values in counting]).all(dim=0)
 
 
 def _to_replace(run: Run, rollouts: Rollouts, scores: Scores) -> Tensor:

@@ -28,7 +28,7 @@ def run_folder(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
             _try_writing(found[0], f"the run folder {found[0]} (output_dir and name)")
         except ConfigError as error:
             found = str(error)
-    found = ranks.from_main(found)
+    found = ranks.broadcast_from_main(found)
     if isinstance(found, str):
         raise ConfigError(found)
     return found
@@ -62,7 +62,7 @@ def check_output(folder: Path, key: str) -> None:
             _try_writing(folder, f"{key} is {folder}, which")
         except ConfigError as error:
             problem = str(error)
-    if problem := ranks.from_main(problem):
+    if problem := ranks.broadcast_from_main(problem):
         raise ConfigError(problem)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
 from grpo_core.config.checks import prompts_per_rank
-from grpo_core.config.formula import remarks
+from grpo_core.config.formula import list_remarks
 from grpo_core.config.sections import RunConfig
 from grpo_core.data.stream import TaskStream
 from grpo_core.distributed import ranks
@@ -75,7 +75,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
         f"× {per_rank} prompts × {sampling.group_size}, "
         f"{str(dtype).removeprefix('torch.')}"
     )
-    for remark in remarks(config):
+    for remark in list_remarks(config):
         run.log.say(f"note: {remark}")
     if config.lora.dropout and trainer.num_minibatches * trainer.num_passes > 1:
         run.log.say("lora.dropout is above 0 with several optimizer steps per batch: the ratios carry dropout noise")
@@ -203,6 +203,6 @@ def start(config: RunConfig) -> torch.dtype:
     trackers.check(config)
     ranks.setup(config.trainer.hang_timeout)
     ranks.seed_all(config.seed)
-    dtype = ranks.precision(config.model.precision)
+    dtype = ranks.resolve_dtype(config.model.precision)
     deepspeed_config(config, dtype, ranks.world_size())
     return dtype

@@ -55,7 +55,7 @@ def run_sft(config: RunConfig) -> Path:
         signals.RunFailed: the run cannot go on.
     """
     kind = "adapter" if config.lora.r else "model"
-    with signals.listening():
+    with signals.handle_signals():
         run, tokenizer, answers = setup(config)
         output = Path(config.sft.output or run.folder / kind)
         with closing(run):

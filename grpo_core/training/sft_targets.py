@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from grpo_core.batch import Rollouts, Task
 from grpo_core.config.sections import SftConfig
 from grpo_core.data.prompts import template_fields
-from grpo_core.schema import ConfigError, known
+from grpo_core.schema import ConfigError, list_known
 
 
 def supervised_rollouts(
@@ -79,7 +79,7 @@ def fill_in(template: str, tasks: Sequence[Task], of: str) -> list[str]:
     """
     for name in template_fields(template) if tasks else ():
         if name not in tasks[0].columns:
-            raise ConfigError(f"sft.targets uses {{{name}}}; {known(name, tasks[0].columns)}")
+            raise ConfigError(f"sft.targets uses {{{name}}}; {list_known(name, tasks[0].columns)}")
         for task in tasks:
             if task.columns[name] is None:
                 raise ConfigError(f"row {task.index + 1} of {of}: {name!r}, which sft.targets uses, is null")

@@ -26,7 +26,7 @@ def train(run: Run) -> None:
     for step in range(run.start_step, run.num_steps):
         stats = Stats()
         # N tasks, B = N * G completions, rewards [N, G]
-        tasks, rollouts, scores = ranks.together(collect, run, step, stats)
+        tasks, rollouts, scores = ranks.raise_on_all_ranks(collect, run, step, stats)
         run.log.warn(scores.failures)
         with run.log.phase("freeze"):
             rewards, trained = rewards_to_learn_from(run, rollouts, scores, control.kl_coef, stats)  # [N, G] both
@@ -59,7 +59,7 @@ def finish_step(run: Run, steps_taken: int, control: Control, alerts: list[str],
         run.log.say(f"warning: {sentence}")
     if alerts and config.alerts == "stop":
         failed = failed or f"alerts is stop, and {alerts[0]}"
-    signal = 0 if last else signals.asked()
+    signal = 0 if last else signals.received_signal()
     if (due(config.evaluation.every, steps_taken, run) or last) and not (signal or failed):
         failed = evaluate_now(run, steps_taken)
     saved = True
