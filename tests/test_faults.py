@@ -228,7 +228,7 @@ def test_another_number_of_processes_goes_on(tmp_path, environment, here, whole,
 
 POISON = """
 import os
-from grpo_core.losses import PolicyLoss
+from grpo_core import PolicyLoss
 
 calls = 0
 

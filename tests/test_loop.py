@@ -184,7 +184,7 @@ def test_evaluation_is_greedy_or_as_its_settings_say_with_noise_of_each_tasks_ow
     """Forty tasks with one prompt: greedy gives one completion, a temperature many, top_k 1 one again."""
     seen = []
     monkeypatch.setattr(
-        "grpo_core.evaluation.score",
+        "grpo_core.training.evaluation.score",
         lambda rewards, tasks, texts, size: (seen.append(texts), score(rewards, tasks, texts, size))[1],
     )
     tasks = [Task(i, "p", [5, 6, 7], {"answer": "1"}, (0,)) for i in range(40)]

@@ -153,7 +153,7 @@ def test_a_name_of_trls(train, word, sentence):
 
 def test_a_name_of_trls_that_someone_has_given_to_a_loss_of_their_own_is_theirs(train, tmp_path, monkeypatch):
     text = "def dapo(logprobs, old_logprobs, advantages, completion_mask, *, epsilon: float = 0.2):\n"
-    text += "    from grpo_core.losses import PolicyLoss\n    return PolicyLoss(-advantages * logprobs, {})\n"
+    text += "    from grpo_core import PolicyLoss\n    return PolicyLoss(-advantages * logprobs, {})\n"
     (tmp_path / "mine.py").write_text(text)
     mine = f"{tmp_path / 'mine.py'}:dapo"
     monkeypatch.setitem(LOSSES.functions, "dapo", LOSSES.get(mine))

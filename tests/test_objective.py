@@ -162,7 +162,7 @@ def test_an_objective_that_cannot_be_is_one_sentence(overrides, message):
 
 OWN = '''
 import torch
-from grpo_core.losses import PolicyLoss, token_ratio
+from grpo_core import PolicyLoss, token_ratio
 
 
 def soft(logprobs, old_logprobs, advantages, completion_mask, *, power: float = 0.5):

@@ -18,9 +18,9 @@ CODE = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from grpo_core import progress
-from grpo_core.config import RunConfig
-from grpo_core.metrics import RunLog
+from grpo_core.monitor import progress
+from grpo_core.config.sections import RunConfig
+from grpo_core.monitor.run_log import RunLog
 progress.DELAY = 0.3
 with progress.working("loading the model"):
     time.sleep(2.5)
@@ -39,7 +39,7 @@ print("done", flush=True)
 AND_THEN = """
 import time
 from tqdm import tqdm
-from grpo_core import progress
+from grpo_core.monitor import progress
 progress.DELAY = 0.3
 with progress.working("loading the model"):
     time.sleep(0.6)

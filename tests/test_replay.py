@@ -132,7 +132,7 @@ def test_the_runs_own_objective_is_the_runs_and_the_pulls_add_up(tmp_path, loss,
 
 def test_cosines_and_ratios_of_a_loss_with_itself_its_negative_and_its_triple(plain, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
-        "from grpo_core.losses import PolicyLoss, grpo_loss\n\n"
+        "from grpo_core.objective.losses import PolicyLoss, grpo_loss\n\n"
         "def negative(l, old, A, mask):\n    return PolicyLoss(-grpo_loss(l, old, A, mask).per_token_loss)\n\n"
         "def triple(l, old, A, mask):\n    return PolicyLoss(3 * grpo_loss(l, old, A, mask).per_token_loss)\n"
     )

@@ -150,7 +150,7 @@ def test_a_file_that_cannot_be_loaded_there_is_one_sentence(tmp_path):
 
 
 def test_its_process_ends_with_this_one_and_prints_elsewhere(mine):
-    code = "import os, sys, time; from grpo_core.reward_worker import Worker; worker = Worker(sys.argv[1], {}, 5)"
+    code = "import os, sys, time; from grpo_core.scoring.reward_worker import Worker; worker = Worker(sys.argv[1], {}, 5)"
     code += "; worker.ask(['print'], {'prompts': ['p']}); worker.answer(); worker.ask(['hang'], {'prompts': ['p']}); time.sleep(0.3)"
     code += "; print(worker._process.pid, flush=True); os.kill(os.getpid(), 9)"
     out = subprocess.run(

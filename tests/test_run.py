@@ -186,7 +186,7 @@ def test_rollouts_do_not_depend_on_the_number_of_processes(tmp_path, here, on_tw
 
 
 OWN = """
-from grpo_core.losses import PolicyLoss, token_ratio
+from grpo_core import PolicyLoss, token_ratio
 
 def soft(logprobs, old_logprobs, advantages, completion_mask, *, power: float = 0.5):
     '''-(r ** power) A / power'''
