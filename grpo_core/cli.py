@@ -1,4 +1,7 @@
-"""The commands of python -m grpo_core; `--help` lists them. What is heavy loads only where it is used."""
+"""The commands of `python -m grpo_core`. Each calls `run_<command>` of grpo_core/commands/<command>.py.
+
+Only click is imported here. A command imports its own module, so `--help` does not load torch.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,16 @@ from typing import Any, get_args, get_type_hints
 import click
 
 from grpo_core import __version__
-from grpo_core.schema import ConfigError, printable
+from grpo_core.commands.errors import print_error
+from grpo_core.schema import ConfigError
 
+PROGRAM = "python -m grpo_core"
 CONFIGS = Path(__file__).parents[1] / "configs"
-EXAMPLES = "\b\nExamples:\n  "  # \b keeps the lines that follow as they are
+EXAMPLES = "\b\nExamples:\n  "  # click keeps the line breaks of a paragraph that begins with \b
 
 
 class Override(click.ParamType):
-    """section.key=value; a shell completes the keys, and the values where there are few."""
+    """A word `section.key=value`. Shell completion offers the keys, and the values of keys that have few."""
 
     name = "section.key=value"
 
@@ -28,74 +33,83 @@ class Override(click.ParamType):
 
         from grpo_core.config.sections import RunConfig
 
-        words = [f"{key}={value}" for key, values in _keys(RunConfig, "") for value in (values or [""])]
+        words = [f"{key}={value}" for key, values in _list_keys(RunConfig, "") for value in (values or [""])]
         return [CompletionItem(word) for word in words if word.startswith(incomplete)]
 
 
-def _keys(kind: type, prefix: str) -> Iterator[tuple[str, list[str]]]:
-    """Every key below a section, with its values where they are few."""
-    hints = get_type_hints(kind)
-    for field in fields(kind):
+def _list_keys(section: type, prefix: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield every key below a section with the values that its type lists; other types list none."""
+    hints = get_type_hints(section)
+    for field in fields(section):
         hint, key = hints[field.name], f"{prefix}{field.name}"
         if is_dataclass(hint):
-            yield from _keys(hint, f"{key}.")
+            yield from _list_keys(hint, f"{key}.")
+        elif hint is bool:
+            yield key, ["true", "false"]
         else:
-            options = [value for part in (hint, *get_args(hint)) for value in get_args(part)] or [*get_args(hint)]
-            values = ["true", "false"] if hint is bool else [value for value in options if isinstance(value, str)]
-            yield key, values
+            yield key, _list_literals(hint)
+
+
+def _list_literals(hint: Any) -> list[str]:
+    """Return the texts in a type such as `Literal["a", "b"] | None`."""
+    if isinstance(hint, str):
+        return [hint]
+    return [text for part in get_args(hint) for text in _list_literals(part)]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; what the user did wrong is one sentence on stderr and exit code 2."""
+    """Run a command and return its exit code. A user's mistake prints one sentence to stderr and returns 2."""
     try:
-        return commands.main(arguments, prog_name="python -m grpo_core", standalone_mode=False) or 0
-    except click.exceptions.NoArgsIsHelpError as shown:
-        print(shown.format_message(), file=sys.stderr)
+        return commands.main(arguments, prog_name=PROGRAM, standalone_mode=False) or 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
         return 2
     except click.UsageError as error:
-        where = error.ctx.command_path if error.ctx else "python -m grpo_core"
-        return _said(f"{error.format_message().rstrip('.')}; {where} --help says more", 2)
+        command_path = error.ctx.command_path if error.ctx else PROGRAM
+        print_error(f"{error.format_message().rstrip('.')}; see {command_path} --help")
+        return 2
     except ConfigError as error:
-        return _said(error, 2)
+        print_error(str(error))
+        return 2
     except (click.Abort, KeyboardInterrupt):
         return 130
 
 
-def _said(error: Exception | str, exit_code: int) -> int:
-    """Say what went wrong, once a machine."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(printable(f"grpo_core: {error}"), file=sys.stderr)
-    return exit_code
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110})
 @click.version_option(__version__, message="grpo_core %(version)s")
-@click.option("--local_rank", hidden=True)  # the deepspeed launcher says it here and in LOCAL_RANK
+@click.option("--local_rank", hidden=True)  # the deepspeed launcher passes the rank here and in LOCAL_RANK
 def commands(local_rank: str | None) -> None:
-    """GRPO with LoRA on DeepSpeed ZeRO-2, written by hand.
+    """Train language models with GRPO: LoRA on DeepSpeed ZeRO-2.
 
-    Any key of the configuration can be given as section.key=value; configs/tiny.yaml explains every one.
+    Every key of the configuration can be set as section.key=value. configs/tiny.yaml explains each key.
     """
 
 
 config_option = click.option(
     "--config",
     type=click.Path(path_type=Path),
-    help="A YAML file.  [default: configs/gsm8k_qwen2.5_1.5b.yaml on a GPU, configs/tiny.yaml on a CPU]",
+    help="YAML file.  [default: configs/gsm8k_qwen2.5_1.5b.yaml with a GPU, configs/tiny.yaml without]",
 )
 dry_run_option = click.option(
-    "--dry-run", is_flag=True, help="Say what would be done, sample and score one group, and stop. Nothing is written."
+    "--dry-run",
+    is_flag=True,
+    help="Print the objective, the sizes of a step and its memory, sample and score one group, and write nothing.",
 )
 overrides_argument = click.argument("overrides", nargs=-1, type=Override())
 source_argument = click.argument("source", metavar="RUN_OR_MODEL")
+arguments_argument = click.argument("arguments", nargs=-1, metavar="[argument=value]...")
 
 
-def command(name: str, epilog: str) -> Callable:
-    """A command of the group, with its examples; the list of commands shows its docstring's first paragraph whole."""
+def command(name: str, examples: str) -> Callable:
+    """Add a function to the group as a command. `examples` are command lines separated by "; ".
+
+    The list of commands shows the first paragraph of the docstring.
+    """
 
     def register(function: Callable) -> click.Command:
         short = " ".join((function.__doc__ or "").split("\n\n")[0].split())
-        return commands.command(name, short_help=short, epilog=EXAMPLES + epilog.replace("; ", "\n  "))(function)
+        epilog = EXAMPLES + examples.replace("; ", "\n  ")
+        return commands.command(name, short_help=short, epilog=epilog)(function)
 
     return register
 
@@ -107,72 +121,79 @@ def command(name: str, epilog: str) -> Callable:
 @dry_run_option
 @overrides_argument
 def train(config: Path | None, dry_run: bool, overrides: tuple[str, ...]) -> int:
-    """Train by GRPO, in as many processes as a launcher has started."""
-    from grpo_core.config.files import load
-
-    loaded = load(config or _default_config(), overrides)
+    """Train with GRPO in this process, or in the processes that a launcher such as torchrun has started."""
+    config = config or _default_config()
     if dry_run:
-        return _preview(loaded, int(os.environ.get("WORLD_SIZE", 1)))
-    from grpo_core.distributed import ranks
-    from grpo_core.training import job
+        return _dry_run(config, overrides, int(os.environ.get("WORLD_SIZE", 1)))
+    from grpo_core.commands.train import run_train
 
-    ranks.die_with_launcher()
-    return _job(job.train, loaded)
+    return run_train(config, overrides)
 
 
 @command("sft", "python -m grpo_core sft --config configs/tiny_sft.yaml; python -m grpo_core sft lora.r=16 name=warm")
-@click.option("--config", type=click.Path(path_type=Path), default=CONFIGS / "tiny_sft.yaml", help="A YAML file.",
+@click.option("--config", type=click.Path(path_type=Path), default=CONFIGS / "tiny_sft.yaml", help="YAML file.",
               show_default="configs/tiny_sft.yaml")  # fmt: skip
 @overrides_argument
 def sft(config: Path, overrides: tuple[str, ...]) -> int:
-    """Supervised warm-up through the same engine: the data's own answers, LoRA or all weights."""
-    from grpo_core.config.files import load
+    """Fine-tune on the data's own answers (supervised), as a warm-up before GRPO. Trains LoRA or all weights."""
+    from grpo_core.commands.sft import run_sft
 
-    loaded = load(config, overrides)
-    from grpo_core.distributed import ranks
-    from grpo_core.training.sft import run_sft
-
-    ranks.die_with_launcher()
-    return _job(run_sft, loaded)
+    return run_sft(config, overrides)
 
 
 @command("launch", "bash launch.sh 2; python -m grpo_core launch --processes 2 preset=dapo")
 @config_option
-@click.option("--processes", type=click.IntRange(min=1), help="How many on this machine.  [default: one a GPU, or one]")
+@click.option(
+    "--processes", type=click.IntRange(min=1), help="Processes on this machine.  [default: one per GPU, 1 without GPUs]"
+)
 @dry_run_option
 @overrides_argument
 def launch(config: Path | None, processes: int | None, dry_run: bool, overrides: tuple[str, ...]) -> int:
-    """Start `train` in several processes of this machine (what launch.sh calls)."""
-    config, processes = config or _default_config(), processes or _gpus() or 1
+    """Start `train` in several processes on this machine. `bash launch.sh` calls this command."""
+    config, processes = config or _default_config(), processes or _count_gpus() or 1
     if dry_run:
-        from grpo_core.config.files import load
+        return _dry_run(config, overrides, processes * int(os.environ.get("NNODES", 1)))
+    from grpo_core.commands.launch import run_launch
 
-        return _preview(load(config, overrides), processes * int(os.environ.get("NNODES", 1)))
-    from grpo_core.commands.launch import launch
-
-    return launch(processes, config, list(overrides))
+    return run_launch(processes, config, overrides)
 
 
 @command("evaluate", "python -m grpo_core evaluate runs/tiny; python -m grpo_core evaluate builtin:tiny --samples 0")
 @source_argument
-@click.option("--data", help="Other problems: a file, a folder or a hub id.  [default: the run's held-out ones]")
-@click.option("--split", help="Their split.  [default: test, or train of a file]")
-@click.option("--limit", type=click.IntRange(min=1), help="At most so many problems.  [default: all]")
-@click.option("--samples", type=click.IntRange(min=0), default=8, help="Of each problem, for pass@k, maj@k and mean@n.")
-@click.option("--temperature", type=float, default=1.0, help="Of the samples; the first answer is greedy.")
-@click.option("--top-k", type=int, help="Samples from the k most probable tokens only.")
-@click.option("--top-p", type=float, help="Samples from the fewest tokens that hold this much probability.")
-@click.option("--min-p", type=float, help="Samples from tokens with this share of the most probable one's.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), help="[default: the run's]")
+@click.option("--data", help="Other problems: a file, a folder or a hub id.  [default: the run's held-out problems]")
+@click.option("--split", help="Split of --data.  [default: train for a file, otherwise test]")
+@click.option("--limit", type=click.IntRange(min=1), help="Evaluate at most this many problems.  [default: all]")
 @click.option(
-    "--reward", "rewards", multiple=True, help="A reward to tell the mean of; again for more.  [default: the run's]"
+    "--samples",
+    type=click.IntRange(min=0),
+    default=8,
+    help="Samples per problem for mean@n, pass@k and maj@k. 0: the greedy answer only.",
 )
-@click.option("--base/--no-base", default=True, help="The base model on the same problems, and McNemar's test.")
-@click.option("--config", type=click.Path(path_type=Path), help="A YAML file for what is no run: its prompts and data.")
-@click.option("--output", type=click.Path(path_type=Path), help="A folder.  [default: RUN/evaluate, or evaluate]")
+@click.option("--temperature", type=float, default=1.0, help="Temperature of the samples. The first answer is greedy.")
+@click.option("--top-k", type=int, help="Draw samples from the k most probable tokens only.")
+@click.option("--top-p", type=float, help="Draw samples from the most probable tokens that reach this probability.")
+@click.option("--min-p", type=float, help="Draw samples from tokens with this share of the highest probability.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    help="Longest completion, in tokens.  [default: sampling.max_new_tokens of the run]",
+)
+@click.option(
+    "--reward",
+    "rewards",
+    multiple=True,
+    help="Report the mean of this reward. Repeat for several.  [default: rewards of the run]",
+)
+@click.option("--base/--no-base", default=True, help="Compare with the base model on the same problems.")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file with prompts and data, for a model.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Output folder.  [default: RUN/evaluate, or ./evaluate for a model; evaluate-NAME with --data]",
+)
 @overrides_argument
 def evaluate(source: str, config: Path | None, overrides: tuple[str, ...], **options: Any) -> int:
-    """Accuracy of a run, a checkpoint, an adapter or a model, against its base, with intervals."""
+    """Measure the accuracy of a run, checkpoint, adapter or model and of its base model, with intervals."""
     from grpo_core.commands.evaluate import run_evaluate
 
     return run_evaluate(source, overrides, config, **options)
@@ -182,19 +203,29 @@ def evaluate(source: str, config: Path | None, overrides: tuple[str, ...], **opt
 @source_argument
 @click.argument("question", required=False)
 @click.option(
-    "-n", "--samples", type=click.IntRange(min=1), default=1, help="So many answers side by side, with rewards."
+    "-n",
+    "--samples",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Number of answers. Several are shown in columns with their rewards.",
 )
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), help="0: greedy.  [default: 0 for one answer, 1 for several]"
+    "--temperature",
+    type=click.FloatRange(min=0),
+    help="Sampling temperature; 0 is greedy.  [default: 0 for one answer, 1 for several]",
 )
-@click.option("--max-new-tokens", type=click.IntRange(min=1), help="[default: the run's]")
-@click.option("--answer", help="The right answer, for rewards that read it.")
-@click.option("--base", is_flag=True, help="With the adapter off.")
-@click.option("--raw", is_flag=True, help="The question is the whole prompt; the run's template is left out.")
-@click.option("--seed", type=int, default=0, help="Of the noise.")
-@click.option("--config", type=click.Path(path_type=Path), help="A YAML file for what is no run: its template.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    help="Longest answer, in tokens.  [default: sampling.max_new_tokens of the run]",
+)
+@click.option("--answer", help="Correct answer, for rewards that need the column answer.")
+@click.option("--base", is_flag=True, help="Switch the adapter off, so that the base model answers.")
+@click.option("--raw", is_flag=True, help="Use the question as the whole prompt, without the run's template.")
+@click.option("--seed", type=int, default=0, help="Seed of the sampling.")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file with the prompt template, for a model.")
 def sample(source: str, question: str | None, config: Path | None, **options: Any) -> int:
-    """Ask a run or a model: one answer, streamed; or, without a question, as many as you like."""
+    """Answer a question with a run or a model. Without a question, read questions from an interactive prompt."""
     from grpo_core.commands.sample import run_sample
 
     return run_sample(source, question, config, **options)
@@ -203,16 +234,16 @@ def sample(source: str, question: str | None, config: Path | None, **options: An
 @command("report", "python -m grpo_core report runs/tiny; python -m grpo_core report runs/a runs/b --output ab.html")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="The page.  [default: RUN/report.html; of several, report.html]"
+    "--output",
+    type=click.Path(path_type=Path),
+    help="HTML file.  [default: RUN/report.html for one run, ./report.html for several]",
 )
-@click.option("--png", is_flag=True, help="The curves as PNG files too, beside it (needs the extra `report`).")
+@click.option("--png", is_flag=True, help="Also write the curves as PNG files (needs: pip install -e '.[report]').")
 def report(runs: tuple[Path, ...], output: Path | None, png: bool) -> int:
-    """One page of curves and completions, of one run or several; it needs no network."""
-    from grpo_core.report.report import write_report
+    """Write one HTML page with the curves and completions of one or several runs. It needs no network."""
+    from grpo_core.commands.report import run_report
 
-    for path in write_report(runs, output, png=png):
-        print(path)
-    return 0
+    return run_report(runs, output, png=png)
 
 
 @command(
@@ -221,12 +252,16 @@ def report(runs: tuple[Path, ...], output: Path | None, png: bool) -> int:
     "python -m grpo_core replay runs/tiny/batches/step-000012 loss.average=token advantage.name=dr_grpo",
 )
 @click.argument("batch", type=click.Path(path_type=Path))
-@click.option("--loss", multiple=True, help="Another objective: a loss, file.py:function, or a preset; again for more.")
-@click.option("--model", metavar="SOURCE", help="Other weights, as a checkpoint.  [default: those before the step]")
-@click.option("--output", type=click.Path(path_type=Path), help="Everything, with each token's numbers, as JSON.")
+@click.option(
+    "--loss", multiple=True, help="Objective to compare: a loss, file.py:function or a preset. Repeat for several."
+)
+@click.option(
+    "--model", metavar="SOURCE", help="Use other weights, e.g. a checkpoint.  [default: the weights before the step]"
+)
+@click.option("--output", type=click.Path(path_type=Path), help="Also write all numbers, per token, to this JSON file.")
 @overrides_argument
 def replay(batch: Path, overrides: tuple[str, ...], **options: Any) -> int:
-    """A batch that debug.dump_batches kept, under other losses: whose gradient goes where, and by which tokens."""
+    """Compare the gradients of several objectives on one batch that a run saved (debug.dump_batches)."""
     from grpo_core.commands.replay import run_replay
 
     return run_replay(batch, overrides, **options)
@@ -237,15 +272,22 @@ def replay(batch: Path, overrides: tuple[str, ...], **options: Any) -> int:
 )
 @click.argument("run", metavar="RUN")
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="A folder.  [default: RUN/export, or RUN/export-adapter]"
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Output folder.  [default: RUN/export, or RUN/export-adapter with --adapter]",
 )
-@click.option("--merged/--adapter", default=True, help="One whole model, or the adapter alone.")
-@click.option("--dtype", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", help="auto: as trained.")
-@click.option("--push", metavar="ORG/NAME", help="Upload it to the hub; HF_TOKEN or the hub's login says who you are.")
-@click.option("--private", is_flag=True, help="What is uploaded is for you alone.")
-@click.option("--dry-run", is_flag=True, help="List what would be written and uploaded, with the card, and stop.")
+@click.option("--merged/--adapter", default=True, help="Write the merged model, or the adapter alone.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
+    default="auto",
+    help="Precision of the weights; auto: as in the run folder.",
+)
+@click.option("--push", metavar="ORG/NAME", help="Upload to this hub repository, with HF_TOKEN or `hf auth login`.")
+@click.option("--private", is_flag=True, help="Create the hub repository as private.")
+@click.option("--dry-run", is_flag=True, help="List the files, print the model card, and write nothing.")
 def export(run: str, merged: bool, **options: Any) -> int:
-    """A run's model for others: merged, checked, with its tokenizer and a model card; or its adapter."""
+    """Export a run as a merged model that is compared with the original, or as an adapter, with a model card."""
     from grpo_core.commands.export import run_export
 
     return run_export(run, adapter=not merged, **options)
@@ -253,78 +295,70 @@ def export(run: str, merged: bool, **options: Any) -> int:
 
 @command("losses", "python -m grpo_core losses")
 def losses() -> int:
-    """Every loss, average, KL, advantage and preset, with arguments and sources."""
-    from grpo_core.commands import list_names
+    """List the functions of the objective (losses, averages, KLs, advantages, ...) and the presets."""
+    from grpo_core.commands.losses import run_losses
 
-    print(list_names.catalogue())
-    return 0
+    return run_losses()
 
 
 @command("rewards", "python -m grpo_core rewards")
 def rewards() -> int:
-    """Every built-in reward, with arguments and the columns it reads."""
-    from grpo_core.commands import list_names
+    """List the built-in rewards with their arguments and the columns that they need."""
+    from grpo_core.commands.rewards import run_rewards
 
-    print(list_names.rewards())
-    return 0
+    return run_rewards()
 
 
 @command("presets", "python -m grpo_core presets")
 def presets() -> int:
-    """Every published objective by name, with its source and what it sets."""
-    from grpo_core.commands import list_names
+    """List the presets: published objectives, with their sources and the keys that they set."""
+    from grpo_core.commands.presets import run_presets
 
-    print(list_names.presets())
-    return 0
-
-
-def _check(kind: str) -> Callable:
-    @click.argument("name")
-    @click.argument("overrides", nargs=-1, metavar="[argument=value]...")
-    def check(name: str, overrides: tuple[str, ...]) -> int:
-        from grpo_core.commands import check_function
-        from grpo_core.config.files import parse_arguments
-
-        run = check_function.run_check_loss if kind == "loss" else check_function.run_check_advantage
-        return run(name, parse_arguments(overrides))
-
-    check.__doc__ = f"Is this {kind} sound? A table of laws, in seconds. NAME may be my_file.py:my_{kind}."
-    return check
+    return run_presets()
 
 
-command("check-loss", "python -m grpo_core check-loss gspo; python -m grpo_core check-loss mine.py:soft power=0.7")(
-    _check("loss")
-)
-command("check-advantage", "python -m grpo_core check-advantage rloo")(_check("advantage"))
+@command("check-loss", "python -m grpo_core check-loss gspo; python -m grpo_core check-loss mine.py:soft power=0.7")
+@click.argument("name")
+@arguments_argument
+def check_loss(name: str, arguments: tuple[str, ...]) -> int:
+    """Check a loss against the laws that every sound loss obeys. Takes seconds on a CPU.
+
+    NAME is one that `losses` lists, or my_file.py:my_loss.
+    """
+    from grpo_core.commands.check_loss import run_check_loss
+    from grpo_core.config.files import parse_arguments
+
+    return run_check_loss(name, parse_arguments(arguments))
 
 
-def _job(job: Callable, config: Any) -> int:
-    """Run a job to its end, or to the one that it came to."""
-    from grpo_core.distributed import ranks, signals
+@command("check-advantage", "python -m grpo_core check-advantage rloo")
+@click.argument("name")
+@arguments_argument
+def check_advantage(name: str, arguments: tuple[str, ...]) -> int:
+    """Check an advantage against the laws that every sound advantage obeys. Takes seconds on a CPU.
 
-    try:
-        job(config)
-    except signals.Interrupted as signal:
-        return signal.exit_code
-    except signals.RunFailed as error:
-        return _said(error, 3)
-    ranks.shutdown()
-    return 0
+    NAME is one that `losses` lists, or my_file.py:my_advantage.
+    """
+    from grpo_core.commands.check_advantage import run_check_advantage
+    from grpo_core.config.files import parse_arguments
+
+    return run_check_advantage(name, parse_arguments(arguments))
 
 
-def _preview(config: Any, processes: int) -> int:
-    from grpo_core.commands.dry_run import preview
+def _dry_run(config: Path, overrides: tuple[str, ...], processes: int) -> int:
+    from grpo_core.config.files import load
 
-    for section in preview(config, processes):
-        print(section, end="\n\n", flush=True)
-    return 0
+    loaded = load(config, overrides)  # first, so that a mistake is reported before transformers is imported
+    from grpo_core.commands.dry_run import run_dry_run
+
+    return run_dry_run(loaded, processes)
 
 
 def _default_config() -> Path:
-    return CONFIGS / ("gsm8k_qwen2.5_1.5b.yaml" if _gpus() else "tiny.yaml")
+    return CONFIGS / ("gsm8k_qwen2.5_1.5b.yaml" if _count_gpus() else "tiny.yaml")
 
 
-def _gpus() -> int:
+def _count_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()

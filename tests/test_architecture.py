@@ -163,5 +163,5 @@ def test_the_mathematics_loads_no_heavy_library():
 
 def test_choosing_and_checking_functions_loads_no_heavy_library():
     """`losses` and `check-loss` are for a laptop."""
-    modules = "grpo_core.cli, grpo_core.commands.check_function, grpo_core.commands.list_names"
+    modules = "grpo_core.cli, grpo_core.commands.check_loss, grpo_core.commands.check_advantage, grpo_core.commands.losses, grpo_core.commands.rewards"
     assert loaded_by(f"import {modules}") == ["[]"]

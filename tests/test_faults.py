@@ -95,7 +95,7 @@ def test_a_killed_rank_is_named_and_the_run_started_again_is_bitwise_the_same(tm
     done = run(2, tmp_path, "trainer.max_restarts=1", environment=environment, fault={"what": "kill", **fault})
     assert (Path(str(tmp_path) + ".mark")).exists()
     assert f"grpo_core: rank {fault['rank']} was ended by SIGKILL" in done.stderr
-    assert done.returncode == 0 and "starting again from the last checkpoint, 1 left" in done.stderr, done.stderr
+    assert done.returncode == 0 and "restarting from the last checkpoint; restarts left: 1" in done.stderr, done.stderr
     same(results(tmp_path / "tiny"), whole)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
@@ -305,5 +305,5 @@ def test_300_steps_killed_at_20_moments_are_bitwise_those_of_a_run_left_alone(tm
             kills += 1
     assert launcher.wait(timeout=1500) == 0
     told = launcher.stderr.read()
-    assert told.count("was ended by SIGKILL") == 20 and "starting again from the last checkpoint, 1 left" in told
+    assert told.count("was ended by SIGKILL") == 20 and "restarting from the last checkpoint; restarts left: 1" in told
     same(results(tmp_path / "killed" / "tiny"), results(tmp_path / "alone" / "tiny"))

@@ -31,7 +31,7 @@ def started(monkeypatch):
 def test_a_restart_goes_on_in_the_folder_of_the_run_and_removes_nothing(started):
     ends, given = started
     ends += [137, 1, 0]
-    assert launch.launch(2, TINY, ["overwrite=true", "seed=3", "trainer.max_restarts=5"]) == 0
+    assert launch.run_launch(2, TINY, ["overwrite=true", "seed=3", "trainer.max_restarts=5"]) == 0
     assert given[0] == ["overwrite=true", "seed=3", "trainer.max_restarts=5"]
     again = ["seed=3", "trainer.max_restarts=5", "overwrite=false", "resume=/runs/tiny"]
     assert given[1:] == [again, again]
@@ -41,13 +41,13 @@ def test_a_restart_goes_on_in_the_folder_of_the_run_and_removes_nothing(started)
 def test_what_a_restart_would_not_mend_is_final(started, end):
     ends, given = started
     ends += [end]
-    assert launch.launch(1, TINY, ["trainer.max_restarts=5"]) == end and len(given) == 1
+    assert launch.run_launch(1, TINY, ["trainer.max_restarts=5"]) == end and len(given) == 1
 
 
 def test_restarts_are_counted(started):
     ends, given = started
     ends += [4, 3, 137]
-    assert launch.launch(1, TINY, ["trainer.max_restarts=2"]) == 137 and len(given) == 3
+    assert launch.run_launch(1, TINY, ["trainer.max_restarts=2"]) == 137 and len(given) == 3
 
 
 @pytest.mark.parametrize("word", ["two", "0", "2x"])
@@ -58,5 +58,5 @@ def test_a_number_of_processes_that_is_none_is_told_by_launch_sh(word):
 
 def test_a_batch_that_does_not_divide_is_told_before_anything_starts(started):
     with pytest.raises(ConfigError, match="must be a multiple of sampling.group_size × processes"):
-        launch.launch(3, TINY, [])
+        launch.run_launch(3, TINY, [])
     assert started[1] == []

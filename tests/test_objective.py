@@ -12,8 +12,11 @@ import pytest
 import yaml
 
 from grpo_core.cli import main
-from grpo_core.commands.check_function import run_check_advantage, run_check_loss
-from grpo_core.commands.list_names import KEYS, catalogue, presets, sources
+from grpo_core.commands.check_advantage import run_check_advantage
+from grpo_core.commands.check_loss import run_check_loss
+from grpo_core.commands.list_entry import find_sources
+from grpo_core.commands.losses import REGISTRIES, list_losses
+from grpo_core.commands.presets import list_presets
 from grpo_core.config.files import dump, load, parse_arguments
 from grpo_core.config.formula import get_formula, list_remarks, render
 from grpo_core.config.presets import PRESETS, get_preset, merge
@@ -243,22 +246,22 @@ def test_rewards_and_presets_are_listed_with_what_they_take(capsys):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_is_printed_of_a_preset_can_be_pasted_behind_a_command(name):
-    (line,) = re.findall(rf"^  {name} .*\n(.*)$", presets(), re.M)
+    (line,) = re.findall(rf"^  {name} .*\n(.*)$", list_presets(), re.M)
     words = shlex.split(line)
     plain = ["preset=trl_1_16_default", "loss.average=sequence", "loss.kl=k3"]  # on policy, without a reference
     assert render(load(TINY, [*plain, *words])) == render(load(TINY, [f"preset={name}"]))
 
 
 def test_a_second_name_is_said_to_be_one():
-    assert re.search(r"^  centered .*\n(?: {25}.*\n)* {25}the same as dr_grpo$", catalogue(), re.M)
-    assert catalogue().count("the same as ") == 1
+    assert re.search(r"^  centered .*\n(?: {25}.*\n)* {25}the same as dr_grpo$", list_losses(), re.M)
+    assert list_losses().count("the same as ") == 1
 
 
 def test_the_catalogue_names_everything_with_arguments_and_sources(capsys):
     assert main(["losses"]) == 0
     text = capsys.readouterr().out
-    assert text.strip() == catalogue().strip()
-    for key, registry in KEYS.items():
+    assert text.strip() == list_losses().strip()
+    for key, registry in REGISTRIES.items():
         assert key in text
         for name, function in registry.functions.items():
             assert re.search(rf"^  {re.escape(name)}  *{re.escape(get_formula(function))}$", text, re.M), name
@@ -266,7 +269,7 @@ def test_the_catalogue_names_everything_with_arguments_and_sources(capsys):
         assert f"  {name} " in text
     for registry in (LOSSES, ADVANTAGES):
         for name, function in registry.functions.items():
-            assert sources(function) or name in ("reinforce", "maxrl"), f"{name} has no source"
+            assert find_sources(function) or name in ("reinforce", "maxrl"), f"{name} has no source"
     assert "args: clip_low = 0.2, clip_high = 0.2, delta = null" in text
 
 
@@ -276,11 +279,11 @@ def test_check_loss_tells_sound_from_unsound_within_15_seconds(own, capsys):
     assert run_check_loss(f"{own}:soft", {"power": 0.25}) == 0
     assert time.perf_counter() - start < 15
     text = capsys.readouterr().out
-    assert "11 laws, all as they should be" in text and "FAILS" not in text and "power = 0.25" in text
+    assert "11 laws, all passed" in text and "FAILS" not in text and "power = 0.25" in text
     assert "A > 0" in text and "A < 0" in text and "pulls everywhere" in text
     assert run_check_loss(f"{own}:crooked", {}) == 1
     text = capsys.readouterr().out
-    assert "not as it should be: on_policy, clip, learns" in text
+    assert "3 failed: on_policy, clip, learns" in text
     for law in ("on_policy", "clip", "learns"):
         assert re.search(rf"^FAILS +{law} ", text, re.M)
 
@@ -299,7 +302,7 @@ def test_arguments_that_no_configuration_can_set_are_noted(own, capsys):
     assert "note:" not in capsys.readouterr().out
     Path(own).write_text(OWN.replace("def ranks(rewards, *, scale", "def ranks(rewards, scale"))
     run_check_advantage(f"{own}:ranks", {})
-    assert "note: no configuration can set scale: an argument to be set stands after a *" in capsys.readouterr().out
+    assert "note: the configuration cannot set scale; make it keyword-only (put it after a *)" in capsys.readouterr().out
 
 
 def test_a_law_that_is_not_there_cannot_be_declared(own, tmp_path, capsys):
@@ -330,7 +333,7 @@ def test_the_commands_exit_codes(words, code, environment):
 def test_words_that_mean_nothing_are_refused(capsys):
     assert main(["losses", "grpo"]) == 2
     assert (
-        "Got unexpected extra argument (grpo); python -m grpo_core losses --help says more" in capsys.readouterr().err
+        "Got unexpected extra argument (grpo); see python -m grpo_core losses --help" in capsys.readouterr().err
     )
 
 

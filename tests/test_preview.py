@@ -30,7 +30,7 @@ def test_every_shipped_configuration_is_loaded_and_shown(path, tmp_path, monkeyp
     trainer, sampling = config.trainer, config.sampling
     prompts = trainer.completions_per_step // 2 // sampling.group_size
     assert (
-        f"{trainer.completions_per_step} completions = 2 processes × {prompts} prompts × {sampling.group_size}" in out
+        f"{trainer.completions_per_step} completions per step = 2 processes × {prompts} prompts × {sampling.group_size}" in out
     )
     assert f"    ({config.loss.name})" in out and f"({config.advantage.name})" in out
     assert f"({sampling.group_size})  reward " in out and f"({sampling.group_size + 1})" not in out
@@ -53,9 +53,9 @@ def test_what_it_says_is_what_the_run_does(tiny_run, capsys):
     assert [(int(i), float(reward), int(length)) for i, reward, length in shown] == [
         (row["sample"] + 1, row["reward"], row["length"]) for row in group
     ]
-    assert group[0]["prompt"].strip() in out and "64 completions = 1 processes × 8 prompts × 8" in out
-    assert "12 steps = 0.0048 epochs of 20,000 prompts" in out and "12 optimizer steps in all" in out
-    assert "where another run lies (resume=auto" in out
+    assert group[0]["prompt"].strip() in out and "64 completions per step = 1 processes × 8 prompts × 8" in out
+    assert "12 steps = 0.0048 epochs of 20,000 prompts" in out and "12 optimizer steps in total" in out
+    assert "which already holds a run (set resume=auto" in out
     assert "116,736 trained parameters" in out and "0.47 MB gradients" in out  # 4 bytes each
     assert (
         "at most 9.44 MB keys and values while sampling 64 completions of 48 + 48 tokens" in out

@@ -1,7 +1,7 @@
-"""Start `train` in several processes of this machine, watch over them, and say in one sentence how one of them ended.
+"""The `launch` command: start `train` in several processes of this machine and wait for them.
 
-A rank that ends otherwise than well takes the others with it: without it they would wait for ever. SIGTERM and SIGINT
-are passed on, and the ranks stop with a checkpoint; a second one ends them at once.
+If a rank fails, the launcher ends the others, which would otherwise wait for it in a collective. It passes SIGTERM and
+SIGINT on, after which the ranks write a checkpoint and stop; a second signal kills them.
 """
 
 from __future__ import annotations
@@ -15,43 +15,46 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from grpo_core.commands.errors import print_error
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.files import load
 from grpo_core.distributed.ranks import RUN_FOLDER_VARIABLE
 
 PROGRAM = ("-m", "grpo_core")
-GRACE = 5.0  # seconds that the others have to say what they have to say
-FINAL = (0, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # ends that a restart would not mend
+GRACE_SECONDS = 5.0  # from the first failure until the other ranks are killed: time to print their errors
+NO_RESTART_CODES = (0, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # success, a user's mistake, a signal
+EXPLAINED_CODES = (2, 3)  # the rank has printed its error
 
 
-def launch(processes: int, config: Path, overrides: list[str]) -> int:
-    """Check the configuration, run it, and return the exit code: 0, or that of the first rank that failed.
+def run_launch(processes: int, config: Path, overrides: Sequence[str]) -> int:
+    """Check the configuration, train in `processes` processes, and return 0 or the code of the first rank that failed.
 
-    With trainer.max_restarts a run that failed goes on from its last checkpoint. NNODES, NODE_RANK, MASTER_ADDR and
+    With trainer.max_restarts a failed run is restarted from its last checkpoint. NNODES, NODE_RANK, MASTER_ADDR and
     MASTER_PORT in the environment make this machine one node of several.
 
     Raises:
-        ConfigError: a configuration that cannot be run by so many processes.
+        ConfigError: the configuration is wrong, or cannot be run by this number of processes.
     """
     loaded = load(config, overrides)
     prompts_per_rank(loaded, processes * int(os.environ.get("NNODES", 1)))
     with tempfile.TemporaryDirectory() as scratch:
-        note = Path(scratch) / "folder"
+        note = Path(scratch) / "folder"  # rank 0 writes the path of the run folder here
         for restarts_left in range(loaded.trainer.max_restarts, -1, -1):
             code = _Ranks(processes, ["train", "--config", str(config), *overrides], note).wait()
-            if code in FINAL or restarts_left == 0:
+            if code in NO_RESTART_CODES or restarts_left == 0:
                 return code
             if note.exists():
-                kept = [one for one in overrides if not one.startswith(("resume=", "overwrite="))]
-                overrides = [*kept, "overwrite=false", f"resume={note.read_text()}"]
-            print(f"grpo_core: starting again from the last checkpoint, {restarts_left} left", file=sys.stderr)
+                others = [word for word in overrides if not word.startswith(("resume=", "overwrite="))]
+                overrides = [*others, "overwrite=false", f"resume={note.read_text()}"]
+            print_error(f"restarting from the last checkpoint; restarts left: {restarts_left}")
     raise AssertionError
 
 
 class _Ranks:
-    """The processes of one start."""
+    """The processes of one start, one per rank of this machine."""
 
     def __init__(self, processes: int, command: list[str], note: Path) -> None:
         nodes, node = int(os.environ.get("NNODES", 1)), int(os.environ.get("NODE_RANK", 0))
@@ -61,45 +64,45 @@ class _Ranks:
         shared = {"WORLD_SIZE": processes * nodes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": address}
         shared |= {"MASTER_PORT": port, RUN_FOLDER_VARIABLE: note}
         threads = max(1, (os.cpu_count() or 1) // (2 * processes))
-        self.ended: queue.Queue[tuple[int, int]] = queue.Queue()
+        self.ended: queue.Queue[tuple[int, int]] = queue.Queue()  # (rank, exit code)
         self.ranks: dict[int, subprocess.Popen] = {}
-        self.signals = 0
+        self.signals = 0  # received
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._pass_on)
-        for local in range(processes):
-            rank = node * processes + local
-            own = {**shared, "RANK": rank, "LOCAL_RANK": local}
+        for local_rank in range(processes):
+            rank = node * processes + local_rank
+            own = {**shared, "RANK": rank, "LOCAL_RANK": local_rank}
             environment = {
                 "OMP_NUM_THREADS": str(threads),
                 **os.environ,
                 **{key: str(value) for key, value in own.items()},
             }
-            self.ranks[rank] = subprocess.Popen(  # a session of its own: Ctrl-C reaches it through us alone
+            self.ranks[rank] = subprocess.Popen(  # in a session of its own, so that Ctrl-C reaches the launcher only
                 [sys.executable, *PROGRAM, *command], env=environment, start_new_session=True
             )
             threading.Thread(target=self._wait_for, args=(rank,), daemon=True).start()
 
     def wait(self) -> int:
-        """The exit code when all have ended."""
-        failed, deadline, left = None, None, set(self.ranks)
-        while left:
+        """Wait until all ranks have ended. Return 0 or the exit code of the first that failed; 128 + n for signal n."""
+        failure: tuple[int, int] | None = None
+        deadline, running = None, set(self.ranks)
+        while running:
             try:
                 rank, code = self.ended.get(timeout=0.2)
             except queue.Empty:
                 if deadline is not None and time.monotonic() > deadline:
                     self._send(signal.SIGKILL)
                 continue
-            left.remove(rank)
-            if code == 0 or failed is not None:
-                continue
-            failed, deadline = (rank, code), time.monotonic() + GRACE
-        if failed is None:
+            running.remove(rank)
+            if code != 0 and failure is None:
+                failure, deadline = (rank, code), time.monotonic() + GRACE_SECONDS
+        if failure is None:
             return 0
-        rank, code = failed
-        stopped = self.signals and code in FINAL
-        if code not in (2, 3) and not stopped:  # 2 and 3: the rank has said what was wrong
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-            print(f"grpo_core: rank {rank} {how}", file=sys.stderr)
+        rank, code = failure
+        stopped = self.signals and code in NO_RESTART_CODES
+        if code not in EXPLAINED_CODES and not stopped:
+            reason = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+            print_error(f"rank {rank} {reason}")
         return code if code > 0 else 128 - code
 
     def _wait_for(self, rank: int) -> None:
