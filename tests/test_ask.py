@@ -6,7 +6,7 @@ import pytest
 from fakes import tiny_policy
 
 from grpo_core.cli import main
-from grpo_core.commands.sample import Asking, Stream, changed, side_by_side
+from grpo_core.commands.sample import AnswerSettings, TokenPrinter, apply_command, format_columns
 from grpo_core.model.loading import load_tokenizer
 from grpo_core.sampling.plain_decoder import PlainDecoder
 from grpo_core.sampling.sampler import Sampler
@@ -34,10 +34,10 @@ def test_what_is_streamed_is_what_is_sampled(tiny_run, capsys):
     from grpo_core.commands.open_policy import open_source
 
     opened = open_source(str(tiny_run))
-    task = __import__("grpo_core.commands.sample", fromlist=["task_of"]).task_of(opened, QUESTION, Asking())
+    task = __import__("grpo_core.commands.sample", fromlist=["make_task"]).make_task(opened, QUESTION, AnswerSettings())
     plain = opened.sampler.generate([task], 1, greedy=True).completions[0]
     pieces = []
-    watch = Stream(opened.tokenizer, opened.sampler.eos_ids, pieces.append)
+    watch = TokenPrinter(opened.tokenizer, opened.sampler.eos_ids, pieces.append)
     assert opened.sampler.generate([task], 1, greedy=True, watch=watch).completions[0] == plain
     assert "".join(pieces) + watch.rest() == plain and len(pieces) > 3
     assert opened.sampler._plain.watch is watch
@@ -57,7 +57,7 @@ def test_several_side_by_side_and_without_the_adapter(tiny_run, capsys):
     base = capsys.readouterr().out
     assert main(["sample", "builtin:tiny", QUESTION]) == 0
     assert base.split("\n[")[0] == capsys.readouterr().out.split("\n[")[0]
-    assert "correct_answer not told: it reads answer" in base
+    assert "correct_answer not computed: it needs the column answer" in base
     assert main(["sample", "builtin:tiny", QUESTION, "--base"]) == 2
     assert "builtin:tiny has no adapter to switch off" in capsys.readouterr().err
 
@@ -81,10 +81,10 @@ def test_the_prompt_loop(tiny_run, capsys, monkeypatch):
     monkeypatch.setattr(builtins, "input", lambda prompt: next(lines))
     assert main(["sample", str(tiny_run)]) == 0
     out = capsys.readouterr().out
-    assert "adapter off, n 1, greedy, answer not given" in out and "adapter off, n 2, temperature 0.7" in out
+    assert "adapter off, n 1, greedy, answer not set" in out and "adapter off, n 2, temperature 0.7" in out
     assert (
-        "/n 0: it must be a whole number from 1 up" in out
-        and "/what is nothing known here; /help lists" in out
+        "/n is '0'; it must be a whole number from 1 up" in out
+        and "unknown command /what; /help lists" in out
         and next(lines) == "never"
     )
     assert "(2)" in out
@@ -105,7 +105,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_prompt(tiny_run, capsys, monkeypatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(builtins, "input", lines)
-    monkeypatch.setattr("grpo_core.commands.sample.ask", ask)
+    monkeypatch.setattr("grpo_core.commands.sample.answer_question", ask)
     assert main(["sample", str(tiny_run)]) == 0
     out = capsys.readouterr().out
     assert len(asked) == 1 and given == ["never"] and out.count("/quit or Ctrl-D leaves") == 2 and "n 2" in out
@@ -119,7 +119,7 @@ def test_a_question_of_nothing_is_refused(capsys):
 def test_a_character_of_several_tokens_is_shown_whole():
     tokenizer, pieces = load_tokenizer("builtin:tiny"), []
     text = "a 日本 é"
-    stream = Stream(tokenizer, [1], pieces.append)
+    stream = TokenPrinter(tokenizer, [1], pieces.append)
     for token in tokenizer(text)["input_ids"]:
         stream([0], [token])
     assert "".join(pieces) + stream.rest() == text and "�" not in "".join(pieces)
@@ -129,7 +129,7 @@ def test_a_character_of_several_tokens_is_shown_whole():
 
 
 def test_columns_fit_the_width():
-    text = side_by_side(["one two three four five six seven " * 4, "b\n\nc", "d"], [["x"], ["y"], ["z"]], 70)
+    text = format_columns(["one two three four five six seven " * 4, "b\n\nc", "d"], [["x"], ["y"], ["z"]], 70)
     assert (
         max(map(len, text.splitlines())) <= 70 and text.splitlines()[0].split() == ["(1)", "|", "(2)"] and "(3)" in text
     )
@@ -142,7 +142,7 @@ def test_columns_fit_the_width():
 @pytest.mark.parametrize("line", ["/n x", "/n", "/temperature hot", "/temperature -1", "/adapter maybe"])
 def test_commands_that_mean_nothing(line):
     with pytest.raises(ConfigError):
-        changed(Asking(), line)
+        apply_command(AnswerSettings(), line)
 
 
 def test_watching_several_rows_tells_each_token_once():

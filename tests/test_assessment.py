@@ -9,7 +9,13 @@ from types import SimpleNamespace
 import pytest
 
 from grpo_core.cli import main
-from grpo_core.commands.evaluate import figures, problems, scorers, summarise, table
+from grpo_core.commands.evaluate import (
+    compute_figures,
+    format_table,
+    load_problems,
+    make_correctness_and_rewards,
+    summarise,
+)
 from grpo_core.config.sections import DataConfig, EvaluationConfig, RunConfig
 from grpo_core.model.loading import load_tokenizer
 from grpo_core.objective.rewards import final_number
@@ -30,7 +36,7 @@ ROWS = [
 
 
 def test_figures_of_hand_made_rows():
-    found = figures(ROWS, 4, final_number)
+    found = compute_figures(ROWS, 4, final_number)
     assert found["greedy"] == [1, 1] and found["greedy, strict"] == [1, 0]
     assert found["mean@4"] == [0.5, 0.25]
     assert found["pass@2"] == pytest.approx([1 - 1 / 6, 1 - 3 / 6]) and found["pass@4"] == [1, 1]
@@ -50,7 +56,7 @@ def test_figures_of_hand_made_rows():
 
 
 def test_figures_without_samples_are_of_the_greedy_answers():
-    found = figures([r for r in ROWS if r["sample"] == 0], 0, final_number)
+    found = compute_figures([r for r in ROWS if r["sample"] == 0], 0, final_number)
     assert list(found) == ["greedy", "greedy, strict", "reward r", "length", "cut off"] and found["reward r"] == [
         9.0,
         0.0,
@@ -59,7 +65,7 @@ def test_figures_without_samples_are_of_the_greedy_answers():
 
 def test_figures_count_to_a_number_that_is_no_power_of_two():
     rows = [row(0, i, i in (1, 6), "#### 3") for i in range(7)]
-    found = figures(rows, 6, None)
+    found = compute_figures(rows, 6, None)
     assert [name for name in found if "@" in name] == ["mean@6", "pass@2", "pass@4", "pass@6"]
     assert found["pass@4"] == pytest.approx([1 - math.comb(4, 4) / math.comb(6, 4)])
 
@@ -76,7 +82,7 @@ def test_base_and_policy_are_compared_problem_by_problem():
         and result["difference"]["reward r"]["ci_low"] == 1.0
     )
     assert result["difference"]["greedy"]["ci_low"] > 0.2
-    text = table(
+    text = format_table(
         {
             **result,
             "weights": "w",
@@ -85,14 +91,14 @@ def test_base_and_policy_are_compared_problem_by_problem():
         }
     )
     assert "greedy          10.0 % (2.8 to 30.1)        60.0 % (38.7 to 78.1)       +50.0 (" in text
-    assert "11 won and 1 lost against the base, McNemar's p = 0.0063" in text and "3 left out" in text
+    assert "11 problems won and 1 lost against the base model, McNemar's p = 0.0063" in text and "3 more are left out" in text
 
 
 def test_a_reward_without_a_strict_form_has_one_kind_of_right(tmp_path):
-    lenient, strict = scorers(RunConfig())[:2]
+    lenient, strict = make_correctness_and_rewards(RunConfig())[:2]
     told = [scorer.function(completions=["it is 5"], answer=["5"]) for scorer in (lenient, strict)]
     assert told == [[1.0], [0.0]]
-    assert [s.name for s in scorers(RunConfig(evaluation=EvaluationConfig(reward="think_format")))] == [
+    assert [s.name for s in make_correctness_and_rewards(RunConfig(evaluation=EvaluationConfig(reward="think_format")))] == [
         " correct",
         "correct_answer",
     ]
@@ -103,7 +109,7 @@ def test_which_problems(tmp_path):
 
     def of(own, evaluation=None, **given):
         config = RunConfig(data=own, evaluation=evaluation or EvaluationConfig(num_tasks=5))
-        return problems(
+        return load_problems(
             SimpleNamespace(config=config, tokenizer=tokenizer),
             given.get("data"),
             given.get("split"),
@@ -125,7 +131,7 @@ def test_which_problems(tmp_path):
     )  # as many as training held out, whatever is asked
     assert [t.prompt for t in of(DataConfig(path=str(file)), limit=2)[0]] == [t.prompt for t in held_out[:2]]
     assert len(of(DataConfig(), data=str(file))[0]) == 30 and of(DataConfig(), data=str(file))[1]["split"] == "train"
-    with pytest.raises(ConfigError, match="name some with --data"):
+    with pytest.raises(ConfigError, match="name a data set with --data"):
         of(DataConfig(path=str(file)), EvaluationConfig(num_tasks=0))
 
 

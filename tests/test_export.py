@@ -67,7 +67,7 @@ def test_a_merge_that_went_wrong_is_refused(run, capsys, monkeypatch):
     monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
     assert main(["export", str(run)]) == 3
     captured = capsys.readouterr()
-    assert "that is more than fp32 explains (0.001): not exported" in captured.err and "model: " not in captured.out
+    assert "but fp32 explains 0.001 at most; not exported" in captured.err and "model: " not in captured.out
     assert not (run / "export").exists()
 
 
@@ -109,8 +109,8 @@ def test_a_wrong_merge_that_bf16_would_hide_is_refused(run, capsys, monkeypatch)
     monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
     assert main(["export", str(run), "--dtype", "bf16"]) == 3
     captured = capsys.readouterr()
-    assert "that is more than fp32 explains (0.001): not exported" in captured.err
-    assert 1e-3 < float(re.search(r"merged in fp32.* relative (\S+),", captured.out)[1]) < export.ALLOWED["bf16"]
+    assert "but fp32 explains 0.001 at most; not exported" in captured.err
+    assert 1e-3 < float(re.search(r"merged model .fp32.* relative (\S+),", captured.out)[1]) < export.MAX_ROUNDING_GAP["bf16"]
 
 
 @pytest.mark.parametrize("kind", ["--merged", "--adapter"])
@@ -124,9 +124,9 @@ def test_the_cards_code_runs_and_answers_as_the_run_does(run, kind, environment)
     )
     assert done.returncode == 0, done.stderr
     opened = open_source(str(run))
-    from grpo_core.commands.sample import Asking, task_of
+    from grpo_core.commands.sample import AnswerSettings, make_task
 
-    task = task_of(opened, "What is 12 + 30?", Asking())
+    task = make_task(opened, "What is 12 + 30?", AnswerSettings())
     assert done.stdout.strip() == opened.sampler.generate([task], 1, greedy=True).completions[0].strip()
 
 
@@ -142,8 +142,8 @@ def test_the_card_tells_what_the_run_was(run):
     last = json.loads((run / "evaluation.jsonl").read_text().splitlines()[-1])
     assert f"after (12 steps): accuracy {last['accuracy']:.1%} ({last['correct']} of 16" in card
     assert f"| greedy | {result['base']['greedy']['value']:.1%}"[:-1] + " % (" in card
-    assert f"{result['paired']['won']} won" in card
-    assert "answers of up to 48 tokens, and 2 samples of each at temperature 1, with 95 % intervals" in card
+    assert f"{result['paired']['won']} problems won" in card
+    assert "answers of up to 48 tokens, and 2 samples per problem at temperature 1, with 95 % intervals" in card
     assert "- steps: 12 of 64 completions" in card and "-min(r A, clip(r, 1 - 0.2, 1 + 0.2) A)" in card
     assert card.startswith("---\n") and "library_name: transformers\n" in card and "base_model:" not in card
 
@@ -171,7 +171,7 @@ def test_nothing_is_written_by_a_dry_run_and_nothing_else_is_overwritten(run, ca
     mine.mkdir()
     (mine / "thesis.txt").touch()
     assert main(["export", str(run), "--output", str(mine)]) == 2
-    assert "holds something that is no export" in capsys.readouterr().err and (mine / "thesis.txt").exists()
+    assert "holds files that are not an export" in capsys.readouterr().err and (mine / "thesis.txt").exists()
     assert main(["export", str(run), "--output", str(mine / "thesis.txt")]) == 2
     assert "is a file; name a folder" in capsys.readouterr().err
 
@@ -194,7 +194,7 @@ class Hub:
 def test_pushing(run, capsys, monkeypatch):
     assert main(["export", str(run), "--adapter", "--push", "me/tiny"]) == 2  # the tests are offline
     err = capsys.readouterr().err
-    assert "--push me/tiny: the hub did not take it (" in err and "hf auth login" in err and len(err.splitlines()) == 1
+    assert "--push me/tiny: the upload failed (" in err and "hf auth login" in err and len(err.splitlines()) == 1
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     assert main(["export", str(run), "--adapter", "--push", "me/tiny", "--private"]) == 0
     (create, upload) = Hub.calls

@@ -87,7 +87,7 @@ def test_what_only_the_training_session_knew_is_left_out_and_told(tiny_run, tmp_
         text = text.replace(key + name, key + "mine", 1)
     (run / "config.yaml").write_text(text)
     told = []
-    opened = open_source(str(run), say=told.append)
+    opened = open_source(str(run), notify=told.append)
     assert [reward.name for reward in opened.config.rewards] == ["correct_answer"] and opened.config.loss.name == "grpo"
     assert [sentence.removeprefix(f"{run}: ") for sentence in told] == [
         f"{what} mine is not known here and is left out" for what in ("loss", "advantage", "reward")
@@ -102,7 +102,7 @@ def test_what_only_the_training_session_knew_is_left_out_and_told(tiny_run, tmp_
     ("/nothing/here", "there is no folder /nothing/here$"),
     ("runs/a/b", "there is no folder runs/a/b$"),
     ("builtin:none", "model.path is 'builtin:none'"),
-    ("no-such-thing", "there is no folder no-such-thing, and as a model of the hub"),
+    ("no-such-thing", "there is no folder no-such-thing, and it cannot be loaded as a hub model"),
 ])  # fmt: skip
 def test_what_is_nothing_is_one_sentence(source, sentence, monkeypatch):
     monkeypatch.chdir(ROOT)

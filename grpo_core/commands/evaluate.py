@@ -1,6 +1,6 @@
-"""The `evaluate` command: what a policy can do on held-out problems, and whether that is more than its base could.
+"""The `evaluate` command: measure a policy on held-out problems and compare it with its base model.
 
-Every problem is answered once greedily and `samples` times at a temperature, by the policy and by its base.
+The policy and the base model answer every problem once greedily and `samples` times at a temperature.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_core.batch import SamplingParams, Task
-from grpo_core.commands.open_policy import Opened, open_source
+from grpo_core.commands.open_policy import OpenedPolicy, open_source
 from grpo_core.config.sections import RunConfig
 from grpo_core.data.prompts import make_tasks
 from grpo_core.data.rows import load_rows, load_splits
@@ -30,11 +30,11 @@ from grpo_core.training.eval_statistics import bootstrap_interval, majority_at_k
 from grpo_core.training.prepare import check_columns, make_rewards
 
 GREEDY = SamplingParams(greedy=True)
-STREAM = 0x73616D70  # keeps the noise of these samples apart from that of training and of its evaluation
-CORRECT, STRICT = " correct", " strict"  # no reward's name begins with a space
-ALL = 10**9  # rows
-Row = dict[str, Any]
-Figures = dict[str, list[float]]  # name -> a number for each problem
+NOISE_STREAM = 0x73616D70  # separates the noise of these samples from that of training and of its evaluations
+CORRECT, STRICT = " correct", " strict"  # begin with a space, so they cannot be the name of a reward
+ALL_ROWS = 10**9
+Row = dict[str, Any]  # one completion, as in completions.jsonl
+Figures = dict[str, list[float]]  # name -> one number per problem
 
 
 def run_evaluate(
@@ -55,125 +55,141 @@ def run_evaluate(
     base: bool = True,
     output: Path | None = None,
 ) -> int:
-    """Evaluate, print the table, and write evaluate.json, evaluate.txt and completions.jsonl.
+    """Evaluate, print the table, and write evaluate.json, evaluate.txt and completions.jsonl. Returns 0.
+
+    Under torchrun the problems are divided among the processes.
 
     Raises:
-        ConfigError: what cannot be opened, loaded or scored; settings that mean nothing.
+        ConfigError: the source cannot be opened, the data cannot be loaded or scored, or a setting is out of range.
     """
-    settings = _settings(temperature, top_k, top_p, min_p)
+    settings = _check_settings(temperature, top_k, top_p, min_p)
     overrides = [*overrides, *([f"sampling.max_new_tokens={max_new_tokens}"] if max_new_tokens else [])]
     if rewards:
         overrides.append(f"rewards={json.dumps([{'name': name} for name in rewards])}")
     if "RANK" in os.environ:
         ranks.setup()
-    opened = open_source(source, overrides, config=config, say=print)
-    tasks, what = problems(opened, data, split, limit)
+    opened = open_source(source, overrides, config=config, notify=print)
+    tasks, description = load_problems(opened, data, split, limit)
     check_columns(opened.config, tasks, tasks)
     folder = output or (opened.folder or Path()) / (f"evaluate-{Path(data).stem}" if data else "evaluate")
-    _make(folder)
-    parts = ranks.gather(rows_of(opened, tasks, samples, settings, base=base))
-    if not parts:  # another rank writes
+    _make_folder(folder)
+    parts = ranks.gather(answer_with_policies(opened, tasks, samples, settings, base=base))
+    if not parts:  # only the main rank receives the rows, and writes them
         return 0
     rows = sorted((row for part in parts for row in part), key=lambda r: (r["policy"], r["task"], r["sample"]))
-    result = summarise(opened, rows, samples) | {"source": source, "weights": opened.weights, "data": what}
+    result = summarise(opened, rows, samples) | {"source": source, "weights": opened.weights, "data": description}
     result["sampling"] = {k: v for k, v in vars(settings).items() if v is not None and k != "greedy"}
     result["sampling"] |= {"samples": samples, "max_new_tokens": opened.config.sampling.max_new_tokens}
-    print(text := table(result))
-    _write(folder, result, text, rows)
+    print(table := format_table(result))
+    _write_files(folder, result, table, rows)
     return 0
 
 
-def rows_of(opened: Opened, tasks: Sequence[Task], samples: int, settings: SamplingParams, *, base: bool) -> list[Row]:
-    """This rank's answers of the policy and, with `base`, of its base where there is one."""
+def answer_with_policies(
+    opened: OpenedPolicy, tasks: Sequence[Task], samples: int, settings: SamplingParams, *, base: bool
+) -> list[Row]:
+    """Return this rank's rows of the policy, preceded by those of the base model if `base` and there is an adapter."""
     policies = {"policy": nullcontext()}
     if base and opened.has_adapter:
         policies = {"base": opened.policy.reference(), **policies}
-    scored, rows = scorers(opened.config), []
-    with bar(len(policies) * len(tasks) * (1 + samples), "evaluating", "completion") as shown:
+    rewards, rows = make_correctness_and_rewards(opened.config), []
+    with bar(len(policies) * len(tasks) * (1 + samples), "evaluating", "completion") as progress:
         for name, switch in policies.items():
             with switch:
-                made = answers(opened, tasks, scored, samples, settings, shown.update)
-            rows += [{"policy": name, **row} for row in made]
+                answers = answer_tasks(opened, tasks, rewards, samples, settings, progress.update)
+            rows += [{"policy": name, **row} for row in answers]
     return rows
 
 
-def _settings(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> SamplingParams:
+def _check_settings(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> SamplingParams:
     try:
         return SamplingParams(temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     except ValueError as error:
         raise ConfigError(f"--{str(error).replace('_', '-')}") from None
 
 
-def problems(opened: Opened, data: str | None, split: str | None, limit: int | None) -> tuple[list[Task], dict]:
-    """The problems, and which they are: of `data`, or those that the run has held out.
+def load_problems(
+    opened: OpenedPolicy, data: str | None, split: str | None, limit: int | None
+) -> tuple[list[Task], dict]:
+    """Return the problems of `data`, or the run's held-out ones without it, and their description for evaluate.json.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: the data cannot be loaded, or the run has held out no problems.
     """
     config = opened.config.data
-    own = config.eval_path is not None or config.eval_split is not None or config.path.startswith("builtin:")
+    has_eval_data = config.eval_path is not None or config.eval_split is not None or config.path.startswith("builtin:")
     if data is not None:
         split = split or ("train" if Path(data).is_file() else "test")
         rows, path = load_rows(data, config.subset if data == config.path else None, split, limit), data
     else:
-        count = (limit or ALL) if own else opened.config.evaluation.num_tasks
+        # rows held out of the training data depend on their number, so `limit` must not change it
+        count = (limit or ALL_ROWS) if has_eval_data else opened.config.evaluation.num_tasks
         rows = load_splits(config, count)[1][:limit]
         path = config.eval_path or config.path
         split = config.eval_split or ("test" if path.startswith("builtin:") else f"held out of {config.split}")
     if not rows:
-        raise ConfigError("the run has held out no problems (evaluation.num_tasks is 0); name some with --data")
+        raise ConfigError("the run has held out no problems (evaluation.num_tasks is 0); name a data set with --data")
     tasks, left_out = make_tasks(rows, config, opened.tokenizer)
     return tasks, {"path": path, "split": split, "problems": len(tasks), "left_out": left_out}
 
 
-def scorers(config: RunConfig) -> list[Reward]:
-    """Lenient and, where there is such a thing, strict correctness; then the configuration's rewards."""
+def make_correctness_and_rewards(config: RunConfig) -> list[Reward]:
+    """Return correctness by evaluation.reward, also in its strict form if it has one; then the config's rewards."""
     name, timeout = config.evaluation.reward, config.trainer.reward_timeout
-    found = [Reward(CORRECT, 1.0, build_reward(name, timeout=timeout))]
+    correctness = [Reward(CORRECT, 1.0, build_reward(name, timeout=timeout))]
     if "strict" in keyword_arguments(REWARDS.get(name)):
-        found.append(Reward(STRICT, 1.0, build_reward(name, {"strict": True}, timeout=timeout)))
-    return [*found, *make_rewards(config)]
+        correctness.append(Reward(STRICT, 1.0, build_reward(name, {"strict": True}, timeout=timeout)))
+    return [*correctness, *make_rewards(config)]
 
 
-def answers(
-    opened: Opened,
+def answer_tasks(
+    opened: OpenedPolicy,
     tasks: Sequence[Task],
     rewards: Sequence[Reward],
     samples: int,
     settings: SamplingParams,
-    done: Callable[[int], object] = lambda count: None,
+    update_progress: Callable[[int], object] = lambda count: None,
 ) -> list[Row]:
-    """This rank's part of the tasks, answered greedily (sample 0) and `samples` times (1, 2, ...): a row each."""
-    tasks = [replace(task, seed=(opened.config.seed, task.index, STREAM)) for task in tasks]
+    """Answer this rank's part of the tasks greedily (sample 0) and `samples` times (samples 1, 2, ...).
+
+    Returns one row per completion.
+    """
+    tasks = [replace(task, seed=(opened.config.seed, task.index, NOISE_STREAM)) for task in tasks]
     mine = sorted(tasks[ranks.rank() :: ranks.world_size()], key=lambda task: len(task.prompt_ids))
     size, rows = opened.config.evaluation.batch_size, []
     for start in range(0, len(mine), size):
         part = mine[start : start + size]
-        for count, how, first in ((1, GREEDY, 0), (samples, settings, 1)):
-            if count:
-                rows += _answer(opened, part, rewards, count, how, first)
-                done(len(part) * count)
+        rows += _answer_batch(opened, part, rewards, 1, GREEDY, 0)
+        update_progress(len(part))
+        if samples:
+            rows += _answer_batch(opened, part, rewards, samples, settings, 1)
+            update_progress(len(part) * samples)
     return rows
 
 
-def _answer(
-    opened: Opened, tasks: Sequence[Task], rewards: Sequence[Reward], count: int, how: SamplingParams, first: int
+def _answer_batch(
+    opened: OpenedPolicy,
+    tasks: Sequence[Task],
+    rewards: Sequence[Reward],
+    count: int,
+    settings: SamplingParams,
+    first_sample: int,
 ) -> list[Row]:
-    rollouts = opened.sampler.generate(tasks, count, settings=how)
+    rollouts = opened.sampler.generate(tasks, count, settings=settings)
     scores = score(rewards, tasks, rollouts.completions, count)
     lengths, truncated = rollouts.lengths().tolist(), rollouts.truncated.tolist()
-    named = {name: values.flatten().tolist() for name, values in scores.by_name.items()}
+    by_name = {name: values.flatten().tolist() for name, values in scores.by_name.items()}
     return [
         {
             "task": tasks[i // count].index,
-            "sample": first + i % count,
+            "sample": first_sample + i % count,
             "prompt": tasks[i // count].prompt,
             "text": text,
-            "correct": named[CORRECT][i] == 1.0,
-            **({"strict": named[STRICT][i] == 1.0} if STRICT in named else {}),
+            "correct": by_name[CORRECT][i] == 1.0,
+            **({"strict": by_name[STRICT][i] == 1.0} if STRICT in by_name else {}),
             "rewards": {
                 name: None if math.isnan(values[i]) else values[i]
-                for name, values in named.items()
+                for name, values in by_name.items()
                 if name not in (CORRECT, STRICT)
             },
             "length": lengths[i],
@@ -183,126 +199,144 @@ def _answer(
     ]
 
 
-def figures(rows: Sequence[Row], samples: int, answer_of: Callable | None) -> Figures:
-    """What the rows of one policy say of each problem, in the order of the problems.
+def compute_figures(rows: Sequence[Row], samples: int, answer_of: Callable | None) -> Figures:
+    """Compute the figures of one policy, each a list with a number per problem.
 
-    greedy, strict: of the greedy answer. mean@n, pass@k, maj@k: of the samples (estimates.py), and so are rewards,
-    lengths and the share that was cut off where there are samples.
+    greedy; greedy, strict: correctness of the greedy answer. mean@n, pass@k and maj@k: of the samples
+    (training/eval_statistics.py). Rewards, length and cut off (the share of truncated completions): of the samples,
+    or of the greedy answer without samples. `answer_of` returns the final answer in a text; maj@k needs it.
     """
     by_task: dict[int, list[Row]] = {}
     for row in rows:
         by_task.setdefault(row["task"], []).append(row)
     groups = [sorted(group, key=lambda row: row["sample"]) for group in by_task.values()]
-    found: Figures = {"greedy": [float(group[0]["correct"]) for group in groups]}
+    figures: Figures = {"greedy": [float(group[0]["correct"]) for group in groups]}
     if "strict" in rows[0]:
-        found["greedy, strict"] = [float(group[0]["strict"]) for group in groups]
+        figures["greedy, strict"] = [float(group[0]["strict"]) for group in groups]
     if samples:
-        marks = [[row["correct"] for row in group[1:]] for group in groups]
-        found[f"mean@{samples}"] = [sum(mark) / samples for mark in marks]
-        counts = [2**i for i in range(1, samples.bit_length()) if 2**i < samples] + [samples] * (samples > 1)
-        for k in counts:
-            found[f"pass@{k}"] = pass_at_k([sum(mark) for mark in marks], samples, k)
-        if answer_of is not None:
-            given = [[answer_of(row["text"]) for row in group[1:]] for group in groups]
-            for k in counts[-1:]:
-                found[f"maj@{k}"] = majority_at_k(given, marks, k)
+        correct = [[row["correct"] for row in group[1:]] for group in groups]
+        figures[f"mean@{samples}"] = [sum(marks) / samples for marks in correct]
+        for k in _list_k(samples):
+            figures[f"pass@{k}"] = pass_at_k([sum(marks) for marks in correct], samples, k)
+        if answer_of is not None and samples > 1:
+            answers = [[answer_of(row["text"]) for row in group[1:]] for group in groups]
+            figures[f"maj@{samples}"] = majority_at_k(answers, correct, samples)
     groups = [group[1:] or group for group in groups]
     for name in rows[0]["rewards"]:
         values = [[row["rewards"][name] for row in group if row["rewards"][name] is not None] for group in groups]
-        found[f"reward {name}"] = [sum(value) / len(value) if value else math.nan for value in values]
-    found["length"] = [sum(row["length"] for row in group) / len(group) for group in groups]
-    found["cut off"] = [sum(row["truncated"] for row in group) / len(group) for group in groups]
-    return found
+        figures[f"reward {name}"] = [sum(value) / len(value) if value else math.nan for value in values]
+    figures["length"] = [sum(row["length"] for row in group) / len(group) for group in groups]
+    figures["cut off"] = [sum(row["truncated"] for row in group) / len(group) for group in groups]
+    return figures
 
 
-def summarise(opened: Opened, rows: Sequence[Row], samples: int) -> dict[str, Any]:
-    """Each policy's figures with their intervals; of two the differences and McNemar's test of the greedy answers."""
+def _list_k(samples: int) -> list[int]:
+    """Return the k of pass@k: the powers of 2 below `samples`, and `samples`, all above 1."""
+    powers = [2**i for i in range(1, samples.bit_length()) if 2**i < samples]
+    return [*powers, samples] if samples > 1 else []
+
+
+def summarise(opened: OpenedPolicy, rows: Sequence[Row], samples: int) -> dict[str, Any]:
+    """Return the mean and the interval of every figure by policy.
+
+    With a base model also of the differences, and McNemar's test of the greedy answers.
+    """
     answer_of = fact(REWARDS.get(opened.config.evaluation.reward), "answer")
     by_policy = {
-        name: figures([row for row in rows if row["policy"] == name], samples, answer_of)
+        name: compute_figures([row for row in rows if row["policy"] == name], samples, answer_of)
         for name in ("base", "policy")
         if any(row["policy"] == name for row in rows)
     }
     result: dict[str, Any] = {
-        policy: {name: _interval(name, values) for name, values in found.items()} for policy, found in by_policy.items()
+        policy: {name: _add_interval(name, values) for name, values in figures.items()}
+        for policy, figures in by_policy.items()
     }
     if len(by_policy) == 2:
         base, policy = by_policy["base"], by_policy["policy"]
         differences = {name: [b - a for a, b in zip(base[name], policy[name], strict=True)] for name in policy}
         lost, won, p = mcnemar([x == 1 for x in base["greedy"]], [x == 1 for x in policy["greedy"]])
         result["paired"] = {"lost": lost, "won": won, "p": p}
-        result["difference"] = {name: _interval("", values) for name, values in differences.items()}
+        result["difference"] = {name: _add_interval("", values) for name, values in differences.items()}
     return result
 
 
-def _interval(name: str, values: Sequence[float]) -> dict[str, float | int]:
-    """The mean over problems with its interval: Wilson's for a share of right answers, else the bootstrap's."""
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
+def _add_interval(name: str, values: Sequence[float]) -> dict[str, float | int]:
+    """Return the mean over problems with its 95 % interval: Wilson's for greedy accuracy, otherwise the bootstrap's."""
+    numbers = [value for value in values if not math.isnan(value)]
+    if not numbers:
         return {"value": math.nan, "ci_low": math.nan, "ci_high": math.nan, "n": 0}
     if name.startswith("greedy"):
-        low, high = wilson_interval(int(sum(known)), len(known))
+        low, high = wilson_interval(int(sum(numbers)), len(numbers))
     else:
-        low, high = bootstrap_interval(known)
-    return {"value": sum(known) / len(known), "ci_low": low, "ci_high": high, "n": len(known)}
+        low, high = bootstrap_interval(numbers)
+    return {"value": sum(numbers) / len(numbers), "ci_low": low, "ci_high": high, "n": len(numbers)}
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result for a terminal, 95 % intervals in brackets."""
-    data, how = result["data"], result["sampling"]
-    shown = [name for name in ("base", "policy", "difference") if name in result]
-    lines = [f"{result['weights']}" + (", against its base" if "base" in result else "")]
-    lines.append(f"{data['problems']} problems of {data['path']} ({data['split']})")
-    if data["left_out"]:
-        lines[-1] += f", {data['left_out']} left out: their prompts are too long"
-    if how["samples"]:
-        cuts = "".join(f", {name} {how[name]:g}" for name in ("top_k", "top_p", "min_p") if name in how)
-        lines[-1] += f"; {how['samples']} samples of each at temperature {how['temperature']:g}{cuts}"
-    width = max(len(short(name)) for name in result["policy"]) + 2
-    lines += ["", " " * width + "".join(f"{name:<28}" for name in shown).rstrip()]
+def format_table(result: dict[str, Any]) -> str:
+    """Return the result as text: a line per figure, a column per policy, 95 % intervals in parentheses."""
+    columns = [name for name in ("base", "policy", "difference") if name in result]
+    width = max(len(shorten_name(name)) for name in result["policy"]) + 2
+    lines = [*_format_head(result), "", " " * width + "".join(f"{name:<28}" for name in columns).rstrip()]
     for name in result["policy"]:
-        cells = (cell(name, result[policy][name], signed=policy == "difference") for policy in shown)
-        lines.append(f"{short(name):<{width}}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
+        cells = [format_figure(name, result[column][name], signed=column == "difference") for column in columns]
+        lines.append(f"{shorten_name(name):<{width}}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
     if "paired" in result:
         paired = result["paired"]
-        lines += ["", f"greedy, problem by problem: {paired['won']} won and {paired['lost']} lost against the base, "
-                  f"McNemar's p = {paired['p']:.2g}"]  # fmt: skip
+        lines += [
+            "",
+            f"greedy answers: {paired['won']} problems won and {paired['lost']} lost against the base model, "
+            f"McNemar's p = {paired['p']:.2g}",
+        ]
     return "\n".join(lines)
 
 
-def short(name: str) -> str:
-    """A reward of a file without the file's folder."""
+def _format_head(result: dict[str, Any]) -> list[str]:
+    """Return lines that name the weights, the problems and the settings of the samples."""
+    data, sampling = result["data"], result["sampling"]
+    lines = [f"{result['weights']}" + (", compared with its base model" if "base" in result else "")]
+    lines.append(f"{data['problems']} problems of {data['path']} ({data['split']})")
+    if data["left_out"]:
+        lines[-1] += f"; {data['left_out']} more are left out because their prompts are too long"
+    if sampling["samples"]:
+        cuts = "".join(f", {name} {sampling[name]:g}" for name in ("top_k", "top_p", "min_p") if name in sampling)
+        lines[-1] += f"; {sampling['samples']} samples per problem at temperature {sampling['temperature']:g}{cuts}"
+    return lines
+
+
+def shorten_name(name: str) -> str:
+    """Remove the folder from the name of a reward in a file."""
     return re.sub(r"[^ ]*/(?=[^/]*\.py:)", "", name)
 
 
-def cell(name: str, value: dict[str, float], *, signed: bool = False) -> str:
-    """A figure of that name with its interval: shares in per cent."""
-    share = not name.startswith(("reward", "length"))
-    scale, form = (100, "+.1f" if signed else ".1f") if share else (1, "+.3g" if signed else ".3g")
-    mean, low, high = (f"{value[key] * scale:{form}}" for key in ("value", "ci_low", "ci_high"))
-    return f"{mean}{' %' if share and not signed else ''} ({low} to {high})"
+def format_figure(name: str, figure: dict[str, float], *, signed: bool = False) -> str:
+    """Return the mean and interval of a figure, in per cent if it is a share. `signed` is for differences."""
+    is_share = not name.startswith(("reward", "length"))
+    scale, number_format = (100, ".1f") if is_share else (1, ".3g")
+    sign, unit = "+" if signed else "", " %" if is_share and not signed else ""
+    mean, low, high = (f"{figure[key] * scale:{sign}{number_format}}" for key in ("value", "ci_low", "ci_high"))
+    return f"{mean}{unit} ({low} to {high})"
 
 
-def _make(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output {folder} cannot be written: {error.strerror}") from None
 
 
-def _write(folder: Path, result: dict[str, Any], text: str, rows: Sequence[Row]) -> None:
+def _write_files(folder: Path, result: dict[str, Any], table: str, rows: Sequence[Row]) -> None:
     try:
-        (folder / "evaluate.json").write_text(json.dumps(_without_nan(result), indent=1) + "\n", encoding="utf-8")
-        (folder / "evaluate.txt").write_text(text + "\n", encoding="utf-8")
+        (folder / "evaluate.json").write_text(json.dumps(_replace_nan(result), indent=1) + "\n", encoding="utf-8")
+        (folder / "evaluate.txt").write_text(table + "\n", encoding="utf-8")
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / "completions.jsonl").write_bytes("".join(lines).encode(errors="replace"))
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be written: {error.strerror}") from None
-    print(f"\n{folder}: evaluate.json, evaluate.txt, completions.jsonl")
+        raise ConfigError(f"--output {folder} cannot be written: {error.strerror}") from None
+    print(f"\nwritten to {folder}: evaluate.json, evaluate.txt, completions.jsonl")
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON has no nan."""
+def _replace_nan(value: Any) -> Any:
+    """Replace NaN, which JSON does not have, by None in nested mappings."""
     if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
+        return {key: _replace_nan(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,7 +1,8 @@
-"""The `export` command: a run's policy as others load it, merged or as an adapter, with a card that says what it is.
+"""The `export` command: write a run's policy as a merged model or as an adapter, with tokenizer and model card.
 
-LoRA is merged in float32 and rounded once. Logits are compared twice with those of base and adapter in float32: merged,
-where the gap is the order of additions and nothing else, and loaded again from what was written, where it is rounding.
+The adapter is merged in float32 and rounded once. The logits are compared twice with those of base and adapter in
+float32: after merging, where they may differ by the order of additions only, and after loading the written model,
+where they also differ by rounding.
 """
 
 from __future__ import annotations
@@ -18,37 +19,38 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from grpo_core.commands.evaluate import problems
-from grpo_core.commands.model_card import base_name, card
-from grpo_core.commands.open_policy import Opened, open_source
+from grpo_core.commands.errors import print_error
+from grpo_core.commands.evaluate import load_problems
+from grpo_core.commands.model_card import base_name, make_card
+from grpo_core.commands.open_policy import ADAPTER_CONFIG, OpenedPolicy, open_source
 from grpo_core.data.word_problems import word_problems
 from grpo_core.monitor.progress import working
 from grpo_core.report.run_reader import completion_places, rows_at
 from grpo_core.schema import ConfigError, printable
 from grpo_core.training.checkpoint import in_words
 
-MARK = "export.json"  # in every folder that was exported to
+MARK = "export.json"  # in every exported folder: dtype and gap; a folder with it may be overwritten
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MERGED = 1e-3  # the relative gap that merging in float32 may leave; a wrong merge is orders above it
-# after rounding, which has 8 bits in bf16 and 11 in fp16 and adds up over layers: 0.03 to 0.09 was seen in bf16
-ALLOWED = {"fp32": 1e-3, "bf16": 0.3, "fp16": 0.05}
-COMPARED, LONGEST = 8, 512  # texts, and tokens of each
+MAX_MERGE_GAP = 1e-3  # relative gap after merging in float32; a wrong merge is orders of magnitude above it
+# relative gap after rounding to 8 (bf16) or 11 (fp16) bits, which adds up over layers; 0.03 to 0.09 was seen in bf16
+MAX_ROUNDING_GAP = {"fp32": 1e-3, "bf16": 0.3, "fp16": 0.05}
+MAX_COMPARED_TEXTS, MAX_COMPARED_TOKENS = 8, 512  # tokens of each text
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How far the logits of what was written are from those of base and adapter, over all compared positions."""
+    """The difference between the logits of an exported model and those of base and adapter, over all positions."""
 
-    largest: float  # the greatest difference of a logit
-    relative: float  # the norm of all differences over the norm of the logits about their mean
-    kl: float  # nats a token, from the merged model to base and adapter
-    same_token: float  # the share of positions whose most probable token is the same
+    largest: float  # the greatest absolute difference
+    relative: float  # norm of all differences / norm of the logits minus their mean over the vocabulary
+    kl: float  # nats per token, KL(base and adapter || exported)
+    same_token: float  # share of positions with the same most probable token
     tokens: int
 
     def __str__(self) -> str:
         return (
             f"over {self.tokens} tokens: largest {self.largest:.2g}, relative {self.relative:.2g}, KL {self.kl:.2g} "
-            f"nats a token, the same most probable token at {self.same_token:.2%}"
+            f"nats per token, the same most probable token at {self.same_token:.2%}"
         )
 
 
@@ -62,12 +64,14 @@ def run_export(
     private: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Write the model or adapter with its tokenizer and card, and upload it where asked to. Returns 3 where it is off.
+    """Write the model, or the adapter, with tokenizer and card; upload it if `push` names a hub repository.
+
+    Returns 0, or 3 if the logits differ by more than merging or rounding explains; then nothing is left.
 
     Raises:
-        ConfigError: what cannot be opened, written or uploaded; --adapter of what has none.
+        ConfigError: the source cannot be opened, written or uploaded, or has no adapter to export.
     """
-    opened = open_source(source, ["model.precision=fp32"], say=partial(print, file=sys.stderr))
+    opened = open_source(source, ["model.precision=fp32"], notify=partial(print, file=sys.stderr))
     if adapter and not opened.has_adapter:
         raise ConfigError(f"--adapter: {opened.weights} is a whole model and has no adapter")
     folder = output or (opened.folder or Path()) / ("export-adapter" if adapter else "export")
@@ -75,26 +79,23 @@ def run_export(
     if dry_run:
         _preview(opened, folder, adapter, dtype, push)
         return 0
-    _make_room(folder)
+    _make_empty_folder(folder)
     gap = None
     try:
         if adapter:
             _write_adapter(opened, folder)
         else:
-            texts = texts_to_compare(opened)
+            texts = choose_texts(opened)
             with working("merging and comparing"):
-                merged, gap = write_merged(opened, folder, dtype, texts)
-            checked = [("merged", "fp32", merged, MERGED), ("as written", dtype, gap, ALLOWED[dtype])]
-            for step, kind, found, bound in checked:
-                print(f"{step} in {kind}, against base and adapter: {found}")
-                if not found.relative <= bound:
-                    shutil.rmtree(folder)
-                    print(f"grpo_core: that is more than {kind} explains ({bound}): not exported", file=sys.stderr)
-                    return 3
+                merge_gap, gap = write_merged(opened, folder, dtype, texts)
+            if not _check_gaps(merge_gap, gap, dtype):
+                shutil.rmtree(folder)
+                return 3
         opened.tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card(opened, adapter, dtype, str(gap) if gap else None), encoding="utf-8")
-        told = {"dtype": dtype, "gap": asdict(gap) if gap else None}
-        (folder / MARK).write_text(json.dumps(told), encoding="utf-8")
+        card = make_card(opened, adapter, dtype, str(gap) if gap else None)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        mark = {"dtype": dtype, "gap": asdict(gap) if gap else None}
+        (folder / MARK).write_text(json.dumps(mark), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--output {folder} cannot be written: {in_words(error)}") from None
     print(f"{'adapter' if adapter else 'model'}: {folder}")
@@ -104,63 +105,85 @@ def run_export(
     return 0
 
 
-def write_merged(opened: Opened, folder: Path, dtype: str, texts: Sequence[str]) -> tuple[Gap, Gap]:
-    """Merge, write in `dtype`, and compare: as merged in float32, and as loaded from what was written.
+def write_merged(opened: OpenedPolicy, folder: Path, dtype: str, texts: Sequence[str]) -> tuple[Gap, Gap]:
+    """Merge the adapter in float32 and write the model in `dtype`. Changes the opened policy.
 
-    The policy is merged and rounded afterwards.
+    Returns the gaps after merging and after loading the written model.
     """
-    wanted = logits_of(opened.policy.causal_lm, opened, texts)
+    expected = compute_logits(opened.policy.causal_lm, opened, texts)
     model = opened.policy.model.merge_and_unload() if opened.has_adapter else opened.policy.model
-    merged = compare(wanted, logits_of(model, opened, texts))
+    merge_gap = compare(expected, compute_logits(model, opened, texts))
     model.to(DTYPES[dtype])
     model.config.dtype = DTYPES[dtype]
     model.save_pretrained(folder)
     written = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(opened.sampler.device).eval()
-    return merged, compare(wanted, logits_of(written, opened, texts))
+    return merge_gap, compare(expected, compute_logits(written, opened, texts))
+
+
+def _check_gaps(merge_gap: Gap, written_gap: Gap, dtype: str) -> bool:
+    """Print the gaps. Return whether both are within their bounds; print an error for the first that is not."""
+    checks = [
+        ("the merged model", "fp32", merge_gap, MAX_MERGE_GAP),
+        ("the written model", dtype, written_gap, MAX_ROUNDING_GAP[dtype]),
+    ]
+    for model, kind, gap, bound in checks:
+        print(f"logits of {model} ({kind}) against base and adapter, {gap}")
+        if not gap.relative <= bound:  # NaN fails too
+            print_error(
+                f"the relative gap of {model} is {gap.relative:.2g}, but {kind} explains {bound} at most; not exported"
+            )
+            return False
+    return True
 
 
 @torch.no_grad()
-def logits_of(model: PreTrainedModel, opened: Opened, texts: Sequence[str]) -> list[Tensor]:
-    """The logits after every token of each text, [T, V] float32 on the CPU."""
-    found = []
+def compute_logits(model: PreTrainedModel, opened: OpenedPolicy, texts: Sequence[str]) -> list[Tensor]:
+    """Return the logits after every token of each text, [T, V] float32 on the CPU."""
+    logits = []
     for text in texts:
-        ids = opened.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :LONGEST]
-        found.append(model(ids.to(opened.sampler.device), use_cache=False).logits[0].float().cpu())
-    return found
+        ids = opened.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = ids[:, :MAX_COMPARED_TOKENS].to(opened.sampler.device)
+        logits.append(model(ids, use_cache=False).logits[0].float().cpu())
+    return logits
 
 
-def compare(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> Gap:
-    """The gap between two lists of logits."""
-    one, other = torch.cat([*wanted]), torch.cat([*got])
-    spread = one - one.mean(dim=1, keepdim=True)
-    p, q = one.log_softmax(dim=1), other.log_softmax(dim=1)
+def compare(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> Gap:
+    """Return the gap between two lists of logits, each [T, V]."""
+    reference, other = torch.cat([*expected]), torch.cat([*actual])
+    spread = reference - reference.mean(dim=1, keepdim=True)
+    p, q = reference.log_softmax(dim=1), other.log_softmax(dim=1)
     return Gap(
-        float((one - other).abs().max()),
-        float((one - other).norm() / spread.norm()),
+        float((reference - other).abs().max()),
+        float((reference - other).norm() / spread.norm()),
         float((p.exp() * (p - q)).sum(dim=1).mean()),
-        float((one.argmax(dim=1) == other.argmax(dim=1)).double().mean()),
-        len(one),
+        float((reference.argmax(dim=1) == other.argmax(dim=1)).double().mean()),
+        len(reference),
     )
 
 
-def texts_to_compare(opened: Opened) -> list[str]:
-    """Prompts with completions of the run's last step; else prompts of its data; else the built-in problems."""
+def choose_texts(opened: OpenedPolicy) -> list[str]:
+    """Return the texts to compare logits on.
+
+    They are prompts with completions of the run's last step; else prompts of its data; else built-in problems.
+    """
     file = (opened.folder or Path()) / "completions.jsonl"
     if opened.folder and (places := completion_places(file)):
         last = places[max(places)]
-        rows = rows_at(file, last[:: max(1, len(last) // COMPARED)][:COMPARED])
+        every = max(1, len(last) // MAX_COMPARED_TEXTS)
+        rows = rows_at(file, last[::every][:MAX_COMPARED_TEXTS])
         return [row["prompt"] + row["text"] for row in rows]
     try:
-        return [task.prompt for task in problems(opened, None, None, COMPARED)[0][:COMPARED]]
-    except ConfigError:  # data that is not here
-        return [row["question"] for row in word_problems("test", COMPARED)]
+        tasks, _ = load_problems(opened, None, None, MAX_COMPARED_TEXTS)
+        return [task.prompt for task in tasks[:MAX_COMPARED_TEXTS]]
+    except ConfigError:  # the data is not on this machine
+        return [row["question"] for row in word_problems("test", MAX_COMPARED_TEXTS)]
 
 
 def upload(folder: Path, repository: str, *, private: bool) -> None:
-    """Put the folder into a repository of the hub, which is made where it is not there.
+    """Upload the folder to a hub repository, which is created if it does not exist.
 
     Raises:
-        ConfigError: the hub does not take it.
+        ConfigError: the upload failed.
     """
     from huggingface_hub import HfApi
 
@@ -169,44 +192,48 @@ def upload(folder: Path, repository: str, *, private: bool) -> None:
             api = HfApi()
             api.create_repo(repository, private=private, exist_ok=True)
             api.upload_folder(folder_path=folder, repo_id=repository, ignore_patterns=[MARK])
-    except Exception as error:  # of many kinds: no network, no login, a name that is none
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # of many types: no network, no login, an invalid name
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"--push {repository}: the hub did not take it ({why}); `hf auth login` or HF_TOKEN says who you are, and "
-            f"what would have gone is in {folder}"
+            f"--push {repository}: the upload failed ({reason}); log in with `hf auth login` or set HF_TOKEN; "
+            f"the exported files are in {folder}"
         ) from error
 
 
-def _write_adapter(opened: Opened, folder: Path) -> None:
-    """The adapter in PEFT's format; a folder of this machine is no name for its base."""
+def _write_adapter(opened: OpenedPolicy, folder: Path) -> None:
+    """Write the adapter in PEFT's format, without paths of this machine."""
     opened.policy.model.to(DTYPES[_trained_dtype(opened)])
     opened.policy.save(folder)
-    path = folder / "adapter_config.json"
+    path = folder / ADAPTER_CONFIG
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["base_model_name_or_path"] = base_name(opened)
     path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
-def _trained_dtype(opened: Opened) -> str:
-    """The precision in which the adapter or the model lies in the run folder."""
+def _trained_dtype(opened: OpenedPolicy) -> str:
+    """Return the precision of the adapter or model in the run folder; fp32 if there is none."""
     from safetensors import safe_open
 
-    found = opened.folder and next(
-        (path for kind in ("adapter", "model") for path in (opened.folder / kind).glob("*.safetensors")), None
-    )
-    if not found:
+    files = []
+    if opened.folder:
+        files = [path for kind in ("adapter", "model") for path in (opened.folder / kind).glob("*.safetensors")]
+    if not files:
         return "fp32"
-    with safe_open(found, framework="pt") as file:
+    with safe_open(files[0], framework="pt") as file:
         kind = file.get_slice(next(iter(file.keys()))).get_dtype()
     return {"BF16": "bf16", "F16": "fp16"}.get(kind, "fp32")
 
 
-def _make_room(folder: Path) -> None:
-    """Raise ConfigError where something else than an earlier export lies."""
+def _make_empty_folder(folder: Path) -> None:
+    """Create the folder, or empty it if it is an earlier export.
+
+    Raises:
+        ConfigError: the folder holds anything else, or cannot be written.
+    """
     if folder.is_file():
         raise ConfigError(f"--output {folder} is a file; name a folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
-        raise ConfigError(f"--output {folder} holds something that is no export; name another folder")
+        raise ConfigError(f"--output {folder} holds files that are not an export; name another folder")
     if folder.exists():
         shutil.rmtree(folder)
     try:
@@ -216,17 +243,16 @@ def _make_room(folder: Path) -> None:
         raise ConfigError(f"--output {folder} cannot be written: {in_words(error)}") from None
 
 
-def _preview(opened: Opened, folder: Path, adapter: bool, dtype: str, push: str | None) -> None:
-    """What would be written and uploaded."""
-    size = DTYPES[dtype].itemsize
-    policy = opened.policy
-    named = dict(policy.model.named_parameters())
-    counted = [p.numel() for name, p in named.items() if ("lora_" in name) == adapter]
+def _preview(opened: OpenedPolicy, folder: Path, adapter: bool, dtype: str, push: str | None) -> None:
+    """Print the names of the files that would be written or uploaded, the size of the weights, and the model card."""
+    parameters = opened.policy.model.named_parameters()
+    count = sum(p.numel() for name, p in parameters if ("lora_" in name) == adapter)
+    size = count * DTYPES[dtype].itemsize / 1e6
     weights = "adapter_model.safetensors" if adapter else "model.safetensors"
+    configs = ["adapter_config.json"] if adapter else ["config.json", "generation_config.json"]
     print(f"to {folder}{f' and https://huggingface.co/{push}' if push else ''}:")
-    print(f"  {weights:<28} {sum(counted) * size / 1e6:,.2f} MB in {dtype}")
-    rest = ["adapter_config.json"] if adapter else ["config.json", "generation_config.json"]
-    print("\n".join(f"  {name}" for name in [*rest, "the tokenizer's files", "README.md"]))
+    print(f"  {weights:<28} {size:,.2f} MB in {dtype}")
+    print("\n".join(f"  {name}" for name in [*configs, "the tokenizer's files", "README.md"]))
     print("\nREADME.md:\n")
-    print(printable(card(opened, adapter, dtype, None)))
+    print(printable(make_card(opened, adapter, dtype, None)))
     print("Nothing was written.")

@@ -1,4 +1,4 @@
-"""A run folder, an adapter or a model, opened to be used: one process, no engine, nothing is written."""
+"""Open a run folder, a checkpoint, an adapter or a model for use: one process, no engine, nothing is written."""
 
 from __future__ import annotations
 
@@ -21,71 +21,31 @@ from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint
 from grpo_core.training.prepare import make_sampler, quieten
 
-ADAPTER = "adapter_config.json"  # PEFT's
+ADAPTER_CONFIG = "adapter_config.json"  # the file that PEFT writes beside an adapter
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A policy with what belongs to it."""
+class OpenedPolicy:
+    """A policy with its configuration, tokenizer and sampler."""
 
-    source: str  # as it was named
-    folder: Path | None  # the run folder; None for a model or an adapter by itself
-    config: RunConfig  # the run's, with model.path as the base; of a model by itself the one that was given
-    weights: str  # which weights these are, in words
+    source: str  # the path or name that was opened
+    folder: Path | None  # the run folder; None for a model or an adapter outside of a run
+    config: RunConfig  # the run's; model.path is the base model, or the model itself if it has no adapter
+    weights: str  # a description of the weights, such as "the adapter in runs/tiny/adapter"
     policy: Policy
     tokenizer: PreTrainedTokenizerBase
     sampler: Sampler
 
     @property
     def has_adapter(self) -> bool:
-        """Whether there is a base model to compare with."""
+        """Whether the adapter can be switched off to use the base model."""
         return hasattr(self.policy.model, "disable_adapter")
 
 
-def open_source(
-    source: str,
-    overrides: Sequence[str] = (),
-    *,
-    config: Path | None = None,
-    say: Callable[[str], None] = lambda sentence: None,
-) -> Opened:
-    """Open a run folder, one of its checkpoints, an adapter's folder, or a model (a folder, a hub id, builtin:tiny).
-
-    `overrides` are `section.key=value` over the run's config.yaml, or over `config` for what is no run.
-
-    Raises:
-        ConfigError: nothing of that kind is there, or it cannot be loaded.
-    """
-    quieten()
-    if missing := missing_folder(source):
-        raise ConfigError(missing)
-    try:
-        return _open(_find(source, list(overrides), config, say), source, say)
-    except ConfigError as error:
-        if Path(source).exists() or source.startswith("builtin:") or "model.path" not in str(error):
-            raise
-        raise ConfigError(f"there is no folder {source}, and as a model of the hub: {error}") from error
-
-
-def _open(found: _Found, source: str, say: Callable[[str], None]) -> Opened:
-    settings, adapter, tensors = found.config, found.adapter, found.checkpoint
-    dtype = ranks.resolve_dtype(settings.model.precision)
-    lora = settings.lora if tensors is not None else LoraConfig(r=0)
-    with working("loading the model"):
-        tokenizer = load_tokenizer(str(found.tokenizer), settings.model.trust_remote_code)
-        policy = load_policy(
-            settings.model, lora, dtype=dtype, temperature=settings.sampling.temperature, adapter=adapter
-        )
-        if tensors is not None:
-            _take_weights(policy, tensors)
-        policy.model.to(ranks.device())
-    policy.model.requires_grad_(False)
-    sampler = make_sampler(settings.sampling, policy, tokenizer, say)
-    return Opened(source, found.folder, settings, found.weights, policy, tokenizer, sampler)
-
-
 @dataclass(frozen=True)
-class _Found:
+class _Source:
+    """The files from which a policy is loaded."""
+
     config: RunConfig
     folder: Path | None
     weights: str
@@ -94,61 +54,108 @@ class _Found:
     checkpoint: Path | None = None
 
 
-def _find(source: str, overrides: list[str], config: Path | None, say: Callable[[str], None]) -> _Found:
-    """What `source` names, without loading any of it."""
+def open_source(
+    source: str,
+    overrides: Sequence[str] = (),
+    *,
+    config: Path | None = None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> OpenedPolicy:
+    """Open a run folder, one of its checkpoints, an adapter's folder, or a model (a folder, a hub id, builtin:tiny).
+
+    `overrides` are `section.key=value` words. They change the run's config.yaml; for a source outside of a run they
+    change the file `config`, or the defaults. `notify` receives notes, such as functions that could not be found.
+
+    Raises:
+        ConfigError: there is no such source, or it cannot be loaded.
+    """
+    quieten()
+    if missing := missing_folder(source):
+        raise ConfigError(missing)
+    try:
+        return _load(_find_source(source, list(overrides), config, notify), source, notify)
+    except ConfigError as error:
+        if Path(source).exists() or source.startswith("builtin:") or "model.path" not in str(error):
+            raise
+        raise ConfigError(f"there is no folder {source}, and it cannot be loaded as a hub model: {error}") from error
+
+
+def _load(found: _Source, source: str, notify: Callable[[str], None]) -> OpenedPolicy:
+    config = found.config
+    dtype = ranks.resolve_dtype(config.model.precision)
+    lora = config.lora if found.checkpoint is not None else LoraConfig(r=0)
+    with working("loading the model"):
+        tokenizer = load_tokenizer(str(found.tokenizer), config.model.trust_remote_code)
+        policy = load_policy(
+            config.model, lora, dtype=dtype, temperature=config.sampling.temperature, adapter=found.adapter
+        )
+        if found.checkpoint is not None:
+            _load_checkpoint(policy, found.checkpoint)
+        policy.model.to(ranks.device())
+    policy.model.requires_grad_(False)
+    sampler = make_sampler(config.sampling, policy, tokenizer, notify)
+    return OpenedPolicy(source, found.folder, config, found.weights, policy, tokenizer, sampler)
+
+
+def _find_source(source: str, overrides: list[str], config_file: Path | None, notify: Callable[[str], None]) -> _Source:
+    """Find the files of a source, without loading any weights."""
     path = Path(source)
-    if (path / checkpoint.META).exists():  # a checkpoint: <run folder>/checkpoints/step-000040
+    if (path / checkpoint.META).exists():  # <run folder>/checkpoints/step-000040
         if problem := checkpoint.damage(path):
             raise ConfigError(f"the checkpoint {path} is damaged: {problem}")
-        return _of_run(path.parents[1], overrides, path, say)
+        return _find_in_run(path.parents[1], overrides, path, notify)
     if (path / "config.yaml").exists():
-        return _of_run(path, overrides, None, say)
+        return _find_in_run(path, overrides, None, notify)
     if path.is_dir() and not [*path.glob("*.json"), *path.glob("*.safetensors")]:
-        raise ConfigError(f"{source} is a folder, but neither a run (no config.yaml) nor a model or adapter")
-    settings = load(config, overrides) if config else None
-    if (path / ADAPTER).exists():
-        base = json.loads((path / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        settings = settings or load_overrides([f"model.path={base}", *overrides])
-        return _Found(settings, None, f"the adapter in {path}", _tokenizer(path, settings.model.path), adapter=path)
-    settings = settings or load_overrides(overrides)
-    settings = replace(settings, model=replace(settings.model, path=source))
-    return _Found(settings, None, source, source)
+        raise ConfigError(
+            f"{source} is a folder, but neither a run (it has no config.yaml) nor a model or adapter "
+            f"(it has no JSON or safetensors files)"
+        )
+    config = load(config_file, overrides) if config_file else None
+    if (path / ADAPTER_CONFIG).exists():
+        base = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        config = config or load_overrides([f"model.path={base}", *overrides])
+        return _Source(config, None, f"the adapter in {path}", _find_tokenizer(path, config.model.path), adapter=path)
+    config = config or load_overrides(overrides)
+    config = replace(config, model=replace(config.model, path=source))
+    return _Source(config, None, source, source)
 
 
-def _of_run(folder: Path, overrides: list[str], chosen: Path | None, say: Callable[[str], None]) -> _Found:
-    """A run's last weights: its adapter or model, or those of a checkpoint where it has not come so far."""
-    settings = load_run_config(folder, overrides, tell=say)
-    model, adapter = folder / "model", folder / "adapter"
-    if chosen is None and (adapter / ADAPTER).exists():
-        tokenizer = _tokenizer(adapter, settings.model.path)
-        return _Found(settings, folder, f"the adapter in {adapter}", tokenizer, adapter=adapter)
-    for whole in (model, adapter):  # without LoRA train writes the model where the adapter would be
-        if chosen is None and (whole / "config.json").exists():
-            settings = replace(settings, model=replace(settings.model, path=str(whole)))
-            return _Found(settings, folder, f"the model in {whole}", whole)
+def _find_in_run(folder: Path, overrides: list[str], chosen: Path | None, notify: Callable[[str], None]) -> _Source:
+    """Find the weights of a run: the checkpoint `chosen`, else its adapter or model, else its newest checkpoint."""
+    config = load_run_config(folder, overrides, notify)
     if chosen is None:
-        whole = [one for one in checkpoint.steps(folder / "checkpoints") if checkpoint.damage(one) is None]
-        if not whole:
+        adapter = folder / "adapter"
+        if (adapter / ADAPTER_CONFIG).exists():
+            tokenizer = _find_tokenizer(adapter, config.model.path)
+            return _Source(config, folder, f"the adapter in {adapter}", tokenizer, adapter=adapter)
+        for model in (folder / "model", adapter):  # with lora.r 0, `train` writes the model into adapter/
+            if (model / "config.json").exists():
+                config = replace(config, model=replace(config.model, path=str(model)))
+                return _Source(config, folder, f"the model in {model}", model)
+        undamaged = [path for path in checkpoint.steps(folder / "checkpoints") if checkpoint.damage(path) is None]
+        if not undamaged:
             raise ConfigError(f"{folder} holds a run that has written neither an adapter nor a checkpoint yet")
-        chosen = whole[-1]
-    return _Found(settings, folder, f"the checkpoint {chosen}", settings.model.path, checkpoint=chosen)
+        chosen = undamaged[-1]
+    return _Source(config, folder, f"the checkpoint {chosen}", config.model.path, checkpoint=chosen)
 
 
-def _tokenizer(folder: Path, base: str) -> str | Path:
-    """The tokenizer that lies beside an adapter, else the base model's."""
+def _find_tokenizer(folder: Path, base: str) -> str | Path:
+    """Return the folder of an adapter if it holds a tokenizer, else the base model."""
     return folder if [*folder.glob("*token*"), *folder.glob("vocab*")] else base
 
 
-def _take_weights(policy: Policy, chosen: Path) -> None:
-    """Put a checkpoint's weights into the policy.
+def _load_checkpoint(policy: Policy, path: Path) -> None:
+    """Copy the weights of a checkpoint into the policy.
 
     Raises:
-        ConfigError: they are of other shapes.
+        ConfigError: the checkpoint has other names or shapes than the policy's trained parameters.
     """
-    tensors = checkpoint.weights(chosen)
-    named = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-    if {name: p.shape for name, p in named.items()} != {name: value.shape for name, value in tensors.items()}:
-        raise ConfigError(f"the checkpoint {chosen} holds other weights than {policy.causal_lm.config.model_type}'s")
+    tensors = checkpoint.weights(path)
+    parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    if {name: p.shape for name, p in parameters.items()} != {name: x.shape for name, x in tensors.items()}:
+        model_type = policy.causal_lm.config.model_type
+        raise ConfigError(f"the weights in the checkpoint {path} do not fit the {model_type} model of the run")
     with torch.no_grad():
-        for name, parameter in named.items():
+        for name, parameter in parameters.items():
             parameter.copy_(tensors[name])

@@ -1,4 +1,4 @@
-"""The `sample` command: put a question to a policy and watch it answer; without one, as many as you like."""
+"""The `sample` command: answer one question, or read questions from an interactive prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import SamplingParams, Task
-from grpo_core.commands.open_policy import Opened, open_source
+from grpo_core.commands.open_policy import OpenedPolicy, open_source
 from grpo_core.data.prompts import render_prompt, template_fields
 from grpo_core.monitor.progress import working
 from grpo_core.objective.rewards import REWARDS
@@ -23,17 +23,18 @@ from grpo_core.scoring.reward_call import missing_columns, needed_columns
 from grpo_core.scoring.scoring import Reward, score
 from grpo_core.training.prepare import make_rewards
 
-NARROWEST = 28  # characters of a column
+MIN_COLUMN_WIDTH = 28  # characters
+SEPARATOR = " | "  # between columns
 HELP = """\
-/adapter on|off   the policy, or the base model that it was trained from
-/n 4              so many answers side by side, with their rewards; 1: one, streamed
-/temperature 0.7  of the answers; 0: greedy
-/answer 18        the right answer, for rewards that read it; /answer alone forgets it
-/quit             or Ctrl-D; Ctrl-C ends an answer"""
+/adapter on|off   answer with the trained policy (on) or with its base model (off)
+/n 4              number of answers; several are shown in columns, one is printed as it is sampled
+/temperature 0.7  sampling temperature; 0 is greedy
+/answer 18        correct answer, for rewards that need the column answer; /answer alone removes it
+/quit             leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
 @dataclass(frozen=True)
-class Asking:
+class AnswerSettings:
     """How the next question is answered."""
 
     samples: int = 1
@@ -44,10 +45,14 @@ class Asking:
     seed: int = 0
 
     @property
-    def settings(self) -> SamplingParams:
-        """As the sampler takes them."""
-        chosen = self.temperature if self.temperature is not None else float(self.samples > 1)
-        return SamplingParams(chosen) if chosen else SamplingParams(greedy=True)
+    def sampling(self) -> SamplingParams:
+        """The settings of the sampler.
+
+        Raises:
+            ValueError: the temperature is negative or not a number.
+        """
+        temperature = float(self.samples > 1) if self.temperature is None else self.temperature
+        return SamplingParams(temperature) if temperature else SamplingParams(greedy=True)
 
 
 def run_sample(
@@ -56,152 +61,175 @@ def run_sample(
     config: Path | None = None,
     *,
     max_new_tokens: int | None = None,
-    **asking: object,  # the fields of Asking
+    **fields: object,  # of AnswerSettings
 ) -> int:
-    """Answer `question`, or open a prompt.
+    """Answer `question`, or questions from an interactive prompt if it is None. Returns 0.
 
     Raises:
-        ConfigError: what cannot be opened, or a question that the run's template has no place for.
+        ConfigError: the source cannot be opened, has no adapter to switch off, or has a template with other columns.
     """
-    longest = [f"sampling.max_new_tokens={max_new_tokens}"] if max_new_tokens else []
-    opened = open_source(source, longest, config=config, say=partial(print, file=sys.stderr))
-    how, rewards = Asking(**asking), make_rewards(opened.config)  # type: ignore[arg-type]
-    check_base(opened, how)
-    if question is not None:
-        if not question.strip():
-            raise ConfigError("the question is empty; without one, a prompt opens")
-        ask(opened, rewards, question, how)
+    overrides = [f"sampling.max_new_tokens={max_new_tokens}"] if max_new_tokens else []
+    opened = open_source(source, overrides, config=config, notify=partial(print, file=sys.stderr))
+    settings, rewards = AnswerSettings(**fields), make_rewards(opened.config)  # type: ignore[arg-type]
+    check_base(opened, settings)
+    if question is None:
+        run_prompt(opened, rewards, settings)
         return 0
-    print(f"{opened.weights}. A question, or /help.")
-    with suppress(ImportError):  # not everywhere
-        import readline  # noqa: F401  gives input() its history and its editing
+    if not question.strip():
+        raise ConfigError("the question is empty; leave it out to read questions from a prompt")
+    answer_question(opened, rewards, question, settings)
+    return 0
+
+
+def run_prompt(opened: OpenedPolicy, rewards: Sequence[Reward], settings: AnswerSettings) -> None:
+    """Read questions and /commands from the terminal until /quit or Ctrl-D."""
+    print(f"{opened.weights}. Enter a question, or /help.")
+    with suppress(ImportError):  # not on every system
+        import readline  # noqa: F401  gives input() a history and line editing
     while True:
         try:
-            if (line := input("\n> ").strip()) in ("/quit", "quit", "exit"):
-                return 0
+            line = input("\n> ").strip()
+            if line in ("/quit", "quit", "exit"):
+                return
             if line.startswith("/"):
-                how = changed(how, line)
-                check_base(opened, how)
+                settings = apply_command(settings, line)
+                check_base(opened, settings)
             elif line:
-                ask(opened, rewards, line, how)
-                how = replace(how, seed=how.seed + 1)  # the same question again is another draw
+                answer_question(opened, rewards, line, settings)
+                settings = replace(settings, seed=settings.seed + 1)  # the same question again gets other samples
         except ConfigError as error:
             print(error)
         except KeyboardInterrupt:
             print("\n/quit or Ctrl-D leaves")
         except EOFError:
             print()
-            return 0
+            return
 
 
-def check_base(opened: Opened, how: Asking) -> None:
-    """Raise ConfigError where there is no adapter to switch off."""
-    if how.base and not opened.has_adapter:
+def check_base(opened: OpenedPolicy, settings: AnswerSettings) -> None:
+    """Raise ConfigError if the base model is asked for and there is no adapter to switch off."""
+    if settings.base and not opened.has_adapter:
         raise ConfigError(f"{opened.weights} has no adapter to switch off")
 
 
-def changed(how: Asking, line: str) -> Asking:
-    """`how` after a /command, which says what it has done.
+def apply_command(settings: AnswerSettings, line: str) -> AnswerSettings:
+    """Return the settings after a /command, and print them.
 
     Raises:
-        ConfigError: no such command, or not with this value.
+        ConfigError: there is no such command, or its value is not allowed.
     """
     word, _, value = line.partition(" ")
     value = value.strip()
+    if word == "/help":
+        print(HELP)
+        return settings
+    if word == "/adapter" and value in ("on", "off"):
+        settings = replace(settings, base=value == "off")
+    elif word == "/n":
+        if not value.isdecimal() or int(value) < 1:
+            raise ConfigError(f"/n is {value!r}; it must be a whole number from 1 up")
+        settings = replace(settings, samples=int(value))
+    elif word == "/temperature":
+        settings = replace(settings, temperature=_parse_temperature(value))
+    elif word == "/answer":
+        settings = replace(settings, answer=value or None)
+    else:
+        raise ConfigError(f"unknown command {line}; /help lists the commands")
+    sampling = settings.sampling
+    temperature = "greedy" if sampling.greedy else f"temperature {sampling.temperature:g}"
+    adapter = "off" if settings.base else "on"
+    print(f"adapter {adapter}, n {settings.samples}, {temperature}, answer {settings.answer or 'not set'}")
+    return settings
+
+
+def _parse_temperature(value: str) -> float:
     try:
-        if word == "/help":
-            print(HELP)
-            return how
-        if word == "/adapter" and value in ("on", "off"):
-            how = replace(how, base=value == "off")
-        elif word == "/n":
-            if int(value) < 1:
-                raise ValueError
-            how = replace(how, samples=int(value))
-        elif word == "/temperature":
-            how = replace(how, temperature=float(value))
-            how.settings  # noqa: B018  raises where it means nothing
-        elif word == "/answer":
-            how = replace(how, answer=value or None)
-        else:
-            raise ConfigError(f"{line} is nothing known here; /help lists what is")
-    except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-        wanted = "a whole number from 1 up" if word == "/n" else "0 or a number above it"
-        raise ConfigError(f"{word} {value}: it must be {wanted}") from error
-    shown = "greedy" if how.settings.greedy else f"temperature {how.settings.temperature:g}"
-    print(f"adapter {'off' if how.base else 'on'}, n {how.samples}, {shown}, answer {how.answer or 'not given'}")
-    return how
+        temperature = float(value)
+        AnswerSettings(temperature=temperature).sampling  # noqa: B018  raises ValueError if it is not allowed
+    except ValueError:
+        raise ConfigError(f"/temperature is {value!r}; it must be 0 or a number above it") from None
+    return temperature
 
 
-def ask(opened: Opened, rewards: Sequence[Reward], question: str, how: Asking) -> None:
-    """Print the answers: one as it is drawn, several beside each other; and what the rewards say of them."""
-    task = task_of(opened, question, how)
-    with opened.policy.reference() if how.base else nullcontext():
-        if how.samples == 1:
-            watch = Stream(opened.tokenizer, opened.sampler.eos_ids)
-            rollouts = opened.sampler.generate([task], 1, settings=how.settings, watch=watch)
-            print(watch.rest())
+def answer_question(opened: OpenedPolicy, rewards: Sequence[Reward], question: str, settings: AnswerSettings) -> None:
+    """Print the answers with their lengths and rewards: one answer while it is sampled, several in columns."""
+    task = make_task(opened, question, settings)
+    with opened.policy.reference() if settings.base else nullcontext():
+        if settings.samples == 1:
+            printer = TokenPrinter(opened.tokenizer, opened.sampler.eos_ids)
+            rollouts = opened.sampler.generate([task], 1, settings=settings.sampling, watch=printer)
+            print(printer.rest())
         else:
             with working("sampling"):
-                rollouts = opened.sampler.generate([task], how.samples, settings=how.settings)
-    told = told_rewards(rewards, task, rollouts.completions, how.samples)
+                rollouts = opened.sampler.generate([task], settings.samples, settings=settings.sampling)
+    reward_notes = describe_rewards(rewards, task, rollouts.completions, settings.samples)
     notes = [
-        [f"{length} tokens{', cut off' if cut else ''}", *told[i]]
-        for i, (length, cut) in enumerate(zip(rollouts.lengths().tolist(), rollouts.truncated.tolist(), strict=True))
+        [f"{length} tokens{', truncated' if truncated else ''}", *reward_notes[i]]
+        for i, (length, truncated) in enumerate(
+            zip(rollouts.lengths().tolist(), rollouts.truncated.tolist(), strict=True)
+        )
     ]
-    if how.samples == 1:
+    if settings.samples == 1:
         print(f"[{'; '.join(notes[0])}]")
     else:
-        print(side_by_side(rollouts.completions, notes, shutil.get_terminal_size((110, 24)).columns))
+        print(format_columns(rollouts.completions, notes, shutil.get_terminal_size((110, 24)).columns))
 
 
-def task_of(opened: Opened, question: str, how: Asking) -> Task:
-    """The question in the run's template, as training's prompts are; or as it is.
+def make_task(opened: OpenedPolicy, question: str, settings: AnswerSettings) -> Task:
+    """Return the question as a task, in the run's prompt template or, with `raw`, as it is.
+
+    A template with one column other than `question` gets the question in that column.
 
     Raises:
-        ConfigError: the template wants more than a question.
+        ConfigError: the template has other columns beside the question.
     """
     config, columns = opened.config.data, {"question": question}
-    if how.answer is not None:
-        columns["answer"] = how.answer
+    if settings.answer is not None:
+        columns["answer"] = settings.answer
     prompt = question
-    if not how.raw:
-        fields = [name for name in dict.fromkeys(template_fields(config.template)) if name not in columns]
-        if len(fields) > int("question" not in template_fields(config.template)):
-            raise ConfigError(f"data.template also wants {', '.join(fields)}; --raw takes the question as the prompt")
-        columns |= dict.fromkeys(fields, question)
+    if not settings.raw:
+        fields = template_fields(config.template)
+        missing = [name for name in dict.fromkeys(fields) if name not in columns]
+        max_missing = 0 if "question" in fields else 1
+        if len(missing) > max_missing:
+            raise ConfigError(
+                f"data.template also needs the columns {', '.join(missing)}; use --raw to give the whole prompt"
+            )
+        columns |= dict.fromkeys(missing, question)
         prompt = render_prompt(columns, config, opened.tokenizer)
-    special = how.raw or config.prompt != "chat"
+    special = settings.raw or config.prompt != "chat"
     ids = opened.tokenizer([prompt], add_special_tokens=special)["input_ids"][0]
-    return Task(0, prompt, ids, columns, seed=(how.seed, 0, 0))
+    return Task(0, prompt, ids, columns, seed=(settings.seed, 0, 0))
 
 
-def told_rewards(rewards: Sequence[Reward], task: Task, completions: Sequence[str], count: int) -> list[list[str]]:
-    """What each reward says of each completion, in words; "not told" where it reads what is not there."""
-    able = [r for r in rewards if not missing_columns(REWARDS.get(r.name), task.columns)]
-    words: list[list[str]] = [[] for _ in completions]
-    if able:
-        scores = score(able, [task], completions, count)
-        for reward in able:
-            for i, value in enumerate(scores.by_name[reward.name].flatten().tolist()):
-                words[i].append(f"{reward.name} {'none' if value != value else f'{value:.4g}'}")
+def describe_rewards(rewards: Sequence[Reward], task: Task, completions: Sequence[str], count: int) -> list[list[str]]:
+    """Return for each completion a list with a description of every reward, "NAME VALUE" or "NAME not computed"."""
+    computable = [r for r in rewards if not missing_columns(REWARDS.get(r.name), task.columns)]
+    notes: list[list[str]] = [[] for _ in completions]
+    if computable:
+        scores = score(computable, [task], completions, count)
+        for reward in computable:
+            for note, value in zip(notes, scores.by_name[reward.name].flatten().tolist(), strict=True):
+                is_nan = value != value
+                note.append(f"{reward.name} {'none' if is_nan else f'{value:.4g}'}")
     for reward in rewards:
-        if reward not in able:
-            needs = ", ".join(name for name in needed_columns(REWARDS.get(reward.name)) if name != "prompts")
-            for word in words:
-                word.append(f"{reward.name} not told: it reads {needs}")
-    return words
+        if reward not in computable:
+            columns = [name for name in needed_columns(REWARDS.get(reward.name)) if name != "prompts"]
+            word = "column" if len(columns) == 1 else "columns"
+            for note in notes:
+                note.append(f"{reward.name} not computed: it needs the {word} {', '.join(columns)}")
+    return notes
 
 
-class Stream:
-    """Prints a completion's text as its tokens come; whole characters only."""
+class TokenPrinter:
+    """Prints the text of one completion while its tokens are sampled, without splitting a character."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], write: Callable[[str], object] | None = None
     ) -> None:
-        self.tokenizer, self.eos_ids, self.ids, self.shown = tokenizer, eos_ids, [], 0
+        self.tokenizer, self.eos_ids = tokenizer, eos_ids
+        self.ids: list[int] = []
+        self.printed = 0  # characters
         self.write = write or (lambda text: print(text, end="", flush=True))
 
     def __call__(self, rows: list[int], tokens: list[int]) -> None:
@@ -209,32 +237,29 @@ class Stream:
             return
         self.ids.append(tokens[0])
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if not text.endswith("�"):  # a character of which a part is still to come
-            self._show(text)
+        if not text.endswith("�"):  # the rest of the character comes with the next tokens
+            self.write(printable(text[self.printed :]))
+            self.printed = len(text)
 
     def rest(self) -> str:
-        """What has not been shown: half a character at the end."""
+        """Return the text that has not been printed, such as an incomplete character at the end."""
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        return printable(text[self.shown :])
-
-    def _show(self, text: str) -> None:
-        self.write(printable(text[self.shown :]))
-        self.shown = len(text)
+        return printable(text[self.printed :])
 
 
-def side_by_side(texts: Sequence[str], notes: Sequence[Sequence[str]], width: int) -> str:
-    """The texts in columns, as many beside each other as `width` characters allow, each under its notes."""
-    beside = max(1, min(len(texts), (width + 3) // (NARROWEST + 3)))
-    column = (width + 3) // beside - 3
+def format_columns(texts: Sequence[str], notes: Sequence[Sequence[str]], width: int) -> str:
+    """Return the texts in columns below their notes, as many columns as fit into `width` characters."""
+    gap = len(SEPARATOR)
+    count = max(1, min(len(texts), (width + gap) // (MIN_COLUMN_WIDTH + gap)))
+    column_width = (width + gap) // count - gap
     blocks = []
-    for first in range(0, len(texts), beside):
-        cells = []
-        for i in range(first, min(first + beside, len(texts))):
+    for first in range(0, len(texts), count):
+        columns = []
+        for i in range(first, min(first + count, len(texts))):
             head = [f"({i + 1})", *notes[i], ""]
             body = printable(texts[i]).expandtabs().split("\n")
-            lines = [part for line in (*head, *body) for part in textwrap.wrap(line, column) or [""]]
-            cells.append(lines)
-        height = max(map(len, cells))
-        rows = zip(*(cell + [""] * (height - len(cell)) for cell in cells), strict=True)
-        blocks.append("\n".join(" | ".join(f"{cell:<{column}}" for cell in row).rstrip() for row in rows))
+            columns.append([part for line in (*head, *body) for part in textwrap.wrap(line, column_width) or [""]])
+        height = max(map(len, columns))
+        rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
+        blocks.append("\n".join(SEPARATOR.join(f"{cell:<{column_width}}" for cell in row).rstrip() for row in rows))
     return f"\n{'-' * width}\n".join(blocks)
