@@ -274,13 +274,13 @@ def test_several_minibatches_are_said(tmp_path, capsys):
     train_dumped(tmp_path, 1, num_minibatches=2)
     run_replay(tmp_path / "batches" / "step-000000", [])
     shown = capsys.readouterr().out
-    assert "the run took 2 optimizer steps on this batch, each on a part: the row's numbers are means" in shown
-    assert "every ratio is 1" in shown and "lora.dropout" not in shown
+    assert "The run took 2 optimizer steps on this batch, each on one minibatch; metrics.jsonl has their means." in shown
+    assert "Every ratio is 1" in shown and "lora.dropout" not in shown
 
 
 def test_without_an_adapter_the_newest_model_is_taken_and_said(tmp_path, capsys):
     run = train_dumped(tmp_path, 1, lora=0)
-    with pytest.raises(ConfigError, match="neither an adapter nor a checkpoint|other weights"):
+    with pytest.raises(ConfigError, match="neither an adapter nor a checkpoint|do not fit"):
         run_replay(tmp_path / "batches" / "step-000000", [])
     run.policy.save(tmp_path / "adapter")
     load_tokenizer("builtin:tiny").save_pretrained(tmp_path / "adapter")

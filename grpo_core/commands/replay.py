@@ -19,7 +19,7 @@ import torch
 from grpo_core.batch import Rollouts, TrainBatch
 from grpo_core.commands.attribution import Attribution, attribute, classify, dot, pulls, shares
 from grpo_core.commands.open_policy import open_source
-from grpo_core.commands.replay_table import table
+from grpo_core.commands.replay_table import format_table
 from grpo_core.config.files import load_run_config
 from grpo_core.config.presets import PRESETS
 from grpo_core.config.sections import RunConfig
@@ -99,7 +99,7 @@ def run_replay(
         with working(name):
             replayed.append(replay(dumped, weights, name, config, configs[0][1]))
     summary = summarise(dumped, weights, replayed, configs[0][1])
-    print(printable(table(summary)))
+    print(printable(format_table(summary)))
     if output is not None:
         try:
             output.write_text(json.dumps(summary, allow_nan=False, indent=1), encoding="utf-8")

@@ -1,75 +1,101 @@
-"""What `replay` found, for a terminal."""
+"""The result of `replay` as text for a terminal."""
 
 from __future__ import annotations
 
 from typing import Any
 
-TOP = 8  # tokens shown of each objective
-WIDEST = 40  # characters of an objective's name
+TOP_TOKENS = 8  # printed of each objective
+MAX_NAME_WIDTH = 40  # characters of an objective's name
 
 
-def table(summary: dict[str, Any]) -> str:
-    """`replay.summarise` in words: the objectives side by side, then for each its classes and its heaviest tokens."""
-    blocks = [_head(summary), _objectives(summary)]
-    blocks += [f"{_classes(one)}\n\n{_heaviest(one, summary['completions'])}" for one in summary["objectives"]]
+def format_table(summary: dict[str, Any]) -> str:
+    """Return the summary of `replay` as text.
+
+    The first table compares the objectives. Then each objective has a table of its classes of tokens and one of the
+    tokens with the greatest |dL/dl|.
+    """
+    blocks = [_format_head(summary), _format_objectives(summary)]
+    for objective in summary["objectives"]:
+        blocks.append(_format_classes(objective))
+        blocks.append(_format_heaviest_tokens(objective, summary["completions"]))
     return "\n\n".join(blocks)
 
 
-def _head(summary: dict[str, Any]) -> str:
-    tokens = sum(len(one["tokens"]) for one in summary["completions"])
+def _format_head(summary: dict[str, Any]) -> str:
+    """Return the batch, its weights, and the reasons why numbers may differ from metrics.jsonl."""
+    tokens = sum(len(completion["tokens"]) for completion in summary["completions"])
     steps, gap = summary["optimizer_steps"], summary["logprob_gap_max"]
     lines = [
-        f"{summary['run']}, step {summary['step']}: {len(summary['completions'])} completions, {tokens:,} tokens, "
-        f"ranks: {summary['ranks']}",
+        f"batch: {summary['run']}, step {summary['step']}, {len(summary['completions'])} completions, {tokens:,} "
+        f"tokens, sampled by {summary['ranks']} processes",
         f"weights: {summary['weights']}",
     ]
     if summary["ratio_is_1"]:
-        lines.append(f"the whole batch is one minibatch, and every ratio is 1; log-probs as dumped within {gap:.2g}")
+        lines.append(
+            f"The batch is replayed as one minibatch. Every ratio is 1; log-probs differ from the saved ones by "
+            f"{gap:.2g} at most."
+        )
     else:
         lines.append(
-            f"the whole batch is one minibatch, with ratios against the dumped log-probs (|l - l_old| up to {gap:.2g});"
-            f" the row is of the weights before the step"
+            f"The batch is replayed as one minibatch. Ratios are relative to the saved log-probs "
+            f"(|l - l_old| is {gap:.2g} at most). "
+            f"metrics.jsonl has the numbers for the weights before the step."
         )
     if steps > 1:
-        lines.append(f"the run took {steps} optimizer steps on this batch, each on a part: the row's numbers are means")
+        lines.append(
+            f"The run took {steps} optimizer steps on this batch, each on one minibatch; metrics.jsonl has their means."
+        )
     if summary["dropout"]:
-        lines.append(f"the run's update had lora.dropout {summary['dropout']:g}, this has none: the row differs")
+        lines.append(
+            f"The run trained with lora.dropout {summary['dropout']:g}; the replay has no dropout, so its numbers "
+            f"differ from metrics.jsonl."
+        )
     return "\n".join(lines)
 
 
-def _objectives(summary: dict[str, Any]) -> str:
-    row, wide = summary["row"], max(len("objective"), *(len(_name(one)) for one in summary["objectives"]))
-    lines = [f"{'objective':<{wide}}  {'loss':>12}  {'grad_norm':>12}  {'cosine':>9}  {'norm ratio':>10}"]
-    for one in summary["objectives"]:
-        numbers = f"{one['loss']:>12.5g}  {one['grad_norm']:>12.5g}  {_cell(one['cosine']):>9}"
-        lines.append(f"{_name(one):<{wide}}  {numbers}  {_cell(one['norm_ratio']):>10}")
-    lines.append(f"{'in the row':<{wide}}  {_cell(row.get('loss'), 5):>12}  {_cell(row.get('grad_norm'), 5):>12}")
+def _format_objectives(summary: dict[str, Any]) -> str:
+    row, objectives = summary["row"], summary["objectives"]
+    row_name = "in metrics.jsonl"
+    width = max(len(row_name), *(len(_shorten_name(objective)) for objective in objectives))
+    lines = [f"{'objective':<{width}}  {'loss':>12}  {'grad_norm':>12}  {'cosine':>9}  {'norm ratio':>10}"]
+    for objective in objectives:
+        numbers = f"{objective['loss']:>12.5g}  {objective['grad_norm']:>12.5g}  {_cell(objective['cosine']):>9}"
+        lines.append(f"{_shorten_name(objective):<{width}}  {numbers}  {_cell(objective['norm_ratio']):>10}")
+    lines.append(f"{row_name:<{width}}  {_cell(row.get('loss'), 5):>12}  {_cell(row.get('grad_norm'), 5):>12}")
+    lines.append("cosine and norm ratio: of the gradient, relative to the run's own objective")
     return "\n".join(lines)
 
 
-def _classes(one: dict[str, Any]) -> str:
-    lines = [f"{_name(one)}\n  {'class':<24}  {'tokens':>8}  {'share':>9}  {'pull':>9}"]
-    for labels in one["classes"].values():
-        for label, found in labels.items():
-            numbers = f"{found['tokens']:>8,}  {_cell(found['share']):>9}  {_cell(found['pull']):>9}"
-            lines.append(f"  {label:<24}  {numbers}")
+def _format_classes(objective: dict[str, Any]) -> str:
+    lines = [f"{_shorten_name(objective)}\n  {'class':<24}  {'tokens':>8}  {'share':>9}  {'pull':>9}"]
+    for classes in objective["classes"].values():
+        for label, numbers in classes.items():
+            cells = f"{numbers['tokens']:>8,}  {_cell(numbers['share']):>9}  {_cell(numbers['pull']):>9}"
+            lines.append(f"  {label:<24}  {cells}")
         lines.append("")
-    return "\n".join(lines[:-1]) + "\n  share: of sum |dL/dl|; pull: <g_class, g> / |g|^2"
-
-
-def _heaviest(one: dict[str, Any], completions: list[dict[str, Any]]) -> str:
-    """The tokens of the greatest |dL/dl|, with their text."""
-    places = [(abs(x), x, i, t) for i, row in enumerate(one["tokens"]["weight"]) for t, x in enumerate(row) if x]
-    lines = [f"  {'dL/dl':>11}  {'A':>8}  {'task':>6}  {'sample':>6}  {'place':>5}  token"]
-    for _, weight, i, t in sorted(places, key=lambda place: (-place[0], place[2:]))[:TOP]:
-        said = completions[i]
-        where = f"{said['task']:>6}  {said['sample']:>6}  {t:>5}"
-        lines.append(f"  {weight:>11.4g}  {one['advantages'][i]:>8.3g}  {where}  {said['tokens'][t]!r}")
+    lines[-1] = "  share: part of sum |dL/dl|; pull: <g_class, g> / |g|^2, the part of the gradient's squared norm"
     return "\n".join(lines)
 
 
-def _name(one: dict[str, Any]) -> str:
-    return one["name"] if len(one["name"]) <= WIDEST else f"{one['name'][: WIDEST - 1]}…"
+def _format_heaviest_tokens(objective: dict[str, Any], completions: list[dict[str, Any]]) -> str:
+    """Return the tokens with the greatest |dL/dl|, with their text."""
+    tokens = [  # sorted by size, then by place
+        (-abs(weight), i, t, weight)
+        for i, row in enumerate(objective["tokens"]["weight"])
+        for t, weight in enumerate(row)
+        if weight
+    ]
+    lines = [f"  {'dL/dl':>11}  {'A':>8}  {'task':>6}  {'sample':>6}  {'place':>5}  token"]
+    for _, i, t, weight in sorted(tokens)[:TOP_TOKENS]:
+        completion, advantage = completions[i], objective["advantages"][i]
+        place = f"{completion['task']:>6}  {completion['sample']:>6}  {t:>5}"
+        lines.append(f"  {weight:>11.4g}  {advantage:>8.3g}  {place}  {completion['tokens'][t]!r}")
+    return "\n".join(lines)
+
+
+def _shorten_name(objective: dict[str, Any]) -> str:
+    name = objective["name"]
+    return name if len(name) <= MAX_NAME_WIDTH else f"{name[: MAX_NAME_WIDTH - 1]}…"
 
 
 def _cell(value: float | None, digits: int = 4) -> str:
