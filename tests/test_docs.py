@@ -193,22 +193,26 @@ def test_the_readme_is_short_and_begins_with_the_two_commands():
     ]
 
 
+def is_module(name):
+    """Whether a file of the repository, or one of the package by the end of its path, has this name."""
+    return (ROOT / name).exists() or any(path.match(name) for path in (ROOT / "grpo_core").rglob("*.py"))
+
+
 def test_the_files_it_names_are_there():
+    readers = ("mine.py", "file.py")
     for page, text in PAGES.items():
-        for name in (word for code in inline(text) for word in re.findall(r"(?<![\w/.])(\w+\.py)\b(?!:)", code)):
-            assert (ROOT / "grpo_core" / name).exists() or name.startswith("my_") or name in ("mine.py", "file.py"), (
-                page,
-                name,
-            )
+        for code in inline(text):
+            for name in re.findall(r"(?<![\w/.])((?:\w+/)*\w+\.py)\b(?!:)", code):
+                assert is_module(name) or name.startswith("my_") or name in readers, (page, name)
 
 
 def test_the_picture_shows_functions_that_are_there():
     picture = (ROOT / "docs" / "loop.svg").read_text()
-    source = "".join(path.read_text() for path in (ROOT / "grpo_core").glob("*.py"))
+    source = "".join(path.read_text() for path in (ROOT / "grpo_core").rglob("*.py"))
     names = re.findall(r"(\w+)\([^()]*\)</text>", picture)
     assert len(names) >= 10 and all(f"def {name}(" in source for name in names), names
-    for page in re.findall(r"(\w+\.py)", picture):
-        assert (ROOT / "grpo_core" / page).exists(), page
+    for name in re.findall(r"((?:\w+/)*\w+\.py)", picture):
+        assert is_module(name), name
 
 
 # --- from TRL ------------------------------------------------------------------------------------------------------
