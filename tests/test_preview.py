@@ -49,7 +49,7 @@ def test_what_it_says_is_what_the_run_does(tiny_run, capsys):
     out = capsys.readouterr().out
     rows = [json.loads(line) for line in (tiny_run / "completions.jsonl").read_text().splitlines()]
     group = [row for row in rows if row["step"] == 0][:8]
-    shown = re.findall(r"^  \((\d)\)  reward (\S+) = .*\[(\d+) tokens", out, re.M)
+    shown = re.findall(r"^  \((\d)\)  reward (\S+) \(.*\), (\d+) tokens", out, re.M)
     assert [(int(i), float(reward), int(length)) for i, reward, length in shown] == [
         (row["sample"] + 1, row["reward"], row["length"]) for row in group
     ]

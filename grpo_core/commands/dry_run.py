@@ -66,7 +66,7 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
     with working("loading the model"):
         policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
         policy.model.to(ranks.device())
-    yield "Peak memory of one process\n" + _indent(describe_memory(config, policy, tasks, per_rank))
+    yield "Memory of one process\n" + _indent(describe_memory(config, policy, tasks, per_rank))
     yield "One group, sampled and scored\n" + _indent(describe_group(config, policy, tokenizer, first))
     folder = Path(config.output_dir) / config.name
     yield f"Nothing was written. Without --dry-run the run folder would be {folder}{_describe_conflict(folder)}."
@@ -160,10 +160,10 @@ def describe_group(config: RunConfig, policy: Policy, tokenizer: PreTrainedToken
     scores = score(rewards, [task], rollouts.completions, config.sampling.group_size)
     lines += scores.failures
     for i, (text, length) in enumerate(zip(rollouts.completions, rollouts.lengths().tolist(), strict=True)):
-        by_name = "  ".join(f"{name} {float(values[0, i]):.4g}" for name, values in scores.by_name.items())
+        by_name = ", ".join(f"{name} {float(values[0, i]):.4g}" for name, values in scores.by_name.items())
         truncated = ", truncated" if rollouts.truncated[i] else ""
         ellipsis = " ..." if len(text) > MAX_SHOWN_CHARACTERS else ""
-        lines += [f"({i + 1})  reward {float(scores.rewards[0, i]):.4g} = {by_name}  [{length} tokens{truncated}]"]
+        lines += [f"({i + 1})  reward {float(scores.rewards[0, i]):.4g} ({by_name}), {length} tokens{truncated}"]
         lines += [f"     {line}" for line in f"{printable(text[:MAX_SHOWN_CHARACTERS])}{ellipsis}".splitlines()]
     scored = scores.rewards[~scores.rewards.isnan()]
     if len(scored) and scored.max() == scored.min():

@@ -48,16 +48,17 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 def make_card(opened: OpenedPolicy, adapter: bool, dtype: str, gap: str | None) -> str:
     """Return the card as Markdown with the hub's front matter. It contains no path of this machine.
 
-    `gap` describes how far the logits of the merged model are from those of base and adapter.
+    `gap` describes the difference between the logits of the exported model and those of the trained policy.
     """
     config, run = opened.config, read_run(opened.folder) if opened.folder else None
     title = config.name if run else base_name(opened)
     parts = [_front_matter(opened, adapter), f"# {title}\n\n{_describe_model(opened, adapter, run)}"]
     parts.append(f"## How to load it\n\n```python\n{_loading_code(opened, adapter, dtype)}```")
     if gap:
+        merged = "merged in float32 and " if opened.has_adapter else ""
         parts.append(
-            f"The adapter was merged in float32 and the model written in {dtype}. "
-            f"Its logits compared with those of base and adapter: {gap}."
+            f"The model was {merged}written in {TORCH_NAMES[dtype]}. The difference of its logits from those of the "
+            f"trained policy, {gap}."
         )
     if run:
         parts.append(f"## Accuracy\n\n{_describe_accuracy(config, opened.folder, run)}")
