@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 import sys
 import traceback
 import types
@@ -38,8 +39,27 @@ def summarize_error(error: BaseException) -> str:
     libraries = (sys.prefix, sys.base_prefix, str(Path(__file__).parent), "<")
     own = [frame for frame in frames if not frame.filename.startswith(libraries) and "-packages" not in frame.filename]
     place = (own or frames)[-1]
-    text = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {text} ({Path(place.filename).name}, line {place.lineno})"
+    kind, message = type(error).__name__, first_line(error)
+    named = kind if message == kind else f"{kind}: {message}"
+    return f"{named} ({Path(place.filename).name}, line {place.lineno})"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or the name of its type where the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def finite_or_none(value: Any) -> Any:
+    """Return `value` for JSON, which has no NaN and no infinity: such floats become None, in dicts and lists too.
+
+    >>> finite_or_none({"loss": float("nan"), "ratio": [1.0, float("inf")]})
+    {'loss': None, 'ratio': [1.0, None]}
+    """
+    if isinstance(value, dict):
+        return {key: finite_or_none(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def keyword_arguments(function: Callable) -> dict[str, inspect.Parameter]:

@@ -21,10 +21,11 @@ from grpo_core.config.sections import RunConfig
 from grpo_core.data.prompts import make_tasks
 from grpo_core.data.rows import load_rows, load_splits
 from grpo_core.distributed import ranks
+from grpo_core.monitor.completion_rows import completion_rows
 from grpo_core.monitor.progress import bar
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.registry import fact
-from grpo_core.schema import ConfigError, keyword_arguments
+from grpo_core.schema import ConfigError, finite_or_none, keyword_arguments
 from grpo_core.scoring.scoring import Reward, build_reward, score
 from grpo_core.training.eval_statistics import bootstrap_interval, majority_at_k, mcnemar, pass_at_k, wilson_interval
 from grpo_core.training.prepare import check_columns, make_rewards
@@ -32,6 +33,7 @@ from grpo_core.training.prepare import check_columns, make_rewards
 GREEDY = SamplingParams(greedy=True)
 NOISE_STREAM = 0x73616D70  # separates the noise of these samples from that of training and of its evaluations
 CORRECT, STRICT = " correct", " strict"  # begin with a space, so they cannot be the name of a reward
+MARKS = {"correct": CORRECT, "strict": STRICT}  # column of completions.jsonl -> reward
 ALL_ROWS = 10**9
 Row = dict[str, Any]  # one completion, as in completions.jsonl
 Figures = dict[str, list[float]]  # name -> one number per problem
@@ -177,26 +179,10 @@ def _answer_batch(
 ) -> list[Row]:
     rollouts = opened.sampler.generate(tasks, count, settings=settings)
     scores = score(rewards, tasks, rollouts.completions, count)
-    lengths, truncated = rollouts.lengths().tolist(), rollouts.truncated.tolist()
     by_name = {name: values.flatten().tolist() for name, values in scores.by_name.items()}
-    return [
-        {
-            "task": tasks[i // count].index,
-            "sample": first_sample + i % count,
-            "prompt": tasks[i // count].prompt,
-            "text": text,
-            "correct": by_name[CORRECT][i] == 1.0,
-            **({"strict": by_name[STRICT][i] == 1.0} if STRICT in by_name else {}),
-            "rewards": {
-                name: None if math.isnan(values[i]) else values[i]
-                for name, values in by_name.items()
-                if name not in (CORRECT, STRICT)
-            },
-            "length": lengths[i],
-            "truncated": truncated[i],
-        }
-        for i, text in enumerate(rollouts.completions)
-    ]
+    columns = {column: [x == 1.0 for x in by_name.pop(name)] for column, name in MARKS.items() if name in by_name}
+    columns["rewards"] = [{name: values[i] for name, values in by_name.items()} for i in range(len(rollouts))]
+    return completion_rows(tasks, rollouts, columns, first_sample=first_sample)
 
 
 def compute_figures(rows: Sequence[Row], samples: int, answer_of: Callable | None) -> Figures:
@@ -326,17 +312,10 @@ def _make_folder(folder: Path) -> None:
 
 def _write_files(folder: Path, result: dict[str, Any], table: str, rows: Sequence[Row]) -> None:
     try:
-        (folder / "evaluate.json").write_text(json.dumps(_replace_nan(result), indent=1) + "\n", encoding="utf-8")
+        (folder / "evaluate.json").write_text(json.dumps(finite_or_none(result), indent=1) + "\n", encoding="utf-8")
         (folder / "evaluate.txt").write_text(table + "\n", encoding="utf-8")
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / "completions.jsonl").write_bytes("".join(lines).encode(errors="replace"))
     except OSError as error:
         raise ConfigError(f"--output {folder} cannot be written: {error.strerror}") from None
     print(f"\nwritten to {folder}: evaluate.json, evaluate.txt, completions.jsonl")
-
-
-def _replace_nan(value: Any) -> Any:
-    """Replace NaN, which JSON does not have, by None in nested mappings."""
-    if isinstance(value, dict):
-        return {key: _replace_nan(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -26,7 +26,7 @@ from grpo_core.commands.open_policy import ADAPTER_CONFIG, OpenedPolicy, open_so
 from grpo_core.data.word_problems import word_problems
 from grpo_core.monitor.progress import working
 from grpo_core.report.run_reader import completion_places, rows_at
-from grpo_core.schema import ConfigError, printable
+from grpo_core.schema import ConfigError, first_line, printable
 from grpo_core.training.checkpoint import in_words
 
 MARK = "export.json"  # in every exported folder: dtype and gap; a folder with it may be overwritten
@@ -193,10 +193,9 @@ def upload(folder: Path, repository: str, *, private: bool) -> None:
             api.create_repo(repository, private=private, exist_ok=True)
             api.upload_folder(folder_path=folder, repo_id=repository, ignore_patterns=[MARK])
     except Exception as error:  # of many types: no network, no login, an invalid name
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"--push {repository}: the upload failed ({reason}); log in with `hf auth login` or set HF_TOKEN; "
-            f"the exported files are in {folder}"
+            f"--push {repository}: the upload failed ({first_line(error)}); log in with `hf auth login` or set "
+            f"HF_TOKEN; the exported files are in {folder}"
         ) from error
 
 

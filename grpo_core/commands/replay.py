@@ -34,7 +34,7 @@ from grpo_core.objective.corrections import CORRECTIONS
 from grpo_core.objective.kl import KLS
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.truncation import TRUNCATIONS
-from grpo_core.schema import ConfigError, printable
+from grpo_core.schema import ConfigError, finite_or_none, printable
 from grpo_core.scoring.scoring import Reward
 from grpo_core.training import saved_batches
 from grpo_core.training.control import Control
@@ -102,7 +102,7 @@ def run_replay(
     print(printable(format_table(summary)))
     if output is not None:
         try:
-            output.write_text(json.dumps(summary, allow_nan=False, indent=1), encoding="utf-8")
+            output.write_text(json.dumps(finite_or_none(summary), allow_nan=False, indent=1), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--output is {output}, which cannot be written: {error.strerror}") from None
     return 0

@@ -10,7 +10,7 @@ import numpy as np
 
 from grpo_core.config.sections import DataConfig
 from grpo_core.data.word_problems import word_problems
-from grpo_core.schema import ConfigError
+from grpo_core.schema import ConfigError, first_line
 
 Row = dict[str, Any]
 
@@ -112,7 +112,7 @@ def _parse(text: str, what: str) -> Any:
         place = f"line {error.lineno} " if "\n" in text.strip() else ""
         raise ConfigError(f"{what} is not JSON: {error.msg} ({place}column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
-        raise ConfigError(f"{what} is not JSON that can be read: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{what} is not JSON that can be read: {first_line(error)}") from None
 
 
 def _with_datasets(path: str, subset: str | None, split: str) -> list[Row]:
@@ -125,13 +125,13 @@ def _with_datasets(path: str, subset: str | None, split: str) -> list[Row]:
             return list(load_dataset(FORMATS[local.suffix], data_files=str(local), split="train"))
         return list(load_dataset(path, subset, split=split))
     except Exception as error:  # datasets raises many kinds; all of them mean the same to the user
-        where = f"data.path is {path!r} (split {split!r}), and it cannot be loaded: {_first_line(error)}"
+        where = f"data.path is {path!r} (split {split!r}), and it cannot be loaded: {_cause(error)}"
         hint = "" if local.exists() else "; a file or folder on this machine needs no network"
         raise ConfigError(where + hint) from error
 
 
-def _first_line(error: BaseException) -> str:
+def _cause(error: BaseException) -> str:
+    """Return the first line of the exception that began the chain of causes."""
     while error.__cause__ is not None:
         error = error.__cause__
-    empty = "the data is empty" if isinstance(error, StopIteration) else type(error).__name__
-    return (str(error).splitlines() or [empty])[0]
+    return "the data is empty" if isinstance(error, StopIteration) else first_line(error)

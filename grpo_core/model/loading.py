@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from grpo_core.config.sections import LoraConfig, ModelConfig
-from grpo_core.schema import ConfigError, list_known
+from grpo_core.schema import ConfigError, first_line, list_known
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
 
@@ -63,11 +63,6 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     if not tokenizer("one 1", add_special_tokens=False)["input_ids"]:  # what comes of a folder that has none
         raise ConfigError(f"model.path is {path!r}, and its tokenizer cannot be loaded: no file of it is there")
     return tokenizer
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def local_hint(path: str) -> str:

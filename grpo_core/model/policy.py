@@ -22,7 +22,7 @@ from grpo_core.model import fast_layers, packed_attention
 from grpo_core.model.loading import model_path
 from grpo_core.model.logprobs import Statistics, is_frozen_linear, softmax_statistics, token_divergence, token_logprobs
 from grpo_core.model.packing import Budget, Layout, Packing, Plan, plan
-from grpo_core.schema import ConfigError
+from grpo_core.schema import ConfigError, first_line
 
 
 @dataclass(frozen=True)
@@ -288,17 +288,13 @@ def load_policy(
             raise ConfigError(
                 f"model.attention is {model.attention}, which this model does not have; try eager"
             ) from error
-        raise ConfigError(
-            f"model.path is {model.path!r}, and it cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        raise ConfigError(f"model.path is {model.path!r}, and it cannot be loaded: {first_line(error)}") from error
     if adapter is None:
         return wrap(base, model, lora, temperature=temperature)
     try:
         base = PeftModel.from_pretrained(base, adapter, is_trainable=True, autocast_adapter_dtype=False)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"the adapter in {adapter} does not go on {model.path}: {str(error).splitlines()[0]}"
-        ) from error
+        raise ConfigError(f"the adapter in {adapter} does not go on {model.path}: {first_line(error)}") from error
     fast_layers.install(base)
     return Policy(base, temperature=temperature)
 
@@ -318,8 +314,6 @@ def wrap(base: PreTrainedModel, model: ModelConfig, lora: LoraConfig, *, tempera
         try:
             base = get_peft_model(base, adapter, autocast_adapter_dtype=False)
         except ValueError as error:
-            raise ConfigError(
-                f"lora.target_modules is {lora.target_modules!r}: {str(error).splitlines()[0]}"
-            ) from error
+            raise ConfigError(f"lora.target_modules is {lora.target_modules!r}: {first_line(error)}") from error
     fast_layers.install(base)
     return Policy(base, temperature=temperature)

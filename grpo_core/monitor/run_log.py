@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import resource
 import shutil
 import sys
@@ -24,9 +23,10 @@ from grpo_core.config.files import dump
 from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import ranks, watchdog
 from grpo_core.monitor.aggregates import Stats
+from grpo_core.monitor.completion_rows import completion_rows
 from grpo_core.monitor.progress import ticking
 from grpo_core.monitor.trackers import Trackers
-from grpo_core.schema import printable
+from grpo_core.schema import finite_or_none, printable
 from grpo_core.scoring.scoring import Scores
 
 
@@ -107,8 +107,9 @@ class RunLog:
         for name in ("reward", *(f"rewards/{name}" for name in scores.by_name)):
             row[f"{name}_std"] = max(row.pop(f"{name}_square") - row[name] ** 2, 0.0) ** 0.5
         if self.config.log.completions:
-            rows = ranks.gather(_completion_rows(step, tasks, rollouts, scores, self._shaped(rewards), advantages))
-            rows = [row for part in rows for row in part]
+            columns = _completion_columns(scores, self._shaped(rewards), advantages)
+            rows = ranks.gather(completion_rows(tasks, rollouts, columns))
+            rows = [{"step": step, **row} for part in rows for row in part]
             self._append("completions", *rows)
             if self.trackers and (step + 1) % self.config.log.every == 0:
                 self.trackers.completions(rows, step)
@@ -203,7 +204,7 @@ class RunLog:
         """Write rows down, or keep them until they can be."""
         if not ranks.is_main():
             return
-        self._rows[name] += "".join(json.dumps(_without_nan(row), ensure_ascii=False) + "\n" for row in rows)
+        self._rows[name] += "".join(json.dumps(finite_or_none(row), ensure_ascii=False) + "\n" for row in rows)
         if (problem := self.write()) and not self._full:
             self.say(f"warning: {name}.jsonl cannot be written ({problem}); its rows are kept until it can be")
         self._full = problem is not None
@@ -252,31 +253,16 @@ def resident_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def _completion_rows(
-    step: int, tasks: list[Task], rollouts: Rollouts, scores: Scores, shaped: Tensor | None, advantages: Tensor
-) -> list[dict[str, Any]]:
-    group_size = scores.rewards.shape[1]
-    advantages, lengths, truncated = (
-        advantages.flatten().tolist(),
-        rollouts.lengths().tolist(),
-        rollouts.truncated.tolist(),
-    )
-    return [
-        {
-            "step": step,
-            "task": tasks[i // group_size].index,
-            "sample": i % group_size,
-            "prompt": tasks[i // group_size].prompt,
-            "text": text,
-            "rewards": {name: _or_none(values.flatten()[i]) for name, values in scores.by_name.items()},
-            "reward": _or_none(scores.rewards.flatten()[i]),
-            **({} if shaped is None else {"shaped_reward": _or_none(shaped.flatten()[i])}),
-            "advantage": advantages[i],
-            "length": lengths[i],
-            "truncated": truncated[i],
-        }
-        for i, text in enumerate(rollouts.completions)
-    ]
+def _completion_columns(scores: Scores, shaped: Tensor | None, advantages: Tensor) -> dict[str, list[Any]]:
+    """Return the columns of completions.jsonl that come from the scores, one value per completion each."""
+    by_name = {name: values.flatten().tolist() for name, values in scores.by_name.items()}
+    columns: dict[str, list[Any]] = {
+        "rewards": [dict(zip(by_name, values, strict=True)) for values in zip(*by_name.values(), strict=True)],
+        "reward": scores.rewards.flatten().tolist(),
+    }
+    if shaped is not None:
+        columns["shaped_reward"] = shaped.flatten().tolist()
+    return columns | {"advantage": advantages.flatten().tolist()}
 
 
 def _line(row: dict[str, float], rewards: list[str]) -> str:
@@ -311,12 +297,3 @@ def _append_whole(path: Path, content: bytes) -> None:
         except OSError:
             file.truncate(end)
             raise
-
-
-def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no nan and no infinity."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-
-
-def _or_none(value: Tensor) -> float | None:
-    return None if value.isnan() else value.item()

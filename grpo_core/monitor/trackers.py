@@ -6,14 +6,13 @@ A tracker that fails in the middle of a run is switched off with a warning; the 
 from __future__ import annotations
 
 import importlib.util
-import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from grpo_core.config.sections import RunConfig
-from grpo_core.schema import ConfigError, printable
+from grpo_core.schema import ConfigError, finite_or_none, first_line, printable
 
 SHOWN = 4  # completions at a time
 ID = "wandb-id.txt"
@@ -58,12 +57,12 @@ class Trackers:
 
     def metrics(self, row: Mapping[str, Any], step: int) -> None:
         """A row of metrics.jsonl under its own names."""
-        numbers = _finite(row)
+        numbers = _numbers(row)
         self._each(lambda tracker: tracker.numbers(numbers, step))
 
     def evaluation(self, row: Mapping[str, Any], step: int) -> None:
         """A row of evaluation.jsonl, its names below evaluation/."""
-        numbers = {f"evaluation/{name}": value for name, value in _finite(row).items()}
+        numbers = {f"evaluation/{name}": value for name, value in _numbers(row).items()}
         self._each(lambda tracker: tracker.numbers(numbers, step))
 
     def completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
@@ -87,8 +86,7 @@ class Trackers:
             work()
         except Exception as error:  # of many kinds: the network, the disk, the tracker's own
             self._trackers.pop(name, None)
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self._say(f"warning: log.{name} is off from here on: {why}")
+            self._say(f"warning: log.{name} is off from here on: {first_line(error)}")
 
 
 class TensorBoard:
@@ -139,7 +137,7 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def _finite(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row; nan is none."""
-    kept = {name: value for name, value in row.items() if isinstance(value, (int, float)) and name != "step"}
-    return {name: float(value) for name, value in kept.items() if math.isfinite(value)}
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the finite numbers of a row, without its step."""
+    finite = finite_or_none(dict(row))
+    return {name: float(value) for name, value in finite.items() if isinstance(value, int | float) and name != "step"}

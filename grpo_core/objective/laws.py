@@ -23,6 +23,7 @@ from grpo_core.objective.advantages import grpo_advantages
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.token_weights import Totals, token_weights
 from grpo_core.registry import fact
+from grpo_core.schema import first_line
 
 B, C = 6, 7
 LENGTHS = [7, 1, 4, 3, 7, 2]
@@ -55,7 +56,7 @@ def run_laws(function: Callable, laws: dict[str, Callable[[Callable], tuple[bool
         try:
             holds, shown = law(function)
         except Exception as error:
-            holds, shown = False, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            holds, shown = False, f"{type(error).__name__}: {first_line(error)}"
         outcomes.append(Outcome(name, holds, shown, (fact(function, "breaks") or {}).get(name)))
     return outcomes
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from grpo_core.batch import Rollouts, SamplingParams, Task
+from grpo_core.batch import SamplingParams, Task
 from grpo_core.distributed import ranks
+from grpo_core.monitor.completion_rows import completion_rows
 from grpo_core.monitor.progress import bar
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.scoring.reward_worker import Worker
@@ -50,7 +50,8 @@ def evaluate(
             failures += scores.failures
             correct = scores.rewards.flatten() == 1.0
             counts += torch.stack([correct.sum(), scores.failed[CORRECT].sum()])
-            rows += [(i, row) for i, row in zip(places, _rows(part, rollouts, correct), strict=True) if i < shown]
+            part_rows = completion_rows(part, rollouts, {"correct": correct.tolist()}, first_sample=None)
+            rows += [(i, row) for i, row in zip(places, part_rows, strict=True) if i < shown]
             progress.update(len(part))
     warn(failures)
     right, failed = map(int, ranks.all_sum(counts).tolist())
@@ -60,15 +61,6 @@ def evaluate(
     result = {"accuracy": right / len(tasks), "correct": right, "n": len(tasks), **interval, "failed": failed, **how}
     everywhere = sorted((row for part in ranks.gather(rows) for row in part), key=lambda row: row[0])
     return result, [row for _, row in everywhere]
-
-
-def _rows(tasks: Sequence[Task], rollouts: Rollouts, correct: Tensor) -> Iterator[dict[str, Any]]:
-    lengths, truncated = rollouts.lengths().tolist(), rollouts.truncated.tolist()
-    for i, task in enumerate(tasks):
-        yield {
-            "task": task.index, "prompt": task.prompt, "text": rollouts.completions[i], "correct": bool(correct[i]),
-            "length": lengths[i], "truncated": truncated[i],
-        }  # fmt: skip
 
 
 def evaluate_now(run: Run, steps_taken: int) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from grpo_core.batch import Rollouts, Task, TrainBatch
 from grpo_core.distributed import ranks
-from grpo_core.schema import ConfigError
+from grpo_core.monitor.completion_rows import completion_keys
+from grpo_core.schema import ConfigError, finite_or_none
 from grpo_core.scoring.scoring import Scores
 from grpo_core.training import checkpoint
 from grpo_core.training.run import Run
@@ -61,11 +61,6 @@ def tensors_of(record: Rollouts | TrainBatch) -> dict[str, Tensor]:
 def copied(value: Tensor) -> Tensor:
     """A copy on the CPU that shares no memory, which safetensors would refuse."""
     return value.detach().to("cpu", copy=True).contiguous()
-
-
-def numbers(row: dict[str, float]) -> dict[str, float | None]:
-    """A row of metrics as JSON takes it: null for what is not finite."""
-    return {key: value if math.isfinite(value) else None for key, value in row.items()}
 
 
 @dataclass(frozen=True)
@@ -172,7 +167,7 @@ def write_dump(
     row: dict,
     forward: Forward,
 ) -> None:
-    """Write what `tensors_before_update` kept, and the row and every token's ratio after / before, to <run folder>/batches.
+    """Write the tensors of `tensors_before_update`, the row, and each token's ratio after / before the update.
 
     A disk that is full is said, and nothing more. A collective.
     """
@@ -184,7 +179,7 @@ def write_dump(
             "step": step,
             "rank": ranks.rank(),
             "ranks": ranks.world_size(),
-            "row": numbers(row),
+            "row": finite_or_none(row),
         }
         told["completions"] = _completions(run.sampler.tokenizer, tasks, tensors, now)
         problem = write_files(run.folder / "batches", step, tensors, told)
@@ -193,23 +188,22 @@ def write_dump(
 
 def _completions(tokenizer: Any, tasks: list[Task], tensors: dict[str, Tensor], now: Tensor) -> list[dict[str, Any]]:
     mask, ids, old = tensors["completion_mask"], tensors["completion_ids"], tensors["old_logprobs"]
-    ratio, group_size = (now - old).exp(), len(mask) // len(tasks)
+    ratio = (now - old).exp()
     piece = {i: tokenizer.decode([i]) for i in ids[mask].unique().tolist()}
     return [
         {
-            "task": tasks[i // group_size].index,
-            "sample": i % group_size,
+            **key,
             "advantage": round(tensors["advantages"][i].item(), DIGITS),
             "tokens": [piece[token] for token in ids[i][kept].tolist()],
             "logprobs": _rounded(old[i][kept]),
             "ratio": _rounded(ratio[i][kept]),
         }
-        for i, kept in enumerate(mask)
+        for i, (key, kept) in enumerate(zip(completion_keys(tasks, len(mask) // len(tasks)), mask, strict=True))
     ]
 
 
 def _rounded(values: Tensor) -> list[float | None]:
-    return [round(x, DIGITS) if math.isfinite(x) else None for x in values.tolist()]
+    return finite_or_none([round(x, DIGITS) for x in values.tolist()])
 
 
 def write_incident(folder: Path, step: int, tasks: list[Task], batch: TrainBatch, row: dict[str, Any]) -> None:
@@ -219,6 +213,6 @@ def write_incident(folder: Path, step: int, tasks: list[Task], batch: TrainBatch
         "step": step,
         "tasks": [task.index for task in tasks],
         "seeds": [list(task.seed) for task in tasks],
-        "row": numbers(row),
+        "row": finite_or_none(row),
     }
     write_files(folder / "incidents", step, tensors, told)
