@@ -16,6 +16,8 @@ from typing import Any
 from grpo_core import trl_names
 from grpo_core.schema import ConfigError, check_arguments, list_known
 
+USER_MODULE = "grpo_core_user_"  # begins the name of a module that was loaded from a user's own file
+
 
 class Registry:
     """Maps a name in the YAML, or `file.py:function`, to a pure function, and binds its keyword-only arguments."""
@@ -73,7 +75,7 @@ class Registry:
         path, _, attribute = name.rpartition(":")
         if not Path(path).is_file():
             raise ConfigError(f"{self.kind} {name!r}: there is no file {path}")
-        spec = importlib.util.spec_from_file_location(f"grpo_core_user_{Path(path).stem}", path)
+        spec = importlib.util.spec_from_file_location(f"{USER_MODULE}{Path(path).stem}", path)
         assert spec is not None and spec.loader is not None  # of a file that ends in .py
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up
