@@ -1,4 +1,6 @@
 import os
+import socket
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +10,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from forkserver import interpreter
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
@@ -24,11 +28,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
+def pytest_configure(config):
+    if getattr(config.option, "numprocesses", None):
+        interpreter()  # one server for all workers, which imports while they collect
+
+
 def child_environment():
-    """The environment of a child process: this interpreter first on the path, one thread."""
+    """The environment of a child process: the quick interpreter first on the path, then this one; one thread."""
+    first = dict.fromkeys((Path(interpreter()).parent, Path(sys.executable).parent))
     return {
         **{k: v for k, v in os.environ.items() if k not in RANK},
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join([*map(str, first), os.environ["PATH"]]),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -38,6 +48,27 @@ def child_environment():
 @pytest.fixture
 def environment():
     return child_environment()
+
+
+def start_two_ranks(*words, environment):
+    """Two processes of `python WORDS` as a launcher would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            [interpreter(), *map(str, words)], cwd=ROOT, env={**environment, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+def wait_for(processes):
+    """Their exit codes, and what each wrote to stdout and stderr."""
+    written = [process.communicate(timeout=300) for process in processes]
+    return [process.returncode for process in processes], written
 
 
 @contextmanager

@@ -2,11 +2,10 @@
 
 import json
 import math
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
+from conftest import start_two_ranks, wait_for
 
 from grpo_core.cli import main
 from grpo_core.commands.evaluate import (
@@ -159,11 +158,8 @@ def test_the_command_on_a_run(tiny_run, tmp_path, capsys):
 @pytest.mark.slow
 def test_two_processes_answer_what_one_does(tiny_run, tmp_path, environment):
     command = ["-m", "grpo_core", "evaluate", str(tiny_run), "--limit", "9", "--samples", "2", "--output"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, *command, str(tmp_path / "two")], env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
+    codes, written = wait_for(start_two_ranks(*command, tmp_path / "two", environment=environment))
+    assert codes == [0, 0], written
     assert main([*command[2:], str(tmp_path / "one")]) == 0
     one, two = ((tmp_path / name / "completions.jsonl").read_text() for name in ("one", "two"))
     assert one == two and len(one.splitlines()) == 2 * 9 * 3

@@ -9,6 +9,7 @@ import time
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT
+from forkserver import interpreter
 
 from grpo_core.cli import commands, main
 
@@ -125,7 +126,7 @@ opened = open_source(str(folder))
 print(folder, opened.has_adapter)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+        [interpreter(), "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{tmp_path / 'b'} True"

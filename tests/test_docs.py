@@ -6,13 +6,13 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from dataclasses import fields, is_dataclass
 from typing import get_type_hints
 
 import pytest
 from conftest import RANK
 from doc_commands import FENCE, ROOT, TRL, Unknown, blocks, job, jobs_of, simple_commands
+from forkserver import interpreter
 from peft import LoraConfig
 from transformers.trainer_utils import SchedulerType
 
@@ -85,7 +85,7 @@ def sandbox(tmp_path_factory):
         "HF_HUB_OFFLINE": "1",
     }
     environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, worker, base / "jobs.json", base / "problems.json"]
+    command = [interpreter(), worker, base / "jobs.json", base / "problems.json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert (base / "problems.json").exists(), done.stderr[-2000:]
     problems = json.loads((base / "problems.json").read_text())

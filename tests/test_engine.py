@@ -1,12 +1,10 @@
 """ZeRO-2 on two processes against plain AdamW on one, written out by hand: same weights, any micro-batch split."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import child_environment
+from conftest import child_environment, start_two_ranks, wait_for
 from fakes import tiny_policy
 from safetensors.torch import load_file
 from test_policy import naive_logprobs
@@ -62,8 +60,8 @@ SIZES = {"sequence": (1, 30, 1000), "token": (30,), "constant": (40,), TIES: (1,
 
 
 def on_two(worker, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*command, WORKERS / worker, *arguments], check=True, env=child_environment(), timeout=300)
+    codes, written = wait_for(start_two_ranks(WORKERS / worker, *arguments, environment=child_environment()))
+    assert codes == [0, 0], written
 
 
 @pytest.fixture(scope="module")

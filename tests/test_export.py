@@ -4,11 +4,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import ROOT
+from forkserver import interpreter
 from peft import PeftModel
 from peft.tuners.lora.model import LoraModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -120,7 +120,7 @@ def test_the_cards_code_runs_and_answers_as_the_run_does(run, kind, environment)
     card = (folder / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", card, re.S)[1].replace('"."', repr(str(folder)))
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+        [interpreter(), "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 0, done.stderr
     opened = open_source(str(run))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import child_environment
+from forkserver import interpreter
 from safetensors.torch import load_file
 from test_run import CARRIED, overrides, read, without_times
 
@@ -29,7 +30,7 @@ STEPS |= {"reference__every": 1, **CARRIED}
 def command(processes, out, *more, **settings):
     chosen = overrides(out, **{**STEPS, **settings})
     return [
-        sys.executable,
+        interpreter(),
         str(WORKER),
         "launch",
         "--processes",

@@ -4,12 +4,12 @@ import inspect
 import re
 import shlex
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from forkserver import interpreter
 
 from grpo_core.cli import main
 from grpo_core.commands.check_advantage import run_check_advantage
@@ -324,7 +324,7 @@ def test_a_law_that_is_not_there_cannot_be_declared(own, tmp_path, capsys):
 ])  # fmt: skip
 def test_the_commands_exit_codes(words, code, environment):
     done = subprocess.run(
-        [sys.executable, "-m", "grpo_core", *words], env=environment, capture_output=True, text=True, timeout=60
+        [interpreter(), "-m", "grpo_core", *words], env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == code, done.stderr
     assert (code == 2) == (len(done.stderr.splitlines()) == 1)

@@ -6,11 +6,11 @@ import pty
 import re
 import struct
 import subprocess
-import sys
 import termios
 
 import pytest
 from conftest import ROOT
+from forkserver import interpreter
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def in_terminal(code, env, stdout=None):
     """What a process writes to a terminal; its errors alone, where `stdout` is another place."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=stdout or theirs, stderr=theirs, env=env, cwd=ROOT)
+    process = subprocess.Popen([interpreter(), "-c", code], stdout=stdout or theirs, stderr=theirs, env=env, cwd=ROOT)
     os.close(theirs)
     written = b""
     while True:
@@ -115,7 +115,7 @@ def test_what_comes_next_begins_on_an_empty_line(environment, tmp_path, piped):
 
 def test_in_a_log_file_and_on_other_ranks_there_is_nothing(tmp_path, environment):
     code = CODE.format(tests=str(ROOT / "tests"), folder=str(tmp_path / "r"))
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([interpreter(), "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and done.stdout == "a line\ndone\n"
     other = in_terminal(code, {**environment, "TERM": "xterm", "RANK": "1", "WORLD_SIZE": "2"})
     assert other.split() == ["done"]

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import child_environment
+from conftest import child_environment, start_two_ranks, wait_for
+from forkserver import interpreter
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,7 @@ def overrides(out, **more):
 
 def python(*arguments, environment, **kwargs):
     return subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [interpreter(), *map(str, arguments)],
         env=environment,
         cwd=ROOT,
         capture_output=True,
@@ -224,10 +225,9 @@ def on_two(tmp_path_factory):
         words = [*TINY, *overrides(folder / name, trainer__num_steps=2, **own)]
         jobs.append({"cwd": str(ROOT), "kind": "main", "arguments": words})
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     worker, answer = ROOT / "tests" / "workers" / "commands.py", folder / "problems.json"
-    done = python(*two, worker, folder / "jobs.json", answer, environment=child_environment())
-    assert done.returncode == 0 and json.loads(answer.read_text()) == [None] * len(jobs), (done.stderr, answer)
+    codes, written = wait_for(start_two_ranks(worker, folder / "jobs.json", answer, environment=child_environment()))
+    assert codes == [0, 0] and json.loads(answer.read_text()) == [None] * len(jobs), (written, answer)
     return folder
 
 
@@ -325,13 +325,13 @@ def test_the_real_config_runs_on_small_parts(tmp_path, environment):
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.soak)])
 def test_other_launchers_start_the_same_job(tmp_path, environment, here, launcher):
     command = {
-        "torchrun": ["--standalone", "--nproc_per_node", "2", "-m", "grpo_core"],
-        "deepspeed": ["--num_gpus", "2", "--master_port", free_port(), "--module", "grpo_core"],
-    }[launcher]
+        "torchrun": [interpreter(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "grpo_core"],
+        "deepspeed": [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", free_port(), "--module", "grpo_core"],
+    }[launcher]  # fmt: skip
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     run = [*TINY, "trainer.num_steps=1"]
-    words = [Path(sys.executable).parent / launcher, *command, *run, *overrides(tmp_path / "two")]
+    words = [*command, *run, *overrides(tmp_path / "two")]
     done = subprocess.run([*map(str, words)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert here(*run, *overrides(tmp_path / "one")).returncode == 0

@@ -1,7 +1,5 @@
 import json
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import child_environment
+from conftest import child_environment, start_two_ranks, wait_for
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_run import free_port, overrides, read, without_times
+from test_run import overrides, read, without_times
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_core.batch import Task, TrainBatch
@@ -139,22 +137,14 @@ def ranks(out, environment, *more):
         lora__dropout=0.1,
         sampling__temperature=0.5,
     )
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "grpo_core", "sft", "--config", str(TINY), *run, *more]
-    return [
-        subprocess.Popen(
-            command, cwd=ROOT, env={**environment, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    return start_two_ranks("-m", "grpo_core", "sft", "--config", TINY, *run, *more, environment=environment)
 
 
 def ended(processes):
     """Exit codes, and what the first rank said."""
-    told = [process.communicate(timeout=200) for process in processes]
+    codes, told = wait_for(processes)
     assert "Traceback" not in told[0][1] + told[1][1], told
-    return [process.returncode for process in processes], told[0][0]
+    return codes, told[0][0]
 
 
 @pytest.fixture(scope="module")

@@ -193,8 +193,10 @@ def _become_rank(config: Path, overrides: Sequence[str], environment: dict[str, 
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        if "OMP_NUM_THREADS" not in os.environ:  # read when torch was imported
-            torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+        # torch read OMP_NUM_THREADS when it was imported. The call also gives the fork a thread pool of its own, which
+        # torch would otherwise make when a model loads, in several threads at once, and that fails.
+        own = "OMP_NUM_THREADS" in os.environ
+        torch.set_num_threads(torch.get_num_threads() if own else int(environment["OMP_NUM_THREADS"]))
         os.environ.clear()
         os.environ.update(environment)
         code = run_train(config, overrides)

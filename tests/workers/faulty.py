@@ -48,11 +48,20 @@ def arm():
     setattr(owner, name, wrapped)
 
 
+def arm_here():
+    """The fault, if this is its rank."""
+    if FAULT and os.environ.get("RANK") == str(FAULT["rank"]):
+        arm()
+
+
 if __name__ == "__main__":
     from grpo_core.cli import main
     from grpo_core.commands import launch
 
-    launch.PROGRAM = (__file__,)
-    if FAULT and os.environ.get("RANK") == str(FAULT["rank"]):
-        arm()
+    def train(*args):  # what a rank runs that is forked from the launcher
+        arm_here()
+        return run_train(*args)
+
+    launch.PROGRAM, run_train, launch.run_train = (__file__,), launch.run_train, train
+    arm_here()
     sys.exit(main(sys.argv[1:]))
