@@ -120,7 +120,7 @@ def test_tied_groups_with_unscored_rows():
 
 
 def test_what_an_own_advantage_returns_is_checked():
-    with pytest.raises(ValueError, match=r"advantage flat returned \(8,\); it must return \[N, G\] = \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"advantage flat returned shape \(8,\); it must return \[N, G\] = \(2, 4\)"):
 
         def flat(rewards):
             return rewards.flatten()

@@ -228,7 +228,7 @@ def test_an_own_functions_arguments_are_yaml_keys_and_it_is_tried_before_the_mod
             [f"loss.name={own}:loose", "loss.args={power: 1.0}"],
             "to be one, an argument stands after a * and has a default",
         ),
-        ([f"loss.name={own}:soft", f"advantage.name={own}:flat"], "advantage flat returned (4,)"),
+        ([f"loss.name={own}:soft", f"advantage.name={own}:flat"], "advantage flat returned shape (4,)"),
     ):
         with pytest.raises(ValueError) as error:
             load(TINY, [f"loss.name={own}:soft", *overrides])
@@ -292,7 +292,7 @@ def test_check_advantage(own, capsys):
     assert run_check_advantage("opo", {}) == 0
     assert "breaks  zero_mean" in capsys.readouterr().out
     assert main(["check-advantage", f"{own}:flat"]) == 2
-    assert "advantage flat returned (4,); it must return [N, G] = (2, 2)" in capsys.readouterr().err
+    assert "advantage flat returned shape (4,); it must return [N, G] = (2, 2)" in capsys.readouterr().err
     assert main(["check-advantage", f"{own}:ranks", "scale=2.0"]) == 1  # a reward of None has a rank there
     assert re.search(r"^FAILS +unscored ", capsys.readouterr().out, re.M)
 

@@ -1,9 +1,14 @@
-"""What takes tokens and completions out of the surrogate, or weighs them: all [B, C] or [B, 1], none with a gradient.
+"""Rollout corrections and other weights and masks of the surrogate, [B, C] or [B, 1], without gradient.
 
-The sampler's distribution is not quite the trainer's: other kernels, another precision. A rollout correction weighs the
-surrogate by v = exp(l_old - l_roll), bounded. A correction is fn(old_logprobs, rollout_logprobs, completion_mask) and
-its bounds `clip_min` and `clip_max` are ratios; null is no bound. https://fengyao.notion.site/off-policy-rl.
+The sampler computes log-probs with other kernels and another precision than the trainer, so its distribution differs
+slightly from the trainer's. A rollout correction multiplies the surrogate by the importance weight v = exp(l_old -
+l_roll), which it bounds. https://fengyao.notion.site/off-policy-rl.
+
+A correction is fn(old_logprobs, rollout_logprobs, completion_mask) -> weights, or None for no weights. Its arguments
+`clip_min` and `clip_max` are bounds on v or on prod_v; null means no bound.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -73,12 +78,13 @@ def sequence_mask(
 
 
 def corrected_old_logprobs(old_logprobs: Tensor, weights: Tensor, completion_mask: Tensor) -> Tensor:
-    """l_old - log w: how a loss with the correction in it (`corrects_rollout`) is given the weights.
+    """Return l_old - log w, [B, C], the old log-probs for a loss with the attribute `corrects_rollout`.
 
-    A weight of a whole completion is spread over its tokens. log w is held to [log 1e-8, 20], as vespo's s is.
+    The loss then computes a ratio that contains the weights w, [B, C] or [B, 1]. A completion's weight is divided
+    evenly among its tokens in log space. log w is clamped to [log 1e-8, 20], as s of vespo is.
     """
-    log_weights = weights.log().clamp(-18.420680743952367, 20)
-    if weights.shape[1] == 1:
+    log_weights = weights.log().clamp(math.log(1e-8), 20)
+    if weights.shape[1] == 1:  # one weight for each completion
         log_weights = log_weights / completion_mask.sum(dim=1, keepdim=True).clamp(min=1)
     return old_logprobs - log_weights * completion_mask
 
@@ -90,28 +96,34 @@ def off_policy_mask(
     completion_mask: Tensor,  # [B, C]
     delta: float,
 ) -> Tensor:
-    """Completions that stay, [B, 1] bool: A >= 0, or mean_t(l_roll - l) <= delta. DeepSeek-V3.2, arXiv:2512.02556.
+    """Return the completions to train, [B, 1] bool: A >= 0, or mean_t(l_roll - l) <= delta.
 
-    A bad completion that the policy has already left tells it nothing more.
+    A completion with A < 0 that the policy has already become unlikely to produce is left out. DeepSeek-V3.2,
+    arXiv:2512.02556.
     """
     drift = ((rollout_logprobs - logprobs.detach()) * completion_mask).sum(dim=1, keepdim=True)
     return (advantages >= 0) | (drift / completion_mask.sum(dim=1, keepdim=True).clamp(min=1) <= delta)
 
 
 def quantile(values: Tensor, q: float) -> Tensor:
-    """The q-quantile of values [n], linear between neighbours as torch.quantile, without its limit in size."""
+    """Return the q-quantile of values [n] with linear interpolation, as torch.quantile does, for any n.
+
+    torch.quantile refuses more than 16 million values.
+    """
     ordered = values.sort().values
-    place = q * (len(ordered) - 1)
-    below = int(place)
+    position = q * (len(ordered) - 1)
+    below = int(position)
     above = min(below + 1, len(ordered) - 1)
-    return torch.lerp(ordered[below], ordered[above], place - below)
+    return torch.lerp(ordered[below], ordered[above], position - below)
 
 
 def _token_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor, completion_mask: Tensor) -> Tensor:
+    """Return v = exp(l_old - l_roll) of each token, [B, C]; the exponent is clamped to +-20."""
     return ((old_logprobs - rollout_logprobs) * completion_mask).clamp(-20, 20).exp().detach()
 
 
 def _sequence_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor, completion_mask: Tensor) -> Tensor:
+    """Return the product of v over each completion, [B, 1]; the exponent is clamped to +-20."""
     gap = ((old_logprobs - rollout_logprobs) * completion_mask).sum(dim=1, keepdim=True)
     return gap.clamp(-20, 20).exp().detach()
 
@@ -130,5 +142,7 @@ def _bounds(clip_min: float | None, clip_max: float | None) -> tuple[float, floa
     low = 0.0 if clip_min is None else clip_min
     high = torch.inf if clip_max is None else clip_max
     if not 0 <= low <= high:
-        raise ConfigError(f"clip_min is {clip_min} and clip_max {clip_max}; they must be 0 <= clip_min <= clip_max")
+        raise ConfigError(
+            f"clip_min is {clip_min} and clip_max is {clip_max}; both must satisfy 0 <= clip_min <= clip_max"
+        )
     return low, high

@@ -1,13 +1,15 @@
-"""Divergence from the reference, per token, [B, C]: estimators from the drawn token's log-probs, or the whole sum.
+"""KL divergence between the policy and the reference for each token, [B, C]: estimators and the exact value.
 
-An estimator is fn(logprobs, ref_logprobs, old_logprobs) -> [B, C] and may leave the third out. d = l_ref - l, clamped
-to +-20 against overflow. Under tokens drawn from the policy, the mean of k1 and of k3 is KL(policy || reference).
+An estimator is fn(logprobs, ref_logprobs, old_logprobs) -> [B, C]; the third argument is optional. It uses d = l_ref -
+l of the drawn token, clamped to +-20 against overflow. If the tokens are drawn from the policy, the mean of k1 and the
+mean of k3 are KL(policy || reference).
 
-What acts is the gradient, not the value. At a token, its prefix given and drawn from the policy, the expected gradient
-of k1 is 0, that of k3 is the gradient of KL(reference || policy), and that of k2 the gradient of KL(policy ||
-reference). None of them knows that a token also chooses the prefixes of later ones; the KL in the reward does.
+Training uses the gradient of an estimator, not its value. For a token drawn from the policy after a fixed prefix, the
+expected gradient is 0 with k1, the gradient of KL(reference || policy) with k3, and the gradient of KL(policy ||
+reference) with k2. No estimator accounts for a token's effect on the tokens after it; with loss.kl_in reward, the
+advantage does.
 
-A function with the fact `full_vocabulary` gets whole distributions of log-probs [..., V] and returns [...].
+A function with the attribute `full_vocabulary` takes log-probs of whole distributions, [..., V], and returns [...].
 """
 
 from torch import Tensor
@@ -21,7 +23,7 @@ KLS = Registry("kl")
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None = None) -> Tensor:
     """-d
 
-    Unbiased in value and of either sign. http://joschu.net/blog/kl-approx.html.
+    The value is unbiased and can be negative. http://joschu.net/blog/kl-approx.html.
     """
     return -_difference(logprobs, ref_logprobs)
 
@@ -30,7 +32,7 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None = 
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None = None) -> Tensor:
     """d^2 / 2
 
-    Biased in value; its gradient is unbiased on policy. http://joschu.net/blog/kl-approx.html.
+    The value is biased; on policy the gradient is unbiased. http://joschu.net/blog/kl-approx.html.
     """
     return _difference(logprobs, ref_logprobs).square() / 2
 
@@ -39,7 +41,7 @@ def kl_k2(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None = 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None = None) -> Tensor:
     """exp(d) - d - 1
 
-    Never negative, 0 where the two agree, unbiased in value on policy. arXiv:2402.03300;
+    Never negative, and 0 where the policy and the reference agree. On policy the value is unbiased. arXiv:2402.03300;
     http://joschu.net/blog/kl-approx.html.
     """
     difference = _difference(logprobs, ref_logprobs)
@@ -50,7 +52,7 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None = 
 def kl_abs(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None = None) -> Tensor:
     """|d|
 
-    verl's `abs`. A distance; no estimate of the KL.
+    Called `abs` in verl. It is a distance, not an estimate of the KL.
     """
     return _difference(logprobs, ref_logprobs).abs()
 
@@ -59,7 +61,7 @@ def kl_abs(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None =
 def kl_k3_corrected(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     """r (exp(d) - d - 1), r = exp(l - l_old) with gradient
 
-    Unbiased in value and gradient also where the tokens are of an older policy. DeepSeek-V3.2, arXiv:2512.02556.
+    Value and gradient are unbiased even where an older policy drew the tokens. DeepSeek-V3.2, arXiv:2512.02556.
     """
     return (logprobs - old_logprobs).clamp(-20, 20).exp() * kl_k3(logprobs, ref_logprobs)
 
@@ -68,7 +70,7 @@ def kl_k3_corrected(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor
 def kl_k1_straight_through(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None = None) -> Tensor:
     """-d in value, the gradient of d^2 / 2
 
-    verl's `k1+`: an unbiased value and an unbiased gradient.
+    Called `k1+` in verl. On policy both the value and the gradient are unbiased.
     """
     return _straight_through(kl_k1(logprobs, ref_logprobs), kl_k2(logprobs, ref_logprobs))
 
@@ -77,7 +79,7 @@ def kl_k1_straight_through(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs:
 def kl_k3_straight_through(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None = None) -> Tensor:
     """exp(d) - d - 1 in value, the gradient of d^2 / 2
 
-    verl's `k3+`: the low-variance value with an unbiased gradient.
+    Called `k3+` in verl. On policy the value has low variance and the gradient is unbiased.
     """
     return _straight_through(kl_k3(logprobs, ref_logprobs), kl_k2(logprobs, ref_logprobs))
 
@@ -86,15 +88,17 @@ def kl_k3_straight_through(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs:
 def kl_exact(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None = None) -> Tensor:
     """sum_v p_v (log p_v - log p_ref_v), v the vocabulary
 
-    Over the whole vocabulary: nothing is estimated at the place itself. One reference forward a micro-batch, and the
-    sum is taken in chunks. [..., V] -> [...].
+    The exact KL of the next-token distribution, [..., V] -> [...]. It costs one forward of the reference for each
+    micro-batch. The caller passes the tokens in chunks.
     """
     return (logprobs.exp() * (logprobs - ref_logprobs)).sum(dim=-1)
 
 
 def _difference(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Return d = l_ref - l, clamped to +-20."""
     return (ref_logprobs - logprobs).clamp(-20, 20)
 
 
 def _straight_through(value: Tensor, gradient: Tensor) -> Tensor:
+    """Return a tensor with the value of `value` and the gradient of `gradient`."""
     return gradient + (value - gradient).detach()

@@ -1,6 +1,8 @@
-"""How much each token counts: one tensor, fixed once per optimizer step, so that no gradient depends on its pieces.
+"""Token weights: the weight of every token in the loss, one tensor fixed once per optimizer step.
 
-An average is fn(completion_mask [B, C] float, totals) -> weights [B, C]. n_i is the number of tokens of completion i.
+Because the weights are fixed for the whole step, the gradient does not depend on how the step is cut into
+micro-batches. loss.average names the function: fn(completion_mask [B, C] float, totals) -> weights [B, C]. n_i is the
+number of tokens of completion i.
 """
 
 from dataclasses import dataclass
@@ -15,12 +17,12 @@ AVERAGES = Registry("average")
 
 @dataclass(frozen=True)
 class Totals:
-    """Counts over a whole optimizer step: all micro-batches, all ranks."""
+    """Counts over one optimizer step: all micro-batches of all ranks."""
 
     tokens: Tensor  # completion tokens that are trained
-    completions: Tensor  # all of them, with or without a trained token
-    max_new_tokens: int  # the configured length limit, not the longest row
-    entropy_tokens: Tensor | None = None  # tokens that the entropy bonus acts on; None: all
+    completions: Tensor  # all completions, also those without a trained token
+    max_new_tokens: int  # sampling.max_new_tokens, not the length of the longest row
+    entropy_tokens: Tensor | None = None  # tokens that the entropy bonus acts on; None: `tokens`
     micro_batches: Tensor | int = 1
 
 
@@ -28,7 +30,7 @@ class Totals:
 def sequence_average(completion_mask: Tensor, totals: Totals) -> Tensor:
     """1 / (n_i * completions)
 
-    Every completion counts the same, long or short. arXiv:2402.03300.
+    Every completion has the same weight, whatever its length. arXiv:2402.03300.
     """
     lengths = completion_mask.sum(dim=1, keepdim=True).clamp(min=1)
     return completion_mask / (lengths * totals.completions)
@@ -38,8 +40,8 @@ def sequence_average(completion_mask: Tensor, totals: Totals) -> Tensor:
 def token_average(completion_mask: Tensor, totals: Totals) -> Tensor:
     """1 / tokens
 
-    Every token of the step counts the same: DAPO as verl and TRL run it. In the paper (arXiv:2503.14476) the
-    denominator is that of one prompt's group, and prompts are averaged.
+    Every token of the step has the same weight, as in verl's and TRL's implementations of DAPO. In the paper
+    (arXiv:2503.14476) the denominator is the number of tokens in a prompt's group, and the prompts are averaged.
     """
     return completion_mask / _at_least_one(totals.tokens)
 
@@ -48,7 +50,7 @@ def token_average(completion_mask: Tensor, totals: Totals) -> Tensor:
 def constant_average(completion_mask: Tensor, totals: Totals) -> Tensor:
     """1 / (completions * max_new_tokens)
 
-    No length in it, so no length bias. Dr. GRPO, arXiv:2503.20783.
+    The weight does not depend on the completion's length, so there is no length bias. Dr. GRPO, arXiv:2503.20783.
     """
     return completion_mask / (totals.completions * totals.max_new_tokens)
 
@@ -57,32 +59,35 @@ def constant_average(completion_mask: Tensor, totals: Totals) -> Tensor:
 def row_sum_average(completion_mask: Tensor, totals: Totals) -> Tensor:
     """1 / completions
 
-    A row's tokens are summed. For sequence-level losses, LUSPO arXiv:2602.05261, or the log-prob of a whole
-    completion, RLOO arXiv:2402.14740.
+    The tokens of a completion are summed and the completions averaged. For losses with a ratio of the whole completion
+    (LUSPO, arXiv:2602.05261) and for REINFORCE on the log-prob of a whole completion (RLOO, arXiv:2402.14740).
     """
     return completion_mask / totals.completions
 
 
-@AVERAGES.register("micro_token", breaks={"splits": "it is a mean of means over micro-batches, and is meant to be"})
+@AVERAGES.register("micro_token", breaks={"splits": "it is a mean of means over micro-batches on purpose"})
 def micro_token_average(completion_mask: Tensor, totals: Totals) -> Tensor:
     """1 / (tokens of this micro-batch * micro_batches)
 
-    TRL's bnpo, for parity with it. It depends on how the step is cut into micro-batches.
+    Called bnpo in TRL, and here for comparison with it. The gradient depends on how the step is cut into micro-batches.
     """
     return completion_mask / (completion_mask.sum().clamp(min=1) * totals.micro_batches)
 
 
 def token_weights(completion_mask: Tensor, *, average: str, totals: Totals, dtype: torch.dtype | None = None) -> Tensor:
-    """How much each token counts in the loss, [B, C] of `dtype` (float32); 0 where masked.
+    """Return the token weights, [B, C] of `dtype` (default float32), 0 where masked.
 
     Raises:
-        ConfigError: `average` is not a known name.
+        ConfigError: no function of the name `average` is registered.
     """
     return AVERAGES.get(average)(completion_mask.to(dtype or torch.float32), totals)
 
 
 def entropy_weights(mask: Tensor, totals: Totals, dtype: torch.dtype | None = None) -> Tensor:
-    """1 / (tokens that the bonus acts on) where `mask`, [B, C]: the bonus is a mean entropy, whatever the average."""
+    """Return the weights of the entropy bonus, [B, C]: 1 / (tokens that it acts on) where `mask`, else 0.
+
+    The bonus is a mean over tokens, whatever loss.average is.
+    """
     tokens = totals.tokens if totals.entropy_tokens is None else totals.entropy_tokens
     return mask.to(dtype or torch.float32) / _at_least_one(tokens)
 

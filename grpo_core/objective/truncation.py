@@ -1,7 +1,8 @@
-"""Completions that were cut off at the length limit: the sampler states the fact, one of these says what follows.
+"""Treatment of truncated completions, those that reached sampling.max_new_tokens without an end-of-sequence token.
 
-A mode is fn(rewards, lengths, truncated, max_new_tokens), the first three [N, G], and returns the rewards that the
-advantages are computed from, NaN for "not in the baseline", and which completions are trained, [N, G] bool.
+A truncation function is fn(rewards, lengths, truncated, max_new_tokens); the first three are [N, G]. It returns the
+rewards from which the advantages are computed, [N, G], and the completions to train, [N, G] bool. A reward of NaN
+leaves the completion out of its group's mean and standard deviation.
 """
 
 import torch
@@ -23,7 +24,8 @@ def keep(rewards: Tensor, lengths: Tensor, truncated: Tensor, max_new_tokens: in
 def mask_loss(rewards: Tensor, lengths: Tensor, truncated: Tensor, max_new_tokens: int) -> tuple[Tensor, Tensor]:
     """not trained; in its group's mean and spread
 
-    DAPO's overlong filtering, arXiv:2503.14476. Its tokens leave the denominators, the completion itself does not.
+    DAPO's overlong filtering, arXiv:2503.14476. In the token weights, the completion's tokens are not counted, but the
+    completion is.
     """
     return rewards, ~truncated
 
@@ -48,15 +50,16 @@ def soft_penalty(
 ) -> tuple[Tensor, Tensor]:
     """reward + clip((max_new_tokens - cache - length) / cache, -1, 0), cache = cache_share * max_new_tokens
 
-    The soft overlong penalty of arXiv:2503.14476, there with 4,096 of 20,480 tokens.
+    The soft overlong penalty of DAPO, arXiv:2503.14476, where the cache is 4,096 of 20,480 tokens.
     """
     return rewards + soft_overlong_penalty(lengths, max_new_tokens, cache_share), torch.ones_like(truncated)
 
 
 def soft_overlong_penalty(lengths: Tensor, max_new_tokens: int, cache_share: float = 0.2) -> Tensor:
-    """0 up to L_max - L_cache tokens, then linearly down to -1 at L_max; L_cache = cache_share * L_max.
+    """Return DAPO's penalty for long completions, in the shape of `lengths` (tokens). arXiv:2503.14476, equation 13.
 
-    `lengths` of any shape, in tokens. DAPO, arXiv:2503.14476, equation 13.
+    With cache = cache_share * max_new_tokens, the penalty is 0 up to max_new_tokens - cache tokens and then decreases
+    linearly to -1 at max_new_tokens.
 
     Raises:
         ConfigError: cache_share is not above 0 and at most 1.
