@@ -30,7 +30,7 @@ def test_the_four_corrections(name, weights):
 def test_no_bounds_and_bounds_out_of_order():
     free = CORRECTIONS.build("token_truncate", {"clip_max": None})(OLD, ZERO, MASK)
     torch.testing.assert_close(free, torch.tensor([[4.0, 0.5], [3.0, 1.0]]))
-    with pytest.raises(ValueError, match="clip_min is 3.0 and clip_max 2.0"):
+    with pytest.raises(ValueError, match="clip_min is 3.0 and clip_max is 2.0"):
         CORRECTIONS.build("token_mask", {"clip_min": 3.0})(OLD, ZERO, MASK)
     assert CORRECTIONS.get("none")(OLD, ZERO, MASK) is None
 

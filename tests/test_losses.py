@@ -250,7 +250,7 @@ def test_names_and_arguments_are_checked():
 @pytest.mark.parametrize("name, args, message", [
     ("grpo", {"clip_low": -0.1}, "clip_low is -0.1"),
     ("grpo", {"clip_low": 1.5}, "clip_low at most 1"),
-    ("gspo", {"clip_high": -1.0}, "clip_high -1.0"),
+    ("gspo", {"clip_high": -1.0}, "clip_high is -1.0"),
     ("gmpo", {"clip_low": -0.4}, "clip_low is -0.4"),
     ("grpo", {"delta": 1.1}, "delta is 1.1; it must be above 1"),
     ("dual_clip", {"c": 1.0}, "c is 1.0; it must be above 1"),  # 1 < c < 1 + clip_high is the paper's

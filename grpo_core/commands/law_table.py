@@ -45,10 +45,10 @@ def print_laws(name: str, args: dict[str, Any], outcomes: list[Outcome], laws: d
     values = ", ".join(f"{key} = {value}" for key, value in args.items())
     print(f"{name}  {values}".rstrip() + "\n")
     for outcome in outcomes:
-        short_result = outcome.shown if len(outcome.shown) <= MAX_SHORT_RESULT else ""
+        short_result = outcome.result if len(outcome.result) <= MAX_SHORT_RESULT else ""
         print(f"{_verdict(outcome):<7} {outcome.law:<15} {short_result:<16} {laws[outcome.law].__doc__}")
         if not short_result:
-            print(f"{INDENT} {outcome.shown}")
+            print(f"{INDENT} {outcome.result}")
         if not outcome.ok and outcome.law in HINTS:
             print(f"{INDENT} ({HINTS[outcome.law]})")
         if outcome.declared is not None:

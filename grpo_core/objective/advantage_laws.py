@@ -1,4 +1,8 @@
-"""What every advantage holds; `check-advantage` runs it on yours, the tests on ours. As laws.py for losses."""
+"""Laws that every advantage function must obey; objective/laws.py has those of losses.
+
+`check-advantage` applies them to a user's advantage function, and the tests to every registered one. The docstring of a
+law is the statement that `check-advantage` prints beside the result.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +19,18 @@ NAN = float("nan")
 
 
 def check_advantage(advantage_fn: Callable) -> list[Outcome]:
-    """Every law, in a moment."""
+    """Check every law; takes less than a second."""
     return run_laws(advantage_fn, ADVANTAGE_LAWS)
 
 
 def shape(advantage_fn: Callable) -> tuple[bool, str]:
-    """[N, G] in, [N, G] out, finite"""
+    """rewards [N, G] give finite advantages [N, G]"""
     values = call(advantage_fn, rewards())
     return values.shape == (N, G) and bool(values.isfinite().all()), str(list(values.shape))
 
 
 def ties(advantage_fn: Callable) -> tuple[bool, str]:
-    """a group whose rewards are all equal has advantage exactly 0, however its mean is rounded"""
+    """a group whose rewards are all equal has advantages of exactly 0, even where its mean is rounded"""
     largest = 0.0
     for value in (0.0, 0.1, 0.3, 1.1, -4.3):
         for size in (2, 8, 12, 55):
@@ -38,45 +42,47 @@ def ties(advantage_fn: Callable) -> tuple[bool, str]:
 
 
 def unscored(advantage_fn: Callable) -> tuple[bool, str]:
-    """a completion without a reward has advantage 0, and the others' are as if it were not there"""
-    holed, there = torch.tensor([[1.0, NAN, 0.0, 0.5], [1.0, NAN, 0.0, 0.0]]), torch.tensor([0, 2, 3])
-    gap = (call(advantage_fn, holed)[:, there] - call(advantage_fn, holed[:, there], there)).abs().max()
-    none = call(advantage_fn, torch.full((2, 4), NAN)).abs().max() + call(advantage_fn, holed)[:, 1].abs().max()
+    """a completion without a reward has advantage 0 and no effect on the other advantages of its group"""
+    partly = torch.tensor([[1.0, NAN, 0.0, 0.5], [1.0, NAN, 0.0, 0.0]])
+    scored = torch.tensor([0, 2, 3])
+    values = call(advantage_fn, partly)
+    gap = (values[:, scored] - call(advantage_fn, partly[:, scored], scored)).abs().max()
+    none = call(advantage_fn, torch.full((2, 4), NAN)).abs().max() + values[:, 1].abs().max()
     alone = call(advantage_fn, torch.tensor([[NAN, NAN, NAN, 1.0]])).abs().max()
     return bool(gap < 1e-6 and none == 0 and alone == 0), f"{float(gap + none + alone):.1g}"
 
 
 def zero_mean(advantage_fn: Callable) -> tuple[bool, str]:
-    """the advantages of a group add up to 0"""
+    """the advantages of a group sum to 0"""
     largest = float(call(advantage_fn, rewards()).sum(dim=1).abs().max())
     return largest < 1e-10, f"{largest:.1g}"
 
 
 def order(advantage_fn: Callable) -> tuple[bool, str]:
     """within a group a higher reward has a higher advantage"""
-    ours = call(advantage_fn, rewards(), components=components())
-    wrong = int((ours.argsort(dim=1) != rewards().argsort(dim=1)).sum())
+    values = call(advantage_fn, rewards(), components=components())
+    wrong = int((values.argsort(dim=1) != rewards().argsort(dim=1)).sum())
     return wrong == 0, f"{wrong} of {N * G} not"
 
 
 def shift(advantage_fn: Callable) -> tuple[bool, str]:
-    """a constant added to all rewards changes nothing"""
+    """adding a constant to all rewards has no effect"""
     gap = float((call(advantage_fn, rewards() + 3) - call(advantage_fn, rewards())).abs().max())
     return gap < 1e-10, f"{gap:.1g}"
 
 
 def places(advantage_fn: Callable) -> tuple[bool, str]:
-    """the order of the completions in their group does not matter"""
-    mixed = torch.randperm(G, generator=torch.Generator().manual_seed(1))
-    gap = (call(advantage_fn, rewards()[:, mixed], mixed) - call(advantage_fn, rewards())[:, mixed]).abs().max()
+    """the order of the completions in a group has no effect"""
+    order = torch.randperm(G, generator=torch.Generator().manual_seed(1))
+    gap = (call(advantage_fn, rewards()[:, order], order) - call(advantage_fn, rewards())[:, order]).abs().max()
     return bool(gap < 1e-10), f"{float(gap):.1g}"
 
 
 def groups(advantage_fn: Callable) -> tuple[bool, str]:
     """a group's advantages do not depend on the other groups"""
-    given = torch.cat([rewards(), torch.full((1, G), 0.5, dtype=torch.double)])  # the last one is tied
-    alone = torch.cat([call(advantage_fn, row[None]) for row in given])
-    gap = float((alone - call(advantage_fn, given)).abs().max())
+    batch = torch.cat([rewards(), torch.full((1, G), 0.5, dtype=torch.double)])  # the last group is tied
+    alone = torch.cat([call(advantage_fn, group[None]) for group in batch])
+    gap = float((alone - call(advantage_fn, batch)).abs().max())
     return gap < 1e-10, f"{gap:.1g}"
 
 
@@ -86,24 +92,25 @@ ADVANTAGE_LAWS: dict[str, Callable[[Callable], tuple[bool, str]]] = {
 
 
 def rewards(size: int = G) -> Tensor:
-    """[5, size] float64, the groups of different spread, none tied."""
+    """Return rewards [5, size] in float64: no group is tied, and the groups have different spreads."""
     values = torch.rand(N, size, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     assert not tied_groups(values).any()
     return values * torch.tensor([[1.0], [0.5], [2.0], [1.0], [0.1]], dtype=torch.double)
 
 
 def components() -> Tensor:
-    """Two rewards [2, 5, 8] that add up to `rewards()`, the second against the first."""
+    """Return two rewards [2, 5, 8] with the sum `rewards()` whose orders within a group differ."""
     first = 2 * rewards().flip(dims=[1])
     return torch.stack([first, rewards() - first])
 
 
 def call(
     advantage_fn: Callable,
-    given: Tensor,
-    places: Tensor | None = None,  # [G] which of the lengths they have
+    rewards: Tensor,  # [N, G]
+    positions: Tensor | None = None,  # [G]; the completion in column i has positions[i] + 1 tokens; default: 0, 1, ...
     components: Tensor | None = None,
 ) -> Tensor:
-    """The advantages where completion i of a group has i + 1 tokens."""
-    places = torch.arange(given.shape[1]) if places is None else places
-    return compute_advantages(advantage_fn, given, lengths=(places + 1).expand(given.shape), components=components)
+    """Return the advantages, [N, G], of completions of different lengths."""
+    positions = torch.arange(rewards.shape[1]) if positions is None else positions
+    lengths = (positions + 1).expand(rewards.shape)
+    return compute_advantages(advantage_fn, rewards, lengths=lengths, components=components)

@@ -232,9 +232,10 @@ def center(rewards: Tensor) -> tuple[Tensor, Tensor]:
         The centered rewards, [N, G], exactly 0 in a tied group and for an unscored completion.
         The number of scored completions of each group, [N, 1].
     """
+    signal = _has_signal(rewards)
     counts = (~rewards.isnan()).sum(dim=1, keepdim=True)
     mean = rewards.nansum(dim=1, keepdim=True) / counts.clamp(min=1)
-    return torch.where(_has_signal(rewards), rewards - mean, 0.0), counts
+    return torch.where(signal, rewards - mean, 0.0), counts
 
 
 def _batch_std(rewards: Tensor, ddof: int) -> Tensor:

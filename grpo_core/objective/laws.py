@@ -1,7 +1,10 @@
-"""What every policy loss holds, checked on small batches in seconds; `check-loss` runs it on yours, the tests on ours.
+"""Laws that every policy loss must obey, checked on small batches in seconds.
 
-A law is fn(loss function) -> (whether it holds, the number that says so). A loss that breaks a law knowingly says so in
-its attribute `breaks`, {law: reason}; then the law must be seen to break. Arguments are bound before.
+`check-loss` applies them to a user's loss, and the tests to every registered loss. A law is fn(loss function) ->
+(True where the law holds, the measured result as text); the loss function has its arguments bound. A loss that breaks a
+law on purpose declares it in its attribute `breaks`, {law: reason}, and then the check fails if the law holds.
+
+The docstring of a law is the statement that `check-loss` prints beside the result.
 """
 
 from __future__ import annotations
@@ -27,37 +30,39 @@ from grpo_core.schema import first_line
 
 B, C = 6, 7
 LENGTHS = [7, 1, 4, 3, 7, 2]
-RATIOS = [0.05, 0.5, 1.0, 2.0, 20.0]  # what the clip table shows
-GRID = torch.linspace(-math.log(20), math.log(20), 6001, dtype=torch.double)  # of log-ratios, where the clip law looks
+RATIOS = [0.05, 0.5, 1.0, 2.0, 20.0]  # columns of the clip table
+LOG_RATIO_GRID = torch.linspace(-math.log(20), math.log(20), 6001, dtype=torch.double)  # where the clip law is checked
 
 
 @dataclass(frozen=True)
 class Outcome:
+    """The outcome of checking one law."""
+
     law: str
     holds: bool
-    shown: str  # the number
-    declared: str | None = None  # why the function says that it breaks it
+    result: str  # the measured number, or the error that the function raised
+    declared: str | None = None  # the reason in the function's `breaks`; None where it does not declare this law
 
     @property
     def ok(self) -> bool:
-        """It holds, or breaks as declared."""
+        """True if the law holds, or is broken as the function declares."""
         return self.holds == (self.declared is None)
 
 
 def check_loss(loss_fn: Callable) -> list[Outcome]:
-    """Every law but `ranks`, which needs processes: see `start_rank_gaps`."""
+    """Check every law except `ranks`, which needs two processes (`start_rank_gaps`)."""
     return run_laws(loss_fn, LOSS_LAWS)
 
 
 def run_laws(function: Callable, laws: dict[str, Callable[[Callable], tuple[bool, str]]]) -> list[Outcome]:
-    """Each law's outcome; a law during which the function raises does not hold."""
+    """Check the laws one by one; a law does not hold if the function raises."""
     outcomes = []
     for name, law in laws.items():
         try:
-            holds, shown = law(function)
+            holds, result = law(function)
         except Exception as error:
-            holds, shown = False, f"{type(error).__name__}: {first_line(error)}"
-        outcomes.append(Outcome(name, holds, shown, (fact(function, "breaks") or {}).get(name)))
+            holds, result = False, f"{type(error).__name__}: {first_line(error)}"
+        outcomes.append(Outcome(name, holds, result, (fact(function, "breaks") or {}).get(name)))
     return outcomes
 
 
@@ -72,16 +77,16 @@ def shape(loss_fn: Callable) -> tuple[bool, str]:
 
 
 def pure(loss_fn: Callable) -> tuple[bool, str]:
-    """called twice it returns the same, and it changes none of its inputs"""
+    """two calls return the same, and the inputs are not changed"""
     inputs = batch()
-    kept = [x.clone() for x in inputs]
+    copies = [x.clone() for x in inputs]
     first, second = (loss_fn(*inputs).per_token_loss for _ in range(2))
     gap = float((first - second).abs().max())
-    return gap == 0 and all(torch.equal(a, b) for a, b in zip(inputs, kept, strict=True)), f"{gap:.1g}"
+    return gap == 0 and all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True)), f"{gap:.1g}"
 
 
 def finite(loss_fn: Callable) -> tuple[bool, str]:
-    """value and gradient are finite in float32, with a row wholly masked and log-ratios of +-100"""
+    """value and gradient are finite in float32, with a fully masked row and with log-ratios of +-100"""
     old = torch.full((4, 3), -101.0)
     logprobs = (old + torch.tensor([[100.0], [-100.0], [100.0], [-100.0]])).requires_grad_()
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0], [1, 0, 0]]).bool()
@@ -94,23 +99,24 @@ def finite(loss_fn: Callable) -> tuple[bool, str]:
 
 
 def zero_advantage(loss_fn: Callable) -> tuple[bool, str]:
-    """an advantage of 0 has gradient exactly 0"""
+    """an advantage of 0 gives a gradient of exactly 0"""
     logprobs, old, advantages, mask = batch()
     largest = float(loss_gradient(loss_fn, logprobs, old, 0 * advantages, mask).abs().max())
     return largest == 0, f"{largest:.1g}"
 
 
 def padding(loss_fn: Callable) -> tuple[bool, str]:
-    """masked places get no gradient, and what stands in them changes nothing"""
+    """masked tokens get no gradient, and their log-probs have no effect"""
     logprobs, old, advantages, mask = batch()
-    one = loss_gradient(loss_fn, logprobs, old, advantages, mask)
-    other = loss_gradient(loss_fn, logprobs.masked_fill(~mask, -30.0), old.masked_fill(~mask, -2.0), advantages, mask)
-    gap = float((one - other).abs().max())
-    return gap < 1e-12 and bool((one[~mask] == 0).all()) and bool((one[mask] != 0).any()), f"{gap:.1g}"
+    gradient = loss_gradient(loss_fn, logprobs, old, advantages, mask)
+    padded, padded_old = logprobs.masked_fill(~mask, -30.0), old.masked_fill(~mask, -2.0)
+    gap = float((gradient - loss_gradient(loss_fn, padded, padded_old, advantages, mask)).abs().max())
+    holds = gap < 1e-12 and bool((gradient[~mask] == 0).all()) and bool((gradient[mask] != 0).any())
+    return holds, f"{gap:.1g}"
 
 
 def splits(loss_fn: Callable) -> tuple[bool, str]:
-    """cutting the step into micro-batches in any way gives the same gradient"""
+    """the gradient does not depend on how the step is cut into micro-batches"""
     inputs = batch()
     average, gap = default_average(loss_fn), 0.0
     whole = loss_gradient(loss_fn, *inputs, w=weights(inputs[3], average))
@@ -124,7 +130,7 @@ def splits(loss_fn: Callable) -> tuple[bool, str]:
 
 
 def on_policy(loss_fn: Callable) -> tuple[bool, str]:
-    """before the first update the gradient is -A * weight, REINFORCE's"""
+    """before the first update the gradient is that of REINFORCE, -A * weight"""
     logprobs, _, advantages, mask = batch()
     w = weights(mask, default_average(loss_fn))
     gap = float(
@@ -134,7 +140,7 @@ def on_policy(loss_fn: Callable) -> tuple[bool, str]:
 
 
 def gradcheck(loss_fn: Callable) -> tuple[bool, str]:
-    """the gradient is that of the value, by finite differences in float64"""
+    """the gradient is the derivative of the value, by finite differences in float64"""
     logprobs, old, advantages, mask = batch()
     w = mask * torch.rand(B, C, generator=torch.Generator().manual_seed(1), dtype=torch.double)
 
@@ -143,22 +149,22 @@ def gradcheck(loss_fn: Callable) -> tuple[bool, str]:
 
     gradient, step, gap = loss_gradient(loss_fn, logprobs, old, advantages, mask, w=w), 1e-6, 0.0
     for i, j in mask.nonzero().tolist():
-        nudge = torch.zeros_like(logprobs)
-        nudge[i, j] = step
-        slope = (value(logprobs + nudge) - value(logprobs - nudge)) / (2 * step)
+        offset = torch.zeros_like(logprobs)
+        offset[i, j] = step
+        slope = (value(logprobs + offset) - value(logprobs - offset)) / (2 * step)
         gap = max(gap, abs(float(slope - gradient[i, j])))
     return gap < 1e-7, f"{gap:.1g}"
 
 
 def clip(loss_fn: Callable) -> tuple[bool, str]:
-    """a token is never pushed against its advantage, whatever its ratio, and on policy it is pulled"""
-    lowest = min(float(pull(loss_fn, sign, GRID).min()) for sign in (1, -1))
-    on_policy = min(float(pull(loss_fn, sign, torch.zeros(1))) for sign in (1, -1))
-    return lowest >= 0 and on_policy > 0, f"{lowest + 0.0:.2g} at least"
+    """no ratio moves a token against the sign of its advantage, and on policy the token moves with it"""
+    lowest = min(float(compute_pull(loss_fn, sign, LOG_RATIO_GRID).min()) for sign in (1, -1))
+    on_policy = min(float(compute_pull(loss_fn, sign, torch.zeros(1))) for sign in (1, -1))
+    return lowest >= 0 and on_policy > 0, f"{lowest + 0.0:.2g} at least"  # + 0.0 turns -0 into 0
 
 
 def learns(loss_fn: Callable) -> tuple[bool, str]:
-    """a bandit: one of 8 tokens is good, another ends the completion; 60 steps of two passes"""
+    """a bandit is learned in 60 steps of two passes: one of 8 tokens is rewarded, another ends the completion"""
     torch.manual_seed(0)
     logits = torch.zeros(C, 8, requires_grad=True)
     optimizer, rewards = torch.optim.Adam([logits], lr=0.1), []
@@ -185,10 +191,10 @@ LOSS_LAWS: dict[str, Callable[[Callable], tuple[bool, str]]] = {
 }
 
 
-def pull(loss_fn: Callable, sign: int, log_ratios: Tensor) -> Tensor:
-    """-(d loss / d log-prob) / A of single tokens at `log_ratios` [n], with A = `sign`: [n].
+def compute_pull(loss_fn: Callable, sign: int, log_ratios: Tensor) -> Tensor:
+    """Return the pull of single tokens, -(d loss / d log-prob) / A, [n], at `log_ratios` [n] and with A = `sign`.
 
-    1 is REINFORCE's, 0 is a token that is clipped.
+    A pull of 1 is that of REINFORCE, and a pull of 0 is that of a clipped token.
     """
     difference = log_ratios.double()[:, None]
     old, mask = torch.full_like(difference, -6.0), torch.ones_like(difference, dtype=torch.bool)
@@ -197,28 +203,36 @@ def pull(loss_fn: Callable, sign: int, log_ratios: Tensor) -> Tensor:
 
 
 def clip_table(loss_fn: Callable) -> list[tuple[str, list[float], str]]:
-    """The six regions: for either sign of A the pull below, on and above ratio 1 (RATIOS), and where it pulls."""
+    """Return a row for A > 0 and a row for A < 0: the sign, the pull at each of RATIOS, and the ratios with a pull."""
     table = []
     for sign in (1, -1):
-        pulling = (pull(loss_fn, sign, GRID).abs() > 1e-9).nonzero().squeeze(1).tolist()
-        low, high = "0", "any"
-        if pulling and pulling[0] > 0:
-            low = f"{_edge(loss_fn, sign, GRID[pulling[0]], GRID[pulling[0] - 1]):.6g}"
-        if pulling and pulling[-1] < len(GRID) - 1:
-            high = f"{_edge(loss_fn, sign, GRID[pulling[-1]], GRID[pulling[-1] + 1]):.6g}"
-        where = "everywhere" if (low, high) == ("0", "any") else f"from ratio {low} to {high}"
-        if float(pull(loss_fn, sign, GRID).min()) < -1e-9:
-            where = "the wrong way somewhere"
-        shown = (pull(loss_fn, sign, torch.tensor(RATIOS, dtype=torch.double).log()) + 0.0).tolist()
-        table.append((f"A {'>' if sign > 0 else '<'} 0", shown, where if pulling else "nowhere"))
+        pulls = (compute_pull(loss_fn, sign, torch.tensor(RATIOS, dtype=torch.double).log()) + 0.0).tolist()
+        table.append((f"A {'>' if sign > 0 else '<'} 0", pulls, _describe_pull_range(loss_fn, sign)))
     return table
 
 
-def _edge(loss_fn: Callable, sign: int, inside: Tensor, outside: Tensor) -> float:
-    """The ratio between the two logarithms at which the pull ends, by bisection."""
+def _describe_pull_range(loss_fn: Callable, sign: int) -> str:
+    """Return the range of ratios in which the pull is not 0, in words."""
+    pulls = compute_pull(loss_fn, sign, LOG_RATIO_GRID)
+    nonzero = (pulls.abs() > 1e-9).nonzero().squeeze(1).tolist()
+    if not nonzero:
+        return "nowhere"
+    if float(pulls.min()) < -1e-9:
+        return "the wrong way somewhere"
+    first, last = nonzero[0], nonzero[-1]
+    low, high = "0", "any"
+    if first > 0:
+        low = f"{_find_clip_ratio(loss_fn, sign, LOG_RATIO_GRID[first], LOG_RATIO_GRID[first - 1]):.6g}"
+    if last < len(LOG_RATIO_GRID) - 1:
+        high = f"{_find_clip_ratio(loss_fn, sign, LOG_RATIO_GRID[last], LOG_RATIO_GRID[last + 1]):.6g}"
+    return "everywhere" if (low, high) == ("0", "any") else f"from ratio {low} to {high}"
+
+
+def _find_clip_ratio(loss_fn: Callable, sign: int, inside: Tensor, outside: Tensor) -> float:
+    """Return the ratio at which the pull becomes 0, by bisection between two log-ratios."""
     for _ in range(40):
         middle = (inside + outside) / 2
-        if abs(float(pull(loss_fn, sign, middle[None]))) > 1e-9:
+        if abs(float(compute_pull(loss_fn, sign, middle[None]))) > 1e-9:
             inside = middle
         else:
             outside = middle
@@ -226,7 +240,10 @@ def _edge(loss_fn: Callable, sign: int, inside: Tensor, outside: Tensor) -> floa
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs, old log-probs [6, 7] with ratios around 1, advantages [6, 1] and a ragged mask, in float64."""
+    """Return the laws' batch in float64: log-probs and old log-probs [6, 7] with ratios around 1, advantages, mask.
+
+    The advantages are [6, 1], and the rows have different lengths.
+    """
     generator = torch.Generator().manual_seed(0)
     mask = torch.arange(C) < torch.tensor(LENGTHS)[:, None]
     logprobs = -torch.rand(B, C, generator=generator, dtype=torch.double) * 3 - 0.5
@@ -235,52 +252,62 @@ def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def weights(mask: Tensor, average: str = "sequence", of: Tensor | None = None, scale: int = 1) -> Tensor:
-    """Token weights for `mask` as a part of the step's mask `of`, which `scale` ranks have alike."""
-    of = mask if of is None else of
-    totals = Totals(tokens=of.sum() * scale, completions=torch.tensor(len(of) * scale), max_new_tokens=C)
+    """Return the token weights for `mask`, which is a part of the step's mask `of`, [b, C] and [B, C].
+
+    The totals are those of `scale` ranks with `of` each.
+    """
+    step_mask = mask if of is None else of
+    completions = torch.tensor(len(step_mask) * scale)
+    totals = Totals(tokens=step_mask.sum() * scale, completions=completions, max_new_tokens=C)
     return token_weights(mask, average=average, totals=totals, dtype=torch.double)
 
 
 def default_average(loss_fn: Callable) -> str:
-    """An average that the loss is defined with."""
+    """Return the first average that the loss is defined with, or "sequence"."""
     return (fact(loss_fn, "averages") or ("sequence",))[0]
 
 
 def loss_gradient(
     loss_fn: Callable, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, w: Tensor | None = None
 ) -> Tensor:
-    """d (per_token_loss * w).sum() / d logprobs, [B, C]; w of the average "sequence"."""
+    """Return d (per_token_loss * w).sum() / d logprobs, [B, C]; by default w is that of the average "sequence"."""
     x = logprobs.clone().requires_grad_()
     loss = (loss_fn(x, old, advantages, mask).per_token_loss * (weights(mask) if w is None else w)).sum()
     return torch.autograd.grad(loss, x)[0] if loss.requires_grad else torch.zeros_like(logprobs)
 
 
 def start_rank_gaps(losses: Sequence[tuple[str, dict[str, Any]]]) -> Callable[[], list[float]]:
-    """Start two gloo processes that share the rows of each (name, args); call the result for the gradients' gaps."""
+    """Start two gloo processes that compute the gradient of each loss (name, args) with half of the rows each.
+
+    Returns a function that waits for the processes and returns, for each loss, the largest difference to the gradient
+    of one process; infinity where the processes failed.
+    """
     folder = tempfile.TemporaryDirectory()
     out = Path(folder.name) / "gaps.pt"
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_rank, args=(rank, folder.name, list(losses)), daemon=True) for rank in (0, 1)]
+    processes = [
+        context.Process(target=_run_rank, args=(rank, folder.name, list(losses)), daemon=True) for rank in (0, 1)
+    ]
     for process in processes:
         process.start()
 
-    def gaps() -> list[float]:
+    def wait_for_gaps() -> list[float]:
         for process in processes:
             process.join()
-        found = torch.load(out) if out.exists() else [math.inf] * len(losses)
+        gaps = torch.load(out) if out.exists() else [math.inf] * len(losses)
         folder.cleanup()
-        return found
+        return gaps
 
-    return gaps
+    return wait_for_gaps
 
 
 def ranks(gap: float) -> tuple[bool, str]:
-    """two processes that share the rows, with totals over both, give the gradient of one"""
+    """two processes with half of the rows each, and totals over both, give the gradient of one process"""
     return gap < 1e-12, f"{gap:.1g}"
 
 
-def _rank(rank: int, folder: str, losses: list[tuple[str, dict[str, Any]]]) -> None:
-    """One of two processes: half of the rows, the totals of all."""
+def _run_rank(rank: int, folder: str, losses: list[tuple[str, dict[str, Any]]]) -> None:
+    """Run one of two processes, with half of the rows and the totals of all rows."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     inputs, gaps = batch(), []

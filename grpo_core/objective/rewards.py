@@ -1,8 +1,9 @@
-"""Rewards: completions and the task's columns in, one number a completion out.
+"""Built-in reward functions.
 
-A reward is `fn(completions, prompts=..., **columns) -> list[float | None]`; None means that it cannot be told, and the
-completion is left out of its group. A function gets only the columns it names, or all of them if it takes **kwargs.
-Its keyword-only arguments with a default are its configuration. Your own needs no registration: `file.py:function`.
+A reward is `fn(completions, prompts=..., **columns) -> list[float | None]`, one number for each completion. None means
+that the completion cannot be scored; it is then left out of its group. The function receives the data columns that it
+names as arguments, or all columns if it takes **kwargs. Its keyword-only arguments with a default are its
+configuration. A user's function needs no registration: `name: file.py:function`.
 """
 
 import re
@@ -17,18 +18,18 @@ REWARDS = Registry("reward")
 
 OPEN, CLOSE = "<think>", "</think>"
 
-LONGEST_NUMBER = 300  # digits
+MAX_NUMBER_CHARS = 300  # a longer number counts as no number: exact arithmetic with it would be slow
 
 
 @REWARDS.register("has_think_tags")
 def has_think_tags(completions: Sequence[str], *, prompts: Sequence[str]) -> list[float]:
-    """1.0 if the completion holds <think>...</think>. A block that the prompt has opened may be closed here."""
-    return [float(CLOSE in text.partition(OPEN)[2]) for text in _opened(completions, prompts)]
+    """1.0 if the completion contains <think>...</think>, or closes a block that the prompt has opened; else 0.0."""
+    return [float(CLOSE in text.partition(OPEN)[2]) for text in _with_opened_block(completions, prompts)]
 
 
 @REWARDS.register("num_unique_chars")
 def num_unique_chars(completions: Sequence[str]) -> list[float]:
-    """The count of distinct characters."""
+    """The number of distinct characters in the completion."""
     return [float(len(set(text))) for text in completions]
 
 
@@ -36,14 +37,17 @@ def num_unique_chars(completions: Sequence[str]) -> list[float]:
 def combined(
     completions: Sequence[str], *, prompts: Sequence[str], think_weight: float = 0.7, diversity_weight: float = 0.3
 ) -> list[float]:
-    """The published recipe's: think_weight * has_think_tags + diversity_weight * num_unique_chars (a raw count)."""
+    """think_weight * has_think_tags + diversity_weight * num_unique_chars, the reward of the published recipe."""
     scores = zip(has_think_tags(completions, prompts=prompts), num_unique_chars(completions), strict=True)
     return [think_weight * think + diversity_weight * diversity for think, diversity in scores]
 
 
 @REWARDS.register("think_format")
 def think_format(completions: Sequence[str], *, prompts: Sequence[str]) -> list[float]:
-    """1.0 for exactly one well-formed block, first and not empty, and then an answer: <think>...</think>answer."""
+    """1.0 if the completion is one block <think>...</think> that is not empty, and then an answer; else 0.0.
+
+    No other text may come before the block, and the prompt may have opened it.
+    """
 
     def well_formed(text: str) -> bool:
         if text.count(OPEN) != 1 or text.count(CLOSE) != 1:
@@ -52,16 +56,16 @@ def think_format(completions: Sequence[str], *, prompts: Sequence[str]) -> list[
         thought, closed, answer = rest.partition(CLOSE)
         return bool(not before.strip() and closed and thought.strip() and answer.strip())
 
-    return [float(well_formed(text)) for text in _opened(completions, prompts)]
+    return [float(well_formed(text)) for text in _with_opened_block(completions, prompts)]
 
 
 @REWARDS.register("correct_answer", never_null=("answer",), answer=lambda text: final_number(text))
 def correct_answer(completions: Sequence[str], *, answer: Sequence[Any], strict: bool = False) -> list[float | None]:
-    r"""1.0 if the completion's final number equals the gold answer's; None where the gold answer has no number.
+    r"""1.0 if the completion's final number equals that of the column `answer`, else 0.0; None if that has no number.
 
-    The final number stands after the last ####, else in the last \boxed{}, else (unless `strict`) is the last in the
-    text. Thousands commas, currency signs, units, percent signs, decimals, simple fractions and signs are understood,
-    and 18 equals 18.00.
+    The final number is the one after the last ####, else the one in the last \boxed{}, else (unless `strict`) the last
+    number of the text. Thousands commas, currency signs, units, percent signs, decimals, simple fractions and signs are
+    understood, and 18 equals 18.00.
     """
     scores: list[float | None] = []
     for text, gold in zip(completions, answer, strict=True):
@@ -80,7 +84,7 @@ _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 
 
 def final_number(text: str, *, strict: bool = False) -> Fraction | None:
-    r"""The number that `text` ends on, exactly; None if there is none.
+    r"""Return the final number of `text` as an exact fraction, or None if it has none.
 
     >>> final_number("so she has 3 + 4 = 7 left.\n#### 1,234.50 dollars")
     Fraction(2469, 2)
@@ -95,23 +99,24 @@ def final_number(text: str, *, strict: bool = False) -> Fraction | None:
 
 
 def _number(text: str, *, last: bool) -> Fraction | None:
-    found = _NUMBER.finditer(text)
-    match = next(found, None)
-    if last and (rest := deque(found, maxlen=1)):  # no list of them all: a text may hold 50,000
-        match = rest[0]
-    if match is None or len(match[0]) > LONGEST_NUMBER:
+    """Return the first or the last number of `text`, or None if it has none."""
+    matches = _NUMBER.finditer(text)
+    match = next(matches, None)
+    if last and (remaining := deque(matches, maxlen=1)):  # a list would be slow: a text may contain 50,000 numbers
+        match = remaining[0]
+    if match is None or len(match[0]) > MAX_NUMBER_CHARS:
         return None
     value = Fraction(match["value"].replace(",", ""))
     if match["under"] and int(match["under"]):
         value /= int(match["under"])
     before = text[: match.start()]
-    joined = re.match(r"\w", before[-1:]) or re.match(r"[\d)\]}]", before.rstrip()[-1:])  # a hyphen or a subtraction
-    minus = match["sign"] and not joined
-    negative = bool(minus or match["inner_sign"])
-    return -value if negative else value
+    is_hyphen = re.match(r"\w", before[-1:])
+    is_subtraction = re.match(r"[\d)\]}]", before.rstrip()[-1:])
+    has_minus = match["sign"] and not is_hyphen and not is_subtraction
+    return -value if has_minus or match["inner_sign"] else value
 
 
-def _opened(completions: Sequence[str], prompts: Sequence[str]) -> list[str]:
-    """The completions, with the opening tag in front where the prompt ended on it."""
+def _with_opened_block(completions: Sequence[str], prompts: Sequence[str]) -> list[str]:
+    """Return the completions, with <think> in front where the prompt ends with it."""
     pairs = zip(completions, prompts, strict=True)
     return [OPEN + text if prompt.rstrip().endswith(OPEN) else text for text, prompt in pairs]
