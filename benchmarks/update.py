@@ -143,7 +143,7 @@ def trl(job: dict) -> dict:
         use_bias_correction_kl=False,
         learning_rate=1e-5, max_steps=shape["trl_steps"], bf16=GPU, gradient_checkpointing=False, save_strategy="no",
         report_to=[], disable_tqdm=True, logging_steps=1, max_grad_norm=1.0, seed=0, use_cpu=not GPU,
-        model_init_kwargs={"dtype": "bfloat16" if GPU else "float32"},
+        model_init_kwargs={"dtype": "bfloat16" if GPU else "float32"}, **job.get("trl", {}),
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=str(job["model"]), reward_funcs=reward, args=arguments, processing_class=tokenizer,
@@ -189,10 +189,11 @@ def agreement(model, theirs, inputs, accumulated, job) -> dict:
         correction_fn=CORRECTIONS.build(correction.name, correction.args),
     )  # fmt: skip
     mask = inputs["completion_mask"].bool()
+    sampled = inputs.get("sampling_per_token_logps")
+    sampled = torch.zeros(mask.shape, device=mask.device) if sampled is None else sampled
     rollouts = Rollouts(
-        inputs["prompt_ids"], inputs["prompt_mask"].bool(), inputs["completion_ids"], mask, torch.zeros(mask.shape, device=mask.device),
-        mask[:, -1],
-    )  # fmt: skip
+        inputs["prompt_ids"], inputs["prompt_mask"].bool(), inputs["completion_ids"], mask, sampled, mask[:, -1]
+    )
     micro = TrainBatch(rollouts, inputs["advantages"][:, None], mask, None, inputs.get("old_per_token_logps"), inputs["ref_per_token_logps"])
     tokens, rows = mask.sum() * accumulated, torch.tensor(len(mask) * accumulated, device=mask.device)
     totals = Totals(tokens, rows, config.sampling.max_new_tokens, tokens, accumulated)
@@ -273,7 +274,7 @@ def card(folder):
                    "20 steps, never out of memory", lambda a, b: True, peer=False)  # fmt: skip
 
 
-def cpu(folder):
+def cpu_job(folder, steps=20):
     from transformers import AutoTokenizer
 
     from grpo_core.data.word_problems import word_problems
@@ -283,22 +284,31 @@ def cpu(folder):
     rows = [{"question": f"Question: {row['question']}\n", "answer": row["answer"]} for row in word_problems("train", 512)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     AutoTokenizer.from_pretrained(model)
-    shape = {"completions": 128, "group": 8, "width": 48, "micro_batch": 64, "kl_coef": 0.01, "targets": "all-linear", "trl_steps": 20}
-    job = {
+    shape = {"completions": 128, "group": 8, "width": 48, "micro_batch": 64, "kl_coef": 0.01, "targets": "all-linear", "trl_steps": steps}
+    return {
         "model": model, "data": data, "config": "configs/tiny.yaml", "shape": shape,
-        "overrides": [f"rewards=[{{name: '{Path(__file__)}:pseudo_reward'}}]", "trainer.num_steps=20", "engine.learning_rate=1e-5"],
+        "overrides": [f"rewards=[{{name: '{Path(__file__)}:pseudo_reward'}}]", f"trainer.num_steps={steps}", "engine.learning_rate=1e-5"],
     }  # fmt: skip
+
+
+def cpu(folder):
+    job = cpu_job(folder)
     return compare("update/cpu", "tiny.yaml: 128 completions of up to 48 tokens, 2 threads, one process", job, ">= 3 times TRL",
                    lambda a, b: b / a >= 3)  # fmt: skip
+
+
+def same_job(ours, theirs):
+    """Refuse to compare two sides that differ in what they train, in precision, tokens, loss or gradient."""
+    assert ours["trainable"] == theirs["trainable"] and ours["dtype"] == theirs["dtype"], (ours, theirs)
+    assert 0.9 < statistics.mean(ours["tokens"]) / statistics.mean(theirs["tokens"]) < 1.1, (ours["tokens"], theirs["tokens"])
+    assert theirs["loss_difference"] < 1e-3 and theirs["gradient_difference"] < (0.1 if GPU else 1e-3), theirs
 
 
 def compare(bench, workload, job, reach, met, peer=True) -> dict:
     ours_, theirs = one("ours", job), one("trl", job) if peer else None
     a, b = later(ours_["seconds"]), later(theirs["seconds"]) if theirs else None
-    if theirs:  # the same job?
-        assert ours_["trainable"] == theirs["trainable"] and ours_["dtype"] == theirs["dtype"], (ours_, theirs)
-        assert 0.9 < statistics.mean(ours_["tokens"]) / statistics.mean(theirs["tokens"]) < 1.1, (ours_["tokens"], theirs["tokens"])
-        assert theirs["loss_difference"] < 1e-3 and theirs["gradient_difference"] < (0.1 if GPU else 1e-3), theirs
+    if theirs:
+        same_job(ours_, theirs)
     keep = ("tokens", "reserved", "allocated", "phases", "mfu", "longest", "tokens_updated", "loss_difference", "gradient_difference")
     return {
         "bench": bench, "workload": workload, "ours": {"seconds": round(a, 3), **{k: ours_[k] for k in keep if k in ours_}},

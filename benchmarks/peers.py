@@ -1,0 +1,316 @@
+"""Our sampler beside vLLM, and a whole training step beside TRL that samples with vLLM.
+
+    python benchmarks/peers.py [--out FILE] [--limit SECONDS] [decode] [step]    on a GPU, with vllm==0.22.1, trl==1.16.0
+    python benchmarks/peers.py --check                                           tiny shapes on a CPU, nothing is recorded
+    python benchmarks/peers.py side NAME JOB.json                                one side, in its own process; used by the others
+
+The model has Qwen2.5-1.5B's shape and random weights in bf16; both sides load it from the same folder. Every side prints its
+results as JSON lines. A side that fails or takes longer than --limit costs its row and no other.
+
+decode  32 completions of 256 tokens from 4 prompts of 128 random tokens, temperature 1, every completion to its full length, the
+        log-probs of the sampled tokens returned. Ours has a LoRA of rank 16 on q, k, v and o live; vLLM has none, since trainers
+        hand it merged weights, and it may reuse the keys and values of prompts it has seen (prefix caching, its default).
+step    sampling, reward, reference and update of 32 such completions, kl_coef 0.04, one optimizer step, the same LoRA. TRL has vLLM in
+        its own process (colocate) and one micro-batch of 32. By default it weighs every completion by how much vLLM's log-probs differ
+        from its own (sequence_mask, at most 3), so ours does the same; the row also keeps TRL's time without that, beside ours.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+OUT = ROOT / "benchmarks" / "results" / "peers.json"
+CORRECTION = "loss.rollout_correction.name=sequence_mask"
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1"}
+ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
+
+
+# --- the sides, each in a process of its own -------------------------------------------------------------------------
+
+
+def prepare(job, emit):
+    """Write the model and the prompts to job["folder"]; emit the job of the training step."""
+    import update
+
+    shape = {"completions": job["rows"], "width": job["new"], "prompt": job["prompt"]}
+    emit(job=update.gpu_job(Path(job["folder"]), **shape, steps=6, trl_steps=6))
+
+
+def prompts(job):
+    """Return job["rows"] / job["group"] prompts of job["prompt"] random token ids."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    count = job["rows"] // job["group"]
+    return torch.randint(2, job["vocabulary"], (count, job["prompt"]), generator=generator).tolist()
+
+
+def emit_times(call, job, emit):
+    """Emit the seconds of job["times"] calls, after one whose time is not taken: it builds graphs and compiles kernels."""
+    import torch
+
+    for i in range(1 + job["times"]):
+        start = time.perf_counter()
+        result = call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if i:
+            emit(seconds=time.perf_counter() - start)
+    return result
+
+
+def decode_ours(job, emit):
+    import sampling
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from grpo_core.batch import Task
+
+    base = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"])).to(sampling.DEVICE).eval()
+    base.generation_config.eos_token_id = base.config.eos_token_id = None  # so no completion ends before its length
+    torch.manual_seed(0)
+    sampler = sampling.sampler_of(sampling.with_lora(base), job["new"])
+    tasks = [Task(i, "", ids, {}, (0, 0, i)) for i, ids in enumerate(prompts(job))]
+    rollouts = emit_times(lambda: sampler.generate(tasks, job["group"]), job, emit)
+    assert rollouts.completion_mask.all() and rollouts.rollout_logprobs.shape == (job["rows"], job["new"])
+    if sampling.GPU:
+        emit(reserved_gb=torch.cuda.max_memory_reserved() / 1e9)
+
+
+def decode_vllm(job, emit):
+    from vllm import LLM, SamplingParams
+
+    start = time.perf_counter()
+    llm = LLM(
+        model=job["model"], dtype=job["dtype"], skip_tokenizer_init=True, gpu_memory_utilization=0.6, seed=0,
+        max_model_len=job["prompt"] + job["new"] + 16, max_num_seqs=job["rows"], disable_log_stats=True,
+    )  # fmt: skip
+    graphs = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
+    assert graphs.has_full_cudagraphs(), graphs
+    emit(start_seconds=time.perf_counter() - start, graphs=graphs.name)
+    each = SamplingParams(
+        n=job["group"], temperature=1.0, max_tokens=job["new"], ignore_eos=True, detokenize=False, logprobs=0
+    )
+    ids = [{"prompt_token_ids": row} for row in prompts(job)]
+    outputs = emit_times(lambda: llm.generate(ids, each, use_tqdm=False), job, emit)
+    completions = [completion for output in outputs for completion in output.outputs]
+    assert len(completions) == job["rows"]
+    assert all(len(one.token_ids) == len(one.logprobs) == job["new"] for one in completions)
+
+
+def step_ours(job, emit):
+    import update
+
+    emit(**update.ours(job))
+
+
+def step_trl(job, emit):
+    import update
+
+    emit(**update.trl(job))
+
+
+SIDES = {
+    "prepare": (prepare, {}),
+    "decode_ours": (decode_ours, {}),
+    "decode_vllm": (decode_vllm, IN_PROCESS),
+    "step_ours": (step_ours, {}),
+    "step_trl": (step_trl, IN_PROCESS | ONE_RANK),
+}
+
+
+def run_in_this_process(name, job):
+    """Run one side; its results go to standard output, and whatever its libraries print to standard error."""
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def emit(**row):
+        print(json.dumps({"side": name, **row}, default=str), file=results, flush=True)
+
+    SIDES[name][0](job, emit)
+    import torch  # after the side, which may have set what torch and vLLM read at import
+
+    emit(card=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
+    sys.stderr.flush()
+    os._exit(0)  # so that no process group or engine waits for another at exit
+
+
+def run_side(name, job, limit):
+    """Run one side in a process of its own and return its results, merged; `seconds` are those of all its lines.
+
+    Raises:
+        RuntimeError: it failed or took longer than `limit` seconds; the message ends with its last output.
+    """
+    results, seconds = {}, []
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as log:
+        file = Path(folder) / "job.json"
+        file.write_text(json.dumps(job, default=str))
+        environment, start = os.environ | SIDES[name][1], time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, __file__, "side", name, str(file)], stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        timer = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
+        timer.start()
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            row = json.loads(line)
+            seconds += row["seconds"] if isinstance(row.get("seconds"), list) else [row["seconds"]] if "seconds" in row else []
+            results |= row
+        code = process.wait()
+        timer.cancel()
+        if code:
+            log.seek(0)
+            took = time.perf_counter() - start
+            raise RuntimeError(f"{name} ended with exit code {code} after {took:.0f} s: {log.read()[-3000:]}")
+    return results | {"seconds": seconds, "process_seconds": time.perf_counter() - start}
+
+
+# --- the rows --------------------------------------------------------------------------------------------------------
+
+
+def installed(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def row_of(bench, what, ours, peer, peer_name, most, card, **detail):
+    """Return a row of peers.json; `most` is the largest allowed ratio of our time to the peer's."""
+    packages = ("torch", "transformers", "peft", "deepspeed", "vllm", "trl")
+    return {
+        "bench": f"peers/{bench}", "what": what, "ours": round(ours, 3), "peer": round(peer, 3), "peer_name": peer_name,
+        "ratio": round(ours / peer, 2), "unit": "s", "reach": f"at most {most:g}", "met": ours / peer <= most,
+        "card": card, "versions": {name: installed(name) for name in packages}, "command": f"python benchmarks/peers.py {bench}",
+        "date": datetime.date.today().isoformat(), "detail": detail,
+    }  # fmt: skip
+
+
+def decode(job, limit):
+    ours, vllm = (run_side(name, job, limit) for name in ("decode_ours", "decode_vllm"))
+    what = f"sample {job['rows']} × {job['new']} tokens, prompt {job['prompt']}, log-probs of the sampled tokens returned"
+    medians = [statistics.median(side["seconds"]) for side in (ours, vllm)]
+    return row_of(
+        "decode", what, *medians, f"vLLM {installed('vllm')}, without LoRA", 1.0, ours["card"], ours_each=ours["seconds"],
+        peer_each=vllm["seconds"], peer_graphs=vllm["graphs"], peer_start_seconds=vllm["start_seconds"],
+        ours_reserved_gb=ours["reserved_gb"],
+    )  # fmt: skip
+
+
+def step(job, limit):
+    from update import later, same_job
+
+    shape = job["step"]["shape"] | {"micro_batch": job["rows"]}
+    colocated = {
+        "use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3,
+        "vllm_max_model_length": job["prompt"] + job["new"] + 16,
+    }  # fmt: skip
+    jobs = {
+        "corrected": job["step"] | {"shape": shape, "trl": colocated, "overrides": [*job["step"]["overrides"], CORRECTION]},
+        "uncorrected": job["step"] | {"shape": shape, "trl": colocated | {"vllm_importance_sampling_correction": False}},
+    }
+    ours = run_side("step_ours", jobs["corrected"], limit)
+    trl = run_side("step_trl", jobs["corrected"], limit)
+    same_job(ours, trl)
+    try:
+        without = [later(run_side(side, jobs["uncorrected"], limit)["seconds"]) for side in ("step_ours", "step_trl")]
+    except RuntimeError as error:
+        print(json.dumps({"side": "uncorrected", "error": str(error)}), flush=True)
+        without = None
+    what = f"a whole step: {job['rows']} × {job['new']} tokens, prompt {job['prompt']}, LoRA r 16, kl_coef {shape['kl_coef']}"
+    return row_of(
+        "step", what, later(ours["seconds"]), later(trl["seconds"]),
+        f"TRL {installed('trl')} with vLLM {installed('vllm')}, micro-batch {job['rows']}", 0.5, ours["card"],
+        ours_each=ours["seconds"], peer_each=trl["seconds"], ours_reserved_gb=ours["reserved"], peer_reserved_gb=trl["reserved"],
+        ours_phases=ours["phases"], without_correction=without, loss_difference=trl["loss_difference"],
+        gradient_difference=trl["gradient_difference"],
+    )  # fmt: skip
+
+
+WORKLOADS = {"decode": decode, "step": step}
+
+
+def record(file, row):
+    """Put a row in the place of the last one of its workload and card."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    others = [old for old in rows if (old["bench"], old["card"]) != (row["bench"], row["card"])]
+    file.write_text("".join(json.dumps(each) + "\n" for each in [*others, row]))
+
+
+def table(file=OUT):
+    """Return the rows of `file` as a Markdown table."""
+    lines = ["| | grpo_core | | our time / the other's |", "|---|---|---|---|"]
+    for row in map(json.loads, file.read_text().splitlines()):
+        aim = f"{row['ratio']:.2f} ({row['reach']}: {'met' if row['met'] else 'not met'})"
+        cells = [f"{row['what']} ({row['card']})", f"{row['ours']:.2f} s", f"{row['peer_name']}: {row['peer']:.2f} s", aim]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def check():
+    """Run what a CPU can on tiny shapes: both of our sides, and TRL's without vLLM where TRL is installed."""
+    import update
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = {
+            "model": ROOT / "grpo_core" / "builtin" / "tiny", "dtype": "float32", "rows": 8, "group": 4, "prompt": 16, "new": 8,
+            "times": 1, "vocabulary": 64,
+        }  # fmt: skip
+        whole = update.cpu_job(Path(folder), steps=2)
+        run_side("decode_ours", tiny, 300)
+        run_side("step_ours", whole | {"overrides": [*whole["overrides"], CORRECTION]}, 300)
+        if installed("trl"):
+            run_side("step_trl", whole, 300)
+    print(json.dumps({"side": "decode_vllm", "skipped": "vLLM needs a GPU"}), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--limit", type=float, default=400, help="Seconds after which a side is ended.")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("workloads", nargs="*", choices=[*WORKLOADS, []])
+    options = parser.parse_args()
+    if options.check:
+        return check()
+    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(os.environ.get("BENCH_FOLDER", folder))
+        job = {
+            "folder": folder, "model": folder / "model", "dtype": "bfloat16", "rows": 32, "group": 8, "prompt": 128, "new": 256,
+            "times": 7, "vocabulary": 150_000,
+        }  # fmt: skip
+        job["step"] = run_side("prepare", job, options.limit)["job"]
+        for name in options.workloads or WORKLOADS:
+            try:
+                row = WORKLOADS[name](job, options.limit)
+            except (RuntimeError, AssertionError) as error:
+                print(json.dumps({"bench": f"peers/{name}", "error": str(error)}), flush=True)
+                failed = True
+                continue
+            print(json.dumps(row), flush=True)
+            record(options.out, row)
+    print(table(options.out) if options.out.exists() else "no row was measured")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["side"]:
+        run_in_this_process(sys.argv[2], json.loads(Path(sys.argv[3]).read_text()))
+    sys.exit(main())
