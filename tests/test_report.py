@@ -14,11 +14,11 @@ import yaml
 
 from grpo_core.config.files import dump, load
 from grpo_core.report import report
-from grpo_core.report.completions import COLUMNS, sample
-from grpo_core.report.panels import PANELS, chosen, curves
+from grpo_core.report.completions import COLUMNS, sample_completions
+from grpo_core.report.panels import PANELS, choose_panels, collect_curves
 from grpo_core.report.report import write_report
-from grpo_core.report.run_reader import dumped_steps, flat, read_run
-from grpo_core.report.summary import accuracies, difference, duration, final_title, summary
+from grpo_core.report.run_reader import find_batches, read_run, read_settings
+from grpo_core.report.summary import compare_settings, find_accuracies, format_duration, summarize_run, title_means
 from grpo_core.schema import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -147,7 +147,7 @@ def test_one_run(tmp_path):
 
 
 def test_tokens_of_all_ranks_belong_to_their_completions(tmp_path):
-    found = sample(read_run(made_run(tmp_path / "a")), 10**6)
+    found = sample_completions(read_run(made_run(tmp_path / "a")), 10**6)
     dumped = [row for row in records(found) if row["tokens"] is not None]
     assert [(row["step"], row["task"], row["sample"]) for row in dumped] == [(2, 20 + k // 4, k % 4) for k in range(8)]
     assert len({row["tokens"] for row in dumped}) == len(found["tokens"]) == 8
@@ -161,7 +161,7 @@ def test_tokens_of_all_ranks_belong_to_their_completions(tmp_path):
 def test_dumped_batches_alone_have_their_text_from_the_tokens(tmp_path):
     run = made_run(tmp_path / "a")
     (run / "completions.jsonl").unlink()
-    found = sample(read_run(run), 10**6)
+    found = sample_completions(read_run(run), 10**6)
     assert [row["text"] for row in records(found)] == ["#### 1"] * 8 and found["total"] == 8
     assert [row["advantage"] for row in records(found)][:2] == [-0.5, 1.5]
 
@@ -178,7 +178,7 @@ def test_torn_and_odd_dumps_are_left_out(tmp_path):
     (run / "batches" / "step-000004-rank-0.json").write_text(json.dumps({"completions": odd}))
     (run / "batches" / "step-000005-rank-0.json").write_text('{"step": 5, "completions": [{"task": 50, "sam')
     (run / "batches" / "step-000003-rank-0.json").write_text("[]")
-    found = sample(read_run(run), 10**6)
+    found = sample_completions(read_run(run), 10**6)
     assert {
         (row["step"], row["task"], row["sample"])
         for row in records(found)
@@ -236,7 +236,7 @@ def test_markdown(tmp_path):
 def test_means_say_of_how_many_steps_they_are(tmp_path, steps, title):
     runs = [made_run(tmp_path / f"r{i}", steps=max(1, count)) for i, count in enumerate(steps)]
     read = [replace(run, metrics=run.metrics[:count]) for run, count in zip(map(read_run, runs), steps, strict=True)]
-    assert final_title(read) == title
+    assert title_means(read) == title
     if 0 not in steps:
         page, text = (path.read_text() for path in write_report(runs, tmp_path / "r.html"))
         assert Page(page).json("report-data")["final"] == title and f"\n## {title}\n" in text
@@ -258,7 +258,7 @@ def test_flat_keys_are_those_of_the_configuration():
         "rewards=[correct_answer, {name: short, weight: 0.5, args: {}}, think_format]", "lora.target_modules=[q_proj, v_proj]",
         "data.system='" + "word " * 60 + "'",
     ]  # fmt: skip
-    found = flat(dump(load(ROOT / "configs" / "tiny.yaml")))
+    found = read_settings(dump(load(ROOT / "configs" / "tiny.yaml")))
     assert len(found) > 90 and found["loss.rollout_correction.name"] == "none" and found["rewards[1].weight"] == "0.0"
     nested = {"name": "x", "loss": {"name": "grpo", "args": {}}}
     for override in overrides:
@@ -267,7 +267,7 @@ def test_flat_keys_are_those_of_the_configuration():
         value = yaml.safe_load(value)
         nested.setdefault(section, {})
         nested[section] = {**nested[section], name: value} if name else value
-    found = flat("# loss: not a key\n\n" + yaml.dump(nested, sort_keys=False, allow_unicode=True, width=120))
+    found = read_settings("# loss: not a key\n\n" + yaml.dump(nested, sort_keys=False, allow_unicode=True, width=120))
 
     def leaves(value, key=""):
         if isinstance(value, dict) and value:
@@ -285,7 +285,7 @@ def test_flat_keys_are_those_of_the_configuration():
 def test_difference_names_missing_keys(tmp_path):
     first, second = read_run(made_run(tmp_path / "a")), read_run(made_run(tmp_path / "b"))
     second.settings.pop("alerts")
-    assert difference([first, second]) == [("name", ["a", "b"]), ("alerts", ["warn", None])]
+    assert compare_settings([first, second]) == [("name", ["a", "b"]), ("alerts", ["warn", None])]
 
 
 # Runs that are not whole
@@ -310,7 +310,7 @@ def test_values_that_are_no_numbers_are_gaps(tmp_path):
         '{"step": 0, "kl": NaN, "reward": Infinity, "loss": "x"}\n{"step": 1, "kl": 2, "reward": true}\n{"step": null}\n[]\n'
     )
     read = read_run(run)
-    assert [row["kl"] for row in read.metrics] == [None, 2] and "reward" not in curves(read)
+    assert [row["kl"] for row in read.metrics] == [None, 2] and "reward" not in collect_curves(read)
     assert read.notes == ("2 unreadable lines of metrics.jsonl left out",)
     page_of(run)
 
@@ -352,11 +352,11 @@ def test_a_supervised_run(tmp_path):
 
 def test_the_accuracy_before_is_that_of_step_0(tmp_path):
     run = read_run(made_run(tmp_path / "a"))
-    assert [row["step"] for row in accuracies(run)] == [0, 6]
-    assert accuracies(replace(run, evaluation=run.evaluation[:1])) == (run.evaluation[0], None)
-    assert accuracies(replace(run, evaluation=run.evaluation[1:])) == (None, run.evaluation[1])
-    assert accuracies(replace(run, evaluation=[])) == (None, None)
-    assert summary(replace(run, metrics=[]), 0)["Time"] == ""
+    assert [row["step"] for row in find_accuracies(run)] == [0, 6]
+    assert find_accuracies(replace(run, evaluation=run.evaluation[:1])) == (run.evaluation[0], None)
+    assert find_accuracies(replace(run, evaluation=run.evaluation[1:])) == (None, run.evaluation[1])
+    assert find_accuracies(replace(run, evaluation=[])) == (None, None)
+    assert summarize_run(replace(run, metrics=[]), 0)["Time"] == ""
 
 
 def test_what_a_user_does_wrong_is_one_sentence(tmp_path, monkeypatch):
@@ -424,14 +424,14 @@ def test_scripts_are_rooms_too():
 
 
 def test_it_loads_no_heavy_library():
-    code = "import sys, grpo_core.report; print([m for m in ('torch', 'transformers', 'yaml', 'numpy', 'matplotlib') if m in sys.modules])"
+    code = "import sys, grpo_core.report.report; print([m for m in ('torch', 'transformers', 'yaml', 'numpy', 'matplotlib') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
 
 
 def test_small_pieces(tmp_path):
-    assert [duration(s) for s in (59.94, 60, 3599.7, 86_400)] == ["59.9 s", "1 min 0 s", "1 h 0 min", "24 h 0 min"]
+    assert [format_duration(s) for s in (59.94, 60, 3599.7, 86_400)] == ["59.9 s", "1 min 0 s", "1 h 0 min", "24 h 0 min"]
     assert len({panel.id for panel in PANELS}) == len(PANELS) and all(p.what and p.healthy for p in PANELS)
     run = read_run(made_run(tmp_path / "a"))
-    assert not [panel for panel, _ in chosen([replace(run, metrics=[], evaluation=[])])]
-    assert dumped_steps(tmp_path) == {} and list(dumped_steps(tmp_path / "a")) == [2]
+    assert not [panel for panel, _ in choose_panels([replace(run, metrics=[], evaluation=[])])]
+    assert find_batches(tmp_path) == {} and list(find_batches(tmp_path / "a")) == [2]

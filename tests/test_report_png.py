@@ -4,7 +4,7 @@ import pytest
 from test_report import made_run
 
 from grpo_core.report import png
-from grpo_core.report.panels import chosen
+from grpo_core.report.panels import choose_panels
 from grpo_core.report.report import write_report
 from grpo_core.report.run_reader import read_run
 
@@ -23,8 +23,8 @@ def test_pictures(tmp_path):
 def figures(*runs):
     """Each panel's figure, laid out."""
     read = [read_run(run) for run in runs]
-    for panel, metrics in chosen(read):
-        figure = png._picture(panel, metrics, read[:1] if panel.kind == "stack" else read, panel.title)
+    for panel, metrics in choose_panels(read):
+        figure = png._draw_figure(panel, metrics, read[:1] if panel.kind == "stack" else read, panel.title)
         figure.draw_without_rendering()
         yield panel, figure
 
@@ -40,7 +40,7 @@ def test_a_legend_covers_nothing_and_is_inside(tmp_path):
                 assert not inner.overlaps(box), panel.id
                 assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1, panel.id
             assert figure.axes[0].get_legend() is None
-            assert figure.axes[0].bbox.height > 0.5 * png.SIZE[1] * figure.dpi, panel.id
+            assert figure.axes[0].bbox.height > 0.5 * png.FIGURE_SIZE[1] * figure.dpi, panel.id
         assert {"time", "length"} <= set(legends) and ("reward" in legends) == (len(some) > 1)
 
 
@@ -60,4 +60,4 @@ def test_pictures_show_a_run_of_one_step(tmp_path):
 
 
 def test_points_without_a_neighbour():
-    assert png._alone([1, None, 2, 3, None, 4]) == [0, 5] and png._alone([None]) == []
+    assert png._isolated_points([1, None, 2, 3, None, 4]) == [0, 5] and png._isolated_points([None]) == []

@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 from test_report import Page, lines, made_run, page_of
 
-from grpo_core.report.completions import as_json, inwards, sample, spaced
-from grpo_core.report.panels import thin
+from grpo_core.report.completions import order_by_coverage, sample_completions, space_evenly, to_json
+from grpo_core.report.panels import thin_curve
 from grpo_core.report.report import write_report
 from grpo_core.report.run_reader import read_run
 
@@ -17,11 +17,11 @@ def test_thin_keeps_extremes_and_gaps():
     rng = random.Random(0)
     values = [rng.random() for _ in range(10_000)]
     values[4321], values[1234], values[7777] = 50.0, -50.0, None
-    kept = thin(values, 2000)
+    kept = thin_curve(values, 2000)
     assert len(kept) <= 2000 and kept == sorted(set(kept))
     assert {0, 1234, 4321, 7777, 9999} <= set(kept)
     assert max(b - a for a, b in pairwise(kept)) < 50
-    assert thin([None] * 5000, 2000)[0] == 0 and thin([1.0] * 2000, 2000) == list(range(2000))
+    assert thin_curve([None] * 5000, 2000)[0] == 0 and thin_curve([1.0] * 2000, 2000) == list(range(2000))
 
 
 def test_a_band_and_its_curve_keep_the_same_points(tmp_path):
@@ -53,8 +53,8 @@ def test_a_band_and_its_curve_keep_the_same_points(tmp_path):
 
 def test_completions_are_chosen_evenly_within_the_budget(tmp_path):
     run = made_run(tmp_path / "a", steps=200, text="x" * 900 + "< {}")
-    found = sample(read_run(run), 200_000)
-    assert len(as_json(found).encode()) <= 200_000
+    found = sample_completions(read_run(run), 200_000)
+    assert len(to_json(found).encode()) <= 200_000
     steps = sorted({row[0] for row in found["rows"]})
     assert {0, 2, 199} <= set(steps) and 15 <= len(steps) < 60  # 2 has dumped tokens
     assert all(sum(row[0] == step for row in found["rows"]) == 8 for step in steps)
@@ -65,16 +65,16 @@ def test_completions_are_chosen_evenly_within_the_budget(tmp_path):
 
 @pytest.mark.parametrize("step_size", [900, 20_000])
 def test_a_step_that_is_too_large_is_cut(tmp_path, step_size):
-    found = sample(read_run(made_run(tmp_path / "a", steps=3, text="x" * step_size + "{}")), 60_000)
-    assert 0 < len(as_json(found).encode()) <= 60_000
+    found = sample_completions(read_run(made_run(tmp_path / "a", steps=3, text="x" * step_size + "{}")), 60_000)
+    assert 0 < len(to_json(found).encode()) <= 60_000
     assert {row[0] for row in found["rows"]} >= {0, 2}
 
 
 def test_spaced_and_inwards():
-    assert spaced(range(10), 4) == [0, 3, 6, 9] and spaced([3, 5], 7) == [3, 5] and spaced(range(9), 1) == [8]
+    assert space_evenly(range(10), 4) == [0, 3, 6, 9] and space_evenly([3, 5], 7) == [3, 5] and space_evenly(range(9), 1) == [8]
     for n in range(1, 40):
-        assert sorted(inwards(range(n))) == list(range(n))
-    assert inwards(range(9))[:3] == [8, 0, 4] and inwards([]) == []
+        assert sorted(order_by_coverage(range(n))) == list(range(n))
+    assert order_by_coverage(range(9))[:3] == [8, 0, 4] and order_by_coverage([]) == []
 
 
 def test_a_long_run_stays_below_20_mb(tmp_path):
@@ -120,6 +120,6 @@ def test_tokens_take_a_third_of_the_room(tmp_path):
     for step in range(40):
         rows = [{"task": 10 * step, **one}]
         (run / "batches" / f"step-{step:06d}-rank-0.json").write_text(json.dumps({"completions": rows}))
-    found = sample(read_run(run), 30_000)
-    assert 8_000 < len(as_json(found["tokens"])) <= 10_000
-    assert len(as_json(found).encode()) <= 30_000
+    found = sample_completions(read_run(run), 30_000)
+    assert 8_000 < len(to_json(found["tokens"])) <= 10_000
+    assert len(to_json(found).encode()) <= 30_000

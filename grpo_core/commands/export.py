@@ -25,7 +25,7 @@ from grpo_core.commands.model_card import base_name, make_card
 from grpo_core.commands.open_policy import ADAPTER_CONFIG, OpenedPolicy, open_source
 from grpo_core.data.word_problems import word_problems
 from grpo_core.monitor.progress import working
-from grpo_core.report.run_reader import completion_places, rows_at
+from grpo_core.report.run_reader import locate_completions, read_rows
 from grpo_core.schema import ConfigError, first_line, printable
 from grpo_core.training.checkpoint import in_words
 
@@ -167,10 +167,10 @@ def choose_texts(opened: OpenedPolicy) -> list[str]:
     They are prompts with completions of the run's last step; else prompts of its data; else built-in problems.
     """
     file = (opened.folder or Path()) / "completions.jsonl"
-    if opened.folder and (places := completion_places(file)):
+    if opened.folder and (places := locate_completions(file)):
         last = places[max(places)]
         every = max(1, len(last) // MAX_COMPARED_TEXTS)
-        rows = rows_at(file, last[::every][:MAX_COMPARED_TEXTS])
+        rows = read_rows(file, last[::every][:MAX_COMPARED_TEXTS])
         return [row["prompt"] + row["text"] for row in rows]
     try:
         tasks, _ = load_problems(opened, None, None, MAX_COMPARED_TEXTS)

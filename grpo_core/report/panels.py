@@ -1,4 +1,4 @@
-"""What a report draws: which metrics stand in which panel, what they are, and what is healthy."""
+"""Define the panels of a report: their metrics, what each shows, and how it looks in a healthy run."""
 
 from __future__ import annotations
 
@@ -10,58 +10,60 @@ from grpo_core.report.run_reader import Row, RunFolder
 
 @dataclass(frozen=True)
 class Panel:
-    """`lines` are the metrics of metrics.jsonl; NAME/* stands for every metric below NAME."""
+    """One chart. `lines` are keys of metrics.jsonl; NAME/* stands for every key below NAME."""
 
     id: str
     title: str
     unit: str
     lines: tuple[str, ...]
-    what: str
-    healthy: str
+    what: str  # the sentence above the chart
+    healthy: str  # the sentence below it
     kind: str = "line"  # or "stack", "accuracy"
-    log: bool = False  # begins with a logarithmic axis
+    log: bool = False  # starts with a logarithmic axis
 
 
 PANELS = (
     Panel(
         "accuracy", "Accuracy", "share of problems", ("accuracy",),
-        "Held-out problems solved, with 95 % intervals, by the number of steps taken before.",
-        "Rises. Two points whose intervals overlap widely do not differ by this test.", "accuracy",
+        "Held-out problems solved, with 95 % intervals, against the steps taken before the evaluation.",
+        "Rises. Where the intervals of two points overlap widely, their difference is not significant.", "accuracy",
     ),
     Panel(
         "reward", "Reward", "per completion", ("reward",),
-        "Mean weighted sum of the rewards. The band is one standard deviation of the completions.",
-        "Rises. A band of width 0 means that completions do not differ, so nothing is learned.",
+        "Mean weighted sum of the rewards. The band is one standard deviation over the completions.",
+        "Rises. With a band of width 0 all completions have the same reward, and nothing is learned.",
     ),
     Panel(
         "rewards", "Rewards by name", "per completion", ("rewards/*",),
-        "Mean of each reward before its weight.",
-        "A reward that rises while accuracy falls is being gamed: read the completions.",
+        "Mean of each reward before its weight is applied.",
+        "A reward that rises while accuracy falls is being exploited: read the completions.",
     ),
     Panel(
         "kl", "KL from the reference", "nats per token", ("kl", "kl_exact"),
-        "How far the policy has moved from the reference, on the sampled tokens.",
-        "Rises slowly from 0. Above 1 the policy is running away: lower the learning rate or raise loss.kl_coef.",
+        "Divergence of the policy from the reference on the sampled tokens.",
+        "Rises slowly from 0. Above 1 training is unstable: lower the learning rate or raise loss.kl_coef.",
     ),
     Panel(
         "entropy", "Entropy", "nats per token", ("entropy",),
-        "How undecided the policy is about the next token.",
-        "Falls slowly. Below 0.001 there is nothing left to choose from; three times the first steps' is noise.",
+        "Entropy of the policy's distribution of the next token.",
+        "Falls slowly. Below 0.001 the completions of a prompt are all the same; at three times its first value they "
+        "are noise.",
     ),
     Panel(
         "length", "Length", "tokens", ("length", "length_max"),
         "Mean and longest completion of a step.",
-        "Any trend is the reward's. The longest stands at sampling.max_new_tokens while anything is cut off.",
+        "A trend comes from the reward. The longest equals sampling.max_new_tokens while completions are truncated.",
     ),
     Panel(
         "truncated", "Truncated", "share of completions", ("truncated",),
         "Completions cut off at sampling.max_new_tokens.",
-        "Near 0. Near 1 the completions never end, and their reward is mostly chance.",
+        "Near 0. Near 1 the completions do not end, and their reward is mostly chance.",
     ),
     Panel(
         "tied", "Tied groups", "share of groups", ("tied_groups", "first_draw/tied_groups"),
         "Groups whose completions all have the same reward. Their advantage is 0.",
-        "Well below 1. At 1 there is nothing to learn from: too hard, too easy, or a reward that does not distinguish.",
+        "Well below 1. At 1 nothing is learned: the tasks are too hard or too easy, or the reward does not distinguish "
+        "completions.",
     ),
     Panel(
         "ratio", "Ratio", "new over old probability", ("ratio",),
@@ -70,129 +72,135 @@ PANELS = (
     ),
     Panel(
         "clip", "Clip fraction", "share of tokens", ("clip_frac",),
-        "Tokens whose ratio left the clip range, so that they pull no more.",
-        "0 where a batch is used once. A few percent otherwise; much more says that the steps are too large.",
+        "Tokens whose ratio is outside the clip range, so that they have no gradient.",
+        "0 where a batch is used once, otherwise a few percent. Much more means that the updates are too large.",
     ),
     Panel(
         "loss", "Loss", "", ("loss",),
-        "The value of the objective that is minimised.",
-        "On policy it is near 0 and says nothing: a group's advantages sum to 0 and the ratio is 1. "
+        "Value of the objective that is minimised.",
+        "On policy it is near 0 and shows nothing: a group's advantages sum to 0 and the ratio is 1. "
         "In supervised runs it is the cross-entropy and falls.",
     ),
     Panel(
         "gap", "Sampler to trainer", "nats per token", ("logprob_gap", "logprob_gap_max"),
-        "Absolute difference of the log-probs with which a token was drawn and trained.",
+        "Absolute difference between a token's log-prob in the sampler and in the trainer.",
         "About 1e-6 in fp32, 0.02 in bf16. More means that sampler and trainer disagree.", log=True,
     ),
     Panel(
         "grad_norm", "Gradient norm", "before clipping", ("grad_norm",),
-        "Length of the gradient of all trained weights.",
-        "Steady within a factor of ten. Gaps are steps whose gradient was not finite; they changed nothing.",
+        "Euclidean norm of the gradient of all trained weights.",
+        "Steady within a factor of ten. Gaps are steps with a gradient that was not finite; they changed no weight.",
     ),
     Panel(
         "learning_rate", "Learning rate", "", ("learning_rate",),
-        "As the schedule gave it at the end of the step.",
+        "Value of the schedule at the end of the step.",
         "Above 0 until the last step.",
     ),
     Panel(
         "adapter_norm", "Adapter norm", "", ("adapter_norm",),
-        "Length of the trained weights.",
-        "Moves in every step; a flat line means that nothing is trained.",
+        "Euclidean norm of the trained weights.",
+        "Changes in every step; a flat line means that nothing is trained.",
     ),
     Panel(
         "coefficients", "Coefficients", "", ("kl_coef", "entropy_coef"),
-        "What the KL and the entropy bonus weigh in the loss.",
-        "Constant, or following loss.kl_target and loss.entropy_target.",
+        "Coefficients of the KL and of the entropy bonus in the loss.",
+        "Constant, or controlled by loss.kl_target and loss.entropy_target.",
     ),
     Panel(
         "time", "Time per phase", "seconds per step", ("seconds/*",),
-        "Wall-clock time by phase, one on top of the other. An evaluation or checkpoint belongs to the step after it.",
-        "Sampling and update take most. A growing share of reward or other is worth a look.", "stack",
+        "Wall-clock time by phase, stacked. An evaluation or checkpoint counts in the step after it.",
+        "Sampling and update take most. If the share of reward or other grows, find out why.", "stack",
     ),
     Panel(
         "speed", "Tokens per second", "tokens / s", ("tokens_per_second",),
-        "Tokens sampled over the seconds of the whole step, without evaluation and checkpoints.",
+        "Sampled tokens over the seconds of the whole step, without evaluation and checkpoints.",
         "Steady. Falls as completions grow longer.",
     ),
     Panel(
         "mfu", "Update's utilisation", "share of peak", ("update_mfu",),
-        "Operations of the update over what the GPU's data sheet promises.",
+        "Floating-point operations of the update over the peak of the GPU's data sheet.",
         "Steady.",
     ),
     Panel(
         "memory", "Memory", "GB", ("peak_memory_gb", "reserved_memory_gb", "memory_gb/*"),
-        "Most memory held in a step: the GPU's, or the process's where there is none.",
-        "Flat after the first steps, with room below the limit.",
+        "Peak memory of a step: of the GPU, or of the process on a machine without one.",
+        "Flat after the first steps, and below the limit.",
     ),
     Panel(
         "skipped", "Skipped updates", "per step", ("skipped",),
         "Optimizer steps left out because the gradient was not finite.",
-        "0. In fp16 a few at the start are the loss scale finding its place.",
+        "0. In fp16 a few at the start are expected, while the loss scale adapts.",
     ),
     Panel(
         "failed", "Failed rewards", "share of completions", ("failed/*",),
-        "Completions that a reward went wrong on.",
+        "Completions on which a reward function failed.",
         "0.",
     ),
 )  # fmt: skip
-OTHER = Panel(
-    "other", "", "", (), "A metric of this run that has no note of its own.", "Compare it with a run that went well."
-)
-QUIET = {"skipped", "failed", "coefficients"}  # drawn only where something happened: not 0, or not constant
-HIDDEN = {"step", "seconds", "tokens", "tokens_updated", "micro_batches", "memory_retries", "epoch", "advantage_abs"}
-MEANINGLESS = {"logprob_gap", "logprob_gap_max", "ratio", "clip_frac"}  # of a supervised run: nothing was sampled
+OTHER = Panel("other", "", "", (), "A metric that no other panel shows.", "Compare it with a run that went well.")
+HIDDEN_WHEN_QUIET = {"skipped", "failed", "coefficients"}  # ids of panels left out while 0, or while constant
+NOT_DRAWN = {"step", "seconds", "tokens", "tokens_updated", "micro_batches", "memory_retries", "epoch", "advantage_abs"}
+MEANINGLESS_IF_SUPERVISED = {"logprob_gap", "logprob_gap_max", "ratio", "clip_frac"}  # they compare with a sampler
 
 
-def chosen(runs: list[RunFolder]) -> list[tuple[Panel, list[str]]]:
-    """The panels that these runs have something for, each with its metrics; what no panel names comes last."""
-    present = {name: None for run in runs for name in curves(run)}
-    panels, used = [], set(HIDDEN)
+def choose_panels(runs: list[RunFolder]) -> list[tuple[Panel, list[str]]]:
+    """Return the panels that have values in one of the runs, each with its metrics; metrics of no panel come last."""
+    present = {name: None for run in runs for name in collect_curves(run)}
+    panels, used = [], set(NOT_DRAWN)
     for panel in PANELS:
         names = [name for line in panel.lines for name in _matching(line, present)]
         used |= set(names)
         if panel.kind == "accuracy":
             if any(row.get("accuracy") is not None for run in runs for row in run.evaluation):
                 panels.append((panel, ["accuracy"]))
-        elif names and not (panel.id in QUIET and all(_quiet(run, panel, names) for run in runs)):
+        elif names and not (panel.id in HIDDEN_WHEN_QUIET and all(_is_quiet(run, panel, names) for run in runs)):
             panels.append((panel, names))
     rest = [name for name in present if name not in used and not name.endswith("_std")]
     other = [Panel(f"other-{i}", name, "", (name,), OTHER.what, OTHER.healthy) for i, name in enumerate(rest)]
     return panels + [(panel, list(panel.lines)) for panel in other]
 
 
-def curves(run: RunFolder) -> dict[str, list[float | None]]:
-    """metric -> one value a row; `seconds/other` is what no phase accounts for. Never a metric that is all None."""
+def collect_curves(run: RunFolder) -> dict[str, list[float | None]]:
+    """Return metric -> one value per row, without metrics that are always None.
+
+    `seconds/other` is the time of a step that belongs to no phase.
+    """
     names = {name: None for row in run.metrics for name, value in row.items() if value is not None}
-    hidden = MEANINGLESS if run.is_supervised else set()
-    found = {name: [row.get(name) for row in run.metrics] for name in names if name not in hidden}
-    if any(name.startswith("seconds/") for name in found):
-        found["seconds/other"] = [_unaccounted(row) for row in run.metrics]
-    return found
+    hidden = MEANINGLESS_IF_SUPERVISED if run.is_supervised else set()
+    curves = {name: [row.get(name) for row in run.metrics] for name in names if name not in hidden}
+    if any(name.startswith("seconds/") for name in curves):
+        curves["seconds/other"] = [_unaccounted_seconds(row) for row in run.metrics]
+    return curves
 
 
-def leader(name: str) -> str:
-    """The metric whose shape decides which points of `name` are kept: a band has its curve's, phases have the sum's."""
+def thinning_metric(name: str) -> str:
+    """Return the metric whose extremes decide which points of `name` are drawn.
+
+    A band has the points of its curve, and all phases have those of the whole step, so that they can be stacked.
+    """
     return "seconds" if name.startswith("seconds/") else name.removesuffix("_std")
 
 
-def thin(values: list[float | None], limit: int) -> list[int]:
-    """Which places to draw, at most `limit`: the first, the last, and of every stretch the lowest, highest and a gap.
+def thin_curve(values: list[float | None], limit: int) -> list[int]:
+    """Return the indices of at most `limit` points to draw.
 
-    >>> thin([0, 1, 9, 1, 0, 1, 1, -5, 1, 0], limit=6)
+    These are the first, the last, and of every interval the lowest, the highest and the first gap.
+
+    >>> thin_curve([0, 1, 9, 1, 0, 1, 1, -5, 1, 0], limit=6)
     [0, 2, 7, 9]
     """
     n = len(values)
     if n <= limit:
         return list(range(n))
-    kept, stretches = {0, n - 1}, max(1, (limit - 2) // 3)
-    for i in range(stretches):
-        places = range(i * n // stretches, (i + 1) * n // stretches)
-        there = [p for p in places if values[p] is not None]
-        if there:
-            kept |= {min(there, key=values.__getitem__), max(there, key=values.__getitem__)}
-        if len(there) < len(places):
-            kept.add(next(p for p in places if values[p] is None))
-    return sorted(kept)
+    indices, intervals = {0, n - 1}, max(1, (limit - 2) // 3)
+    for i in range(intervals):
+        interval = range(i * n // intervals, (i + 1) * n // intervals)
+        present = [k for k in interval if values[k] is not None]
+        if present:
+            indices |= {min(present, key=values.__getitem__), max(present, key=values.__getitem__)}
+        if len(present) < len(interval):
+            indices.add(next(k for k in interval if values[k] is None))
+    return sorted(indices)
 
 
 def _matching(line: str, present: Iterable[str]) -> list[str]:
@@ -201,12 +209,15 @@ def _matching(line: str, present: Iterable[str]) -> list[str]:
     return [name for name in present if name.startswith(line[:-1]) and not name.endswith("_std")]
 
 
-def _quiet(run: RunFolder, panel: Panel, names: list[str]) -> bool:
-    seen = [{row.get(name) for row in run.metrics} - {None} for name in names]
-    return all(len(values) <= 1 if panel.id == "coefficients" else not any(values) for values in seen)
+def _is_quiet(run: RunFolder, panel: Panel, names: list[str]) -> bool:
+    """Return whether the coefficients are constant, or the counts of another panel all 0."""
+    values = [{row.get(name) for row in run.metrics} - {None} for name in names]
+    if panel.id == "coefficients":
+        return all(len(different) <= 1 for different in values)
+    return not any(any(different) for different in values)
 
 
-def _unaccounted(row: Row) -> float | None:
+def _unaccounted_seconds(row: Row) -> float | None:
     if row.get("seconds") is None:
         return None
     return max(0.0, row["seconds"] - sum(v for k, v in row.items() if k.startswith("seconds/") and v is not None))

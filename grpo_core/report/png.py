@@ -1,4 +1,4 @@
-"""The panels of a report as pictures for a paper."""
+"""Draw the panels of a report as pictures for a paper."""
 
 from __future__ import annotations
 
@@ -7,75 +7,77 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from grpo_core.report.panels import Panel, chosen, curves
+from grpo_core.report.panels import Panel, choose_panels, collect_curves
 from grpo_core.report.run_reader import RunFolder
 from grpo_core.schema import ConfigError, printable
 
-SIZE = (3.3, 2.3)  # inches, without the legend
+FIGURE_SIZE = (3.3, 2.3)  # inches, without the legend
 COLOURS = ("#0072b2", "#d55e00", "#00805e", "#a8447f", "#8c6a00", "#4b4fa8", "#666a70", "#7a3e1d")
 DASHES = ("-", "--", ":", "-.")
-PLAIN = {"text.parse_math": False, "font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
+STYLE = {"text.parse_math": False, "font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
 
 
-def check_installed() -> None:
-    """Raises:
-    ConfigError: matplotlib is not there.
+def require_matplotlib() -> None:
+    """Check that pictures can be drawn.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("pictures need matplotlib: pip install -e '.[report]'")
+        raise ConfigError("--png needs matplotlib, which is not installed: pip install -e '.[report]'")
 
 
-def draw(runs: list[RunFolder], stem: Path) -> list[tuple[str, Path]]:
-    """STEM-PANEL.png of every panel, 3.3 inches wide at 300 dpi; returns titles and files.
+def draw_pictures(runs: list[RunFolder], stem: Path) -> list[tuple[str, Path]]:
+    """Write STEM-PANEL.png for every panel, 3.3 inches wide at 300 dpi; return titles and files.
 
-    Phases are stacked, so they have a picture a run, STEM-PANEL-0.png and so on where there are several.
+    Stacked areas of several runs cannot share axes: such a panel has one picture per run, STEM-PANEL-0.png and so on.
     """
     import matplotlib
 
     pictures = []
-    with matplotlib.rc_context(PLAIN):
-        for panel, metrics in chosen(runs):
-            apart = panel.kind == "stack" and len(runs) > 1
-            for i, shown in enumerate([[run] for run in runs] if apart else [runs]):
-                path = stem.with_name(f"{stem.name}-{panel.id}{f'-{i}' if apart else ''}.png")
-                title = printable(f"{panel.title}, {shown[0].name}" if apart else panel.title)
-                _picture(panel, metrics, shown, title).savefig(path)
+    with matplotlib.rc_context(STYLE):
+        for panel, metrics in choose_panels(runs):
+            is_split = panel.kind == "stack" and len(runs) > 1
+            for i, drawn_runs in enumerate([[run] for run in runs] if is_split else [runs]):
+                path = stem.with_name(f"{stem.name}-{panel.id}{f'-{i}' if is_split else ''}.png")
+                title = printable(f"{panel.title}, {drawn_runs[0].name}" if is_split else panel.title)
+                _draw_figure(panel, metrics, drawn_runs, title).savefig(path)
                 pictures.append((title, path))
     return pictures
 
 
-def _picture(panel: Panel, metrics: list[str], runs: list[RunFolder], title: str) -> Any:
-    """A Figure. Its legend stands below the axes, where no curve is, and makes it higher."""
+def _draw_figure(panel: Panel, metrics: list[str], runs: list[RunFolder], title: str) -> Any:
+    """Return the matplotlib Figure of a panel. A legend is added below the axes and makes the figure higher."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=SIZE, dpi=300, layout="constrained")
+    figure = Figure(figsize=FIGURE_SIZE, dpi=300, layout="constrained")
     axes = figure.add_subplot()
     for i, run in enumerate(runs):
         if panel.kind == "accuracy":
-            _accuracy(axes, run, COLOURS[i % len(COLOURS)])
+            _draw_accuracy(axes, run, COLOURS[i % len(COLOURS)])
         elif panel.kind == "stack":
-            _stack(axes, run, metrics)
+            _draw_stack(axes, run, metrics)
         else:
-            _lines(axes, run, metrics, i, len(runs))
+            _draw_lines(axes, run, metrics, i, len(runs))
     axes.set_title(fill(title, 36), loc="left")
     axes.set_xlabel("step")
     axes.set_ylabel(panel.unit)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     low, high = axes.dataLim.intervalx
-    if high - low < 1:  # one step
+    if high - low < 1:  # a run of one step
         axes.set_xlim(low - 0.5, high + 0.5)
     if panel.log and any(value > 0 for line in axes.lines for value in line.get_ydata()):
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")  # its own labels are mathematics, which is not parsed
+        axes.yaxis.set_major_formatter("{x:g}")  # the default labels are mathtext, which STYLE switches off
         axes.yaxis.set_minor_formatter("")
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        _legend(figure, handles, labels)
+        _add_legend(figure, handles, labels)
     return figure
 
 
-def _legend(figure: Any, handles: list[Any], labels: list[str]) -> None:
-    """In as many columns as its labels leave room for."""
+def _add_legend(figure: Any, handles: list[Any], labels: list[str]) -> None:
+    """Add a legend below the axes in up to four columns, as many as fit the width of the figure."""
     labels = [fill(label, 64) for label in labels]
     for columns in range(min(4, len(labels)), 0, -1):
         legend = figure.legend(
@@ -84,10 +86,10 @@ def _legend(figure: Any, handles: list[Any], labels: list[str]) -> None:
         if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
             break
         legend.remove()
-    figure.set_figheight(SIZE[1] + legend.get_window_extent().height / figure.dpi)
+    figure.set_figheight(FIGURE_SIZE[1] + legend.get_window_extent().height / figure.dpi)
 
 
-def _accuracy(axes: Any, run: RunFolder, colour: str) -> None:
+def _draw_accuracy(axes: Any, run: RunFolder, colour: str) -> None:
     rows = [r for r in run.evaluation if None not in (r.get("accuracy"), r.get("ci_low"), r.get("ci_high"))]
     if rows:
         spread = [[r["accuracy"] - r["ci_low"] for r in rows], [r["ci_high"] - r["accuracy"] for r in rows]]
@@ -97,11 +99,11 @@ def _accuracy(axes: Any, run: RunFolder, colour: str) -> None:
         )
 
 
-def _stack(axes: Any, run: RunFolder, metrics: list[str]) -> None:
-    """Areas on top of each other; of one step, which no area would show, a bar."""
-    found = {name: values for name, values in curves(run).items() if name in metrics}
+def _draw_stack(axes: Any, run: RunFolder, metrics: list[str]) -> None:
+    """Draw stacked areas; of a run of one step, where an area would have no width, stacked bars."""
+    curves = {name: values for name, values in collect_curves(run).items() if name in metrics}
     steps, floor = [row["step"] for row in run.metrics], 0.0
-    values = {name.removeprefix("seconds/"): [value or 0.0 for value in found[name]] for name in found}
+    values = {name.removeprefix("seconds/"): [value or 0.0 for value in curves[name]] for name in curves}
     if len(steps) > 1 and values:
         axes.stackplot(steps, *values.values(), labels=list(values), colors=COLOURS, lw=0)
         return
@@ -110,34 +112,37 @@ def _stack(axes: Any, run: RunFolder, metrics: list[str]) -> None:
         floor += value
 
 
-def _lines(axes: Any, run: RunFolder, metrics: list[str], place: int, count: int) -> None:
-    """Of one run each metric has its colour; of several each run has, and metrics differ by their dashes.
+def _draw_lines(axes: Any, run: RunFolder, metrics: list[str], run_index: int, run_count: int) -> None:
+    """Draw the curves of a run. Alone, each metric has a colour; with other runs, each run has one and metrics dashes.
 
-    A point without a neighbour, which no line would show, has a marker.
+    A point between two gaps, which a line would not show, has a marker.
     """
-    found, steps = curves(run), [row["step"] for row in run.metrics]
+    curves, steps = collect_curves(run), [row["step"] for row in run.metrics]
     for j, name in enumerate(metrics):
-        if name not in found:
+        if name not in curves:
             continue
-        colour, dash = (COLOURS[j % len(COLOURS)], "-") if count == 1 else (
-            COLOURS[place % len(COLOURS)], DASHES[j % len(DASHES)])  # fmt: skip
-        alone = _alone(found[name])
-        values = [float("nan") if value is None else value for value in found[name]]
-        label = ", ".join(([printable(run.name)] if count > 1 else []) + ([name] if len(metrics) > 1 else []))
-        marker = {"marker": "o", "ms": 2.5, "markevery": alone} if alone else {}
+        if run_count == 1:
+            colour, dash = COLOURS[j % len(COLOURS)], "-"
+        else:
+            colour, dash = COLOURS[run_index % len(COLOURS)], DASHES[j % len(DASHES)]
+        isolated = _isolated_points(curves[name])
+        values = [float("nan") if value is None else value for value in curves[name]]
+        label = ", ".join(([printable(run.name)] if run_count > 1 else []) + ([name] if len(metrics) > 1 else []))
+        marker = {"marker": "o", "ms": 2.5, "markevery": isolated} if isolated else {}
         axes.plot(steps, values, dash, color=colour, lw=1, label=label or name, **marker)
-        if name == "reward" and "reward_std" in found:
-            pairs = [(v, s or 0.0) for v, s in zip(values, found["reward_std"], strict=True)]
+        if name == "reward" and "reward_std" in curves:
+            pairs = [(v, s or 0.0) for v, s in zip(values, curves["reward_std"], strict=True)]
             low, high = [v - s for v, s in pairs], [v + s for v, s in pairs]
             axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
-            ends = [[edge[i] for i in alone] for edge in (low, high)]
-            axes.vlines([steps[i] for i in alone], *ends, color=colour, alpha=0.15, lw=4)
+            ends = [[edge[i] for i in isolated] for edge in (low, high)]
+            axes.vlines([steps[i] for i in isolated], *ends, color=colour, alpha=0.15, lw=4)
 
 
-def _alone(values: list[float | None]) -> list[int]:
-    """
-    >>> _alone([1, None, 2, 3, None, 4])
+def _isolated_points(values: list[float | None]) -> list[int]:
+    """Return the indices of values without a neighbour.
+
+    >>> _isolated_points([1, None, 2, 3, None, 4])
     [0, 5]
     """
-    there = [False, *(value is not None for value in values), False]
-    return [i for i in range(len(values)) if there[i : i + 3] == [False, True, False]]
+    present = [False, *(value is not None for value in values), False]
+    return [i for i in range(len(values)) if present[i : i + 3] == [False, True, False]]

@@ -1,4 +1,4 @@
-"""What a run folder says, read without the run's libraries: its rows, its configuration, where its completions are."""
+"""Read a run folder without the run's libraries: metrics, evaluations, configuration, places of the completions."""
 
 from __future__ import annotations
 
@@ -12,108 +12,105 @@ from typing import Any
 from grpo_core.schema import ConfigError
 
 Row = dict[str, Any]
-FILES = ("metrics.jsonl", "evaluation.jsonl", "completions.jsonl", "config.yaml")
-KEY = re.compile(r"""^( *)(- )?([^\s:'"#-][^:]*|'[^']*'|"[^"]*"):(?: (.*))?$""")
-ITEM = re.compile(r"^( *)(- )(.*)$")
-QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*"|[^'"].*|""")
+RUN_FILES = ("metrics.jsonl", "evaluation.jsonl", "completions.jsonl", "config.yaml")  # a run folder has one or more
+MAX_NUMBER = 1e300  # absolute value; JSON may hold integers that no float can
 
 
 @dataclass(frozen=True)
 class RunFolder:
+    """The content of a run folder, without its completions."""
+
     path: Path
     name: str
-    metrics: list[Row]  # one a step, in their order; every value a finite number or None
-    evaluation: list[Row]
-    config: str  # config.yaml as it stands; "" where there is none
-    settings: dict[str, str]  # section.key -> its value as it is written
-    objective: str  # the formula above the configuration
-    notes: tuple[str, ...]  # what is missing or could not be read
+    metrics: list[Row]  # one row per step, ascending; every value a finite number or None
+    evaluation: list[Row]  # the same for evaluation.jsonl
+    config: str  # text of config.yaml; "" without the file
+    settings: dict[str, str]  # section.key -> value as it is written in config.yaml
+    objective: str  # the formula in the comment above the configuration
+    notes: tuple[str, ...]  # files that are missing or could not be read whole
 
     @property
     def is_supervised(self) -> bool:
-        """Metrics without a reward: an sft run."""
+        """True for a run of the sft command, whose metrics have no reward."""
         return bool(self.metrics) and not any("reward" in row for row in self.metrics)
 
 
 def read_run(path: Path, name: str | None = None) -> RunFolder:
-    """Everything but the completions, which may be many: see `completion_places`.
+    """Read everything but the completions, which may be many: see `locate_completions`.
 
-    A line that is not JSON (the torn last one of a run that is going on) is left out and noted. Of two rows of a step
-    the later one counts.
+    Lines that are not JSON, such as the incomplete last line of a running job, are left out and counted in the notes.
+    Where a step has several rows, the last one counts.
 
     Raises:
-        ConfigError: not a folder, none of a run's files in it, or a file that cannot be read.
+        ConfigError: `path` is not a folder, has none of the files of a run, or has a file that cannot be read.
     """
     if not path.is_dir():
         raise ConfigError(f"{path} is not a folder; report takes the folders of runs")
-    if not any((path / file).exists() for file in FILES):
-        raise ConfigError(f"{path} is not a run folder; it holds none of {', '.join(FILES)}")
+    if not any((path / file).exists() for file in RUN_FILES):
+        raise ConfigError(f"{path} is not a run folder; it holds none of {', '.join(RUN_FILES)}")
     notes, rows = [], {}
     for kind in ("metrics", "evaluation"):
-        rows[kind], torn = _numbers(path / f"{kind}.jsonl")
+        file = path / f"{kind}.jsonl"
+        rows[kind], unreadable = _read_numbers(file)
         if not rows[kind]:
-            notes.append(f"{kind}.jsonl has no rows" if (path / f"{kind}.jsonl").exists() else f"no {kind}.jsonl")
-        if torn:
-            notes.append(f"{torn} unreadable {'line' if torn == 1 else 'lines'} of {kind}.jsonl left out")
-    config = _read(path / "config.yaml").decode(errors="replace")
+            notes.append(f"{file.name} has no rows" if file.exists() else f"no {file.name}")
+        if unreadable:
+            notes.append(f"{unreadable} unreadable {'line' if unreadable == 1 else 'lines'} of {file.name} left out")
+    config = _read_bytes(path / "config.yaml").decode(errors="replace")
+    settings = read_settings(config)
     if not config:
         notes.append("no config.yaml")
+    elif settings is None:
+        notes.append("config.yaml is not valid YAML")
     name = name or path.resolve().name
+    objective = _extract_objective(config)
     return RunFolder(
-        path, name, **rows, config=config, settings=flat(config), objective=_head(config), notes=tuple(notes)
+        path, name, **rows, config=config, settings=settings or {}, objective=objective, notes=tuple(notes)
     )
 
 
-def flat(config: str) -> dict[str, str]:
-    """The keys of a configuration as config_file.dump writes it, as section.key, with the text of their values.
+def read_settings(config: str) -> dict[str, str] | None:
+    r"""Return the keys of a YAML configuration as section.key, with the text of their values; None for invalid YAML.
 
-    Not a YAML reader: block style, no anchors. Lines of a value that goes on are joined, an empty one as \\n.
+    A value keeps its quotes, and its line breaks are written as \n.
 
-    >>> flat("# why\\nloss:\\n  name: grpo\\n  args: {}\\nrewards:\\n- name: short\\n  weight: 1.0\\n")
+    >>> read_settings("loss:\n  name: grpo\n  args: {}\nrewards:\n- name: short\n  weight: 1.0\n")
     {'loss.name': 'grpo', 'loss.args': '{}', 'rewards[0].name': 'short', 'rewards[0].weight': '1.0'}
     """
-    found, open_keys, key = {}, [(-1, "")], ""  # the sections that the line stands in: how far in, what they are called
-    counts: dict[str, int] = {}
-    for line in config.splitlines():
-        if not key and (line.startswith("#") or not line.strip()):
-            continue
-        whole = QUOTED.fullmatch(found.get(key, ""))
-        match = KEY.match(line) if whole else None
-        item = ITEM.match(line) if whole and not match else None
-        if not match and not item:
-            if key:
-                found[key] += "\\n" if not line.strip() else ("" if found[key].endswith("\\n") else " ") + line.strip()
-            continue
-        indent, dash = len((match or item)[1]), (match or item)[2]
-        while open_keys[-1][0] >= indent + (1 if dash else 0):
-            open_keys.pop()
-        if dash:  # an item stands as far in as the key of its list
-            parent = open_keys[-1][1]
-            counts[parent] = counts.get(parent, -1) + 1
-            found.pop(parent, None)
-            open_keys.append((indent + 1, f"{parent}[{counts[parent]}]"))
-            indent += len(dash)
-        if item:
-            key = open_keys[-1][1]
-            found[key] = item[3]
-            continue
-        section = open_keys[-1][1]
-        found.pop(section, None)  # it has keys of its own, so no value
-        key = f"{section}.{match[3]}" if section else match[3]
-        found[key] = match[4] or ""
-        open_keys.append((indent, key))
-    return found
+    import yaml  # here, so that importing the report loads no dependency
+
+    try:
+        root = yaml.compose(config, yaml.BaseLoader)
+        return dict(_flatten(root, "")) if isinstance(root, yaml.MappingNode) else {}
+    except (yaml.YAMLError, RecursionError):
+        return None
 
 
-def completion_places(path: Path) -> dict[int, list[tuple[int, int]]]:
-    """Of completions.jsonl, by step: where each row begins and how long it is, in bytes.
+def _flatten(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yield the key and the text of every leaf below a node of YAML."""
+    if node.id == "mapping" and node.value:
+        for name, value in node.value:
+            yield from _flatten(value, f"{key}.{name.value}" if key else str(name.value))
+    elif node.id == "sequence" and node.value:
+        for i, value in enumerate(node.value):
+            yield from _flatten(value, f"{key}[{i}]")
+    elif node.id == "scalar":
+        quote = node.style if node.style in ("'", '"') else ""
+        yield key, f"{quote}{node.value}{quote}".replace("\n", "\\n")
+    else:
+        yield key, "{}" if node.id == "mapping" else "[]"
 
-    A row of a step that comes again (a resumed run's) is kept; the rows are not looked into.
+
+def locate_completions(path: Path) -> dict[int, list[tuple[int, int]]]:
+    """Return the first byte and the length in bytes of each row of a completions.jsonl, by step.
+
+    All rows of a step that was logged twice, by a resumed run, are listed. Only the step of a row is parsed.
     """
-    places, start = {}, 0
+    places: dict[int, list[tuple[int, int]]] = {}
+    start = 0
     if not path.exists():
         return places
-    with _open(path) as file:
+    with _open_file(path) as file:
         for line in file:
             match = re.match(rb'\{"step": (\d+),', line)
             if match and line.endswith(b"\n"):
@@ -122,50 +119,51 @@ def completion_places(path: Path) -> dict[int, list[tuple[int, int]]]:
     return places
 
 
-def rows_at(path: Path, places: list[tuple[int, int]]) -> Iterator[Row]:
-    """The rows that begin at these places; one that is not JSON is left out."""
-    with _open(path) as file:
+def read_rows(path: Path, places: list[tuple[int, int]]) -> Iterator[Row]:
+    """Yield the rows at `places`, which are as in `locate_completions`; rows that are not JSON are left out."""
+    with _open_file(path) as file:
         for start, size in places:
             file.seek(start)
-            row = _parsed(file.read(size))
+            row = _parse_row(file.read(size))
             if row is not None:
                 yield row
 
 
-def dumped_steps(path: Path) -> dict[int, list[Path]]:
-    """The files of batches/ by step."""
-    found: dict[int, list[Path]] = {}
+def find_batches(path: Path) -> dict[int, list[Path]]:
+    """Return the JSON files of the dumped batches of the run folder `path`, by step."""
+    files: dict[int, list[Path]] = {}
     for file in sorted((path / "batches").glob("step-*-rank-*.json")):
         if match := re.fullmatch(r"step-(\d+)-rank-(\d+)\.json", file.name):
-            found.setdefault(int(match[1]), []).append(file)
-    return found
+            files.setdefault(int(match[1]), []).append(file)
+    return files
 
 
 def read_batch(path: Path) -> list[Row]:
-    """The completions of one dumped batch; none where the file is torn."""
-    row = _parsed(_read(path)) or {}
+    """Return the completions in a JSON file of a dumped batch; none where the file is incomplete."""
+    row = _parse_row(_read_bytes(path)) or {}
     completions = row.get("completions")
-    return [one for one in completions if isinstance(one, dict)] if isinstance(completions, list) else []
+    return [row for row in completions if isinstance(row, dict)] if isinstance(completions, list) else []
 
 
-def number(value: Any) -> float | None:
-    """`value` if it is a finite number, else None."""
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if plain and abs(value) < 1e300 else None  # nan compares as false
+def finite_number(value: Any) -> float | None:
+    """Return `value` if it is a finite number, else None."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and abs(value) < MAX_NUMBER else None  # false for NaN
 
 
-def _numbers(path: Path) -> tuple[list[Row], int]:
+def _read_numbers(path: Path) -> tuple[list[Row], int]:
+    """Return the rows of a file with numbers by step, and the number of lines that are no such row."""
     rows, unreadable = {}, 0
-    for line in _read(path).splitlines():
-        row = _parsed(line)
+    for line in _read_bytes(path).splitlines():
+        row = _parse_row(line)
         if row is None or not isinstance(row.get("step"), int):
             unreadable += 1
         else:
-            rows[row["step"]] = {name: number(value) for name, value in row.items()}
+            rows[row["step"]] = {name: finite_number(value) for name, value in row.items()}
     return [rows[step] for step in sorted(rows)], unreadable
 
 
-def _parsed(line: bytes) -> Row | None:
+def _parse_row(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -173,25 +171,26 @@ def _parsed(line: bytes) -> Row | None:
     return row if isinstance(row, dict) else None
 
 
-def _head(config: str) -> str:
-    """The comment above the configuration, without its hashes."""
+def _extract_objective(config: str) -> str:
+    """Return the comment above the configuration without its hash signs and its heading."""
     lines = []
     for line in config.splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").removeprefix("   "))
-    return "\n".join(lines[2:] if lines[:1] == [" What is minimised:"] else lines).strip("\n")
+    has_heading = len(lines) > 1 and lines[0].endswith(":") and not lines[1]
+    return "\n".join(lines[2:] if has_heading else lines).strip("\n")
 
 
-def _open(path: Path) -> Any:
+def _open_file(path: Path) -> Any:
     try:
         return open(path, "rb")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _read(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     if not path.exists():
         return b""
-    with _open(path) as file:
+    with _open_file(path) as file:
         return file.read()

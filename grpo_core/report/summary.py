@@ -1,4 +1,4 @@
-"""The numbers at the top of a report: what a run came to, and in which keys configurations differ."""
+"""Compute the numbers at the top of a report, and the keys in which configurations differ."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from grpo_core.report.run_reader import Row, RunFolder
 
-FINAL = 10  # steps whose mean is a run's final number
-NUMBERS = (  # metric, what it is called, how it is written
+AVERAGED_STEPS = 10  # last steps whose mean is reported as a final number
+FINAL_METRICS = (  # metric, title, format
     ("reward", "Reward", "{:.4g}"),
     ("loss", "Loss", "{:.4g}"),
     ("kl", "KL, nats per token", "{:.4g}"),
@@ -23,9 +23,12 @@ NUMBERS = (  # metric, what it is called, how it is written
 )
 
 
-def summary(run: RunFolder, completions: int) -> dict[str, str]:
-    """What it is called -> what it was, in words; "" where there was nothing to measure."""
-    before, after = accuracies(run)
+def summarize_run(run: RunFolder, completions: int) -> dict[str, str]:
+    """Return the rows of the summary, title -> text; "" for what was not measured.
+
+    `completions` is the number of completions that the run has logged.
+    """
+    before, after = find_accuracies(run)
     steps, planned = len(run.metrics), run.settings.get("trainer.num_steps", "")
     seconds = sum(row.get("seconds") or 0.0 for row in run.metrics)
     tokens = sum(row.get("tokens") or 0.0 for row in run.metrics)
@@ -33,12 +36,12 @@ def summary(run: RunFolder, completions: int) -> dict[str, str]:
     names = [run.settings.get(key, "") for key in ("model.path", "loss.name", "advantage.name")]
     model, *objective = ("" if name == "null" else name for name in names)
     return {
-        "Accuracy before": in_words(before),
-        "Accuracy after": in_words(after),
+        "Accuracy before": describe_accuracy(before),
+        "Accuracy after": describe_accuracy(after),
         "Steps": f"{steps:,} of {int(planned):,}" if planned.isdecimal() else f"{steps:,}",
         "Completions": f"{completions:,}" if completions else "",
         "Tokens": f"{tokens:,.0f}" if tokens else "",
-        "Time": duration(seconds) if seconds else "",
+        "Time": format_duration(seconds) if seconds else "",
         "Skipped updates": f"{skipped:,.0f}" if skipped else "",
         "Model": model,
         "Loss, advantage": "supervised" if run.is_supervised else ", ".join(filter(None, objective)),
@@ -47,39 +50,39 @@ def summary(run: RunFolder, completions: int) -> dict[str, str]:
     }
 
 
-def final(run: RunFolder) -> dict[str, str]:
-    """Means of the last FINAL steps, or of all where there are fewer."""
-    found = {}
-    for metric, title, form in NUMBERS:
-        values = [row[metric] for row in run.metrics[-FINAL:] if row.get(metric) is not None]
+def average_last_steps(run: RunFolder) -> dict[str, str]:
+    """Return the means over the last AVERAGED_STEPS steps, or over all of a shorter run, title -> text."""
+    means = {}
+    for metric, title, form in FINAL_METRICS:
+        values = [row[metric] for row in run.metrics[-AVERAGED_STEPS:] if row.get(metric) is not None]
         if values and not (run.is_supervised and metric in ("clip_frac", "logprob_gap")):
-            found[title] = form.format(sum(values) / len(values)).replace("%", " %")
-    return found
+            means[title] = form.format(sum(values) / len(values)).replace("%", " %")
+    return means
 
 
-def final_title(runs: list[RunFolder]) -> str:
-    """What `final` is the mean of: a run of fewer than FINAL steps has all of them in it."""
+def title_means(runs: list[RunFolder]) -> str:
+    """Return the title of the table of `average_last_steps`, which says over how many steps the means are taken."""
     counts = {run.name: len(run.metrics) for run in runs if run.metrics}
-    few = {name: count for name, count in counts.items() if count < FINAL}
-    if not few:
-        return f"Mean of the last {FINAL} steps"
+    short_runs = {name: count for name, count in counts.items() if count < AVERAGED_STEPS}
+    if not short_runs:
+        return f"Mean of the last {AVERAGED_STEPS} steps"
     if len(set(counts.values())) == 1:
-        count = next(iter(few.values()))
+        count = next(iter(short_runs.values()))
         return f"Mean of all {count} steps" if count > 1 else "The only step"
-    told = ", ".join(f"{name} has {count}" for name, count in few.items())
-    return f"Mean of the last {FINAL} steps, or of all where there are fewer: {told}"
+    exceptions = ", ".join(f"{name} has {count}" for name, count in short_runs.items())
+    return f"Mean of the last {AVERAGED_STEPS} steps, or of all where there are fewer: {exceptions}"
 
 
-def accuracies(run: RunFolder) -> tuple[Row | None, Row | None]:
-    """The first and the last evaluation; the first is None where it was the only one or did not come first."""
+def find_accuracies(run: RunFolder) -> tuple[Row | None, Row | None]:
+    """Return the evaluation before the first step and the last one after it, each None where there is none."""
     rows = [row for row in run.evaluation if row.get("accuracy") is not None]
     before = rows[0] if rows and rows[0]["step"] == 0 else None
     after = rows[-1] if rows and rows[-1] is not before else None
     return before, after
 
 
-def in_words(row: Row | None) -> str:
-    """75.8 % (71.9 to 79.3) after 30 steps; 379 of 500"""
+def describe_accuracy(row: Row | None) -> str:
+    """Return a row of evaluation.jsonl as text: 75.8 % (71.9 to 79.3) after 30 steps; 379 of 500."""
     if row is None:
         return ""
     low, high = row.get("ci_low"), row.get("ci_high")
@@ -88,9 +91,10 @@ def in_words(row: Row | None) -> str:
     return f"{100 * row['accuracy']:.1f} %{interval} after {row['step']:,} steps{count}"
 
 
-def duration(seconds: float) -> str:
-    """
-    >>> duration(3.2), duration(754), duration(40000)
+def format_duration(seconds: float) -> str:
+    """Return a duration in its two largest units.
+
+    >>> format_duration(3.2), format_duration(754), format_duration(40000)
     ('3.2 s', '12 min 34 s', '11 h 6 min')
     """
     if seconds < 60:
@@ -99,8 +103,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def difference(runs: list[RunFolder]) -> list[tuple[str, list[str | None]]]:
-    """The keys whose values are not the same in all runs, with each run's value; None where a run has no such key."""
+def compare_settings(runs: list[RunFolder]) -> list[tuple[str, list[str | None]]]:
+    """Return the keys whose values differ between the runs, with each run's value, None where it has no such key."""
     keys = {key: None for run in runs for key in run.settings}
     rows: list[tuple[str, list[Any]]] = [(key, [run.settings.get(key) for run in runs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
