@@ -16,10 +16,11 @@ import click
 
 from grpo_core import __version__
 from grpo_core.commands.errors import print_error
+from grpo_core.config.shipped import configs_folder
 from grpo_core.schema import ConfigError
 
 PROGRAM = "python -m grpo_core"
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = configs_folder()
 EXAMPLES = "\b\nExamples:\n  "  # click keeps the line breaks of a paragraph that begins with \b
 
 
@@ -88,7 +89,8 @@ def commands(local_rank: str | None) -> None:
 config_option = click.option(
     "--config",
     type=click.Path(path_type=Path),
-    help="YAML file.  [default: configs/gsm8k_qwen2.5_1.5b.yaml with a GPU, configs/tiny.yaml without]",
+    help="YAML file, or the name of a shipped one, such as dapo.  "
+    "[default: configs/gsm8k_qwen2.5_1.5b.yaml with a GPU, configs/tiny.yaml without]",
 )
 dry_run_option = click.option(
     "--dry-run",

@@ -58,6 +58,32 @@ def test_every_shipped_deepspeed_json_is_filled(path):
     assert filled["train_micro_batch_size_per_gpu"] == 1 and filled["gradient_clipping"] == 1.0
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny.yaml"])
+def test_a_shipped_config_is_found_by_its_name_and_a_file_of_that_name_comes_first(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load(name) == load(TINY)
+    (tmp_path / name).write_text("name: mine")
+    assert load(name).name == "mine"
+
+
+def test_a_file_of_ones_own_may_be_based_on_a_shipped_config_and_name_a_shipped_deepspeed_json(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text("base: tiny\nname: mine\nengine: {deepspeed: ds_zero1.json}")
+    config = load("tiny.yaml")
+    assert config.name == "mine" and config.lora == load(TINY).lora
+    assert config.engine.deepspeed["zero_optimization"]["stage"] == 1
+    (tmp_path / "ds_zero1.json").write_text("{}")
+    assert load("tiny.yaml").engine.deepspeed == {}
+
+
+@pytest.mark.parametrize("path", ["configs/tniy.yaml", "tniy", 300 * "x"])
+def test_a_config_that_is_nowhere_is_refused_with_the_shipped_names(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"cannot read {path}: No such file .* known: dapo, .*, tiny, tiny_sft") as error:
+        load(path)
+    assert ("did you mean tiny?" in str(error.value)) == ("tniy" in path)
+
+
 def test_the_first_config_names_and_comments_every_key():
     """tiny.yaml is the reference: no section or key of the dataclasses is missing."""
     written, known = yaml.safe_load(TINY.read_text()), asdict(RunConfig())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from grpo_core.config.checks import check
 from grpo_core.config.formula import LETTERS, render
 from grpo_core.config.presets import get_preset, merge
 from grpo_core.config.sections import RunConfig
+from grpo_core.config.shipped import find_file, shipped_names
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rewards import REWARDS
@@ -24,12 +26,18 @@ from grpo_core.schema import ConfigError, coerce, list_known
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply a preset and `section.key=value` overrides (values are YAML), and check the outcome.
 
-    `base: FILE` in the file puts it on top of another one, which lies beside it.
+    `path` may be the name of a shipped configuration, such as `tiny` or `tiny.yaml`. `base: FILE` in a file puts it on
+    top of another one, which lies beside it or is a shipped one.
 
     Raises:
         ConfigError: a missing file, an unknown key, a value of the wrong type, or numbers that do not fit together.
     """
-    path = Path(path)
+    path = find_file(path, Path())
+    if not os.path.exists(path):
+        raise ConfigError(
+            f"cannot read {path}: No such file or directory; a shipped configuration is named without a folder, "
+            f"{list_known(path.stem, shipped_names())}"
+        )
     return _resolve(_layers(path, ()), overrides, path.parent)
 
 
@@ -93,7 +101,7 @@ def _layers(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if base is not None:
         if path.resolve() in above:
             raise ConfigError(f"base: {path} is its own base")
-        under = _layers(path.parent / str(base), (*above, path.resolve()))
+        under = _layers(find_file(str(base), path.parent), (*above, path.resolve()))
     if data.get("preset") is not None:
         under = merge(under, get_preset(str(data["preset"])))
     return _with_deepspeed(merge(under, data), path.parent)
@@ -118,7 +126,7 @@ def _with_deepspeed(data: dict[str, Any], beside: Path) -> dict[str, Any]:
     engine = data.get("engine")
     if not isinstance(engine, dict) or not isinstance(named := engine.get("deepspeed"), str):
         return data
-    file = beside / named if (beside / named).is_file() else Path(named)
+    file = find_file(named, beside, Path())
     return {**data, "engine": {**engine, "deepspeed": _read(file, json.loads, "JSON")}}
 
 

@@ -1,0 +1,29 @@
+"""Find the configurations that come with the package: configs/ in a checkout, grpo_core/configs in a wheel."""
+
+import os
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def configs_folder() -> Path:
+    """Return the folder of the shipped YAML and JSON files."""
+    installed = PACKAGE / "configs"  # pyproject.toml puts them there
+    return installed if installed.is_dir() else PACKAGE.parent / "configs"
+
+
+def find_file(path: str | Path, *folders: Path) -> Path:
+    """Return the file `path` in the first of `folders` that has it, else the shipped file of that name.
+
+    A shipped YAML file may be named without its ending: `tiny` is configs/tiny.yaml. A file that is nowhere is returned
+    as it would be in the last folder, so that the error of reading it names that place.
+    """
+    candidates = [folder / path for folder in folders]
+    if len(Path(path).parts) == 1:
+        candidates += [configs_folder() / path, configs_folder() / f"{path}.yaml"]
+    return next((file for file in candidates if os.path.isfile(file)), folders[-1] / path)
+
+
+def shipped_names() -> list[str]:
+    """Return the names of the shipped run configurations, sorted."""
+    return sorted(path.stem for path in configs_folder().glob("*.yaml"))
