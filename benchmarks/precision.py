@@ -26,9 +26,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from grpo_core.config.files import load
-from grpo_core.model.loading import load_tokenizer
 from grpo_core.model.policy import load_policy
-from grpo_core.training import setup as room
+from grpo_core.training import setup
+from grpo_core.training.prepare import prepare
 from grpo_core.training.trainer import train
 
 OUT = ROOT / "benchmarks" / "results" / "precision.json"
@@ -40,15 +40,14 @@ def run_way(way: str, steps: int) -> tuple[dict, torch.Tensor]:
             ROOT / "configs" / "tiny.yaml", [f"trainer.num_steps={steps}", f"output_dir={out}", f"name={way}", "checkpoint.every=0"]
         )
         config = replace(config, model=replace(config.model, precision="fp32" if way != "bf16" else "bf16"))
-        dtype = room.start(config)
-        tokenizer = load_tokenizer(config.model.path)
-        tasks, eval_tasks, _ = room.all_tasks(config, tokenizer)
+        dtype = setup.start(config)
+        beginning, prepared = setup.find_beginning(config), prepare(config)
         base = torch.float32 if way == "fp32" else torch.bfloat16
         torch.manual_seed(0)
         policy = load_policy(config.model, config.lora, dtype=base, temperature=1.0)
         for parameter in policy.parameters():
             parameter.data = parameter.data.to(dtype)
-        run = room.assemble(config, Path(out) / way, policy, tokenizer, tasks, eval_tasks, config.prompts_per_step, dtype)
+        run = setup.assemble(config, beginning, policy, prepared, config.prompts_per_step, dtype)
         train(run)
         run.log.close()
         rows, evaluations = (

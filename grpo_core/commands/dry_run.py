@@ -14,20 +14,13 @@ from grpo_core.config.formula import render
 from grpo_core.config.sections import RunConfig
 from grpo_core.data.stream import TaskStream
 from grpo_core.distributed import ranks
-from grpo_core.model.loading import load_model_config, load_tokenizer
+from grpo_core.model.loading import resolve_dtype
 from grpo_core.model.memory import find_budgets
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.monitor.progress import working
 from grpo_core.schema import printable
 from grpo_core.scoring.scoring import score
-from grpo_core.training.prepare import (
-    all_tasks,
-    check_before_loading,
-    check_columns,
-    make_rewards,
-    make_sampler,
-    quieten,
-)
+from grpo_core.training.prepare import Prepared, make_rewards, make_sampler, prepare, quieten
 from grpo_core.training.run_dir import holds_a_run
 
 MAX_SHOWN_CHARACTERS = 400  # of each completion
@@ -52,15 +45,11 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
     """
     quieten()
     ranks.seed_all(config.seed)
-    per_rank, dtype = prompts_per_rank(config, processes), ranks.resolve_dtype(config.model.precision)
+    per_rank, dtype = prompts_per_rank(config, processes), resolve_dtype(config.model.precision)
     yield "Objective\n" + _indent(render(config))
-    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    tasks, eval_tasks, left_out = all_tasks(config, tokenizer)
-    check_columns(config, tasks, eval_tasks)
-    check_before_loading(
-        config, load_model_config(config.model), tokenizer, [task.prompt_ids for task in (*tasks, *eval_tasks)]
-    )
-    yield "Sizes\n" + _indent(describe_sizes(config, tasks, eval_tasks, left_out, processes, per_rank))
+    prepared = prepare(config)
+    tokenizer, tasks = prepared.tokenizer, prepared.tasks
+    yield "Sizes\n" + _indent(describe_sizes(config, prepared, processes, per_rank))
     first = TaskStream(tasks, config.prompts_per_step, config.seed).batch(0)[0]
     yield "First prompt, as the model receives it\n" + _indent(describe_prompt(first, tokenizer))
     with working("loading the model"):
@@ -72,11 +61,10 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
     yield f"Nothing was written. Without --dry-run the run folder would be {folder}{_describe_conflict(folder)}."
 
 
-def describe_sizes(
-    config: RunConfig, tasks: list[Task], eval_tasks: list[Task], left_out: int, processes: int, per_rank: int
-) -> str:
+def describe_sizes(config: RunConfig, prepared: Prepared, processes: int, per_rank: int) -> str:
     """Return the numbers of prompts, completions, tokens, steps and optimizer steps, one per line."""
     sampling, trainer, engine = config.sampling, config.trainer, config.engine
+    tasks, eval_tasks, left_out = prepared.tasks, prepared.eval_tasks, prepared.num_too_long
     per_step, lengths = config.prompts_per_step, [len(task.prompt_ids) for task in tasks]
     steps = trainer.num_steps or max(1, int(trainer.epochs * len(tasks) / per_step))
     updates = trainer.num_minibatches * trainer.num_passes

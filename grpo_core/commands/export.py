@@ -24,13 +24,13 @@ from grpo_core.commands.evaluate import load_problems
 from grpo_core.commands.model_card import base_name, make_card
 from grpo_core.commands.open_policy import ADAPTER_CONFIG, OpenedPolicy, open_source
 from grpo_core.data.word_problems import word_problems
+from grpo_core.model.loading import DTYPES
 from grpo_core.monitor.progress import working
 from grpo_core.report.run_reader import locate_completions, read_rows
 from grpo_core.schema import ConfigError, first_line, printable
 from grpo_core.training.checkpoint import in_words
 
 MARK = "export.json"  # in every exported folder: dtype and gap; a folder with it may be overwritten
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_MERGE_GAP = 1e-3  # relative gap after merging in float32; a wrong merge is orders of magnitude above it
 # relative gap after rounding to 8 (bf16) or 11 (fp16) bits, which adds up over layers; 0.03 to 0.09 was seen in bf16
 MAX_ROUNDING_GAP = {"fp32": 1e-3, "bf16": 0.3, "fp16": 0.05}

@@ -11,13 +11,13 @@ from grpo_core.commands.evaluate import format_figure, shorten_name
 from grpo_core.commands.open_policy import OpenedPolicy
 from grpo_core.config.formula import render
 from grpo_core.config.sections import RunConfig
+from grpo_core.model.loading import DTYPES
 from grpo_core.monitor.run_log import describe
 from grpo_core.report.run_reader import RunFolder, read_run
 
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed")
 EXAMPLE_QUESTION = "What is 12 + 30?"  # used where the template asks for a question
 EXAMPLE_PROMPT = "Why is the sky blue?"  # used otherwise
-TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 LOAD_ADAPTER = """\
 import torch
@@ -25,7 +25,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # the folder of this file, or the name of the hub repository
-model = AutoModelForCausalLM.from_pretrained("{base}", dtype=torch.{dtype})
+model = AutoModelForCausalLM.from_pretrained("{base}", dtype={dtype})
 model = PeftModel.from_pretrained(model, folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 """
@@ -34,7 +34,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # the folder of this file, or the name of the hub repository
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.{dtype})
+model = AutoModelForCausalLM.from_pretrained(folder, dtype={dtype})
 tokenizer = AutoTokenizer.from_pretrained(folder)
 """
 GENERATE = """\
@@ -57,7 +57,7 @@ def make_card(opened: OpenedPolicy, adapter: bool, dtype: str, gap: str | None) 
     if gap:
         merged = "merged in float32 and " if opened.has_adapter else ""
         parts.append(
-            f"The model was {merged}written in {TORCH_NAMES[dtype]}. The difference of its logits from those of the "
+            f"The model was {merged}written in {DTYPES[dtype]}. The difference of its logits from those of the "
             f"trained policy, {gap}."
         )
     if run:
@@ -107,7 +107,7 @@ def _describe_model(opened: OpenedPolicy, adapter: bool, run: RunFolder | None) 
 
 def _loading_code(opened: OpenedPolicy, adapter: bool, dtype: str) -> str:
     config = opened.config
-    load = (LOAD_ADAPTER if adapter else LOAD_MERGED).format(base=base_name(opened), dtype=TORCH_NAMES[dtype])
+    load = (LOAD_ADAPTER if adapter else LOAD_MERGED).format(base=base_name(opened), dtype=DTYPES[dtype])
     prompt = EXAMPLE_PROMPT
     if "{question}" in config.data.template and config.data.prompt == "template":
         prompt = config.data.template.replace("{question}", EXAMPLE_QUESTION)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core.config.files import load, load_overrides, load_run_config
 from grpo_core.config.sections import LoraConfig, RunConfig
 from grpo_core.distributed import ranks
-from grpo_core.model.loading import load_tokenizer, missing_folder
+from grpo_core.model.loading import load_tokenizer, missing_folder, resolve_dtype
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.monitor.progress import working
 from grpo_core.sampling.sampler import Sampler
@@ -82,7 +82,7 @@ def open_source(
 
 def _load(found: _Source, source: str, notify: Callable[[str], None]) -> OpenedPolicy:
     config = found.config
-    dtype = ranks.resolve_dtype(config.model.precision)
+    dtype = resolve_dtype(config.model.precision)
     lora = config.lora if found.checkpoint is not None else LoraConfig(r=0)
     with working("loading the model"):
         tokenizer = load_tokenizer(str(found.tokenizer), config.model.trust_remote_code)

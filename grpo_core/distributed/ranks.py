@@ -162,21 +162,6 @@ def broadcast_from_main(value: Any) -> Any:
     return values[0]
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """The dtype of model.precision; 'auto' is bf16 where the GPU has it, fp16 on older GPUs, fp32 on the CPU.
-
-    Raises:
-        ConfigError: fp16 without a GPU, which DeepSpeed refuses.
-    """
-    if name == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("model.precision is fp16, which needs a GPU; use auto, fp32 or bf16")
-    if name != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
 def peak_flops() -> float:
     """Floating-point operations a second of this GPU's dense 16-bit products, by its data sheet; 0 where unknown."""
     if not torch.cuda.is_available():

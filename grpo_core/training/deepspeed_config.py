@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from grpo_core.config.sections import RunConfig
+from grpo_core.model.loading import DTYPES
 from grpo_core.schema import ConfigError
 
 
@@ -42,11 +43,10 @@ def deepspeed_config(config: RunConfig, dtype: torch.dtype, world_size: int) -> 
                 f'the DeepSpeed JSON\'s {key} is {given[key]!r}; write "auto": micro-batches are cut by their tokens '
                 f"(trainer.tokens_per_micro_batch), and a step has as many as it needs"
             )
-    for block, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+    for block in ("bf16", "fp16"):
         given[block] = {"enabled": "auto", **given.get(block, {})}
-        _agree(
-            given[block], "enabled", dtype is wanted, f"model.precision ({config.model.precision})", f"{block}.enabled"
-        )
+        source = f"model.precision ({config.model.precision})"
+        _agree(given[block], "enabled", dtype is DTYPES[block], source, f"{block}.enabled")
     given["fp16"].setdefault("initial_scale_power", 12)
     skips = "rule that a step which is not finite is skipped"
     _agree(given["bf16"], "check_grad_overflow", True, skips, "bf16.check_grad_overflow")

@@ -1,4 +1,4 @@
-"""The parts of a run that need no engine: its tasks, what can be told of them before the weights load, its sampler."""
+"""Load and check everything that a run needs beside weights and engine; build its rewards and its sampler."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -15,7 +16,13 @@ from grpo_core.batch import Task
 from grpo_core.config.sections import RunConfig, SamplingConfig
 from grpo_core.data.prompts import make_tasks
 from grpo_core.data.rows import load_splits
-from grpo_core.model.loading import check_lengths, check_targets, check_vocabulary
+from grpo_core.model.loading import (
+    check_lengths,
+    check_targets,
+    check_vocabulary,
+    load_model_config,
+    load_tokenizer,
+)
 from grpo_core.model.policy import Policy
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.registry import fact
@@ -25,25 +32,47 @@ from grpo_core.scoring.reward_call import missing_columns
 from grpo_core.scoring.scoring import Reward, build_reward
 
 
-def all_tasks(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Task], list[Task], int]:
-    """Tasks to train on, tasks to evaluate on, and how many prompts were too long."""
+@dataclass(frozen=True)
+class Prepared:
+    """The tokenizer, the model's configuration and the tasks of a run, checked against one another."""
+
+    tokenizer: PreTrainedTokenizerBase
+    model_config: PretrainedConfig
+    tasks: list[Task]  # the training tasks
+    eval_tasks: list[Task]
+    num_too_long: int  # prompts of both over data.max_prompt_tokens: left out or shortened, as data.long_prompts says
+
+
+def prepare(
+    config: RunConfig,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,  # default: loaded from model.path
+    model_config: PretrainedConfig | None = None,  # default: loaded from model.path
+    scores_training_tasks: bool = True,  # False: only evaluation.reward is used
+) -> Prepared:
+    """Load everything that a run needs beside weights, and check it before any weights load.
+
+    Raises:
+        ConfigError: something cannot be loaded; a reward needs a column that the data does not have; the tokenizer or
+            lora.target_modules do not fit the model; a prompt and its completion exceed the model's positions.
+    """
+    if tokenizer is None:
+        tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     rows, eval_rows = load_splits(config.data, config.evaluation.num_tasks)
-    tasks, long = make_tasks(rows, config.data, tokenizer)
-    eval_tasks, long_too = make_tasks(eval_rows, config.data, tokenizer)
-    return tasks, eval_tasks, long + long_too
-
-
-def check_before_loading(
-    config: RunConfig, described: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
-) -> None:
-    """Raise ConfigError for what cannot go together, as far as `described`, the model's configuration, tells."""
-    check_vocabulary(described, tokenizer)
-    check_lengths(prompts, config.sampling.max_new_tokens, described)
-    check_targets(described, config.lora, config.model.trust_remote_code)
+    tasks, num_too_long = make_tasks(rows, config.data, tokenizer)
+    eval_tasks, num_eval_too_long = make_tasks(eval_rows, config.data, tokenizer)
+    check_columns(config, tasks if scores_training_tasks else [], eval_tasks)
+    if model_config is None:
+        model_config = load_model_config(config.model)
+    check_vocabulary(model_config, tokenizer)
+    prompts = [task.prompt_ids for task in (*tasks, *eval_tasks)]
+    check_lengths(prompts, config.sampling.max_new_tokens, model_config)
+    check_targets(model_config, config.lora, config.model.trust_remote_code)
+    return Prepared(tokenizer, model_config, tasks, eval_tasks, num_too_long + num_eval_too_long)
 
 
 def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task]) -> None:
-    """Raise ConfigError for a reward that needs a column the data does not have."""
+    """Raise ConfigError for a reward that needs a column which the data does not have."""
     wanted = [(reward.name, tasks) for reward in config.rewards] + [(config.evaluation.reward, eval_tasks)]
     for name, rows in wanted:
         if rows and (missing := missing_columns(REWARDS.get(name), rows[0].columns)):

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grpo_core.batch import Task
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.formula import list_remarks
 from grpo_core.config.sections import RunConfig
 from grpo_core.data.stream import TaskStream
 from grpo_core.distributed import ranks
-from grpo_core.model.loading import load_model_config, load_tokenizer
+from grpo_core.model.loading import resolve_dtype
 from grpo_core.model.memory import find_budgets
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.monitor import trackers
@@ -37,14 +36,7 @@ from grpo_core.training import checkpoint, run_dir
 from grpo_core.training.control import Control, first_control
 from grpo_core.training.deepspeed_config import deepspeed_config
 from grpo_core.training.engine import Engine
-from grpo_core.training.prepare import (
-    all_tasks,
-    check_before_loading,
-    check_columns,
-    make_rewards,
-    make_sampler,
-    quieten,
-)
+from grpo_core.training.prepare import Prepared, make_rewards, make_sampler, prepare, quieten
 from grpo_core.training.run import Run
 
 
@@ -57,20 +49,16 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     dtype = start(config)
     per_rank = prompts_per_rank(config, ranks.world_size())
     beginning = find_beginning(config)
-    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    tasks, eval_tasks, left_out = all_tasks(config, tokenizer)
-    check_columns(config, tasks, eval_tasks)
-    described, prompts = load_model_config(config.model), [task.prompt_ids for task in (*tasks, *eval_tasks)]
-    check_before_loading(config, described, tokenizer, prompts)
+    prepared = prepare(config)
     with working("loading the model"):
         policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
-    run = assemble(config, beginning, policy, tokenizer, tasks, eval_tasks, config.prompts_per_step, dtype)
+    run = assemble(config, beginning, policy, prepared, config.prompts_per_step, dtype)
     if config.reference.every:
         policy.move_reference()  # the adapter is fresh: it starts as the base model
     go_on(run, beginning)
     sampling, trainer = config.sampling, config.trainer
     run.log.say(
-        f"{described_tasks(config, len(tasks), left_out)}, "
+        f"{described_tasks(config, prepared)}, "
         f"{run.num_steps} steps of {trainer.completions_per_step} completions = {ranks.world_size()} processes "
         f"× {per_rank} prompts × {sampling.group_size}, "
         f"{str(dtype).removeprefix('torch.')}"
@@ -81,7 +69,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
         run.log.say("lora.dropout is above 0 with several optimizer steps per batch: the ratios carry dropout noise")
     gc.collect()
     gc.freeze()  # what lives as long as the run: no collection in a step needs to look at it
-    return run, tokenizer
+    return run, prepared.tokenizer
 
 
 @dataclass(frozen=True)
@@ -135,25 +123,27 @@ def go_on(run: Run, beginning: Beginning) -> None:
         run.log.say(f"resume: {config.resume}, but there is no checkpoint: starting from the beginning")
 
 
-def described_tasks(config: RunConfig, count: int, left_out: int) -> str:
+def described_tasks(config: RunConfig, prepared: Prepared) -> str:
     """How many tasks there are, in words."""
     what_of_them = "cut on the left" if config.data.long_prompts == "truncate_left" else "left out"
-    return f"{count} tasks ({left_out} {what_of_them}: prompt over {config.data.max_prompt_tokens} tokens)"
+    return (
+        f"{len(prepared.tasks)} tasks ({prepared.num_too_long} {what_of_them}: prompt over "
+        f"{config.data.max_prompt_tokens} tokens)"
+    )
 
 
 def assemble(
     config: RunConfig,
     beginning: Beginning,
     policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: list[Task],
-    eval_tasks: list[Task],
+    prepared: Prepared,
     tasks_per_step: int,  # over all ranks
     dtype: torch.dtype,
     longest_completion: int | None = None,  # default: what the sampler may draw
 ) -> Run:
     """The parts of a run around a policy and its tasks."""
     loss, trainer, world_size = config.loss, config.trainer, ranks.world_size()
+    tokenizer, tasks = prepared.tokenizer, prepared.tasks
     stream = TaskStream(tasks, tasks_per_step, config.seed, ranks.rank(), world_size)
     num_steps = trainer.num_steps or max(1, int(trainer.epochs * len(tasks) / tasks_per_step))
     total_steps = num_steps * trainer.num_minibatches * trainer.num_passes
@@ -174,7 +164,7 @@ def assemble(
         control=beginning.control(config),
         steps_per_epoch=stream.steps_per_epoch,
         tasks=stream,
-        eval_tasks=eval_tasks,
+        eval_tasks=prepared.eval_tasks,
         policy=policy,
         sampler=make_sampler(config.sampling, policy, tokenizer, log.say),
         engine=engine,
@@ -203,6 +193,6 @@ def start(config: RunConfig) -> torch.dtype:
     trackers.check(config)
     ranks.setup(config.trainer.hang_timeout)
     ranks.seed_all(config.seed)
-    dtype = ranks.resolve_dtype(config.model.precision)
+    dtype = resolve_dtype(config.model.precision)
     deepspeed_config(config, dtype, ranks.world_size())
     return dtype

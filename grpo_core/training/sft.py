@@ -17,7 +17,7 @@ from grpo_core.batch import Rollouts, Task, TrainBatch
 from grpo_core.config.sections import AdvantageConfig, LossConfig, ReferenceConfig, RunConfig
 from grpo_core.data.rows import load_splits
 from grpo_core.distributed import ranks, signals
-from grpo_core.model.loading import load_model_config, load_tokenizer
+from grpo_core.model.loading import DTYPES
 from grpo_core.model.new_model import new_model
 from grpo_core.model.policy import load_policy, wrap
 from grpo_core.monitor.aggregates import Stats
@@ -29,7 +29,7 @@ from grpo_core.training import checkpoint, run_dir
 from grpo_core.training.evaluation import evaluate_now
 from grpo_core.training.freeze import forward_all
 from grpo_core.training.job import closing
-from grpo_core.training.prepare import all_tasks, check_before_loading, check_columns
+from grpo_core.training.prepare import prepare
 from grpo_core.training.run import Run
 from grpo_core.training.setup import assemble, described_tasks, find_beginning, go_on, start
 from grpo_core.training.sft_targets import longest_target, supervised_rollouts
@@ -39,7 +39,6 @@ from grpo_core.training.update import update_policy
 Answers = Callable[[Sequence[Task]], Rollouts]  # tasks with their targets
 
 TEMPERATURE = 1.0  # the cross-entropy is the model's own, whatever training samples at later
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COLUMNS = (  # of metrics.jsonl; what else an update measures compares with a sampler
     *("step", "loss", "tokens", "grad_norm", "learning_rate", "epoch", "adapter_norm", "skipped"),
     *("tokens_updated", "micro_batches", "memory_retries"),
@@ -78,14 +77,14 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, Answers]:
     beginning = find_beginning(config)
     if config.sft.output:
         run_dir.check_output(Path(config.sft.output), "sft.output")
-    base, tokenizer = _new_base(config) if config.sft.new_model else (None, _tokenizer(config))
-    described = base.config if base else load_model_config(config.model)
-    tasks, eval_tasks, left_out = all_tasks(config, tokenizer)
-    check_columns(replace(config, rewards=[]), tasks, eval_tasks)
-    check_before_loading(config, described, tokenizer, [task.prompt_ids for task in (*tasks, *eval_tasks)])
+    base, tokenizer = _new_base(config) if config.sft.new_model else (None, None)
+    prepared = prepare(
+        config, tokenizer=tokenizer, model_config=base.config if base else None, scores_training_tasks=False
+    )
+    tokenizer, model_config = prepared.tokenizer, prepared.model_config
     longest = max(
-        longest_target(config.sft, tasks, tokenizer, described),
-        longest_target(config.sft, eval_tasks, tokenizer, described, "the evaluation data"),
+        longest_target(config.sft, prepared.tasks, tokenizer, model_config),
+        longest_target(config.sft, prepared.eval_tasks, tokenizer, model_config, "the evaluation data"),
     )
     if base:
         policy = wrap(base.to(dtype), config.model, config.lora, temperature=TEMPERATURE)
@@ -93,14 +92,14 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, Answers]:
         with working("loading the model"):
             policy = load_policy(config.model, config.lora, dtype=dtype, temperature=TEMPERATURE)
     per_step = config.trainer.completions_per_step
-    run = assemble(config, beginning, policy, tokenizer, tasks, eval_tasks, per_step, dtype, longest)
+    run = assemble(config, beginning, policy, prepared, per_step, dtype, longest)
     end = tokenizer.eos_token_id
     eos = min(eos_ids(policy.causal_lm, tokenizer)) if end is None else end
     answers = partial(supervised_rollouts, config=config.sft, tokenizer=tokenizer, eos=eos, device=run.sampler.device)
     run = replace(run, held_out=partial(held_out_loss, run, answers))
     go_on(run, beginning)
     run.log.say(
-        f"{described_tasks(config, len(tasks), left_out)}, {run.num_steps} steps of {per_step} targets of up to "
+        f"{described_tasks(config, prepared)}, {run.num_steps} steps of {per_step} targets of up to "
         f"{longest} tokens on {ranks.world_size()} processes, {str(dtype).removeprefix('torch.')}"
     )
     return run, tokenizer, answers
@@ -171,10 +170,6 @@ def held_out_loss(run: Run, answers: Answers) -> dict[str, float]:
         counts = torch.stack([-logprobs.double().sum(), rollouts.lengths().sum()]).cpu()
     nats, tokens = ranks.all_sum(counts).tolist()
     return {"loss": nats / tokens, "tokens": int(tokens)}
-
-
-def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    return load_tokenizer(config.model.path, config.model.trust_remote_code)
 
 
 def _new_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
