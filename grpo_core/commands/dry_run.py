@@ -14,7 +14,7 @@ from grpo_core.config.formula import render
 from grpo_core.config.sections import RunConfig
 from grpo_core.data.stream import TaskStream
 from grpo_core.distributed import ranks
-from grpo_core.model.loading import resolve_dtype
+from grpo_core.model.loading import dtype_name, resolve_dtype
 from grpo_core.model.memory import find_budgets
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.monitor.progress import working
@@ -113,7 +113,7 @@ def describe_memory(config: RunConfig, policy: Policy, tasks: list[Task], per_ra
     cache = rows_at_once * (longest + config.sampling.max_new_tokens) * cache_bytes_per_token(policy)
     offload = config.engine.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {}).get("device")
     device = f"in {offload} memory" if offload not in (None, "none") else "on the device of the weights"
-    dtype = str(policy.causal_lm.dtype).removeprefix("torch.")
+    dtype = dtype_name(policy.causal_lm.dtype)
     lines = [
         f"{_format_bytes(weights)} weights ({parameters:,} parameters, {dtype})",
         f"{_format_bytes(trained * 4)} gradients of {trained:,} trained parameters, summed in float32",

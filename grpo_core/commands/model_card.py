@@ -11,7 +11,7 @@ from grpo_core.commands.evaluate import format_figure, shorten_name
 from grpo_core.commands.open_policy import OpenedPolicy
 from grpo_core.config.formula import render
 from grpo_core.config.sections import RunConfig
-from grpo_core.model.loading import DTYPES
+from grpo_core.model.loading import DTYPES, dtype_name
 from grpo_core.monitor.run_log import describe
 from grpo_core.report.run_reader import RunFolder, read_run
 
@@ -57,8 +57,8 @@ def make_card(opened: OpenedPolicy, adapter: bool, dtype: str, gap: str | None) 
     if gap:
         merged = "merged in float32 and " if opened.has_adapter else ""
         parts.append(
-            f"The model was {merged}written in {DTYPES[dtype]}. The difference of its logits from those of the "
-            f"trained policy, {gap}."
+            f"The model was {merged}written in {dtype_name(DTYPES[dtype])}. The difference of its logits from "
+            f"those of the trained policy, {gap}."
         )
     if run:
         parts.append(f"## Accuracy\n\n{_describe_accuracy(config, opened.folder, run)}")

@@ -31,6 +31,11 @@ def resolve_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of `dtype` without its module, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def model_path(path: str) -> str:
     """A hub id or folder as it is; builtin:NAME becomes the folder inside this package.
 

@@ -16,7 +16,7 @@ from grpo_core.config.formula import list_remarks
 from grpo_core.config.sections import RunConfig
 from grpo_core.data.stream import TaskStream
 from grpo_core.distributed import ranks
-from grpo_core.model.loading import resolve_dtype
+from grpo_core.model.loading import dtype_name, resolve_dtype
 from grpo_core.model.memory import find_budgets
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.monitor import trackers
@@ -61,7 +61,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
         f"{described_tasks(config, prepared)}, "
         f"{run.num_steps} steps of {trainer.completions_per_step} completions = {ranks.world_size()} processes "
         f"× {per_rank} prompts × {sampling.group_size}, "
-        f"{str(dtype).removeprefix('torch.')}"
+        f"{dtype_name(dtype)}"
     )
     for remark in list_remarks(config):
         run.log.say(f"note: {remark}")

@@ -17,7 +17,7 @@ from grpo_core.batch import Rollouts, Task, TrainBatch
 from grpo_core.config.sections import AdvantageConfig, LossConfig, ReferenceConfig, RunConfig
 from grpo_core.data.rows import load_splits
 from grpo_core.distributed import ranks, signals
-from grpo_core.model.loading import DTYPES
+from grpo_core.model.loading import DTYPES, dtype_name
 from grpo_core.model.new_model import new_model
 from grpo_core.model.policy import load_policy, wrap
 from grpo_core.monitor.aggregates import Stats
@@ -100,7 +100,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, Answers]:
     go_on(run, beginning)
     run.log.say(
         f"{described_tasks(config, prepared)}, {run.num_steps} steps of {per_step} targets of up to "
-        f"{longest} tokens on {ranks.world_size()} processes, {str(dtype).removeprefix('torch.')}"
+        f"{longest} tokens on {ranks.world_size()} processes, {dtype_name(dtype)}"
     )
     return run, tokenizer, answers
 
