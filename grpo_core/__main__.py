@@ -1,22 +1,25 @@
+"""The entry point of `python -m grpo_core` and of the command `grpo_core`."""
+
 import os
 import sys
 
 
 def run() -> None:
-    """`python -m grpo_core`, and the command grpo_core."""
+    """Run the command line, and exit with its code."""
     try:
         from grpo_core.cli import main
 
         code = main()
-    except ModuleNotFoundError as error:  # a Python that holds this package and not what it needs
+    except ModuleNotFoundError as error:  # this Python has grpo_core but lacks a dependency
         if (error.name or "").startswith("grpo_core"):
             raise
-        why = f"grpo_core: {error.name} is not installed for {sys.executable}"
         print(
-            f"{why}; pip install -e . installs what is missing, and bash launch.sh does it by itself", file=sys.stderr
+            f"grpo_core: {error.name} is not installed for {sys.executable}; "
+            "install the dependencies with pip install -e ., or run bash launch.sh, which installs them",
+            file=sys.stderr,
         )
         code = 2
-    if code:  # threads of a process group that still lives can turn an ordinary end into an abort
+    if code:  # at a normal exit, threads of a process group that is still open can abort the process
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,11 +1,12 @@
-"""What crosses the borders between rooms: a task, what the sampler made of it, and what the loss reads.
+"""The data passed between the sampler, the rewards and the loss: `Task`, `Rollouts` and `TrainBatch`.
 
-Rows are prompt-major: completions n*G .. n*G + G-1 belong to prompt n. Column t of every [B, C] tensor is completion
-token t, so nothing outside policy.py ever shifts by one. Two prompts, G = 1, the second completion cut off:
+Rows are ordered by prompt: completions n*G to n*G + G-1 belong to prompt n. Column t of every [B, C] tensor is
+completion
+token t; only model/policy.py shifts by one. An example with two prompts, G = 1 and a truncated second completion:
 
-    prompt_ids       [[0, 5, 6], [7, 8, 9]]     prompt_mask      [[0, 1, 1], [1, 1, 1]]
-    completion_ids   [[4, 2, 0], [4, 4, 4]]     completion_mask  [[1, 1, 0], [1, 1, 1]]     2 ends a completion
-    truncated        [False, True]
+    prompt_ids       [[0, 5, 6], [7, 8, 9]]     prompt_mask      [[0, 1, 1], [1, 1, 1]] completion_ids   [[4, 2, 0], [4,
+    4, 4]]     completion_mask  [[1, 1, 0], [1, 1, 1]]     id 2 is the end-of-sequence token truncated        [False,
+    True]
 """
 
 from __future__ import annotations
@@ -21,26 +22,29 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the data set, ready to be sampled from."""
+    """One row of the data set with its tokenised prompt."""
 
-    index: int  # row in the data set
+    index: int  # row number in the data set
     prompt: str
     prompt_ids: list[int]
-    columns: dict[str, Any]  # what the rewards may read
-    seed: tuple[int, ...] = (0,)  # entropy of its completions: (run seed, step, position in the step)
+    columns: dict[str, Any]  # the data columns, which the rewards may read
+    seed: tuple[int, ...] = (0,)  # seed of the completions: (run seed, step, position in the step)
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Completions as the sampler drew them. Masks come from here and never from ids."""
+    """Completions as the sampler drew them.
 
-    prompt_ids: Tensor  # [B, P] padded on either side
+    Masks are set by the sampler; they are never derived from token ids.
+    """
+
+    prompt_ids: Tensor  # [B, P], padded on the left or the right
     prompt_mask: Tensor  # [B, P] bool
-    completion_ids: Tensor  # [B, C] padded on the right
-    completion_mask: Tensor  # [B, C] bool, true up to and including the end-of-sequence token that the policy chose
-    rollout_logprobs: Tensor  # [B, C] float32, as the sampler drew them; 0 where masked
-    truncated: Tensor  # [B] bool, no end-of-sequence token within the allowed length
-    completions: tuple[str, ...] = ()  # B texts, where the maker decoded them
+    completion_ids: Tensor  # [B, C], padded on the right
+    completion_mask: Tensor  # [B, C] bool, true up to and including the end-of-sequence token that was drawn
+    rollout_logprobs: Tensor  # [B, C] float32, under the distribution that was sampled; 0 where masked
+    truncated: Tensor  # [B] bool, true without an end-of-sequence token within max_new_tokens
+    completions: tuple[str, ...] = ()  # B texts; empty where the completions were not decoded
 
     def __post_init__(self) -> None:
         rows, width = self.completion_ids.shape
@@ -53,27 +57,27 @@ class Rollouts:
         return len(self.completion_ids)
 
     def lengths(self) -> Tensor:
-        """Completion tokens of each row, [B]."""
+        """Return the number of completion tokens of each row, [B]."""
         return self.completion_mask.sum(dim=1)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a token is chosen.
+    """The parameters of the distribution from which each token is drawn.
 
-    The last three cut the distribution off, and the log-probs are then those of what is left; training allows none of
-    them (config_check.py says why).
+    top_k, top_p and min_p truncate the distribution, and the log-probs are those of the truncated distribution.
+    Training refuses them, because sampling and training must use the same distribution.
     """
 
     temperature: float = 1.0
     greedy: bool = False
-    top_k: int | None = None  # the k most probable tokens, and those as probable as the k-th
-    top_p: float | None = None  # the fewest tokens that hold this much probability. arXiv:1904.09751
-    min_p: float | None = None  # tokens with at least this share of the most probable one's. arXiv:2407.01082
+    top_k: int | None = None  # keep the k most probable tokens, and any as probable as the k-th
+    top_p: float | None = None  # keep the fewest tokens whose probabilities sum to this. arXiv:1904.09751
+    min_p: float | None = None  # keep tokens of at least this share of the highest probability. arXiv:2407.01082
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be above 0, or use greedy")
+            raise ValueError(f"temperature is {self.temperature}; it must be above 0 (set greedy for greedy decoding)")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
         for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
@@ -82,20 +86,20 @@ class SamplingParams:
 
     @property
     def restricted(self) -> bool:
-        """Whether any of them is set."""
+        """True if top_k, top_p or min_p is set."""
         return not (self.top_k is None and self.top_p is None and self.min_p is None)
 
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """Rollouts with everything the loss compares against, fixed before the first gradient."""
+    """Rollouts with everything that the loss needs, fixed before the first gradient of the step."""
 
     rollouts: Rollouts
     advantages: Tensor  # [B, 1]
     loss_mask: Tensor  # [B, C] bool, completion tokens that are trained
-    surrogate_mask: Tensor | None = None  # [B, C] bool, those of them that the surrogate acts on; None: all
-    old_logprobs: Tensor | None = None  # [B, C]; None when the batch is used once, where they equal the policy's own
-    ref_logprobs: Tensor | None = None  # [B, C]; None when the loss has no KL of theirs
+    surrogate_mask: Tensor | None = None  # [B, C] bool, tokens of loss_mask that the surrogate acts on; None: all
+    old_logprobs: Tensor | None = None  # [B, C]; None if the batch is used once: they equal the policy's
+    ref_logprobs: Tensor | None = None  # [B, C]; None if the loss has no KL term from log-probs
 
     def __post_init__(self) -> None:
         shape = self.rollouts.completion_ids.shape
@@ -107,9 +111,9 @@ class TrainBatch:
         return len(self.rollouts)
 
     def minibatches(self, count: int, passes: int, group_size: int, generator: torch.Generator) -> Iterator[TrainBatch]:
-        """`passes` passes over the rows in `count` equal parts, one optimizer step each.
+        """Yield `count` equal minibatches for each of `passes` passes over the rows; each is one optimizer step.
 
-        A part holds the same shuffled share of every group's samples: it does not depend on the number of ranks.
+        A minibatch contains the same random positions of every group, so it does not depend on the number of ranks.
         """
         for _ in range(passes):
             if count == 1:
@@ -121,42 +125,50 @@ class TrainBatch:
 
 
 def replace_rows(rollouts: Rollouts, rows: Tensor, others: Rollouts) -> Rollouts:
-    """`rollouts` with `others` in the places `rows` [len(others)]; the narrower of the two is padded."""
+    """Return `rollouts` with its rows `rows` [len(others)] replaced by `others`; the narrower of the two is padded."""
 
-    def put(name: str, left: bool) -> Tensor:
-        ours, theirs = getattr(rollouts, name), getattr(others, name)
-        width = max(ours.shape[1], theirs.shape[1])
-        ours, theirs = (F.pad(x, (width - x.shape[1], 0) if left else (0, width - x.shape[1])) for x in (ours, theirs))
-        ours = ours.clone()
-        ours[rows.to(ours.device)] = theirs
-        return ours
+    def replace(name: str, pad_left: bool) -> Tensor:
+        old, new = getattr(rollouts, name), getattr(others, name)
+        width = max(old.shape[1], new.shape[1])
+        merged = _pad_columns(old, width, pad_left).clone()
+        merged[rows.to(merged.device)] = _pad_columns(new, width, pad_left)
+        return merged
 
     truncated, texts = rollouts.truncated.clone(), list(rollouts.completions)
     truncated[rows.to(truncated.device)] = others.truncated
     for row, text in zip(rows.tolist(), others.completions, strict=True):
         texts[row] = text
-    wide = {"prompt_ids": True, "prompt_mask": True}
-    wide |= {"completion_ids": False, "completion_mask": False, "rollout_logprobs": False}
-    return Rollouts(**{n: put(n, left) for n, left in wide.items()}, truncated=truncated, completions=tuple(texts))
+    prompts = {name: replace(name, pad_left=True) for name in ("prompt_ids", "prompt_mask")}
+    names = ("completion_ids", "completion_mask", "rollout_logprobs")
+    tokens = {name: replace(name, pad_left=False) for name in names}
+    return Rollouts(**prompts, **tokens, truncated=truncated, completions=tuple(texts))
+
+
+def _pad_columns(values: Tensor, width: int, pad_left: bool) -> Tensor:
+    """Pad [B, n] to [B, width] with zeros on the left or on the right."""
+    missing = width - values.shape[1]
+    return F.pad(values, (missing, 0) if pad_left else (0, missing))
 
 
 Batch = TypeVar("Batch", Rollouts, TrainBatch)
 
 
 def split(batch: Batch, size: int) -> Iterator[Batch]:
-    """Consecutive micro-batches of at most `size` rows."""
+    """Yield consecutive micro-batches of at most `size` rows."""
     for start in range(0, len(batch), size):
         yield take(batch, torch.arange(start, min(start + size, len(batch))))
 
 
 def take(batch: Batch, rows: Tensor) -> Batch:
-    """The same rows of every field."""
+    """Return a batch with the given rows of every field."""
 
     def pick(value: Any) -> Any:
         if value is None or value == ():
             return value
         if isinstance(value, Tensor):
             return value[rows.to(value.device)]
-        return tuple(value[i] for i in rows.tolist()) if isinstance(value, tuple) else take(value, rows)
+        if isinstance(value, tuple):
+            return tuple(value[i] for i in rows.tolist())
+        return take(value, rows)
 
     return type(batch)(**{f.name: pick(getattr(batch, f.name)) for f in fields(batch)})

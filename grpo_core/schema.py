@@ -1,4 +1,4 @@
-"""What a user may write: typed values, and one sentence when a value does not fit."""
+"""Check values that a user wrote against types, and report a wrong one in one sentence."""
 
 import difflib
 import inspect
@@ -14,10 +14,10 @@ from grpo_core import trl_names
 
 
 class ConfigError(ValueError):
-    """What a user asked for cannot be run.
+    """An error in what a user asked for.
 
-    The message is one sentence that names the key, the value and what is allowed; the commands print it without a
-    traceback and exit with code 2. Where it quotes what holds a line's end, that is shown as an escape.
+    The message is one sentence that names the key, the value and what is allowed. The commands print it without a
+    traceback and exit with code 2. Line ends and other control characters in the message are replaced by escapes.
     """
 
     def __init__(self, message: str) -> None:
@@ -25,7 +25,7 @@ class ConfigError(ValueError):
 
 
 def printable(text: str) -> str:
-    r"""`text` for a terminal: control characters and other invisible ones as escapes, but for newlines and tabs.
+    r"""Replace control characters and other invisible characters by escapes, except newlines and tabs.
 
     >>> printable("red: \x1b[31m")
     'red: \\x1b[31m'
@@ -34,14 +34,17 @@ def printable(text: str) -> str:
 
 
 def summarize_error(error: BaseException) -> str:
-    """An exception in one line: its type, its message's first line, and the line of the user's that it came from."""
+    """Describe an exception in one line: its type, the first line of its message, and the line of code that raised it.
+
+    That line is the innermost one in a user's file, or the innermost one of all if no user's file is involved.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     libraries = (sys.prefix, sys.base_prefix, str(Path(__file__).parent), "<")
     own = [frame for frame in frames if not frame.filename.startswith(libraries) and "-packages" not in frame.filename]
-    place = (own or frames)[-1]
+    frame = (own or frames)[-1]
     kind, message = type(error).__name__, first_line(error)
-    named = kind if message == kind else f"{kind}: {message}"
-    return f"{named} ({Path(place.filename).name}, line {place.lineno})"
+    description = kind if message == kind else f"{kind}: {message}"
+    return f"{description} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
 def first_line(error: BaseException) -> str:
@@ -63,43 +66,44 @@ def finite_or_none(value: Any) -> Any:
 
 
 def keyword_arguments(function: Callable) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters of `function` that have a default: its configuration schema."""
+    """Return the keyword-only parameters of `function` that have a default, which are its configuration schema."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
 
 def check_arguments(function: Callable, given: dict[str, Any], key: str) -> dict[str, Any]:
-    """Check `given` against the schema of `function`.
+    """Check the arguments `given` against the schema of `function`, and return them with converted values.
 
     Raises:
-        ConfigError: an argument that `function` does not take, or a value of the wrong type.
+        ConfigError: `function` does not take an argument, or a value has the wrong type; the message names
+        `key`.argument.
     """
     schema = keyword_arguments(function)
     hints = get_type_hints(function)
     for name in given:
         if name not in schema:
-            hint = "; to be one, an argument stands after a * and has a default"
-            there = hint if name in inspect.signature(function).parameters else ""
-            why = trl_names.key_hint(f"{key}.{name}") or list_known(name, schema)
-            raise ConfigError(f"unknown key {key}.{name}; {why}{there}")
-    return {name: coerce(value, _kind(schema[name], hints), f"{key}.{name}") for name, value in given.items()}
+            hint = trl_names.key_hint(f"{key}.{name}") or list_known(name, schema)
+            if name in inspect.signature(function).parameters:
+                hint += f"; a configuration can set {name} only if it stands after a * and has a default"
+            raise ConfigError(f"unknown key {key}.{name}; {hint}")
+    return {name: coerce(value, _type_of(schema[name], hints), f"{key}.{name}") for name, value in given.items()}
 
 
 def list_known(name: str, names: Iterable[str]) -> str:
-    """'known: a, b (did you mean a?)' for an error message."""
+    """Return 'known: a, b (did you mean a?)' for an error message."""
     names = sorted(names)
     close = difflib.get_close_matches(str(name), names, n=1)
     return f"known: {', '.join(names) or 'none'}" + (f" (did you mean {close[0]}?)" if close else "")
 
 
 def coerce(value: Any, kind: Any, key: str) -> Any:
-    """Return `value` as the type `kind`, or raise.
+    """Check that `value` has the type `kind`, and return it.
 
-    Understands bool, int, float, str, None, Literal, unions, list[...], dict and Any. A float may be written as an
-    integer or as text such as 5e-5, which YAML 1.1 reads as a string. Nothing else is converted.
+    `kind` may be bool, int, float, str, None, Literal, a union, list[...], dict or Any. For a float, an integer and
+    text such as 5e-5, which YAML 1.1 reads as text, are converted. Nothing else is converted.
 
     Raises:
-        ConfigError: the value is not of that type; the message names the key, the value and the type.
+        ConfigError: the value has another type; the message names the key, the value and the type.
     """
     if kind is Any:
         return value
@@ -130,12 +134,12 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
             return None
     elif isinstance(value, origin or kind):
         return value
-    why = trl_names.value_hint(key, value) or f"it must be {describe(kind)}"
-    raise ConfigError(f"{key} is {value!r}; {why}")
+    hint = trl_names.value_hint(key, value) or f"it must be {describe(kind)}"
+    raise ConfigError(f"{key} is {value!r}; {hint}")
 
 
 def describe(kind: Any) -> str:
-    """A type in words: 'one of a, b', 'int or null'."""
+    """Return a type in words, as in 'one of a, b' or 'an integer or null'."""
     origin, options = get_origin(kind), get_args(kind)
     if origin is Literal:
         return ("one of " if len(options) > 1 else "") + ", ".join(str(option) for option in options)
@@ -147,8 +151,8 @@ def describe(kind: Any) -> str:
     return "null" if kind in (None, type(None)) else names.get(origin or kind, getattr(kind, "__name__", str(kind)))
 
 
-def _kind(parameter: inspect.Parameter, hints: dict[str, Any]) -> Any:
-    """The annotation, or the type of the default where a user's function has no annotation."""
+def _type_of(parameter: inspect.Parameter, hints: dict[str, Any]) -> Any:
+    """Return the annotation of a parameter, or the type of its default where it has no annotation."""
     if parameter.name in hints:
         return hints[parameter.name]
     return Any if parameter.default is None else type(parameter.default)

@@ -140,7 +140,7 @@ def test_the_real_job_is_the_published_recipe():
         ("engine.deepspeed=nowhere.json", r"cannot read nowhere.json: No such file"),
         (
             "trainer.micro_batch_size=4",
-            r"unknown key trainer.micro_batch_size; it is trainer.tokens_per_micro_batch now",
+            r"unknown key trainer.micro_batch_size; use trainer.tokens_per_micro_batch",
         ),
         ("resume=maybe", r"resume is 'maybe'; it must be auto, force, null, or the folder of a run"),
         ("trainer.num_minibatches=3", r"num_minibatches is 3; it must divide sampling.group_size \(8\)"),

@@ -264,21 +264,16 @@ def test_the_table_of_what_trl_logs():
     assert sorted(seen) == TRL["logged"]
 
 
-SCRIPTS = {  # options of TRL's scripts, beside GRPOConfig's
-    *("model_name_or_path", "attn_implementation", "use_peft", "lora_r", "lora_alpha", "lora_dropout"),
-    *("lora_target_modules", "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split"),
-}
-
-
 def test_what_the_refusal_of_a_name_of_trls_says_is_what_the_tables_say():
     text = PAGES["docs/from_trl.md"]
     rows = [row for heading in NAMES for row in tables(text, heading)]
     said = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
-    assert set(trl_names.OPTION_HINTS) - set(said) <= SCRIPTS
-    for name, sentence in trl_names.OPTION_HINTS.items():
+    hints = trl_names.OPTION_HINTS | trl_names.NO_COUNTERPART
+    assert set(hints) <= set(said)
+    for name, sentence in hints.items():
         keys = set(re.findall(r"[a-z]+(?:\.[a-z0-9_]+)+", sentence))
         assert all(resolves(key) for key in keys), (name, keys)
-        if name in said and keys:
+        if keys:
             shown = set(re.findall(r"`([\w.]+)`", said[name][1]))
             assert keys & shown or "not here" in said[name][1] or shown & {"rewards", "resume", "name"}, name
     for name, (loss, average) in trl_names.LOSS_TYPES.items():

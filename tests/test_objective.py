@@ -226,7 +226,7 @@ def test_an_own_functions_arguments_are_yaml_keys_and_it_is_tried_before_the_mod
         ([f"loss.name={own}:bare"], "returned Tensor; it must return a PolicyLoss"),
         (
             [f"loss.name={own}:loose", "loss.args={power: 1.0}"],
-            "to be one, an argument stands after a * and has a default",
+            "a configuration can set power only if it stands after a * and has a default",
         ),
         ([f"loss.name={own}:soft", f"advantage.name={own}:flat"], "advantage flat returned shape (4,)"),
     ):

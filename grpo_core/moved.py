@@ -1,0 +1,131 @@
+"""Old module names: where the flat modules of earlier versions are now.
+
+A user's file that still imports an old module gets a sentence with the new module, instead of a bare ImportError.
+"""
+
+import re
+from types import ModuleType
+
+PACKAGE = "grpo_core"
+
+MOVED = {  # old module -> the modules that its contents are in now
+    "advantage_laws": ("objective.advantage_laws",),
+    "advantages": ("objective.advantages",),
+    "alerts": ("monitor.alerts",),
+    "ask": ("commands.sample",),
+    "assessment": ("commands.evaluate",),
+    "attention_kernels": ("sampling.attention_kernels",),
+    "attribution": ("commands.attribution",),
+    "averages": ("objective.token_weights",),
+    "batches": ("training.saved_batches",),
+    "catalogue": ("commands.losses", "commands.rewards", "commands.presets"),
+    "check": ("commands.check_loss", "commands.check_advantage"),
+    "checkpoint": ("training.checkpoint", "training.run_dir"),
+    "collect": ("training.rollouts",),
+    "config": ("config.sections",),
+    "config_check": ("config.checks",),
+    "config_file": ("config.files",),
+    "control": ("training.control",),
+    "corrections": ("objective.corrections",),
+    "data": ("data.prompts", "data.stream", "model.loading"),
+    "decode_kernels": ("sampling.decode_kernels",),
+    "decode_ops": ("sampling.decode_ops",),
+    "distributed": ("distributed.ranks",),
+    "draw": ("sampling.draw", "batch"),
+    "dump": ("training.saved_batches",),
+    "elsewhere": ("trl_names",),
+    "engine": ("training.engine", "training.deepspeed_config"),
+    "estimates": ("training.eval_statistics",),
+    "evaluation": ("training.evaluation",),
+    "export": ("commands.export",),
+    "fused_decoder": ("sampling.fused_decoder",),
+    "fused_model": ("sampling.fused_model",),
+    "incident": ("training.saved_batches",),
+    "interrupt": ("distributed.signals",),
+    "job": ("training.job",),
+    "kl": ("objective.kl",),
+    "launch": ("commands.launch",),
+    "laws": ("objective.laws",),
+    "layer_kernels": ("model.kernels",),
+    "layers": ("model.fast_layers",),
+    "logprob_kernels": ("model.kernels",),
+    "logprobs": ("model.logprobs",),
+    "losses": ("objective.losses",),
+    "memory": ("model.memory",),
+    "metrics": ("monitor.run_log",),
+    "model_card": ("commands.model_card",),
+    "model_check": ("model.loading",),
+    "objective": ("config.formula",),
+    "opened": ("commands.open_policy",),
+    "packed_attention": ("model.packed_attention",),
+    "packing": ("model.packing",),
+    "parts": ("training.prepare",),
+    "plain_decoder": ("sampling.plain_decoder",),
+    "policy": ("model.policy",),
+    "presets": ("config.presets",),
+    "preview": ("commands.dry_run",),
+    "problems": ("data.word_problems",),
+    "progress": ("monitor.progress",),
+    "replay": ("commands.replay",),
+    "replay_table": ("commands.replay_table",),
+    "report": ("report.report",),
+    "report_completions": ("report.completions",),
+    "report_markdown": ("report.markdown",),
+    "report_panels": ("report.panels",),
+    "report_png": ("report.png",),
+    "report_summary": ("report.summary",),
+    "reward_worker": ("scoring.reward_worker",),
+    "rewards": ("objective.rewards", "scoring.reward_call"),
+    "rows": ("data.rows",),
+    "run": ("training.run", "model.memory"),
+    "run_folder": ("report.run_reader",),
+    "sampler": ("sampling.sampler",),
+    "scoring": ("scoring.scoring",),
+    "setup": ("training.setup",),
+    "sft": ("training.sft",),
+    "stats": ("monitor.aggregates",),
+    "targets": ("training.sft_targets",),
+    "tiny": ("model.new_model",),
+    "tracking": ("monitor.trackers",),
+    "trainer": ("training.trainer", "training.update", "training.freeze"),
+    "truncation": ("objective.truncation",),
+    "watchdog": ("distributed.watchdog",),
+}
+STABLE_IMPORTS = {  # old module -> its names that `from grpo_core import ...` provides
+    "advantages": ("ADVANTAGES", "center"),
+    "config_file": ("load_config",),
+    "job": ("train",),
+    "losses": ("LOSSES", "PolicyLoss", "token_ratio"),
+    "opened": ("open_source",),
+    "rewards": ("REWARDS", "attempt"),
+}
+
+
+def describe_old_import(error: Exception) -> str | None:
+    """Describe the old module that was imported and where it is now, or return None if `error` has another cause."""
+    name = _find_old_module(error)
+    if name is None:
+        return None
+    targets = " and ".join(f"{PACKAGE}.{module}" for module in MOVED[name])
+    stable = STABLE_IMPORTS.get(name)
+    advice = f"; from {PACKAGE} import {', '.join(stable)} is the stable import" if stable else ""
+    return f"{PACKAGE}.{name}, which is now {targets}{advice}"
+
+
+def _find_old_module(error: Exception) -> str | None:
+    """Return the old name of the module whose import raised `error`, without the package, or None.
+
+    An old module whose name is a folder today is found, but not the names that were in it.
+    """
+    module = None
+    if isinstance(error, ModuleNotFoundError):  # import grpo_core.losses
+        module = error.name
+    elif isinstance(error, ImportError) and error.name == PACKAGE:  # from grpo_core import losses
+        match = re.match(r"cannot import name '(\w+)'", str(error))
+        module = f"{PACKAGE}.{match[1]}" if match else None
+    elif isinstance(error, ImportError):  # from grpo_core.config import RunConfig
+        module = error.name
+    elif isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):  # grpo_core.config.RunConfig
+        module = error.obj.__name__
+    package, _, name = (module or "").partition(".")
+    return name if package == PACKAGE and name in MOVED else None

@@ -1,0 +1,66 @@
+"""A user's file that imports an old module gets a sentence with the new one; the stable imports work."""
+
+import importlib.util
+
+import pytest
+
+import grpo_core
+from grpo_core.moved import MOVED, STABLE_IMPORTS
+from grpo_core.objective.losses import LOSSES
+from grpo_core.schema import ConfigError
+
+LOSS = "\n\ndef soft(logprobs, old_logprobs, advantages, completion_mask):\n    return PolicyLoss(-advantages * logprobs)\n"
+STABLE = "; from grpo_core import LOSSES, PolicyLoss, token_ratio is the stable import"
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_every_old_module_has_a_new_place(name):
+    assert all(importlib.util.find_spec(f"grpo_core.{module}") for module in MOVED[name])
+
+
+def test_the_stable_imports_are_those_of_the_package():
+    names = [name for names in STABLE_IMPORTS.values() for name in names]
+    assert sorted([*names, "ConfigError"]) == sorted(grpo_core.__all__)  # schema, which has ConfigError, did not move
+    assert all(hasattr(grpo_core, name) for name in names)
+
+
+def load(folder, text):
+    (folder / "mine.py").write_text(text + LOSS)
+    return LOSSES.get(f"{folder / 'mine.py'}:soft")
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("from grpo_core.losses import PolicyLoss", f"losses, which is now grpo_core.objective.losses{STABLE}"),
+    ("import grpo_core.losses", f"losses, which is now grpo_core.objective.losses{STABLE}"),
+    ("from grpo_core import losses", f"losses, which is now grpo_core.objective.losses{STABLE}"),
+    ("from grpo_core.averages import token_weights", "averages, which is now grpo_core.objective.token_weights"),
+    ("from grpo_core.draw import Decoding", "draw, which is now grpo_core.sampling.draw and grpo_core.batch"),
+    ("from grpo_core.config import RunConfig", "config, which is now grpo_core.config.sections"),
+    ("import grpo_core.config as c\nc.RunConfig", "config, which is now grpo_core.config.sections"),
+    ("from grpo_core.distributed import rank", "distributed, which is now grpo_core.distributed.ranks"),
+    ("from grpo_core.scoring import Scores", "scoring, which is now grpo_core.scoring.scoring"),
+    ("from grpo_core.objective import render", "objective, which is now grpo_core.config.formula"),
+    ("from grpo_core.report import write_report", "report, which is now grpo_core.report.report"),
+])  # fmt: skip
+def test_an_old_import_is_one_sentence(tmp_path, text, sentence):
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, text)
+    path = tmp_path / "mine.py"
+    assert str(error.value) == f"loss '{path}:soft': {path} imports grpo_core.{sentence}"
+
+
+@pytest.mark.parametrize("text, message", [
+    ("import not_there", "cannot be loaded: ModuleNotFoundError: No module named 'not_there'"),
+    ("from grpo_core.objective.losses import soft", "cannot be loaded: ImportError: cannot import name 'soft'"),
+    ("import math\nmath.soft", "cannot be loaded: AttributeError: module 'math' has no attribute 'soft'"),
+    ("None.soft", "cannot be loaded: AttributeError: 'NoneType' object has no attribute 'soft'"),
+    ("raise ImportError", "cannot be loaded: ImportError"),
+])  # fmt: skip
+def test_other_errors_of_the_file_are_shown_as_they_are(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, text)
+
+
+def test_the_stable_imports_work_in_a_users_file(tmp_path):
+    text = "from grpo_core import LOSSES, PolicyLoss\n\ngrpo = LOSSES.get('grpo')"
+    assert load(tmp_path, text).__name__ == "soft"
