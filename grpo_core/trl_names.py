@@ -42,8 +42,8 @@ OPTION_HINTS = {  # TRL option -> what to use here
     "ref_model_mixup_alpha": "reference.mixing",
     "max_steps": "trainer.num_steps, which counts sampling phases",
     "num_train_epochs": "trainer.epochs",
-    "per_device_train_batch_size": "trainer.tokens_per_micro_batch, which counts tokens; the completions of a step, over all "
-    "processes, are trainer.completions_per_step",
+    "per_device_train_batch_size": "trainer.tokens_per_micro_batch, which counts tokens; the completions of a step, "
+    "over all processes, are trainer.completions_per_step",
     "generation_batch_size": "trainer.completions_per_step",
     "steps_per_generation": "trainer.num_minibatches, which is steps_per_generation / gradient_accumulation_steps",
     "num_iterations": "trainer.num_passes",

@@ -1,4 +1,4 @@
-"""Ranks: who we are, sums over all of us, and seeding."""
+"""The process group: ranks, collectives, and random noise that does not depend on the number of ranks."""
 
 import atexit
 import ctypes
@@ -19,9 +19,9 @@ from torch import Tensor
 from grpo_core.distributed import watchdog
 from grpo_core.schema import ConfigError
 
-TIMEOUT = timedelta(minutes=30)
-RUN_FOLDER_VARIABLE = "GRPO_CORE_FOLDER_NOTE"  # names the file in which the launcher looks for the run folder
-PEAK_TERAFLOPS = {
+MIN_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+RUN_FOLDER_VARIABLE = "GRPO_CORE_FOLDER_NOTE"  # names a file, into which the run writes its folder for the launcher
+PEAK_TERAFLOPS = {  # part of a GPU's name -> dense 16-bit products, by its data sheet
     "H200": 989,
     "H100 PCIe": 756,
     "H100": 989,
@@ -34,42 +34,47 @@ PEAK_TERAFLOPS = {
 
 
 def setup(hang_timeout: float = 0) -> None:
-    """Join the process group that a launcher described in the environment, or make a group of one.
+    """Join the process group that the launcher described in the environment, or make a group of one process.
 
-    A rank that stands still for `hang_timeout` seconds ends (0: never); until then the others wait for it.
+    A rank that makes no progress for `hang_timeout` seconds ends (0: never); until then the other ranks wait for it.
 
     Raises:
-        ConfigError: more processes on this machine than it has GPUs, where it has any.
+        ConfigError: this machine has GPUs, but fewer than processes.
     """
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-        os.environ.update({k: str(v) for k, v in alone.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            port = unused.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if torch.cuda.is_available():
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if here > gpus:
-            raise ConfigError(f"{here} processes were started on this machine, but it has only {gpus} GPUs")
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if processes > gpus:
+            raise ConfigError(
+                f"{processes} processes were started on this machine; at most {gpus} are possible, one for each GPU"
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        timeout = max(TIMEOUT, timedelta(seconds=2 * hang_timeout))
+        timeout = max(MIN_COLLECTIVE_TIMEOUT, timedelta(seconds=2 * hang_timeout))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
         if world_size() == 1:
-            atexit.register(shutdown)  # NCCL warns of a run that ends with an error and leaves it
+            atexit.register(shutdown)  # or NCCL warns when a run ends with an error
     watchdog.start(hang_timeout, rank())
 
 
 def die_with_launcher() -> None:
-    """Let the kernel end this rank when its launcher ends, however that ends: no orphan trains on (Linux only)."""
+    """Let the kernel kill this rank when its launcher ends for any reason, so that no orphan continues training.
+
+    Linux only.
+    """
     if "LOCAL_RANK" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def report_run_folder(folder: Path) -> None:
-    """Let the launcher know where this run is, so that it can go on from there."""
-    if note := os.environ.get(RUN_FOLDER_VARIABLE):
-        Path(note).write_text(str(folder.resolve()), encoding="utf-8")
+    """Write the run folder into the launcher's file, so that a restart continues from its checkpoints."""
+    if file := os.environ.get(RUN_FOLDER_VARIABLE):
+        Path(file).write_text(str(folder.resolve()), encoding="utf-8")
 
 
 def shutdown() -> None:
@@ -86,7 +91,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """True on the one rank that writes files and to the terminal."""
+    """Return True on rank 0, which alone writes files and prints."""
     return rank() == 0
 
 
@@ -101,17 +106,17 @@ def barrier() -> None:
 
 
 def all_sum(values: Tensor) -> Tensor:
-    """The sum over all ranks, elementwise, as a new tensor on the same device."""
-    return _reduced(values, dist.ReduceOp.SUM)
+    """Return the elementwise sum over all ranks, as a new tensor on the device of `values`. A collective."""
+    return _reduce(values, dist.ReduceOp.SUM)
 
 
 def all_max(values: Tensor) -> Tensor:
-    """The maximum over all ranks, elementwise, as a new tensor on the same device."""
-    return _reduced(values, dist.ReduceOp.MAX)
+    """Return the elementwise maximum over all ranks, as a new tensor on the device of `values`. A collective."""
+    return _reduce(values, dist.ReduceOp.MAX)
 
 
 def all_rows(values: Tensor) -> Tensor:
-    """Every rank's rows, [n of rank 0 + n of rank 1 + ..., ...], on every rank; ranks may have different numbers."""
+    """Return the rows of all ranks in the order of ranks, which may have different numbers of rows. A collective."""
     values = values.detach().to(device())
     if world_size() == 1:
         return values
@@ -119,15 +124,15 @@ def all_rows(values: Tensor) -> Tensor:
     counts = [torch.zeros_like(count) for _ in range(world_size())]
     with watchdog.waiting():
         dist.all_gather(counts, count)
-    widest = int(torch.cat(counts).max())
-    padded = torch.cat([values, values.new_zeros(widest - len(values), *values.shape[1:])])
+    most = int(torch.cat(counts).max())  # all_gather needs equal shapes
+    padded = torch.cat([values, values.new_zeros(most - len(values), *values.shape[1:])])
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
 
 
 def raise_on_all_ranks(function: Callable, *args: Any) -> Any:
-    """function(*args); if it raises a ConfigError on any rank, that one is raised on all of them. A collective."""
+    """Return function(*args); a ConfigError that it raises on any rank is raised on all ranks. A collective."""
     result, error = None, None
     try:
         result = function(*args)
@@ -144,7 +149,7 @@ def raise_on_all_ranks(function: Callable, *args: Any) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's picklable `value` in the order of ranks on the main rank; an empty list elsewhere."""
+    """Return the picklable `value` of every rank on rank 0, and an empty list on the others. A collective."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size() if is_main() else None
@@ -154,7 +159,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def broadcast_from_main(value: Any) -> Any:
-    """The main rank's picklable `value`, on every rank."""
+    """Return rank 0's picklable `value` on every rank. A collective."""
     values = [value]
     if world_size() > 1:
         with watchdog.waiting():
@@ -163,7 +168,7 @@ def broadcast_from_main(value: Any) -> Any:
 
 
 def peak_flops() -> float:
-    """Floating-point operations a second of this GPU's dense 16-bit products, by its data sheet; 0 where unknown."""
+    """Return this GPU's peak FLOP/s for dense 16-bit products, by its data sheet; 0 if it is not known."""
     if not torch.cuda.is_available():
         return 0.0
     name = torch.cuda.get_device_name()
@@ -171,20 +176,23 @@ def peak_flops() -> float:
 
 
 def seed_all(*key: int) -> None:
-    """Make torch's noise on this rank (dropout, new weights) a function of `key`: resuming needs no saved state."""
+    """Seed torch on this rank from `key`.
+
+    Dropout and new weights are then functions of the key, so resuming needs no saved random state.
+    """
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
 def draw_uniforms(keys: Sequence[tuple[int, ...]], count: int) -> Tensor:
-    """Uniform noise in [0, 1), [len(keys), count] float64: row i depends on keys[i] and on nothing else."""
+    """Return uniform noise in [0, 1), [len(keys), count] float64; row i is a function of keys[i] alone."""
     rows = [np.random.default_rng(key).random(count) for key in keys]
     return torch.from_numpy(np.stack(rows))
 
 
-def _reduced(values: Tensor, operation: Any) -> Tensor:
-    everywhere = values.detach().to(device(), copy=True)
+def _reduce(values: Tensor, operation: Any) -> Tensor:
+    reduced = values.detach().to(device(), copy=True)
     if world_size() > 1:
         with watchdog.waiting():
-            dist.all_reduce(everywhere, operation)
-            everywhere = everywhere.to(values.device)
-    return everywhere.to(values.device)
+            dist.all_reduce(reduced, operation)
+            reduced = reduced.to(values.device)  # inside the block, because NCCL is waited for here
+    return reduced.to(values.device)

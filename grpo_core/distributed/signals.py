@@ -1,4 +1,4 @@
-"""A run that is asked to stop: SIGTERM and SIGINT end it with a checkpoint after the current step."""
+"""Signals: SIGTERM and SIGINT end a run after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _received = 0
 
 
 class Interrupted(Exception):
-    """The run stopped because a signal asked for it. Exit code 128 + its number, as shells have it."""
+    """The run was stopped by a signal. The exit code is 128 + the signal's number, as in shells."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -24,28 +24,28 @@ class Interrupted(Exception):
 
 
 class RunFailed(Exception):
-    """The run cannot go on, and no setting of the user's was wrong. One sentence, exit code 3."""
+    """The run cannot continue, though no setting was wrong. The message is one sentence, and the exit code is 3."""
 
 
 @contextmanager
 def handle_signals() -> Iterator[None]:
-    """Inside, the first signal is noted, and a second one ends the process at once."""
+    """Inside the block, record the first signal; a second one ends the process at once."""
     global _received
     _received = 0
-    before = {number: signal.signal(number, _note) for number in SIGNALS}
+    previous = {number: signal.signal(number, _record) for number in SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def received_signal() -> int:
-    """The signal that any rank has received, 0 for none; the same on all ranks. A collective."""
+    """Return the number of a signal that any rank has received, or 0; the same on all ranks. A collective."""
     return int(ranks.all_max(torch.tensor(float(_received))))
 
 
-def _note(number: int, frame: object) -> None:
+def _record(number: int, frame: object) -> None:
     global _received
     if _received:
         os._exit(128 + number)

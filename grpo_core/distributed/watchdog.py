@@ -1,7 +1,7 @@
-"""A thread that ends this process when it has not moved for too long, and says which rank it is and where it stands.
+"""The watchdog: a thread that ends this process when it makes no progress for too long.
 
-When one rank hangs, the others wait for it in a collective. They are given half as long again, so the one that speaks
-is the one that hangs. Python's own timer stands behind the thread, for code that never lets another thread run.
+It prints the rank, the phase and the stacks of all threads. When one rank hangs, the others wait for it in a
+collective. A waiting rank is given half as much time again, so that the rank that hangs is the one that reports.
 """
 
 from __future__ import annotations
@@ -15,41 +15,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_CODE = 4
-_seconds = 0.0  # 0: off
-_moved = 0.0
+WAITING_FACTOR = 1.5  # the limit of a rank that waits for the others, in units of its own
+_last_progress = 0.0  # time.monotonic()
 _phase = "start"
 _waiting = False
-_off = threading.Event()
+_stop = threading.Event()
 
 
 def start(seconds: float, rank: int) -> None:
-    """From here on this process may stand still for `seconds`; 0 turns the watchdog off."""
-    global _seconds, _off
-    _off.set()  # an earlier one's
-    _seconds, _off = seconds, threading.Event()
+    """End this process if it makes no progress for `seconds`; 0 turns the watchdog off."""
+    global _stop
+    _stop.set()  # ends the thread of an earlier call
+    _stop = threading.Event()
     beat()
     if seconds:
-        threading.Thread(target=_watch, args=(rank, seconds, _off), daemon=True).start()
-    else:
-        faulthandler.cancel_dump_traceback_later()
+        threading.Thread(target=_watch, args=(rank, seconds, _stop), daemon=True).start()
 
 
 def stop() -> None:
-    """From here on this process may stand still."""
+    """Turn the watchdog off."""
     start(0, 0)
 
 
 def beat(phase: str | None = None) -> None:
-    """Something has been done, or `phase` begins."""
-    global _moved, _phase
-    _moved, _phase = time.monotonic(), phase or _phase
-    if _seconds:
-        faulthandler.dump_traceback_later(2 * _seconds, exit=True, file=sys.__stderr__)
+    """Record progress, and the name of the phase that begins, if any."""
+    global _last_progress, _phase
+    _last_progress, _phase = time.monotonic(), phase or _phase
 
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Inside, this rank needs the others to move."""
+    """Mark that this rank waits for the other ranks inside the block."""
     global _waiting
     _waiting = True
     try:
@@ -58,12 +54,12 @@ def waiting() -> Iterator[None]:
         _waiting = False
 
 
-def _watch(rank: int, seconds: float, off: threading.Event) -> None:
-    while not off.wait(min(1.0, seconds / 10)):
-        still = time.monotonic() - _moved
-        if still > seconds * (1.5 if _waiting else 1.0):
-            what = "has waited for the other ranks" if _waiting else "has not moved"
-            print(f"grpo_core: rank {rank} {what} for {still:.0f} s in phase {_phase}; it stands at", file=sys.stderr)
+def _watch(rank: int, seconds: float, stop: threading.Event) -> None:
+    while not stop.wait(min(1.0, seconds / 10)):
+        idle = time.monotonic() - _last_progress
+        if idle > seconds * (WAITING_FACTOR if _waiting else 1.0):
+            state = "has waited for the other ranks" if _waiting else "has made no progress"
+            print(f"grpo_core: rank {rank} {state} for {idle:.0f} s in phase {_phase}; its threads:", file=sys.stderr)
             faulthandler.dump_traceback(all_threads=True, file=sys.__stderr__)
             sys.stderr.flush()
             os._exit(EXIT_CODE)
