@@ -1,9 +1,9 @@
-// One chart as SVG: axes, lines with bands, intervals, or areas on top of each other.
+// One chart as SVG: axes, and lines with bands, points with intervals, or stacked areas.
 
 const MARGIN = { top: 8, right: 10, bottom: 22, left: 50 };
 
 // `series`: [{x, y, raw, band: [low, high] or null, colour: 0-7, dash: 0-3}], aligned with x; null is a gap.
-// Fills `root` and returns {x, move(step or null)} for the crosshair.
+// Fills `root` and returns {x, move}; move(step) moves the crosshair and move(null) hides it.
 function drawChart(root, { width, height, kind, series, xDomain, log, isShare, format, smoothed }) {
   const stacked = kind === "stack" ? stackOf(series) : null;
   const values = stacked ? stacked.flatMap((layer) => layer.high) : series.flatMap(spanned);
@@ -90,7 +90,7 @@ function path(xs, ys, x, y, drawable) {
   return text;
 }
 
-// Points without a neighbour, which no line would show.
+// Points between two gaps, which a line would not show.
 function alone(one, x, y, drawable) {
   const there = (i) => i >= 0 && i < one.x.length && drawable(one.y[i]);
   return one.x.flatMap((step, i) =>
@@ -100,7 +100,7 @@ function alone(one, x, y, drawable) {
   );
 }
 
-// The space between two edges, in pieces where there is a gap. A point without a neighbour is a bar.
+// The area between two edges, split at gaps. A point between two gaps is drawn as a bar.
 function area(xs, low, high, x, y, look) {
   let text = "", start = 0;
   for (let i = 0; i <= xs.length; i++) {
@@ -120,7 +120,7 @@ function area(xs, low, high, x, y, look) {
   return svg("path", { class: look, d: text });
 }
 
-// Each series on top of those before; what is missing counts as 0.
+// The lower and upper edge of each series, stacked on those before it; missing values count as 0.
 function stackOf(series) {
   let floor = series.length ? series[0].x.map(() => 0) : [];
   return series.map((one) => {

@@ -1,9 +1,9 @@
-// The browser of completions: filters, order, pages, and one completion at a time in full.
+// The list of completions: filters, sorting, pages, and the full view of one completion.
 
 const PAGE_SIZE = 25;
 const ORDER = ["step", "task", "reward", "advantage", "length"];
 
-// `found` is a run's {columns, rows, names, prompts, tokens, correct_by, ...}; rows become records of `run`.
+// The rows of one run as objects. `found` is {columns, rows, names, prompts, tokens, correct_by, ...}, `run` its index.
 function recordsOf(found, run) {
   const place = Object.fromEntries(found.columns.map((name, i) => [name, i]));
   const judge = found.names.indexOf(found.correct_by);
@@ -80,7 +80,7 @@ function createBrowser(root, runs, completions) {
 
 function howMany(completions, records) {
   const total = completions.reduce((sum, found) => sum + found.total, 0);
-  if (!total) return "These runs have no completions: they are not logged, or the run is supervised.";
+  if (!total) return "These runs have no completions: log.completions is false, or the run is supervised.";
   const steps = completions.reduce((sum, found) => sum + found.total_steps, 0);
   const here = new Set(records.map((record) => `${record.run} ${record.step}`)).size;
   const dumped = records.filter((record) => record.tokens).length;
@@ -88,7 +88,7 @@ function howMany(completions, records) {
     ? `All ${count(total)} completions of ${count(steps)} ${steps === 1 ? "step" : "steps"} are in this page.`
     : `${count(records.length)} of ${count(total)} completions are in this page, those of ${count(here)} of ${count(steps)} steps: ` +
       "the first, the last, evenly spaced ones and those with dumped tokens. All are in completions.jsonl.";
-  return share + (dumped ? ` ${count(dumped)} have their tokens.` : "") + " They are what a model wrote; nobody has checked them.";
+  return share + (dumped ? ` ${count(dumped)} have their tokens.` : "") + " They are the unchecked output of a model.";
 }
 
 function filters(runs, records) {
@@ -138,7 +138,7 @@ function pair(label, from, to) {
 function compare(a, b, down) {
   for (let i = 0; i < a.length; i++) {
     if (a[i] === b[i]) continue;
-    if (a[i] === null || b[i] === null) return a[i] === null ? 1 : -1; // what is missing comes last in either order
+    if (a[i] === null || b[i] === null) return a[i] === null ? 1 : -1; // missing values come last in either order
     return (a[i] < b[i] ? -1 : 1) * (down ? -1 : 1);
   }
   return 0;
@@ -178,7 +178,7 @@ function inFull(record, query, only) {
     record.prompt ? el("pre", { class: "text prompt" }, ...marked(record.prompt, query)) : null,
     el("h4", {}, "Completion"),
     record.tokens ? tokenView(record.tokens, record.advantage ?? 0) : el("pre", { class: "text" }, ...marked(record.text, query)),
-    record.found.tokens.length ? null : el("p", { class: "what" }, "A run with debug.dump_batches=N keeps the tokens of every N-th step, to be coloured here."),
+    record.found.tokens.length ? null : el("p", { class: "what" }, "A run with debug.dump_batches=N keeps the tokens of every N-th step; they are then coloured here."),
     el("dl", { class: "facts" }, ...facts.map(([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text)))),
     group
   );

@@ -1,6 +1,6 @@
-// Elements, text and numbers. Text from a run enters the page here, as text and never as markup.
+// Elements, text and numbers. Text from a run is inserted only here, as text and never as markup.
 
-// A tag with attributes ("class", "aria-label", ...; functions are listeners) and children (nodes or text).
+// An element with attributes (functions become event listeners) and children (nodes or text).
 function el(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -21,9 +21,10 @@ function svg(tag, attributes = {}, text = null) {
 
 const byId = (id) => document.getElementById(id);
 
-// Control characters and everything else that cannot be seen, or turns text around, as escapes.
+// Control characters, other invisible characters, and those that change the direction of text.
 const UNSEEN = /[^\P{C}\n\t]|[\p{Zl}\p{Zp}]|(?! )\p{Zs}/gu;
 
+// The text with such characters as escapes.
 function visible(text) {
   return text.replace(UNSEEN, (found) => {
     const code = found.codePointAt(0);
@@ -32,12 +33,12 @@ function visible(text) {
   });
 }
 
-// A key that may go on in the next line after a dot or an underscore.
+// A key that may be broken across lines after a dot or an underscore.
 function breakable(key) {
   return el("span", {}, ...visible(key).split(/(?<=[._])/).flatMap((part) => [part, el("wbr")]));
 }
 
-// The text with every place where `query` stands marked.
+// The text with every occurrence of `query` marked.
 function marked(text, query) {
   if (!query) return [visible(text)];
   const pattern = new RegExp("(" + query.replace(/[.*+?^${}()|[\]\\]/g, "\\$&") + ")", "giu");
@@ -47,7 +48,7 @@ function marked(text, query) {
 const MINUS = "\u2212";
 const NONE = "\u2013";
 
-// A number in four digits or so: 1,234, 0.1235, 3.1e−7.
+// A number with about `digits` significant digits: 1,234, 0.1235, 3.1e−7.
 function inShort(value, digits = 4) {
   if (value === null || value === undefined || Number.isNaN(value)) return NONE;
   const size = Math.abs(value);
@@ -76,6 +77,7 @@ function table(head, rows, className = "") {
   return el("table", { class: className }, el("thead", {}, heading), el("tbody", {}, ...body));
 }
 
+// Runs `action` once, after no call has come for so many milliseconds.
 function later(action, milliseconds) {
   let timer = 0;
   return () => {
@@ -84,7 +86,7 @@ function later(action, milliseconds) {
   };
 }
 
-// Several calls before the next frame are one.
+// Runs `action` once per animation frame, however often it is called.
 function onceAFrame(action) {
   let asked = false;
   return () => {

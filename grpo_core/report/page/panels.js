@@ -1,7 +1,7 @@
-// A panel: title, note, chart, and a legend that is also where the crosshair's values are read.
+// A panel: title, note, chart, and a legend that also shows the values at the crosshair.
 
-// `state` is shared: {runs: [{on, colour, ...}], smoothing, log, xDomain, hover(step)}. `only` is a run's place, for
-// panels that cannot lie on top of each other. Returns {element, draw, move}.
+// `state` is shared by all panels: {runs: [{on}], smoothing, log, xDomain, hover(step)}. `only` is the index of the one run
+// to draw, for stacked areas, which cannot share axes with those of another run. Returns {element, draw, move}.
 function createPanel(panel, data, state, only = null) {
   const isShare = panel.unit.startsWith("share"), hidden = new Set();
   const format = isShare ? (value) => inShort(100 * value, 3) + " %" : (value) => inShort(value, 3);
@@ -91,7 +91,7 @@ function createPanel(panel, data, state, only = null) {
   return { element, draw, move };
 }
 
-// What is drawn: of one run a colour a metric; of several a colour a run, and metrics differ by their dashes.
+// The series to draw. With one run each metric has a colour; with several each run has one, and metrics differ by dashes.
 function seriesOf(panel, data, state, only) {
   const found = [], several = data.runs.length > 1;
   data.runs.forEach((run, i) => {
@@ -123,7 +123,7 @@ function accuracyOf(run, label, colour) {
   return { key: label, label, x: column("step"), y, raw: y, band: [column("ci_low"), column("ci_high")], colour, dash: 0 };
 }
 
-// The value at a step (the last where it is null), with its interval where it has one.
+// The value at a step, or the last value if `step` is null, with its interval if it has one.
 function reading(one, step, isShare) {
   let i = step === null ? one.y.length - 1 : nearest(one.x, step);
   while (step === null && i > 0 && one.y[i] === null) i--;

@@ -1,11 +1,11 @@
-// The page: reads the data, fills the sections, and says on the root element whether that went well.
+// Fills the sections of the page from its data. The root element gets data-report="ready", or data-error with a message.
 
 window.addEventListener("error", (event) => failed(event.message));
-window.addEventListener("securitypolicyviolation", (event) => failed(`refused by the page's policy: ${event.violatedDirective}`));
+window.addEventListener("securitypolicyviolation", (event) => failed(`blocked by the Content-Security-Policy (${event.violatedDirective})`));
 
 function failed(message) {
   document.documentElement.dataset.error = message;
-  byId("problem").textContent = `Something in this page went wrong: ${message}`;
+  byId("problem").textContent = `An error occurred in the script of this page: ${message}`;
   byId("problem").hidden = false;
 }
 
@@ -15,8 +15,8 @@ function fillSummary(data) {
   byId("title").textContent = names.join(", ");
   byId("made").textContent = `Made ${data.made}`;
   if (data.runs.length === 1) byId("headline").append(...headline(data.runs[0]));
-  const told = data.runs.length === 1 ? ["Accuracy before", "Accuracy after"] : [];
-  byId("summary-table").append(rowsOf(data.runs.map((run) => run.summary), names, told));
+  const omitted = data.runs.length === 1 ? ["Accuracy before", "Accuracy after"] : [];
+  byId("summary-table").append(rowsOf(data.runs.map((run) => run.summary), names, omitted));
   if (data.runs.some((run) => Object.keys(run.final).length)) {
     byId("final-title").textContent = visible(data.final);
     byId("final-table").append(rowsOf(data.runs.map((run) => run.final), names));
@@ -25,7 +25,7 @@ function fillSummary(data) {
   }
 }
 
-// A run alone has its accuracy in large letters.
+// The accuracies of a single run, in large letters.
 function headline(run) {
   return ["Accuracy before", "Accuracy after"].flatMap((name) => {
     const [value, rest] = run.summary[name].split(/ (?=\()| (?=after)/, 2);
@@ -35,15 +35,15 @@ function headline(run) {
   });
 }
 
-// A column a run; a row is left out where no run has anything.
-function rowsOf(columns, names, told = []) {
-  const keys = [...new Set(columns.flatMap(Object.keys))].filter((key) => !told.includes(key) && columns.some((column) => column[key]));
+// A table with one column per run. Keys in `omitted`, and rows that are empty for every run, are left out.
+function rowsOf(columns, names, omitted = []) {
+  const keys = [...new Set(columns.flatMap(Object.keys))].filter((key) => !omitted.includes(key) && columns.some((column) => column[key]));
   const rows = keys.map((key) => [key, ...columns.map((column) => visible(column[key] || NONE))]);
   return table(names.length > 1 ? ["Run", ...names] : ["", ""], rows, names.length > 1 ? "many" : "one");
 }
 
 function fillConfigurations(data) {
-  const objectives = new Map(); // a formula that several runs share is shown once
+  const objectives = new Map(); // a formula shared by several runs appears once
   for (const run of data.runs) objectives.set(run.objective, [...(objectives.get(run.objective) || []), visible(run.name)]);
   for (const [text, names] of objectives) {
     if (data.runs.length > 1) byId("objectives").append(el("h3", {}, names.join(", ")));
@@ -69,9 +69,9 @@ function fillCurves(data) {
   );
   const thinned = data.runs.filter((run) => run.steps > data.points).map((run) => visible(run.name));
   byId("curves-lead").textContent = !panels.length
-    ? "There is nothing to draw: no step has been logged."
-    : "The horizontal axis is the step. Point at a chart, tap it, or focus it and use the arrow keys: all charts show the values there." +
-      (thinned.length ? ` Of more than ${count(data.points)} steps the extremes of every stretch are drawn (${thinned.join(", ")}).` : "");
+    ? "There are no curves, because no step has been logged."
+    : "The horizontal axis is the step. Point at a chart, tap it, or focus it and use the arrow keys to read the values of all charts at one step." +
+      (thinned.length ? ` Runs of more than ${count(data.points)} steps show only the lowest and highest value of each interval (${thinned.join(", ")}).` : "");
   byId("bar").hidden = !panels.length;
   byId("panels").append(...panels.map((panel) => panel.element));
   const draw = () => {
@@ -94,7 +94,7 @@ function fillCurves(data) {
   }).observe(byId("panels"));
 }
 
-// From the first to the last step of the runs that are shown.
+// The first and the last step of the visible runs.
 function stepsOf(data, state) {
   let low = Infinity, high = -Infinity;
   data.runs.forEach((run, i) => {
@@ -132,7 +132,7 @@ function controls(data, state, draw) {
   });
 }
 
-// As the system says, until somebody chooses; the choice is kept where the browser lets a file keep something.
+// The theme of the system, until the reader chooses one. The choice is stored if the browser lets a local file store data.
 function chooseTheme() {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (document.documentElement.dataset.theme || (dark.matches ? "dark" : "light")) === "dark";
@@ -140,13 +140,13 @@ function chooseTheme() {
   try {
     const kept = localStorage.getItem("report-theme");
     if (kept === "dark" || kept === "light") document.documentElement.dataset.theme = kept;
-  } catch { /* nothing is kept */ }
+  } catch { /* no storage */ }
   byId("theme").addEventListener("click", () => {
     document.documentElement.dataset.theme = isDark() ? "light" : "dark";
     label();
     try {
       localStorage.setItem("report-theme", document.documentElement.dataset.theme);
-    } catch { /* nothing is kept */ }
+    } catch { /* no storage */ }
   });
   dark.addEventListener("change", label);
   label();

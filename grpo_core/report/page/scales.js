@@ -1,6 +1,6 @@
-// From values to places: axes, their ticks, smoothing, and which point is nearest.
+// Maps values to pixels: axes and their ticks; also smoothing and the search for the nearest point.
 
-// Round numbers between low and high, about `wanted` of them.
+// About `wanted` round numbers between low and high.
 function ticks(low, high, wanted) {
   const rough = (high - low) / wanted;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -10,7 +10,7 @@ function ticks(low, high, wanted) {
   return found;
 }
 
-// Powers of ten, thinned to about `wanted`; with fewer than two of them, 2 and 5 times as well.
+// Powers of ten between low and high, thinned to about `wanted`. If there are fewer than two, multiples of 2 and 5 too.
 function logTicks(low, high, wanted) {
   const first = Math.ceil(Math.log10(low) - 1e-9), last = Math.floor(Math.log10(high) + 1e-9);
   const every = Math.max(1, Math.ceil((last - first + 1) / wanted));
@@ -23,7 +23,7 @@ function logTicks(low, high, wanted) {
   return inside.length >= 2 ? inside : ticks(low, high, wanted).filter((value) => value > 0);
 }
 
-// {at(value) -> place, ticks}: `domain` in values onto `range` in pixels.
+// Maps `domain` in values onto `range` in pixels. Returns {at(value) -> pixels, ticks, ...}.
 function scale(domain, range, log, wanted) {
   const put = log ? Math.log10 : (value) => value;
   const [low, high] = domain.map(put);
@@ -31,7 +31,7 @@ function scale(domain, range, log, wanted) {
   return { at, domain, log, ticks: (log ? logTicks : ticks)(domain[0], domain[1], wanted) };
 }
 
-// What the axis spans: all values with some air, from 0 where that is not far.
+// The ends of an axis: those of the values with a margin, and from 0 if the values are near it.
 function domainOf(values, log, isShare) {
   let low = Infinity, high = -Infinity;
   for (const value of values) {
@@ -50,7 +50,7 @@ function domainOf(values, log, isShare) {
   return [bottom, isShare && high <= 1 ? Math.min(1.02, high + air) : high + air];
 }
 
-// Exponential mean; `weight` is what the past keeps over one average gap, and the start is not biased towards 0.
+// Exponential moving average without bias towards 0 at the start. The past decays by `weight` over one average gap in x.
 function smooth(x, y, weight) {
   if (!weight) return y;
   const gap = x.length > 1 ? (x[x.length - 1] - x[0]) / (x.length - 1) || 1 : 1;
@@ -65,7 +65,7 @@ function smooth(x, y, weight) {
   });
 }
 
-// The place in the ascending `x` that is nearest to `value`; -1 if there is none.
+// The index of the entry of the ascending `x` that is nearest to `value`; -1 if x is empty.
 function nearest(x, value) {
   let low = 0, high = x.length - 1;
   while (low < high) {

@@ -1,10 +1,11 @@
-// A dumped completion token by token, coloured by what the update asked for and what it did.
+// The tokens of a dumped completion, coloured by advantage, ratio or probability.
 
 const COLOURINGS = {
   advantage: {
     title: "Advantage",
-    what: "What the update asked for: blue tokens were to become likelier, orange ones less likely, the more the stronger. " +
-      "A dotted line: the step moved the token the other way.",
+    what: "Intended change: the update raises the probability of blue tokens and lowers that of orange ones; a stronger colour " +
+      "means a larger advantage. " +
+      "A dotted underline marks tokens whose probability changed the other way.",
     look: ({ advantage }) => (advantage ? `${advantage > 0 ? "up" : "down"}${Math.min(4, Math.ceil(Math.abs(advantage) * 2))}` : ""),
     legend: [
       ["down4", "below −1.5"], ["down3", "to −1"], ["down2", "to −0.5"], ["down1", "below 0"], ["", "0"],
@@ -13,7 +14,7 @@ const COLOURINGS = {
   },
   ratio: {
     title: "Ratio",
-    what: "What the step did: the token's probability after the update over the one before.",
+    what: "Actual change: the token's probability after the update divided by the one before.",
     look: ({ ratio }) => {
       if (ratio === null || ratio <= 0) return "";
       const strength = [1.005, 1.05, 1.2, 1.5].filter((edge) => Math.max(ratio, 1 / ratio) >= edge).length;
@@ -26,7 +27,7 @@ const COLOURINGS = {
   },
   probability: {
     title: "Probability",
-    what: "How likely the token was before the update: what is not coloured was nearly certain.",
+    what: "The token's probability before the update. Tokens without colour were nearly certain.",
     look: ({ logprob }) => {
       const rare = logprob === null ? 0 : [0.9, 0.5, 0.1, 0.01].filter((edge) => Math.exp(logprob) < edge).length;
       return rare ? `rare${rare}` : "";
@@ -36,12 +37,12 @@ const COLOURINGS = {
 };
 let colouring = "advantage"; // what was chosen last holds for the next completion too
 
-// `dump` is {tokens, logprobs, ratio}; one advantage belongs to the whole completion.
+// `dump` is {tokens, logprobs, ratio}; the advantage is that of the whole completion.
 function tokenView(dump, advantage) {
   const facts = dump.tokens.map((text, i) => ({
     text, advantage, logprob: dump.logprobs[i] ?? null, ratio: dump.ratio[i] ?? null,
   }));
-  const text = el("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "Tokens; arrow keys go through them" });
+  const text = el("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "Tokens; select one with the arrow keys" });
   const legend = el("p", { class: "token-legend" }), what = el("p", { class: "what" });
   const said = el("p", { class: "token-said", "aria-live": "polite" }, "Point at a token, tap it, or use the arrow keys.");
   const spans = facts.map((fact) => el("span", {}, visible(fact.text).replace(/\n/g, "\u23ce\n") || "\u2205"));
