@@ -1,4 +1,4 @@
-"""Means, sums and maxima over tokens, micro-batches and ranks."""
+"""Aggregate the metrics of a step: means, sums and maxima over tokens, micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -11,59 +11,63 @@ from grpo_core.distributed import ranks
 
 
 class Stats:
-    """Means and maxima of a step, kept as tensors until one collective each turns them into numbers.
+    """The means, sums and maxima of one step, each under a name.
 
-    Every rank must add the same names.
+    Values stay tensors until `reduce`, which needs one collective for means and sums and one for maxima. Every rank
+    must add the same names.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}  # name -> [sum, count]
+        self._sums: dict[str, Tensor] = {}  # name -> [sum, count], of means and totals
         self._maxima: dict[str, Tensor] = {}
         self._weights: set[str] = set()
         self._totals: set[str] = set()
 
-    def mean(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
-        """Let `values` (where `mask`) count in the mean called `name`."""
+    def add_mean(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
+        """Add `values` (where `mask` is true) to the mean `name`."""
         values = values.detach().double()
         mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.expand_as(values)
         pair = torch.stack([torch.where(mask, values, 0.0).sum(), mask.sum().double()]).to(ranks.device())
         self._add(name, pair)
 
-    def total(self, name: str, value: Tensor) -> None:
-        """Let `value` count in the sum called `name`."""
+    def add_total(self, name: str, value: Tensor) -> None:
+        """Add the scalar `value` to the sum `name`."""
         pair = torch.zeros(2, dtype=torch.double, device=ranks.device())
         pair[0] = value.detach()
         if name not in self._sums:
-            pair[1] = 1.0 / ranks.world_size()  # over all ranks the counts add up to 1: a mean that is a sum
+            pair[1] = 1.0 / ranks.world_size()  # the counts of all ranks add up to 1, so `reduce` divides by 1
         self._totals.add(name)
         self._add(name, pair)
 
-    def weights(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Importance weights: their mean as `name`, and as `name`_ess their effective sample size over their number.
+    def add_weights(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Add importance weights: `reduce` returns their mean as `name` and their effective sample size as `name`_ess.
 
-        ESS / n = mean(w)^2 / mean(w^2): 1 where all are equal.
+        The effective sample size is relative: ESS / n = mean(w)^2 / mean(w^2), which is 1 if all weights are equal.
         """
-        self.mean(name, values, mask)
-        self.mean(f"{name}_square", values.double().square(), mask)
+        self.add_mean(name, values, mask)
+        self.add_mean(f"{name}_square", values.double().square(), mask)
         self._weights.add(name)
 
-    def add(self, other: Stats) -> None:
-        """Let what `other` holds count here too."""
-        for name, pair in other._sums.items():
-            self.total(name, pair[0]) if name in other._totals else self._add(name, pair)
-        for name, value in other._maxima.items():
-            self.max(name, value)
-        self._weights |= other._weights
-
-    def max(self, name: str, value: Tensor) -> None:
-        """Let the greatest of `value` count in the maximum called `name`."""
+    def add_max(self, name: str, value: Tensor) -> None:
+        """Add the largest element of `value` to the maximum `name`."""
         value = value.detach().double().max().to(ranks.device())
         self._maxima[name] = torch.maximum(self._maxima[name], value) if name in self._maxima else value
 
+    def merge(self, other: Stats) -> None:
+        """Add everything that `other` holds."""
+        for name, pair in other._sums.items():
+            if name in other._totals:
+                self.add_total(name, pair[0])
+            else:
+                self._add(name, pair)
+        for name, value in other._maxima.items():
+            self.add_max(name, value)
+        self._weights |= other._weights
+
     def reduce(self) -> dict[str, float]:
-        """Every name's number over all ranks, nan where nothing counted. A collective."""
+        """Return name -> number over all ranks; a mean over nothing is NaN. A collective."""
         row = dict.fromkeys(self._sums, math.nan)
-        names = sorted(self._sums)  # a rank that had nothing to compute named them in another order
+        names = sorted(self._sums)  # ranks may have added the names in different orders
         if names:
             pairs = ranks.all_sum(torch.stack([self._sums[name] for name in names])).tolist()
             row |= {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}

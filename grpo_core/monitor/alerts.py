@@ -1,4 +1,4 @@
-"""What a run's metrics say is going wrong, each once, with the likely cause and what to do about it."""
+"""Warn of common failures that show in a run's metrics, each once, with the likely cause and a remedy."""
 
 from __future__ import annotations
 
@@ -9,162 +9,173 @@ from dataclasses import dataclass
 from grpo_core.config.sections import RunConfig
 
 Row = dict[str, float]
+Condition = Callable[[list[Row], list[Row]], bool]  # of the last WINDOW_STEPS and the first FIRST_STEPS rows
 
-WINDOW = 10  # steps
-RECENT = 5  # of them
-ENOUGH = 3  # steps to judge a reward by
-FIRST = 5  # steps that are what the run began with
+WINDOW_STEPS = 10  # last steps that an alert looks at
+RECENT_STEPS = 5  # last steps whose mean is compared with a limit or with the beginning
+FIRST_STEPS = 5  # steps that stand for the beginning of the run
+MIN_FAILED_REWARD_STEPS = 3  # steps before a reward that fails on a part of the completions can end the run
+MAX_RATIO_ERROR = 1e-4  # distance from 1 on policy
+MAX_LOGPROB_GAP = {"fp32": 0.01, "other": 0.3}  # nats per token
 
 
 @dataclass(frozen=True)
 class Alert:
-    """`holds(rows, first)`: of the last WINDOW rows of metrics, newest last, and of the first FIRST of the run."""
+    """A failure, the condition that detects it, and the sentence that is printed."""
 
     name: str
-    holds: Callable[[list[Row], list[Row]], bool]
+    condition: Condition  # rows are rows of metrics.jsonl, the newest last
     sentence: str
 
 
-def _every(key: str, test: Callable[[float], bool]) -> Callable[[list[Row], list[Row]], bool]:
-    """In each of the last WINDOW steps."""
-    return lambda rows, first: len(rows) == WINDOW and all(key in row and test(row[key]) for row in rows)
+def _in_every_step(key: str, test: Callable[[float], bool]) -> Condition:
+    """Return the condition that `test` is true in each of the last WINDOW_STEPS steps."""
+    return lambda rows, first: len(rows) == WINDOW_STEPS and all(key in row and test(row[key]) for row in rows)
 
 
-def _recently(key: str, test: Callable[[float], bool]) -> Callable[[list[Row], list[Row]], bool]:
-    """On the mean of the last RECENT steps."""
-    return lambda rows, first: len(rows) >= RECENT and key in rows[-1] and test(_mean(rows[-RECENT:], key))
-
-
-def _stands(rows: list[Row], first: list[Row]) -> bool:
-    return (
-        len(rows) == WINDOW and len({row["adapter_norm"] for row in rows}) == 1 and not any(r["skipped"] for r in rows)
+def _in_recent_mean(key: str, test: Callable[[float], bool]) -> Condition:
+    """Return the condition that `test` is true for the mean of the last RECENT_STEPS steps."""
+    return lambda rows, first: (
+        len(rows) >= RECENT_STEPS and key in rows[-1] and test(_mean(rows[-RECENT_STEPS:], key))
     )
 
 
-def _rises(rows: list[Row], first: list[Row]) -> bool:
-    if len(first) < FIRST or len(rows) < WINDOW:
+def _adapter_is_constant(rows: list[Row], first: list[Row]) -> bool:
+    norms = {row["adapter_norm"] for row in rows}
+    return len(rows) == WINDOW_STEPS and len(norms) == 1 and not any(row["skipped"] for row in rows)
+
+
+def _entropy_has_tripled(rows: list[Row], first: list[Row]) -> bool:
+    if len(first) < FIRST_STEPS or len(rows) < WINDOW_STEPS:
         return False
-    return _mean(rows[-RECENT:], "entropy") > max(1.0, 3 * _mean(first, "entropy"))
+    return _mean(rows[-RECENT_STEPS:], "entropy") > max(1.0, 3 * _mean(first, "entropy"))
 
 
 ALERTS = (
     Alert(
         "adapter",
-        _stands,
-        f"the adapter has not moved in {WINDOW} steps: the gradient or the learning rate is 0; look at tied_groups, "
-        f"grad_norm and learning_rate in metrics.jsonl",
+        _adapter_is_constant,
+        f"the adapter has not moved in {WINDOW_STEPS} steps: the gradient or the learning rate is 0; look at "
+        f"tied_groups, grad_norm and learning_rate in metrics.jsonl",
     ),
     Alert(
         "learning_rate",
         lambda rows, first: rows[-1].get("learning_rate") == 0,
-        "the learning rate is 0, so nothing is learned: its schedule has run out; engine.schedule=constant, or a new "
-        "run with the number of steps that it shall have",
+        "the learning rate is 0, so nothing is learned: its schedule has ended; set engine.schedule=constant, or start "
+        "a new run with the full trainer.num_steps",
     ),
     Alert(
         "tied",
-        _every("tied_groups", lambda share: share == 1),
-        f"in {WINDOW} steps all completions of every prompt had the same reward, so there is nothing to learn from: "
-        f"the task is too hard or too easy, or the reward does not tell completions apart; read completions.jsonl",
+        _in_every_step("tied_groups", lambda share: share == 1),
+        f"in {WINDOW_STEPS} steps all completions of every prompt had the same reward, so nothing is learned: the task "
+        f"is too hard or too easy, or the reward does not distinguish completions; read completions.jsonl",
     ),
     Alert(
         "truncated",
-        _every("truncated", lambda share: share >= 0.95),
-        f"in {WINDOW} steps nearly every completion was cut off at sampling.max_new_tokens: raise it, or see whether "
-        f"the prompt asks for an end and the model's end-of-sequence token is right",
+        _in_every_step("truncated", lambda share: share >= 0.95),
+        f"in {WINDOW_STEPS} steps nearly every completion was cut off at sampling.max_new_tokens: raise it, or check "
+        f"that the prompt asks for a short answer and that the model's end-of-sequence token is right",
     ),
     Alert(
         "kl",
-        _recently("kl", lambda kl: kl > 1),
-        f"the KL from the reference is above 1 nat a token over {RECENT} steps: the policy is running away; lower "
+        _in_recent_mean("kl", lambda kl: kl > 1),
+        f"the KL from the reference is above 1 nat a token over {RECENT_STEPS} steps, so training is unstable: lower "
         f"engine.learning_rate, or raise loss.kl_coef",
     ),
     Alert(
         "entropy_high",
-        _rises,
-        "the entropy has tripled since the run began: completions turn into noise; lower engine.learning_rate or "
-        "loss.entropy_coef, raise loss.kl_coef, or leave out what is cut off (truncation.name=mask_loss)",
+        _entropy_has_tripled,
+        "the entropy has tripled since the run began, so completions turn into noise: lower engine.learning_rate or "
+        "loss.entropy_coef, raise loss.kl_coef, or leave truncated completions out of the loss "
+        "(truncation.name=mask_loss)",
     ),
     Alert(
         "entropy_low",
-        _recently("entropy", lambda entropy: entropy < 1e-3),
-        "the entropy is below 0.001 nats a token: completions of a prompt are all the same, and there is nothing left "
-        "to choose from; lower engine.learning_rate, or raise clip_high in loss.args, loss.entropy_coef or the "
-        "temperature",
+        _in_recent_mean("entropy", lambda entropy: entropy < 1e-3),
+        "the entropy is below 0.001 nats a token, so the completions of a prompt are all the same: lower "
+        "engine.learning_rate, or raise clip_high in loss.args, loss.entropy_coef or sampling.temperature",
     ),
+)
+ON_POLICY = Alert(
+    "ratio",
+    lambda rows, first: abs(rows[-1].get("ratio", 1.0) - 1) > MAX_RATIO_ERROR,
+    "the ratio is not 1 although every batch is used once: the loss does not compare with the log-probs it is given",
 )
 
 
 class Alerts:
-    """Watches the rows of a run. The same on every rank, since the rows are."""
+    """The alerts of one run. Metrics are the same on every rank, and so are the alerts."""
 
     def __init__(self, config: RunConfig) -> None:
         trainer = config.trainer
-        self._limit = trainer.max_failed_rewards
-        self._alerts = list(ALERTS)
+        self._max_failed_rewards = trainer.max_failed_rewards
+        self._pending = list(ALERTS)
         if trainer.num_minibatches * trainer.num_passes == 1:
-            self._alerts.append(ON_POLICY)
-        self._alerts.append(_gap(0.01 if config.model.precision == "fp32" else 0.3))
+            self._pending.append(ON_POLICY)
+        precision = "fp32" if config.model.precision == "fp32" else "other"
+        self._pending.append(_make_gap_alert(MAX_LOGPROB_GAP[precision]))
         if any(reward.name == config.evaluation.reward for reward in config.rewards):
-            self._alerts.append(_hacked(config.evaluation.reward))
-        self._rows: deque[Row] = deque(maxlen=WINDOW)
+            self._pending.append(_make_hacking_alert(config.evaluation.reward))
+        self._rows: deque[Row] = deque(maxlen=WINDOW_STEPS)
         self._first: list[Row] = []
 
-    def see(self, row: Row) -> list[str]:
-        """What is to be said now and was not before."""
+    def update(self, row: Row) -> list[str]:
+        """Add a step's row of metrics; return the sentences of the alerts that it raises for the first time."""
         self._rows.append(row)
-        self._first += [row] if len(self._first) < FIRST else []
-        found = [alert for alert in self._alerts if alert.holds(list(self._rows), self._first)]
-        self._alerts = [alert for alert in self._alerts if alert not in found]
-        return [alert.sentence for alert in found]
+        if len(self._first) < FIRST_STEPS:
+            self._first.append(row)
+        raised = [alert for alert in self._pending if alert.condition(list(self._rows), self._first)]
+        self._pending = [alert for alert in self._pending if alert not in raised]
+        return [alert.sentence for alert in raised]
 
-    def too_many_failed(self) -> str | None:
-        """A sentence if a reward has failed on more than trainer.max_failed_rewards of the last steps' completions.
+    def check_failed_rewards(self) -> str | None:
+        """Return a sentence if a reward failed on too many completions of the last WINDOW_STEPS steps, else None.
 
-        In the first steps only if it has failed on all: one batch that goes wrong early is no share to go by.
+        The limit is the share trainer.max_failed_rewards. Before MIN_FAILED_REWARD_STEPS steps only a reward that failed
+        on all completions counts, because a single bad batch is too little to judge by.
         """
         for key in self._rows[-1]:
             if not key.startswith("failed/"):
                 continue
             share = _mean(self._rows, key)
-            if share > self._limit and (len(self._rows) >= ENOUGH or share == 1):
+            if share > self._max_failed_rewards and (len(self._rows) >= MIN_FAILED_REWARD_STEPS or share == 1):
                 return (
                     f"reward {key.removeprefix('failed/')} failed on {share:.0%} of the completions of the last "
-                    f"{len(self._rows)} steps, more than trainer.max_failed_rewards ({self._limit:g}) allows"
+                    f"{len(self._rows)} steps, more than trainer.max_failed_rewards ({self._max_failed_rewards:g}) "
+                    f"allows"
                 )
         return None
 
 
-ON_POLICY = Alert(
-    "ratio",
-    lambda rows, first: abs(rows[-1].get("ratio", 1.0) - 1) > 1e-4,
-    "the ratio is not 1 although every batch is used once: the loss does not compare with the log-probs it was given",
-)
-
-
-def _gap(limit: float) -> Alert:
+def _make_gap_alert(limit: float) -> Alert:
     return Alert(
         "logprob_gap",
-        _recently("logprob_gap", lambda gap: gap > limit),
-        f"sampler and trainer disagree by more than {limit} nats a token (logprob_gap): with lora.dropout it holds the "
-        f"dropout's noise; else compare with sampling.decoder=plain and model.attention=eager, and report it",
+        _in_recent_mean("logprob_gap", lambda gap: gap > limit),
+        f"sampler and trainer disagree by more than {limit} nats a token (logprob_gap): with lora.dropout above 0 that "
+        f"is the noise of dropout; otherwise compare with sampling.decoder=plain and model.attention=eager, and report "
+        f"it as a bug",
     )
 
 
-def _hacked(name: str) -> Alert:
-    """What the evaluation counts, where it is among the rewards (a weight of 0 is enough), beside what is paid for."""
+def _make_hacking_alert(name: str) -> Alert:
+    """Return the alert for reward hacking: the evaluation's reward falls while the total reward rises.
+
+    The evaluation's reward must be among the rewards of the run; a weight of 0 is enough.
+    """
     key = f"rewards/{name}"
 
-    def holds(rows: list[Row], first: list[Row]) -> bool:
-        if len(rows) < WINDOW or any(row.get(k) is None for row in (*rows, *first) for k in (key, "reward")):
+    def is_hacked(rows: list[Row], first: list[Row]) -> bool:
+        if len(rows) < WINDOW_STEPS or any(row.get(k) is None for row in (*rows, *first) for k in (key, "reward")):
             return False
-        began, now = (_mean(part, key) for part in (first, rows[-RECENT:]))
-        return now < min(began / 2, began - 0.1) and _mean(rows[-RECENT:], "reward") > _mean(first, "reward")
+        recent = rows[-RECENT_STEPS:]
+        began, now = _mean(first, key), _mean(recent, key)
+        return now < min(began / 2, began - 0.1) and _mean(recent, "reward") > _mean(first, "reward")
 
     return Alert(
         "hacked",
-        holds,
-        f"{name} has fallen below half of what it was while the whole reward rose: the policy has found something "
-        f"else that is paid for; read completions.jsonl, give the other rewards an upper end or less weight, or raise "
+        is_hacked,
+        f"{name} has fallen below half of what it was while the total reward rose, so the policy is rewarded for "
+        f"something else: read completions.jsonl, bound the other rewards or lower their weights, or raise "
         f"loss.kl_coef",
     )
 

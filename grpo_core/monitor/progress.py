@@ -1,4 +1,4 @@
-"""What the terminal shows of work that takes longer than two seconds: nothing in a log file, nothing on other ranks."""
+"""Show the progress of long work in the terminal, on the main rank only and never in a log file."""
 
 from __future__ import annotations
 
@@ -11,66 +11,69 @@ from tqdm import tqdm
 
 from grpo_core.distributed import ranks
 
-DELAY = 2.0  # seconds of work before anything is shown
-LOOK = "{desc}  {elapsed}"
+DELAY = 2.0  # seconds of work before anything is displayed
+ELAPSED_FORMAT = "{desc}  {elapsed}"
 
 
-class Line(tqdm):
-    """Wipes at its end whatever it has shown; tqdm wipes only what update() has, not what refresh() or write() have."""
+class ProgressLine(tqdm):
+    """A tqdm bar that always erases itself when it is closed.
 
-    shown = False
+    tqdm with leave=False erases only what update() has displayed, not what refresh() or write() have.
+    """
+
+    is_displayed = False
 
     def display(self, *args: Any, **options: Any) -> bool | None:
-        self.shown = True
+        self.is_displayed = True
         return super().display(*args, **options)
 
     def close(self) -> None:
-        if self.shown and not self.disable:
-            self.last_print_t = max(self.last_print_t, self.start_t + self.delay)
+        if self.is_displayed and not self.disable:
+            self.last_print_t = max(self.last_print_t, self.start_t + self.delay)  # tqdm's condition for erasing
         super().close()
 
 
-def bar(total: int, what: str, unit: str) -> tqdm:
-    """A progress bar of `total` units that are counted by its update()."""
-    return Line(total=total, desc=what, unit=unit, **_how())
+def progress_bar(total: int, title: str, unit: str) -> tqdm:
+    """Return a progress bar of `total` units, which its update() counts."""
+    return ProgressLine(total=total, desc=title, unit=unit, **_options())
 
 
 @contextmanager
-def working(what: str) -> Iterator[None]:
-    """Inside, `what` and the seconds it has taken, for work that cannot be counted."""
-    shown = Line(desc=what, bar_format=LOOK, **_how())
-    stop = ticking(shown)
+def show_elapsed(title: str) -> Iterator[None]:
+    """Display `title` and the elapsed seconds during the block, for work that cannot be counted."""
+    line = ProgressLine(desc=title, bar_format=ELAPSED_FORMAT, **_options())
+    stop = keep_refreshing(line)
     try:
         yield
     finally:
         stop()
-        shown.close()
+        line.close()
 
 
-def ticking(shown: tqdm) -> Callable[[], None]:
-    """Let the bar's clock go on while nothing is counted; returns what ends that."""
-    if shown.disable:
+def keep_refreshing(line: tqdm) -> Callable[[], None]:
+    """Refresh the clock of a bar every second from a thread; return the function that stops it."""
+    if line.disable:
         return lambda: None
-    done = threading.Event()
+    is_done = threading.Event()
 
-    def tick() -> None:
-        if done.wait(DELAY):  # refresh() does not wait for it
+    def refresh() -> None:
+        if is_done.wait(DELAY):  # unlike update(), refresh() does not wait for the delay
             return
         while True:
-            shown.refresh()
-            if done.wait(1.0):
+            line.refresh()
+            if is_done.wait(1.0):
                 return
 
-    thread = threading.Thread(target=tick, daemon=True)
+    thread = threading.Thread(target=refresh, daemon=True)
     thread.start()
 
     def stop() -> None:
-        done.set()
+        is_done.set()
         thread.join()
 
     return stop
 
 
-def _how() -> dict[str, Any]:
-    # None: only where the output is a terminal
+def _options() -> dict[str, Any]:
+    # disable=None displays the bar only where the output is a terminal
     return {"disable": None if ranks.is_main() else True, "delay": DELAY, "leave": False, "dynamic_ncols": True}

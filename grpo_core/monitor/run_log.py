@@ -1,4 +1,4 @@
-"""What a run tells: its timers, the files of its folder, the terminal."""
+"""Log a run: time its phases, write the files of its folder, and print to the terminal."""
 
 from __future__ import annotations
 
@@ -24,25 +24,29 @@ from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import ranks, watchdog
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.completion_rows import completion_rows
-from grpo_core.monitor.progress import ticking
+from grpo_core.monitor.progress import keep_refreshing
 from grpo_core.monitor.trackers import Trackers
 from grpo_core.schema import finite_or_none, printable
 from grpo_core.scoring.scoring import Scores
 
 
 class RunLog:
-    """Writes runs/<name>/ and the terminal. Every rank calls every method; the main one writes."""
+    """The log of a run: the files in its folder, and the terminal.
+
+    Every rank calls every method, and only the main rank writes. `seconds` and `memory` collect the phases of a step.
+    """
 
     def __init__(self, folder: Path, config: RunConfig, start_step: int, num_steps: int) -> None:
+        """Create the folder of a run, or continue it at `start_step`: rows of later steps are removed."""
         self.folder, self.config, self.num_steps = folder, config, num_steps
         self.seconds: dict[str, float] = defaultdict(float)
         self.memory: dict[str, tuple[float, float]] = {}  # phase -> GB allocated, GB reserved
-        self.flops_per_token = 0.0  # of the update; 0: unknown
+        self.flops_per_token = 0.0  # of the update; 0 if unknown
         self.started = time.perf_counter()
         self.bar: tqdm | None = None
-        self._said: set[str] = set()
-        self._rows: dict[str, str] = defaultdict(str)  # file -> what is not yet in it
-        self._full = False
+        self._warnings: set[str] = set()  # those printed so far
+        self._unwritten: dict[str, str] = defaultdict(str)  # file -> its rows that are not on the disk yet
+        self._cannot_write = False
         self.trackers: Trackers | None = None
         if ranks.is_main():
             if config.overwrite and (folder / "config.yaml").exists():
@@ -51,93 +55,93 @@ class RunLog:
             written = dump(replace(config, resume=None, overwrite=False))
             (folder / "config.yaml").write_text(written, encoding="utf-8")
             ranks.report_run_folder(folder)
-            for file in own_files(config):  # what the run was made with
+            for file in find_user_files(config):
                 (folder / "code").mkdir(exist_ok=True)
                 shutil.copy(file, folder / "code")
             for name, last in (
                 ("metrics", start_step - 1),
                 ("completions", start_step - 1),
-                ("evaluation", start_step or -1),  # the one before the first step is made again
+                ("evaluation", start_step or -1),  # the evaluation before the first step is repeated
                 ("evaluation_completions", start_step or -1),
             ):
                 _truncate(folder / f"{name}.jsonl", last)
             self.bar = tqdm(
                 total=num_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True, leave=False
             )
-            self._stop_ticking = ticking(self.bar)
+            self._stop_refreshing = keep_refreshing(self.bar)
             self.trackers = Trackers(folder, config, written, start_step, self.say)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the wall-clock seconds inside to the step's phase `name`, and note the most GPU memory it held."""
+        """Add the seconds of the block to the phase `name` of the step, and record its peak GPU memory."""
         watchdog.beat(name)
         if self.bar is not None:
             self.bar.set_description_str(name, refresh=False)
-        gpu, start = torch.cuda.is_available(), time.perf_counter()
-        if gpu:
+        has_gpu, start = torch.cuda.is_available(), time.perf_counter()
+        if has_gpu:
             torch.cuda.reset_peak_memory_stats()
         yield
-        if gpu:
+        if has_gpu:
             torch.cuda.synchronize()
-            now, before = torch.cuda.memory_stats(), self.memory.get(name, (0.0, 0.0))
-            held = (now["allocated_bytes.all.peak"] / 1e9, now["reserved_bytes.all.peak"] / 1e9)
-            self.memory[name] = (max(held[0], before[0]), max(held[1], before[1]))
+            stats, (allocated, reserved) = torch.cuda.memory_stats(), self.memory.get(name, (0.0, 0.0))
+            allocated = max(allocated, stats["allocated_bytes.all.peak"] / 1e9)
+            self.memory[name] = (allocated, max(reserved, stats["reserved_bytes.all.peak"] / 1e9))
         self.seconds[name] += time.perf_counter() - start
         watchdog.beat()
 
-    def step(
+    def log_step(
         self,
         step: int,
         tasks: list[Task],
         rollouts: Rollouts,
         scores: Scores,
-        rewards: Tensor,  # [N, G] what the advantages are of: the scores after truncation and a KL in the reward
+        rewards: Tensor,  # [N, G], after truncation and a KL in the reward: what the advantages are computed from
         advantages: Tensor,
         stats: Stats,
         numbers: dict[str, float],
     ) -> dict[str, float]:
-        """One row of metrics.jsonl, the rollouts of all ranks to completions.jsonl, and now and then a line.
+        """Write a row of metrics.jsonl and the rollouts of all ranks to completions.jsonl; return the row of metrics.
 
-        `stats` are tensors to reduce over ranks; `numbers` are the same on all of them. Returns the row.
+        `stats` are reduced over ranks, `numbers` are the same on all ranks. A collective.
         """
-        add_rollouts(stats, rollouts, scores, advantages)
-        for name, value in self._peaks().items():
-            stats.max(name, torch.tensor(value))
+        add_rollout_stats(stats, rollouts, scores, advantages)
+        for name, value in self._take_memory_peaks().items():
+            stats.add_max(name, torch.tensor(value))
         row = {"step": step, **stats.reduce(), **numbers}
         for name in ("reward", *(f"rewards/{name}" for name in scores.by_name)):
             row[f"{name}_std"] = max(row.pop(f"{name}_square") - row[name] ** 2, 0.0) ** 0.5
         if self.config.log.completions:
-            columns = _completion_columns(scores, self._shaped(rewards), advantages)
+            columns = _completion_columns(scores, self._shaped_rewards(rewards), advantages)
             rows = ranks.gather(completion_rows(tasks, rollouts, columns))
             rows = [{"step": step, **row} for part in rows for row in part]
             self._append("completions", *rows)
             if self.trackers and (step + 1) % self.config.log.every == 0:
-                self.trackers.completions(rows, step)
+                self.trackers.log_completions(rows, step)
         if row.get("memory_retries"):
             self.say(
-                f"step {step + 1}: memory ran out; {row['memory_retries']:.0f} micro-batches were computed in halves"
+                f"step {step + 1}: memory ran out; {row['memory_retries']:.0f} micro-batches were split into halves"
             )
-        self.record(step, row, lambda row: _line(row, list(scores.by_name)))
+        self.log_row(step, row, lambda row: _format_step(row, list(scores.by_name)))
         return row
 
-    def _peaks(self) -> dict[str, float]:
-        """The most memory of this process since the last row, in GB (1e9 bytes): on the GPU where there is one."""
+    def _take_memory_peaks(self) -> dict[str, float]:
+        """Return the peak memory since the last row in GB (1e9 bytes): of the GPU, or of the process without one."""
         if not torch.cuda.is_available():
-            return {"peak_memory_gb": resident_gb()}
+            return {"peak_memory_gb": peak_resident_gb()}
         peaks = {f"memory_gb/{name}": allocated for name, (allocated, _) in self.memory.items()}
         peaks |= {"peak_memory_gb": max(peaks.values()), "reserved_memory_gb": max(r for _, r in self.memory.values())}
         self.memory = {}
         return peaks
 
-    def _shaped(self, rewards: Tensor) -> Tensor | None:
-        """The rewards that the advantages are of, where they may differ from the scores."""
+    def _shaped_rewards(self, rewards: Tensor) -> Tensor | None:
+        """Return the rewards that the advantages are computed from, or None if they are the scores themselves."""
         same = self.config.truncation.name == "keep" and self.config.loss.kl_in == "loss"
         return None if same else rewards
 
-    def record(self, step: int, row: dict[str, float], line: Callable[[dict[str, float]], str]) -> None:
-        """One row of metrics.jsonl with the seconds of its phases; `line(row)` every log.every steps.
+    def log_row(self, step: int, row: dict[str, float], line: Callable[[dict[str, float]], str]) -> None:
+        """Write a row of metrics.jsonl with the seconds of its phases; print `line(row)` every log.every steps.
 
-        Seconds count from the row before, so an evaluation or a checkpoint belongs to the step after it.
+        Seconds count from the previous row, so an evaluation or a checkpoint counts in the step after it.
         """
         elapsed, self.started = time.perf_counter() - self.started, time.perf_counter()
         row |= {f"seconds/{name}": value for name, value in self.seconds.items()}
@@ -150,7 +154,7 @@ class RunLog:
         self.seconds = defaultdict(float)
         self._append("metrics", row)
         if self.trackers:
-            self.trackers.metrics(row, step)
+            self.trackers.log_metrics(row, step)
         if self.bar is not None:
             by_name = [name for name in row if name.startswith("rewards/") and not name.endswith("_std")]
             names = ["reward", *by_name] if by_name else ["loss"]
@@ -159,97 +163,101 @@ class RunLog:
         if (step + 1) % self.config.log.every == 0 or step + 1 == self.num_steps:
             self.say(f"step {step + 1:>{len(str(self.num_steps))}}/{self.num_steps}  {line(row)}")
 
-    def evaluation(self, step: int, result: dict[str, float], completions: list[dict[str, Any]]) -> None:
-        """One row of evaluation.jsonl, some of evaluation_completions.jsonl, and a line, after `step` steps."""
+    def log_evaluation(self, step: int, result: dict[str, float], completions: list[dict[str, Any]]) -> None:
+        """Write and print an evaluation after `step` steps, and write its completions.
+
+        The files are evaluation.jsonl and evaluation_completions.jsonl.
+        """
         self._append("evaluation", {"step": step, **result})
         if completions:
             self._append("evaluation_completions", *({"step": step, **row} for row in completions))
         if self.trackers:
-            self.trackers.evaluation(result, step)
-        self.say(f"evaluation after {step} steps: {describe(result)}")
+            self.trackers.log_evaluation(result, step)
+        self.say(f"evaluation after {step} steps: {describe_evaluation(result)}")
 
     def say(self, text: str) -> None:
-        """A line on the terminal, above the progress bar."""
+        """Print a line above the progress bar."""
         if self.bar is not None:
-            tqdm.write(printable(text))  # all bars stand aside
+            tqdm.write(printable(text))  # moves all progress bars down
             sys.stdout.flush()
 
     def warn(self, sentences: Sequence[str]) -> None:
-        """Say what any rank has to say, each sentence once in a run. A collective."""
+        """Print the warnings of all ranks, each sentence once in a run. A collective."""
         if not ranks.all_max(torch.tensor(float(len(sentences)))):
             return
-        for sentence in sorted({one for part in ranks.gather(list(sentences)) for one in part} - self._said):
-            self._said.add(sentence)
+        everywhere = {sentence for part in ranks.gather(list(sentences)) for sentence in part}
+        for sentence in sorted(everywhere - self._warnings):
+            self._warnings.add(sentence)
             self.say(f"warning: {sentence}")
 
     def close(self) -> None:
         if self.bar is not None:
-            self._stop_ticking()
+            self._stop_refreshing()
             self.bar.close()
         if self.trackers:
             self.trackers.close()
 
-    def write(self) -> str | None:
-        """Bring every row to the disk; what is in the way, in words, where it cannot be done (on the main rank)."""
+    def flush(self) -> str | None:
+        """Write all rows to the disk; return None, or the reason why the disk refuses them (on the main rank)."""
         problem = None
-        for name, text in self._rows.items():
+        for name, text in self._unwritten.items():
             try:
-                _append_whole(self.folder / f"{name}.jsonl", text.encode(errors="replace"))
-                self._rows[name] = ""
+                _append_all(self.folder / f"{name}.jsonl", text.encode(errors="replace"))
+                self._unwritten[name] = ""
             except OSError as error:
                 problem = error.strerror
         return problem
 
     def _append(self, name: str, *rows: dict[str, Any]) -> None:
-        """Write rows down, or keep them until they can be."""
+        """Write rows to a file; rows that a full disk refuses are kept and written later."""
         if not ranks.is_main():
             return
-        self._rows[name] += "".join(json.dumps(finite_or_none(row), ensure_ascii=False) + "\n" for row in rows)
-        if (problem := self.write()) and not self._full:
-            self.say(f"warning: {name}.jsonl cannot be written ({problem}); its rows are kept until it can be")
-        self._full = problem is not None
+        self._unwritten[name] += "".join(json.dumps(finite_or_none(row), ensure_ascii=False) + "\n" for row in rows)
+        if (problem := self.flush()) and not self._cannot_write:
+            self.say(f"warning: {name}.jsonl cannot be written ({problem}); its rows are kept in memory and written later")
+        self._cannot_write = problem is not None
 
 
-def own_files(config: RunConfig) -> set[str]:
-    """The user's files that the configuration takes functions from."""
+def find_user_files(config: RunConfig) -> set[str]:
+    """Return the user's files that the configuration takes functions from."""
     loss = config.loss
     names = [loss.name, loss.average, loss.kl, loss.rollout_correction.name, config.advantage.name]
     names += [config.truncation.name, config.evaluation.reward, *(reward.name for reward in config.rewards)]
     return {name.rpartition(":")[0] for name in names if ".py:" in name}
 
 
-def add_rollouts(stats: Stats, rollouts: Rollouts, scores: Scores, advantages: Tensor) -> None:
-    """What the rollouts and their scores say of a step."""
+def add_rollout_stats(stats: Stats, rollouts: Rollouts, scores: Scores, advantages: Tensor) -> None:
+    """Add the metrics of a step's rollouts, scores and advantages."""
     lengths = rollouts.lengths()
-    named = {"reward": scores.rewards, **{f"rewards/{name}": values for name, values in scores.by_name.items()}}
-    for name, values in named.items():
-        stats.mean(name, values, ~values.isnan())
-        stats.mean(f"{name}_square", values.square(), ~values.isnan())
+    rewards = {"reward": scores.rewards, **{f"rewards/{name}": values for name, values in scores.by_name.items()}}
+    for name, values in rewards.items():
+        stats.add_mean(name, values, ~values.isnan())
+        stats.add_mean(f"{name}_square", values.square(), ~values.isnan())
     for name, failed in scores.failed.items():
-        stats.mean(f"failed/{name}", failed)
-    stats.mean("advantage_abs", advantages.abs())
-    stats.mean("length", lengths)
-    stats.max("length_max", lengths)
-    stats.mean("truncated", rollouts.truncated)
-    stats.total("tokens", lengths.sum())
+        stats.add_mean(f"failed/{name}", failed)
+    stats.add_mean("advantage_abs", advantages.abs())
+    stats.add_mean("length", lengths)
+    stats.add_max("length_max", lengths)
+    stats.add_mean("truncated", rollouts.truncated)
+    stats.add_total("tokens", lengths.sum())
 
 
-def describe(result: dict[str, float]) -> str:
-    """An evaluation in words."""
-    sampled = "".join(
+def describe_evaluation(result: dict[str, float]) -> str:
+    """Return a row of evaluation.jsonl as text."""
+    sampling = "".join(
         f", {name} {result[name]}" for name in ("temperature", "top_k", "top_p", "min_p") if name in result
     )
     loss = f", loss {result['loss']:.4f} nats a token" if result.get("loss") is not None else ""
     failed = f"; the reward failed on {result['failed']}" if result.get("failed") else ""
     return (
         f"accuracy {result['accuracy']:.1%} ({result['correct']} of {result['n']}, "
-        f"95 % interval {result['ci_low']:.1%} to {result['ci_high']:.1%}{sampled}{failed}){loss}"
+        f"95 % interval {result['ci_low']:.1%} to {result['ci_high']:.1%}{sampling}{failed}){loss}"
     )
 
 
-def resident_gb() -> float:
-    """The most memory this process has held, in GB (1e9 bytes)."""
-    unit = 1 if sys.platform == "darwin" else 1024
+def peak_resident_gb() -> float:
+    """Return the peak resident memory of this process in GB (1e9 bytes)."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
@@ -265,7 +273,7 @@ def _completion_columns(scores: Scores, shaped: Tensor | None, advantages: Tenso
     return columns | {"advantage": advantages.flatten().tolist()}
 
 
-def _line(row: dict[str, float], rewards: list[str]) -> str:
+def _format_step(row: dict[str, float], rewards: list[str]) -> str:
     by_name = "".join(f"  {name} {row[f'rewards/{name}']:.3f}" for name in rewards) if len(rewards) > 1 else ""
     return (
         f"reward {row['reward']:.3f}{by_name}  tied {row['tied_groups']:.0%}  length {row['length']:.0f}"
@@ -276,19 +284,19 @@ def _line(row: dict[str, float], rewards: list[str]) -> str:
 
 
 def _truncate(path: Path, last_step: int) -> None:
-    """Drop rows of steps after `last_step` (they will be made again) and a torn last row."""
+    """Remove the rows of steps after `last_step`, which will be repeated, and an incomplete last row."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):  # of text it would split at U+2028, which JSON may hold
+    lines = []
+    for line in path.read_bytes().splitlines(keepends=True):  # bytes: text is also split at U+2028, which JSON allows
         if not line.endswith(b"\n") or json.loads(line)["step"] > last_step:
             break
-        kept.append(line)
-    path.write_bytes(b"".join(kept))
+        lines.append(line)
+    path.write_bytes(b"".join(lines))
 
 
-def _append_whole(path: Path, content: bytes) -> None:
-    """All of `content` at the end of the file, or nothing."""
+def _append_all(path: Path, content: bytes) -> None:
+    """Append all of `content` to the file, or nothing if the disk is full."""
     with open(path, "ab", buffering=0) as file:
         end = file.tell()
         try:
