@@ -27,7 +27,7 @@ def seen(change, steps=30, config=None):
     alerts, said = Alerts(config or RunConfig()), []
     for step in range(steps):
         row = {**WELL, "adapter_norm": 1 + step / 1e9, **change(step)}
-        said += [(step + 1, sentence) for sentence in alerts.see(row)]
+        said += [(step + 1, sentence) for sentence in alerts.update(row)]
     return said
 
 
@@ -105,8 +105,8 @@ def test_the_published_recipes_reward_is_noticed_after_ten_steps():
 def test_failed_rewards_are_counted_over_the_last_ten_steps():
     alerts, told = Alerts(RunConfig(trainer=TrainerConfig(max_failed_rewards=0.25))), []
     for step in range(20):
-        alerts.see({**WELL, "failed/correct_answer": float(5 <= step < 12)})
-        told.append(alerts.too_many_failed())
+        alerts.update({**WELL, "failed/correct_answer": float(5 <= step < 12)})
+        told.append(alerts.check_failed_rewards())
     assert [step for step, sentence in enumerate(told) if sentence] == list(range(6, 19))
     assert told[7] == (
         "reward correct_answer failed on 38% of the completions of the last 8 steps, more than trainer.max_failed_rewards (0.25) allows"
@@ -117,7 +117,7 @@ def test_one_batch_that_fails_early_ends_nothing_and_a_reward_that_never_works_e
     def told(*shares):
         alerts = Alerts(RunConfig())
         return [
-            alerts.see({**WELL, "failed/correct_answer": share}) == [] and alerts.too_many_failed() is not None
+            alerts.update({**WELL, "failed/correct_answer": share}) == [] and alerts.check_failed_rewards() is not None
             for share in shares
         ]
 

@@ -47,11 +47,11 @@ def test_a_loss_with_the_correction_in_it_gets_it_through_the_old_logprobs():
 
 def test_effective_sample_size():
     stats = Stats()
-    stats.weights("w", torch.tensor([[1.0, 3.0], [2.0, 77.0]]), MASK)
+    stats.add_weights("w", torch.tensor([[1.0, 3.0], [2.0, 77.0]]), MASK)
     row = stats.reduce()
     assert row == {"w": pytest.approx(2.0), "w_ess": pytest.approx(4 / (14 / 3))}
     nothing = Stats()
-    nothing.weights("w", torch.zeros(2, 2), MASK)
+    nothing.add_weights("w", torch.zeros(2, 2), MASK)
     assert nothing.reduce()["w_ess"] == 0.0
 
 

@@ -62,7 +62,7 @@ def test_no_row_is_torn_and_all_come_when_there_is_room(tmp_path, monkeypatch, c
     run.engine.step = step
     train(run)
     assert (
-        capsys.readouterr().out.count("cannot be written (No space left on device); its rows are kept until it can be")
+        capsys.readouterr().out.count("cannot be written (No space left on device); its rows are kept and written later")
         == 1
     )
     for name in ("metrics", "completions"):

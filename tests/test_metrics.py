@@ -6,26 +6,26 @@ import torch
 
 from grpo_core.config.sections import AdvantageConfig, FunctionConfig, LossConfig, RewardConfig, RunConfig
 from grpo_core.monitor.aggregates import Stats
-from grpo_core.monitor.run_log import RunLog, own_files
+from grpo_core.monitor.run_log import RunLog, find_user_files
 from grpo_core.training.eval_statistics import wilson_interval
 
 
 def test_stats_are_masked_means_totals_and_maxima():
     stats = Stats()
-    stats.mean("a", torch.tensor([[1.0, 9.0], [2.0, 3.0]]), torch.tensor([[True, False], [True, True]]))
-    stats.mean("a", torch.tensor([[10.0]]))
-    stats.mean("none", torch.tensor([1.0]), torch.tensor([False]))
-    stats.total("t", torch.tensor(3))
-    stats.total("t", torch.tensor(4))
-    stats.max("m", torch.tensor([1.0, 5.0]))
-    stats.max("m", torch.tensor(3.0))
+    stats.add_mean("a", torch.tensor([[1.0, 9.0], [2.0, 3.0]]), torch.tensor([[True, False], [True, True]]))
+    stats.add_mean("a", torch.tensor([[10.0]]))
+    stats.add_mean("none", torch.tensor([1.0]), torch.tensor([False]))
+    stats.add_total("t", torch.tensor(3))
+    stats.add_total("t", torch.tensor(4))
+    stats.add_max("m", torch.tensor([1.0, 5.0]))
+    stats.add_max("m", torch.tensor(3.0))
     row = stats.reduce()
     assert math.isnan(row.pop("none")) and row == {"a": 4.0, "t": 7.0, "m": 5.0}
 
 
 def test_nothing_that_is_said_moves_the_cursor(tmp_path, capsys):
     log = RunLog(tmp_path, RunConfig(), 0, 1)
-    log.say("a\x1b[31mred\x07\r\u202e and\ntwo lines, ×")
+    log.info("a\x1b[31mred\x07\r\u202e and\ntwo lines, ×")
     log.warn(["once \x1b]0;title\x07"])
     log.warn(["once \x1b]0;title\x07", "more"])
     assert capsys.readouterr().out == (
@@ -47,13 +47,13 @@ def test_stats_add_up():
     one, parts = Stats(), [Stats(), Stats()]
     for i, part in enumerate(parts):
         for stats in (one, part):
-            stats.mean("a", torch.arange(3.0) + i)
-            stats.total("t", torch.tensor(float(i + 3)))
-            stats.max("m", torch.tensor(5.0 - i))
-            stats.weights("w", torch.tensor([1.0, 2.0 + i]), torch.tensor([True, True]))
+            stats.add_mean("a", torch.arange(3.0) + i)
+            stats.add_total("t", torch.tensor(float(i + 3)))
+            stats.add_max("m", torch.tensor(5.0 - i))
+            stats.add_weights("w", torch.tensor([1.0, 2.0 + i]), torch.tensor([True, True]))
     added = Stats()
     for part in parts:
-        added.add(part)
+        added.merge(part)
     assert added.reduce() == one.reduce() and added.reduce()["t"] == 7.0
 
 
@@ -102,7 +102,7 @@ def test_a_users_files_are_kept_with_the_run(tmp_path):
         loss=LossConfig(name=files["loss"], rollout_correction=FunctionConfig(files["correction"])),
         advantage=AdvantageConfig(files["advantage"]), rewards=[RewardConfig(files["reward"]), RewardConfig("combined")],
     )  # fmt: skip
-    assert own_files(config) == {f"{tmp_path / name}.py" for name in names} and own_files(RunConfig()) == set()
+    assert find_user_files(config) == {f"{tmp_path / name}.py" for name in names} and find_user_files(RunConfig()) == set()
     with pytest.raises(ValueError):  # the functions are not there, so the run's formula cannot be written
         RunLog(tmp_path / "run", config, 0, 1)
     for name in names:

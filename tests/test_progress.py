@@ -22,16 +22,16 @@ from grpo_core.monitor import progress
 from grpo_core.config.sections import RunConfig
 from grpo_core.monitor.run_log import RunLog
 progress.DELAY = 0.3
-with progress.working("loading the model"):
+with progress.show_elapsed("loading the model"):
     time.sleep(2.5)
-with progress.bar(4, "evaluating", "task") as shown:
+with progress.progress_bar(4, "evaluating", "task") as shown:
     for _ in range(4):
         time.sleep(0.3)
         shown.update()
 log = RunLog(Path({folder!r}), RunConfig(), 0, 2)
 with log.phase("sample"):
     time.sleep(2.2)
-log.say("a line")
+log.info("a line")
 log.close()
 print("done", flush=True)
 """
@@ -41,15 +41,15 @@ import time
 from tqdm import tqdm
 from grpo_core.monitor import progress
 progress.DELAY = 0.3
-with progress.working("loading the model"):
+with progress.show_elapsed("loading the model"):
     time.sleep(0.6)
 print("the adapter", flush=True)
-with progress.working("quick"):
+with progress.show_elapsed("quick"):
     time.sleep(0.05)
     tqdm.write("said early")  # which shows every bar, long before it is due
 print("its end", flush=True)
 try:
-    with progress.working("failing"):
+    with progress.show_elapsed("failing"):
         time.sleep(0.6)
         raise ValueError
 except ValueError:

@@ -28,7 +28,7 @@ def test_both_hold_what_the_metrics_hold_also_when_resumed(tmp_path, here, monke
     for steps, more in ((3, []), (4, ["resume=auto"])):
         words = [f"output_dir={tmp_path}", *SHORT, *on, f"trainer.num_steps={steps}", *more]
         done = here("train", "--config", "configs/tiny.yaml", *words)
-        assert done.returncode == 0 and "is off from here on" not in done.stdout, done.stdout + done.stderr
+        assert done.returncode == 0 and "is off for the rest of the run" not in done.stdout, done.stdout + done.stderr
     folder = tmp_path / "tiny"
     rows, (before, *_, after) = read(folder / "metrics.jsonl"), read(folder / "evaluation.jsonl")
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
@@ -93,12 +93,12 @@ def test_a_package_that_is_not_there_is_said_before_anything_loads(key, package,
 class Broken:
     calls = 0
 
-    def numbers(self, row, step):
+    def log_numbers(self, row, step):
         Broken.calls += 1
         if step == 1:
             raise OSError("No space left\non device")
 
-    def text(self, name, text, step):
+    def log_text(self, name, text, step):
         pass
 
     def close(self):
@@ -110,14 +110,14 @@ def test_a_tracker_that_fails_is_switched_off_and_said_once(tmp_path, monkeypatc
     monkeypatch.setattr(trackers, "TensorBoard", lambda folder, first_step: Broken())
     both = Trackers(tmp_path, RunConfig(log=LogConfig(tensorboard=True)), "", 0, said.append)
     for step in range(4):
-        both.metrics({"step": step, "a": 1.0, "b": None, "c": float("nan")}, step)
+        both.log_metrics({"step": step, "a": 1.0, "b": None, "c": float("nan")}, step)
     both.close()
-    assert said == ["warning: log.tensorboard is off from here on: No space left"] and Broken.calls == 2
+    assert said == ["warning: log.tensorboard failed and is off for the rest of the run: No space left"] and Broken.calls == 2
 
     def refuse(*given):
         raise RuntimeError("no network")
 
     monkeypatch.setattr(trackers, "WeightsAndBiases", refuse)
     both = Trackers(tmp_path, RunConfig(log=LogConfig(wandb="x")), "", 0, said.append)
-    both.metrics({"a": 1.0}, 0)
-    assert said[1:] == ["warning: log.wandb is off from here on: no network"]
+    both.log_metrics({"a": 1.0}, 0)
+    assert said[1:] == ["warning: log.wandb failed and is off for the rest of the run: no network"]

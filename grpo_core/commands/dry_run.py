@@ -17,7 +17,7 @@ from grpo_core.distributed import ranks
 from grpo_core.model.loading import dtype_name, resolve_dtype
 from grpo_core.model.memory import find_budgets
 from grpo_core.model.policy import Policy, load_policy
-from grpo_core.monitor.progress import working
+from grpo_core.monitor.progress import show_elapsed
 from grpo_core.schema import printable
 from grpo_core.scoring.scoring import score
 from grpo_core.training.prepare import Prepared, make_rewards, make_sampler, prepare, quieten
@@ -52,7 +52,7 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
     yield "Sizes\n" + _indent(describe_sizes(config, prepared, processes, per_rank))
     first = TaskStream(tasks, config.prompts_per_step, config.seed).batch(0)[0]
     yield "First prompt, as the model receives it\n" + _indent(describe_prompt(first, tokenizer))
-    with working("loading the model"):
+    with show_elapsed("loading the model"):
         policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
         policy.model.to(ranks.device())
     yield "Memory of one process\n" + _indent(describe_memory(config, policy, tasks, per_rank))
@@ -125,7 +125,7 @@ def describe_memory(config: RunConfig, policy: Policy, tasks: list[Task], per_ra
     if not torch.cuda.is_available():
         return "\n".join([*lines, "the activations of an update are not included: they are measured on a GPU only"])
     torch.cuda.reset_peak_memory_stats()
-    with working("trying what fits into memory"):
+    with show_elapsed("trying what fits into memory"):
         find_budgets(config, policy, (longest, config.sampling.max_new_tokens), rows, lines.append)
     peak = torch.cuda.max_memory_allocated()
     return "\n".join([*lines, f"{_format_bytes(peak)} allocated at most while these were tried"])
@@ -143,7 +143,7 @@ def describe_group(config: RunConfig, policy: Policy, tokenizer: PreTrainedToken
     """Sample and score one group; return its completions with their rewards."""
     lines: list[str] = []
     sampler, rewards = make_sampler(config.sampling, policy, tokenizer, lines.append), make_rewards(config)
-    with working("sampling one group"):
+    with show_elapsed("sampling one group"):
         rollouts = sampler.generate([task], config.sampling.group_size)
     scores = score(rewards, [task], rollouts.completions, config.sampling.group_size)
     lines += scores.failures

@@ -22,7 +22,7 @@ from grpo_core.data.prompts import make_tasks
 from grpo_core.data.rows import load_rows, load_splits
 from grpo_core.distributed import ranks
 from grpo_core.monitor.completion_rows import completion_rows
-from grpo_core.monitor.progress import bar
+from grpo_core.monitor.progress import progress_bar
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.registry import fact
 from grpo_core.schema import ConfigError, finite_or_none, keyword_arguments
@@ -95,7 +95,7 @@ def answer_with_policies(
     if base and opened.has_adapter:
         policies = {"base": opened.policy.reference(), **policies}
     rewards, rows = make_correctness_and_rewards(opened.config), []
-    with bar(len(policies) * len(tasks) * (1 + samples), "evaluating", "completion") as progress:
+    with progress_bar(len(policies) * len(tasks) * (1 + samples), "evaluating", "completion") as progress:
         for name, switch in policies.items():
             with switch:
                 answers = answer_tasks(opened, tasks, rewards, samples, settings, progress.update)

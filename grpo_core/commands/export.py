@@ -25,7 +25,7 @@ from grpo_core.commands.model_card import base_name, make_card
 from grpo_core.commands.open_policy import ADAPTER_CONFIG, OpenedPolicy, open_source
 from grpo_core.data.word_problems import word_problems
 from grpo_core.model.loading import DTYPES
-from grpo_core.monitor.progress import working
+from grpo_core.monitor.progress import show_elapsed
 from grpo_core.report.run_reader import locate_completions, read_rows
 from grpo_core.schema import ConfigError, first_line, printable
 from grpo_core.training.checkpoint import in_words
@@ -86,7 +86,7 @@ def run_export(
             _write_adapter(opened, folder)
         else:
             texts = choose_texts(opened)
-            with working("merging and comparing"):
+            with show_elapsed("merging and comparing"):
                 merge_gap, gap = write_merged(opened, folder, dtype, texts)
             if not _check_gaps(merge_gap, gap, dtype):
                 shutil.rmtree(folder)
@@ -188,7 +188,7 @@ def upload(folder: Path, repository: str, *, private: bool) -> None:
     from huggingface_hub import HfApi
 
     try:
-        with working(f"uploading to {repository}"):
+        with show_elapsed(f"uploading to {repository}"):
             api = HfApi()
             api.create_repo(repository, private=private, exist_ok=True)
             api.upload_folder(folder_path=folder, repo_id=repository, ignore_patterns=[MARK])

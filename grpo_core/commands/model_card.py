@@ -12,7 +12,7 @@ from grpo_core.commands.open_policy import OpenedPolicy
 from grpo_core.config.formula import render
 from grpo_core.config.sections import RunConfig
 from grpo_core.model.loading import DTYPES, dtype_name
-from grpo_core.monitor.run_log import describe
+from grpo_core.monitor.run_log import describe_evaluation
 from grpo_core.report.run_reader import RunFolder, read_run
 
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed")
@@ -126,7 +126,7 @@ def _describe_accuracy(config: RunConfig, folder: Path, run: RunFolder) -> str:
     lines = []
     rows = [row for row in run.evaluation if row.get("accuracy") is not None]
     for name, row in (("before", rows[0]), ("after", rows[-1])) if rows else ():
-        lines.append(f"- {name} ({row['step']:.0f} steps): {describe(_counts_to_int(row))}")
+        lines.append(f"- {name} ({row['step']:.0f} steps): {describe_evaluation(_counts_to_int(row))}")
     if result := _read_evaluation(config, folder):
         lines += _evaluation_table(result)
     return "\n".join(lines) if lines else "The model was not evaluated."

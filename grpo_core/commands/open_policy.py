@@ -15,7 +15,7 @@ from grpo_core.config.sections import LoraConfig, RunConfig
 from grpo_core.distributed import ranks
 from grpo_core.model.loading import load_tokenizer, missing_folder, resolve_dtype
 from grpo_core.model.policy import Policy, load_policy
-from grpo_core.monitor.progress import working
+from grpo_core.monitor.progress import show_elapsed
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint
@@ -84,7 +84,7 @@ def _load(found: _Source, source: str, notify: Callable[[str], None]) -> OpenedP
     config = found.config
     dtype = resolve_dtype(config.model.precision)
     lora = config.lora if found.checkpoint is not None else LoraConfig(r=0)
-    with working("loading the model"):
+    with show_elapsed("loading the model"):
         tokenizer = load_tokenizer(str(found.tokenizer), config.model.trust_remote_code)
         policy = load_policy(
             config.model, lora, dtype=dtype, temperature=config.sampling.temperature, adapter=found.adapter

@@ -28,7 +28,7 @@ from grpo_core.model.memory import ON_CPU, Budgets
 from grpo_core.model.packing import Budget
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.monitor.aggregates import Stats
-from grpo_core.monitor.progress import working
+from grpo_core.monitor.progress import show_elapsed
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
 from grpo_core.objective.kl import KLS
@@ -92,11 +92,11 @@ def run_replay(
     check_kept(batch)
     dumped = saved_batches.read_dump(batch)
     configs = objectives(dumped.folder, overrides, loss)
-    with working("loading the model"):
+    with show_elapsed("loading the model"):
         weights = open_weights(dumped, configs[0][1], model, [word for word in overrides if word.startswith("model.")])
     replayed = []
     for name, config in configs:
-        with working(name):
+        with show_elapsed(name):
             replayed.append(replay(dumped, weights, name, config, configs[0][1]))
     summary = summarise(dumped, weights, replayed, configs[0][1])
     print(printable(format_table(summary)))

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core.batch import SamplingParams, Task
 from grpo_core.commands.open_policy import OpenedPolicy, open_source
 from grpo_core.data.prompts import render_prompt, template_fields
-from grpo_core.monitor.progress import working
+from grpo_core.monitor.progress import show_elapsed
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.schema import ConfigError, printable
 from grpo_core.scoring.reward_call import missing_columns, needed_columns
@@ -160,7 +160,7 @@ def answer_question(opened: OpenedPolicy, rewards: Sequence[Reward], question: s
             rollouts = opened.sampler.generate([task], 1, settings=settings.sampling, watch=printer)
             print(printer.rest())
         else:
-            with working("sampling"):
+            with show_elapsed("sampling"):
                 rollouts = opened.sampler.generate([task], settings.samples, settings=settings.sampling)
     reward_notes = describe_rewards(rewards, task, rollouts.completions, settings.samples)
     notes = [

@@ -16,7 +16,7 @@ from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import ranks
 from grpo_core.model.packing import Budget, Packing
 from grpo_core.model.policy import Policy, checkpoint_gradients
-from grpo_core.monitor.progress import working
+from grpo_core.monitor.progress import show_elapsed
 from grpo_core.objective.kl import KLS
 from grpo_core.registry import fact
 from grpo_core.schema import ConfigError
@@ -54,7 +54,7 @@ def find_budgets(
         tokens = ON_CPU if fixed == "auto" else fixed
         return Budgets(Budget(tokens), Budget(max(tokens, ON_CPU)))
     trial = _Trial(config, policy, longest, rows)
-    with working("trying what fits into memory"):
+    with show_elapsed("trying what fits into memory"):
         update = trial.most_rows(backward=True)
     if ranks.all_max(torch.tensor(float(update == 0))) and checkpointing == "auto":
         checkpoint_gradients(policy.causal_lm)

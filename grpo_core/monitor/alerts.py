@@ -35,9 +35,7 @@ def _in_every_step(key: str, test: Callable[[float], bool]) -> Condition:
 
 def _in_recent_mean(key: str, test: Callable[[float], bool]) -> Condition:
     """Return the condition that `test` is true for the mean of the last RECENT_STEPS steps."""
-    return lambda rows, first: (
-        len(rows) >= RECENT_STEPS and key in rows[-1] and test(_mean(rows[-RECENT_STEPS:], key))
-    )
+    return lambda rows, first: len(rows) >= RECENT_STEPS and key in rows[-1] and test(_mean(rows[-RECENT_STEPS:], key))
 
 
 def _adapter_is_constant(rows: list[Row], first: list[Row]) -> bool:
@@ -131,8 +129,8 @@ class Alerts:
     def check_failed_rewards(self) -> str | None:
         """Return a sentence if a reward failed on too many completions of the last WINDOW_STEPS steps, else None.
 
-        The limit is the share trainer.max_failed_rewards. Before MIN_FAILED_REWARD_STEPS steps only a reward that failed
-        on all completions counts, because a single bad batch is too little to judge by.
+        The limit is the share trainer.max_failed_rewards. Before MIN_FAILED_REWARD_STEPS steps, only a reward that
+        failed on all completions counts, because a single bad batch is too little to judge by.
         """
         for key in self._rows[-1]:
             if not key.startswith("failed/"):

@@ -69,7 +69,7 @@ class RunLog:
                 total=num_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True, leave=False
             )
             self._stop_refreshing = keep_refreshing(self.bar)
-            self.trackers = Trackers(folder, config, written, start_step, self.say)
+            self.trackers = Trackers(folder, config, written, start_step, self.info)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -118,7 +118,7 @@ class RunLog:
             if self.trackers and (step + 1) % self.config.log.every == 0:
                 self.trackers.log_completions(rows, step)
         if row.get("memory_retries"):
-            self.say(
+            self.info(
                 f"step {step + 1}: memory ran out; {row['memory_retries']:.0f} micro-batches were split into halves"
             )
         self.log_row(step, row, lambda row: _format_step(row, list(scores.by_name)))
@@ -161,7 +161,7 @@ class RunLog:
             self.bar.set_postfix({name.removeprefix("rewards/"): f"{row[name]:.3f}" for name in names}, refresh=False)
             self.bar.update()
         if (step + 1) % self.config.log.every == 0 or step + 1 == self.num_steps:
-            self.say(f"step {step + 1:>{len(str(self.num_steps))}}/{self.num_steps}  {line(row)}")
+            self.info(f"step {step + 1:>{len(str(self.num_steps))}}/{self.num_steps}  {line(row)}")
 
     def log_evaluation(self, step: int, result: dict[str, float], completions: list[dict[str, Any]]) -> None:
         """Write and print an evaluation after `step` steps, and write its completions.
@@ -173,9 +173,9 @@ class RunLog:
             self._append("evaluation_completions", *({"step": step, **row} for row in completions))
         if self.trackers:
             self.trackers.log_evaluation(result, step)
-        self.say(f"evaluation after {step} steps: {describe_evaluation(result)}")
+        self.info(f"evaluation after {step} steps: {describe_evaluation(result)}")
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self.bar is not None:
             tqdm.write(printable(text))  # moves all progress bars down
@@ -188,7 +188,7 @@ class RunLog:
         everywhere = {sentence for part in ranks.gather(list(sentences)) for sentence in part}
         for sentence in sorted(everywhere - self._warnings):
             self._warnings.add(sentence)
-            self.say(f"warning: {sentence}")
+            self.info(f"warning: {sentence}")
 
     def close(self) -> None:
         if self.bar is not None:
@@ -214,7 +214,7 @@ class RunLog:
             return
         self._unwritten[name] += "".join(json.dumps(finite_or_none(row), ensure_ascii=False) + "\n" for row in rows)
         if (problem := self.flush()) and not self._cannot_write:
-            self.say(f"warning: {name}.jsonl cannot be written ({problem}); its rows are kept in memory and written later")
+            self.info(f"warning: {name}.jsonl cannot be written ({problem}); its rows are kept and written later")
         self._cannot_write = problem is not None
 
 

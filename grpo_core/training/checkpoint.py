@@ -96,7 +96,7 @@ def save(run: Run, next_step: int, control: Control) -> bool:
         meta |= {"engine": run.engine.numbers(), "fingerprints": fingerprints(run), "config": asdict(run.config)}
         folder = run.folder / "checkpoints"
         try:
-            if why := run.log.write():  # a checkpoint stands for rows that are there
+            if why := run.log.flush():  # a checkpoint stands for rows that are there
                 raise OSError(why)
             _write(folder, f"step-{next_step:06d}", tensors, meta)
             for old in steps(folder)[: -run.config.checkpoint.keep]:
@@ -105,7 +105,7 @@ def save(run: Run, next_step: int, control: Control) -> bool:
             problem = in_words(error)
     problem = ranks.broadcast_from_main(problem)
     if problem:
-        run.log.say(f"warning: the checkpoint after {next_step} steps could not be written ({problem}); going on")
+        run.log.info(f"warning: the checkpoint after {next_step} steps could not be written ({problem}); going on")
     return problem is None
 
 

@@ -11,7 +11,7 @@ import torch
 from grpo_core.batch import SamplingParams, Task
 from grpo_core.distributed import ranks
 from grpo_core.monitor.completion_rows import completion_rows
-from grpo_core.monitor.progress import bar
+from grpo_core.monitor.progress import progress_bar
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.scoring.reward_worker import Worker
 from grpo_core.scoring.scoring import Reward, score
@@ -42,7 +42,7 @@ def evaluate(
     placed = [(i, replace(task, seed=(*task.seed, task.index, STREAM))) for i, task in enumerate(tasks)]
     mine = sorted(placed[ranks.rank() :: ranks.world_size()], key=lambda task: len(task[1].prompt_ids))
     counts, failures, rows = torch.zeros(2), [], []  # correct, failed
-    with bar(len(mine), "evaluating", "task") as progress:
+    with progress_bar(len(mine), "evaluating", "task") as progress:
         for start in range(0, len(mine), batch_size):
             places, part = zip(*mine[start : start + batch_size], strict=True)
             rollouts = sampler.generate(part, 1, settings=settings)
@@ -76,7 +76,7 @@ def evaluate_now(run: Run, steps_taken: int) -> str | None:
     with run.log.phase("evaluate"):
         result, shown = evaluate(run.sampler, run.eval_tasks, run.eval_reward, **given)
         result |= run.held_out()
-    run.log.evaluation(steps_taken, result, shown)
+    run.log.log_evaluation(steps_taken, result, shown)
     if result["failed"] <= limit * result["n"]:
         return None
     return (

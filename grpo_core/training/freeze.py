@@ -79,4 +79,6 @@ def measure_exact_kl(run: Run, rollouts: Rollouts, step: int, stats: Stats) -> N
     keep = torch.zeros_like(rows.completion_mask)
     keep[chosen.unbind(dim=1)] = True
     for packing in run.policy.plan(rows, run.budgets.forward):
-        stats.mean("kl_exact", run.policy.divergence(take(rows, packing.rows), packing, kl_exact, keep[packing.rows]))
+        stats.add_mean(
+            "kl_exact", run.policy.divergence(take(rows, packing.rows), packing, kl_exact, keep[packing.rows])
+        )

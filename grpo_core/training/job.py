@@ -10,7 +10,7 @@ from pathlib import Path
 
 from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import signals, watchdog
-from grpo_core.monitor.run_log import describe
+from grpo_core.monitor.run_log import describe_evaluation
 from grpo_core.training import checkpoint
 from grpo_core.training.run import Run
 from grpo_core.training.setup import setup
@@ -31,7 +31,7 @@ def train(config: RunConfig) -> Path:
             train_loop(run)
             adapter = run.folder / "adapter"
             checkpoint.export(adapter, run.policy, tokenizer)
-            run.log.say(summary(run.folder, adapter))
+            run.log.info(summary(run.folder, adapter))
     return run.folder
 
 
@@ -41,7 +41,7 @@ def closing(run: Run) -> Iterator[None]:
     try:
         yield
     except signals.Interrupted as signal:
-        run.log.say(f"stopped by {signal} with a checkpoint; resume={run.folder} goes on")
+        run.log.info(f"stopped by {signal} with a checkpoint; resume={run.folder} goes on")
         raise
     finally:
         run.log.close()
@@ -53,5 +53,5 @@ def summary(folder: Path, adapter: Path) -> str:
     """The last lines: accuracy before and after, and where the adapter is."""
     path, lines = folder / "evaluation.jsonl", []
     if path.exists() and (rows := [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]):
-        lines = [f"before: {describe(rows[0])}", f"after:  {describe(rows[-1])}"]
+        lines = [f"before: {describe_evaluation(rows[0])}", f"after:  {describe_evaluation(rows[-1])}"]
     return "\n".join([*lines, f"adapter: {adapter}"])

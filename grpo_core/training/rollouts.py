@@ -39,8 +39,8 @@ def _resample(
 ) -> tuple[list[Task], Rollouts, Scores]:
     """`collect`'s tasks, completions and scores with tied groups replaced."""
     group_size, tasks = run.config.sampling.group_size, list(tasks)
-    stats.mean("first_draw/reward", scores.rewards, ~scores.rewards.isnan())
-    stats.mean("first_draw/tied_groups", _to_replace(run, rollouts, scores))
+    stats.add_mean("first_draw/reward", scores.rewards, ~scores.rewards.isnan())
+    stats.add_mean("first_draw/tied_groups", _to_replace(run, rollouts, scores))
     replaced, used, tokens = 0, 0, rollouts.lengths().sum()
     for attempt in range(1, run.config.sampling.dynamic_attempts + 1):
         failed = torch.stack([*scores.failed.values()]).any(dim=0).any(dim=1)  # not the prompt's fault
@@ -56,9 +56,9 @@ def _resample(
         rollouts = replace_rows(rollouts, rows, fresh_rollouts)
         scores = _replace_scores(scores, tied, fresh_scores)
         replaced, used, tokens = replaced + len(tied), attempt, tokens + fresh_rollouts.lengths().sum()
-    stats.total("resampled_groups", torch.tensor(float(replaced)))
-    stats.max("resampling_attempts", torch.tensor(float(used)))
-    stats.total("tokens_sampled", tokens)
+    stats.add_total("resampled_groups", torch.tensor(float(replaced)))
+    stats.add_max("resampling_attempts", torch.tensor(float(used)))
+    stats.add_total("tokens_sampled", tokens)
     return tasks, rollouts, scores
 
 
@@ -79,7 +79,7 @@ def advantages_over_ranks(run: Run, rewards: Tensor, rollouts: Rollouts, scores:
         ConfigError: no completion of the step has a reward, or what `advantages` raises.
     """
     least, shape = run.config.advantage.min_group_std, rewards.shape
-    stats.mean("tied_groups", _tied(run, rewards, scores))
+    stats.add_mean("tied_groups", _tied(run, rewards, scores))
     components = torch.stack([*scores.by_name.values()]).masked_fill(rewards.isnan(), torch.nan)  # [K, N, G]
     lengths = rollouts.lengths().view(shape).cpu().to(rewards.dtype)
     mine = torch.cat([tie_small_spreads(rewards, least)[None], lengths[None], tie_small_spreads(components, least)])
@@ -144,6 +144,6 @@ def _sequence_kl(run: Run, rollouts: Rollouts, stats: Stats) -> Tensor:
             with run.policy.reference():
                 ref_logprobs = run.policy.forward(micro, packing).logprobs
             kl = run.kl_fn(tokens.logprobs, ref_logprobs, tokens.logprobs)
-        stats.mean("kl", kl, micro.completion_mask)
+        stats.add_mean("kl", kl, micro.completion_mask)
         sums[packing.rows.cpu()] = (kl * micro.completion_mask).sum(dim=1).cpu()
     return sums

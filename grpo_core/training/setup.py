@@ -20,7 +20,7 @@ from grpo_core.model.loading import dtype_name, resolve_dtype
 from grpo_core.model.memory import find_budgets
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.monitor import trackers
-from grpo_core.monitor.progress import working
+from grpo_core.monitor.progress import show_elapsed
 from grpo_core.monitor.run_log import RunLog
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
@@ -50,23 +50,23 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     per_rank = prompts_per_rank(config, ranks.world_size())
     beginning = find_beginning(config)
     prepared = prepare(config)
-    with working("loading the model"):
+    with show_elapsed("loading the model"):
         policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
     run = assemble(config, beginning, policy, prepared, config.prompts_per_step, dtype)
     if config.reference.every:
         policy.move_reference()  # the adapter is fresh: it starts as the base model
     go_on(run, beginning)
     sampling, trainer = config.sampling, config.trainer
-    run.log.say(
+    run.log.info(
         f"{described_tasks(config, prepared)}, "
         f"{run.num_steps} steps of {trainer.completions_per_step} completions = {ranks.world_size()} processes "
         f"× {per_rank} prompts × {sampling.group_size}, "
         f"{dtype_name(dtype)}"
     )
     for remark in list_remarks(config):
-        run.log.say(f"note: {remark}")
+        run.log.info(f"note: {remark}")
     if config.lora.dropout and trainer.num_minibatches * trainer.num_passes > 1:
-        run.log.say("lora.dropout is above 0 with several optimizer steps per batch: the ratios carry dropout noise")
+        run.log.info("lora.dropout is above 0 with several optimizer steps per batch: the ratios carry dropout noise")
     gc.collect()
     gc.freeze()  # what lives as long as the run: no collection in a step needs to look at it
     return run, prepared.tokenizer
@@ -111,16 +111,16 @@ def go_on(run: Run, beginning: Beginning) -> None:
     """
     config, latest = run.config, beginning.checkpoint
     if config.model.trust_remote_code:
-        run.log.say(f"model.trust_remote_code is on: code that came with {config.model.path} runs in this process")
+        run.log.info(f"model.trust_remote_code is on: code that came with {config.model.path} runs in this process")
     for sentence in beginning.damaged:
-        run.log.say(f"warning: {sentence}")
+        run.log.info(f"warning: {sentence}")
     if latest:
         overridden = beginning.overridden + checkpoint.load(latest, beginning.meta, run)
-        run.log.say(f"resumed from {latest} after {run.start_step} steps")
+        run.log.info(f"resumed from {latest} after {run.start_step} steps")
         if overridden:
-            run.log.say(f"warning: resume=force went on in spite of {', '.join(overridden)}")
+            run.log.info(f"warning: resume=force went on in spite of {', '.join(overridden)}")
     elif config.resume:
-        run.log.say(f"resume: {config.resume}, but there is no checkpoint: starting from the beginning")
+        run.log.info(f"resume: {config.resume}, but there is no checkpoint: starting from the beginning")
 
 
 def described_tasks(config: RunConfig, prepared: Prepared) -> str:
@@ -152,7 +152,7 @@ def assemble(
     log = RunLog(beginning.folder, config, beginning.step, num_steps)
     log.flops_per_token = policy.flops_per_token()
     if sentence := disagreement(policy.causal_lm, tokenizer):
-        log.say(f"warning: {sentence}")
+        log.info(f"warning: {sentence}")
     loss_fn = LOSSES.build(loss.name, loss.args)
     longest = (max(len(task.prompt_ids) for task in tasks), longest_completion or config.sampling.max_new_tokens)
     rows = trainer.completions_per_step // world_size // trainer.num_minibatches
@@ -166,7 +166,7 @@ def assemble(
         tasks=stream,
         eval_tasks=prepared.eval_tasks,
         policy=policy,
-        sampler=make_sampler(config.sampling, policy, tokenizer, log.say),
+        sampler=make_sampler(config.sampling, policy, tokenizer, log.info),
         engine=engine,
         rewards=make_rewards(config),
         eval_reward=build_reward(config.evaluation.reward, timeout=trainer.reward_timeout),
@@ -175,7 +175,7 @@ def assemble(
         loss_fn=loss_fn,
         kl_fn=KLS.get(loss.kl),
         correction_fn=CORRECTIONS.build(loss.rollout_correction.name, loss.rollout_correction.args),
-        budgets=find_budgets(config, policy, longest, rows, log.say),
+        budgets=find_budgets(config, policy, longest, rows, log.info),
         skips_ties=ties_can_be_skipped(loss_fn, loss.average),
         log=log,
     )
@@ -190,7 +190,7 @@ def start(config: RunConfig) -> torch.dtype:
     """Join the other ranks, seed, check the DeepSpeed JSON, and return the run's precision."""
     if not config.log.verbose:
         quieten()
-    trackers.check(config)
+    trackers.check_installed(config)
     ranks.setup(config.trainer.hang_timeout)
     ranks.seed_all(config.seed)
     dtype = resolve_dtype(config.model.precision)

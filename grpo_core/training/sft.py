@@ -22,7 +22,7 @@ from grpo_core.model.new_model import new_model
 from grpo_core.model.policy import load_policy, wrap
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.alerts import Alerts
-from grpo_core.monitor.progress import working
+from grpo_core.monitor.progress import show_elapsed
 from grpo_core.sampling.sampler import eos_ids
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, run_dir
@@ -62,7 +62,7 @@ def run_sft(config: RunConfig) -> Path:
             if config.sft.save_precision != "auto":
                 run.policy.model.to(DTYPES[config.sft.save_precision])
             checkpoint.export(output, run.policy, tokenizer)
-            run.log.say(f"{kind}: {output}")
+            run.log.info(f"{kind}: {output}")
     return output
 
 
@@ -89,7 +89,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, Answers]:
     if base:
         policy = wrap(base.to(dtype), config.model, config.lora, temperature=TEMPERATURE)
     else:
-        with working("loading the model"):
+        with show_elapsed("loading the model"):
             policy = load_policy(config.model, config.lora, dtype=dtype, temperature=TEMPERATURE)
     per_step = config.trainer.completions_per_step
     run = assemble(config, beginning, policy, prepared, per_step, dtype, longest)
@@ -98,7 +98,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, Answers]:
     answers = partial(supervised_rollouts, config=config.sft, tokenizer=tokenizer, eos=eos, device=run.sampler.device)
     run = replace(run, held_out=partial(held_out_loss, run, answers))
     go_on(run, beginning)
-    run.log.say(
+    run.log.info(
         f"{described_tasks(config, prepared)}, {run.num_steps} steps of {per_step} targets of up to "
         f"{longest} tokens on {ranks.world_size()} processes, {dtype_name(dtype)}"
     )
@@ -144,16 +144,16 @@ def train(run: Run, answers: Answers) -> None:
             ones = torch.ones(len(rollouts), 1, device=rollouts.completion_ids.device)
             batch = TrainBatch(rollouts, ones, rollouts.completion_mask)
             numbers = update_policy(run, batch, step, run.control, stats)
-        stats.total("tokens", rollouts.lengths().sum())
+        stats.add_total("tokens", rollouts.lengths().sum())
         row = {"step": step, **stats.reduce(), **numbers}
         row = {name: row[name] for name in COLUMNS}
-        run.log.record(step, row, _line)
+        run.log.log_row(step, row, _line)
         if numbers["skipped"]:
             keep_what_went_wrong(run, step, tasks, batch, row)
             end_after_too_many(run, step + 1, sound, run.control)
         else:
             sound = step + 1
-        finish_step(run, step + 1, run.control, alerts.see(row), None)
+        finish_step(run, step + 1, run.control, alerts.update(row), None)
 
 
 @torch.no_grad()

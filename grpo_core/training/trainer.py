@@ -37,7 +37,7 @@ def train(run: Run) -> None:
         kept = saved_batches.tensors_before_update(run, step, batch, scores, forward_all)
         with run.log.phase("update"):
             numbers = update_policy(run, batch, step, control, stats)
-        row = run.log.step(step, tasks, rollouts, scores, rewards, advantages, stats, numbers)
+        row = run.log.log_step(step, tasks, rollouts, scores, rewards, advantages, stats, numbers)
         saved_batches.write_dump(run, step, tasks, batch, kept, row, forward_all)
         if not numbers["skipped"]:
             control = adapt(control, config.loss, row.get("kl"), row["entropy"], config.trainer.completions_per_step)
@@ -49,14 +49,14 @@ def train(run: Run) -> None:
             sound = (step + 1, control)
         if config.reference.every and (step + 1) % config.reference.every == 0:
             run.policy.move_reference(config.reference.mixing)
-        finish_step(run, step + 1, control, alerts.see(row), alerts.too_many_failed())
+        finish_step(run, step + 1, control, alerts.update(row), alerts.check_failed_rewards())
 
 
 def finish_step(run: Run, steps_taken: int, control: Control, alerts: list[str], failed: str | None) -> None:
     """Evaluation and checkpoint where they are due; the end where a signal, an alert or failed rewards ask for it."""
     config, last = run.config, steps_taken == run.num_steps
     for sentence in alerts:
-        run.log.say(f"warning: {sentence}")
+        run.log.info(f"warning: {sentence}")
     if alerts and config.alerts == "stop":
         failed = failed or f"alerts is stop, and {alerts[0]}"
     signal = 0 if last else signals.received_signal()

@@ -40,7 +40,7 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
                 end_out_of_memory(run, step, control, nothing_changed=not results)
             if len(plan) == 0:  # nothing to learn: the names in the log stay the same
                 micro_loss(run, *nothing_of(minibatch), totals, control, stats)
-            stats.total("micro_batches", torch.tensor(float(len(plan))))
+            stats.add_total("micro_batches", torch.tensor(float(len(plan))))
             results.append(run.engine.step())
     return {
         "grad_norm": sum(result.grad_norm for result in results) / len(results),
@@ -60,7 +60,7 @@ def accumulate(run: Run, minibatch: TrainBatch, plan: Plan, totals: Totals, cont
         micro, seen = take(minibatch, packing.rows), Stats()
         tokens = forward_with_gradient(run, micro.rollouts, packing, control)
         run.engine.backward(micro_loss(run, micro, tokens, totals, control, seen))
-        stats.add(seen)
+        stats.merge(seen)
 
     halved = tokens = 0
     try:
@@ -70,8 +70,8 @@ def accumulate(run: Run, minibatch: TrainBatch, plan: Plan, totals: Totals, cont
             tokens += packing.tokens
     except torch.OutOfMemoryError:
         return False
-    stats.total("memory_retries", torch.tensor(float(halved)))
-    stats.total("tokens_updated", torch.tensor(float(tokens)))
+    stats.add_total("memory_retries", torch.tensor(float(halved)))
+    stats.add_total("tokens_updated", torch.tensor(float(tokens)))
     return True
 
 
@@ -113,10 +113,10 @@ def micro_loss(
         loss = loss - control.entropy_bonus * bonus
 
     gap = (old_logprobs - micro.rollouts.rollout_logprobs).abs()
-    stats.mean("entropy", tokens.entropy, mask)
-    stats.mean("logprob_gap", gap, mask)
-    stats.max("logprob_gap_max", gap * mask)
-    stats.total("loss", loss / (run.config.trainer.num_minibatches * run.config.trainer.num_passes))
+    stats.add_mean("entropy", tokens.entropy, mask)
+    stats.add_mean("logprob_gap", gap, mask)
+    stats.add_max("logprob_gap_max", gap * mask)
+    stats.add_total("loss", loss / (run.config.trainer.num_minibatches * run.config.trainer.num_passes))
     return loss
 
 
@@ -137,20 +137,20 @@ def token_loss(
     if config.off_policy_mask is not None:
         kept = off_policy_mask(tokens.logprobs, rollout_logprobs, micro.advantages, mask, config.off_policy_mask)
         loss = loss * kept
-        stats.mean("off_policy_kept", kept, mask.any(dim=1, keepdim=True))
+        stats.add_mean("off_policy_kept", kept, mask.any(dim=1, keepdim=True))
     if micro.surrogate_mask is not None:
         loss = loss * micro.surrogate_mask
     if weight is not None:
         loss = loss if inside else loss * weight
-        stats.weights("rollout_weight", weight, mask if weight.shape[1] > 1 else mask.any(dim=1, keepdim=True))
+        stats.add_weights("rollout_weight", weight, mask if weight.shape[1] > 1 else mask.any(dim=1, keepdim=True))
     if control.kl_coef > 0 and config.kl_in == "loss":
         kl = tokens.divergence
         if kl is None:
             kl = run.kl_fn(tokens.logprobs, micro.ref_logprobs, old_logprobs)
         loss = loss + control.kl_coef * kl
-        stats.mean("kl", kl, mask)
+        stats.add_mean("kl", kl, mask)
     for name, values in surrogate.diagnostics.items():
-        stats.mean(name, values, mask)
+        stats.add_mean(name, values, mask)
     return loss
 
 
