@@ -252,10 +252,10 @@ def record(file, row):
 
 def table(file=OUT):
     """Return the rows of `file` as a Markdown table."""
-    lines = ["| | grpo_core | | our time / the other's |", "|---|---|---|---|"]
+    lines = ["| Qwen2.5-1.5B's shape, bf16 | grpo_core | other | our time / the other's |", "|---|---|---|---|"]
     for row in map(json.loads, file.read_text().splitlines()):
         aim = f"{row['ratio']:.2f} ({row['reach']}: {'met' if row['met'] else 'not met'})"
-        cells = [f"{row['what']} ({row['card']})", f"{row['ours']:.2f} s", f"{row['peer_name']}: {row['peer']:.2f} s", aim]
+        cells = [f"{row['what']} ({row['card']})", f"{row['ours']:.3g} s", f"{row['peer_name']}: {row['peer']:.3g} s", aim]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

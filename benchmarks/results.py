@@ -1,7 +1,7 @@
 """docs/results from run folders: what is kept of a run, and every figure and table there.
 
     python benchmarks/results.py keep runs/experiments/NAME...     what a page needs of these runs, to benchmarks/results/runs
-    python benchmarks/results.py draw                              the pictures and tables, from benchmarks/results/runs alone
+    python benchmarks/results.py draw                              the pictures and tables, from benchmarks/results alone
 
 Kept are config.yaml, evaluation.jsonl, what `evaluate` wrote beside its completions, some columns of metrics.jsonl in five
 digits, and of built-in problems 20 completions before and after. Rows of other data appear by their number alone.
@@ -18,6 +18,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "configs" / "experiments")]
+import peers
 from experiments import CHAINS, GSM8K
 from right_calculations import MARKED, holds
 
@@ -527,11 +528,11 @@ def draw_gsm8k():
     made.savefig(RESULTS / "gsm8k.png")
 
 
-PAGE = {  # table's mark in docs/results/README.md -> what it holds
+PAGE = {  # a table's mark in README.md or docs/results/README.md -> the function that renders it
     "word_problems": word_problems_table, "tried": tried_table, "reward_hacking": reward_hacking_table, "runs": runs_table,
     "gsm8k": gsm8k_table, "gsm8k_tried": gsm8k_tried_table, "gsm8k_calculations": gsm8k_calculations_table,
     "gsm8k_earlier": gsm8k_earlier_table, "gsm8k_operations": gsm8k_operations_table, "against_trl": against_trl_table, "variants": variants_table,
-    "variants_pairs": variants_pairs_table, "two_gpus": two_gpus_table,
+    "variants_pairs": variants_pairs_table, "two_gpus": two_gpus_table, "peers": peers.table,
 }  # fmt: skip
 PICTURES = {  # with the runs that they show
     draw_word_problems: ["word_problems"], draw_gsm8k: [*GSM8K_TRIED, "gsm8k_base"], draw_against_trl: [f"against_trl_{seed}" for seed in SEEDS_BESIDE_TRL],

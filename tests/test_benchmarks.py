@@ -1,4 +1,4 @@
-"""The figures that the sampler must reach on a CPU, by the committed benchmark."""
+"""The figures that the sampler must reach on a CPU, by the committed benchmark; what a CPU can check of another."""
 
 import json
 import subprocess
@@ -18,3 +18,12 @@ def test_sampling_on_two_cores_against_generate(tmp_path, environment, part):
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
     assert [row["met"] for row in rows] == [True], [(row["workload"], row["ratio"]) for row in rows]
+
+
+@pytest.mark.soak
+def test_the_benchmark_beside_peers_checks_what_a_cpu_can(environment):
+    command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), "--check"]
+    done = subprocess.run(command, env={**environment, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["side"] for row in rows} >= {"decode_ours", "step_ours", "decode_vllm"}

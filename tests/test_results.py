@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "configs" / "experiments"))
 import experiments
 import gsm8k_files
+import peers
 import results
 import variants
 from right_calculations import holds, right_calculations, value_of
@@ -288,6 +289,38 @@ def test_the_objectives_of_both_passes_in_pairs(data):
     assert table[2] == "| grpo | 4.0 % (1.0 to 9.0) |  |  |  |  |"
     assert table[4] == "| dapo | 24.0 % (21.0 to 29.0) | 0.0093 | 0.0093 |  |  |"
     assert table[-1] == "Two runs of one objective and one seed ended 4.0 points apart on average, 6.0 at the most."
+
+
+def test_the_table_of_peers(tmp_path):
+    """The newest row of a workload and card counts, and a row that misses its aim says so."""
+    for ours, most in ((0.9, 1.0), (0.5, 1.0), (0.9, 0.5)):
+        name = "decode" if most == 1 else "step"
+        peers.record(tmp_path / "rows.json", peers.row_of(name, f"a {name}", ours, 1.25, "vLLM", most, "NVIDIA H200"))
+    assert peers.table(tmp_path / "rows.json").splitlines()[2:] == [
+        "| a decode (NVIDIA H200) | 0.5 s | vLLM: 1.25 s | 0.40 (at most 1: met) |",
+        "| a step (NVIDIA H200) | 0.9 s | vLLM: 1.25 s | 0.72 (at most 0.5: not met) |",
+    ]
+
+
+def test_the_measured_peers():
+    rows = results.read(peers.OUT)
+    assert {row["bench"] for row in rows} == {"peers/decode", "peers/step"} and len(peers.table().splitlines()) == 2 + len(rows)
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["ours"] / row["peer"], abs=0.006) and row["versions"]["vllm"] and row["card"]
+        assert row["met"] == (row["ours"] <= float(row["reach"].removeprefix("at most ")) * row["peer"])
+
+
+def test_a_side_that_fails_or_takes_too_long_ends_with_its_last_output(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "side.py"
+    monkeypatch.setattr(peers, "__file__", str(script))
+    begin = "import sys, time\nfor i in (1, 2): print('{\"seconds\": %d, \"card\": \"mine\"}' % i, flush=True)\n"
+    script.write_text(begin)
+    side = peers.run_side("decode_ours", {}, 20)
+    assert side["seconds"] == [1, 2] and side["card"] == "mine" and len(capsys.readouterr().out.splitlines()) == 2
+    for end, limit, message in (("sys.exit('no vLLM')", 20, r"exit code 1 .*no vLLM"), ("time.sleep(60)", 1, r"exit code -9 after 1 s")):
+        script.write_text(begin + end)
+        with pytest.raises(RuntimeError, match=message):
+            peers.run_side("decode_ours", {}, limit)
 
 
 PAGE = ROOT / "docs" / "results" / "README.md"
