@@ -12,7 +12,7 @@ decode  32 completions of 256 tokens from 4 prompts of 128 random tokens, temper
         hand it merged weights, and it may reuse the keys and values of prompts it has seen (prefix caching, its default).
 step    sampling, reward, reference and update of 32 such completions, kl_coef 0.04, one optimizer step, the same LoRA. TRL has vLLM in
         its own process (colocate) and one micro-batch of 32. By default it weighs every completion by how much vLLM's log-probs differ
-        from its own (sequence_mask, at most 3), so ours does the same; the row also keeps TRL's time without that, beside ours.
+        from its own (sequence_mask, at most 3), so ours does the same; the row also keeps both times without that.
 """
 
 import argparse
@@ -226,7 +226,7 @@ def step(job, limit):
     trl = run_side("step_trl", jobs["corrected"], limit)
     same_job(ours, trl)
     try:
-        without = [later(run_side(side, jobs["uncorrected"], limit)["seconds"]) for side in ("step_ours", "step_trl")]
+        without = {side: run_side(f"step_{side}", jobs["uncorrected"], limit)["seconds"] for side in ("ours", "trl")}
     except RuntimeError as error:
         print(json.dumps({"side": "uncorrected", "error": str(error)}), flush=True)
         without = None
@@ -235,7 +235,7 @@ def step(job, limit):
         "step", what, later(ours["seconds"]), later(trl["seconds"]),
         f"TRL {installed('trl')} with vLLM {installed('vllm')}, micro-batch {job['rows']}", 0.5, ours["card"],
         ours_each=ours["seconds"], peer_each=trl["seconds"], ours_reserved_gb=ours["reserved"], peer_reserved_gb=trl["reserved"],
-        ours_phases=ours["phases"], without_correction=without, loss_difference=trl["loss_difference"],
+        ours_phases=ours["phases"], seconds_without_correction=without, loss_difference=trl["loss_difference"],
         gradient_difference=trl["gradient_difference"],
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """docs/results from run folders: what is kept of a run, and every figure and table there.
 
     python benchmarks/results.py keep runs/experiments/NAME...     what a page needs of these runs, to benchmarks/results/runs
-    python benchmarks/results.py draw                              the pictures and tables, from benchmarks/results alone
+    python benchmarks/results.py draw                              the pictures and tables of PAGES, from benchmarks/results alone
 
 Kept are config.yaml, evaluation.jsonl, what `evaluate` wrote beside its completions, some columns of metrics.jsonl in five
 digits, and of built-in problems 20 completions before and after. Rows of other data appear by their number alone.
@@ -528,7 +528,7 @@ def draw_gsm8k():
     made.savefig(RESULTS / "gsm8k.png")
 
 
-PAGE = {  # a table's mark in README.md or docs/results/README.md -> the function that renders it
+PAGE = {  # a table's mark in a page -> the function that renders it
     "word_problems": word_problems_table, "tried": tried_table, "reward_hacking": reward_hacking_table, "runs": runs_table,
     "gsm8k": gsm8k_table, "gsm8k_tried": gsm8k_tried_table, "gsm8k_calculations": gsm8k_calculations_table,
     "gsm8k_earlier": gsm8k_earlier_table, "gsm8k_operations": gsm8k_operations_table, "against_trl": against_trl_table, "variants": variants_table,
@@ -539,6 +539,9 @@ PICTURES = {  # with the runs that they show
     draw_variants: [variant(name, seed) for name in VARIANTS for seed in SEEDS], draw_two_gpus: ["one_gpu", "two_gpus"],
     draw_reward_hacking: ["reward_hacking"],
 }  # fmt: skip
+
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", RESULTS / "README.md")  # with tables between marks
 
 
 def filled_in(text):
@@ -565,7 +568,7 @@ def main():
             print(f"{picture.__name__}: without {', '.join(missing)}")
         else:
             picture()
-    for page in (RESULTS / "README.md", ROOT / "README.md"):
+    for page in PAGES:
         page.write_text(filled_in(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
