@@ -31,9 +31,9 @@ def one(layout: str, tokens: int, overrides: list[str]) -> dict:
     from grpo_core import load_config, train
     from grpo_core.model import memory, packed_attention
 
-    found = packed_attention.layout
-    packed_attention.layout = lambda *given: found(*given) and layout  # found all the same: that installs its attention
-    memory.MOST = tokens
+    found = packed_attention.find_layout
+    packed_attention.find_layout = lambda *given: found(*given) and layout  # found all the same: that installs its attention
+    memory.MAX_TRIED_TOKENS = tokens
     with tempfile.TemporaryDirectory() as folder:
         run = train(load_config(ROOT / "configs" / "experiments" / "one_gpu.yaml", [*JOB, *overrides, f"output_dir={folder}"]))
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]

@@ -8,7 +8,7 @@ from grpo_core.config.sections import DataConfig
 from grpo_core.data.prompts import make_tasks, render_prompt
 from grpo_core.data.rows import load_splits
 from grpo_core.data.stream import TaskStream
-from grpo_core.model.loading import load_tokenizer, model_path
+from grpo_core.model.loading import load_tokenizer, resolve_model_path
 
 ROWS = [{"question": f"q{i}", "cot": f"c{i}", "answer": str(i)} for i in range(10)]
 
@@ -116,7 +116,7 @@ def test_chat_prompts_hold_the_system_turn_and_end_where_the_model_starts():
 
 def test_unknown_builtin_model():
     with pytest.raises(ValueError, match="model.path is 'builtin:huge'; known: builtin:tiny"):
-        model_path("builtin:huge")
+        resolve_model_path("builtin:huge")
 
 
 def tasks(count=10):

@@ -1,6 +1,7 @@
 """The replaced layers against the modules' own: values and gradients; what only looks known stays as it was."""
 
 import copy
+import inspect
 import os
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
 from grpo_core.model import fast_layers
+from grpo_core.model.families import FAMILIES
 
 KERNELS = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -80,6 +82,15 @@ def test_all_weights_can_be_trained():
         fast_layers.install(module)
         ours = torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()])
         torch.testing.assert_close(ours, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_table_of_families_says_what_transformers_does(model_type):
+    [(kind, config, _)] = [MODELS[name] for name in MODELS if name.split(",")[0] == model_type][:1]
+    layer, family = kind(config).model.layers[0], FAMILIES[model_type]
+    assert type(layer.mlp).__name__ == family.mlp_class
+    assert hasattr(layer.self_attn, "q_norm") == hasattr(layer.self_attn, "k_norm") == family.normalizes_heads
+    assert ("sliding_window=" in inspect.getsource(type(layer.self_attn).forward)) == family.passes_window
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), *(["cpu"] if KERNELS else [])])

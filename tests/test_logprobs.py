@@ -89,7 +89,7 @@ def test_memory_is_bounded_whatever_the_length_and_vocabulary():
     """The largest tensor of logits that is ever asked for, at a vocabulary of 151,936."""
     largest = []
 
-    def statistics(logits, ids, temperature, slope):
+    def statistics(logits, ids, temperature, with_gradient):
         largest.append(logits.numel() * 12)  # float32 logits, their exponentials, one temporary
         return torch.zeros(len(ids)), torch.zeros(len(ids)), torch.zeros_like(logits)
 

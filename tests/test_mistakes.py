@@ -224,7 +224,7 @@ def test_in_a_model_folder(train, tmp_path):
     bare = model(tmp_path / "bare")
     for file in bare.glob("*token*"):
         file.unlink()
-    assert f"model.path is '{bare}', and its tokenizer cannot be loaded: no file of it" in train(f"model.path={bare}")
+    assert f"model.path is '{bare}', and its tokenizer cannot be loaded: the folder has no tokenizer files" in train(f"model.path={bare}")
     broken = model(tmp_path / "broken")
     (broken / "config.json").write_text("{")
     assert f"model.path is '{broken}', and" in train(f"model.path={broken}")

@@ -24,7 +24,7 @@ from grpo_core.batch import Rollouts, take
 from grpo_core.config.sections import LoraConfig, LossConfig, ModelConfig
 from grpo_core.model import packed_attention
 from grpo_core.model.memory import Budgets
-from grpo_core.model.packing import Budget, Segments, gather, plan
+from grpo_core.model.packing import Budget, Segments, make_gather, plan
 from grpo_core.model.policy import Policy, wrap
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.training.freeze import freeze
@@ -74,7 +74,7 @@ def kernel(monkeypatch):
         return torch.cat(out)
 
     monkeypatch.setattr(packed_attention, "_flash", segment_by_segment)
-    monkeypatch.setattr(packed_attention, "has_segments", lambda model: True)
+    monkeypatch.setattr(packed_attention, "supports_segments", lambda model: True)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -99,11 +99,11 @@ def test_of_a_prompt_every_query_is_computed_once(kernel):
     [packing] = plan(rollouts, Budget(math.inf), layout="segments")
     prompts, computed = rollouts.prompt_mask.sum(1), rollouts.lengths() - 1
     segments = packing.attention
-    assert segments.shared == prompts[::3].sum() and len(segments.prompts) == 5
-    assert segments.prompts[-1] + segments.completions[-1] == packing.tokens
+    assert segments.num_prompt_tokens == prompts[::3].sum() and len(segments.prompt_offsets) == 5
+    assert segments.prompt_offsets[-1] + segments.completion_offsets[-1] == packing.tokens
     real = computed > 0
-    assert not real.all() and segments.rows.diff().tolist() == (prompts + computed)[real].tolist()
-    assert segments.longest == (prompts.max(), computed.max(), (prompts + computed)[real].max())
+    assert not real.all() and segments.row_offsets.diff().tolist() == (prompts + computed)[real].tolist()
+    assert segments.max_lengths == (prompts.max(), computed.max(), (prompts + computed)[real].max())
 
 
 def test_segments_fill_the_places_that_rows_would_pad():
@@ -128,8 +128,8 @@ def test_where_the_kernel_for_segments_is_looked_for(monkeypatch, capability, dt
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     for config in (SimpleNamespace(head_dim=dim), SimpleNamespace(hidden_size=3 * dim, num_attention_heads=3)):
         model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, config=config)
-        assert packed_attention.has_segments(model) is there
-    assert not packed_attention.has_segments(tiny_policy().causal_lm)
+        assert packed_attention.supports_segments(model) is there
+    assert not packed_attention.supports_segments(tiny_policy().causal_lm)
 
 
 def test_a_kernel_that_computes_something_else_is_not_used(kernel, monkeypatch):
@@ -271,7 +271,7 @@ def test_what_is_tried_fits_its_own_budget():
 def test_gathering_adds_up_what_was_read_often():
     index = torch.randint(-1, 10, (40,), generator=torch.Generator().manual_seed(0))
     x, upstream = torch.randn(10, 3, 2, requires_grad=True), torch.randn(40, 3, 2) * (index >= 0).view(-1, 1, 1)
-    ours = gather(index.numpy(), 10, x.device)(x)
+    ours = make_gather(index.numpy(), 10, x.device)(x)
     real = x[index.clamp(min=0)]
     assert torch.equal(ours, real) and (index < 0).any() and index[index >= 0].bincount().max() > 2
     torch.testing.assert_close(*(torch.autograd.grad(out, x, upstream)[0] for out in (ours, real)))

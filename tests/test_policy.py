@@ -44,7 +44,7 @@ def test_logits_that_are_not_the_heads_output_are_refused():
         return out
 
     policy.causal_lm.forward = forward
-    with pytest.raises(ConfigError, match="this qwen2 model's logits are not its head's output times a number"):
+    with pytest.raises(ConfigError, match="the qwen2 model at model.path is not supported: its logits are not a multiple"):
         policy.logprobs(rollouts)
 
 

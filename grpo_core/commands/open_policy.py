@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core.config.files import load, load_overrides, load_run_config
 from grpo_core.config.sections import LoraConfig, RunConfig
 from grpo_core.distributed import ranks
-from grpo_core.model.loading import load_tokenizer, missing_folder, resolve_dtype
+from grpo_core.model.loading import describe_missing_folder, load_tokenizer, resolve_dtype
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.sampling.sampler import Sampler
@@ -70,7 +70,7 @@ def open_source(
         ConfigError: there is no such source, or it cannot be loaded.
     """
     quieten()
-    if missing := missing_folder(source):
+    if missing := describe_missing_folder(source):
         raise ConfigError(missing)
     try:
         return _load(_find_source(source, list(overrides), config, notify), source, notify)

@@ -24,7 +24,7 @@ from grpo_core.config.files import load_run_config
 from grpo_core.config.presets import PRESETS
 from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import ranks
-from grpo_core.model.memory import ON_CPU, Budgets
+from grpo_core.model.memory import MAX_CPU_TOKENS, Budgets
 from grpo_core.model.packing import Budget
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.monitor.aggregates import Stats
@@ -226,7 +226,7 @@ def _run(config: RunConfig, policy: Policy, dumped: Dumped) -> Run:
     """The parts of a run that its objective needs, for one minibatch."""
     config = replace(config, trainer=replace(config.trainer, num_minibatches=1, num_passes=1))
     loss, tokens = config.loss, config.trainer.tokens_per_micro_batch
-    budget = Budget((16_384 if torch.cuda.is_available() else ON_CPU) if tokens == "auto" else tokens)
+    budget = Budget((16_384 if torch.cuda.is_available() else MAX_CPU_TOKENS) if tokens == "auto" else tokens)
     nothing = dict.fromkeys(("tasks", "sampler", "engine", "eval_reward", "log", "control"))
     return Run(
         config=config,

@@ -1,7 +1,7 @@
-"""Layers that compute what a model's own do, in fewer operations, and keep less for backward.
+"""Layers that compute the same as a model's own in fewer operations, and store less for the backward pass.
 
-`install` replaces the forward of the modules that it knows, after seeing on random numbers that nothing else comes out:
-LoRA on a linear layer, RMSNorm, and the gated MLP. Whatever it does not know is left alone.
+`install` replaces the forward of LoRA linear layers, RMSNorm layers and gated MLPs, after a comparison on random
+numbers has shown the same outputs. All other modules stay as they are.
 """
 
 from __future__ import annotations
@@ -13,50 +13,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grpo_core.model.families import FAMILIES
+
+MLP_CLASSES = {family.mlp_class for family in FAMILIES.values()}
+
 
 def install(model: nn.Module) -> None:
-    """Let `model` compute its known layers as below. Parameters and their names stay."""
-    seen, training = {}, model.training
-    model.eval()  # dropout would make any two differ
+    """Replace the forward of the layers of `model` that have a faster one. Parameters and their names stay."""
+    is_same, training = {}, model.training
+    model.eval()  # with dropout no two outputs would be equal
     for module in model.modules():
-        make = next((make for fits, make in KNOWN if fits(module)), None)
-        if make is None:
+        make_forward = next((make for applies, make in REPLACEMENTS if applies(module)), None)
+        if make_forward is None:
             continue
-        key = (type(module), make, getattr(module, "variance_epsilon", None))
-        if key not in seen:
-            seen[key] = _same(module, make(module))
-        if seen[key]:
-            module.forward = make(module)
+        key = (type(module), make_forward, getattr(module, "variance_epsilon", None))
+        if key not in is_same:
+            is_same[key] = _computes_the_same(module, make_forward(module))
+        if is_same[key]:
+            module.forward = make_forward(module)
     model.train(training)
 
 
-def lora_forward(module: nn.Module) -> Callable[..., Tensor]:
-    """x W' + b + scaling (x A') B' with W and b frozen, one adapter and no dropout; peft's own for anything else."""
-    theirs = type(module).forward
+def make_lora_forward(module: nn.Module) -> Callable[..., Tensor]:
+    """Return a forward for x W' + b + scaling (x A') B' with frozen W and b, one adapter and no dropout.
+
+    Any other case, such as a disabled or merged adapter, uses PEFT's forward.
+    """
+    original = type(module).forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = [name for name in module.active_adapters if name in module.lora_A]
-        plain = len(names) == 1 and not (args or kwargs or module.disable_adapters or module.merged)
-        if plain and names[0] not in module.lora_variant:
-            a, b, drop = (group[names[0]] for group in (module.lora_A, module.lora_B, module.lora_dropout))
-            quiet = not module.training or getattr(drop, "p", 0.0) == 0.0
+        is_plain = len(names) == 1 and not (args or kwargs or module.disable_adapters or module.merged)
+        if is_plain and names[0] not in module.lora_variant:
+            a, b, dropout = (group[names[0]] for group in (module.lora_A, module.lora_B, module.lora_dropout))
+            no_dropout = not module.training or getattr(dropout, "p", 0.0) == 0.0
             base = module.base_layer
-            frozen = not any(p.requires_grad for p in base.parameters()) and b.bias is None
-            if quiet and frozen and a.weight.dtype == x.dtype == base.weight.dtype:
+            is_frozen = not any(p.requires_grad for p in base.parameters()) and b.bias is None
+            if no_dropout and is_frozen and a.weight.dtype == x.dtype == base.weight.dtype:
                 return _Lora.apply(x, base.weight, base.bias, a.weight, b.weight, float(module.scaling[names[0]]))
-        return theirs(module, x, *args, **kwargs)
+        return original(module, x, *args, **kwargs)
 
     return forward
 
 
-def norm_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """x / rms(x) * weight in one operation."""
+def make_norm_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return a forward that computes x / rms(x) * weight in one operation."""
     eps = module.variance_epsilon
     return lambda x: F.rms_norm(x, module.weight.shape, module.weight, eps)
 
 
-def mlp_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """down(silu(gate(x)) * up(x)); backward computes silu again."""
+def make_mlp_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return a forward for down(silu(gate(x)) * up(x)); the backward pass recomputes silu instead of storing it."""
     return lambda x: module.down_proj(_SiluMul.apply(module.gate_proj(x), module.up_proj(x)))
 
 
@@ -75,47 +82,43 @@ class _Lora(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, a, b, inner = context.saved_tensors
-        for_x, for_a, for_b = (context.needs_input_grad[i] for i in (0, 3, 4))
+        needs_x, needs_a, needs_b = (context.needs_input_grad[i] for i in (0, 3, 4))
         shape, grad = grad.shape, grad.flatten(0, -2)
-        back = (grad @ b).mul_(context.scaling)  # [n, r]
-        dx = (grad @ weight).addmm_(back, a).view(*shape[:-1], -1) if for_x else None
-        return (
-            dx,
-            None,
-            None,
-            back.T @ rows if for_a else None,
-            (grad.T @ inner).mul_(context.scaling) if for_b else None,
-            None,
-        )
+        inner_grad = (grad @ b).mul_(context.scaling)  # [n, r]
+        x_grad = (grad @ weight).addmm_(inner_grad, a).view(*shape[:-1], -1) if needs_x else None
+        a_grad = inner_grad.T @ rows if needs_a else None
+        b_grad = (grad.T @ inner).mul_(context.scaling) if needs_b else None
+        return x_grad, None, None, a_grad, b_grad, None
 
 
 class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, gate: Tensor, up: Tensor) -> Tensor:
         context.save_for_backward(gate, up)
-        return _operations(gate)[0](gate, up)
+        return _silu_mul_functions(gate)[0](gate, up)
 
     @staticmethod
     def backward(context: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = context.saved_tensors
-        return _operations(gate)[1](grad, gate, up)
+        return _silu_mul_functions(gate)[1](grad, gate, up)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
+    """Return silu(gate) * up."""
     return F.silu(gate) * up
 
 
 def silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Its gradients for gate and up."""
+    """Return the gradients of `silu_mul` for `gate` and `up`."""
     active = F.silu(gate)
     return torch.ops.aten.silu_backward(grad * up, gate), active.mul_(grad)
 
 
-def _operations(x: Tensor) -> tuple[Callable, Callable]:
+def _silu_mul_functions(x: Tensor) -> tuple[Callable, Callable]:
+    """Return `silu_mul` and `silu_mul_backward` for the device of `x`."""
     if not x.is_cuda:
         return silu_mul, silu_mul_backward
-    from grpo_core.model import kernels  # triton is there where CUDA is
+    from grpo_core.model import kernels  # needs triton, which torch brings along where it has CUDA
 
     return kernels.silu_mul, kernels.silu_mul_backward
 
@@ -133,20 +136,20 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_mlp(module: nn.Module) -> bool:
-    return type(module).__name__ in ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")  # others clamp, or have dropout
+    return type(module).__name__ in MLP_CLASSES
 
 
-KNOWN = [(_is_lora, lora_forward), (_is_norm, norm_forward), (_is_mlp, mlp_forward)]
+REPLACEMENTS = [(_is_lora, make_lora_forward), (_is_norm, make_norm_forward), (_is_mlp, make_mlp_forward)]
 
 
 @torch.no_grad()
-def _same(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> bool:
-    """Whether `forward` gives what the module's own does, up to rounding."""
+def _computes_the_same(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> bool:
+    """Return whether `forward` and the forward of the module's class agree on random input, up to rounding."""
     weight = next(module.parameters())
     x = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     try:
-        ours, theirs = forward(x), type(module).forward(module, x)
-    except Exception:  # it only looks like one that is known
+        ours, original = forward(x), type(module).forward(module, x)
+    except Exception:  # a module of another kind with the same names
         return False
-    allowed = 1e-4 if x.dtype == torch.float32 else 0.03
-    return bool((ours - theirs).float().norm() <= allowed * theirs.float().norm())
+    tolerance = 1e-4 if x.dtype == torch.float32 else 0.03
+    return bool((ours - original).float().norm() <= tolerance * original.float().norm())

@@ -7,77 +7,83 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ELEMENTS = 2048
-COLUMNS = 4096  # columns
+ELEMENTS_PER_PROGRAM = 2048  # of the gated activation
+COLUMNS_PER_BLOCK = 4096  # logits of a row that are loaded at once
 
 
 def softmax_statistics(
-    logits: Tensor, token_ids: Tensor, temperature: float, slope: bool
+    logits: Tensor, token_ids: Tensor, temperature: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As logprobs.softmax_statistics; the slope takes the place of the logits [n, V], which must be contiguous."""
+    """Compute the same as `logprobs.softmax_statistics` for contiguous logits [n, V].
+
+    The gradient overwrites the logits.
+    """
     rows, width = logits.shape
     assert logits.is_contiguous()
     logprobs, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     if rows:
         _statistics[(rows,)](
-            logits, token_ids, logprobs, entropy, 1.0 / temperature, width, slope, COLUMNS, num_warps=8
-        )
-    return logprobs, entropy, logits if slope else None
+            logits, token_ids, logprobs, entropy, 1.0 / temperature, width, with_gradient, COLUMNS_PER_BLOCK,
+            num_warps=8,
+        )  # fmt: skip
+    return logprobs, entropy, logits if with_gradient else None
 
 
-softmax_statistics.bytes_per_logit = 4  # the logits, in 16 or 32 bits
+softmax_statistics.bytes_per_logit = 4  # memory that a call needs for each logit of 16 or 32 bits
 
 
 @triton.jit(do_not_specialize=["scale"])
-def _statistics(logits, token_ids, logprobs, entropy, scale, width, slope: tl.constexpr, block: tl.constexpr):
+def _statistics(logits, token_ids, logprobs, entropy, scale, width, with_gradient: tl.constexpr, block: tl.constexpr):
+    """Process one row of logits [width]: store its statistics, and with `with_gradient` its gradient."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * width
     columns = tl.arange(0, block)
-    # each lane keeps the greatest of its columns, sum exp(x - greatest) and sum exp(x - greatest) x
-    greatest = tl.full((block,), float("-inf"), tl.float32)
+    # each lane keeps the maximum of its columns, sum exp(x - maximum) and sum exp(x - maximum) x
+    maximum = tl.full((block,), float("-inf"), tl.float32)
     total = tl.zeros((block,), tl.float32)
     weighted = tl.zeros((block,), tl.float32)
     for start in range(0, width, block):
         inside = start + columns < width
         x = tl.load(logits + start + columns, mask=inside, other=float("-inf")).to(tl.float32) * scale
-        higher = tl.maximum(greatest, x)
-        seen = higher > float("-inf")
-        old = tl.where(seen, tl.exp(greatest - higher), 0.0)
-        new = tl.where(seen, tl.exp(x - higher), 0.0)
+        new_maximum = tl.maximum(maximum, x)
+        is_finite = new_maximum > float("-inf")
+        old = tl.where(is_finite, tl.exp(maximum - new_maximum), 0.0)
+        new = tl.where(is_finite, tl.exp(x - new_maximum), 0.0)
         total = total * old + new
         weighted = weighted * old + tl.where(new > 0, new * x, 0.0)
-        greatest = higher
-    top = tl.max(greatest, 0)
-    share = tl.where(greatest > float("-inf"), tl.exp(greatest - top), 0.0)
-    whole = tl.sum(total * share, 0)
-    normaliser = top + tl.log(whole)
+        maximum = new_maximum
+    row_maximum = tl.max(maximum, 0)
+    share = tl.where(maximum > float("-inf"), tl.exp(maximum - row_maximum), 0.0)
+    row_total = tl.sum(total * share, 0)
+    normaliser = row_maximum + tl.log(row_total)
     token = tl.load(token_ids + row)
-    chosen = tl.load(logits + token).to(tl.float32) * scale
-    tl.store(logprobs + row, chosen - normaliser)
-    tl.store(entropy + row, normaliser - tl.sum(weighted * share, 0) / whole)
-    if slope:
+    token_logit = tl.load(logits + token).to(tl.float32) * scale
+    tl.store(logprobs + row, token_logit - normaliser)
+    tl.store(entropy + row, normaliser - tl.sum(weighted * share, 0) / row_total)
+    if with_gradient:
         for start in range(0, width, block):
             inside = start + columns < width
             x = tl.load(logits + start + columns, mask=inside, other=0.0).to(tl.float32) * scale
-            hot = tl.where(start + columns == token, 1.0, 0.0)
-            tl.store(logits + start + columns, (hot - tl.exp(x - normaliser)) * scale, mask=inside)
+            one_hot = tl.where(start + columns == token, 1.0, 0.0)
+            tl.store(logits + start + columns, (one_hot - tl.exp(x - normaliser)) * scale, mask=inside)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, of the same shape."""
+    """Return silu(gate) * up."""
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    _silu_mul[(triton.cdiv(gate.numel(), ELEMENTS),)](gate, up, out, gate.numel(), ELEMENTS)
+    grid = (triton.cdiv(gate.numel(), ELEMENTS_PER_PROGRAM),)
+    _silu_mul[grid](gate, up, out, gate.numel(), ELEMENTS_PER_PROGRAM)
     return out
 
 
 def silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Its gradients for gate and up."""
+    """Return the gradients of `silu_mul` for `gate` and `up`."""
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
-    for_gate, for_up = torch.empty_like(gate), torch.empty_like(up)
-    grid = (triton.cdiv(gate.numel(), ELEMENTS),)
-    _silu_mul_backward[grid](grad, gate, up, for_gate, for_up, gate.numel(), ELEMENTS)
-    return for_gate, for_up
+    gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
+    grid = (triton.cdiv(gate.numel(), ELEMENTS_PER_PROGRAM),)
+    _silu_mul_backward[grid](grad, gate, up, gate_grad, up_grad, gate.numel(), ELEMENTS_PER_PROGRAM)
+    return gate_grad, up_grad
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -90,12 +96,12 @@ def _silu_mul(gate, up, out, size, block: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["size"])
-def _silu_mul_backward(grad, gate, up, for_gate, for_up, size, block: tl.constexpr):
+def _silu_mul_backward(grad, gate, up, gate_grad, up_grad, size, block: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = at < size
     d = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
     s = tl.sigmoid(g)
-    tl.store(for_gate + at, d * u * s * (1 + g * (1 - s)), mask=inside)
-    tl.store(for_up + at, d * g * s, mask=inside)
+    tl.store(gate_grad + at, d * u * s * (1 + g * (1 - s)), mask=inside)
+    tl.store(up_grad + at, d * g * s, mask=inside)

@@ -1,4 +1,4 @@
-"""Load a tokenizer and a model's configuration, and check what can be known of a model before its weights load."""
+"""Load a tokenizer and a model's configuration, and check a model before its weights load."""
 
 from __future__ import annotations
 
@@ -36,96 +36,96 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def model_path(path: str) -> str:
-    """A hub id or folder as it is; builtin:NAME becomes the folder inside this package.
+def resolve_model_path(path: str) -> str:
+    """Return the folder or hub id of `model.path`; builtin:NAME is a folder inside this package.
 
     Raises:
-        ConfigError: no such built-in model, or no such folder where only a folder can be meant.
+        ConfigError: no such built-in model exists, or `path` can only be a folder and does not exist.
     """
     if not path.startswith("builtin:"):
-        if missing := missing_folder(path):
-            raise ConfigError(f"model.path is {path!r}: {missing}")
+        if problem := describe_missing_folder(path):
+            raise ConfigError(f"model.path is {path!r}: {problem}")
         return path
     folder = BUILTIN / path.removeprefix("builtin:")
     if not folder.is_dir():
-        raise ConfigError(
-            f"model.path is {path!r}; {list_known(path, [f'builtin:{p.name}' for p in BUILTIN.glob('*/')])}"
-        )
+        names = [f"builtin:{builtin.name}" for builtin in BUILTIN.glob("*/")]
+        raise ConfigError(f"model.path is {path!r}; {list_known(path, names)}")
     return str(folder)
 
 
-def missing_folder(path: str) -> str | None:
-    """Why nothing is at `path`, where it must be a folder: a name that begins as one or lies in one that is there."""
-    where = Path(path)
-    local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or ("/" in path and where.parent.is_dir())
-    if where.exists() or not local:
+def describe_missing_folder(path: str) -> str | None:
+    """Return an error message if `path` can only be a folder and does not exist; otherwise None.
+
+    `path` can only be a folder if it starts with "/", "." or "~", has more than one "/", or if its parent exists;
+    anything else may be a hub id.
+    """
+    folder = Path(path)
+    is_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or ("/" in path and folder.parent.is_dir())
+    if folder.exists() or not is_local:
         return None
-    if not where.parent.is_dir():
+    if not folder.parent.is_dir():
         return f"there is no folder {path}"
-    there = [beside.name for beside in where.parent.iterdir() if beside.is_dir()]
-    return f"there is no folder {path}; {list_known(where.name, there)}"
+    siblings = [sibling.name for sibling in folder.parent.iterdir() if sibling.is_dir()]
+    return f"there is no folder {path}; {list_known(folder.name, siblings)}"
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """Load the tokenizer of the model at `path`.
 
     Raises:
-        ConfigError: it cannot be loaded.
+        ConfigError: the tokenizer cannot be loaded.
     """
-    folder = model_path(path)
+    folder = resolve_model_path(path)
+    no_files = f"model.path is {path!r}, and its tokenizer cannot be loaded: the folder has no tokenizer files"
     if Path(folder).is_dir() and not [*Path(folder).glob("*token*"), *Path(folder).glob("vocab*")]:
-        raise ConfigError(f"model.path is {path!r}, and its tokenizer cannot be loaded: no file of it is there")
+        raise ConfigError(no_files)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of many kinds, by the tokenizer's
+    except Exception as error:  # tokenizers raise errors of many types
         raise ConfigError(
-            f"model.path is {path!r}, and its tokenizer cannot be loaded: {first_line(error)}{local_hint(path)}"
+            f"model.path is {path!r}, and its tokenizer cannot be loaded: {first_line(error)}{_hub_hint(path)}"
         ) from error
-    if not tokenizer("one 1", add_special_tokens=False)["input_ids"]:  # what comes of a folder that has none
-        raise ConfigError(f"model.path is {path!r}, and its tokenizer cannot be loaded: no file of it is there")
+    if not tokenizer("one 1", add_special_tokens=False)[
+        "input_ids"
+    ]:  # it loads without files, but empty
+        raise ConfigError(no_files)
     return tokenizer
 
 
-def local_hint(path: str) -> str:
-    """What to do where no hub can be reached."""
-    folder = path.startswith(("builtin:", ".", "/")) or Path(path).exists()
-    return "" if folder else "; if the hub cannot be reached, set model.path to a folder that holds the model"
-
-
 def load_model_config(model: ModelConfig) -> PretrainedConfig:
-    """The configuration that lies beside the weights.
+    """Load the transformers configuration of the model at `model.path`.
 
     Raises:
-        ConfigError: it cannot be loaded, or is of an adapter.
+        ConfigError: the configuration cannot be loaded, or the folder holds an adapter.
     """
-    folder = model_path(model.path)
+    folder = resolve_model_path(model.path)
     if (Path(folder) / "adapter_config.json").exists():
         raise ConfigError(
-            f"model.path is {model.path!r}, which holds an adapter and not a model; make a whole model of its run with "
-            f"python -m grpo_core export RUN --merged, and name that"
+            f"model.path is {model.path!r}, which holds an adapter and not a model; merge the run that trained it into "
+            f"a model with python -m grpo_core export RUN --merged, and set model.path to that"
         )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    except Exception as error:  # of many kinds, by the model's
+    except Exception as error:  # models raise errors of many types
         raise ConfigError(
-            f"model.path is {model.path!r}, and it cannot be loaded: {first_line(error)}{local_hint(model.path)}"
+            f"model.path is {model.path!r}, and it cannot be loaded: {first_line(error)}{_hub_hint(model.path)}"
         ) from error
 
 
 def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ConfigError for a tokenizer that has ids which the model has no embedding of."""
+    """Raise ConfigError if the tokenizer has token ids for which the model has no embedding."""
     size, highest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
     if highest >= size:
         raise ConfigError(
-            f"the tokenizer has tokens up to id {highest}, but the model has embeddings of {size} only; "
-            f"take the tokenizer that belongs to the model"
+            f"the tokenizer has token ids up to {highest}, but the model has only {size} embeddings; use the tokenizer "
+            f"that belongs to the model"
         )
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: PretrainedConfig) -> None:
-    """Raise ConfigError for an empty prompt, and for one that leaves no room for max_new_tokens."""
+    """Raise ConfigError if a prompt is empty, or too long for `max_new_tokens` to follow it."""
     if not all(prompts):
-        raise ConfigError("a prompt is empty: a completion needs at least one token to follow")
+        raise ConfigError("a prompt is empty; it must have at least one token")
     longest = max(len(prompt) for prompt in prompts)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest + max_new_tokens > positions:
@@ -136,22 +136,28 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, config:
 
 
 def check_targets(config: PretrainedConfig, lora: LoraConfig, trust_remote_code: bool = False) -> None:
-    """Raise ConfigError for LoRA targets that name no layer of the model."""
+    """Raise ConfigError if lora.target_modules names a module that the model does not have."""
     if not lora.r or lora.target_modules == "all-linear":
         return
     try:
         with torch.device("meta"):  # shapes without weights
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception:  # what cannot be made so is seen when it is loaded
+    except Exception:  # loading the weights will raise the same error
         return
     names = [name for name, _ in model.named_modules()]
     if isinstance(lora.target_modules, str):
         if not any(re.fullmatch(lora.target_modules, name) for name in names):
             raise ConfigError(f"lora.target_modules is {lora.target_modules!r}, which matches no module of the model")
         return
-    last = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     for target in lora.target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise ConfigError(
-                f"lora.target_modules names {target!r}, which the model does not have; {list_known(target, last)}"
+                f"lora.target_modules names {target!r}, which the model does not have; {list_known(target, linear)}"
             )
+
+
+def _hub_hint(path: str) -> str:
+    """Return the end of an error message for a `path` that may be a hub id; empty for a folder."""
+    is_folder = path.startswith(("builtin:", ".", "/")) or Path(path).exists()
+    return "" if is_folder else "; if the hub cannot be reached, set model.path to a folder that holds the model"

@@ -1,4 +1,4 @@
-"""Log-probs, entropies and divergences of tokens from hidden states, without ever holding a [B, C, V] tensor."""
+"""Log-probs, entropies and divergences of tokens from hidden states, without a tensor of logits [B, C, V]."""
 
 from collections.abc import Callable
 from typing import Any, TypeGuard
@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-MEMORY = 160e6  # bytes of logits, and of what is made of them, that are held at once
+MAX_LOGIT_BYTES = 160e6  # logits, and tensors computed from them, that exist at once
 
+# (logits, token_ids, temperature, with_gradient) -> (logprobs, entropy, gradient); see softmax_statistics
 Statistics = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor, Tensor | None]]
 
 
@@ -17,12 +18,13 @@ def softmax_statistics(
     logits: Tensor,  # [n, V]; may be overwritten
     token_ids: Tensor,  # [n]
     temperature: float,
-    slope: bool,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of softmax(logits / temperature): the tokens' log-probs and the entropy, [n] float32; d log-prob / d logits.
+    """Return the tokens' log-probs and the entropy of softmax(logits / temperature), and the gradient of the log-probs.
 
-    The last, (one-hot - softmax) / temperature, is [n, V] in the logits' dtype, or None if not asked for. A replacement
-    on a GPU: logprob_kernels.py.
+    Log-probs and entropy (in nats) are [n] float32. The gradient d log-prob / d logits is
+    (one-hot - softmax) / temperature, [n, V] in the logits' dtype, or None without `with_gradient`.
+    kernels.py has the same function for a GPU.
     """
     x = logits.float()
     if temperature != 1.0:
@@ -32,7 +34,7 @@ def softmax_statistics(
     logprobs = x.gather(1, token_ids[:, None]).squeeze(1)
     p = x.exp()
     entropy = -torch.linalg.vecdot(p, x)
-    if not slope:
+    if not with_gradient:
         return logprobs, entropy, None
     p = p.neg_().scatter_add_(1, token_ids[:, None], torch.ones_like(p[:, :1]))
     return logprobs, entropy, p.div_(temperature).to(logits.dtype)
@@ -44,23 +46,24 @@ def token_logprobs(
     token_ids: Tensor,  # [...]
     *,
     temperature: float = 1.0,
-    chunk_size: int | None = None,  # tokens whose logits are held at once; None: as many as MEMORY allows
+    chunk_size: int | None = None,  # tokens whose logits exist at once; None: as many as MAX_LOGIT_BYTES allows
     entropy_gradient: bool = False,
     statistics: Statistics = softmax_statistics,
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(lm_head(hidden) / temperature)[token] and that distribution's entropy in nats, both [...] float32.
+    """Return log softmax(lm_head(hidden) / temperature)[token] and the entropy in nats, both [...] float32.
 
-    Where lm_head is a frozen nn.Linear, the slope d log-prob / d hidden, a vector of every token, is computed beside
-    the log-prob, so backward has neither logits to keep nor to compute again. Otherwise, and for an entropy that is to
-    carry a gradient, backward computes each chunk again.
+    If `lm_head` is a frozen nn.Linear, the gradient d log-prob / d hidden of every token is computed together with the
+    log-prob, so the backward pass neither stores logits nor recomputes them. Otherwise, and with `entropy_gradient`,
+    the backward pass recomputes each chunk.
     """
     flat, ids = hidden.flatten(0, -2), token_ids.flatten()
     if is_frozen_linear(lm_head) and not entropy_gradient:
-        size = chunk_size or rows_within(MEMORY, lm_head.out_features, getattr(statistics, "bytes_per_logit", 12))
+        bytes_per_logit = getattr(statistics, "bytes_per_logit", 12)
+        size = chunk_size or _max_tokens(lm_head.out_features, bytes_per_logit)
         logprobs, entropy = _FrozenHead.apply(flat, lm_head.weight, ids, temperature, size, statistics)
         return logprobs.view(token_ids.shape), entropy.view(token_ids.shape)
 
-    def chunk(h: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def compute_chunk(h: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         logits = lm_head(h).float() / temperature
         normaliser = logits.logsumexp(dim=-1)
         logprobs = logits.gather(-1, ids[:, None]).squeeze(-1) - normaliser
@@ -68,7 +71,8 @@ def token_logprobs(
             entropy = normaliser - (logits.softmax(dim=-1) * logits).sum(dim=-1)
         return logprobs, entropy
 
-    logprobs, entropy = _in_chunks(chunk, chunk_size or _generic_size(lm_head, flat), token_ids.shape, flat, ids)
+    size = chunk_size or _checkpointed_chunk_size(lm_head, flat)
+    logprobs, entropy = _compute_in_chunks(compute_chunk, size, token_ids.shape, flat, ids)
     return logprobs, entropy
 
 
@@ -76,35 +80,33 @@ def token_divergence(
     hidden: Tensor,  # [..., H] of the policy, with gradient
     ref_hidden: Tensor,  # [..., H] of the reference
     lm_head: Callable[[Tensor], Tensor],  # [..., H] -> [..., V]
-    function: Callable[[Tensor, Tensor], Tensor],  # log-probs [n, V] of the two -> [n]; see kl.py
+    function: Callable[[Tensor, Tensor], Tensor],  # log-probs of policy and reference [n, V] -> [n]; see kl.py
     *,
     temperature: float = 1.0,
     chunk_size: int | None = None,
-    ref_lm_head: Callable[[Tensor], Tensor] | None = None,  # the reference's, where it is another
+    ref_lm_head: Callable[[Tensor], Tensor] | None = None,  # head of the reference; default: lm_head
 ) -> Tensor:
-    """A divergence between the two distributions over the whole vocabulary at every place, [...] float32."""
+    """Return a divergence between policy and reference over the whole vocabulary for every token, [...] float32."""
 
-    def chunk(h: Tensor, ref: Tensor) -> tuple[Tensor]:
+    def compute_chunk(h: Tensor, ref: Tensor) -> tuple[Tensor]:
         with torch.no_grad():
             ref_logprobs = ((ref_lm_head or lm_head)(ref).float() / temperature).log_softmax(dim=-1)
         return (function((lm_head(h).float() / temperature).log_softmax(dim=-1), ref_logprobs),)
 
     flat, ref = hidden.flatten(0, -2), ref_hidden.detach().flatten(0, -2)
-    (values,) = _in_chunks(chunk, chunk_size or _generic_size(lm_head, flat), hidden.shape[:-1], flat, ref)
+    size = chunk_size or _checkpointed_chunk_size(lm_head, flat)
+    (values,) = _compute_in_chunks(compute_chunk, size, hidden.shape[:-1], flat, ref)
     return values
 
 
 def is_frozen_linear(lm_head: object) -> TypeGuard[nn.Linear]:
-    """Whether the head is a plain matrix that is not trained."""
+    """Return whether the head is a linear layer without bias that is not trained."""
     return type(lm_head) is nn.Linear and lm_head.bias is None and not lm_head.weight.requires_grad
 
 
-def rows_within(memory: float, vocabulary: int, bytes_per_logit: int) -> int:
-    """Tokens whose logits fit into `memory` bytes, at least one."""
-    return max(1, int(memory / (vocabulary * bytes_per_logit)))
-
-
 class _FrozenHead(torch.autograd.Function):
+    """Log-probs and entropies whose forward already computes d log-prob / d hidden, [n, H]."""
+
     @staticmethod
     def forward(
         context: Any,
@@ -115,34 +117,42 @@ class _FrozenHead(torch.autograd.Function):
         size: int,
         statistics: Statistics,
     ) -> tuple[Tensor, Tensor]:
-        wanted = context.needs_input_grad[0]
-        slopes = torch.empty_like(hidden) if wanted else None
+        with_gradient = context.needs_input_grad[0]
+        gradients = torch.empty_like(hidden) if with_gradient else None
         logprobs, entropy = [hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2)]
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            logprobs[part], entropy[part], slope = statistics(
-                F.linear(hidden[part], weight), ids[part], temperature, wanted
+            logprobs[part], entropy[part], logit_gradient = statistics(
+                F.linear(hidden[part], weight), ids[part], temperature, with_gradient
             )
-            if slopes is not None and slope is not None:
-                torch.mm(slope, weight, out=slopes[part])
-        context.save_for_backward(slopes)
+            if gradients is not None and logit_gradient is not None:
+                torch.mm(logit_gradient, weight, out=gradients[part])
+        context.save_for_backward(gradients)
         context.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(context: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        (slopes,) = context.saved_tensors
-        return (slopes * grad[:, None]).to(slopes.dtype), None, None, None, None, None
+        (gradients,) = context.saved_tensors
+        return (gradients * grad[:, None]).to(gradients.dtype), None, None, None, None, None
 
 
-def _generic_size(lm_head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
+def _max_tokens(vocabulary: int, bytes_per_logit: int) -> int:
+    """Return the number of tokens whose logits fit into MAX_LOGIT_BYTES, at least one."""
+    return max(1, int(MAX_LOGIT_BYTES / (vocabulary * bytes_per_logit)))
+
+
+def _checkpointed_chunk_size(lm_head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
     with torch.no_grad():
         vocabulary = lm_head(hidden[:1]).shape[-1] if len(hidden) else 1
-    return rows_within(MEMORY, vocabulary, 24)
+    return _max_tokens(vocabulary, 24)
 
 
-def _in_chunks(function: Callable, size: int, shape: torch.Size, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """`function` on `size` rows at a time, its outputs joined and given `shape`; backward computes each chunk again."""
+def _compute_in_chunks(function: Callable, size: int, shape: torch.Size, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Apply `function` to `size` rows at a time and return its joined outputs in `shape`.
+
+    The backward pass recomputes each chunk instead of storing it.
+    """
     chunks = []
     for parts in zip(*(x.split(size) for x in inputs), strict=True):
         if torch.is_grad_enabled():

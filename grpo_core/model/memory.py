@@ -1,11 +1,13 @@
-"""How many tokens a forward and backward may hold on this GPU: found by trying the longest completions there can be.
+"""Measure how many tokens one forward and backward may hold on this GPU, by trying the longest possible completions.
 
-What is tried bounds the completions that are sampled: a micro-batch holds at most as many tokens, and at most as many
-places of attention's padded rows. No collective runs while a rank tries, so one that runs out of memory stops nobody.
+The result bounds every later micro-batch: it holds at most as many tokens, and at most as many tokens of attention's
+padded rows, as the largest trial that fitted. No collective runs during a trial, so a rank that runs out of memory does
+not block the others.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,77 +17,78 @@ from grpo_core.batch import Rollouts, take
 from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import ranks
 from grpo_core.model.packing import Budget, Packing
-from grpo_core.model.policy import Policy, checkpoint_gradients
+from grpo_core.model.policy import Policy, enable_gradient_checkpointing
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.objective.kl import KLS
 from grpo_core.registry import fact
 from grpo_core.schema import ConfigError
 
-ON_CPU = 2048  # tokens: 512 and 8,192 are 5 to 15 % slower on two cores
-MOST = 65536  # more at once gain little, and hold all memory of a large card
-MARGIN = 0.9  # the share of the free memory that is used; the rest is for fragments
-LATER = 0.4e9  # bytes that are taken only afterwards: the sampler's graphs and buffers, a step's batch
+MAX_CPU_TOKENS = 2048  # in one forward; on two cores 512 and 8,192 are 5 to 15 % slower
+MAX_TRIED_TOKENS = 65536  # in one forward; more are hardly faster and fill the memory of a large card
+MEMORY_SHARE = 0.9  # share of the free memory that is used; the rest allows for fragmentation
+RESERVED_BYTES = 0.4e9  # allocated only after the trials: the sampler's graphs and buffers, the batch of a step
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """How much one rank computes at once."""
+    """The largest forwards that one rank computes."""
 
     update: Budget  # forward and backward
-    forward: Budget  # forward only
+    forward: Budget  # forward alone
 
 
 def find_budgets(
-    config: RunConfig, policy: Policy, longest: tuple[int, int], rows: int, say: Callable[[str], None]
+    config: RunConfig, policy: Policy, longest: tuple[int, int], rows: int, notify: Callable[[str], None]
 ) -> Budgets:
-    """The budgets of `rows` completions on every rank; switches gradient checkpointing on where auto needs it.
+    """Return the budgets for `rows` completions on every rank. A collective.
 
-    `longest`: the tokens that a prompt and a completion may have.
-
-    A collective.
+    `longest` is the greatest number of tokens of a prompt and of a completion. If model.gradient_checkpointing is auto
+    and not even one completion fits, gradient checkpointing is switched on. On the CPU nothing is tried.
 
     Raises:
-        ConfigError: not even one completion of the greatest length fits.
+        ConfigError: not even one completion of the greatest length fits into the GPU's memory.
     """
-    if policy.layout == "grid":  # tried here, in evaluation mode, whatever comes
-        say("the model's attention cannot be packed: rows are padded to the longest of their micro-batch")
+    if policy.layout == "grid":  # find the layout now, while the model is in evaluation mode
+        notify("the model's attention cannot be packed: every row is padded to the longest row of its micro-batch")
     fixed, checkpointing = config.trainer.tokens_per_micro_batch, config.model.gradient_checkpointing
     if not torch.cuda.is_available():
-        tokens = ON_CPU if fixed == "auto" else fixed
-        return Budgets(Budget(tokens), Budget(max(tokens, ON_CPU)))
+        tokens = MAX_CPU_TOKENS if fixed == "auto" else fixed
+        return Budgets(Budget(tokens), Budget(max(tokens, MAX_CPU_TOKENS)))
     trial = _Trial(config, policy, longest, rows)
     with show_elapsed("trying what fits into memory"):
-        update = trial.most_rows(backward=True)
-    if ranks.all_max(torch.tensor(float(update == 0))) and checkpointing == "auto":
-        checkpoint_gradients(policy.causal_lm)
-        checkpointing, update = True, trial.most_rows(backward=True)
-    forward = trial.most_rows(backward=False)
-    update, forward = (-int(x) for x in ranks.all_max(torch.tensor([-update, -forward])).tolist())
-    if update == 0:
+        update_rows = trial.find_max_rows(backward=True)
+    if ranks.all_max(torch.tensor(float(update_rows == 0))) and checkpointing == "auto":
+        enable_gradient_checkpointing(policy.causal_lm)
+        checkpointing, update_rows = True, trial.find_max_rows(backward=True)
+    forward_rows = trial.find_max_rows(backward=False)
+    smallest = -ranks.all_max(torch.tensor([-update_rows, -forward_rows]))
+    update_rows, forward_rows = (int(count) for count in smallest.tolist())
+    if update_rows == 0:
         raise ConfigError(
-            f"not even one completion of {longest[1]} tokens after a prompt of {longest[0]} fits into the GPU's "
+            f"not even one completion of {longest[1]} tokens after a prompt of {longest[0]} tokens fits into the GPU's "
             f"memory; lower sampling.max_new_tokens or data.max_prompt_tokens"
         )
-    budgets = Budgets(*(trial.budget(count) for count in (update, forward)))
+    budgets = Budgets(trial.budget_of(update_rows), trial.budget_of(forward_rows))
     if fixed != "auto":
         budgets = Budgets(Budget(fixed), budgets.forward)
-    why = "what fits" if fixed == "auto" else "as configured"
-    say(
-        f"micro-batches of up to {budgets.update.tokens:,} tokens ({why}), "
+    reason = "what fits" if fixed == "auto" else "trainer.tokens_per_micro_batch"
+    notify(
+        f"micro-batches of up to {budgets.update.tokens:,} tokens ({reason}), "
         f"gradient checkpointing {'on' if checkpointing is True else 'off'}, "
-        f"forwards alone of up to {budgets.forward.tokens:,}"
+        f"forwards without backward of up to {budgets.forward.tokens:,} tokens"
     )
     return budgets
 
 
 class _Trial:
-    """Rollouts of the greatest length, more and more of them."""
+    """Made-up rollouts of the greatest length, over which forwards and backwards are tried."""
 
     def __init__(self, config: RunConfig, policy: Policy, longest: tuple[int, int], rows: int) -> None:
         self.policy, (longest_prompt, self.width) = policy, longest
-        self.group, device = config.sampling.group_size, policy.causal_lm.device
+        self.group_size, device = config.sampling.group_size, policy.causal_lm.device
         ids = torch.ones(1, 1, dtype=torch.long, device=device)
-        prompts = torch.arange(-(-rows // self.group), device=device).repeat_interleave(self.group)[:rows]
+        groups = torch.arange(math.ceil(rows / self.group_size), device=device)
+        prompts = groups.repeat_interleave(self.group_size)[:rows]
         prompt_ids = prompts[:, None].expand(-1, longest_prompt) % policy.causal_lm.config.vocab_size
         completion_ids = ids.expand(rows, self.width)
         self.rollouts = Rollouts(
@@ -97,42 +100,47 @@ class _Trial:
             torch.ones(rows, dtype=torch.bool, device=device),
         )
         kl = KLS.get(config.loss.kl)
-        whole = config.loss.kl_coef > 0 and config.loss.kl_in == "loss" and fact(kl, "full_vocabulary")
-        self.divergence = kl if whole else None
+        has_divergence = config.loss.kl_coef > 0 and config.loss.kl_in == "loss" and fact(kl, "full_vocabulary")
+        self.divergence = kl if has_divergence else None
         self.entropy = config.loss.entropy_coef > 0 or config.loss.entropy_target is not None
 
-    def budget(self, rows: int) -> Budget:
-        """What `rows` rows hold."""
-        packing = self._packing(rows)
-        places = packing.tokens if packing.attention is None else len(packing.attention.spread.index)
-        return Budget(packing.tokens, places)
+    def budget_of(self, rows: int) -> Budget:
+        """Return the budget that a forward over `rows` rows needs."""
+        packing = self._pack(rows)
+        attention_tokens = packing.tokens if packing.attention is None else len(packing.attention.spread.index)
+        return Budget(packing.tokens, attention_tokens)
 
-    def most_rows(self, *, backward: bool) -> int:
-        """The most rows that fit, 0 if not even one does."""
-        free, total = _free(sum(p.numel() for p in self.policy.parameters())), len(self.rollouts)
-        most = max(1, min(total, next((n for n in range(1, total + 1) if self._tokens(n) >= MOST), total)))
-        one = self._peak(1, backward)
-        if one is None or one > free:
+    def find_max_rows(self, *, backward: bool) -> int:
+        """Return the largest number of rows whose forward (and backward) fits into memory; 0 if not even one does.
+
+        The memory of one and of two rows gives a first estimate, which is lowered until it fits.
+        """
+        free, total = _free_bytes(sum(p.numel() for p in self.policy.parameters())), len(self.rollouts)
+        limit = max(1, next((n for n in range(1, total + 1) if self._count_tokens(n) >= MAX_TRIED_TOKENS), total))
+        one_row = self._measure_peak(1, backward)
+        if one_row is None or one_row > free:
             return 0
-        two = self._peak(min(2, most), backward)
-        if most == 1 or two is None or two > free:
+        two_rows = self._measure_peak(min(2, limit), backward)
+        if limit == 1 or two_rows is None or two_rows > free:
             return 1
-        rows = most if two <= one else min(most, 1 + int((free * MARGIN - one) / (two - one)))
+        rows = limit
+        if two_rows > one_row:
+            rows = min(limit, 1 + int((free * MEMORY_SHARE - one_row) / (two_rows - one_row)))
         while rows > 1:
-            peak = self._peak(rows, backward)
-            if peak is not None and peak <= free * (1 + MARGIN) / 2:
+            peak = self._measure_peak(rows, backward)
+            if peak is not None and peak <= free * (1 + MEMORY_SHARE) / 2:
                 break
             rows = max(1, int(rows * 0.85))
         return max(1, rows)
 
-    def _tokens(self, rows: int) -> int:
-        return -(-rows // self.group) * self.rollouts.prompt_ids.shape[1] + rows * (self.width - 1)
+    def _count_tokens(self, rows: int) -> int:
+        return math.ceil(rows / self.group_size) * self.rollouts.prompt_ids.shape[1] + rows * (self.width - 1)
 
-    def _packing(self, rows: int):
+    def _pack(self, rows: int) -> Packing:
         return next(iter(self.policy.plan(take(self.rollouts, torch.arange(rows)))))
 
-    def _peak(self, rows: int, backward: bool) -> int | None:
-        """Bytes that a forward (and backward) over `rows` rows takes beside what is held already; None: too many."""
+    def _measure_peak(self, rows: int, backward: bool) -> int | None:
+        """Return the bytes that a forward (and backward) over `rows` rows adds at its peak; None if it does not fit."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -145,7 +153,7 @@ class _Trial:
         return torch.cuda.max_memory_allocated() - before
 
     def _compute(self, rows: int, backward: bool) -> None:
-        packing = self._packing(rows)
+        packing = self._pack(rows)
         rollouts = take(self.rollouts, packing.rows)
         if not backward:
             with torch.no_grad():
@@ -153,31 +161,34 @@ class _Trial:
             return
         with self.policy.training():
             tokens = self.policy.forward(rollouts, packing, entropy_gradient=self.entropy, divergence=self.divergence)
-            wanted = [tokens.logprobs, tokens.entropy if self.entropy else None, tokens.divergence]
-            loss = sum(values.sum() for values in wanted if values is not None)
+            outputs = [tokens.logprobs, tokens.entropy if self.entropy else None, tokens.divergence]
+            loss = sum(values.sum() for values in outputs if values is not None)
             torch.autograd.grad(loss, self.policy.parameters(), allow_unused=True)
 
 
-def _free(trained: int) -> float:
-    """Bytes that micro-batches may take, beside what is allocated now and will be (Adam's state comes in the step)."""
+def _free_bytes(trained: int) -> float:
+    """Return the bytes that micro-batches may use: neither allocated now nor needed later.
+
+    Later needs are RESERVED_BYTES and Adam's two float32 moments of `trained` parameters.
+    """
     free, total = torch.cuda.mem_get_info()
     share = (
         torch.cuda.get_per_process_memory_fraction() if hasattr(torch.cuda, "get_per_process_memory_fraction") else 1.0
     )
     reserved, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
-    return min(free, share * total - reserved) + reserved - allocated - LATER - 8 * trained
+    return min(free, share * total - reserved) + reserved - allocated - RESERVED_BYTES - 8 * trained
 
 
-def in_halves_if_need_be(policy: Policy, rollouts: Rollouts, packing: Packing, work: Callable[[Packing], None]) -> bool:
-    """work(packing); where memory runs out, its rows once more in micro-batches of half the tokens. Was it halved?
+def retry_in_halves(policy: Policy, rollouts: Rollouts, packing: Packing, work: Callable[[Packing], None]) -> bool:
+    """Call work(packing); if memory runs out, call it for micro-batches of half the tokens. Return whether it did.
 
-    `work` must have done nothing when it runs out of memory.
+    `work` must not have changed anything when it runs out of memory.
     """
     try:
         work(packing)
         return False
     except torch.OutOfMemoryError:
-        pass  # outside, the exception no longer holds on to what was computed
+        pass  # leave the handler first: the exception keeps the tensors of the failed attempt alive
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     for half in policy.plan(rollouts, Budget(packing.tokens // 2), packing.rows.tolist()):

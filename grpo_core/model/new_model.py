@@ -1,4 +1,4 @@
-"""A new small Qwen2 with a tokenizer of its own: what the built-in policy is made of."""
+"""Create a small Qwen2 with a tokenizer learned from text, as the built-in policy was."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-PAD, EOS = "<|endoftext|>", "<|end|>"  # the first is what Qwen2Tokenizer pads with
+PAD, EOS = "<|endoftext|>", "<|end|>"  # Qwen2Tokenizer pads with the first
 
 
 def new_model(
@@ -21,9 +21,9 @@ def new_model(
     num_attention_heads: int = 4,
     num_key_value_heads: int = 2,
 ) -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:
-    """A randomly initialised Qwen2 and a byte-level BPE tokenizer learned from `texts`.
+    """Return a randomly initialised Qwen2 and a byte-level BPE tokenizer learned from `texts`.
 
-    Every digit is a token of its own, <think> and </think> are one token each, and any text can be encoded.
+    Every digit is one token, <think> and </think> are one token each, and any text can be encoded.
     """
     tokenizer = new_tokenizer(texts, vocab_size)
     config = Qwen2Config(
@@ -43,18 +43,18 @@ def new_model(
 
 
 def new_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2Tokenizer:
-    """See `new_model`. It is the class that transformers loads for a Qwen2 folder, with merges of its own."""
-    blank = Qwen2Tokenizer().backend_tokenizer
-    core = Tokenizer(models.BPE())
-    core.normalizer, core.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
+    """Return the tokenizer of `new_model`, of the class that transformers loads for a Qwen2 folder."""
+    qwen2 = Qwen2Tokenizer().backend_tokenizer
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer, bpe.pre_tokenizer = qwen2.normalizer, qwen2.pre_tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 2,
         special_tokens=[PAD, EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(texts, trainer)
-    learned = json.loads(core.to_str())["model"]
+    bpe.train_from_iterator(texts, trainer)
+    learned = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in learned["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=learned["vocab"], merges=merges, eos_token=EOS, pad_token=PAD)
     tokenizer.add_tokens(["<think>", "</think>"])  # ordinary tokens: decoding keeps them

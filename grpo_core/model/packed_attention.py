@@ -1,7 +1,7 @@
-"""Attention over a packed row of tokens, for every model that calls transformers' attention interface.
+"""Attention over a packed forward (packing.py), for every model that uses transformers' attention interface.
 
-`install` puts it in the place of a model's sdpa. Without a packing it is sdpa, so sampling and everything else that
-calls the model notices nothing. Under causal attention, rows padded on the right need no mask.
+`install` replaces a model's sdpa attention. Calls without a packing still compute sdpa, so sampling and all other users
+of the model are not affected. Attention is causal, so rows padded on the right need no mask.
 """
 
 from __future__ import annotations
@@ -18,58 +18,60 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from grpo_core.batch import Rollouts
+from grpo_core.model.families import FAMILIES
 from grpo_core.model.packing import AttentionRows, Budget, Layout, Packing, Segments, plan
 
-NAME = "sdpa_packed"
-# the sliding window of others may be in the mask alone, which packing does not use
-TELL_ATTENTION_THE_WINDOW = {"mistral", "qwen2", "qwen3"}
-LARGE_CARDS = {
-    (8, 0),
-    (9, 0),
-    (10, 0),
-}  # compute capabilities; elsewhere flash attention's backward may refuse wide heads
-# cuDNN's plans a kernel anew for every shape, and no two micro-batches have the same
+ATTENTION_NAME = "sdpa_packed"  # in transformers' attention interface
+WIDE_HEAD_CAPABILITIES = {(8, 0), (9, 0), (10, 0)}  # elsewhere flash attention's backward may refuse wide heads
+MAX_HEAD_DIM = 192  # of flash attention's backward on all other GPUs
+# without cuDNN, which plans a kernel for every new shape: hardly two micro-batches have the same
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def install(model: PreTrainedModel) -> bool:
-    """Let the model's forward take `packing`; False where its attention is another one than sdpa."""
+    """Let the model's forward accept `packing`. Return False, and change nothing, if its attention is not sdpa."""
     if model.config._attn_implementation == "sdpa":
-        model.config._attn_implementation = NAME
-    return model.config._attn_implementation == NAME
+        model.config._attn_implementation = ATTENTION_NAME
+    return model.config._attn_implementation == ATTENTION_NAME
 
 
-def layout(model: PreTrainedModel, hidden: Callable[[Rollouts, Packing], Tensor]) -> Layout:
-    """The first layout in which `hidden`, the model's hidden states, are those of a padded grid."""
+def find_layout(model: PreTrainedModel, hidden: Callable[[Rollouts, Packing], Tensor]) -> Layout:
+    """Return the fastest layout in which `hidden` gives the same hidden states as in the layout "grid"."""
     config = model.config
-    windows = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    if (windows and config.model_type not in TELL_ATTENTION_THE_WINDOW) or not install(model):
+    has_window = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    family = FAMILIES.get(config.model_type)
+    if has_window and not (family and family.passes_window):
         return "grid"
-    candidates: list[Layout] = ["segments", "rows"] if has_segments(model) else ["rows"]
-    return next((one for one in candidates if _agrees(model, hidden, one)), "grid")
+    if not install(model):
+        return "grid"
+    candidates: list[Layout] = ["segments", "rows"] if supports_segments(model) else ["rows"]
+    return next((layout for layout in candidates if _matches_grid(model, hidden, layout)), "grid")
 
 
-def has_segments(model: PreTrainedModel) -> bool:
-    """Whether flash attention's kernel for segments of any length is there for this model's heads, dtype and device."""
+def supports_segments(model: PreTrainedModel) -> bool:
+    """Return whether flash attention for segments of any length supports the model's heads, dtype and device."""
     if model.device.type != "cuda" or model.dtype not in (torch.bfloat16, torch.float16):
         return False
     config, capability = model.config, torch.cuda.get_device_capability(model.device)
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    backward = dim <= 192 or capability in LARGE_CARDS  # what `layout` tries is forward alone
-    return capability[0] >= 8 and backward and hasattr(torch.ops.aten, "_flash_attention_forward")
+    supports_backward = dim <= MAX_HEAD_DIM or capability in WIDE_HEAD_CAPABILITIES  # find_layout tries only forward
+    return capability[0] >= 8 and supports_backward and hasattr(torch.ops.aten, "_flash_attention_forward")
 
 
-def _agrees(model: PreTrainedModel, hidden: Callable[[Rollouts, Packing], Tensor], which: Layout) -> bool:
-    """Whether two rows' hidden states are in this layout those of a padded grid; False where either fails."""
+def _matches_grid(model: PreTrainedModel, hidden: Callable[[Rollouts, Packing], Tensor], layout: Layout) -> bool:
+    """Return whether two rows have the same hidden states in `layout` as in a grid; False if either fails."""
     ids = torch.arange(12, device=model.device).view(2, 6) % model.config.vocab_size
     mask = torch.tensor([[True] * 3, [True, True, False]], device=ids.device)
     rollouts = Rollouts(ids[:, :3], mask, ids[:, 3:], mask, torch.zeros(2, 3, device=ids.device), mask[:, 2])
     try:
-        packed, grid = (hidden(rollouts, one) for x in (which, "grid") for one in plan(rollouts, Budget(99), layout=x))
-    except Exception:  # a model that does not take what others take
+        [packed], [grid] = (
+            [hidden(rollouts, packing) for packing in plan(rollouts, Budget(99), layout=name)]
+            for name in (layout, "grid")
+        )
+    except Exception:  # the model does not accept the arguments of a packed forward
         return False
-    allowed = 1e-3 if packed.dtype == torch.float32 else 0.05
-    return bool((packed - grid).float().norm() <= allowed * grid.float().norm())
+    tolerance = 1e-3 if packed.dtype == torch.float32 else 0.05
+    return bool((packed - grid).float().norm() <= tolerance * grid.float().norm())
 
 
 def attend(
@@ -84,14 +86,14 @@ def attend(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Every token attends to its row's tokens up to itself; [1, T, heads, D]."""
+    """Return the attention of every token to the tokens of its row up to itself, [1, T, heads, D]."""
     if packing is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **kwargs
         )
     if isinstance(packing, Segments):
         tokens = (x[0].transpose(0, 1) for x in (query, key, value))
-        return _in_segments(*tokens, packing, dropout, scaling, sliding_window)[None], None
+        return _attend_in_segments(*tokens, packing, dropout, scaling, sliding_window)[None], None
     spread = [packing.spread(x[0].transpose(0, 1)) for x in (query, key, value)]  # [M, heads, D]
     outputs, start = [], 0
     for rows, width in packing.buckets:
@@ -109,22 +111,27 @@ def attend(
     return torch.cat(outputs).index_select(0, packing.back)[None], None
 
 
-def _in_segments(
+def _attend_in_segments(
     query: Tensor,  # [T, heads, D]
     key: Tensor,  # [T, key heads, D]
     value: Tensor,
-    packing: Segments,
+    segments: Segments,
     dropout: float,
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """[T, heads, D]: a prompt's queries once for all rows that share it, a completion's with their row's keys."""
-    how, n = (dropout, scaling, window), packing.shared
-    prompt, completion, row = packing.longest
-    outputs = [_flash(query[:n], key[:n], value[:n], packing.prompts, packing.prompts, prompt, prompt, *how)]
-    if completion:
-        k, v = packing.spread(key), packing.spread(value)
-        outputs.append(_flash(query[n:], k, v, packing.completions, packing.rows, completion, row, *how))
+    """Return the attention [T, heads, D]: first within the prompts, then of the completions to prompt and completion.
+
+    The queries of a prompt are computed once for all rows that share it.
+    """
+    options, n = (dropout, scaling, window), segments.num_prompt_tokens
+    longest_prompt, longest_completion, longest_row = segments.max_lengths
+    prompts = segments.prompt_offsets
+    outputs = [_flash(query[:n], key[:n], value[:n], prompts, prompts, longest_prompt, longest_prompt, *options)]
+    if longest_completion:
+        k, v = segments.spread(key), segments.spread(value)
+        offsets = (segments.completion_offsets, segments.row_offsets)
+        outputs.append(_flash(query[n:], k, v, *offsets, longest_completion, longest_row, *options))
     return torch.cat(outputs)
 
 
@@ -132,20 +139,23 @@ def _flash(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    of_queries: Tensor,
-    of_keys: Tensor,
-    most_queries: int,
-    most_keys: int,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    max_queries: int,
+    max_keys: int,
     dropout: float,
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """Segment by segment causal attention of the last of the keys; arXiv:2307.08691, torch's own build of it."""
+    """Return causal attention segment by segment, where the last query of a segment sees its last key.
+
+    This is FlashAttention-2 (arXiv:2307.08691) as torch builds it.
+    """
     return torch.ops.aten._flash_attention_forward(
-        query, key, value, of_queries, of_keys, most_queries, most_keys, dropout, True, False, scale=scaling,
+        query, key, value, query_offsets, key_offsets, max_queries, max_keys, dropout, True, False, scale=scaling,
         window_size_left=None if window is None else window - 1, window_size_right=None if window is None else 0,
     )[0]  # fmt: skip
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(ATTENTION_NAME, attend)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

@@ -1,10 +1,12 @@
-"""Which rows share a forward, and where each of their tokens stands in it: no padding is computed, a prompt once.
+"""Divide the rows of a batch into forwards, and lay out each forward without padding and with every prompt once.
 
-A packed forward is one long row of tokens [T]: the prompts, each once for all the rows after one another that share it,
-then every completion but its last token, which predicts nothing. Only attention sees rows. In the layout "segments",
-which wants a kernel for it, it gathers the keys and values that each completion sees; in the layout "rows" it gathers
-queries, keys and values, in buckets of rows of similar length. A model whose attention can do neither gets a "grid"
-[R, L], padded on the right, of which the rest of the package notices nothing.
+A packed forward is one long row of T tokens: first the prompts, each once for all consecutive rows that share it, then
+the completions without their last tokens, which predict nothing. Only attention needs rows:
+
+- layout "segments", for GPUs with a kernel for segments of any length: each completion gathers the keys and values of
+  its prompt and of itself.
+- layout "rows": queries, keys and values are gathered into buckets of rows of similar length.
+- layout "grid" [R, L], padded on the right, for models whose attention cannot be packed.
 """
 
 from __future__ import annotations
@@ -21,51 +23,51 @@ from torch import Tensor
 from grpo_core.batch import Rollouts
 
 Layout = Literal["segments", "rows", "grid"]
-RAGGED = 0.6  # a row shorter than this share of its bucket's longest begins another bucket
+MIN_LENGTH_SHARE = 0.6  # rows shorter than this share of their bucket's longest row start another bucket
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much one forward may hold."""
+    """The largest size of one forward."""
 
     tokens: float  # that are computed
-    places: float = float("inf")  # of attention's padded rows; for a grid the tokens bound these too
+    attention_tokens: float = float("inf")  # of the rows that attention sees, padding included; bounds a grid too
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """Of every row, [B] on the host."""
+class RowShapes:
+    """The shape of every row of a batch, [B] arrays on the host."""
 
-    start: np.ndarray  # the prompt's first column
-    prompt: np.ndarray  # its tokens
-    completion: np.ndarray  # its tokens
-    group: np.ndarray  # rows after one another with the same prompt have the same number
+    start: np.ndarray  # first column of the prompt
+    prompt: np.ndarray  # tokens of the prompt
+    completion: np.ndarray  # tokens of the completion
+    group: np.ndarray  # consecutive rows with the same prompt have the same number
 
     @cached_property
     def computed(self) -> np.ndarray:
-        """The completion tokens that are computed: the last one predicts nothing."""
+        """The completion tokens that are computed: all but the last one, which predicts nothing."""
         return np.maximum(self.completion - 1, 0)
 
     @cached_property
     def length(self) -> np.ndarray:
-        """What attention sees of each."""
+        """The tokens of each row that attention sees."""
         return self.prompt + self.computed
 
 
 @dataclass(frozen=True)
 class Gather:
-    """x [T, ...] -> x[index] [M, ...], whose backward adds up in a fixed order what was read more than once."""
+    """The operation x [T, ...] -> x[index] [M, ...]; its backward sums repeated tokens in a fixed order."""
 
     index: Tensor  # [M]
-    once: tuple[Tensor, Tensor]  # tokens that are read once, and where they went, [K] each
-    shared: tuple[tuple[Tensor, Tensor], ...]  # tokens that are read S times [K], and where they went [K, S]
+    single: tuple[Tensor, Tensor]  # tokens that are read once, and their places among the M, [K] each
+    repeated: tuple[tuple[Tensor, Tensor], ...]  # for each S > 1: tokens read S times [K], and their places [K, S]
     size: int  # T
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _Gathered.apply(x, self)
+        return _GatherFunction.apply(x, self)
 
 
-class _Gathered(torch.autograd.Function):
+class _GatherFunction(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, gather: Gather) -> Tensor:
         context.gather = gather
@@ -75,9 +77,9 @@ class _Gathered(torch.autograd.Function):
     def backward(context: Any, grad: Tensor) -> tuple[Tensor, None]:
         gather = context.gather
         out = grad.new_zeros(gather.size, *grad.shape[1:])
-        token, place = gather.once
+        token, place = gather.single
         out.index_copy_(0, token, grad.index_select(0, place))
-        for token, place in gather.shared:
+        for token, place in gather.repeated:
             parts = grad.index_select(0, place.flatten()).view(*place.shape, *grad.shape[1:])
             out.index_copy_(0, token, parts.sum(dim=1))
         return out, None
@@ -85,37 +87,39 @@ class _Gathered(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class AttentionRows:
-    """The rows that attention sees: [R, L] for every bucket, one after another, M places in all."""
+    """The padded rows that attention sees in the layout "rows": consecutive buckets [R, L], M places in total."""
 
     spread: Gather  # T tokens -> M places
-    buckets: tuple[tuple[int, int], ...]  # R, L
-    back: Tensor  # [T] a place of every token
+    buckets: tuple[tuple[int, int], ...]  # (R, L)
+    back: Tensor  # [T] the place of one copy of every token
 
 
 @dataclass(frozen=True)
 class Segments:
-    """What attention sees without padding: P prompts among themselves, then R completions with their rows before them.
+    """The segments that attention sees in the layout "segments".
 
-    Rows that compute no completion token are in no segment but their prompt's.
+    There are P prompts, each of which attends to itself, and R completions, each of which attends to its row: the
+    prompt and the completion. A row without computed completion tokens has only its prompt's segment. Offsets are
+    cumulative lengths, int32: segment i is the range offsets[i] : offsets[i + 1].
     """
 
-    spread: Gather  # T tokens -> M keys: of every row its prompt and its completion
-    prompts: Tensor  # [P + 1] int32: where each begins among the tokens, and where the last ends
-    completions: Tensor  # [R + 1] int32: among the tokens after the prompts
-    rows: Tensor  # [R + 1] int32: among the M keys
-    longest: tuple[int, int, int]  # of prompts, completions and rows
-    shared: int  # tokens that are a prompt's
+    spread: Gather  # T tokens -> M keys: the prompt and the completion of every row
+    prompt_offsets: Tensor  # [P + 1] among the T tokens
+    completion_offsets: Tensor  # [R + 1] among the tokens after the prompts
+    row_offsets: Tensor  # [R + 1] among the M keys
+    max_lengths: tuple[int, int, int]  # of prompts, completions and rows
+    num_prompt_tokens: int  # the first tokens of the T; all prompts together
 
 
 @dataclass(frozen=True)
 class Packing:
-    """One forward over some rows of a batch."""
+    """The layout of one forward over some rows of a batch: T tokens, of which n predict a completion token."""
 
-    rows: Tensor  # [b] of the batch
-    source: Tensor  # [T] where each token stands in the rows' prompt_ids | completion_ids, flattened
+    rows: Tensor  # [b] indices of the rows in the batch
+    source: Tensor  # [T] index of every token in the rows' [prompt_ids, completion_ids], flattened
     positions: Tensor  # [T]
     predictors: Gather  # T hidden states -> the n that predict a completion token
-    places: Tensor  # [n] of those in [b, C], flattened
+    predicted: Tensor  # [n] index of the predicted tokens in the rows' completion_ids [b, C], flattened
     attention: AttentionRows | Segments | None  # None: a grid
     mask: Tensor | None  # [R, L] bool of a grid
     tokens: int  # T
@@ -123,11 +127,11 @@ class Packing:
 
 @dataclass(frozen=True)
 class Plan:
-    """The forwards that some rows of rollouts divide into, each laid out when its turn comes."""
+    """The forwards into which rows of rollouts are divided. Iterating over a plan lays out one forward at a time."""
 
     rollouts: Rollouts
-    shapes: Shapes
-    forwards: list[list[int]]  # rows
+    shapes: RowShapes
+    forwards: list[list[int]]  # row indices of each forward
     layout: Layout
 
     def __len__(self) -> int:
@@ -139,195 +143,230 @@ class Plan:
 
 def plan(rollouts: Rollouts, budget: Budget, rows: Sequence[int] | None = None, layout: Layout = "rows") -> Plan:
     """Divide `rows` (default: all) into as few forwards as `budget` allows. Reads the device once."""
-    shapes = survey(rollouts)
-    forwards = fill(shapes, range(len(rollouts)) if rows is None else rows, budget, layout)
+    shapes = measure_rows(rollouts)
+    forwards = divide_rows(shapes, range(len(rollouts)) if rows is None else rows, budget, layout)
     return Plan(rollouts, shapes, forwards, layout)
 
 
-def survey(rollouts: Rollouts) -> Shapes:
-    """The rows' shapes, in one transfer from the device."""
+def measure_rows(rollouts: Rollouts) -> RowShapes:
+    """Return the shapes of all rows, with one transfer from the device."""
     mask, ids = rollouts.prompt_mask, rollouts.prompt_ids
     same = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     same[1:] = ((ids[1:] == ids[:-1]) & (mask[1:] == mask[:-1])).all(dim=1)
     start = (mask.cumsum(dim=1) == 0).sum(dim=1)
-    rows = torch.stack([start, mask.sum(dim=1), rollouts.lengths(), (~same).cumsum(dim=0)])
-    return Shapes(*rows.cpu().numpy())
+    shapes = torch.stack([start, mask.sum(dim=1), rollouts.lengths(), (~same).cumsum(dim=0)])
+    return RowShapes(*shapes.cpu().numpy())
 
 
-def fill(shapes: Shapes, rows: Sequence[int], budget: Budget, layout: Layout = "rows") -> list[list[int]]:
-    """Divide `rows` into as few forwards as the budget allows, longest first; a row that is too long gets its own.
+def divide_rows(shapes: RowShapes, rows: Sequence[int], budget: Budget, layout: Layout = "rows") -> list[list[int]]:
+    """Divide `rows` into as few forwards as the budget allows, longest rows first.
 
-    A group stays together where it fits, so that its prompt is computed once.
+    A group stays together where it fits, so that its prompt is computed once. A row that exceeds the budget gets a
+    forward of its own.
     """
     forwards: list[_Forward] = []
-    units = _units(shapes, np.asarray(rows, dtype=np.int64), budget, layout)
+    units = _split_into_units(shapes, np.asarray(rows, dtype=np.int64), budget, layout)
     for unit in sorted(units, key=lambda unit: -shapes.length[unit].max()):
-        if not any(one.takes(unit) for one in forwards):
+        if not any(forward.add_if_it_fits(unit) for forward in forwards):
             forwards.append(_Forward(shapes, budget, layout))
             forwards[-1].add(unit)
-    return [sorted(one.rows) for one in forwards]
+    return [sorted(forward.rows) for forward in forwards]
 
 
-def _units(shapes: Shapes, rows: np.ndarray, budget: Budget, layout: Layout) -> Iterator[np.ndarray]:
-    """What stays together: of a grid the single row, else a group, or as much of it as fits."""
+def _split_into_units(shapes: RowShapes, rows: np.ndarray, budget: Budget, layout: Layout) -> Iterator[np.ndarray]:
+    """Yield the rows that stay together: single rows of a grid, otherwise groups, or as much of a group as fits."""
     if layout == "grid" or len(rows) == 0:
         yield from rows[:, None]
         return
     for group in np.split(rows, np.flatnonzero(np.diff(shapes.group[rows])) + 1):
-        part, begin = _Forward(shapes, budget, layout), 0
-        for i in [] if part.takes(group) else range(len(group)):
-            if not part.takes(group[i : i + 1]):
-                yield from [group[begin:i]] if i > begin else []
+        part = _Forward(shapes, budget, layout)
+        if part.add_if_it_fits(group):
+            yield group
+            continue
+        begin = 0
+        for i in range(len(group)):
+            if not part.add_if_it_fits(group[i : i + 1]):
+                if i > begin:
+                    yield group[begin:i]
                 part, begin = _Forward(shapes, budget, layout), i
                 part.add(group[i : i + 1])
         yield group[begin:]
 
 
 class _Forward:
-    """The rows of one forward, added unit by unit, the longest first. The rows of a unit share one prompt."""
+    """The rows of one forward, to which units are added, the longest first. The rows of a unit share one prompt."""
 
-    def __init__(self, shapes: Shapes, budget: Budget, layout: Layout) -> None:
+    def __init__(self, shapes: RowShapes, budget: Budget, layout: Layout) -> None:
         self.shapes, self.budget, self.layout = shapes, budget, layout
         self.rows: list[int] = []
         self.groups: set[int] = set()
-        self.tokens = self.places = 0  # that are computed; of attention's rows, without their padding
+        self.tokens = 0  # that are computed
+        self.attention_tokens = 0  # without the padding of buckets
 
-    def takes(self, unit: np.ndarray) -> bool:
-        """Add `unit` if it fits."""
-        budget, length = self.budget, self.shapes.length
-        if self.layout == "grid":
-            fits = (len(self.rows) + 1) * length[[*self.rows[:1], *unit]].max() <= min(budget.tokens, budget.places)
-        else:
-            fits = self.tokens + self._tokens(unit) <= budget.tokens
-            least = self.places + length[unit].sum()  # and in rows at most 1 / RAGGED of it
-            fits = fits and least <= budget.places
-            if fits and self.layout == "rows" and least > RAGGED * budget.places:
-                fits = sum(len(rows) * width for rows, width in _buckets(length[[*self.rows, *unit]])) <= budget.places
+    def add_if_it_fits(self, unit: np.ndarray) -> bool:
+        """Add `unit` if the budget allows it. Return whether it was added."""
+        fits = self._fits_as_grid(unit) if self.layout == "grid" else self._fits_packed(unit)
         if fits:
             self.add(unit)
-        return bool(fits)
+        return fits
 
     def add(self, unit: np.ndarray) -> None:
-        self.tokens += self._tokens(unit)
-        self.places += self.shapes.length[unit].sum()
+        """Add `unit` without asking the budget."""
+        self.tokens += self._new_tokens(unit)
+        self.attention_tokens += self.shapes.length[unit].sum()
         self.groups.add(self.shapes.group[unit[0]])
         self.rows += unit.tolist()
 
-    def _tokens(self, unit: np.ndarray) -> int:
-        """What it adds: its completions, and the prompt that it shares unless that is here."""
-        own = self.shapes.computed[unit].sum()
-        return own if self.shapes.group[unit[0]] in self.groups else own + self.shapes.prompt[unit[0]]
+    def _fits_as_grid(self, unit: np.ndarray) -> bool:
+        width = self.shapes.length[[*self.rows[:1], *unit]].max()  # the first row is the longest of the present ones
+        return bool((len(self.rows) + 1) * width <= min(self.budget.tokens, self.budget.attention_tokens))
+
+    def _fits_packed(self, unit: np.ndarray) -> bool:
+        budget, length = self.budget, self.shapes.length
+        attention_tokens = self.attention_tokens + length[unit].sum()
+        if self.tokens + self._new_tokens(unit) > budget.tokens or attention_tokens > budget.attention_tokens:
+            return False
+        # padding multiplies the tokens of a bucket by at most 1 / MIN_LENGTH_SHARE
+        if self.layout == "segments" or attention_tokens <= MIN_LENGTH_SHARE * budget.attention_tokens:
+            return True
+        padded = sum(len(rows) * width for rows, width in _divide_into_buckets(length[[*self.rows, *unit]]))
+        return bool(padded <= budget.attention_tokens)
+
+    def _new_tokens(self, unit: np.ndarray) -> int:
+        """Return the tokens that `unit` adds: its completions, and its prompt unless the forward already has it."""
+        computed = self.shapes.computed[unit].sum()
+        return computed if self.shapes.group[unit[0]] in self.groups else computed + self.shapes.prompt[unit[0]]
 
 
-def _buckets(length: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-    """Rows of similar length, longest first: (which, the longest of them)."""
+def _divide_into_buckets(length: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield buckets of rows of similar length, longest rows first: (row indices, greatest length)."""
     order = np.argsort(-length, kind="stable")
     while len(order):
         width = int(length[order[0]])
-        count = int((length[order] > RAGGED * width).sum()) if width else len(order)
+        count = int((length[order] > MIN_LENGTH_SHARE * width).sum()) if width else len(order)
         yield order[:count], width
         order = order[count:]
 
 
-def pack(rollouts: Rollouts, shapes: Shapes, rows: Sequence[int], layout: Layout) -> Packing:
-    """Lay out one forward over `rows`, ascending, of the rollouts that `shapes` describes."""
+def pack(rollouts: Rollouts, shapes: RowShapes, rows: Sequence[int], layout: Layout) -> Packing:
+    """Lay out one forward over `rows`, ascending, of the rollouts with these shapes."""
     device, width = rollouts.completion_ids.device, rollouts.completion_ids.shape[1]
     prompt, length, predicted = shapes.prompt[rows], shapes.length[rows], shapes.completion[rows]
-    lay = _grid if layout == "grid" else _rows if layout == "rows" else _segments
-    row, place = _counted(length)  # of every token of every row: its row and its place there
-    token, size, attention, mask = lay(prompt, length, shapes.group[rows], row, place, device)
+    lay_out = {"grid": _lay_out_grid, "rows": _lay_out_rows, "segments": _lay_out_segments}[layout]
+    row, place = _enumerate(length)  # of every token of every row
+    token, size, attention, mask = lay_out(prompt, length, shapes.group[rows], row, place, device)
     source, positions = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
-    wide = rollouts.prompt_ids.shape[1]
-    column = np.where(place < prompt[row], shapes.start[rows][row] + place, wide + place - prompt[row])
-    source[token], positions[token] = row * (wide + width) + column, place
-    which, nth = _counted(predicted)
+    prompt_width = rollouts.prompt_ids.shape[1]
+    completion_column = prompt_width + place - prompt[row]
+    column = np.where(place < prompt[row], shapes.start[rows][row] + place, completion_column)
+    source[token], positions[token] = row * (prompt_width + width) + column, place
+    predicted_row, predicted_column = _enumerate(predicted)
+    last_prompt_place = np.cumsum(length) - length + prompt - 1  # predicts the first completion token of each row
     return Packing(
-        rows=_on(device, np.asarray(rows)),
-        source=_on(device, source),
-        positions=_on(device, positions),
-        predictors=gather(token[(np.cumsum(length) - length + prompt - 1)[which] + nth], size, device),
-        places=_on(device, which * width + nth),
+        rows=_to_device(device, np.asarray(rows)),
+        source=_to_device(device, source),
+        positions=_to_device(device, positions),
+        predictors=make_gather(token[last_prompt_place[predicted_row] + predicted_column], size, device),
+        predicted=_to_device(device, predicted_row * width + predicted_column),
         attention=attention,
         mask=mask,
         tokens=size,
     )
 
 
-def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """0 for counts[0] times, 1 for counts[1] times, ...; and beside it 0, 1, ... anew for each."""
-    which = np.repeat(np.arange(len(counts)), counts)
-    return which, np.arange(len(which)) - (np.cumsum(counts) - counts)[which]
+def _enumerate(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the group and the place within the group of every item, for groups with so many items.
+
+    >>> _enumerate(np.array([2, 3]))
+    (array([0, 0, 1, 1, 1]), array([0, 1, 0, 1, 2]))
+    """
+    group = np.repeat(np.arange(len(counts)), counts)
+    return group, np.arange(len(group)) - (np.cumsum(counts) - counts)[group]
 
 
-def _packed(
+def _number_tokens(
     prompt: np.ndarray, length: np.ndarray, group: np.ndarray, row: np.ndarray, place: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which token each place of each row is; the prompts' tokens, 0 for a row that shares one; the completions'."""
-    leader = np.searchsorted(group, group, side="left")  # the first of the rows here that share a prompt
-    shared, completion = prompt * (leader == np.arange(len(group))), length - prompt
-    prompts, completions = np.cumsum(shared) - shared, shared.sum() + np.cumsum(completion) - completion
-    token = np.where(place < prompt[row], prompts[leader][row] + place, (completions - prompt)[row] + place)
-    return token, shared, completion
+    """Return the number among the T of every token of every row, and the tokens that each row adds.
+
+    These are two arrays: the tokens of the prompt, 0 if an earlier row has the same one, and of the completion.
+    """
+    leader = np.searchsorted(group, group, side="left")  # the first of these rows with the same prompt
+    own_prompt, completion = prompt * (leader == np.arange(len(group))), length - prompt
+    prompt_start = np.cumsum(own_prompt) - own_prompt
+    completion_start = own_prompt.sum() + np.cumsum(completion) - completion
+    token = np.where(place < prompt[row], prompt_start[leader][row] + place, (completion_start - prompt)[row] + place)
+    return token, own_prompt, completion
 
 
-def _segments(
+def _lay_out_segments(
     prompt: np.ndarray, length: np.ndarray, group: np.ndarray, row: np.ndarray, place: np.ndarray, device: torch.device
 ) -> tuple[np.ndarray, int, Segments, None]:
-    token, shared, completion = _packed(prompt, length, group, row, place)
-    size, real = int(shared.sum() + completion.sum()), completion > 0
-    parts = shared[shared > 0], completion[real], length[real]
-    prompts, completions, rows = (
-        _on(device, np.concatenate([[0], np.cumsum(part)]).astype(np.int32)) for part in parts
+    token, own_prompt, completion = _number_tokens(prompt, length, group, row, place)
+    size, has_completion = int(own_prompt.sum() + completion.sum()), completion > 0
+    prompts, completions, rows = own_prompt[own_prompt > 0], completion[has_completion], length[has_completion]
+    segments = Segments(
+        spread=make_gather(token[has_completion[row]], size, device),
+        prompt_offsets=_offsets(prompts, device),
+        completion_offsets=_offsets(completions, device),
+        row_offsets=_offsets(rows, device),
+        max_lengths=(int(prompts.max(initial=0)), int(completions.max(initial=0)), int(rows.max(initial=0))),
+        num_prompt_tokens=int(own_prompt.sum()),
     )
-    longest = (int(parts[0].max(initial=0)), int(parts[1].max(initial=0)), int(parts[2].max(initial=0)))
-    spread = gather(token[real[row]], size, device)
-    return token, size, Segments(spread, prompts, completions, rows, longest, int(shared.sum())), None
+    return token, size, segments, None
 
 
-def _rows(
+def _offsets(lengths: np.ndarray, device: torch.device) -> Tensor:
+    return _to_device(device, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+
+def _lay_out_rows(
     prompt: np.ndarray, length: np.ndarray, group: np.ndarray, row: np.ndarray, place: np.ndarray, device: torch.device
 ) -> tuple[np.ndarray, int, AttentionRows, None]:
-    token, shared, completion = _packed(prompt, length, group, row, place)
-    size, first, tables, buckets = int(shared.sum() + completion.sum()), np.cumsum(length) - length, [], []
-    for which, width in _buckets(length):
-        real = np.arange(width) < length[which][:, None]
-        table = np.full(real.shape, -1)
-        table[real] = token[(first[which][:, None] + np.arange(width))[real]]
+    token, own_prompt, completion = _number_tokens(prompt, length, group, row, place)
+    size, row_start = int(own_prompt.sum() + completion.sum()), np.cumsum(length) - length
+    tables, buckets = [], []
+    for members, width in _divide_into_buckets(length):
+        is_token = np.arange(width) < length[members][:, None]
+        table = np.full(is_token.shape, -1)
+        table[is_token] = token[(row_start[members][:, None] + np.arange(width))[is_token]]
         tables.append(table.ravel())
-        buckets.append((len(which), width))
+        buckets.append((len(members), width))
     index = np.concatenate(tables)
     back = np.empty(size, dtype=np.int64)
-    back[index[index >= 0][::-1]] = np.flatnonzero(index >= 0)[::-1]  # the first place of each
-    return token, size, AttentionRows(gather(index, size, device), tuple(buckets), _on(device, back)), None
+    back[index[index >= 0][::-1]] = np.flatnonzero(index >= 0)[::-1]  # reversed: the first copy is written last
+    attention = AttentionRows(make_gather(index, size, device), tuple(buckets), _to_device(device, back))
+    return token, size, attention, None
 
 
-def _grid(
+def _lay_out_grid(
     prompt: np.ndarray, length: np.ndarray, group: np.ndarray, row: np.ndarray, place: np.ndarray, device: torch.device
 ) -> tuple[np.ndarray, int, None, Tensor]:
     mask = np.arange(length.max()) < length[:, None]
-    return row * mask.shape[1] + place, mask.size, None, _on(device, mask)
+    return row * mask.shape[1] + place, mask.size, None, _to_device(device, mask)
 
 
-def gather(index: np.ndarray, size: int, device: torch.device) -> Gather:
-    """The gathering x -> x[index] of `size` tokens; -1 reads anything and gets no gradient."""
-    real = np.flatnonzero(index >= 0)
-    order = real[np.argsort(index[real], kind="stable")]
-    counts = np.bincount(index[real], minlength=size)
+def make_gather(index: np.ndarray, size: int, device: torch.device) -> Gather:
+    """Return the operation x -> x[index] for `size` tokens; -1 reads any token and passes no gradient."""
+    places = np.flatnonzero(index >= 0)
+    order = places[np.argsort(index[places], kind="stable")]
+    counts = np.bincount(index[places], minlength=size)
     starts = np.cumsum(counts) - counts
-    once = np.flatnonzero(counts == 1)
-    shared = []
+    single = np.flatnonzero(counts == 1)
+    repeated = []
     for times in np.unique(counts[counts > 1]):
         tokens = np.flatnonzero(counts == times)
-        shared.append((_on(device, tokens), _on(device, order[starts[tokens][:, None] + np.arange(times)])))
+        token_places = order[starts[tokens][:, None] + np.arange(times)]
+        repeated.append((_to_device(device, tokens), _to_device(device, token_places)))
     return Gather(
-        index=_on(device, np.maximum(index, 0)),
-        once=(_on(device, once), _on(device, order[starts[once]])),
-        shared=tuple(shared),
+        index=_to_device(device, np.maximum(index, 0)),
+        single=(_to_device(device, single), _to_device(device, order[starts[single]])),
+        repeated=tuple(repeated),
         size=size,
     )
 
 
-def _on(device: torch.device, values: np.ndarray) -> Tensor:
-    """To the device, without waiting for what runs there."""
+def _to_device(device: torch.device, values: np.ndarray) -> Tensor:
+    """Copy `values` to the device without waiting for the work that is queued on it."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

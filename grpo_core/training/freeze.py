@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo_core.batch import Rollouts, TrainBatch, take
 from grpo_core.distributed import ranks
-from grpo_core.model.memory import in_halves_if_need_be
+from grpo_core.model.memory import retry_in_halves
 from grpo_core.model.packing import Packing
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.corrections import quantile
@@ -54,7 +54,7 @@ def forward_all(run: Run, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         entropy.index_copy_(0, packing.rows, part.entropy)
 
     for packing in run.policy.plan(rollouts, run.budgets.forward):
-        in_halves_if_need_be(run.policy, rollouts, packing, forward)
+        retry_in_halves(run.policy, rollouts, packing, forward)
     return logprobs, entropy
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo_core.batch import Rollouts, TrainBatch, take
 from grpo_core.distributed import ranks, signals, watchdog
-from grpo_core.model.memory import in_halves_if_need_be
+from grpo_core.model.memory import retry_in_halves
 from grpo_core.model.packing import Packing, Plan
 from grpo_core.model.policy import TokenStats
 from grpo_core.monitor.aggregates import Stats
@@ -66,7 +66,7 @@ def accumulate(run: Run, minibatch: TrainBatch, plan: Plan, totals: Totals, cont
     try:
         for packing in plan:
             watchdog.beat("update")
-            halved += in_halves_if_need_be(run.policy, minibatch.rollouts, packing, forward_and_backward)
+            halved += retry_in_halves(run.policy, minibatch.rollouts, packing, forward_and_backward)
             tokens += packing.tokens
     except torch.OutOfMemoryError:
         return False
