@@ -220,7 +220,7 @@ def model(folder, **changes):
 
 def test_in_a_model_folder(train, tmp_path):
     small = model(tmp_path / "small", vocab_size=100)
-    assert "but the model has embeddings of 100 only" in train(f"model.path={small}")
+    assert "but the model has only 100 embeddings" in train(f"model.path={small}")
     bare = model(tmp_path / "bare")
     for file in bare.glob("*token*"):
         file.unlink()

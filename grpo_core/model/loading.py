@@ -85,9 +85,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         raise ConfigError(
             f"model.path is {path!r}, and its tokenizer cannot be loaded: {first_line(error)}{_hub_hint(path)}"
         ) from error
-    if not tokenizer("one 1", add_special_tokens=False)[
-        "input_ids"
-    ]:  # it loads without files, but empty
+    if not tokenizer("one 1", add_special_tokens=False)["input_ids"]:  # it loads without files, but empty
         raise ConfigError(no_files)
     return tokenizer
 
