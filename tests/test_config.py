@@ -112,7 +112,7 @@ def test_the_real_job_is_the_published_recipe():
     [
         ("trainer.num_step=3", r"unknown key trainer.num_step; known: .*did you mean num_steps\?"),
         ("lossy.name=grpo", r"unknown key lossy"),
-        ("name.x=1", r"unknown key name.x; name has no keys"),
+        ("name.x=1", r"unknown key name.x; name is a value and has no keys"),
         ("seed", r"'seed' is not an override"),
         ("seed=one", r"seed is 'one'; it must be an integer"),
         ("seed=true", r"seed is True; it must be an integer"),

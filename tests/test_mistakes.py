@@ -61,7 +61,7 @@ def test_the_control_loads(train):
     (["trainr.num_steps=3"], "(did you mean trainer?)"),
     (["sampling.top_p=0.9"], "unknown key sampling.top_p; training samples from the whole distribution"),
     (["seed"], "'seed' is not an override; write section.key=value"),
-    (["configs/r1.yaml"], "'configs/r1.yaml' is not an override; a config file is named by --config configs/r1.yaml"),
+    (["configs/r1.yaml"], "'configs/r1.yaml' is not an override; to use a config file, write --config configs/r1.yaml"),
     (["seed.x=1"], "seed"),
     (["seed=one"], "seed is 'one'; it must be an integer"),
     (["trainer.num_steps=2.5"], "trainer.num_steps is 2.5; it must be an integer or null"),
@@ -233,7 +233,7 @@ def test_in_a_model_folder(train, tmp_path):
 @pytest.mark.parametrize("text, sentence", [
     ("- 1\n", "is not a mapping of sections and keys"),
     ("a: [1\n", "is not YAML"),
-    ("name: a\nname: b\n", "is not YAML: found the key 'name' twice"),
+    ("name: a\nname: b\n", "is not YAML: the key 'name' is given twice"),
     ("trainer: 3\n", "trainer is 3; it must be a mapping"),
     ("? [a]\n: 1\n", "is not YAML"),
     ("name: \x07\n", "is not YAML"),

@@ -90,7 +90,7 @@ def test_what_only_the_training_session_knew_is_left_out_and_told(tiny_run, tmp_
     opened = open_source(str(run), notify=told.append)
     assert [reward.name for reward in opened.config.rewards] == ["correct_answer"] and opened.config.loss.name == "grpo"
     assert [sentence.removeprefix(f"{run}: ") for sentence in told] == [
-        f"{what} mine is not known here and is left out" for what in ("loss", "advantage", "reward")
+        f"{what} mine is not registered here and is left out" for what in ("loss", "advantage", "reward")
     ]
     assert torch.equal(greedy(opened).completion_ids, greedy(open_source(str(tiny_run))).completion_ids)
     assert main(["sample", str(run), "What is 1 + 1?"]) == 0 and main(["export", str(run), "--dry-run"]) == 0

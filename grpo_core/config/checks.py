@@ -1,4 +1,4 @@
-"""The checks of a configuration that need no model: names, arguments, ranges, and what does not go together."""
+"""Checks of a configuration that need no model: names, arguments, ranges, and settings that exclude each other."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from grpo_core.schema import ConfigError, summarize_error
 
 
 def check(config: RunConfig) -> None:
-    """Names, arguments and ranges; what depends on the number of ranks is checked by `prompts_per_rank`.
+    """Check everything that does not depend on the number of ranks; `prompts_per_rank` checks the rest.
 
     Raises:
-        ConfigError: the first thing that does not hold.
+        ConfigError: describes the first error.
     """
     _check_secrets(asdict(config), "")
     _check_functions(config)
@@ -38,7 +38,7 @@ def check(config: RunConfig) -> None:
     _check_sampling(config)
     _check_objective(config)
     if config.name in ("", ".", "..") or "/" in config.name or "\0" in config.name:
-        raise ConfigError(f"name is {config.name!r}; it must be the name of one folder, which is made in output_dir")
+        raise ConfigError(f"name is {config.name!r}; it must be the name of one folder, which is created in output_dir")
     if config.resume is not None and config.overwrite:
         raise ConfigError(f"resume is {config.resume!r} and overwrite is true; a run is continued or removed, not both")
     if config.resume not in (None, "auto", "force") and not (Path(config.resume) / "config.yaml").exists():
@@ -53,7 +53,7 @@ SECRET = re.compile(
 
 
 def _check_secrets(value: Any, key: str) -> None:
-    """The configuration is written to the run folder and to logs."""
+    """Refuse passwords and tokens, because the configuration is written to the run folder and to logs."""
     if isinstance(value, dict):
         for name, inner in value.items():
             _check_secrets(inner, f"{key}.{name}".lstrip("."))
@@ -62,36 +62,38 @@ def _check_secrets(value: Any, key: str) -> None:
             _check_secrets(inner, f"{key}[{i}]")
     elif isinstance(value, str) and SECRET.search(value):
         raise ConfigError(
-            f"{key} holds a password or token, which would be written to logs; give it in the environment"
+            f"{key} holds a password or token, which would be written to logs; pass it in an environment variable"
         )
 
 
 def _check_functions(config: RunConfig) -> None:
-    """Every function is there, takes its arguments, and works on a batch of two."""
+    """Check that every function of the objective exists, takes its arguments, and works on a batch of two."""
     loss = config.loss
-    KLS.get(loss.kl), AVERAGES.get(loss.average)
+    KLS.get(loss.kl)
+    AVERAGES.get(loss.average)
     try_loss(loss.name, loss.args)
     try_advantage(config.advantage.name, config.advantage.args)
     old, mask, rewards = torch.full((2, 3), -1.0), torch.ones(2, 3, dtype=torch.bool), torch.eye(2)
-    chosen = loss.rollout_correction
-    function = CORRECTIONS.build(chosen.name, chosen.args, "loss.rollout_correction.args")
-    _try("loss.rollout_correction", chosen.name, function, old, old, mask)
-    chosen = config.truncation
-    function = TRUNCATIONS.build(chosen.name, chosen.args, "truncation.args")
-    _try("truncation", chosen.name, function, rewards, torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool), 8)
+    correction = loss.rollout_correction
+    function = CORRECTIONS.build(correction.name, correction.args, "loss.rollout_correction.args")
+    _try("loss.rollout_correction", correction.name, function, old, old, mask)
+    truncation = config.truncation
+    function = TRUNCATIONS.build(truncation.name, truncation.args, "truncation.args")
+    _try("truncation", truncation.name, function, rewards, torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool), 8)
 
 
 def try_loss(name: str, args: dict[str, Any]) -> Callable:
-    """The loss `name` with `args`, once it has been seen to work on a batch of two.
+    """Build the loss `name` with `args`, call it on a batch of two, and return it.
 
     Raises:
-        ConfigError: it is not there, does not take the arguments, raises, or does not return what a loss returns.
+        ConfigError: the loss does not exist, does not take the arguments, raises, or does not return a PolicyLoss with
+            per_token_loss [B, C].
     """
     function = LOSSES.build(name, args, "loss.args")
     old = torch.tensor([[-1.0, -2.0, -0.5], [-0.1, -3.0, -1.0]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    column = torch.tensor([[1.0], [-0.5]])
-    out = _try("loss", name, function, (old + 0.1).requires_grad_(), old, column, mask)
+    advantages = torch.tensor([[1.0], [-0.5]])
+    out = _try("loss", name, function, (old + 0.1).requires_grad_(), old, advantages, mask)
     if not isinstance(out, PolicyLoss):
         raise ConfigError(f"loss {name} returned {type(out).__name__}; it must return a PolicyLoss")
     if out.per_token_loss.shape != old.shape:
@@ -101,18 +103,19 @@ def try_loss(name: str, args: dict[str, Any]) -> Callable:
 
 
 def try_advantage(name: str, args: dict[str, Any]) -> Callable:
-    """As `try_loss`, for an advantage."""
+    """Build the advantage `name` with `args`, call it on a batch of two groups, and return it; errors as `try_loss`."""
     function = ADVANTAGES.build(name, args, "advantage.args")
     _try("advantage", name, compute_advantages, function, torch.tensor([[1.0, 0.0], [0.5, 1.0]]))
     return function
 
 
-def _try(key: str, name: str, function: Callable, *given: Any) -> Any:
+def _try(key: str, name: str, function: Callable, *inputs: Any) -> Any:
+    """Call a function, and turn what it raises into a ConfigError that names the key and the function."""
     try:
-        return function(*given)
+        return function(*inputs)
     except ConfigError as error:
-        named = str(error).startswith(key)
-        raise ConfigError(str(error) if named else f"{key} {name}: {error}") from None
+        has_key = str(error).startswith(key)
+        raise ConfigError(str(error) if has_key else f"{key} {name}: {error}") from None
     except Exception as error:
         raise ConfigError(f"{key} {name} fails on a batch of two: {summarize_error(error)}") from error
 
@@ -122,13 +125,13 @@ def _check_rewards(config: RunConfig) -> None:
     for i, reward in enumerate(config.rewards):
         REWARDS.build(reward.name, reward.args, f"rewards[{i}].args")
     if len({reward.name for reward in config.rewards}) < len(config.rewards) or not config.rewards:
-        raise ConfigError("rewards must name at least one reward, and each only once")
+        raise ConfigError("rewards must name at least one reward, and none of them twice")
     if all(reward.weight == 0 for reward in config.rewards):
-        raise ConfigError("rewards: every weight is 0, so there is nothing to learn")
+        raise ConfigError("rewards: every weight is 0, so there is nothing to learn; at least one must differ from 0")
 
 
 def _check_objective(config: RunConfig) -> None:
-    """Ranges of the switches, and those that do not go together."""
+    """Check the ranges of the objective's switches, and refuse those that exclude each other."""
     loss, reference = config.loss, config.reference
     for name, value in (("loss.top_entropy", loss.top_entropy), ("reference.mixing", reference.mixing)):
         if not 0 < value <= 1:
@@ -138,28 +141,39 @@ def _check_objective(config: RunConfig) -> None:
             raise ConfigError(f"{name} is {value}; it must be above 0")
     if not loss.entropy_min <= loss.entropy_coef <= loss.entropy_max and loss.entropy_target is not None:
         raise ConfigError(
-            f"loss.entropy_coef is {loss.entropy_coef}; it must be from entropy_min ({loss.entropy_min}) "
-            f"to entropy_max ({loss.entropy_max})"
+            f"loss.entropy_coef is {loss.entropy_coef}; with loss.entropy_target it must be from loss.entropy_min "
+            f"({loss.entropy_min}) to loss.entropy_max ({loss.entropy_max})"
         )
     if loss.kl_target is not None and not loss.kl_coef > 0:
-        raise ConfigError("loss.kl_target steers loss.kl_coef, which is 0; give it a value to start from")
-    if reference.every and not loss.kl_coef > 0:
-        raise ConfigError("reference.every moves a reference that loss.kl_coef 0 does not use")
-    if config.lora.r == 0 and (loss.kl_coef > 0 or config.log.exact_kl_every):
-        key, value = (
-            ("loss.kl_coef", loss.kl_coef) if loss.kl_coef else ("log.exact_kl_every", config.log.exact_kl_every)
+        raise ConfigError(
+            "loss.kl_target adapts loss.kl_coef, which is 0; set loss.kl_coef above 0 as the initial value"
         )
-        raise ConfigError(f"{key} is {value}, but lora.r is 0: without an adapter there is no reference")
+    if reference.every and not loss.kl_coef > 0:
+        raise ConfigError(
+            f"reference.every is {reference.every}, but loss.kl_coef 0 uses no reference; "
+            "set reference.every to 0 or loss.kl_coef above 0"
+        )
+    if config.lora.r == 0 and (loss.kl_coef > 0 or config.log.exact_kl_every):
+        key, value = "loss.kl_coef", loss.kl_coef
+        if not loss.kl_coef:
+            key, value = "log.exact_kl_every", config.log.exact_kl_every
+        raise ConfigError(
+            f"{key} is {value}, but lora.r is 0; without an adapter there is no reference, so it must be 0"
+        )
     if fact(ADVANTAGES.get(config.advantage.name), "reads_components"):
-        changed = fact(TRUNCATIONS.get(config.truncation.name), "changes_reward")
-        if changed or (loss.kl_coef and loss.kl_in == "reward"):
-            key = f"truncation {config.truncation.name}" if changed else "loss.kl_in reward"
+        setting = None
+        if loss.kl_coef and loss.kl_in == "reward":
+            setting = "loss.kl_in reward"
+        if fact(TRUNCATIONS.get(config.truncation.name), "changes_reward"):
+            setting = f"truncation {config.truncation.name}"
+        if setting:
             raise ConfigError(
-                f"advantage {config.advantage.name} reads the single rewards, and {key} changes only their sum"
+                f"advantage {config.advantage.name} reads each reward, but {setting} changes only their sum; "
+                "change one of the two settings"
             )
 
 
-LEAST = {  # null, auto and epoch are fine where a key takes them
+MINIMUMS = {  # smallest value -> keys; null, auto and epoch pass where a key allows them
     2: ("sampling.group_size",),
     1: (
         *("trainer.completions_per_step", "trainer.num_minibatches", "trainer.num_passes", "trainer.max_skipped_steps"),
@@ -178,11 +192,11 @@ LEAST = {  # null, auto and epoch are fine where a key takes them
 
 
 def _check_numbers(config: RunConfig) -> None:
-    for least, keys in LEAST.items():
+    for minimum, keys in MINIMUMS.items():
         for key in keys:
             value = attrgetter(key)(config)
             if not isinstance(value, str | None):
-                _at_least(key, value, least)
+                _check_minimum(key, value, minimum)
     if config.sampling.group_size % config.trainer.num_minibatches:
         raise ConfigError(
             f"trainer.num_minibatches is {config.trainer.num_minibatches}; it must divide sampling.group_size "
@@ -190,10 +204,10 @@ def _check_numbers(config: RunConfig) -> None:
         )
     if config.trainer.max_failed_rewards > 1:
         raise ConfigError(
-            f"trainer.max_failed_rewards is {config.trainer.max_failed_rewards}; it is a share, at most 1"
+            f"trainer.max_failed_rewards is {config.trainer.max_failed_rewards}; it is a share and must be at most 1"
         )
     if not 0 <= config.lora.dropout < 1:
-        raise ConfigError(f"lora.dropout is {config.lora.dropout}; it must be from 0 up to, but not, 1")
+        raise ConfigError(f"lora.dropout is {config.lora.dropout}; it must be at least 0 and below 1")
     for name, value in (
         ("engine.learning_rate", config.engine.learning_rate),
         ("trainer.reward_timeout", config.trainer.reward_timeout),
@@ -204,31 +218,34 @@ def _check_numbers(config: RunConfig) -> None:
 
 
 def _check_sampling(config: RunConfig) -> None:
-    """The settings of training's and of evaluation's sampling; what cuts a distribution off needs a temperature."""
+    """Check the temperature of training, and the temperature and the truncation of evaluation."""
     if not config.sampling.temperature > 0 or config.sampling.temperature == math.inf:
         raise ConfigError(
-            f"sampling.temperature is {config.sampling.temperature}; it must be above 0 (evaluation's may be 0)"
+            f"sampling.temperature is {config.sampling.temperature}; it must be above 0 (that of evaluation may be 0)"
         )
-    chosen = config.evaluation
-    cuts = {name: getattr(chosen, name) for name in ("top_k", "top_p", "min_p")}
-    if not 0 <= chosen.temperature < math.inf:
-        raise ConfigError(f"evaluation.temperature is {chosen.temperature}; it must be at least 0 (0: greedy)")
-    if chosen.temperature == 0:
-        for name, value in cuts.items():
+    temperature = config.evaluation.temperature
+    truncation = {name: getattr(config.evaluation, name) for name in ("top_k", "top_p", "min_p")}
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"evaluation.temperature is {temperature}; it must be at least 0 (0: greedy)")
+    if temperature == 0:
+        for name, value in truncation.items():
             if value is not None:
-                raise ConfigError(f"evaluation.{name} is {value}, but evaluation.temperature is 0, which is greedy")
+                raise ConfigError(
+                    f"evaluation.{name} is {value}, but evaluation.temperature is 0 (greedy); "
+                    f"set evaluation.{name} to null or the temperature above 0"
+                )
         return
     try:
-        SamplingParams(chosen.temperature, **cuts)
+        SamplingParams(temperature, **truncation)
     except ValueError as error:
         raise ConfigError(f"evaluation.{error}") from None
 
 
 def prompts_per_rank(config: RunConfig, world_size: int) -> int:
-    """N, the prompts of one step on one rank.
+    """Return N, the number of prompts of one step on one rank.
 
     Raises:
-        ConfigError: completions_per_step does not divide into ranks and groups.
+        ConfigError: trainer.completions_per_step is not a multiple of the group size times the number of ranks.
     """
     total, group = config.trainer.completions_per_step, config.sampling.group_size
     if total % (group * world_size):
@@ -239,6 +256,6 @@ def prompts_per_rank(config: RunConfig, world_size: int) -> int:
     return total // group // world_size
 
 
-def _at_least(key: str, value: float, least: float) -> None:
-    if not value >= least:  # NaN is refused too
-        raise ConfigError(f"{key} is {value}; it must be at least {least}")
+def _check_minimum(key: str, value: float, minimum: float) -> None:
+    if not value >= minimum:  # refuses NaN too
+        raise ConfigError(f"{key} is {value}; it must be at least {minimum}")

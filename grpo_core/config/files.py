@@ -1,4 +1,4 @@
-"""Configurations on disk: YAML with overrides and presets in, everything resolved out."""
+"""Read and write configurations: YAML files with a base, a preset and overrides, resolved to a `RunConfig`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from grpo_core.schema import ConfigError, coerce, list_known
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply a preset and `section.key=value` overrides (values are YAML), and check the outcome.
+    """Read a YAML file, apply `section.key=value` overrides, whose values are YAML, and check the result.
 
-    `path` may be the name of a shipped configuration, such as `tiny` or `tiny.yaml`. `base: FILE` in a file puts it on
-    top of another one, which lies beside it or is a shipped one.
+    `path` may be the name of a shipped configuration, such as `tiny` or `tiny.yaml`. `base: FILE` in a file names
+    another file, beside it or shipped, whose keys the file overrides.
 
     Raises:
-        ConfigError: a missing file, an unknown key, a value of the wrong type, or numbers that do not fit together.
+        ConfigError: a missing file, an unknown key, a value of the wrong type, or values that exclude each other.
     """
     path = find_file(path, Path())
     if not os.path.exists(path):
@@ -42,49 +42,54 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_run_config(
-    folder: Path, overrides: Sequence[str] = (), tell: Callable[[str], None] | None = None
+    folder: Path, overrides: Sequence[str] = (), notify: Callable[[str], None] | None = None
 ) -> RunConfig:
-    """The configuration of a run folder; files of the user's that are gone are taken from the run's own copies.
+    """Load the configuration of a run folder.
 
-    With `tell` what only the training session knew, a reward, a loss or an advantage registered there, is left out and
-    `tell` is told so: for commands that want the weights and not the objective.
+    A user's file that no longer exists is replaced by the copy in the run folder. With `notify`, a reward, loss or
+    advantage that was registered only in the training process is left out, and `notify` gets a sentence about it. This
+    is for commands that need the weights and not the objective.
 
     Raises:
         ConfigError: as `load`.
     """
-
-    def kept(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: kept(inner) for name, inner in value.items()}
-        if isinstance(value, list):
-            return [kept(inner) for inner in value]
-        file, colon, function = value.rpartition(":") if isinstance(value, str) else ("", "", "")
-        copy = folder / "code" / Path(file).name
-        gone = colon and file.endswith(".py") and not Path(file).exists() and copy.exists()
-        return f"{copy}:{function}" if gone else value
-
-    data = kept(_layers(folder / "config.yaml", ()))
-    if tell is not None:
-        _leave_out_strangers(data, lambda what: tell(f"{folder}: {what} is not known here and is left out"))
+    data = _replace_missing_files(_layers(folder / "config.yaml", ()), folder / "code")
+    if notify is not None:
+        for name in _remove_unknown_functions(data):
+            notify(f"{folder}: {name} is not registered here and is left out")
     return _resolve(data, overrides, folder)
 
 
-def _leave_out_strangers(data: dict[str, Any], tell: Callable[[str], None]) -> None:
-    """Drop the rewards, the loss and the advantage that no registry knows."""
+def _replace_missing_files(value: Any, copies: Path) -> Any:
+    """Replace every `file.py:function` whose file does not exist by the copy of the file, if there is one."""
+    if isinstance(value, dict):
+        return {name: _replace_missing_files(inner, copies) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_replace_missing_files(inner, copies) for inner in value]
+    file, colon, function = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    copy = copies / Path(file).name
+    missing = colon and file.endswith(".py") and not Path(file).exists()
+    return f"{copy}:{function}" if missing and copy.exists() else value
+
+
+def _remove_unknown_functions(data: dict[str, Any]) -> list[str]:
+    """Remove the rewards, the loss and the advantage that are in no registry, and return their names."""
+    removed = []
     for key, registry in (("loss", LOSSES), ("advantage", ADVANTAGES)):
         if not registry.knows(name := data[key]["name"]):
-            tell(f"{key} {name}")
+            removed.append(f"{key} {name}")
             del data[key]
     for reward in [*data["rewards"]]:
         if not REWARDS.knows(reward["name"]):
-            tell(f"reward {reward['name']}")
+            removed.append(f"reward {reward['name']}")
             data["rewards"].remove(reward)
     if not data["rewards"]:
         del data["rewards"]
+    return removed
 
 
 def load_overrides(overrides: Sequence[str]) -> RunConfig:
-    """The defaults with `section.key=value` overrides.
+    """Return the default configuration with `section.key=value` overrides.
 
     Raises:
         ConfigError: as `load`.
@@ -93,60 +98,65 @@ def load_overrides(overrides: Sequence[str]) -> RunConfig:
 
 
 def _layers(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """A file's keys over its preset's, over those of the file that it names as its base."""
+    """Return the keys of a file: its own override its preset's, and these override its base's.
+
+    `above` are the files that led to this one through `base`.
+    """
     data = _read(path, lambda text: yaml.load(text, _Loader), "YAML") or {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is not a mapping of sections and keys")
-    under, base = {}, data.pop("base", None)
+    under: dict[str, Any] = {}
+    base = data.pop("base", None)
     if base is not None:
         if path.resolve() in above:
-            raise ConfigError(f"base: {path} is its own base")
+            raise ConfigError(f"base: {path} is its own base, directly or through other files")
         under = _layers(find_file(str(base), path.parent), (*above, path.resolve()))
     if data.get("preset") is not None:
         under = merge(under, get_preset(str(data["preset"])))
-    return _with_deepspeed(merge(under, data), path.parent)
+    return _read_deepspeed(merge(under, data), path.parent)
 
 
-def _resolve(data: dict[str, Any], overrides: Sequence[str], beside: Path) -> RunConfig:
+def _resolve(data: dict[str, Any], overrides: Sequence[str], folder: Path) -> RunConfig:
+    """Apply the overrides to the keys of a file in `folder`, and return the checked configuration."""
     for override in overrides:
         if override.startswith("preset=") and (name := _parse(override.removeprefix("preset="))) is not None:
             data = merge(data, get_preset(str(name)))
     for override in overrides:
-        _forget_arguments(data, override)
+        _drop_arguments(data, override)
     for override in overrides:
         _apply(data, override)
-    build(RunConfig, data, "")  # types first: a wrong one is said before a file is looked for
-    config = build(RunConfig, _with_deepspeed(data, beside), "")
+    build(RunConfig, data, "")  # so that a value of the wrong type is reported before a missing file
+    config = build(RunConfig, _read_deepspeed(data, folder), "")
     check(config)
     return config
 
 
-def _with_deepspeed(data: dict[str, Any], beside: Path) -> dict[str, Any]:
-    """With the content of engine.deepspeed's file, so that the written config.yaml alone re-runs the run."""
+def _read_deepspeed(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Replace the file name engine.deepspeed by the file's content, so that config.yaml alone can repeat the run."""
     engine = data.get("engine")
-    if not isinstance(engine, dict) or not isinstance(named := engine.get("deepspeed"), str):
+    if not isinstance(engine, dict) or not isinstance(engine.get("deepspeed"), str):
         return data
-    file = find_file(named, beside, Path())
+    file = find_file(engine["deepspeed"], folder, Path())
     return {**data, "engine": {**engine, "deepspeed": _read(file, json.loads, "JSON")}}
 
 
 def parse_arguments(overrides: Sequence[str]) -> dict[str, Any]:
-    """`name=value` words, the values YAML, as a function's arguments.
+    """Return the arguments of a function from words `name=value`, whose values are YAML.
 
     Raises:
-        ConfigError: a word without an equals sign.
+        ConfigError: a word has no equals sign.
     """
-    given = {}
+    arguments = {}
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"{override!r} is not an argument; write name=value")
-        given[name] = _parse(text)
-    return given
+        arguments[name] = _parse(text)
+    return arguments
 
 
 def dump(config: RunConfig) -> str:
-    """The whole configuration as YAML that `load` reads back to an equal one, with the objective as a comment."""
+    """Return the whole configuration as YAML that `load` reads to an equal one, with the objective as a comment."""
     lines = [*render(config).splitlines(), "", *LETTERS.splitlines()]
     objective = "".join(f"#   {line}".rstrip() + "\n" for line in lines)
     return f"# What is minimised:\n#\n{objective}\n" + yaml.dump(
@@ -155,46 +165,46 @@ def dump(config: RunConfig) -> str:
 
 
 def to_inline_yaml(value: Any) -> str:
-    """A value in one line of YAML, as an override takes it."""
+    """Return a value as one line of YAML, as used in an override."""
     text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
     return text.removesuffix("...\n").strip()
 
 
 def build(cls: type, data: Any, key: str) -> Any:
-    """A dataclass from nested mappings; list items may be written as plain text, which is their first field.
+    """Build a dataclass from nested mappings; an item of a list may be plain text, which sets its first field.
 
     Raises:
-        ConfigError: an unknown key, a missing value, or one of the wrong type.
+        ConfigError: an unknown key, a missing value, or a value of the wrong type; the message names it below `key`.
     """
     if not isinstance(data, dict):
-        raise ConfigError(f"{key or 'the config'} is {data!r}; it must be a mapping")
+        raise ConfigError(f"{key or 'the configuration'} is {data!r}; it must be a mapping")
     hints, values = get_type_hints(cls), {}
     names = {f.name for f in fields(cls)}
     for name, value in data.items():
         if name not in names:
-            why = trl_names.key_hint(_join(key, name), value) or list_known(name, names)
-            raise ConfigError(f"unknown key {_join(key, name)}; {why}")
-        values[name] = _value(hints[name], value, _join(key, name))
+            hint = trl_names.key_hint(_join(key, name), value) or list_known(name, names)
+            raise ConfigError(f"unknown key {_join(key, name)}; {hint}")
+        values[name] = _build_value(hints[name], value, _join(key, name))
     for f in fields(cls):
         if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
-            raise ConfigError(f"{_join(key, f.name)} is missing")
+            raise ConfigError(f"{_join(key, f.name)} is missing, and it has no default")
     return cls(**values)
 
 
-def _value(kind: Any, value: Any, key: str) -> Any:
+def _build_value(kind: Any, value: Any, key: str) -> Any:
     if is_dataclass(kind):
         return build(kind, value, key)
     item = get_args(kind)[0] if get_origin(kind) is list else None
     if is_dataclass(item):
         items = value if isinstance(value, list) else [value]
         first = fields(item)[0].name
-        named = [{first: x} if isinstance(x, str) else x for x in items]
-        return [build(item, x, f"{key}[{i}]") for i, x in enumerate(named)]
+        mappings = [{first: x} if isinstance(x, str) else x for x in items]
+        return [build(item, x, f"{key}[{i}]") for i, x in enumerate(mappings)]
     return coerce(value, kind, key)
 
 
 def _parse(text: str) -> Any:
-    """A value from the command line: YAML, or the text itself where it is none."""
+    """Return the value of a word on the command line: parsed as YAML, or the text itself where that fails."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
@@ -202,11 +212,12 @@ def _parse(text: str) -> Any:
 
 
 def _apply(data: dict, override: str) -> None:
+    """Set the key of `section.key=value` in the nested mapping `data`."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        file = override.endswith((".yaml", ".yml", ".json"))
-        how = f"a config file is named by --config {override}" if file else "write section.key=value"
-        raise ConfigError(f"{override!r} is not an override; {how}")
+        is_file = override.endswith((".yaml", ".yml", ".json"))
+        advice = f"to use a config file, write --config {override}" if is_file else "write section.key=value"
+        raise ConfigError(f"{override!r} is not an override; {advice}")
     *sections, last = key.split(".")
     kind: Any = RunConfig
     for name in (*sections, last):
@@ -214,15 +225,15 @@ def _apply(data: dict, override: str) -> None:
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
-            raise ConfigError(f"unknown key {key}; {section} has no keys of its own")
+            raise ConfigError(f"unknown key {key}; {section} is a value and has no keys")
     value = _parse(text)
     if kind in (str, str | None) and not isinstance(value, (str, type(None))):
-        value = text  # a key that holds text: {question} is a template there, not a mapping
+        value = text  # the key takes text, so {question} is a template and not a mapping
     data[last] = value
 
 
-def _forget_arguments(data: dict, override: str) -> None:
-    """`section.name=another` takes the arguments of the function before with it."""
+def _drop_arguments(data: dict, override: str) -> None:
+    """Drop the `args` of the old function where an override `section.name=...` names another one."""
     key, _, text = override.partition("=")
     *sections, last = key.split(".")
     for section in sections:
@@ -235,22 +246,27 @@ _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Safe, and a key that is there twice is an error: the second would win in silence."""
+    """A safe loader that refuses a key given twice, where YAML would silently use the second."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for i, key in enumerate(keys):
             if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(None, None, f"found the key {key!r} twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def _read(path: Path, parse: Any, kind: str) -> Any:
+    """Read a file and parse it as `kind`, YAML or JSON."""
     try:
         return parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError among them
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError includes UnicodeDecodeError and JSONDecodeError
         raise ConfigError(f"{path} is not {kind}: {' '.join(str(error).split())}") from None
 
 

@@ -1,6 +1,6 @@
-"""The objective in words: the formula of a run with its values in it, and what about it deserves a warning.
+"""The objective as text: its formula with the run's values, and remarks on combinations that are likely mistakes.
 
-The formula of a function is the first line of its docstring, in its own arguments.
+The formula of a function is the first line of its docstring, written with the function's own arguments.
 """
 
 from __future__ import annotations
@@ -25,36 +25,38 @@ l, l_old, l_ref, l_roll   log-prob of a token: now, before the step's first upda
 r, R                      exp(l - l_old) of a token; exp of its mean over a completion
 v                         exp(l_old - l_roll)
 d                         l_ref - l
-A                         advantage of the completion; in its own formula r is the reward
+A                         advantage of the completion; in the formula of A, r is the reward
 sg                        stop-gradient
-n_i                       tokens of completion i; tokens, completions: of the whole optimizer step"""
+n_i                       tokens of completion i; tokens and completions are those of the whole optimizer step"""
 
 
 def render(config: RunConfig) -> str:
-    """What the run minimises: a few lines, every number in its place, and what should be remarked about them."""
+    """Return the objective that the run minimises, in a few lines with all values, and the remarks on it."""
     loss = config.loss
-    rows = [("loss", _sum(config)), ("L", f"{_formula(LOSSES, loss.name, loss.args)}    ({loss.name})")]
+    rows = [("loss", _render_sum(config)), ("L", f"{_formula(LOSSES, loss.name, loss.args)}    ({loss.name})")]
     if loss.rollout_correction.name != "none":
         weight = _formula(CORRECTIONS, loss.rollout_correction.name, loss.rollout_correction.args)
-        inside = "; within L, through l_old" if fact(LOSSES.get(loss.name), "corrects_rollout") else ""
+        inside = "; applied inside L, through l_old" if fact(LOSSES.get(loss.name), "corrects_rollout") else ""
         rows.append(("w", f"{weight}    ({loss.rollout_correction.name}{inside})"))
     average = _formula(AVERAGES, loss.average, {}, config.sampling.max_new_tokens)
     rows.append(("weight", f"{average}    ({loss.average})"))
     if loss.kl_coef:
-        rows.append(("KL", f"{_formula(KLS, loss.kl, {})}    ({loss.kl}; {_reference(config)})"))
+        rows.append(("KL", f"{_formula(KLS, loss.kl, {})}    ({loss.kl}; {_describe_reference(config)})"))
         if loss.kl_target is not None:
-            towards = f"{_number(loss.kl_target)}, with a horizon of {loss.kl_horizon} completions"
-            rows.append(("", f"its coefficient starts so and adapts towards a KL of {towards}"))
+            target = f"{_number(loss.kl_target)}, with a horizon of {loss.kl_horizon} completions"
+            rows.append(("", f"the coefficient starts at this value and adapts to a KL of {target}"))
     if loss.entropy_coef or loss.entropy_target is not None:
         tokens = "the tokens of highest entropy" if loss.top_entropy < 1 else "the step's tokens"
         rows.append(("H", f"mean entropy of {tokens}"))
         if loss.entropy_target is not None:
-            towards = f"{_number(loss.entropy_target)}, by {_number(loss.entropy_delta)} a step"
-            rows.append(("", f"its coefficient starts so and adapts towards an entropy of {towards}"))
+            target = f"{_number(loss.entropy_target)}, by {_number(loss.entropy_delta)} a step"
+            rows.append(("", f"the coefficient starts at this value and adapts to an entropy of {target}"))
     advantage = config.advantage
     tied = f"; 0 where std < {_number(advantage.min_group_std)}" if advantage.min_group_std else ""
     rows.append(("A", f"{_formula(ADVANTAGES, advantage.name, advantage.args)}{tied}    ({advantage.name})"))
-    rewards = " + ".join(f"{_number(reward.weight)} {reward.name}{_given(reward.args)}" for reward in config.rewards)
+    rewards = " + ".join(
+        f"{_number(reward.weight)} {reward.name}{_render_arguments(reward.args)}" for reward in config.rewards
+    )
     if loss.kl_coef and loss.kl_in == "reward":
         rewards += f" - {_number(loss.kl_coef)} sum_t KL"
     rows.append(("reward", rewards))
@@ -66,8 +68,8 @@ def render(config: RunConfig) -> str:
     return "\n".join(f"{name:<9}  {text}" for name, text in rows)
 
 
-def _sum(config: RunConfig) -> str:
-    """The order of operations of trainer.token_loss."""
+def _render_sum(config: RunConfig) -> str:
+    """Return the sum over tokens, in the order of operations of training/update.py, `token_loss`."""
     loss, factors = config.loss, ["L"]
     if loss.off_policy_mask is not None:
         factors.append(f"[A >= 0 or mean_t(l_roll - l) <= {_number(loss.off_policy_mask)}]")
@@ -83,80 +85,87 @@ def _sum(config: RunConfig) -> str:
 
 
 def list_remarks(config: RunConfig) -> list[str]:
-    """What the objective does that its author may not have meant; none of it stops a run."""
-    loss, found = config.loss, []
+    """Return a sentence for each combination of settings that is likely a mistake; none of them stops a run."""
+    loss, texts = config.loss, []
     function = LOSSES.get(loss.name)
     ratio, averages = fact(function, "ratio"), fact(function, "averages")
     if loss.average == "row_sum" and ratio == "token":
-        found.append(
-            f"loss.average row_sum adds up {loss.name}'s token ratios, so a completion pulls in proportion to its "
-            f"length; it is meant for a ratio of the whole sequence (luspo, gspo) or for reinforce"
+        texts.append(
+            f"loss.average row_sum sums the token ratios of {loss.name}, so a completion's gradient grows with its "
+            f"length; use row_sum with a ratio of the whole completion (luspo, gspo) or with reinforce"
         )
     if averages and loss.average not in averages:
-        found.append(f"loss {loss.name} is defined with the average {' or '.join(averages)}, not {loss.average}")
+        texts.append(f"loss {loss.name} is defined with loss.average {' or '.join(averages)}, not {loss.average}")
     if loss.average == "micro_token":
-        found.append(
-            "loss.average micro_token makes the gradient depend on trainer.tokens_per_micro_batch; token does not"
+        texts.append(
+            "loss.average micro_token makes the gradient depend on trainer.tokens_per_micro_batch; use token instead"
         )
     if (loss.name == "gpg") != (config.advantage.name == "gpg"):
-        found.append("gpg is the loss gpg with the advantage gpg, which carries its factor; here is only one of them")
+        texts.append(
+            "the objective GPG is loss gpg with advantage gpg, which contains its factor; only one of them is set"
+        )
     if loss.kl_coef and loss.kl_in == "loss" and loss.kl == "k1":
-        found.append(
-            "loss.kl k1 in the loss does not pull to the reference: on policy its expected gradient is 0; k1+ does"
+        texts.append(
+            "loss.kl k1 with loss.kl_in loss has no effect: on policy its expected gradient is 0; use k1+ instead"
         )
     if config.advantage.name == "opo" and loss.average == "sequence":
-        found.append("advantage opo weighs by length what loss.average sequence does not let grow with it")
-    several = config.trainer.num_minibatches * config.trainer.num_passes > 1
-    if config.reference.every == 1 and config.reference.mixing == 1 and not several:
-        found.append("reference.every 1 makes the reference the policy at every step, so the KL and its gradient are 0")
+        texts.append("advantage opo weights rewards by length, which fits every loss.average except sequence")
+    one_update = config.trainer.num_minibatches * config.trainer.num_passes == 1
+    if config.reference.every == 1 and config.reference.mixing == 1 and one_update:
+        texts.append(
+            "reference.every 1 sets the reference to the policy at every step, so the KL and its gradient are 0"
+        )
     if loss.name == "cispo" and loss.args.get("cap", 5.0) < 1:
-        found.append("loss.args.cap is the ratio itself: below 1 it scales every gradient, on policy too")
+        texts.append("loss.args.cap is a bound on the ratio: below 1 it scales down every gradient, also on policy")
     if config.advantage.name == "maxrl" and any(reward.weight < 0 for reward in config.rewards):
-        found.append("advantage maxrl is made for rewards of 0 and 1, and a reward has a negative weight")
-    return found
+        texts.append("advantage maxrl expects rewards of 0 and 1, but a reward has a negative weight")
+    return texts
 
 
 def merge_arguments(function: Callable, given: dict[str, Any]) -> dict[str, Any]:
-    """All of a function's keyword arguments, with the given values in place of the defaults."""
+    """Return all keyword arguments of a function: the values given, and defaults for the others."""
     return {name: p.default for name, p in keyword_arguments(function).items()} | given
 
 
 def get_formula(function: Callable) -> str:
-    """The first line of a function's docstring, or its name."""
+    """Return the first line of a function's docstring, or its name where it has none."""
     text = inspect.getdoc(function) or function.__name__
     return text.splitlines()[0]
 
 
 def _formula(registry: Registry, name: str, given: dict[str, Any], max_new_tokens: int | None = None) -> str:
-    """A function's formula with the values of its arguments in their places, bounds that are not there left out."""
+    """Return a function's formula with the values of its arguments, and without bounds that are null."""
     function = registry.get(name)
     text = get_formula(function)
     if max_new_tokens is not None:
         text = text.replace("max_new_tokens", str(max_new_tokens))
-    rest = []
+    missing = []  # arguments that the formula does not contain
     for argument, value in merge_arguments(function, given).items():
         text, times = re.subn(rf"\b{argument}\b", _number(value), text)
         if not times:
-            rest.append(f"{argument} {_number(value)}")
+            missing.append(f"{argument} {_number(value)}")
     text = re.sub(r"min\((\w+), none\)", r"\1", text)
     text = re.sub(r"clip\((\w+), none, none\)", r"\1", text)
     text = re.sub(r"clip\((\w+), none, (\S+)\)", r"min(\1, \2)", text)
     text = re.sub(r"clip\((\w+), (\S+), none\)", r"max(\1, \2)", text)
     text = text.replace("[none, ", "[0, ").replace(", none]", ", inf)")
-    return text + (f", {', '.join(rest)}" if rest else "")
+    return ", ".join([text, *missing])
 
 
 def _number(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _given(args: dict[str, Any]) -> str:
+def _render_arguments(args: dict[str, Any]) -> str:
     return f"({', '.join(f'{name}={value}' for name, value in args.items())})" if args else ""
 
 
-def _reference(config: RunConfig) -> str:
+def _describe_reference(config: RunConfig) -> str:
     every, mixing = config.reference.every, config.reference.mixing
     if not every:
         return "the reference is the base model"
-    far = "" if mixing == 1 else f", {_number(mixing)} of the way"
-    return f"the reference moves to the policy every {every} steps{far}"
+    if mixing == 1:
+        return f"the reference is set to the policy every {every} steps"
+    return f"the reference moves towards the policy every {every} steps, {_number(mixing)} of the way"

@@ -1,8 +1,9 @@
-"""Published objectives by name, each with every key that it depends on: frozen, whatever the defaults become.
+"""Published objectives by name.
 
-`preset: NAME` in a run config puts these values under those of the file; `preset=NAME` on the command line puts them
-over the file's and under the rest of the command line. Only the objective is here. Learning rates, batch sizes, lengths
-and numbers of passes are the run's, and so is what the sources say of them.
+A preset sets every key that its objective depends on, so it does not change when a default does. With `preset: NAME` in
+a file, the other keys of the file override the preset. With `preset=NAME` on the command line, the preset overrides the
+file, and the other words of the command line override the preset. A preset does not set learning rates, batch sizes,
+lengths and numbers of passes, even where its source names them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from grpo_core.schema import ConfigError, list_known
 
-_PLAIN = {  # grpo, on policy, no reference
+_BASE = {  # grpo without a reference; every preset is this with some changes
     "advantage": {"name": "grpo", "args": {"eps": 1e-4, "std_ddof": 1}, "min_group_std": 0.0},
     "truncation": {"name": "keep", "args": {}},
     "loss": {
@@ -33,14 +34,14 @@ _PLAIN = {  # grpo, on policy, no reference
     "sampling": {"dynamic_attempts": 0},
 }
 
-PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> where it is from, what differs from the plain one
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (source, changes to _BASE)
     "grpo_paper": (
-        "arXiv:2402.03300, one iteration; clip_low, clip_high, eps and std_ddof are the field's, the paper names none",
+        "arXiv:2402.03300, one iteration; clip_low, clip_high, eps and std_ddof are usual values, the paper names none",
         {"loss": {"kl_coef": 0.04}},
     ),
     "dr_grpo": ("arXiv:2503.20783", {"advantage": {"name": "dr_grpo", "args": {}}, "loss": {"average": "constant"}}),
     "dapo": (
-        "arXiv:2503.14476; its penalty of -1 is for rewards of 1 and -1",
+        "arXiv:2503.14476; the penalty of up to -1 assumes rewards of 1 and -1",
         {
             "loss": {"args": {"clip_low": 0.2, "clip_high": 0.28}, "average": "token"},
             "truncation": {"name": "soft_penalty", "args": {"cache_share": 0.2}},
@@ -52,11 +53,11 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> where it is from, 
         {"loss": {"name": "gspo", "args": {"clip_low": 3e-4, "clip_high": 4e-4, "delta": None}}},
     ),
     "cispo": (
-        "arXiv:2506.13585, the loss alone; the cap as in arXiv:2510.13786, the paper names none",
+        "arXiv:2506.13585, the loss alone; the paper names no cap, this is that of arXiv:2510.13786",
         {"loss": {"name": "cispo", "args": {"cap": 5.0}, "average": "token"}},
     ),
     "rloo": (
-        "arXiv:2402.14740; kl_coef as in TRL's RLOOConfig, the paper tunes it",
+        "arXiv:2402.14740; the paper tunes kl_coef, this is that of TRL's RLOOConfig",
         {
             "advantage": {"name": "rloo", "args": {}},
             "loss": {
@@ -78,7 +79,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> where it is from, 
         },
     ),
     "open_instruct_default": (
-        "open-instruct, grpo_fast (2026); tied groups, which it drops, stay in the denominator here",
+        "open-instruct, grpo_fast (2026); it drops tied groups, which count in the denominator here",
         {
             "advantage": {"name": "dr_grpo", "args": {}},
             "loss": {
@@ -93,22 +94,25 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> where it is from, 
 
 
 def get_preset(name: str) -> dict[str, Any]:
-    """The sections of a run config that `name` stands for.
+    """Return the sections of a run configuration that the preset `name` sets.
 
     Raises:
-        ConfigError: no such preset; the message lists them.
+        ConfigError: there is no such preset; the message lists them.
     """
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; {list_known(name, PRESETS)}")
-    return merge(copy.deepcopy(_PLAIN), PRESETS[name][1])
+    return merge(copy.deepcopy(_BASE), PRESETS[name][1])
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on top of `under`, mapping by mapping; another function's `args` do not shine through."""
+    """Return `under` with the keys of `over` on top, mapping by mapping.
+
+    Where `over` names another function, the `args` of `under` are dropped, because they belong to the old function.
+    """
     if "name" in over and over["name"] != under.get("name"):
         under = {key: value for key, value in under.items() if key != "args"}
     merged = dict(under)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(under.get(key), dict)
-        merged[key] = merge(under[key], value) if both else copy.deepcopy(value)
+        both_mappings = isinstance(value, dict) and isinstance(under.get(key), dict)
+        merged[key] = merge(under[key], value) if both_mappings else copy.deepcopy(value)
     return merged

@@ -1,7 +1,8 @@
-"""A run's configuration: the YAML's sections and keys are the fields below, and configs/tiny.yaml comments every one.
+"""The configuration of a run: the dataclasses below are the sections and keys of the YAML file.
 
-Whatever the file leaves out has the default given here. Nothing that a user wrote is changed silently: it runs as
-written, or one sentence says why not (config_check.py). config_file.py reads and writes it.
+A key that the file leaves out has the default given here; configs/tiny.yaml explains every key. A value that a user
+wrote is used as written, or refused in one sentence (config/checks.py). config/files.py reads and writes
+configurations.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The base model and how it is loaded."""
+
     path: str = "builtin:tiny"  # hub id, local folder, or builtin:tiny
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = (
-        "auto"  # auto: bf16 where the GPU has it, fp16 on older ones, fp32 on CPU
-    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16, fp16 on GPUs without it, fp32 on the CPU
     attention: str = "sdpa"  # transformers' attn_implementation
-    gradient_checkpointing: bool | Literal["auto"] = "auto"  # auto: only where the longest completion needs it
+    gradient_checkpointing: bool | Literal["auto"] = "auto"  # auto: on if the longest completion does not fit without
     trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    r: int = 16  # 0 trains all weights, and then there is no reference: kl_coef must be 0
+    """The LoRA adapter, which is what is trained."""
+
+    r: int = 16  # rank; 0: no adapter, all weights are trained and there is no reference (loss.kl_coef must be 0)
     alpha: float = 32
     dropout: float = 0.0
     target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
@@ -31,32 +34,38 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """The training and evaluation data, and how a prompt is made from a row."""
+
     path: str = "builtin:word_problems"  # hub id; folder or file (json, jsonl, csv, parquet); builtin:word_problems
     subset: str | None = None
     split: str = "train"
-    limit: int | None = None  # use only the first so many rows
-    eval_path: str | None = None  # null: the same path with eval_split
-    eval_split: str | None = None  # both null: the built-in test split, or rows held out of the training data
-    columns: dict[str, str] = field(default_factory=dict)  # our name -> the data set's, where they differ
+    limit: int | None = None  # number of rows to use, from the start; null: all
+    eval_path: str | None = None  # null: data.path
+    eval_split: str | None = None  # both null: the built-in test split, or held-out training rows
+    columns: dict[str, str] = field(default_factory=dict)  # name used here -> name in the data set
     prompt: Literal["template", "chat"] = "template"
-    template: str = "Question: {question}\n"  # with prompt: chat, the user's turn
-    system: str | None = None  # with prompt: chat, the system turn
+    template: str = "Question: {question}\n"  # the prompt; with prompt chat, the user's turn
+    system: str | None = None  # with prompt chat, the system turn
     max_prompt_tokens: int = 512
-    long_prompts: Literal["drop", "truncate_left", "error"] = "drop"  # longer ones: left out and counted; cut; refused
+    long_prompts: Literal["drop", "truncate_left", "error"] = "drop"  # what to do with longer prompts
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    group_size: int = 8
+    """How completions are sampled for training."""
+
+    group_size: int = 8  # completions per prompt
     max_new_tokens: int = 256
     temperature: float = 1.0
-    dynamic_attempts: int = 0  # how often tied groups are replaced by freshly drawn prompts in a step; 0: never
-    rows_at_once: int | None = None  # completions decoded at once on one rank; null: all that fit
-    decoder: Literal["auto", "plain"] = "auto"  # plain: the model's own forward; auto: a faster one where there is
+    dynamic_attempts: int = 0  # times per step that tied groups are replaced by new prompts; 0: never
+    rows_at_once: int | None = None  # completions decoded together on one rank; null: all that fit
+    decoder: Literal["auto", "plain"] = "auto"  # plain: the model's own forward; auto: a faster one if possible
 
 
 @dataclass(frozen=True)
 class RewardConfig:
+    """One reward function; the reward of a completion is the weighted sum of all."""
+
     name: str
     weight: float = 1.0
     args: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +73,7 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class FunctionConfig:
-    """A function by name, and its keyword-only arguments."""
+    """A function by name, with its keyword-only arguments."""
 
     name: str
     args: dict[str, Any] = field(default_factory=dict)
@@ -72,56 +81,67 @@ class FunctionConfig:
 
 @dataclass(frozen=True)
 class AdvantageConfig:
+    """The advantage function."""
+
     name: str = "grpo"
     args: dict[str, Any] = field(default_factory=dict)
-    min_group_std: float = 0.0  # a group whose rewards spread less counts as tied
+    min_group_std: float = 0.0  # a group whose rewards have a smaller std counts as tied
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Of a token: the surrogate, masked and weighed, + kl_coef KL; averaged, less entropy_coef * mean entropy."""
+    """The loss: sum over tokens of (surrogate + kl_coef KL) * token weight, minus entropy_coef * mean entropy.
+
+    The surrogate is masked and weighted before the KL is added; config/formula.py renders the formula of a run.
+    """
 
     name: str = "grpo"
     args: dict[str, Any] = field(default_factory=dict)
     average: str = "sequence"
     kl: str = "k3"
-    kl_coef: float = 0.04  # 0: no reference forward at all
+    kl_coef: float = 0.04  # 0: the reference is not computed
     kl_in: Literal["loss", "reward"] = "loss"
-    kl_target: float | None = None  # KL per token that kl_coef is steered to; null: it stays
-    kl_horizon: int = 10_000  # completions over which it is
+    kl_target: float | None = None  # KL per token to which kl_coef adapts; null: kl_coef is constant
+    kl_horizon: int = 10_000  # completions over which kl_coef adapts; more is slower
     entropy_coef: float = 0.0
-    entropy_target: float | None = None  # nats per token that entropy_coef is steered to; null: it stays
-    entropy_delta: float = 0.005  # its change in a step
+    entropy_target: float | None = None  # nats per token to which entropy_coef adapts; null: constant
+    entropy_delta: float = 0.005  # change of entropy_coef per step
     entropy_min: float = 0.0
     entropy_max: float = 1.0
-    top_entropy: float = 1.0  # the share of tokens, those of the highest entropy, that the surrogate trains
-    off_policy_mask: float | None = None  # completions with A < 0 whose mean l_roll - l is above it are left out
+    top_entropy: float = 1.0  # the surrogate acts on this share of the tokens, those of highest entropy
+    off_policy_mask: float | None = None  # leaves out completions with A < 0 and mean(l_roll - l) above this
     rollout_correction: FunctionConfig = field(default_factory=lambda: FunctionConfig("none"))
 
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    every: int = 0  # steps after which the reference moves towards the policy; 0: it stays the base model
-    mixing: float = 1.0  # how far: 1 is all the way
+    """Updates of the reference of the KL term."""
+
+    every: int = 0  # steps between moves of the reference towards the policy; 0: the reference is the base model
+    mixing: float = 1.0  # share of the way to the policy; 1: the reference becomes the policy
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    num_steps: int | None = None  # null: from epochs
+    """The length of the run, the batch, and the limits after which a run ends."""
+
+    num_steps: int | None = None  # sampling phases; null: from epochs
     epochs: float = 3
     completions_per_step: int = 64  # over all ranks
-    tokens_per_micro_batch: int | Literal["auto"] = "auto"  # in one forward and backward on one rank; auto: what fits
-    num_minibatches: int = 1  # optimizer steps in one pass over a step's completions
-    num_passes: int = 1
-    max_skipped_steps: int = 10  # steps in a row whose gradient is not finite, after which the run ends
-    hang_timeout: float = 1200  # seconds that a rank may stand still before the run ends; 0: for ever
-    reward_timeout: float = 30  # seconds that a reward of your own may take for a step's completions of one rank
-    max_failed_rewards: float = 0.5  # the share of the last 10 steps' completions that one reward may fail on
-    max_restarts: int = 0  # how often the launcher starts again from the last checkpoint after a rank has died
+    tokens_per_micro_batch: int | Literal["auto"] = "auto"  # in one forward on one rank; auto: what fits
+    num_minibatches: int = 1  # optimizer steps per pass over the completions of a step
+    num_passes: int = 1  # passes over the completions of a step
+    max_skipped_steps: int = 10  # consecutive steps without a finite gradient, after which the run ends
+    hang_timeout: float = 1200  # seconds without progress on a rank, after which the run ends; 0: no limit
+    reward_timeout: float = 30  # seconds for one call of a user's reward: a step's completions of one rank
+    max_failed_rewards: float = 0.5  # the run ends if a reward fails on more of the last 10 steps' completions
+    max_restarts: int = 0  # restarts from the last checkpoint by the launcher after a rank has died
 
 
 @dataclass(frozen=True)
 class EngineConfig:
+    """The optimizer and DeepSpeed."""
+
     learning_rate: float = 5e-5
     warmup_steps: int = 100  # optimizer steps
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
@@ -130,16 +150,18 @@ class EngineConfig:
     beta2: float = 0.999
     adam_eps: float = 1e-8
     max_grad_norm: float = 1.0  # 0: no clipping
-    deepspeed: str | dict[str, Any] = field(default_factory=dict)  # a JSON file (beside the run config, or a path), or
-    # its content; what it leaves out is as in configs/ds_zero2.json
+    # a DeepSpeed JSON file, or its content; keys that it leaves out are as in configs/ds_zero2.json
+    deepspeed: str | dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    every: int | Literal["epoch"] = 0  # steps; 0: only before and after
+    """The evaluation on held-out tasks."""
+
+    every: int | Literal["epoch"] = 0  # steps between evaluations; 0: only before and after training
     num_tasks: int = 500  # 0: no evaluation
-    batch_size: int = 64  # prompts sampled at once on one rank
-    reward: str = "correct_answer"  # 1.0 counts as correct
+    batch_size: int = 64  # prompts sampled together on one rank
+    reward: str = "correct_answer"  # a task is correct if this reward is 1.0
     temperature: float = 0.0  # 0: greedy
     top_k: int | None = None
     top_p: float | None = None
@@ -148,52 +170,62 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int | Literal["epoch"] = "epoch"  # steps; 0: only at the end
-    keep: int = 2
+    """Checkpoints, from which a run can be resumed."""
+
+    every: int | Literal["epoch"] = "epoch"  # steps between checkpoints; 0: only at the end
+    keep: int = 2  # number of checkpoints to keep
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    every: int = 10  # steps between lines on the terminal; the files get every step
+    """Terminal output, log files and trackers."""
+
+    every: int = 10  # steps between lines on the terminal; the files have every step
     completions: bool = True  # write completions.jsonl
-    evaluation_completions: int = 20  # of the first held-out tasks, at every evaluation: evaluation_completions.jsonl
-    verbose: bool = False  # let DeepSpeed, torch and transformers talk
+    evaluation_completions: int = 20  # completions per evaluation in evaluation_completions.jsonl
+    verbose: bool = False  # show the messages of DeepSpeed, torch and transformers
     exact_kl_every: int = 0  # steps between measurements of the KL over the whole vocabulary; 0: none
-    exact_kl_tokens: int = 256  # on how many tokens of each rank
+    exact_kl_tokens: int = 256  # tokens per rank on which the KL is measured
     tensorboard: bool = False  # event files in <run folder>/tensorboard
-    wandb: str | None = None  # a project of Weights & Biases
+    wandb: str | None = None  # name of a Weights & Biases project; null: off
 
 
 @dataclass(frozen=True)
 class DebugConfig:
-    dump_batches: int = 0  # steps between batches that are kept in batches/, for `replay`; 0: none
+    """Data for the command `replay`."""
+
+    dump_batches: int = 0  # steps between batches saved in batches/; 0: none
 
 
 @dataclass(frozen=True)
 class TargetConfig:
-    template: str  # what the model shall answer; columns in braces
-    share: float = 1.0  # of the tasks, beside the other targets' shares
+    """One answer that the supervised command `sft` trains."""
+
+    template: str  # the answer, with columns in braces
+    share: float = 1.0  # share of the tasks that get this target, relative to those of the other targets
 
 
 @dataclass(frozen=True)
 class SftConfig:
-    """Only read by the `sft` command."""
+    """The section of the command `sft`; other commands ignore it."""
 
     targets: list[TargetConfig] = field(default_factory=lambda: [TargetConfig("<think>{cot}</think>\n{answer}")])
-    new_model: dict[str, int] | None = None  # sizes of a new Qwen2 with its own tokenizer, instead of model.path
+    new_model: dict[str, int] | None = None  # sizes of a new Qwen2 with its own tokenizer, which replaces model.path
     output: str | None = None  # null: <run folder>/model, or <run folder>/adapter where lora.r is above 0
     save_precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: as trained
 
 
 @dataclass(frozen=True)
 class RunConfig:
+    """The configuration of a run."""
+
     name: str = "run"  # the run folder is <output_dir>/<name>
     output_dir: str = "runs"
     seed: int = 0
-    alerts: Literal["warn", "stop"] = "warn"  # what to do when the metrics say that something goes wrong
-    resume: str | None = None  # auto: from the newest checkpoint of this name, if there is one; force; or a run folder
-    overwrite: bool = False  # a run that lies in the run folder is removed; else it is refused
-    preset: str | None = None  # a published objective; what the file says itself comes before it
+    alerts: Literal["warn", "stop"] = "warn"  # what to do when a metric shows a problem; stop: end the run
+    resume: str | None = None  # auto: continue this run from its newest checkpoint; force; or a run folder
+    overwrite: bool = False  # true: replace an existing run of this name; false: refuse to start
+    preset: str | None = None  # a published objective by name; keys of the file override it
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -213,5 +245,5 @@ class RunConfig:
 
     @property
     def prompts_per_step(self) -> int:
-        """Prompts of one step over all ranks."""
+        """Return the number of prompts of one step over all ranks."""
         return self.trainer.completions_per_step // self.sampling.group_size
