@@ -27,9 +27,9 @@ from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_core.config.files import load
-from grpo_core.data.word_problems import word_problems
+from grpo_core.data.word_problems import make_word_problems
 from grpo_core.objective.rewards import REWARDS, correct_answer
-from grpo_core.scoring.reward_call import needed_columns
+from grpo_core.scoring.reward_call import list_needed_columns
 
 GPU = torch.cuda.is_available()
 
@@ -37,7 +37,7 @@ GPU = torch.cuda.is_available()
 def rows_of(config, split, count):
     """Rows of the built-in problems with TRL's `prompt`, which is what our prompt is."""
     chat = config.data.prompt == "chat"
-    rows = word_problems(split, count)
+    rows = make_word_problems(split, count)
     for row in rows:
         text = config.data.template.format(**row)
         row["prompt"] = [{"role": "user", "content": text}] if chat else text
@@ -57,7 +57,7 @@ def reward_function(config, ends):
     def reward(completions, completion_ids, **columns):
         texts, total = [text_of(completion) for completion in completions], [0.0] * len(completions)
         for function, weight in functions:
-            given = {name: columns[name] for name in needed_columns(function) if name in columns}
+            given = {name: columns[name] for name in list_needed_columns(function) if name in columns}
             total = [sum_ + weight * value for sum_, value in zip(total, function(texts, **given), strict=True)]
         return [0.0 if zero and ids[-1] not in ends else value for value, ids in zip(total, completion_ids, strict=True)]
 

@@ -277,11 +277,11 @@ def card(folder):
 def cpu_job(folder, steps=20):
     from transformers import AutoTokenizer
 
-    from grpo_core.data.word_problems import word_problems
+    from grpo_core.data.word_problems import make_word_problems
 
     model = ROOT / "grpo_core" / "builtin" / "tiny"
     data = folder / "problems.jsonl"
-    rows = [{"question": f"Question: {row['question']}\n", "answer": row["answer"]} for row in word_problems("train", 512)]
+    rows = [{"question": f"Question: {row['question']}\n", "answer": row["answer"]} for row in make_word_problems("train", 512)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     AutoTokenizer.from_pretrained(model)
     shape = {"completions": 128, "group": 8, "width": 48, "micro_batch": 64, "kl_coef": 0.01, "targets": "all-linear", "trl_steps": steps}

@@ -10,7 +10,7 @@ import pytest
 
 from grpo_core.batch import Task
 from grpo_core.schema import ConfigError
-from grpo_core.scoring.reward_worker import Worker
+from grpo_core.scoring.reward_worker import RewardWorker
 from grpo_core.scoring.scoring import Reward, build_reward, score
 
 MINE = '''
@@ -62,19 +62,19 @@ def mine(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def worker(mine):
-    worker = Worker(f"{mine}:when", {}, timeout=1.5)
+    worker = RewardWorker(f"{mine}:when", {}, timeout=1.5)
     yield worker
     worker.close()
 
 
 def call(worker, completions, **columns):
-    worker.ask(completions, {"prompts": ["p"] * len(completions), **columns})
-    return worker.answer()
+    worker.submit(completions, {"prompts": ["p"] * len(completions), **columns})
+    return worker.result()
 
 
 def test_it_answers_with_columns_and_arguments(mine):
     worker = build_reward(f"{mine}:count", {"factor": 2.0}, timeout=30)
-    assert isinstance(worker, Worker)
+    assert isinstance(worker, RewardWorker)
     outcome = call(worker, ["a", "bbb"], answer=["x", None])
     assert outcome.values == [2.0, 6.0] and outcome.failed == [False, False] and outcome.why is None
     worker.close()
@@ -137,7 +137,7 @@ def test_several_run_at_the_same_time_and_one_that_hangs_harms_no_other(mine):
 
 
 def test_a_registered_reward_stays_in_this_process():
-    assert not isinstance(build_reward("correct_answer", {"strict": True}, timeout=1), Worker)
+    assert not isinstance(build_reward("correct_answer", {"strict": True}, timeout=1), RewardWorker)
 
 
 def test_a_file_that_cannot_be_loaded_there_is_one_sentence(tmp_path):
@@ -150,8 +150,8 @@ def test_a_file_that_cannot_be_loaded_there_is_one_sentence(tmp_path):
 
 
 def test_its_process_ends_with_this_one_and_prints_elsewhere(mine):
-    code = "import os, sys, time; from grpo_core.scoring.reward_worker import Worker; worker = Worker(sys.argv[1], {}, 5)"
-    code += "; worker.ask(['print'], {'prompts': ['p']}); worker.answer(); worker.ask(['hang'], {'prompts': ['p']}); time.sleep(0.3)"
+    code = "import os, sys, time; from grpo_core.scoring.reward_worker import RewardWorker; worker = RewardWorker(sys.argv[1], {}, 5)"
+    code += "; worker.submit(['print'], {'prompts': ['p']}); worker.result(); worker.submit(['hang'], {'prompts': ['p']}); time.sleep(0.3)"
     code += "; print(worker._process.pid, flush=True); os.kill(os.getpid(), 9)"
     out = subprocess.run(
         [sys.executable, "-c", code, f"{mine}:when"], capture_output=True, text=True, cwd=Path(__file__).parents[1]

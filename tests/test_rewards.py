@@ -9,7 +9,7 @@ import torch
 
 from grpo_core.batch import Task
 from grpo_core.objective.rewards import REWARDS, final_number
-from grpo_core.scoring.reward_call import attempt, missing_columns
+from grpo_core.scoring.reward_call import attempt, find_missing_columns
 from grpo_core.scoring.scoring import Reward, score
 
 
@@ -170,12 +170,12 @@ def test_what_a_function_may_take():
 
     assert score([Reward("r", 1.0, trl_style)], tasks, ["x", "y"], 2).rewards.tolist() == [[1, 1]]
     assert score([Reward("r", 1.0, configured)], tasks, ["x", "y"], 2).rewards.tolist() == [[3, 3]]
-    assert missing_columns(REWARDS.get("correct_answer"), ["question"]) == ["answer"]
-    assert missing_columns(trl_style, []) == missing_columns(configured, []) == []
+    assert find_missing_columns(REWARDS.get("correct_answer"), ["question"]) == ["answer"]
+    assert find_missing_columns(trl_style, []) == find_missing_columns(configured, []) == []
 
 
 @pytest.mark.parametrize("values, failed, message", [
-    ([math.inf, 0.0], [True, False], "reward bad returned inf for completion 0; it must be None or a number up to a million"),
+    ([math.inf, 0.0], [True, False], "reward bad returned inf for completion 0; it must be None or a number from -1e6 to 1e6"),
     ([0.0, math.nan], [False, True], "reward bad returned nan for completion 1"),
     ([0.0, 1e30], [False, True], "reward bad returned 1e+30 for completion 1"),
     ([0.0, 10**400], [False, True], "reward bad returned 1000000000"),

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo_core.batch import Task, TrainBatch
 from grpo_core.config.files import load
 from grpo_core.config.sections import LoraConfig, LossConfig, ModelConfig, RunConfig, SftConfig, TargetConfig
-from grpo_core.data.word_problems import word_problems
+from grpo_core.data.word_problems import make_word_problems
 from grpo_core.distributed.signals import RunFailed
 from grpo_core.model.loading import load_tokenizer
 from grpo_core.model.memory import Budgets
@@ -36,7 +36,7 @@ from grpo_core.training.update import micro_loss
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny.yaml"
 THINK = "<think>{cot}</think>\n{answer}"
-ROWS = word_problems("train", 40)
+ROWS = make_word_problems("train", 40)
 
 
 def make_tasks(tokenizer, count=40):
@@ -192,8 +192,8 @@ def test_an_adapter_of_two_processes(whole):
     )
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
     base = AutoModelForCausalLM.from_pretrained(ROOT / "grpo_core" / "builtin" / "tiny", dtype=torch.float32).eval()
-    before = own_cross_entropy(base, tokenizer, word_problems("test", 8))
-    after = own_cross_entropy(PeftModel.from_pretrained(base, folder / "adapter"), tokenizer, word_problems("test", 8))
+    before = own_cross_entropy(base, tokenizer, make_word_problems("test", 8))
+    after = own_cross_entropy(PeftModel.from_pretrained(base, folder / "adapter"), tokenizer, make_word_problems("test", 8))
     for row, (nats, tokens) in ((evaluations[0], before), (evaluations[-1], after)):
         assert row["tokens"] == tokens and row["loss"] == pytest.approx(nats / tokens, rel=1e-4)
 

@@ -23,7 +23,7 @@ from grpo_core.commands.errors import print_error
 from grpo_core.commands.evaluate import load_problems
 from grpo_core.commands.model_card import base_name, make_card
 from grpo_core.commands.open_policy import ADAPTER_CONFIG, OpenedPolicy, open_source
-from grpo_core.data.word_problems import word_problems
+from grpo_core.data.word_problems import make_word_problems
 from grpo_core.model.loading import DTYPES
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.report.run_reader import locate_completions, read_rows
@@ -176,7 +176,7 @@ def choose_texts(opened: OpenedPolicy) -> list[str]:
         tasks, _ = load_problems(opened, None, None, MAX_COMPARED_TEXTS)
         return [task.prompt for task in tasks[:MAX_COMPARED_TEXTS]]
     except ConfigError:  # the data is not on this machine
-        return [row["question"] for row in word_problems("test", MAX_COMPARED_TEXTS)]
+        return [row["question"] for row in make_word_problems("test", MAX_COMPARED_TEXTS)]
 
 
 def upload(folder: Path, repository: str, *, private: bool) -> None:

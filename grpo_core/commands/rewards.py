@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grpo_core.commands.list_entry import INDENT, format_entry
 from grpo_core.objective.rewards import REWARDS
-from grpo_core.scoring.reward_call import needed_columns
+from grpo_core.scoring.reward_call import list_needed_columns
 
 
 def run_rewards() -> int:
@@ -18,6 +18,6 @@ def list_rewards() -> str:
     lines = ["rewards (a reward of your own is my_rewards.py:my_reward)"]
     for name, function in REWARDS.functions.items():
         lines.append(format_entry(name, function))
-        if columns := needed_columns(function):
+        if columns := list_needed_columns(function):
             lines.append(f"{INDENT} reads: {', '.join(columns)}")
     return "\n".join(lines)

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import SamplingParams, Task
 from grpo_core.commands.open_policy import OpenedPolicy, open_source
-from grpo_core.data.prompts import render_prompt, template_fields
+from grpo_core.data.prompts import list_template_fields, render_prompt
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.schema import ConfigError, printable
-from grpo_core.scoring.reward_call import missing_columns, needed_columns
+from grpo_core.scoring.reward_call import find_missing_columns, list_needed_columns
 from grpo_core.scoring.scoring import Reward, score
 from grpo_core.training.prepare import make_rewards
 
@@ -188,7 +188,7 @@ def make_task(opened: OpenedPolicy, question: str, settings: AnswerSettings) -> 
         columns["answer"] = settings.answer
     prompt = question
     if not settings.raw:
-        fields = template_fields(config.template)
+        fields = list_template_fields(config.template)
         missing = [name for name in dict.fromkeys(fields) if name not in columns]
         max_missing = 0 if "question" in fields else 1
         if len(missing) > max_missing:
@@ -204,7 +204,7 @@ def make_task(opened: OpenedPolicy, question: str, settings: AnswerSettings) -> 
 
 def describe_rewards(rewards: Sequence[Reward], task: Task, completions: Sequence[str], count: int) -> list[list[str]]:
     """Return for each completion a list with a description of every reward, "NAME VALUE" or "NAME not computed"."""
-    computable = [r for r in rewards if not missing_columns(REWARDS.get(r.name), task.columns)]
+    computable = [r for r in rewards if not find_missing_columns(REWARDS.get(r.name), task.columns)]
     notes: list[list[str]] = [[] for _ in completions]
     if computable:
         scores = score(computable, [task], completions, count)
@@ -214,7 +214,7 @@ def describe_rewards(rewards: Sequence[Reward], task: Task, completions: Sequenc
                 note.append(f"{reward.name} {'none' if is_nan else f'{value:.4g}'}")
     for reward in rewards:
         if reward not in computable:
-            columns = [name for name in needed_columns(REWARDS.get(reward.name)) if name != "prompts"]
+            columns = [name for name in list_needed_columns(REWARDS.get(reward.name)) if name != "prompts"]
             word = "column" if len(columns) == 1 else "columns"
             for note in notes:
                 note.append(f"{reward.name} not computed: it needs the {word} {', '.join(columns)}")

@@ -1,4 +1,4 @@
-"""Rows of a data set, from a file, a folder, a hub or the built-in generator: a list of plain mappings."""
+"""Load the rows of a data set, as plain mappings, from a file, a folder, a hub or the built-in generator."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 
 from grpo_core.config.sections import DataConfig
-from grpo_core.data.word_problems import word_problems
+from grpo_core.data.word_problems import make_word_problems
 from grpo_core.schema import ConfigError, first_line
 
 Row = dict[str, Any]
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-BUILTIN_ROWS = {"train": 20_000, "test": 1_000}
+BUILTIN_ROWS = {"train": 20_000, "test": 1_000}  # rows of builtin:word_problems by split
 
 
 def load_splits(config: DataConfig, num_eval: int) -> tuple[list[Row], list[Row]]:
-    """Training rows and at most `num_eval` rows for evaluation, disjoint where they come from one split.
+    """Return the training rows and at most `num_eval` evaluation rows; if both come from one split, they are disjoint.
 
-    Every row has every column of its split, None where it was not given.
+    Every row has every column of its split, with None where the data has no value.
 
     Raises:
-        ConfigError: data that cannot be loaded, or too few rows to hold `num_eval` of them out.
+        ConfigError: the data cannot be loaded, or has too few rows to hold out `num_eval` of them.
     """
     train = load_rows(config.path, config.subset, config.split, config.limit)
     if config.eval_path is not None or config.eval_split is not None:
@@ -35,58 +35,63 @@ def load_splits(config: DataConfig, num_eval: int) -> tuple[list[Row], list[Row]
         if num_eval >= len(train):
             raise ConfigError(
                 f"evaluation.num_tasks is {num_eval}, but {config.path} has only {len(train)} rows to hold them out "
-                f"from; name data.eval_path or data.eval_split, or ask for fewer"
+                f"from; lower it, or set data.eval_path or data.eval_split"
             )
-        order = permutation(len(train), 0, 0)  # whatever the seed: a run must not train on what another is judged by
+        # independent of the run's seed: no run may train on rows that another is evaluated on
+        order = shuffle_indices(len(train), 0, 0)
         train, held_out = ([train[i] for i in sorted(part)] for part in (order[num_eval:], order[:num_eval]))
     return train, held_out
 
 
-def permutation(count: int, *key: int) -> np.ndarray:
-    """0 .. count - 1 in an order that is a function of `key`."""
+def shuffle_indices(count: int, *key: int) -> np.ndarray:
+    """Return 0 .. count - 1 in a random order that is a function of `key`."""
     return np.random.default_rng((*key, 1)).permutation(count)
 
 
-def load_rows(path: str, subset: str | None, split: str, most: int | None) -> list[Row]:
-    """At most `most` rows of a split, each with every column, None where it was not given.
+def load_rows(path: str, subset: str | None, split: str, limit: int | None) -> list[Row]:
+    """Return at most `limit` rows of a split, each with every column, with None where the data has no value.
 
     Raises:
-        ConfigError: data that cannot be loaded, or has no rows.
+        ConfigError: the data cannot be loaded, or has no rows.
     """
-    rows = _read(path, subset, split, most)
+    rows = _read_rows(path, subset, split, limit)
     if not rows:
         raise ConfigError(f"data.path is {path!r} (split {split!r}), and it has no rows")
     columns = dict.fromkeys(name for row in rows for name in row)
-    return [{name: row.get(name) for name in columns} for row in rows[:most]]
+    return [{name: row.get(name) for name in columns} for row in rows[:limit]]
 
 
-def _read(path: str, subset: str | None, split: str, most: int | None) -> list[Row]:
+def _read_rows(path: str, subset: str | None, split: str, limit: int | None) -> list[Row]:
     local = Path(path)
     if subset is not None and (path.startswith("builtin:") or local.is_file()):
         raise ConfigError(f"data.subset is {subset!r}, but {path} has no subsets; leave it null")
     if path.startswith("builtin:"):
         if path != "builtin:word_problems" or split not in BUILTIN_ROWS:
             raise ConfigError(
-                f"data.path {path!r} (split {split!r}) is not built in; known: builtin:word_problems with train or test"
+                f"data.path {path!r} (split {split!r}) is not built in; known: builtin:word_problems with split train "
+                f"or test"
             )
-        there_are = BUILTIN_ROWS[split]
-        return word_problems(split, there_are if most is None else max(1, min(most, there_are)))
+        count = BUILTIN_ROWS[split]
+        return make_word_problems(split, count if limit is None else max(1, min(limit, count)))
     if local.suffix in FORMATS and not local.exists():
         raise ConfigError(f"data: there is no file {path}")
     if local.is_file() and split != "train":
-        raise ConfigError(f"{path} is one file and has no split {split!r}; name another file as data.eval_path")
+        raise ConfigError(
+            f"{path} is one file and has no split {split!r}; set data.split to train, and data.eval_path to another "
+            f"file for evaluation"
+        )
     if local.is_file() and local.suffix not in FORMATS:
         raise ConfigError(f"data.path is {path}; a file must end in {', '.join(FORMATS)}")
     if local.is_file() and FORMATS[local.suffix] == "json":
-        return _json_rows(local)
-    return _with_datasets(path, subset, split)
+        return _read_json_rows(local)
+    return _read_with_datasets(path, subset, split)
 
 
-def _json_rows(path: Path) -> list[Row]:
-    """One object a line, or one list of objects.
+def _read_json_rows(path: Path) -> list[Row]:
+    """Read a file with one JSON object per line, or with one JSON list of objects.
 
     Raises:
-        ConfigError: it is neither; the line is named.
+        ConfigError: the file is neither; the message names the line.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -95,28 +100,31 @@ def _json_rows(path: Path) -> list[Row]:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     if text.lstrip().startswith("["):
-        rows = [(f"item {i}", row) for i, row in enumerate(_parse(text, str(path)), 1)]
+        rows = [(f"item {i}", row) for i, row in enumerate(_parse_json(text, str(path)), 1)]
     else:
         lines = enumerate(text.split("\n"), 1)
-        rows = [(f"line {i}", _parse(line, f"{path}, line {i},")) for i, line in lines if line.strip()]
-    for where, row in rows:
+        rows = [(f"line {i}", _parse_json(line, f"{path}, line {i},")) for i, line in lines if line.strip()]
+    for place, row in rows:
         if not isinstance(row, dict):
-            raise ConfigError(f"{path}, {where}, is {json.dumps(row)[:40]}; it must be an object with a column a key")
+            raise ConfigError(
+                f"{path}, {place}, is {json.dumps(row)[:40]}; it must be an object whose keys are the columns"
+            )
     return [row for _, row in rows]
 
 
-def _parse(text: str, what: str) -> Any:
+def _parse_json(text: str, source: str) -> Any:
+    """Parse JSON; `source` begins the message of an error."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} " if "\n" in text.strip() else ""
-        raise ConfigError(f"{what} is not JSON: {error.msg} ({place}column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
-        raise ConfigError(f"{what} is not JSON that can be read: {first_line(error)}") from None
+        raise ConfigError(f"{source} is not JSON: {error.msg} ({place}column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, brackets nested too deep
+        raise ConfigError(f"{source} is not JSON that can be read: {first_line(error)}") from None
 
 
-def _with_datasets(path: str, subset: str | None, split: str) -> list[Row]:
-    from datasets import disable_progress_bars, load_dataset  # a third of a second, only where it is needed
+def _read_with_datasets(path: str, subset: str | None, split: str) -> list[Row]:
+    from datasets import disable_progress_bars, load_dataset  # here, because the import takes a third of a second
 
     disable_progress_bars()
     local = Path(path)
@@ -124,14 +132,15 @@ def _with_datasets(path: str, subset: str | None, split: str) -> list[Row]:
         if local.is_file():
             return list(load_dataset(FORMATS[local.suffix], data_files=str(local), split="train"))
         return list(load_dataset(path, subset, split=split))
-    except Exception as error:  # datasets raises many kinds; all of them mean the same to the user
-        where = f"data.path is {path!r} (split {split!r}), and it cannot be loaded: {_cause(error)}"
-        hint = "" if local.exists() else "; a file or folder on this machine needs no network"
-        raise ConfigError(where + hint) from error
+    except Exception as error:  # datasets raises many types, all for data that cannot be loaded
+        hint = "" if local.exists() else "; without a network, set data.path to a file or folder of this machine"
+        raise ConfigError(
+            f"data.path is {path!r} (split {split!r}), and it cannot be loaded: {_describe_cause(error)}{hint}"
+        ) from error
 
 
-def _cause(error: BaseException) -> str:
-    """Return the first line of the exception that began the chain of causes."""
+def _describe_cause(error: BaseException) -> str:
+    """Return the first line of the exception at the start of a chain of causes."""
     while error.__cause__ is not None:
         error = error.__cause__
     return "the data is empty" if isinstance(error, StopIteration) else first_line(error)

@@ -1,4 +1,4 @@
-"""The training tasks in the order of their use: which tasks belong to a (step, rank)."""
+"""Order the training tasks: which tasks belong to which step and rank."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 
 from grpo_core.batch import Task
-from grpo_core.data.rows import permutation
+from grpo_core.data.rows import shuffle_indices
 
 
 class TaskStream:
-    """The training tasks in the order of their use: an endless row of seeded permutations, one an epoch.
+    """The training tasks as an endless sequence of epochs, each a seeded permutation of all tasks.
 
-    `batch(step)` is a function of (seed, step) and of nothing that happened before, so resuming needs one integer. The
-    prompts of a step do not depend on the number of ranks; rank r has the r-th part of them.
+    `batch(step)` is a function of (seed, step) alone, so a resumed run needs only the number of its next step. The
+    prompts of a step do not depend on the number of ranks; rank r has the r-th of `world_size` equal parts of them.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class TaskStream:
         assert prompts_per_step % world_size == 0 and tasks
         self.tasks, self.prompts_per_step, self.seed = tasks, prompts_per_step, seed
         share = prompts_per_step // world_size
-        self.positions = range(rank * share, (rank + 1) * share)
+        self.positions = range(rank * share, (rank + 1) * share)  # of this rank's tasks in a step
         self._epoch, self._order = -1, np.empty(0, dtype=int)
 
     @property
@@ -33,27 +33,29 @@ class TaskStream:
         return max(1, len(self.tasks) // self.prompts_per_step)
 
     def batch(self, step: int) -> list[Task]:
-        """This rank's N tasks of `step`, each with the seed of its completions."""
+        """Return this rank's N tasks of `step`, each with the seed of its completions."""
         return [
-            replace(self._at(step * self.prompts_per_step + position), seed=(self.seed, step, position))
+            replace(self._task_at(step * self.prompts_per_step + position), seed=(self.seed, step, position))
             for position in self.positions
         ]
 
     def replacements(self, step: int, attempt: int) -> list[Task]:
-        """This rank's N tasks to take the places of tied ones in the `attempt`-th (from 1) resampling of `step`.
+        """Return N tasks that may replace this rank's tied ones in a resampling of `step`; `attempt` counts from 1.
 
-        Drawn from the whole data by (seed, step, attempt), so that what was resampled before is nobody's business.
+        They are drawn from all tasks by (seed, step, attempt), so they do not depend on which tasks were replaced
+        before.
         """
-        total, whole = len(self.tasks), self.prompts_per_step
+        count = self.prompts_per_step
         generator = np.random.default_rng((self.seed, step, attempt, 2))
-        rows = generator.choice(total, whole, replace=whole > total)
+        indices = generator.choice(len(self.tasks), count, replace=count > len(self.tasks))
         return [
-            replace(self.tasks[rows[position]], seed=(self.seed, step, attempt * whole + position))
+            replace(self.tasks[indices[position]], seed=(self.seed, step, attempt * count + position))
             for position in self.positions
         ]
 
-    def _at(self, place: int) -> Task:
+    def _task_at(self, place: int) -> Task:
+        """Return the task at `place` in the endless sequence."""
         epoch, offset = divmod(place, len(self.tasks))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(len(self.tasks), self.seed, epoch)
+            self._epoch, self._order = epoch, shuffle_indices(len(self.tasks), self.seed, epoch)
         return self.tasks[self._order[offset]]

@@ -1,8 +1,8 @@
-"""The built-in data: arithmetic word problems in GSM8K's form, made by a seeded generator.
+"""Generate the built-in data: arithmetic word problems in the form of GSM8K.
 
 Every problem takes two or three operations on small numbers. A row holds `question`, `cot` (the worked steps) and
-`answer` ("#### number"). The text of the question alone decides its split, so the splits are disjoint whatever their
-sizes and seeds.
+`answer` ("#### number"). The split of a problem is a function of its question, so the splits are disjoint for all sizes
+and seeds.
 """
 
 import random
@@ -12,30 +12,34 @@ from collections.abc import Callable
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo", "Ida", "Jon", "Kim", "Leo", "Mia", "Noah", "Ola")
 ITEMS = ("apples", "books", "cards", "coins", "eggs", "marbles", "pens", "shells", "stamps", "stickers")
 
-Problem = tuple[str, list[tuple[int, str, int]]]  # question, steps as (left, operator, right)
+Problem = tuple[str, list[tuple[int, str, int]]]  # question; steps as (left operand, operator, right operand)
+HELD_OUT = 10  # one in so many questions belongs to the test split
+MAX_RESULT = 1000  # results of all steps are below it, and above 0
 
 
-def word_problems(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
-    """`count` distinct problems of `split` ('train' or 'test') as rows of question, cot and answer.
+def make_word_problems(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Return `count` distinct problems of `split` ('train' or 'test') as rows of question, cot and answer.
 
-    >>> word_problems("test", 1)[0]["answer"].startswith("#### ")
+    >>> make_word_problems("test", 1)[0]["answer"].startswith("#### ")
     True
     """
     assert split in ("train", "test")
     rng = random.Random(f"{split}-{seed}")
     rows: dict[str, dict[str, str]] = {}
     while len(rows) < count:
-        question, steps = rng.choice(KINDS)(rng)
-        held_out = zlib.crc32(question.encode()) % 10 == 0
-        if held_out == (split == "test") and question not in rows and all(0 < solve(*step) < 1000 for step in steps):
-            lines = [f"{left} {sign} {right} = {solve(left, sign, right)}" for left, sign, right in steps]
-            answer = f"#### {solve(*steps[-1])}"
-            rows[question] = {"question": question, "cot": ". ".join(lines) + ".", "answer": answer}
+        question, steps = rng.choice(PROBLEM_KINDS)(rng)
+        results = [compute(*step) for step in steps]
+        is_test = zlib.crc32(question.encode()) % HELD_OUT == 0
+        is_wanted = is_test == (split == "test") and question not in rows
+        if is_wanted and all(0 < result < MAX_RESULT for result in results):
+            lines = [f"{a} {operator} {b} = {result}" for (a, operator, b), result in zip(steps, results, strict=True)]
+            rows[question] = {"question": question, "cot": ". ".join(lines) + ".", "answer": f"#### {results[-1]}"}
     return list(rows.values())
 
 
-def solve(left: int, sign: str, right: int) -> int:
-    return {"+": left + right, "-": left - right, "*": left * right, "/": left // right}[sign]
+def compute(left: int, operator: str, right: int) -> int:
+    """Return the result of one step; division is exact in every problem."""
+    return {"+": left + right, "-": left - right, "*": left * right, "/": left // right}[operator]
 
 
 def _buys_and_gives(rng: random.Random) -> Problem:
@@ -116,6 +120,6 @@ def _teams(rng: random.Random) -> Problem:
     )
 
 
-KINDS: tuple[Callable[[random.Random], Problem], ...] = (
+PROBLEM_KINDS: tuple[Callable[[random.Random], Problem], ...] = (
     _buys_and_gives, _boxes, _change, _shares, _ages, _days, _two_shops, _teams,
 )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Run a user's reward in a process of its own, which may hang, end or print without harm to the run.
+"""Run a user's reward in a process of its own, so that it may hang, exit or print without harm to the run.
 
-`python -m grpo_core.scoring.reward_worker` is that process: it receives a batch over a socket and answers in JSON. A
-process that takes too long is killed with all that it started, and another takes its place. This module imports no
-torch, so that the process starts fast.
+The process is `python -m grpo_core.scoring.reward_worker`. It receives pickled batches over a socket and replies in
+JSON; every message begins with its size in bytes. A process that takes too long is killed with all processes that it
+started, and a new one is started. This module does not import torch, so that the process starts fast.
 """
 
 from __future__ import annotations
@@ -24,74 +24,76 @@ from typing import Any
 
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.schema import ConfigError
-from grpo_core.scoring.reward_call import Outcome, attempt, failure
+from grpo_core.scoring.reward_call import RewardOutcome, attempt, failed_outcome
 
-START = 120.0  # seconds for the first start; a user's file may import much
+START_TIMEOUT = 120.0  # seconds for the first start, in which the user's file is imported
+POLL_SECONDS = 0.2  # between checks whether the process is alive
 STDERR = 2
-SIZE = struct.Struct("<Q")
+SIZE = struct.Struct("<Q")  # of a message, in front of it
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-class Worker:
-    """The reward `name` with `args`; a batch may take `timeout` seconds. First `ask`, then `answer`."""
+class RewardWorker:
+    """A reward in a process of its own: `submit` a batch, then wait for its `result`."""
 
     def __init__(self, name: str, args: dict[str, Any], timeout: float) -> None:
+        """Start the process of the reward `name` with arguments `args`; a batch may take `timeout` seconds.
+
+        Raises:
+            ConfigError: the process cannot build the reward, or is not ready in time.
+        """
         self.name, self.args, self.timeout = name, args, timeout
         self._count, self._deadline, self._problem = 0, 0.0, None
         self._start()
-        self._deadline = time.monotonic() + max(START, timeout)
+        self._deadline = time.monotonic() + max(START_TIMEOUT, timeout)
         if not self._wait_until_ready():
             self.close()
             raise ConfigError(f"reward {name} {self._problem}")
 
-    def ask(self, completions: list[str], columns: dict[str, Any]) -> None:
-        """Hand over a batch. The time runs from here."""
+    def submit(self, completions: list[str], columns: dict[str, Any]) -> None:
+        """Send a batch to the process; its time limit starts now."""
         self._count, self._deadline, self._problem = len(completions), time.monotonic() + self.timeout, None
         try:
             request = pickle.dumps((completions, columns))
         except Exception as error:
-            self._problem = f"cannot be given its columns: {error}"
+            self._problem = f"cannot be sent its columns, which cannot be pickled: {error}"
             return
         if self._process.poll() is not None:
             self._start()
         if self._is_ready or self._wait_until_ready():
             self._send(request)
 
-    def answer(self) -> Outcome:
-        """What came of it: the reward's values, or a failure on all completions."""
+    def result(self) -> RewardOutcome:
+        """Return the outcome of the submitted batch; a failure on all completions if the process does not reply."""
         reply = self._receive() if self._problem is None else None
         if reply is not None:
-            return Outcome(**reply)
+            return RewardOutcome(**reply)
         self.close()
-        self._start()  # it has until the next batch to be ready
-        return failure(self._count, self._problem)
+        self._start()  # without waiting: it has until the next batch to be ready
+        return failed_outcome(self._count, self._problem)
 
     def close(self) -> None:
-        """End the process and whatever it started."""
+        """Kill the process and all processes that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._socket.close()
 
     def _start(self) -> None:
-        self._socket, theirs = socket.socketpair()
+        self._socket, child_socket = socket.socketpair()
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+        descriptor = child_socket.fileno()
+        module = ["-m", "grpo_core.scoring.reward_worker"]
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "grpo_core.scoring.reward_worker",
-                str(theirs.fileno()),
-                self.name,
-                json.dumps(self.args),
-            ],
-            pass_fds=[theirs.fileno()],
+            [sys.executable, *module, str(descriptor), self.name, json.dumps(self.args)],
+            pass_fds=[descriptor],
             stdin=subprocess.DEVNULL,
-            stdout=STDERR,
+            stdout=STDERR,  # what the reward prints
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,
         )
-        theirs.close()
+        child_socket.close()
         self._is_ready = False
 
     def _wait_until_ready(self) -> bool:
@@ -106,25 +108,29 @@ class Worker:
             self._socket.settimeout(max(0.01, self._deadline - time.monotonic()))
             self._socket.sendall(SIZE.pack(len(request)) + request)
         except OSError as error:
-            self._problem = self._how(error)
+            self._problem = self._describe(error)
 
     def _receive(self) -> dict[str, Any] | None:
-        """The next message before the deadline; None, and the problem noted, where there is none."""
+        """Return the next message; None if there is none before the deadline, with the reason in `_problem`."""
         try:
             size = SIZE.unpack(self._read(SIZE.size))[0]
             return json.loads(self._read(size))
         except OSError as error:
-            self._problem = self._how(error)
+            self._problem = self._describe(error)
             return None
 
     def _read(self, count: int) -> bytes:
-        """Exactly `count` bytes. It looks up now and then: what the process has forked may hold the socket open."""
-        got = bytearray()
-        while len(got) < count:
+        """Read exactly `count` bytes.
+
+        The end of the process is polled for, because a process that it has forked may hold the socket open.
+        """
+        content = bytearray()
+        while len(content) < count:
             left = self._deadline - time.monotonic()
-            self._socket.settimeout(min(max(left, 0.001), 0.2))  # what has arrived in time may be read late
+            # at least 1 ms, so that a reply that arrived in time is read even after the deadline
+            self._socket.settimeout(min(max(left, 0.001), POLL_SECONDS))
             try:
-                part = self._socket.recv(count - len(got))
+                part = self._socket.recv(count - len(content))
             except TimeoutError:
                 if self._process.poll() is not None:
                     raise ConnectionError from None
@@ -133,10 +139,11 @@ class Worker:
                 continue
             if not part:
                 raise ConnectionError
-            got += part
-        return bytes(got)
+            content += part
+        return bytes(content)
 
-    def _how(self, error: OSError) -> str:
+    def _describe(self, error: OSError) -> str:
+        """Return why the process did not reply, as a verb phrase."""
         if isinstance(error, TimeoutError):
             return f"took more than {self.timeout:g} s" if self._is_ready else "was not ready in time"
         try:
@@ -147,13 +154,13 @@ class Worker:
 
 
 def serve(connection: socket.socket, name: str, args: dict[str, Any]) -> None:
-    """Answer batches until the other side is gone."""
+    """Reply to batches until the other end of the connection is closed."""
 
     def send(message: dict[str, Any]) -> None:
         content = json.dumps(message).encode()
         connection.sendall(SIZE.pack(len(content)) + content)
 
-    me, stream = os.getpid(), connection.makefile("rb")
+    own_pid, stream = os.getpid(), connection.makefile("rb")
     try:
         function = REWARDS.build(name, args)
     except ConfigError as error:
@@ -163,12 +170,12 @@ def serve(connection: socket.socket, name: str, args: dict[str, Any]) -> None:
     while head := stream.read(SIZE.size):
         completions, columns = pickle.loads(stream.read(SIZE.unpack(head)[0]))
         outcome = attempt(function, completions, columns)
-        if os.getpid() != me:  # a copy that the reward has forked and left running
+        if os.getpid() != own_pid:  # a fork that the reward has left running
             os._exit(0)
         send(asdict(outcome))
 
 
 if __name__ == "__main__":
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its rank
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # end with the parent, a rank
     serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2], json.loads(sys.argv[3]))

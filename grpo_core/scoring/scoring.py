@@ -1,4 +1,4 @@
-"""Scores: every reward called on a batch, each of your own in a process of its own, and added up by weight."""
+"""Score completions: call every reward on a batch and add the results up by weight."""
 
 from __future__ import annotations
 
@@ -12,35 +12,39 @@ from torch import Tensor
 
 from grpo_core.batch import Task
 from grpo_core.objective.rewards import REWARDS
-from grpo_core.scoring.reward_call import Outcome, attempt
-from grpo_core.scoring.reward_worker import Worker
+from grpo_core.scoring.reward_call import RewardOutcome, attempt
+from grpo_core.scoring.reward_worker import RewardWorker
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward with its arguments bound, under the name it is logged by."""
+    """A reward function with its arguments bound, its weight, and the name that it is logged under."""
 
     name: str
     weight: float
-    function: Callable[..., list[float | None]] | Worker
+    function: Callable[..., list[float | None]] | RewardWorker
 
 
 @dataclass(frozen=True)
 class Scores:
-    rewards: Tensor  # [N, G] the weighted sum; NaN where no reward could tell
-    by_name: dict[str, Tensor]  # name -> [N, G], NaN for None
-    failed: dict[str, Tensor] = field(default_factory=dict)  # name -> [N, G] bool, where the reward went wrong
-    failures: tuple[str, ...] = ()  # a sentence for each reward that did
+    """The rewards of a batch of completions: N prompts with G completions each."""
+
+    rewards: Tensor  # [N, G] the weighted sum; NaN where no reward has a value
+    by_name: dict[str, Tensor]  # name -> [N, G] before the weight; NaN where the reward has no value
+    failed: dict[str, Tensor] = field(default_factory=dict)  # name -> [N, G] bool, where the reward failed
+    failures: tuple[str, ...] = ()  # one sentence for each reward that failed
 
 
-def build_reward(name: str, args: dict[str, Any] | None = None, *, timeout: float) -> Callable | Worker:
-    """The reward `name`. One from a user's file gets a process of its own, which may take `timeout` seconds a batch.
+def build_reward(name: str, args: dict[str, Any] | None = None, *, timeout: float) -> Callable | RewardWorker:
+    """Return the reward `name` with its arguments bound.
+
+    A reward from a user's file runs in a process of its own, which may take `timeout` seconds for a batch.
 
     Raises:
-        ConfigError: it is not there, or does not take `args`.
+        ConfigError: there is no such reward, or it does not take `args`.
     """
     function = REWARDS.build(name, args)
-    return Worker(name, args or {}, timeout) if ".py:" in name else function
+    return RewardWorker(name, args or {}, timeout) if ".py:" in name else function
 
 
 def score(
@@ -49,33 +53,35 @@ def score(
     completions: Sequence[str],  # B = N * G texts, prompt-major
     group_size: int,
 ) -> Scores:
-    """Call every reward on all completions, workers at the same time, and add them up by weight.
+    """Call every reward on all completions, those in processes of their own in parallel, and add them up by weight.
 
-    A None is left out of its sum, and so is what a reward failed on (rewards.attempt says when it does).
+    Where a reward returns None or fails (see `reward_call.attempt`), it is left out of the sum.
     """
     rows = [task for task in tasks for _ in range(group_size)]
     columns = {name: [task.columns[name] for task in rows] for name in rows[0].columns}
     columns["prompts"] = [task.prompt for task in rows]
-    outcomes = _outcomes([reward.function for reward in rewards], list(completions), columns)
+    outcomes = _call_all([reward.function for reward in rewards], list(completions), columns)
     by_name, failed, failures = {}, {}, []
     for reward, outcome in zip(rewards, outcomes, strict=True):
-        numbers = [math.nan if value is None else value for value in outcome.values]
-        by_name[reward.name] = torch.tensor(numbers, dtype=torch.float32).view(-1, group_size)
+        values = [math.nan if value is None else value for value in outcome.values]
+        by_name[reward.name] = torch.tensor(values, dtype=torch.float32).view(-1, group_size)
         failed[reward.name] = torch.tensor(outcome.failed).view(-1, group_size)
         if outcome.why:
             failures.append(f"reward {reward.name} {outcome.why}")
-    stacked = torch.stack(list(by_name.values()))  # [K, N, G]
+    stacked = torch.stack(list(by_name.values()))  # [K, N, G] for K rewards
     weights = torch.tensor([reward.weight for reward in rewards]).view(-1, 1, 1)
-    counted = ~stacked.isnan() & (weights != 0)  # weight 0: logged and nothing else
-    total = torch.where(counted, stacked * weights, 0.0).sum(dim=0)
-    return Scores(total.masked_fill(~counted.any(dim=0), math.nan), by_name, failed, tuple(failures))
+    is_counted = ~stacked.isnan() & (weights != 0)  # a reward of weight 0 is only logged
+    total = torch.where(is_counted, stacked * weights, 0.0).sum(dim=0)
+    return Scores(total.masked_fill(~is_counted.any(dim=0), math.nan), by_name, failed, tuple(failures))
 
 
-def _outcomes(functions: list[Callable | Worker], completions: list[str], columns: dict[str, Any]) -> list[Outcome]:
+def _call_all(
+    functions: list[Callable | RewardWorker], completions: list[str], columns: dict[str, Any]
+) -> list[RewardOutcome]:
     for function in functions:
-        if isinstance(function, Worker):
-            function.ask(completions, columns)
+        if isinstance(function, RewardWorker):
+            function.submit(completions, columns)
     return [
-        function.answer() if isinstance(function, Worker) else attempt(function, completions, columns)
+        function.result() if isinstance(function, RewardWorker) else attempt(function, completions, columns)
         for function in functions
     ]

@@ -13,7 +13,7 @@ from grpo_core.distributed import ranks
 from grpo_core.monitor.completion_rows import completion_rows
 from grpo_core.monitor.progress import progress_bar
 from grpo_core.sampling.sampler import Sampler
-from grpo_core.scoring.reward_worker import Worker
+from grpo_core.scoring.reward_worker import RewardWorker
 from grpo_core.scoring.scoring import Reward, score
 from grpo_core.training.eval_statistics import wilson_interval
 from grpo_core.training.run import Run
@@ -26,7 +26,7 @@ CORRECT = "of the evaluation"  # its name in a failure's sentence
 def evaluate(
     sampler: Sampler,
     tasks: Sequence[Task],
-    reward: Callable | Worker,
+    reward: Callable | RewardWorker,
     *,
     batch_size: int,
     settings: SamplingParams = GREEDY,

@@ -28,7 +28,7 @@ from grpo_core.objective.rewards import REWARDS
 from grpo_core.registry import fact
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
-from grpo_core.scoring.reward_call import missing_columns
+from grpo_core.scoring.reward_call import find_missing_columns
 from grpo_core.scoring.scoring import Reward, build_reward
 
 
@@ -75,7 +75,7 @@ def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task]) 
     """Raise ConfigError for a reward that needs a column which the data does not have."""
     wanted = [(reward.name, tasks) for reward in config.rewards] + [(config.evaluation.reward, eval_tasks)]
     for name, rows in wanted:
-        if rows and (missing := missing_columns(REWARDS.get(name), rows[0].columns)):
+        if rows and (missing := find_missing_columns(REWARDS.get(name), rows[0].columns)):
             columns = ", ".join(rows[0].columns)
             raise ConfigError(f"reward {name} needs {missing[0]!r}, but the data has the columns {columns}")
         for column in fact(REWARDS.get(name), "never_null", ()):

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from grpo_core.batch import Rollouts, Task
 from grpo_core.config.sections import SftConfig
-from grpo_core.data.prompts import template_fields
+from grpo_core.data.prompts import list_template_fields
 from grpo_core.schema import ConfigError, list_known
 
 
@@ -77,7 +77,7 @@ def fill_in(template: str, tasks: Sequence[Task], of: str) -> list[str]:
     Raises:
         ConfigError: it names a column that is not there or that is null in a row, or is malformed.
     """
-    for name in template_fields(template) if tasks else ():
+    for name in list_template_fields(template) if tasks else ():
         if name not in tasks[0].columns:
             raise ConfigError(f"sft.targets uses {{{name}}}; {list_known(name, tasks[0].columns)}")
         for task in tasks:
