@@ -1,6 +1,6 @@
-# Sourced by launch.sh and tests/run.sh with $root set: sets $python to an interpreter that satisfies pyproject.toml.
-# That is the active environment's where it does, else .venv's, which is made and filled where needed.
-# $needs names the lists of pyproject.toml that must be satisfied.
+# Set $python to an interpreter that has the dependencies of pyproject.toml; sourced by launch.sh and tests/run.sh.
+# If the active environment has them, its interpreter is used. Otherwise $root/.venv is, which is created if necessary.
+# $root is the repository; $needs names the lists in pyproject.toml that must be installed (default: dependencies).
 
 satisfies() {
     "$1" - "$root/pyproject.toml" "${needs:-dependencies}" 2>/dev/null <<'PYTHON'
@@ -18,7 +18,7 @@ PYTHON
 
 python=$(command -v python3 || command -v python || true)
 if [ -z "$python" ]; then
-    echo "grpo_core needs Python 3.11 or newer, and there is no python3 here." >&2
+    echo "grpo_core needs Python 3.11 or newer, but no python3 was found." >&2
     exit 2
 elif ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     echo "grpo_core needs Python 3.11 or newer; $python is $("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')." >&2
@@ -26,7 +26,7 @@ elif ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
 fi
 if ! satisfies "$python"; then
     venv=$root/.venv/bin/python
-    if command -v flock >/dev/null; then exec 9>"$root/.venv.lock" && flock 9; fi  # two starts at once install once
+    if command -v flock >/dev/null; then exec 9>"$root/.venv.lock" && flock 9; fi  # of two starts at the same time, only one installs
     if ! satisfies "$venv"; then
         case " ${needs:-} " in *" test "*) extras="[test]" ;; *) extras="" ;; esac
         echo "Installing into $root/.venv (once; pinned in constraints.txt) ..."

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # bash launch.sh [PROCESSES] [--config FILE] [section.key=value ...]
 #
-# Trains in PROCESSES processes of this machine (default: one a GPU, or one). On a machine with a GPU the default job is
-# configs/gsm8k_qwen2.5_1.5b.yaml, without one configs/tiny.yaml. NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT in the
-# environment make this machine one node of several.
+# Train with PROCESSES processes on this machine. The default is one process per GPU, or one without a GPU. The default
+# FILE is configs/gsm8k_qwen2.5_1.5b.yaml on a machine with a GPU, and configs/tiny.yaml without one. To use several
+# machines, set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT in the environment of each.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -19,12 +19,12 @@ case "${1:-}" in
     *) processes=$1; shift ;;
 esac
 case "$processes" in
-    *[!0-9]* | 0) echo "PROCESSES is '$processes'; it must be a whole number from 1 up." >&2; exit 2 ;;
+    *[!0-9]* | 0) echo "PROCESSES is '$processes'; it must be a whole number of at least 1." >&2; exit 2 ;;
 esac
 if [ "$gpus" -eq 0 ]; then
     case " $* " in
         *" --config"*) echo "No GPU here: running on the CPU, processes: $processes." ;;
-        *) echo "No GPU here: running the embedded default, configs/tiny.yaml, on the CPU, processes: $processes." ;;
+        *) echo "No GPU here: running the default, configs/tiny.yaml, on the CPU, processes: $processes." ;;
     esac
 elif [ "$processes" -gt "$gpus" ]; then
     echo "$processes processes were asked for, but only $gpus GPU(s) are visible." >&2

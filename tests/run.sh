@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up the environment as launch.sh does and runs every test that this machine can run. Arguments go to pytest.
+# Set up the environment as launch.sh does, and run every test that this machine can run. Arguments are passed to pytest.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 needs="dependencies test"

@@ -53,7 +53,7 @@ def test_restarts_are_counted(started):
 @pytest.mark.parametrize("word", ["two", "0", "2x"])
 def test_a_number_of_processes_that_is_none_is_told_by_launch_sh(word):
     done = subprocess.run(["bash", "launch.sh", word, "seed=1"], cwd=TINY.parents[1], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == f"PROCESSES is '{word}'; it must be a whole number from 1 up.\n"
+    assert done.returncode == 2 and done.stderr == f"PROCESSES is '{word}'; it must be a whole number of at least 1.\n"
 
 
 def test_a_batch_that_does_not_divide_is_told_before_anything_starts(started):

@@ -77,7 +77,7 @@ def test_launch_trains_and_the_adapter_loads_in_plain_peft(tmp_path, environment
     assert done.returncode == 0, done.stderr
     out = done.stdout.splitlines()
     if not torch.cuda.is_available():
-        assert out[0].startswith("No GPU here: running the embedded default, configs/tiny.yaml")
+        assert out[0].startswith("No GPU here: running the default, configs/tiny.yaml")
     assert out[-3].startswith("before: accuracy") and out[-2].startswith("after:  accuracy")
     assert out[-1] == f"adapter: {tmp_path / 'tiny' / 'adapter'}"
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"""A reward for GSM8K's marked calculations, <<3*4=12>>: how many of those that a solution needs are right."""
+"""A reward for the calculations that GSM8K marks as <<3*4=12>>: the share that is right."""
 
 import ast
 import math
@@ -10,9 +10,11 @@ OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 
 def right_calculations(completions, answer):
-    """In [0, 1]: the different right calculations, over the most of what is written and what the given solution has.
+    """Return the share of right calculations, in [0, 1].
 
-    To leave one out pays as little as to write one twice.
+    The numerator is the number of different right calculations in the completion, at most as many as the solution
+    `answer` has. The denominator is the number of calculations in the completion or in the solution, whichever is
+    larger. Leaving a calculation out therefore costs as much as writing one twice.
     """
     return [
         _score(MARKED.findall(text), len(MARKED.findall(worked)))
@@ -21,7 +23,7 @@ def right_calculations(completions, answer):
 
 
 def holds(formula, result):
-    """Whether the formula, of + - * / and brackets, has this value, to what GSM8K rounds to; not if it has none."""
+    """Return True if the formula of + - * / and brackets has this value, up to the rounding of GSM8K."""
     try:
         return math.isclose(value_of(formula), float(result), abs_tol=0.005, rel_tol=0.001)
     except (SyntaxError, ValueError, ZeroDivisionError, KeyError, OverflowError, RecursionError, MemoryError):
@@ -29,11 +31,11 @@ def holds(formula, result):
 
 
 def value_of(formula):
-    """The formula's value.
+    """Return the value of a formula of + - * / and brackets.
 
     Raises:
-        SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError, MemoryError: it is not made of + - * / and
-            brackets, or has no value.
+        SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError, MemoryError: the formula has something else
+            in it, or no value.
     """
     return _value(ast.parse(formula.strip(), mode="eval").body)
 
