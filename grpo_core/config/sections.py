@@ -52,7 +52,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How completions are sampled for training."""
+    """The sampling of completions for training."""
 
     group_size: int = 8  # completions per prompt
     max_new_tokens: int = 256
