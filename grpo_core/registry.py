@@ -91,6 +91,6 @@ class Registry:
         return getattr(module, attribute)
 
 
-def fact(function: Callable, name: str, default: Any = None) -> Any:
+def get_fact(function: Callable, name: str, default: Any = None) -> Any:
     """Return an attribute of `function`, or of the function whose arguments it binds (functools.partial)."""
     return getattr(getattr(function, "func", function), name, default)

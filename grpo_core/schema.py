@@ -71,22 +71,21 @@ def keyword_arguments(function: Callable) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
 
-def check_arguments(function: Callable, given: dict[str, Any], key: str) -> dict[str, Any]:
-    """Check the arguments `given` against the schema of `function`, and return them with converted values.
+def check_arguments(function: Callable, args: dict[str, Any], key: str) -> dict[str, Any]:
+    """Check `args` against the schema of `function`, and return them with converted values.
 
     Raises:
-        ConfigError: `function` does not take an argument, or a value has the wrong type; the message names
-        `key`.argument.
+        ConfigError: `function` does not take an argument, or a value has the wrong type; `key`.argument is named.
     """
     schema = keyword_arguments(function)
     hints = get_type_hints(function)
-    for name in given:
+    for name in args:
         if name not in schema:
             hint = trl_names.key_hint(f"{key}.{name}") or list_known(name, schema)
             if name in inspect.signature(function).parameters:
                 hint += f"; a configuration can set {name} only if it stands after a * and has a default"
             raise ConfigError(f"unknown key {key}.{name}; {hint}")
-    return {name: coerce(value, _type_of(schema[name], hints), f"{key}.{name}") for name, value in given.items()}
+    return {name: coerce(value, _type_of(schema[name], hints), f"{key}.{name}") for name, value in args.items()}
 
 
 def list_known(name: str, names: Iterable[str]) -> str:

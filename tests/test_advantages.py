@@ -5,7 +5,7 @@ import torch
 
 from grpo_core.objective.advantage_laws import ADVANTAGE_LAWS, check_advantage
 from grpo_core.objective.advantages import ADVANTAGES, compute_advantages, tie_small_spreads, tied_groups
-from grpo_core.registry import fact
+from grpo_core.registry import get_fact
 
 NAN = float("nan")
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 0.0, 0.0, 0.0]])
@@ -23,7 +23,7 @@ def values(name, rewards=REWARDS, *, args=None, **given):
 def test_it_holds_the_laws_or_says_which_it_breaks(name):
     outcomes = check_advantage(ADVANTAGES.get(name))
     assert [o for o in outcomes if not o.ok] == []
-    assert {o.law for o in outcomes if not o.holds} == (fact(ADVANTAGES.get(name), "breaks") or {}).keys()
+    assert {o.law for o in outcomes if not o.holds} == (get_fact(ADVANTAGES.get(name), "breaks") or {}).keys()
 
 
 UNSOUND = {

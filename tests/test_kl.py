@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from grpo_core.objective.kl import KLS
-from grpo_core.registry import fact
+from grpo_core.registry import get_fact
 
 P = torch.tensor([0.5, 0.3, 0.2]).double().log()
 Q = torch.tensor([0.2, 0.2, 0.6]).double().log()
-ESTIMATORS = sorted(name for name, function in KLS.functions.items() if not fact(function, "full_vocabulary"))
+ESTIMATORS = sorted(name for name, function in KLS.functions.items() if not get_fact(function, "full_vocabulary"))
 
 
 def exact(logprobs, ref_logprobs):

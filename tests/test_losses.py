@@ -20,7 +20,7 @@ from grpo_core.objective.laws import (
 )
 from grpo_core.objective.losses import LOSSES, PolicyLoss
 from grpo_core.objective.token_weights import AVERAGES, Totals, entropy_weights, token_weights
-from grpo_core.registry import fact
+from grpo_core.registry import get_fact
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def rank_gaps():
 def test_it_holds_the_laws_or_says_which_it_breaks(name):
     outcomes = check_loss(LOSSES.get(name))
     assert [o for o in outcomes if not o.ok] == []
-    assert {o.law for o in outcomes if not o.holds} == (fact(LOSSES.get(name), "breaks") or {}).keys()
+    assert {o.law for o in outcomes if not o.holds} == (get_fact(LOSSES.get(name), "breaks") or {}).keys()
     assert len(outcomes) == 10
     assert {"ratio", "clip_frac"} <= LOSSES.get(name)(*batch()).diagnostics.keys()
 
@@ -54,7 +54,7 @@ def test_no_average_depends_on_how_the_step_is_cut(name, average):
     for part in zip(*(x.split([1, 3, 2]) for x in inputs), strict=True):
         parts.append(loss_gradient(loss_fn, *part, w=weights(part[3], average, of=inputs[3])))
     same = torch.allclose(torch.cat(parts), whole, atol=1e-14)
-    assert same == ("splits" not in (fact(AVERAGES.get(average), "breaks") or {}))
+    assert same == ("splits" not in (get_fact(AVERAGES.get(average), "breaks") or {}))
 
 
 def test_an_average_that_is_wrong_by_the_number_of_ranks_would_be_seen():

@@ -8,7 +8,7 @@ from typing import Any
 from grpo_core.commands.law_table import check_breaks, print_laws, warn_of_fixed_arguments
 from grpo_core.config.checks import try_loss
 from grpo_core.objective.laws import LOSS_LAWS, RATIOS, Outcome, check_loss, clip_table, ranks, start_rank_gaps
-from grpo_core.registry import fact
+from grpo_core.registry import get_fact
 
 
 def run_check_loss(name: str, args: dict[str, Any]) -> int:
@@ -23,7 +23,7 @@ def run_check_loss(name: str, args: dict[str, Any]) -> int:
     rank_gaps = start_rank_gaps([(name, args)])  # two processes, which start while the other laws are checked
     outcomes = check_loss(loss_fn)
     holds, result = ranks(rank_gaps()[0])
-    outcomes.append(Outcome("ranks", holds, result, (fact(loss_fn, "breaks") or {}).get("ranks")))
+    outcomes.append(Outcome("ranks", holds, result, (get_fact(loss_fn, "breaks") or {}).get("ranks")))
     code = print_laws(name, args, outcomes, {**LOSS_LAWS, "ranks": ranks})
     if next(outcome.holds for outcome in outcomes if outcome.law == "shape"):
         _print_pulls(loss_fn)

@@ -24,7 +24,7 @@ from grpo_core.distributed import ranks
 from grpo_core.monitor.completion_rows import completion_rows
 from grpo_core.monitor.progress import progress_bar
 from grpo_core.objective.rewards import REWARDS
-from grpo_core.registry import fact
+from grpo_core.registry import get_fact
 from grpo_core.schema import ConfigError, finite_or_none, keyword_arguments
 from grpo_core.scoring.scoring import Reward, build_reward, score
 from grpo_core.training.eval_statistics import bootstrap_interval, majority_at_k, mcnemar, pass_at_k, wilson_interval
@@ -227,7 +227,7 @@ def summarise(opened: OpenedPolicy, rows: Sequence[Row], samples: int) -> dict[s
 
     With a base model also of the differences, and McNemar's test of the greedy answers.
     """
-    answer_of = fact(REWARDS.get(opened.config.evaluation.reward), "answer")
+    answer_of = get_fact(REWARDS.get(opened.config.evaluation.reward), "answer")
     by_policy = {
         name: compute_figures([row for row in rows if row["policy"] == name], samples, answer_of)
         for name in ("base", "policy")

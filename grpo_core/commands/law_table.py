@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_core.objective.laws import Outcome
-from grpo_core.registry import fact
+from grpo_core.registry import get_fact
 from grpo_core.schema import ConfigError, list_known
 
 MAX_SHORT_RESULT = 16  # characters of a law's result that fit into its column; longer ones get a line of their own
@@ -24,7 +24,7 @@ HINTS = {  # law -> advice when it fails
 
 def check_breaks(name: str, function: Callable, laws: list[str]) -> None:
     """Raise ConfigError if the function's attribute `breaks` names a law that does not exist."""
-    for law in fact(function, "breaks") or {}:
+    for law in get_fact(function, "breaks") or {}:
         if law not in laws:
             raise ConfigError(f"{name}: the attribute `breaks` names {law!r}, which is no law; {list_known(law, laws)}")
 

@@ -21,7 +21,7 @@ from grpo_core.objective.losses import LOSSES, PolicyLoss
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.objective.token_weights import AVERAGES
 from grpo_core.objective.truncation import TRUNCATIONS
-from grpo_core.registry import fact
+from grpo_core.registry import get_fact
 from grpo_core.schema import ConfigError, summarize_error
 
 
@@ -160,11 +160,11 @@ def _check_objective(config: RunConfig) -> None:
         raise ConfigError(
             f"{key} is {value}, but lora.r is 0; without an adapter there is no reference, so it must be 0"
         )
-    if fact(ADVANTAGES.get(config.advantage.name), "reads_components"):
+    if get_fact(ADVANTAGES.get(config.advantage.name), "reads_components"):
         setting = None
         if loss.kl_coef and loss.kl_in == "reward":
             setting = "loss.kl_in reward"
-        if fact(TRUNCATIONS.get(config.truncation.name), "changes_reward"):
+        if get_fact(TRUNCATIONS.get(config.truncation.name), "changes_reward"):
             setting = f"truncation {config.truncation.name}"
         if setting:
             raise ConfigError(

@@ -17,7 +17,7 @@ from grpo_core.objective.kl import KLS
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.token_weights import AVERAGES
 from grpo_core.objective.truncation import TRUNCATIONS
-from grpo_core.registry import Registry, fact
+from grpo_core.registry import Registry, get_fact
 from grpo_core.schema import keyword_arguments
 
 LETTERS = """\
@@ -33,37 +33,46 @@ n_i                       tokens of completion i; tokens and completions are tho
 def render(config: RunConfig) -> str:
     """Return the objective that the run minimises, in a few lines with all values, and the remarks on it."""
     loss = config.loss
-    rows = [("loss", _render_sum(config)), ("L", f"{_formula(LOSSES, loss.name, loss.args)}    ({loss.name})")]
+    rows = [("loss", _render_sum(config)), ("L", f"{_fill_formula(LOSSES, loss.name, loss.args)}    ({loss.name})")]
     if loss.rollout_correction.name != "none":
-        weight = _formula(CORRECTIONS, loss.rollout_correction.name, loss.rollout_correction.args)
-        inside = "; applied inside L, through l_old" if fact(LOSSES.get(loss.name), "corrects_rollout") else ""
+        weight = _fill_formula(CORRECTIONS, loss.rollout_correction.name, loss.rollout_correction.args)
+        inside = "; applied inside L, through l_old" if get_fact(LOSSES.get(loss.name), "corrects_rollout") else ""
         rows.append(("w", f"{weight}    ({loss.rollout_correction.name}{inside})"))
-    average = _formula(AVERAGES, loss.average, {}, config.sampling.max_new_tokens)
+    average = _fill_formula(AVERAGES, loss.average, {}, config.sampling.max_new_tokens)
     rows.append(("weight", f"{average}    ({loss.average})"))
     if loss.kl_coef:
-        rows.append(("KL", f"{_formula(KLS, loss.kl, {})}    ({loss.kl}; {_describe_reference(config)})"))
+        rows.append(("KL", f"{_fill_formula(KLS, loss.kl, {})}    ({loss.kl}; {_describe_reference(config)})"))
         if loss.kl_target is not None:
-            target = f"{_number(loss.kl_target)}, with a horizon of {loss.kl_horizon} completions"
-            rows.append(("", f"the coefficient starts at this value and adapts to a KL of {target}"))
+            target = f"{_format_number(loss.kl_target)}, with a horizon of {loss.kl_horizon} completions"
+            rows.append(
+                ("", f"its coefficient starts at {_format_number(loss.kl_coef)} and adapts to a KL of {target}")
+            )
     if loss.entropy_coef or loss.entropy_target is not None:
         tokens = "the tokens of highest entropy" if loss.top_entropy < 1 else "the step's tokens"
         rows.append(("H", f"mean entropy of {tokens}"))
         if loss.entropy_target is not None:
-            target = f"{_number(loss.entropy_target)}, by {_number(loss.entropy_delta)} a step"
-            rows.append(("", f"the coefficient starts at this value and adapts to an entropy of {target}"))
+            target = f"{_format_number(loss.entropy_target)}, by {_format_number(loss.entropy_delta)} a step"
+            rows.append(
+                (
+                    "",
+                    f"its coefficient starts at {_format_number(loss.entropy_coef)} and adapts to an entropy of {target}",
+                )
+            )
     advantage = config.advantage
-    tied = f"; 0 where std < {_number(advantage.min_group_std)}" if advantage.min_group_std else ""
-    rows.append(("A", f"{_formula(ADVANTAGES, advantage.name, advantage.args)}{tied}    ({advantage.name})"))
+    tied = f"; 0 where std < {_format_number(advantage.min_group_std)}" if advantage.min_group_std else ""
+    rows.append(("A", f"{_fill_formula(ADVANTAGES, advantage.name, advantage.args)}{tied}    ({advantage.name})"))
     rewards = " + ".join(
-        f"{_number(reward.weight)} {reward.name}{_render_arguments(reward.args)}" for reward in config.rewards
+        f"{_format_number(reward.weight)} {reward.name}{_render_arguments(reward.args)}" for reward in config.rewards
     )
     if loss.kl_coef and loss.kl_in == "reward":
-        rewards += f" - {_number(loss.kl_coef)} sum_t KL"
+        rewards += f" - {_format_number(loss.kl_coef)} sum_t KL"
     rows.append(("reward", rewards))
-    truncation = _formula(TRUNCATIONS, config.truncation.name, config.truncation.args, config.sampling.max_new_tokens)
+    truncation = _fill_formula(
+        TRUNCATIONS, config.truncation.name, config.truncation.args, config.sampling.max_new_tokens
+    )
     rows.append(("truncated", f"{truncation}    ({config.truncation.name})"))
-    if config.sampling.dynamic_attempts:
-        rows.append(("tied", f"replaced by fresh prompts, up to {config.sampling.dynamic_attempts} times a step"))
+    if attempts := config.sampling.dynamic_attempts:
+        rows.append(("tied", f"groups with equal rewards are replaced by new prompts, up to {attempts} times a step"))
     rows += [("note", remark) for remark in list_remarks(config)]
     return "\n".join(f"{name:<9}  {text}" for name, text in rows)
 
@@ -72,23 +81,23 @@ def _render_sum(config: RunConfig) -> str:
     """Return the sum over tokens, in the order of operations of training/update.py, `token_loss`."""
     loss, factors = config.loss, ["L"]
     if loss.off_policy_mask is not None:
-        factors.append(f"[A >= 0 or mean_t(l_roll - l) <= {_number(loss.off_policy_mask)}]")
+        factors.append(f"[A >= 0 or mean_t(l_roll - l) <= {_format_number(loss.off_policy_mask)}]")
     if loss.top_entropy < 1:
         factors.append(f"[entropy in the top {loss.top_entropy:.0%}]")
-    if loss.rollout_correction.name != "none" and not fact(LOSSES.get(loss.name), "corrects_rollout"):
+    if loss.rollout_correction.name != "none" and not get_fact(LOSSES.get(loss.name), "corrects_rollout"):
         factors.append("w")
     token = " ".join(factors)
     if loss.kl_coef and loss.kl_in == "loss":
-        token = f"({token} + {_number(loss.kl_coef)} KL)"
+        token = f"({token} + {_format_number(loss.kl_coef)} KL)"
     bonus = loss.entropy_coef or loss.entropy_target is not None
-    return f"sum over tokens of {token} * weight" + (f", - {_number(loss.entropy_coef)} H" if bonus else "")
+    return f"sum over tokens of {token} * weight" + (f", - {_format_number(loss.entropy_coef)} H" if bonus else "")
 
 
 def list_remarks(config: RunConfig) -> list[str]:
     """Return a sentence for each combination of settings that is likely a mistake; none of them stops a run."""
     loss, texts = config.loss, []
     function = LOSSES.get(loss.name)
-    ratio, averages = fact(function, "ratio"), fact(function, "averages")
+    ratio, averages = get_fact(function, "ratio"), get_fact(function, "averages")
     if loss.average == "row_sum" and ratio == "token":
         texts.append(
             f"loss.average row_sum sums the token ratios of {loss.name}, so a completion's gradient grows with its "
@@ -122,9 +131,9 @@ def list_remarks(config: RunConfig) -> list[str]:
     return texts
 
 
-def merge_arguments(function: Callable, given: dict[str, Any]) -> dict[str, Any]:
-    """Return all keyword arguments of a function: the values given, and defaults for the others."""
-    return {name: p.default for name, p in keyword_arguments(function).items()} | given
+def merge_arguments(function: Callable, args: dict[str, Any]) -> dict[str, Any]:
+    """Return all keyword arguments of a function: those in `args`, and defaults for the others."""
+    return {name: p.default for name, p in keyword_arguments(function).items()} | args
 
 
 def get_formula(function: Callable) -> str:
@@ -133,17 +142,17 @@ def get_formula(function: Callable) -> str:
     return text.splitlines()[0]
 
 
-def _formula(registry: Registry, name: str, given: dict[str, Any], max_new_tokens: int | None = None) -> str:
+def _fill_formula(registry: Registry, name: str, args: dict[str, Any], max_new_tokens: int | None = None) -> str:
     """Return a function's formula with the values of its arguments, and without bounds that are null."""
     function = registry.get(name)
     text = get_formula(function)
     if max_new_tokens is not None:
         text = text.replace("max_new_tokens", str(max_new_tokens))
     missing = []  # arguments that the formula does not contain
-    for argument, value in merge_arguments(function, given).items():
-        text, times = re.subn(rf"\b{argument}\b", _number(value), text)
+    for argument, value in merge_arguments(function, args).items():
+        text, times = re.subn(rf"\b{argument}\b", _format_number(value), text)
         if not times:
-            missing.append(f"{argument} {_number(value)}")
+            missing.append(f"{argument} {_format_number(value)}")
     text = re.sub(r"min\((\w+), none\)", r"\1", text)
     text = re.sub(r"clip\((\w+), none, none\)", r"\1", text)
     text = re.sub(r"clip\((\w+), none, (\S+)\)", r"min(\1, \2)", text)
@@ -152,7 +161,7 @@ def _formula(registry: Registry, name: str, given: dict[str, Any], max_new_token
     return ", ".join([text, *missing])
 
 
-def _number(value: Any) -> str:
+def _format_number(value: Any) -> str:
     if value is None:
         return "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -168,4 +177,4 @@ def _describe_reference(config: RunConfig) -> str:
         return "the reference is the base model"
     if mixing == 1:
         return f"the reference is set to the policy every {every} steps"
-    return f"the reference moves towards the policy every {every} steps, {_number(mixing)} of the way"
+    return f"the reference moves towards the policy every {every} steps, {_format_number(mixing)} of the way"

@@ -20,7 +20,7 @@ from grpo_core.model.packing import Budget, Packing
 from grpo_core.model.policy import Policy, enable_gradient_checkpointing
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.objective.kl import KLS
-from grpo_core.registry import fact
+from grpo_core.registry import get_fact
 from grpo_core.schema import ConfigError
 
 MAX_CPU_TOKENS = 2048  # in one forward; on two cores 512 and 8,192 are 5 to 15 % slower
@@ -100,7 +100,7 @@ class _Trial:
             torch.ones(rows, dtype=torch.bool, device=device),
         )
         kl = KLS.get(config.loss.kl)
-        has_divergence = config.loss.kl_coef > 0 and config.loss.kl_in == "loss" and fact(kl, "full_vocabulary")
+        has_divergence = config.loss.kl_coef > 0 and config.loss.kl_in == "loss" and get_fact(kl, "full_vocabulary")
         self.divergence = kl if has_divergence else None
         self.entropy = config.loss.entropy_coef > 0 or config.loss.entropy_target is not None
 

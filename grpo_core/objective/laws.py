@@ -25,7 +25,7 @@ from grpo_core.distributed.ranks import all_sum
 from grpo_core.objective.advantages import grpo_advantages
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.token_weights import Totals, token_weights
-from grpo_core.registry import fact
+from grpo_core.registry import get_fact
 from grpo_core.schema import first_line
 
 B, C = 6, 7
@@ -62,7 +62,7 @@ def run_laws(function: Callable, laws: dict[str, Callable[[Callable], tuple[bool
             holds, result = law(function)
         except Exception as error:
             holds, result = False, f"{type(error).__name__}: {first_line(error)}"
-        outcomes.append(Outcome(name, holds, result, (fact(function, "breaks") or {}).get(name)))
+        outcomes.append(Outcome(name, holds, result, (get_fact(function, "breaks") or {}).get(name)))
     return outcomes
 
 
@@ -264,7 +264,7 @@ def weights(mask: Tensor, average: str = "sequence", of: Tensor | None = None, s
 
 def default_average(loss_fn: Callable) -> str:
     """Return the first average that the loss is defined with, or "sequence"."""
-    return (fact(loss_fn, "averages") or ("sequence",))[0]
+    return (get_fact(loss_fn, "averages") or ("sequence",))[0]
 
 
 def loss_gradient(
@@ -311,14 +311,14 @@ def _run_rank(rank: int, folder: str, losses: list[tuple[str, dict[str, Any]]]) 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     inputs, gaps = batch(), []
-    mine = [x[rank::2] for x in inputs]
+    own = [x[rank::2] for x in inputs]
     for name, args in losses:
         loss_fn = LOSSES.build(name, args)
         average = default_average(loss_fn)
-        tokens, rows = all_sum(torch.tensor([mine[3].sum(), len(mine[3])]))
-        w = token_weights(mine[3], average=average, totals=Totals(tokens, rows, C), dtype=torch.double)
+        tokens, rows = all_sum(torch.tensor([own[3].sum(), len(own[3])]))
+        w = token_weights(own[3], average=average, totals=Totals(tokens, rows, C), dtype=torch.double)
         gradient = torch.zeros(B, C, dtype=torch.double)
-        gradient[rank::2] = loss_gradient(loss_fn, *mine, w=w)
+        gradient[rank::2] = loss_gradient(loss_fn, *own, w=w)
         whole = loss_gradient(loss_fn, *inputs, w=weights(inputs[3], average))
         gaps.append(float((all_sum(gradient) - whole).abs().max()))
     if rank == 0:

@@ -14,7 +14,7 @@ from grpo_core.model.packing import Packing
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.corrections import quantile
 from grpo_core.objective.kl import kl_exact
-from grpo_core.registry import fact
+from grpo_core.registry import get_fact
 from grpo_core.training.run import Run
 
 EQUAL_ENTROPY = 1e-5  # nats: tokens after the same prefix differ by rounding alone, and stay together
@@ -37,7 +37,7 @@ def freeze(run: Run, rollouts: Rollouts, advantages: Tensor, trained: Tensor | N
     if several or config.top_entropy < 1:
         old_logprobs, entropy = forward_all(run, rollouts)
         surrogate_mask = top_entropy_mask(entropy, mask, config.top_entropy) if config.top_entropy < 1 else None
-    if config.kl_coef > 0 and config.kl_in == "loss" and not fact(run.kl_fn, "full_vocabulary"):
+    if config.kl_coef > 0 and config.kl_in == "loss" and not get_fact(run.kl_fn, "full_vocabulary"):
         with run.policy.reference():
             ref_logprobs, _ = forward_all(run, rollouts)
     column = advantages.reshape(-1, 1).to(device)

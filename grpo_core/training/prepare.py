@@ -25,7 +25,7 @@ from grpo_core.model.loading import (
 )
 from grpo_core.model.policy import Policy
 from grpo_core.objective.rewards import REWARDS
-from grpo_core.registry import fact
+from grpo_core.registry import get_fact
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.reward_call import find_missing_columns
@@ -78,7 +78,7 @@ def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task]) 
         if rows and (missing := find_missing_columns(REWARDS.get(name), rows[0].columns)):
             columns = ", ".join(rows[0].columns)
             raise ConfigError(f"reward {name} needs {missing[0]!r}, but the data has the columns {columns}")
-        for column in fact(REWARDS.get(name), "never_null", ()):
+        for column in get_fact(REWARDS.get(name), "never_null", ()):
             for task in rows:
                 if task.columns[column] is None:
                     raise ConfigError(

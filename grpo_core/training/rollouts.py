@@ -15,7 +15,7 @@ from grpo_core.batch import Rollouts, Task, replace_rows, take
 from grpo_core.distributed import ranks
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.advantages import compute_advantages, tie_small_spreads, tied_groups
-from grpo_core.registry import fact
+from grpo_core.registry import get_fact
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.scoring import Scores, score
 from grpo_core.training.run import Run
@@ -103,7 +103,7 @@ def _draw(run: Run, tasks: list[Task]) -> tuple[Rollouts, Scores]:
 def _tied(run: Run, rewards: Tensor, scores: Scores) -> Tensor:
     """Groups without a signal for the advantage, [N] bool."""
     least = run.config.advantage.min_group_std
-    if not fact(run.advantage_fn, "reads_components"):
+    if not get_fact(run.advantage_fn, "reads_components"):
         return tied_groups(tie_small_spreads(rewards, least))
     counting = [scores.by_name[reward.name] for reward in run.rewards if reward.weight]
     return torch.stack([tied_groups(tie_small_spreads(values, least)) for values in counting]).all(dim=0)
@@ -132,7 +132,7 @@ def _replace_scores(scores: Scores, groups: Tensor, others: Scores) -> Scores:
 @torch.no_grad()
 def _sequence_kl(run: Run, rollouts: Rollouts, stats: Stats) -> Tensor:
     """Each completion's sum over its tokens of loss.kl, [B], on the rewards' device."""
-    whole = run.kl_fn if fact(run.kl_fn, "full_vocabulary") else None
+    whole = run.kl_fn if get_fact(run.kl_fn, "full_vocabulary") else None
     sums = torch.zeros(len(rollouts))
     rollouts = replace(rollouts, completions=())
     for packing in run.policy.plan(rollouts, run.budgets.forward):

@@ -29,7 +29,7 @@ from grpo_core.objective.laws import zero_advantage
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.token_weights import AVERAGES
 from grpo_core.objective.truncation import TRUNCATIONS
-from grpo_core.registry import fact
+from grpo_core.registry import get_fact
 from grpo_core.sampling.sampler import disagreement
 from grpo_core.scoring.scoring import build_reward
 from grpo_core.training import checkpoint, run_dir
@@ -183,7 +183,7 @@ def assemble(
 
 def ties_can_be_skipped(loss_fn: Callable, average: str) -> bool:
     """Whether a row with advantage 0 has no part in the gradient, nor in what the other rows weigh."""
-    return zero_advantage(loss_fn)[0] and not fact(AVERAGES.get(average), "breaks")
+    return zero_advantage(loss_fn)[0] and not get_fact(AVERAGES.get(average), "breaks")
 
 
 def start(config: RunConfig) -> torch.dtype:

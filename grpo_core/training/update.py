@@ -15,7 +15,7 @@ from grpo_core.model.policy import TokenStats
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.corrections import corrected_old_logprobs, off_policy_mask
 from grpo_core.objective.token_weights import Totals, entropy_weights, token_weights
-from grpo_core.registry import fact
+from grpo_core.registry import get_fact
 from grpo_core.training import checkpoint
 from grpo_core.training.control import Control
 from grpo_core.training.run import Run
@@ -95,7 +95,7 @@ def nothing_of(minibatch: TrainBatch) -> tuple[TrainBatch, TokenStats]:
 def forward_with_gradient(run: Run, rollouts: Rollouts, packing: Packing, control: Control) -> TokenStats:
     """What the loss needs of a micro-batch's tokens, [b, C] each."""
     in_loss = control.kl_coef > 0 and run.config.loss.kl_in == "loss"
-    divergence = run.kl_fn if in_loss and fact(run.kl_fn, "full_vocabulary") else None
+    divergence = run.kl_fn if in_loss and get_fact(run.kl_fn, "full_vocabulary") else None
     return run.policy.forward(rollouts, packing, entropy_gradient=control.entropy_bonus > 0, divergence=divergence)
 
 
@@ -129,7 +129,7 @@ def token_loss(
     """
     config, mask, rollout_logprobs = run.config.loss, micro.loss_mask, micro.rollouts.rollout_logprobs
     weight = run.correction_fn(old_logprobs, rollout_logprobs, mask)  # [b, C] or [b, 1], or None
-    inside = weight is not None and fact(run.loss_fn, "corrects_rollout")
+    inside = weight is not None and get_fact(run.loss_fn, "corrects_rollout")
     compared = corrected_old_logprobs(old_logprobs, weight, mask) if inside else old_logprobs
 
     surrogate = run.loss_fn(tokens.logprobs, compared, micro.advantages, mask)
