@@ -37,7 +37,10 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, config: RunConfig, start_step: int, num_steps: int) -> None:
-        """Create the folder of a run, or continue it at `start_step`: rows of later steps are removed."""
+        """Create the folder of a run, or continue it at `start_step`, where the rows of later steps are removed.
+
+        With config.overwrite an existing run folder is deleted first.
+        """
         self.folder, self.config, self.num_steps = folder, config, num_steps
         self.seconds: dict[str, float] = defaultdict(float)
         self.memory: dict[str, tuple[float, float]] = {}  # phase -> GB allocated, GB reserved
