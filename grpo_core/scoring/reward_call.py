@@ -17,7 +17,7 @@ MAX_REWARD = 1e6  # absolute value; beyond it a reward is a mistake, and float32
 class RewardOutcome:
     """The result of one reward on a batch of completions."""
 
-    values: list[float | None]  # one per completion; None where the reward has no opinion, or failed
+    values: list[float | None]  # one per completion; None where the reward returned None or failed
     failed: list[bool]  # one per completion
     why: str | None = None  # the reason of the first failure, as a verb phrase
 
