@@ -16,11 +16,11 @@ import click
 
 from grpo_core import __version__
 from grpo_core.commands.errors import print_error
-from grpo_core.config.shipped import configs_folder
+from grpo_core.config.shipped import find_configs
 from grpo_core.schema import ConfigError
 
 PROGRAM = "python -m grpo_core"
-CONFIGS = configs_folder()
+CONFIGS = find_configs()
 EXAMPLES = "\b\nExamples:\n  "  # click keeps the line breaks of a paragraph that begins with \b
 
 

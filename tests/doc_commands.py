@@ -117,7 +117,7 @@ def job(environment, words):
             return [launcher(words)]
         case ["bash", "tests/run.sh"]:
             return [{"kind": "shell", "command": f"bash -n {ROOT / 'tests' / 'run.sh'}"}]
-        case ["python", script, *_] if script.startswith("benchmarks/"):
+        case ["python", script, *_] if script.startswith(("benchmarks/", "examples/")):
             assert (ROOT / script).is_file(), script
             return []
         case ["pip", "install", *rest] | ["uv", "pip", "install", *rest]:

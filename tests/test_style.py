@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT
 
 COMMANDS = (
-    ["ruff", "check", "grpo_core", "tests", "benchmarks"],
-    ["ruff", "format", "--check", "grpo_core"],
+    ["ruff", "check", "grpo_core", "tests", "benchmarks", "examples"],
+    ["ruff", "format", "--check", "grpo_core", "examples"],
     ["mypy"],  # pyproject.toml says which files: the mathematics, strictly
 )
 

@@ -29,12 +29,12 @@ import json, runpy, sys
 runpy.run_module("grpo_core", run_name="__main__", alter_sys=True)
 
 from grpo_core.config.files import load
-from grpo_core.config.shipped import configs_folder, shipped_names
+from grpo_core.config.shipped import find_configs, list_shipped
 
 outcome = {
     "trainer": sys.modules["grpo_core.training.trainer"].__file__,
-    "configs": str(configs_folder()),
-    "shipped": {name: load(name).name for name in shipped_names()},
+    "configs": str(find_configs()),
+    "shipped": {name: load(name).name for name in list_shipped()},
     "mine": [load("mine.yaml").preset, load("mine.yaml").engine.deepspeed["zero_optimization"]["stage"]],
 }
 print(json.dumps(outcome))

@@ -16,7 +16,7 @@ from grpo_core.config.checks import check
 from grpo_core.config.formula import LETTERS, render
 from grpo_core.config.presets import get_preset, merge
 from grpo_core.config.sections import RunConfig
-from grpo_core.config.shipped import find_file, shipped_names
+from grpo_core.config.shipped import find_file, list_shipped
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rewards import REWARDS
@@ -36,7 +36,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not os.path.exists(path):
         raise ConfigError(
             f"cannot read {path}: No such file or directory; a shipped configuration is named without a folder, "
-            f"{list_known(path.stem, shipped_names())}"
+            f"{list_known(path.stem, list_shipped())}"
         )
     return _resolve(_layers(path, ()), overrides, path.parent)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1]
 
 
-def configs_folder() -> Path:
+def find_configs() -> Path:
     """Return the folder of the shipped YAML and JSON files."""
     installed = PACKAGE / "configs"  # pyproject.toml puts them there
     return installed if installed.is_dir() else PACKAGE.parent / "configs"
@@ -20,10 +20,10 @@ def find_file(path: str | Path, *folders: Path) -> Path:
     """
     candidates = [folder / path for folder in folders]
     if len(Path(path).parts) == 1:
-        candidates += [configs_folder() / path, configs_folder() / f"{path}.yaml"]
+        candidates += [find_configs() / path, find_configs() / f"{path}.yaml"]
     return next((file for file in candidates if os.path.isfile(file)), folders[-1] / path)
 
 
-def shipped_names() -> list[str]:
+def list_shipped() -> list[str]:
     """Return the names of the shipped run configurations, sorted."""
-    return sorted(path.stem for path in configs_folder().glob("*.yaml"))
+    return sorted(path.stem for path in find_configs().glob("*.yaml"))

@@ -1,0 +1,106 @@
+"""The examples: minimal_grpo.py takes the trainer's steps and learns, and the others do what their pages say."""
+
+import ast
+import json
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from doc_commands import job, simple_commands
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from grpo_core import REWARDS, attempt
+from grpo_core.config.checks import prompts_per_rank
+from grpo_core.config.files import load
+from grpo_core.distributed import ranks
+
+PAGE = (ROOT / "examples" / "README.md").read_text()
+COMMANDS = [line.strip() for line in PAGE.splitlines() if line.startswith("    ")]
+
+
+@pytest.fixture
+def minimal_grpo(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import minimal_grpo
+
+    return minimal_grpo
+
+
+def test_two_steps_of_the_minimal_example_are_the_trainers(minimal_grpo, here, tmp_path, monkeypatch):
+    monkeypatch.setattr(minimal_grpo, "PROMPTS_PER_STEP", 4)
+    settings = {
+        "output_dir": tmp_path, "data.limit": 2000, "evaluation.num_tasks": 40, "loss.kl_coef": 0,
+        "trainer.num_steps": 2, "trainer.completions_per_step": 32, "trainer.num_passes": minimal_grpo.UPDATES_PER_STEP,
+        "engine.learning_rate": minimal_grpo.LEARNING_RATE, "engine.schedule": "constant", "engine.warmup_steps": 0,
+    }  # fmt: skip
+    done = here("train", "--config", "configs/tiny.yaml", *(f"{key}={value}" for key, value in settings.items()))
+    assert done.returncode == 0, done.stderr
+    trained = load_file(tmp_path / "tiny" / "adapter" / "adapter_model.safetensors")
+    evaluations = [json.loads(line) for line in (tmp_path / "tiny" / "evaluation.jsonl").read_text().splitlines()]
+
+    ranks.seed_all(0)  # as the trainer does before it makes the adapter
+    policy, sampler, tasks, held_out_tasks = minimal_grpo.load()
+    accuracies = minimal_grpo.train(policy, sampler, tasks, held_out_tasks[:40], num_steps=2)
+    assert [*accuracies] == [row["accuracy"] for row in evaluations]
+    weights = get_peft_model_state_dict(policy.model)
+    assert weights.keys() == trained.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, trained[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.soak
+def test_the_minimal_example_learns(environment):
+    command = [sys.executable, ROOT / "examples" / "minimal_grpo.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    before, after = (float(value) for value in re.findall(r"held-out accuracy .*: ([\d.]+)%", done.stdout))
+    assert after - before >= 20, (before, after)
+
+
+def test_the_page_lists_every_example_with_the_commands_of_its_docstring():
+    names = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+    assert sorted(re.findall(r"^\| \[(\w+\.py)\]\(\1\)", PAGE, re.M)) == names
+    for name in names:
+        docstring = ast.get_docstring(ast.parse((ROOT / "examples" / name).read_text()))
+        commands = [line.strip() for line in docstring.splitlines() if line.startswith("    ")]
+        assert commands and set(commands) <= set(COMMANDS), name
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if not line.startswith("python examples/")])
+def test_the_commands_of_the_page_are_accepted(command, here):
+    for environment, words in simple_commands(command):
+        for one in job(environment, words):
+            if one["kind"] == "main":
+                assert here(*one["arguments"]).returncode == 0  # check-loss: every law holds
+            else:
+                prompts_per_rank(load(ROOT / one["config"], one["overrides"]), one["processes"])
+
+
+def test_the_reward_judges_by_distance():
+    close_answer = REWARDS.build(f"{ROOT}/examples/my_reward.py:close_answer", {"tolerance": 0.2})
+    completions, answers = ["#### 48", "it is 49", "none", "#### 40"], [*3 * ["#### 40"], "unknown"]
+    outcome = attempt(close_answer, completions, {"answer": answers, "prompts": 4 * [""], "question": 4 * [""]})
+    assert outcome.values == [1.0, 0.0, 0.0, None] and outcome.why is None
+
+
+def test_the_reward_can_be_tried_alone(capsys):
+    runpy.run_path(str(ROOT / "examples" / "my_reward.py"), run_name="__main__")
+    assert [line[:3] for line in capsys.readouterr().out.splitlines()] == ["1.0", "1.0", "0.0", "0.0"]
+
+
+@pytest.mark.slow
+def test_a_run_trains_with_both(here, tmp_path):
+    given = [
+        "loss.name=examples/my_loss.py:soft", "loss.args={power: 0.7}", "trainer.num_minibatches=2",
+        "rewards=[correct_answer, {name: examples/my_reward.py:close_answer, weight: 0.2, args: {tolerance: 0.2}}]",
+        "trainer.num_steps=1", "trainer.completions_per_step=16", "evaluation.num_tasks=0", f"output_dir={tmp_path}",
+    ]  # fmt: skip
+    done = here("train", "--config", "configs/tiny.yaml", *given)
+    assert done.returncode == 0, done.stderr
+    (row,) = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert row["skipped"] == 0 and 0 <= row["rewards/examples/my_reward.py:close_answer"] <= 1
