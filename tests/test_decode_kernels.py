@@ -73,7 +73,7 @@ def test_draw_with_rows_that_are_done_and_tokens_that_cannot_be(greedy, temperat
             torch.tensor([3, 7], device=DEVICE),
         )
         mine = state.clone().to(DEVICE)
-        one.columns(width)
+        one.set_table_width(width)
         one.draw(logits, mine, tables, SamplingParams(temperature, greedy))
         got.append((mine, tables))
     (ours, table), (theirs, other) = got
@@ -94,7 +94,7 @@ def draw_one(logits, uniform, greedy=False):
         torch.tensor([0], device=DEVICE),
     )
     triton_ops, _ = both()
-    triton_ops.columns(1)
+    triton_ops.set_table_width(1)
     triton_ops.draw(logits, state, tables, SamplingParams(greedy=greedy))
     return tables
 
@@ -120,14 +120,14 @@ def test_draw_from_broken_logits_stays_in_the_vocabulary(value, greedy):
 )
 def test_attention_with_ragged_prompts_shared_by_rows_in_any_slot(rows, heads, kv_heads, dim, normed):
     triton_ops, torch_ops = both()
-    prompts, width, length, shape = 3, 70, 90, ops.Shape(2, heads, kv_heads, dim, 1e-6)
-    ours, theirs = (one.cache(shape, torch.float32, DEVICE) for one in (triton_ops, torch_ops))
+    prompts, width, length, shape = 3, 70, 90, ops.AttentionShape(2, heads, kv_heads, dim, 1e-6)
+    ours, theirs = (one.make_cache(shape, torch.float32, DEVICE) for one in (triton_ops, torch_ops))
     for cache in (ours, theirs):
-        cache.take(prompts, width, rows, length)
+        cache.allocate(prompts, width, rows, length)
     ours.buffer.fill_(torch.nan)  # what nobody wrote must not be read
     for layer in range(2):
         keys, values = random(prompts, kv_heads, width, dim), random(prompts, kv_heads, width, dim)
-        ours.store(layer, 0, keys, values), theirs.store(layer, 0, keys, values)
+        ours.store_prompts(layer, 0, keys, values), theirs.store_prompts(layer, 0, keys, values)
     state = torch.zeros(ops.FIELDS, rows, dtype=torch.long)
     state[ops.PROMPT] = torch.randint(0, prompts, (rows,))
     state[ops.START] = torch.tensor([70, 3, 64])[state[ops.PROMPT]]
@@ -135,13 +135,13 @@ def test_attention_with_ragged_prompts_shared_by_rows_in_any_slot(rows, heads, k
     state = state.to(DEVICE)
     straight = state.clone()
     straight[ops.SLOT] = torch.arange(rows)
-    theirs.admit(straight)
+    theirs.add_rows(straight)
     cos, sin = random(200, dim // 2), random(200, dim // 2)
     weights = (random(dim), random(dim)) if normed else (None, None)
     for _ in range(3 if rows < 200 else 1):
         for layer in range(2):
             qkv = random(rows, (heads + 2 * kv_heads) * dim + 8)[:, :-8]
-            ours.begin(state, cos, sin), theirs.begin(straight, cos, sin)
+            ours.begin_step(state, cos, sin), theirs.begin_step(straight, cos, sin)
             close(ours.attend(layer, qkv, *weights), theirs.attend(layer, qkv, *weights), 2e-4)
         state[ops.DRAWN] += 1
         straight[ops.DRAWN] += 1

@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_halved_and_comes_out_the_same(decoder_policy):
     limits[0] = 2048
     few = Sampler(decoder_policy.causal_lm, Alphabet(), max_new_tokens=2048, rows_at_once=32)
     want = few.generate(tasks(64), 8, limits=limits)
-    sampler = Sampler(decoder_policy.causal_lm, Alphabet(), max_new_tokens=2048, say=said.append)
+    sampler = Sampler(decoder_policy.causal_lm, Alphabet(), max_new_tokens=2048, notify=said.append)
     torch.cuda.empty_cache()
     used, whole = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction((used + 2**30) / whole)

@@ -27,7 +27,7 @@ from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model.policy import Policy, wrap
 from grpo_core.sampling.draw import draw, restrict
 from grpo_core.sampling.fused_decoder import FusedDecoder
-from grpo_core.sampling.sampler import Sampler, disagreement, eos_ids
+from grpo_core.sampling.sampler import Sampler, describe_eos_mismatch, find_eos_ids
 from grpo_core.schema import ConfigError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,7 +87,7 @@ def make(policy, max_new_tokens=12, temperature=1.0, **how):
 
 def fused(sampler):
     """Whether the fused decoder drew everything so far."""
-    return isinstance(sampler._decoder, FusedDecoder) and not sampler._said
+    return isinstance(sampler._decoder, FusedDecoder) and not sampler._reported
 
 
 def kept(rollouts):
@@ -111,7 +111,7 @@ def test_every_architecture_greedy_as_generate_and_logprobs_as_teacher_forced(na
             if "lora_B" in key:
                 parameter.normal_(0, 0.1)
     said = []
-    sampler = make(policy, say=said.append)
+    sampler = make(policy, notify=said.append)
     for rows in (
         kept(sampler.generate(TASKS, 1, greedy=True)),
         kept(make(policy, decoder="plain").generate(TASKS, 1, greedy=True)),
@@ -159,7 +159,7 @@ def test_rows_really_leave_and_make_room(monkeypatch):
     sizes = []
     step = FusedDecoder._step
     monkeypatch.setattr(FusedDecoder, "_step", lambda self, size: (sizes.append(size), step(self, size)))
-    monkeypatch.setattr(FusedDecoder, "_bucket", lambda self, n: n)
+    monkeypatch.setattr(FusedDecoder, "_step_rows", lambda self, n: n)
     work = {}
     for rows_at_once, compact in ((None, False), (None, True), (6, True)):
         sampler.release()
@@ -174,20 +174,20 @@ def test_rows_really_leave_and_make_room(monkeypatch):
 def test_what_does_not_fit_is_halved_once_and_comes_out_the_same(monkeypatch):
     policy, said = policy_on_device(lora_noise=0.1), []
     want = make(policy).generate(TASKS, 8)
-    take = type(FusedDecoder(policy.causal_lm, PAD, [EOS]).cache).take
+    allocate = type(FusedDecoder(policy.causal_lm, PAD, [EOS]).cache).allocate
 
     def short(self, prompts, width, slots, length):
         if slots > 9:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        take(self, prompts, width, slots, length)
+        allocate(self, prompts, width, slots, length)
 
-    sampler = make(policy, say=said.append)
+    sampler = make(policy, notify=said.append)
     sampler.generate(TASKS[:1], 2)
-    monkeypatch.setattr(type(sampler._decoder.cache), "take", short)
+    monkeypatch.setattr(type(sampler._decoder.cache), "allocate", short)
     for _ in range(2):
         assert kept(sampler.generate(TASKS, 8)) == kept(want)
     assert sampler.rows_at_once == 8 and len(said) == 2  # 32 -> 16 -> 8, and not again
-    monkeypatch.setattr(type(sampler._decoder.cache), "take", lambda *_: short(None, 0, 0, 10, 0))
+    monkeypatch.setattr(type(sampler._decoder.cache), "allocate", lambda *_: short(None, 0, 0, 10, 0))
     with pytest.raises(torch.OutOfMemoryError):
         sampler.generate(TASKS, 8)
 
@@ -252,8 +252,8 @@ def test_what_only_looks_like_a_known_family_is_left_to_its_own_forward():
             return out
 
     said = []
-    make(Policy(Scaled(LlamaConfig(**SIZES)).to(DEVICE)), say=said.append).generate(TASKS, 2)
-    assert "Scaled is not transformers' own" in said[0]
+    make(Policy(Scaled(LlamaConfig(**SIZES)).to(DEVICE)), notify=said.append).generate(TASKS, 2)
+    assert "Scaled is not a class of transformers" in said[0]
     policy = policy_on_device(lora_noise=0.1)
     policy.causal_lm.model.layers[0].self_attn.q_proj.base_layer.bias.requires_grad_(True)
     check(policy, make(policy), expected=False)
@@ -355,7 +355,7 @@ def test_rows_may_be_allowed_fewer_tokens(decoder):
 def test_prompts_that_go_through_the_model_in_several_parts(monkeypatch):
     policy = policy_on_device(lora_noise=0.1)
     want = make(policy).generate(TASKS, 4)
-    monkeypatch.setattr("grpo_core.sampling.fused_model.PREFILL_ON_CPU", 5)  # one or two prompts at a time
+    monkeypatch.setattr("grpo_core.sampling.fused_model.MAX_PREFILL_CPU_TOKENS", 5)  # one or two prompts at a time
     assert kept(make(policy).generate(TASKS, 4)) == kept(want)
 
 
@@ -371,7 +371,7 @@ def test_the_mask_runs_through_the_chosen_end_and_truncation_is_told():
 def test_every_end_of_sequence_id_ends():
     policy = policy_on_device()
     policy.causal_lm.generation_config.eos_token_id = [EOS, 5, 9]
-    assert eos_ids(policy.causal_lm, Alphabet()) == {EOS, 5, 9}
+    assert find_eos_ids(policy.causal_lm, Alphabet()) == {EOS, 5, 9}
     rollouts = make(policy).generate(TASKS, 16)
     last = rollouts.completion_ids.gather(1, rollouts.lengths()[:, None] - 1).squeeze(1)
     assert set(last[~rollouts.truncated].tolist()) == {EOS, 5, 9}
@@ -386,11 +386,11 @@ def test_a_tokenizer_that_ends_otherwise_than_the_model_is_told():
 
     model = policy_on_device().causal_lm
     model.generation_config.eos_token_id, model.config.eos_token_id = [EOS, 5], EOS
-    assert disagreement(model, Alphabet()) is None
-    sentence = disagreement(model, Converted())
+    assert describe_eos_mismatch(model, Alphabet()) is None
+    sentence = describe_eos_mismatch(model, Converted())
     assert f"'<7>', the model's '<{min(EOS, 5)}>', '<{max(EOS, 5)}>'" in sentence
     model.generation_config.eos_token_id = [EOS, 7]
-    assert disagreement(model, Converted()) is None
+    assert describe_eos_mismatch(model, Converted()) is None
 
 
 def test_a_rows_noise_does_not_depend_on_the_other_rows():

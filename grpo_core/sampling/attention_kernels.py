@@ -1,7 +1,7 @@
-"""Attention of one new token a row as Triton kernels: rotation and the cache, the row's parts, and their sum.
+"""Triton kernels for the attention of one new token per row: rotation and storing, attention over parts, their sum.
 
-Everything that changes between calls (the cache's place and its sizes) is read from `layout`, a tensor, so a captured
-graph stays valid when the cache is given back and taken anew. decode_ops.py defines in torch what is computed.
+All values that change between calls (address and sizes of the cache) are read from the tensor `layout`, so a captured
+graph stays valid when the cache is freed and allocated again. decode_ops.py defines the operations in torch.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo_core.sampling.decode_ops import DONE, DRAWN, PROMPT, SLOT, START, Shape
+from grpo_core.sampling.decode_ops import DONE, DRAWN, PROMPT, SLOT, START, AttentionShape
 
 _DRAWN, _START, _PROMPT, _SLOT, _DONE = (tl.constexpr(x) for x in (DRAWN, START, PROMPT, SLOT, DONE))
 
-# Of `layout` [6] int64: elements from the cache's anchor to its buffer, prompts in it, tokens of one, slots, tokens of
-# one; the width of the call's tables.
-OFFSET, PROMPTS, WIDTH, SLOTS, LENGTH, COLUMNS = range(6)
+# the fields of `layout` [6] int64: elements from the cache's anchor to its buffer, number of prompts, tokens of each,
+# number of slots, tokens of each, width of the call's tables
+OFFSET, PROMPTS, WIDTH, SLOTS, LENGTH, TABLE_WIDTH = range(6)
 _OFFSET, _PROMPTS, _WIDTH, _SLOTS, _LENGTH = (tl.constexpr(x) for x in range(5))
 
-BLOCK = 64  # keys in one go
-FILL = 256  # programs that fill a card
-SPLITS = 16  # parts of a row's attention at most
+KEYS_PER_BLOCK = 64  # keys that a program loads at once
+MIN_PROGRAMS = 256  # programs that occupy a whole GPU
+MAX_SPLITS = 16  # parts into which a row's attention may be split
 
 
 @triton.jit
 def _prompt_offset(layout, layer, part, prompt, head, LAYERS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr):
-    """Elements from the anchor to a prompt's keys (part 0) or values (1)."""
+    """Return the elements from the anchor to a prompt's keys (part 0) or values (part 1)."""
     row = (layer * 2 + part) * tl.load(layout + _PROMPTS) + prompt
     return tl.load(layout + _OFFSET) + (row * KV_HEADS + head) * tl.load(layout + _WIDTH) * DIM
 
 
 @triton.jit
 def _row_offset(layout, layer, part, slot, head, LAYERS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr):
-    """The same of a row's own tokens, which lie behind all prompts."""
+    """Return the elements from the anchor to a slot's keys (part 0) or values (part 1), which follow all prompts."""
     prompts = LAYERS * 2 * tl.load(layout + _PROMPTS) * KV_HEADS * tl.load(layout + _WIDTH) * DIM
     row = (layer * 2 + part) * tl.load(layout + _SLOTS) + slot
     return tl.load(layout + _OFFSET) + prompts + (row * KV_HEADS + head) * tl.load(layout + _LENGTH) * DIM
@@ -46,6 +46,10 @@ def _rotate_and_store(
     LAYERS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_HALF: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
+    """Process one head of one row: normalize and rotate a query or key, and write it to `q_out` or to the cache.
+
+    Values are written to the cache as they are.
+    """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     column = state + row
@@ -60,17 +64,17 @@ def _rotate_and_store(
             if NORM:
                 scale = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / DIM + eps)
                 weight = tl.where(head < HEADS, q_weight, k_weight) + half
-                kind = q_out.dtype.element_ty
-                first = (first * scale).to(kind).to(tl.float32) * tl.load(weight, inside, other=0.0).to(tl.float32)
-                second = (second * scale).to(kind).to(tl.float32) * tl.load(weight + DIM // 2, inside, other=0.0).to(
+                dtype = q_out.dtype.element_ty
+                first = (first * scale).to(dtype).to(tl.float32) * tl.load(weight, inside, other=0.0).to(tl.float32)
+                second = (second * scale).to(dtype).to(tl.float32) * tl.load(weight + DIM // 2, inside, other=0.0).to(
                     tl.float32
                 )
             position = tl.load(column + _START * capacity) + place
             c = tl.load(cos + position * (DIM // 2) + half, inside, other=0.0).to(tl.float32)
             s = tl.load(sin + position * (DIM // 2) + half, inside, other=0.0).to(tl.float32)
-            turned = first * c - second * s
+            rotated_first = first * c - second * s
             second = second * c + first * s
-            first = turned
+            first = rotated_first
         if head < HEADS:
             target = q_out + (row * HEADS + head) * DIM + half
         else:
@@ -91,26 +95,28 @@ def _rotate_and_store(
 
 
 @triton.jit
-def _offsets(at, start, of_prompt, of_row, DIM: tl.constexpr):
-    """Elements from the anchor to the tokens `at`: those of the prompt, then the row's own."""
-    return tl.multiple_of(tl.where(at >= start, of_row + (at - start) * DIM, of_prompt + at * DIM), 8)
+def _token_offsets(at, start, prompt_offset, row_offset, DIM: tl.constexpr):
+    """Return the elements from the anchor to the tokens `at` of a row: first its prompt's, then its own."""
+    return tl.multiple_of(tl.where(at >= start, row_offset + (at - start) * DIM, prompt_offset + at * DIM), 8)
 
 
+# the tokens of a row are its prompt's and its own; with one part the result goes to `out`; with several, the result of
+# each part and the log of its sum of exponentials go to `parts` and `logsums`, which `_combine` reads
 @triton.jit(do_not_specialize=["layer", "capacity"])
 def _attend(
     q, out, parts, logsums, state, capacity, anchor, layout, layer, scale,
     LAYERS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One row's query heads that share a key head, over one of several parts of the prompt and the row's own tokens."""
+    """Attend with the query heads of one row that share a key head, to one of several parts of the row's tokens."""
     row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split, splits = tl.program_id(2), tl.num_programs(2)
     column = state + row
     if tl.load(column + _DONE * capacity) == 0:
         start = tl.load(column + _START * capacity)
         total = start + tl.load(column + _DRAWN * capacity)
-        share = tl.cdiv(tl.cdiv(total, splits), BLOCK_K) * BLOCK_K
-        low, high = split * share, tl.minimum(split * share + share, total)
+        split_size = tl.cdiv(tl.cdiv(total, splits), BLOCK_K) * BLOCK_K
+        low, high = split * split_size, tl.minimum(split * split_size + split_size, total)
         prompt, slot = tl.load(column + _PROMPT * capacity), tl.load(column + _SLOT * capacity)
         k_prompt = _prompt_offset(layout, layer, 0, prompt, kv_head, LAYERS, KV_HEADS, DIM)
         v_prompt = _prompt_offset(layout, layer, 1, prompt, kv_head, LAYERS, KV_HEADS, DIM)
@@ -118,134 +124,136 @@ def _attend(
         v_row = _row_offset(layout, layer, 1, slot, kv_head, LAYERS, KV_HEADS, DIM)
 
         member, d = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
-        real = (member < HEADS // KV_HEADS)[:, None] & (d < DIM)[None, :]
+        query_mask = (member < HEADS // KV_HEADS)[:, None] & (d < DIM)[None, :]
         heads = row * HEADS + kv_head * (HEADS // KV_HEADS) + member
-        query = tl.load(q + heads[:, None] * DIM + d[None, :], real, other=0.0)
-        top = tl.full([BLOCK_Q], -1e30, tl.float32)
+        query = tl.load(q + heads[:, None] * DIM + d[None, :], query_mask, other=0.0)
+        maximum = tl.full([BLOCK_Q], -1e30, tl.float32)
         weight_sum = tl.zeros([BLOCK_Q], tl.float32)
-        mixed = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         for begin in range(low, high, BLOCK_K):
             at = begin + tl.arange(0, BLOCK_K)
-            seen = at < high
-            k_at = _offsets(at, start, k_prompt, k_row, DIM)
-            v_at = _offsets(at, start, v_prompt, v_row, DIM)
-            there = seen[:, None] & (d < DIM)[None, :]
-            keys = tl.load(anchor + k_at[:, None] + d[None, :], there, other=0.0)
-            values = tl.load(anchor + v_at[:, None] + d[None, :], there, other=0.0)
+            inside = at < high
+            k_at = _token_offsets(at, start, k_prompt, k_row, DIM)
+            v_at = _token_offsets(at, start, v_prompt, v_row, DIM)
+            key_mask = inside[:, None] & (d < DIM)[None, :]
+            keys = tl.load(anchor + k_at[:, None] + d[None, :], key_mask, other=0.0)
+            values = tl.load(anchor + v_at[:, None] + d[None, :], key_mask, other=0.0)
             scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
-            scores = tl.where(seen[None, :], scores * scale, -1e30)
-            higher = tl.maximum(top, tl.max(scores, 1))
-            weights = tl.exp(scores - higher[:, None])  # some key of a block is always seen
-            fade = tl.exp(top - higher)
-            weight_sum = weight_sum * fade + tl.sum(weights, 1)
-            mixed = mixed * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
-            top = higher
-        mixed = mixed / tl.maximum(weight_sum, 1e-30)[:, None]
+            scores = tl.where(inside[None, :], scores * scale, -1e30)
+            new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+            weights = tl.exp(scores - new_maximum[:, None])  # at least one key of a block is inside
+            rescale = tl.exp(maximum - new_maximum)
+            weight_sum = weight_sum * rescale + tl.sum(weights, 1)
+            result = result * rescale[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+            maximum = new_maximum
+        result = result / tl.maximum(weight_sum, 1e-30)[:, None]
         if splits == 1:
-            tl.store(out + heads[:, None] * DIM + d[None, :], mixed, real)
+            tl.store(out + heads[:, None] * DIM + d[None, :], result, query_mask)
         else:
-            tl.store(parts + (heads[:, None] * splits + split) * DIM + d[None, :], mixed, real)
-            logsum = tl.where(weight_sum > 0, top + tl.log(tl.maximum(weight_sum, 1e-30)), -1e30)
+            tl.store(parts + (heads[:, None] * splits + split) * DIM + d[None, :], result, query_mask)
+            logsum = tl.where(weight_sum > 0, maximum + tl.log(tl.maximum(weight_sum, 1e-30)), -1e30)
             tl.store(logsums + heads * splits + split, logsum, member < HEADS // KV_HEADS)
 
 
 @triton.jit(do_not_specialize=["capacity", "splits"])
 def _combine(
     parts, logsums, out, state, capacity, splits,
-    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MOST: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
+    """Average the parts of one head of one row, weighted by their sums of exponentials."""
     row = tl.program_id(0).to(tl.int64)
     if tl.load(state + row + _DONE * capacity) == 0:
         head = row * HEADS + tl.program_id(1)
-        split = tl.arange(0, MOST)
+        split = tl.arange(0, BLOCK_SPLITS)
         d = tl.arange(0, BLOCK_D)
         logsum = tl.load(logsums + head * splits + split, split < splits, other=-1e30)
         weights = tl.exp(logsum - tl.max(logsum, 0))
         weights = weights / tl.sum(weights, 0)
-        there = (split < splits)[:, None] & (d < DIM)[None, :]
-        values = tl.load(parts + (head * splits + split)[:, None] * DIM + d[None, :], there, other=0.0)
+        inside = (split < splits)[:, None] & (d < DIM)[None, :]
+        values = tl.load(parts + (head * splits + split)[:, None] * DIM + d[None, :], inside, other=0.0)
         tl.store(out + head * DIM + d, tl.sum(values * weights[:, None], 0), d < DIM)
 
 
 class TritonCache:
-    """One buffer: the keys and values of the prompts, and behind them those of the rows. Rows share their prompt's.
+    """The cache of decode_ops.TorchCache in one buffer: the keys and values of all prompts, then those of all slots.
 
-    A graph finds the buffer by its distance from `anchor`, which stays, so the buffer need not.
+    Rows read their prompt's keys and values where they are, without a copy. Captured graphs find the buffer by its
+    distance from `anchor`, a tensor that is never freed.
     """
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, layout: Tensor) -> None:
+    def __init__(self, shape: AttentionShape, dtype: torch.dtype, layout: Tensor) -> None:
         self.shape, self.layout = shape, layout
         self.anchor = torch.empty(16, dtype=dtype, device=layout.device)
-        self.give_back()
+        self.free()
 
-    def take(self, prompts: int, width: int, slots: int, length: int) -> None:
+    def allocate(self, prompts: int, width: int, slots: int, length: int) -> None:
         s = self.shape
-        fronts = torch.Size((s.layers, 2, prompts, s.kv_heads, width, s.head_dim))
-        rows = s.layers * 2 * slots * s.kv_heads * length * s.head_dim
-        buffer = self.anchor.new_empty(fronts.numel() + rows)
-        self.buffer, self.prompts = buffer, buffer[: fronts.numel()].view(fronts)
+        prompts_shape = torch.Size((s.layers, 2, prompts, s.kv_heads, width, s.head_dim))
+        slot_elements = s.layers * 2 * slots * s.kv_heads * length * s.head_dim
+        buffer = self.anchor.new_empty(prompts_shape.numel() + slot_elements)
+        self.buffer, self.prompts = buffer, buffer[: prompts_shape.numel()].view(prompts_shape)
         offset = (buffer.data_ptr() - self.anchor.data_ptr()) // buffer.element_size()
-        self.layout[:COLUMNS] = torch.tensor([offset, prompts, width, slots, length])
+        self.layout[:TABLE_WIDTH] = torch.tensor([offset, prompts, width, slots, length])
 
-    def give_back(self) -> None:
+    def free(self) -> None:
         self.buffer = self.prompts = self.anchor[:0]
         self._state = None
 
-    def store(self, layer: int, first: int, keys: Tensor, values: Tensor) -> None:
+    def store_prompts(self, layer: int, first: int, keys: Tensor, values: Tensor) -> None:
         for j, part in enumerate((keys, values)):
             self.prompts[layer, j, first : first + len(part), :, : part.shape[2]] = part
 
-    def admit(self, state: Tensor) -> None:
-        """Nothing to do: a row reads its prompt where it lies."""
+    def add_rows(self, state: Tensor) -> None:
+        """Do nothing: rows read their prompts where they are."""
 
-    def keep(self, state: Tensor) -> None:
-        """Nothing to do: a row keeps its slot."""
+    def keep_rows(self, state: Tensor) -> None:
+        """Do nothing: every row keeps its slot."""
 
-    def begin(self, state: Tensor, cos: Tensor, sin: Tensor) -> None:
+    def begin_step(self, state: Tensor, cos: Tensor, sin: Tensor) -> None:
         self._state, self._cos, self._sin = state, cos, sin
 
     def attend(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
         s, state, rows = self.shape, self._state, len(qkv)
         sizes = (s.layers, s.heads, s.kv_heads, s.head_dim)
         q = qkv.new_empty(rows, s.heads * s.head_dim)
-        given = (state, state.stride(0), self.anchor, self.layout, layer)
-        weights = (qkv, qkv) if q_norm is None else (q_norm, k_norm)
-        half = triton.next_power_of_2(s.head_dim // 2)
+        memory = (state, state.stride(0), self.anchor, self.layout, layer)
+        norm_weights = (qkv, qkv) if q_norm is None else (q_norm, k_norm)  # without norms they are not read
+        block_half = triton.next_power_of_2(s.head_dim // 2)
         _rotate_and_store[(rows, s.heads + 2 * s.kv_heads)](
             qkv,
             qkv.stride(0),
             q,
             self._cos,
             self._sin,
-            *weights,
+            *norm_weights,
             s.eps,
-            *given,
+            *memory,
             *sizes,
-            half,
+            block_half,
             q_norm is not None,
             num_warps=1,
         )
-        out, splits = torch.empty_like(q), _splits(rows * s.kv_heads)
+        out, splits = torch.empty_like(q), _count_splits(rows * s.kv_heads)
         parts = torch.empty(rows * s.heads * splits, s.head_dim, dtype=torch.float32, device=q.device)
         logsums = torch.empty(rows * s.heads * splits, dtype=torch.float32, device=q.device)
         block_d = max(16, triton.next_power_of_2(s.head_dim))
         block_q = max(16, triton.next_power_of_2(s.heads // s.kv_heads))
         precision = "ieee" if q.dtype == torch.float32 else "tf32"
-        wide = block_d * q.element_size() >= 512  # smaller blocks: smaller cards have less shared memory
-        how = {"num_warps": 4, "num_stages": 1 if wide else 3}
-        into = (q, out, parts, logsums, *given, s.head_dim**-0.5)
+        is_wide = block_d * q.element_size() >= 512  # such heads need smaller blocks to fit into shared memory
+        block_k = KEYS_PER_BLOCK // 2 if is_wide else KEYS_PER_BLOCK
+        options = {"num_warps": 4, "num_stages": 1 if is_wide else 3}
         _attend[(rows, s.kv_heads, splits)](
-            *into, *sizes, block_d, block_q, BLOCK // 2 if wide else BLOCK, precision, **how
+            q, out, parts, logsums, *memory, s.head_dim**-0.5, *sizes, block_d, block_q, block_k, precision, **options
         )
         if splits > 1:
-            into = (parts, logsums, out, state, state.stride(0), splits)
-            _combine[(rows, s.heads)](*into, s.heads, s.head_dim, block_d, SPLITS, num_warps=2)
+            sizes = (s.heads, s.head_dim, block_d, MAX_SPLITS)
+            _combine[(rows, s.heads)](parts, logsums, out, state, state.stride(0), splits, *sizes, num_warps=2)
         return out
 
 
-def _splits(programs: int) -> int:
-    """Parts that a row's tokens are read in, so that few rows still fill the card."""
+def _count_splits(programs: int) -> int:
+    """Return the parts into which each row's tokens are split, so that few rows still occupy the GPU: a power of 2."""
     splits = 1
-    while programs * splits < FILL and splits < SPLITS:
+    while programs * splits < MIN_PROGRAMS and splits < MAX_SPLITS:
         splits *= 2
     return splits

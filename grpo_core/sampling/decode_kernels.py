@@ -1,7 +1,7 @@
-"""The operations of decode_ops.py as Triton kernels, where each is defined in torch.
+"""The operations of decode_ops.py, which defines them in torch, as Triton kernels.
 
-All sums are float32; what chooses among the vocabulary's chunks is float64. What varies from call to call is not
-specialised on, so that every kernel is compiled once.
+Sums are float32, except for the choice of a chunk of the vocabulary, which is float64. Values that vary between calls
+are excluded from specialisation, so that every kernel is compiled once.
 """
 
 from __future__ import annotations
@@ -13,24 +13,26 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_core.batch import SamplingParams
-from grpo_core.sampling.attention_kernels import COLUMNS, TritonCache
-from grpo_core.sampling.decode_ops import DONE, DRAWN, LIMIT, ROW, TOKEN, Shape, Tables, TorchOps
+from grpo_core.sampling.attention_kernels import TABLE_WIDTH, TritonCache
+from grpo_core.sampling.decode_ops import DONE, DRAWN, LIMIT, ROW, TOKEN, AttentionShape, Tables, TorchOps
 
 _TOKEN, _DRAWN, _LIMIT, _ROW, _DONE = (tl.constexpr(x) for x in (TOKEN, DRAWN, LIMIT, ROW, DONE))
-_COLUMNS = tl.constexpr(COLUMNS)
+_TABLE_WIDTH = tl.constexpr(TABLE_WIDTH)
 
-CHUNK = 4096  # of the vocabulary in one program
+TOKENS_PER_CHUNK = 4096  # of the vocabulary, processed by one program
+ACTIVATIONS_PER_PROGRAM = 1024  # of the gated activation
 
 
 @triton.jit(do_not_specialize=["adds"])
 def _add_norm(x, delta, delta_stride, weight, out, eps, adds, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Process one row: add `delta` to x in place if `adds` is not 0, and store RMSNorm(x) * weight."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK_H)
     inside = at < H
     value = tl.load(x + row * H + at, inside, other=0.0)
     if adds != 0:
-        more = tl.load(delta + row * delta_stride + at, inside, other=0.0)
-        value = (value.to(tl.float32) + more.to(tl.float32)).to(value.dtype)
+        change = tl.load(delta + row * delta_stride + at, inside, other=0.0)
+        value = (value.to(tl.float32) + change.to(tl.float32)).to(value.dtype)
         tl.store(x + row * H + at, value, inside)
     wide = value.to(tl.float32)
     scaled = wide * tl.rsqrt(tl.sum(wide * wide, 0) / H + eps)
@@ -39,45 +41,48 @@ def _add_norm(x, delta, delta_stride, weight, out, eps, adds, H: tl.constexpr, B
 
 
 @triton.jit
-def _silu_mul(both, stride, out, INNER: tl.constexpr, BLOCK_I: tl.constexpr):
+def _silu_mul(gate_up, stride, out, INNER: tl.constexpr, BLOCK_I: tl.constexpr):
+    """Store silu(gate) * up for one block of one row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     inside = at < INNER
-    gate = tl.load(both + row * stride + at, inside, other=0.0)
-    up = tl.load(both + row * stride + INNER + at, inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up + row * stride + at, inside, other=0.0)
+    up = tl.load(gate_up + row * stride + INNER + at, inside, other=0.0).to(tl.float32)
     wide = gate.to(tl.float32)
     active = (wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32)
     tl.store(out + row * INNER + at, active * up, inside)
 
 
 @triton.jit
-def _chunk_sums(logits, tops, sums, temperature, V, CHUNKS, CHUNK_: tl.constexpr):
+def _sum_chunks(logits, maxima, sums, temperature, V, CHUNKS, CHUNK_SIZE: tl.constexpr):
+    """Store the maximum of one chunk of a row's scaled logits, and its sum of exp(logit - maximum)."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    at = chunk * CHUNK_ + tl.arange(0, CHUNK_)
+    at = chunk * CHUNK_SIZE + tl.arange(0, CHUNK_SIZE)
     value = tl.load(logits + row * V + at, at < V, other=-float("inf")).to(tl.float32) / temperature
-    top = tl.maximum(tl.max(value, 0), -1e30)
-    tl.store(tops + row * CHUNKS + chunk, top)
-    tl.store(sums + row * CHUNKS + chunk, tl.sum(tl.exp(value - top), 0))
+    maximum = tl.maximum(tl.max(value, 0), -1e30)
+    tl.store(maxima + row * CHUNKS + chunk, maximum)
+    tl.store(sums + row * CHUNKS + chunk, tl.sum(tl.exp(value - maximum), 0))
 
 
 @triton.jit
-def _scaled(logits, position, at, temperature, V):
+def _load_scaled(logits, position, at, temperature, V):
+    """Return the logits `at` of one row, divided by the temperature."""
     value = tl.load(logits + position * V + at, at < V, other=-float("inf")).to(tl.float32)
     return value / temperature
 
 
 @triton.jit
-def _first(weights, target, at, SIZE: tl.constexpr):
-    """The first place with a weight whose cumulative sum exceeds the target, else the last that has one."""
+def _search(weights, target, at, SIZE: tl.constexpr):
+    """Return the first place with a weight whose cumulative sum exceeds the target, else the last with a weight."""
     last = tl.max(tl.where(weights > 0, at, 0), 0)
-    over = (tl.cumsum(weights, 0) > target) & (weights > 0)
-    return tl.minimum(tl.min(tl.where(over, at, SIZE), 0), last)
+    exceeds = (tl.cumsum(weights, 0) > target) & (weights > 0)
+    return tl.minimum(tl.min(tl.where(exceeds, at, SIZE), 0), last)
 
 
 @triton.jit
 def _advance(column, capacity, row, drawn, token, lengths, ended, eos, EOS: tl.constexpr):
-    """A row has drawn `token`."""
+    """Update the state and the tables of one row that has drawn `token`."""
     is_end = token < 0
     for e in tl.static_range(EOS):
         is_end = is_end | (token == tl.load(eos + e))
@@ -85,52 +90,54 @@ def _advance(column, capacity, row, drawn, token, lengths, ended, eos, EOS: tl.c
     tl.store(ended + row, is_end)
     tl.store(column + _TOKEN * capacity, token)
     tl.store(column + _DRAWN * capacity, drawn + 1)
-    over_limit = drawn + 1 >= tl.load(column + _LIMIT * capacity)
-    tl.store(column + _DONE * capacity, (is_end | over_limit).to(tl.int64))
+    reached_limit = drawn + 1 >= tl.load(column + _LIMIT * capacity)
+    tl.store(column + _DONE * capacity, (is_end | reached_limit).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def _choose(
-    logits, tops, sums, state, capacity, noise, ids, logprobs, lengths, ended, eos, layout, temperature, V, CHUNKS,
-    EOS: tl.constexpr, GREEDY: tl.constexpr, CHUNK_: tl.constexpr, BLOCK_C: tl.constexpr,
+    logits, maxima, sums, state, capacity, noise, ids, logprobs, lengths, ended, eos, layout, temperature, V, CHUNKS,
+    EOS: tl.constexpr, GREEDY: tl.constexpr, CHUNK_SIZE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A row's token: first its chunk, from the chunks' sums, then its place in there."""
+    """Choose the token of one row: first its chunk, from the sums of the chunks, then its place in the chunk."""
     position = tl.program_id(0).to(tl.int64)
     column = state + position
     if tl.load(column + _DONE * capacity) == 0:
         c = tl.arange(0, BLOCK_C)
-        chunk_top = tl.load(tops + position * CHUNKS + c, c < CHUNKS, other=-1e30)
+        chunk_maximum = tl.load(maxima + position * CHUNKS + c, c < CHUNKS, other=-1e30)
         chunk_sum = tl.load(sums + position * CHUNKS + c, c < CHUNKS, other=0.0)
-        top = tl.max(chunk_top, 0)
-        mass = (chunk_sum * tl.exp(chunk_top - top)).to(tl.float64)
+        maximum = tl.max(chunk_maximum, 0)
+        mass = (chunk_sum * tl.exp(chunk_maximum - maximum)).to(tl.float64)
         total = tl.sum(mass, 0)
         row = tl.load(column + _ROW * capacity)
         drawn = tl.load(column + _DRAWN * capacity)
-        at = row * tl.load(layout + _COLUMNS) + drawn
-        i = tl.arange(0, CHUNK_)
+        at = row * tl.load(layout + _TABLE_WIDTH) + drawn
+        i = tl.arange(0, CHUNK_SIZE)
         if GREEDY:
-            chunk = tl.min(tl.where(chunk_top == top, c, BLOCK_C), 0)
-            value = _scaled(logits, position, chunk * CHUNK_ + i, temperature, V)
-            inner = tl.min(tl.where(value == top, i, CHUNK_), 0)
+            chunk = tl.min(tl.where(chunk_maximum == maximum, c, BLOCK_C), 0)
+            value = _load_scaled(logits, position, chunk * CHUNK_SIZE + i, temperature, V)
+            inner = tl.min(tl.where(value == maximum, i, CHUNK_SIZE), 0)
         else:
             target = tl.load(noise + at) * total
-            chunk = _first(mass, target, c, BLOCK_C)
+            chunk = _search(mass, target, c, BLOCK_C)
             rest = target - tl.sum(tl.where(c < chunk, mass, 0.0), 0)
-            own_top = tl.max(tl.where(c == chunk, chunk_top, -1e30), 0)
-            value = _scaled(logits, position, chunk * CHUNK_ + i, temperature, V)
-            weights = tl.exp(value - own_top)
-            inner = _first(weights, (rest * tl.exp(top - own_top).to(tl.float64)).to(tl.float32), i, CHUNK_)
-        token = tl.minimum(chunk * CHUNK_ + inner, V - 1).to(tl.int64)  # logits of NaN must not leave the vocabulary
+            own_maximum = tl.max(tl.where(c == chunk, chunk_maximum, -1e30), 0)
+            value = _load_scaled(logits, position, chunk * CHUNK_SIZE + i, temperature, V)
+            weights = tl.exp(value - own_maximum)
+            inner = _search(
+                weights, (rest * tl.exp(maximum - own_maximum).to(tl.float64)).to(tl.float32), i, CHUNK_SIZE
+            )
+        token = tl.minimum(chunk * CHUNK_SIZE + inner, V - 1).to(tl.int64)  # NaN logits must not leave the vocabulary
         chosen = tl.max(tl.where(i == inner, value, -float("inf")), 0)
         tl.store(ids + at, token)
-        tl.store(logprobs + at, chosen - top - tl.log(total).to(tl.float32))
+        tl.store(logprobs + at, chosen - maximum - tl.log(total).to(tl.float32))
         _advance(column, capacity, row, drawn, token, lengths, ended, eos, EOS)
 
 
 class TritonOps(TorchOps):
-    """The operations on a GPU, each one or two launches and fit for a captured graph."""
+    """The operations on a GPU: one or two kernel launches each, which a graph can capture."""
 
-    head_multiple = 8  # loads of 16 bytes
+    head_multiple = 8  # for loads of 16 bytes
 
     def __init__(self, device: torch.device) -> None:
         self.layout = torch.zeros(6, dtype=torch.int64, device=device)
@@ -141,31 +148,32 @@ class TritonOps(TorchOps):
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         out, width = torch.empty_like(x), x.shape[1]
         block = triton.next_power_of_2(width)
-        given = (x, 0) if delta is None else (delta, delta.stride(0))
+        added = (x, 0) if delta is None else (delta, delta.stride(0))  # without a delta x is passed and not read
         warps = min(8, max(1, block // 512))
-        _add_norm[(len(x),)](x, *given, weight, out, eps, int(delta is not None), width, block, num_warps=warps)
+        _add_norm[(len(x),)](x, *added, weight, out, eps, int(delta is not None), width, block, num_warps=warps)
         return out
 
-    def silu_mul(self, both: Tensor) -> Tensor:
-        inner = both.shape[1] // 2
-        out = both.new_empty(len(both), inner)
-        _silu_mul[(len(both), triton.cdiv(inner, 1024))](both, both.stride(0), out, inner, 1024)
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        rows, inner = len(gate_up), gate_up.shape[1] // 2
+        out = gate_up.new_empty(rows, inner)
+        grid = (rows, triton.cdiv(inner, ACTIVATIONS_PER_PROGRAM))
+        _silu_mul[grid](gate_up, gate_up.stride(0), out, inner, ACTIVATIONS_PER_PROGRAM)
         return out
 
     def draw(self, logits: Tensor, state: Tensor, tables: Tables, settings: SamplingParams) -> None:
         rows, width = logits.shape
-        chunks = triton.cdiv(width, CHUNK)
-        tops, sums = (torch.empty(rows, chunks, dtype=torch.float32, device=logits.device) for _ in range(2))
-        _chunk_sums[(rows, chunks)](logits, tops, sums, settings.temperature, width, chunks, CHUNK)
-        out = (tables.ids, tables.logprobs, tables.lengths, tables.ended)
+        chunks = triton.cdiv(width, TOKENS_PER_CHUNK)
+        maxima, sums = (torch.empty(rows, chunks, dtype=torch.float32, device=logits.device) for _ in range(2))
+        _sum_chunks[(rows, chunks)](logits, maxima, sums, settings.temperature, width, chunks, TOKENS_PER_CHUNK)
+        outputs = (tables.ids, tables.logprobs, tables.lengths, tables.ended)
         _choose[(rows,)](
-            logits, tops, sums, state, state.stride(0), tables.noise, *out, tables.eos, self.layout,
-            settings.temperature, width, chunks, len(tables.eos), settings.greedy, CHUNK,
+            logits, maxima, sums, state, state.stride(0), tables.noise, *outputs, tables.eos, self.layout,
+            settings.temperature, width, chunks, len(tables.eos), settings.greedy, TOKENS_PER_CHUNK,
             triton.next_power_of_2(chunks), num_warps=8,
         )  # fmt: skip
 
-    def columns(self, longest: int) -> None:
-        self.layout[COLUMNS] = longest
+    def set_table_width(self, width: int) -> None:
+        self.layout[TABLE_WIDTH] = width
 
-    def cache(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> TritonCache:
+    def make_cache(self, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> TritonCache:
         return TritonCache(shape, dtype, self.layout)

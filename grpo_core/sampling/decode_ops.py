@@ -1,7 +1,7 @@
-"""What a decode step is made of, in torch: the definition of every operation, and what runs on the CPU.
+"""The operations of a decode step in torch: the definition of each, and the implementation for the CPU.
 
-decode_kernels.py has the same operations for a GPU. Rows are what is being decoded now; `state` holds one column of
-numbers for each (the constants below), `Tables` what the whole call reads and writes.
+decode_kernels.py has the same operations for a GPU. The rows that are being decoded are the columns of `state`, whose
+fields are the constants below. `Tables` holds the inputs and outputs of the whole call.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor
 from grpo_core.batch import SamplingParams
 from grpo_core.sampling.draw import draw
 
-# The rows of `state` [8, R] int64.
-TOKEN = 0  # the newest token, not yet in the cache
-DRAWN = 1  # tokens drawn so far, that one among them
-START = 2  # tokens of the prompt
-LIMIT = 3  # tokens that may be drawn
-PROMPT = 4  # which prompt
-SLOT = 5  # where its keys and values lie
-ROW = 6  # which row of the tables
-DONE = 7  # 1: it draws nothing more
+# the fields of `state` [FIELDS, R] int64
+TOKEN = 0  # the newest token, whose keys and values are not in the cache yet
+DRAWN = 1  # number of tokens drawn so far, the newest included
+START = 2  # number of tokens in the prompt, and so the position of the first drawn token
+LIMIT = 3  # number of tokens that may be drawn
+PROMPT = 4  # index of the prompt
+SLOT = 5  # index of the row's keys and values in the cache
+ROW = 6  # index of the row in the tables
+DONE = 7  # 1 if the row draws no more tokens, else 0
 FIELDS = 8
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The sizes of attention, and the norm's epsilon."""
+class AttentionShape:
+    """The sizes of a model's attention, and the epsilon of its norms."""
 
     layers: int
     heads: int
@@ -40,43 +40,44 @@ class Shape:
 
 @dataclass
 class Tables:
-    """What a call reads and writes, B rows of T tokens."""
+    """The inputs and outputs of one decode call over B rows of up to T tokens."""
 
-    noise: Tensor  # [B, T] float64, the uniforms; not read when greedy. What follows is written, but for eos
-    ids: Tensor  # [B, T] int64
-    logprobs: Tensor  # [B, T] float32
-    lengths: Tensor  # [B] int64, tokens drawn
-    ended: Tensor  # [B] bool, by an end-of-sequence token
-    eos: Tensor  # [E] int64
+    noise: Tensor  # [B, T] float64, input: the uniforms; not read if greedy
+    ids: Tensor  # [B, T] int64, output
+    logprobs: Tensor  # [B, T] float32, output
+    lengths: Tensor  # [B] int64, output: number of tokens drawn
+    ended: Tensor  # [B] bool, output: whether an end-of-sequence token was drawn
+    eos: Tensor  # [E] int64, input: the end-of-sequence tokens
 
 
 class TorchOps:
-    """The operations on any device, eagerly."""
+    """The operations in eager torch, for any device."""
 
-    head_multiple = 2  # of which a head's dimension must be one
+    head_multiple = 2  # a head's dimension must be a multiple of it
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x Wᵀ + b, [R, O]; with several threads as (W xᵀ)ᵀ, which they share better (a tenth to a third faster).
+        """Return x Wᵀ + b, [R, O].
 
-        In float32, that is: in bfloat16 a processor without instructions for it takes twice as long so.
+        In float32 with several threads it is computed as (W xᵀ)ᵀ, which is 10 to 30 % faster because the threads share
+        it better. In bfloat16 that takes twice as long on processors without bfloat16 instructions.
         """
         if x.dtype == torch.float32 and bias is None and len(x) >= 16 and torch.get_num_threads() > 1:
             return (weight @ x.t()).t()
         return F.linear(x, weight, bias)
 
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        """x [R, H] += delta in place; then RMSNorm(x) * weight."""
+        """Add `delta` to x [R, H] in place, then return RMSNorm(x) * weight."""
         if delta is not None:
             x += delta
         return F.rms_norm(x, (x.shape[1],), weight, eps)
 
-    def silu_mul(self, both: Tensor) -> Tensor:
-        """silu(gate) * up of [R, 2 I] = (gate, up), [R, I]."""
-        gate, up = both.chunk(2, dim=1)
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """Return silu(gate) * up [R, I] for [gate, up] [R, 2 I]."""
+        gate, up = gate_up.chunk(2, dim=1)
         return F.silu(gate).mul_(up)
 
     def draw(self, logits: Tensor, state: Tensor, tables: Tables, settings: SamplingParams) -> None:
-        """The next token of every row that is not done, from logits [R, V]; writes `state` and `tables`."""
+        """Draw the next token of every row that is not done from logits [R, V]; write it to `state` and `tables`."""
         live = (state[DONE] == 0).nonzero().squeeze(1)
         rows, at = state[ROW, live], state[DRAWN, live]
         uniform = None if settings.greedy else tables.noise[rows, at]
@@ -87,91 +88,97 @@ class TorchOps:
         state[TOKEN, live], state[DRAWN, live] = token, at + 1
         state[DONE, live] = (ended | (at + 1 >= state[LIMIT, live])).long()
 
-    def columns(self, longest: int) -> None:
-        """Say how wide the tables of this call are: graphs need to know, here the tables say it themselves."""
+    def set_table_width(self, width: int) -> None:
+        """Set the width T of the tables for captured graphs. Nothing to do here: the tables have their shape."""
 
-    def cache(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> TorchCache:
-        """Keys and values, empty."""
+    def make_cache(self, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> TorchCache:
+        """Return an empty cache of keys and values."""
         return TorchCache(shape, dtype, device)
 
 
 class TorchCache:
-    """Keys and values: those of the prompts, and every row's own copy with its completion behind it.
+    """A cache of keys and values: those of every prompt, and for every row a copy followed by the row's own tokens.
 
-    In a call: `take`, `store` for every layer and part of the prompts, `admit` for rows that begin; then for each token
-    `begin`, and `attend` for every layer; `keep` between tokens; `give_back`.
+    The order of calls is: `allocate`; `store_prompts` for every layer; `add_rows` for rows that begin; for every token
+    `begin_step`, then `attend` for every layer; `keep_rows` between tokens; `free`.
     """
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
-        self.give_back()
+        self.free()
 
-    def take(self, prompts: int, width: int, slots: int, length: int) -> None:
-        """Have room for `prompts` prompts of `width` tokens and `slots` rows of `length`."""
-        self.prompts, self.rows = self._room(prompts, width), self._room(slots, width + length)
+    def allocate(self, prompts: int, width: int, slots: int, length: int) -> None:
+        """Allocate memory for `prompts` prompts of `width` tokens, and for `slots` rows of `length` drawn tokens."""
+        self.prompts, self.rows = self._zeros(prompts, width), self._zeros(slots, width + length)
 
-    def give_back(self) -> None:
-        """Hold no memory."""
-        self.prompts = self.rows = self._room(0, 0)
+    def free(self) -> None:
+        """Free the memory."""
+        self.prompts = self.rows = self._zeros(0, 0)
 
-    def _room(self, count: int, tokens: int) -> Tensor:
-        s = self.shape  # zeros: what a mask hides must still be a number
+    def _zeros(self, count: int, tokens: int) -> Tensor:
+        s = self.shape  # zeros, because masked values must still be finite
         return torch.zeros(s.layers, 2, count, s.kv_heads, tokens, s.head_dim, dtype=self.dtype, device=self.device)
 
-    def store(self, layer: int, first: int, keys: Tensor, values: Tensor) -> None:
-        """Of prompts `first` and on, [n, kv_heads, w, dim]."""
+    def store_prompts(self, layer: int, first: int, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values [n, kv_heads, w, dim] of the n prompts from `first` on."""
         for j, part in enumerate((keys, values)):
             self.prompts[layer, j, first : first + len(part), :, : part.shape[2]] = part
 
-    def admit(self, state: Tensor) -> None:
-        """Rows enter: their columns of the state."""
+    def add_rows(self, state: Tensor) -> None:
+        """Start the rows of these columns of the state: copy their prompts into their slots."""
         for rows, prompts in zip(self.rows, self.prompts, strict=True):
             rows[:, state[SLOT], :, : prompts.shape[3]] = prompts[:, state[PROMPT]]
 
-    def keep(self, state: Tensor) -> None:
-        """Only these rows stay, in this order; each then lies where its column is."""
+    def keep_rows(self, state: Tensor) -> None:
+        """Drop all rows but these columns of the state, and set the slot of each to the number of its column."""
         slots = state[SLOT].clone()
         for layer in self.rows:
             layer[:, : len(slots)] = layer[:, slots]
         state[SLOT] = torch.arange(len(slots), device=state.device)
 
-    def begin(self, state: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Before the layers of a step: what they share. cos and sin are [positions, dim / 2]."""
-        place = state[START] + state[DRAWN] - 1
-        width = int(place.max()) + 1
-        self._at = (torch.arange(len(place), device=place.device), place)
-        self._width, self._cos, self._sin = width, cos[place][:, None], sin[place][:, None]
-        seen = torch.arange(width, device=place.device) <= place[:, None]
-        hidden = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill(~seen, -torch.inf)
-        self._mask = None if bool(seen.all()) else hidden[:, None, None]
+    def begin_step(self, state: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Prepare what the layers of a step share. `cos` and `sin` are [positions, dim / 2]."""
+        position = state[START] + state[DRAWN] - 1
+        width = int(position.max()) + 1
+        self._at = (torch.arange(len(position), device=position.device), position)
+        self._width, self._cos, self._sin = width, cos[position][:, None], sin[position][:, None]
+        visible = torch.arange(width, device=position.device) <= position[:, None]
+        bias = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device).masked_fill(~visible, -torch.inf)
+        self._mask = None if bool(visible.all()) else bias[:, None, None]
 
     def attend(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
-        """Attention of one new token a row: qkv [R, (heads + 2 kv_heads) dim] -> [R, heads dim]; stores k and v."""
+        """Return the attention of one new token per row, [R, heads dim], and store its key and value.
+
+        `qkv` is [R, (heads + 2 kv_heads) dim], before norms and rotation.
+        """
         heads, kv_heads, dim = self.shape.heads, self.shape.kv_heads, self.shape.head_dim
-        q, k, v = rotated(qkv.reshape(len(qkv), -1, dim), self.shape, self._cos, self._sin, q_norm, k_norm)
+        q, k, v = normalize_and_rotate(qkv.reshape(len(qkv), -1, dim), self.shape, self._cos, self._sin, q_norm, k_norm)
         keys, values = self.rows[layer, 0, : len(qkv)], self.rows[layer, 1, : len(qkv)]
-        row, place = self._at
-        keys[row, :, place], values[row, :, place] = k, v
+        row, position = self._at
+        keys[row, :, position], values[row, :, position] = k, v
         keys, values = keys[:, :, : self._width], values[:, :, : self._width]
-        grouped = q.reshape(len(qkv), kv_heads, heads // kv_heads, dim)  # a group's heads as positions: no repeat
-        scores = (grouped * dim**-0.5) @ keys.transpose(2, 3)  # on two threads faster than SDPA for one position
+        # query heads that share a key head are treated as positions, so that keys need not be repeated; on two threads
+        # this is faster than SDPA for one position
+        grouped = q.reshape(len(qkv), kv_heads, heads // kv_heads, dim)
+        scores = (grouped * dim**-0.5) @ keys.transpose(2, 3)
         if self._mask is not None:
             scores += self._mask
         return (scores.softmax(dim=-1) @ values).reshape(len(qkv), -1)
 
 
-def rotated(
-    qkv: Tensor, shape: Shape, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None
+def normalize_and_rotate(
+    qkv: Tensor, shape: AttentionShape, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v from [..., heads + 2 kv_heads, dim]: q and k normed where there are norms, then rotated (RoPE).
+    """Split [..., heads + 2 kv_heads, dim] into q, k and v; normalize q and k if there are norms, and rotate them.
 
-    cos and sin are [..., 1, dim / 2]. arXiv:2104.09864, in the halves that Llama's family uses.
+    The rotation is RoPE (arXiv:2104.09864) over the two halves of a head, as in Llama. `cos` and `sin` are
+    [..., 1, dim / 2].
     """
-    both, v = qkv.split([shape.heads + shape.kv_heads, shape.kv_heads], dim=-2)
+    qk, v = qkv.split([shape.heads + shape.kv_heads, shape.kv_heads], dim=-2)
     if q_norm is not None and k_norm is not None:
         weight = torch.cat([q_norm.expand(shape.heads, -1), k_norm.expand(shape.kv_heads, -1)])
-        both = F.rms_norm(both, (shape.head_dim,), eps=shape.eps) * weight
-    first, second = both.chunk(2, dim=-1)
-    turned = [torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)]
-    q, k = torch.cat(turned, dim=-1).split([shape.heads, shape.kv_heads], dim=-2)
+        qk = F.rms_norm(qk, (shape.head_dim,), eps=shape.eps) * weight
+    first, second = qk.chunk(2, dim=-1)
+    rotated = [torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)]
+    q, k = torch.cat(rotated, dim=-1).split([shape.heads, shape.kv_heads], dim=-2)
     return q, k, v

@@ -1,44 +1,38 @@
-"""One token from next-token logits: by inverse CDF from one uniform number, or the most probable.
+"""Draw one token from next-token logits: the most probable one, or by inverse CDF from one uniform number.
 
-A token's noise is one number, so it can come from a counter-based generator and needs no table over the vocabulary.
+A token needs one number of noise, so the noise can come from a counter-based generator without a table over the
+vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from grpo_core.batch import SamplingParams
 
-CHUNK = 512  # tokens of the vocabulary that are summed together first: exact enough, and ten times fewer terms
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What a decoder returns: B rows, C the longest."""
-
-    ids: Tensor  # [B, C] int64, padded on the right
-    logprobs: Tensor  # [B, C] float32; 0 where padded
-    lengths: Tensor  # [B] int64
-    ended: Tensor  # [B] bool, by an end-of-sequence token, which is the last of the row
+CHUNK = 512  # tokens of the vocabulary whose probabilities are summed first: exact enough, and ten times fewer terms
 
 
 def draw(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One token a row from logits [B, V] and its log-prob at `temperature`, both [B].
+    """Draw one token per row of logits [B, V]. Return the tokens and their log-probs at `temperature`, both [B].
 
-    With `uniform` [B] float64 in [0, 1) the first token whose cumulative probability exceeds it; without, the argmax.
+    With `uniform` [B] float64 in [0, 1), the token is the first whose cumulative probability exceeds `uniform`;
+    with None it is the argmax.
     """
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     probabilities = logits.softmax(dim=-1)
-    token = logits.argmax(dim=-1, keepdim=True) if uniform is None else _first_above(probabilities, uniform[:, None])
+    token = logits.argmax(dim=-1, keepdim=True) if uniform is None else _invert_cdf(probabilities, uniform[:, None])
     return token.squeeze(1), probabilities.gather(1, token).log().squeeze(1)
 
 
-def _first_above(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Where the cumulative sum of each row [B, V] exceeds `uniform` [B, 1] of its total, [B, 1]: first among chunks."""
+def _invert_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Return the first token of each row [B, V] whose cumulative sum exceeds `uniform` [B, 1] of the total, [B, 1].
+
+    A large vocabulary is searched in two steps: for the chunk, then for the token within the chunk.
+    """
     rows, width = probabilities.shape
     if width <= 4 * CHUNK:
         exact = probabilities.double()
@@ -49,32 +43,35 @@ def _first_above(probabilities: Tensor, uniform: Tensor) -> Tensor:
         parts.append(probabilities[:, whole:].sum(dim=-1, dtype=torch.double, keepdim=True))
     sums = torch.cat(parts, dim=1)
     chunk, rest = _search(sums, uniform * sums.sum(dim=-1, keepdim=True))
-    places = chunk * CHUNK + torch.arange(CHUNK, device=probabilities.device)
-    inside = probabilities.gather(1, places.clamp(max=width - 1)).masked_fill(places >= width, 0.0)
+    tokens = chunk * CHUNK + torch.arange(CHUNK, device=probabilities.device)
+    inside = probabilities.gather(1, tokens.clamp(max=width - 1)).masked_fill(tokens >= width, 0.0)
     return chunk * CHUNK + _search(inside.double(), rest)[0]
 
 
 def _search(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The first place with a weight whose cumulative sum exceeds `target` [B, 1] (else the last), and what is left."""
+    """Return the first column with a weight whose cumulative sum exceeds `target` [B, 1], and the rest of the target.
+
+    Without such a column it is the last one with a weight. The rest is `target` minus the sum of the columns before.
+    """
     cumulative = weights.cumsum(dim=-1)
     last = (weights > 0).long() * torch.arange(weights.shape[1], device=weights.device)
-    found = torch.searchsorted(cumulative, target, right=True).minimum(last.amax(dim=-1, keepdim=True))
-    before = cumulative.gather(1, (found - 1).clamp(min=0)).masked_fill(found == 0, 0.0)
-    return found, target - before
+    column = torch.searchsorted(cumulative, target, right=True).minimum(last.amax(dim=-1, keepdim=True))
+    before = cumulative.gather(1, (column - 1).clamp(min=0)).masked_fill(column == 0, 0.0)
+    return column, target - before
 
 
 def restrict(logits: Tensor, settings: SamplingParams) -> Tensor:
-    """Logits [B, V] with -inf where the settings, read at their temperature, allow no token."""
+    """Return logits [B, V] with -inf for the tokens that top_k, top_p or min_p exclude at the settings' temperature."""
     logits = logits.float()
     if settings.top_k is not None and settings.top_k < logits.shape[1]:
         least = logits.topk(settings.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     if settings.min_p is not None:
         scaled = logits / settings.temperature
-        far = scaled < scaled.amax(dim=-1, keepdim=True) + math.log(settings.min_p)
-        logits = logits.masked_fill(far, -torch.inf)
+        improbable = scaled < scaled.amax(dim=-1, keepdim=True) + math.log(settings.min_p)
+        logits = logits.masked_fill(improbable, -torch.inf)
     if settings.top_p is not None and settings.top_p < 1:
         ordered, order = (logits / settings.temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        beyond = ordered.double().cumsum(dim=-1) - ordered >= settings.top_p  # the first is never beyond
+        beyond = ordered.double().cumsum(dim=-1) - ordered >= settings.top_p  # never true for the most probable token
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
     return logits

@@ -1,99 +1,80 @@
-"""Completions by the model's own forward, one token for all rows at a time: any architecture, and what is right.
+"""Decode with the model's own forward, one token for all rows at a time. It serves every architecture.
 
-Every prompt is prefilled once and its cache fanned out to the rows of its group. A row that has ended leaves at once.
+Every prompt is prefilled once, and its cache is copied to the rows of its group. Rows that end are removed at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from grpo_core.batch import SamplingParams
-from grpo_core.sampling.draw import Draws, draw, restrict
+from grpo_core.sampling.draw import draw, restrict
+from grpo_core.sampling.request import DecodeRequest, Draws
 
 
 class PlainDecoder:
-    """Draws completions from `model`'s live weights."""
+    """A decoder that calls the model itself. It defines the completions that other decoders must draw too."""
 
     def __init__(self, model: Any, pad_id: int, eos_ids: Sequence[int]) -> None:
         self.model, self.pad_id = model, pad_id
         self.eos = torch.tensor(sorted(eos_ids), device=model.device)
-        self.watch: Callable[[list[int], list[int]], None] | None = None  # told rows and their tokens as they are drawn
 
     def release(self) -> None:
-        """Nothing is held between calls."""
+        """Do nothing: no memory is held between calls."""
 
     @torch.no_grad()
-    def decode(
-        self,
-        prompts: Sequence[Sequence[int]],
-        group_size: int,
-        noise: Callable[[], Tensor] | None,
-        limits: Tensor,
-        settings: SamplingParams,
-        slots: int,
-    ) -> Draws:
-        """`group_size` completions of every prompt, at most limits [B] tokens each, B = N * G rows, prompt-major.
-
-        noise() [B, T] float64 are the uniforms, None where settings.greedy. At most `slots` rows are decoded at once.
-        """
-        shape, device = (len(limits), int(limits.max())), self.model.device
-        out = Draws(
-            torch.full(shape, self.pad_id, device=device),
-            torch.zeros(shape, device=device),
-            torch.zeros(shape[0], dtype=torch.long, device=device),
-            torch.zeros(shape[0], dtype=torch.bool, device=device),
+    def decode(self, request: DecodeRequest, max_rows: int) -> Draws:
+        """Draw the completions of `request`, at most `max_rows` of them at once."""
+        shape, device = (len(request.limits), int(request.limits.max())), self.model.device
+        draws = Draws(
+            ids=torch.full(shape, self.pad_id, device=device),
+            logprobs=torch.zeros(shape, device=device),
+            lengths=torch.zeros(shape[0], dtype=torch.long, device=device),
+            ended=torch.zeros(shape[0], dtype=torch.bool, device=device),
         )
-        uniform = None if noise is None else noise().to(device)
-        for first in range(0, shape[0], slots):
-            rows = torch.arange(first, min(first + slots, shape[0]), device=device)
-            self._wave(prompts, group_size, rows, uniform, limits.to(device), settings, out)
-        used = int(out.lengths.max())
-        return Draws(out.ids[:, :used], out.logprobs[:, :used], out.lengths, out.ended)
+        uniforms = None if request.noise is None else request.noise().to(device)
+        for first in range(0, shape[0], max_rows):
+            rows = torch.arange(first, min(first + max_rows, shape[0]), device=device)
+            self._decode_rows(request, rows, uniforms, draws)
+        used = int(draws.lengths.max())
+        return Draws(draws.ids[:, :used], draws.logprobs[:, :used], draws.lengths, draws.ended)
 
-    def _wave(
-        self,
-        prompts: Sequence[Sequence[int]],
-        group_size: int,
-        rows: Tensor,
-        noise: Tensor | None,
-        limits: Tensor,
-        settings: SamplingParams,
-        out: Draws,
-    ) -> None:
-        """The completions of `rows`, written to `out`."""
-        which, counts = (rows // group_size).unique_consecutive(return_counts=True)
-        ids, mask = left_padded([prompts[i] for i in which.tolist()], self.pad_id, self.model.device)
+    def _decode_rows(self, request: DecodeRequest, rows: Tensor, uniforms: Tensor | None, draws: Draws) -> None:
+        """Draw the completions of `rows` and write them to `draws`."""
+        settings, limits = request.settings, request.limits.to(rows.device)
+        prompts, counts = (rows // request.group_size).unique_consecutive(return_counts=True)
+        ids, mask = pad_left([request.prompts[i] for i in prompts.tolist()], self.pad_id, self.model.device)
         cache = DynamicCache(config=self.model.config)
         logits = self._forward(ids, mask, mask, cache).repeat_interleave(counts, dim=0)
-        cache.batch_select_indices(torch.arange(len(which), device=rows.device).repeat_interleave(counts))
+        cache.batch_select_indices(torch.arange(len(prompts), device=rows.device).repeat_interleave(counts))
         mask = mask.repeat_interleave(counts, dim=0)
-        for t in range(out.ids.shape[1]):
+        for t in range(draws.ids.shape[1]):
             logits = restrict(logits, settings) if settings.restricted else logits
-            token, logprob = draw(logits, settings.temperature, None if noise is None else noise[rows, t])
+            token, logprob = draw(logits, settings.temperature, None if uniforms is None else uniforms[rows, t])
             ended = torch.isin(token, self.eos)
-            out.ids[rows, t], out.logprobs[rows, t], out.lengths[rows], out.ended[rows] = token, logprob, t + 1, ended
-            if self.watch is not None:
-                self.watch(rows.tolist(), token.tolist())
-            going = ~ended & (t + 1 < limits[rows])
-            if not going.all():
-                rows, token, mask = rows[going], token[going], mask[going]
-                cache.batch_select_indices(going.nonzero().squeeze(1))
+            draws.ids[rows, t], draws.logprobs[rows, t] = token, logprob
+            draws.lengths[rows], draws.ended[rows] = t + 1, ended
+            if request.watch is not None:
+                request.watch(rows.tolist(), token.tolist())
+            continues = ~ended & (t + 1 < limits[rows])
+            if not continues.all():
+                rows, token, mask = rows[continues], token[continues], mask[continues]
+                cache.batch_select_indices(continues.nonzero().squeeze(1))
             if len(rows) == 0:
                 return
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             logits = self._forward(token[:, None], mask[:, -1:], mask, cache)
 
-    def _forward(self, ids: Tensor, new: Tensor, seen: Tensor, cache: DynamicCache) -> Tensor:
-        """Next-token logits [rows, V] after `ids`; `seen` masks everything up to and including them."""
-        positions = (seen.long().cumsum(dim=1) - 1).clamp(min=0)[:, -new.shape[1] :]
+    def _forward(self, ids: Tensor, new_mask: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+        """Return the next-token logits [rows, V] after `ids`. `mask` covers the cached tokens and the new ones."""
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -new_mask.shape[1] :]
         return self.model(
             input_ids=ids,
-            attention_mask=seen.long(),
+            attention_mask=mask.long(),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -101,9 +82,9 @@ class PlainDecoder:
         ).logits[:, -1]
 
 
-def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and their mask, [N, P]."""
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the prompts' token ids padded on the left, and the mask of their tokens, both [N, P]."""
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     return ids, torch.arange(width, device=device) >= width - lengths[:, None]

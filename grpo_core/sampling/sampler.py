@@ -1,8 +1,9 @@
-"""Prompts to rollouts, from the live weights.
+"""Sample rollouts from the live weights of a model.
 
-The noise of a row depends on its task's seed, its number in the group and the token's place, and on nothing else: not
-on the rank, nor on the other rows, nor on how many of them are decoded at once. Two decoders draw the same completions
-up to rounding: the fused one for the models that it knows, the plain one, the model's own forward, for all others.
+The noise of a token depends only on its task's seed, the number of its completion in the group, and its place in the
+completion: not on the rank, the other rows, or how many rows are decoded at once. Two decoders draw the same
+completions up to rounding: the fused one, for the models that it supports, and the plain one, which uses the model's
+own forward, for all others.
 """
 
 from __future__ import annotations
@@ -18,23 +19,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo_core.batch import Rollouts, SamplingParams, Task
 from grpo_core.distributed.ranks import draw_uniforms
 from grpo_core.model.loading import check_lengths
-from grpo_core.sampling.draw import Draws
 from grpo_core.sampling.fused_decoder import FusedDecoder
 from grpo_core.sampling.fused_model import Unsupported
-from grpo_core.sampling.plain_decoder import PlainDecoder, left_padded
+from grpo_core.sampling.plain_decoder import PlainDecoder, pad_left
+from grpo_core.sampling.request import DecodeRequest, Draws, Watch
 from grpo_core.schema import ConfigError
 
 LOG = logging.getLogger("grpo_core")
 
 
 class Sampler:
-    """Draws completions at the temperature that the trainer's log-probs use.
+    """A sampler that draws completions at the temperature of the trainer's log-probs.
 
-    `decoder` is auto (fused where the model allows it) or plain. `rows_at_once` bounds the completions decoded at once;
-    where the GPU's memory does not suffice for all, it halves by itself, and the completions stay the same.
+    `decoder` is auto (fused if it supports the model) or plain. `rows_at_once` bounds the completions that are decoded
+    at once. If the GPU's memory does not suffice, it is halved, and the completions stay the same. `notify` receives
+    a message when that happens, and when the fused decoder does not support the model.
 
     Raises:
-        ValueError: another decoder, or rows_at_once below 1.
+        ValueError: `decoder` has another value, or rows_at_once is below 1.
         ConfigError: no end-of-sequence token is known.
     """
 
@@ -47,18 +49,18 @@ class Sampler:
         temperature: float = 1.0,
         decoder: str = "auto",
         rows_at_once: int | None = None,
-        say: Callable[[str], None] = LOG.warning,
+        notify: Callable[[str], None] = LOG.warning,
     ) -> None:
         if decoder not in ("auto", "plain"):
             raise ValueError(f"decoder is {decoder!r}; it must be auto or plain")
         if rows_at_once is not None and rows_at_once < 1:
             raise ValueError(f"rows_at_once is {rows_at_once}; it must be at least 1")
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's layers stay in it
-        self.model, self.tokenizer, self.say = model, tokenizer, say
-        self._said: set[str] = set()
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # keeps the adapter's layers
+        self.model, self.tokenizer, self.notify = model, tokenizer, notify
+        self._reported: set[str] = set()  # reasons for the plain decoder, each reported once
         self.max_new_tokens, self.temperature, self.rows_at_once = max_new_tokens, temperature, rows_at_once
         self.device = model.device
-        self.eos_ids = sorted(eos_ids(model, tokenizer))
+        self.eos_ids = sorted(find_eos_ids(model, tokenizer))
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
         self._plain = PlainDecoder(model, self.pad_id, self.eos_ids)
         self._decoder: PlainDecoder | FusedDecoder | None = self._plain if decoder == "plain" else None
@@ -71,16 +73,16 @@ class Sampler:
         greedy: bool = False,
         settings: SamplingParams | None = None,
         limits: Tensor | None = None,
-        watch: Callable[[list[int], list[int]], None] | None = None,
+        watch: Watch | None = None,
     ) -> Rollouts:
-        """`group_size` completions of every task, B = N * G rows, prompt-major, none longer than max_new_tokens.
+        """Draw `group_size` completions of every task: B = N * G rows, prompt-major, of at most max_new_tokens tokens.
 
-        Log-probs are those of the drawn tokens at the sampling temperature, greedy or not. `settings` takes the place
-        of temperature and greedy; `limits` [B] int64, from 1 on, allows some rows fewer tokens. `watch` is told rows
-        and their tokens as they are drawn, by the plain decoder.
+        `settings` replaces the sampler's temperature and `greedy`. `limits` [B] int64, at least 1, lowers
+        max_new_tokens for single rows. `watch` receives row indices and their tokens as they are drawn, which needs the
+        plain decoder. The log-probs are those of the drawn tokens at the sampling temperature, greedy or not.
 
         Raises:
-            ConfigError: an empty prompt, or one that leaves no room for max_new_tokens.
+            ConfigError: a prompt is empty, or too long for max_new_tokens to follow it.
         """
         settings = settings or SamplingParams(self.temperature, greedy)
         prompts = [task.prompt_ids for task in tasks]
@@ -92,95 +94,84 @@ class Sampler:
         if limits is None:
             limits = torch.full((len(tasks) * group_size,), self.max_new_tokens)
         assert limits.shape == (len(tasks) * group_size,) and 1 <= limits.min() <= limits.max() <= self.max_new_tokens
-        draws = self._decode(prompts, group_size, noise, limits, settings, watch)
+        draws = self._decode(DecodeRequest(prompts, group_size, limits, settings, noise, watch))
         prompt_ids, prompt_mask = (
-            x.repeat_interleave(group_size, dim=0) for x in left_padded(prompts, self.pad_id, self.device)
+            x.repeat_interleave(group_size, dim=0) for x in pad_left(prompts, self.pad_id, self.device)
         )
         mask = torch.arange(draws.ids.shape[1], device=self.device) < draws.lengths[:, None]
-        texts = self._texts(draws)
+        texts = self._decode_texts(draws)
         return Rollouts(prompt_ids, prompt_mask, draws.ids, mask, draws.logprobs, ~draws.ended, texts)
 
     def release(self) -> None:
-        """Give back all memory that is held between calls; the next one takes it again."""
+        """Free all memory that is held between calls; the next call allocates it again."""
         if self._decoder is not None:
             self._decoder.release()
 
-    def _decode(
-        self,
-        prompts: list[list[int]],
-        group_size: int,
-        noise: Callable[[], Tensor] | None,
-        limits: Tensor,
-        settings: SamplingParams,
-        watch: Callable[[list[int], list[int]], None] | None,
-    ) -> Draws:
-        """By the fused decoder, or by the plain one where that cannot: for good, or for this call."""
-        how = (prompts, group_size, noise, limits, settings)
-        self._plain.watch = watch
+    def _decode(self, request: DecodeRequest) -> Draws:
+        """Decode with the fused decoder, or with the plain one if the model or the request requires it."""
+        if request.watch is not None:
+            return self._decode_within_memory(self._plain, request)
         try:
-            if watch is not None:
-                return self._fitting(self._plain, *how)
             if self._decoder is None:
                 self._decoder = FusedDecoder(self.model, self.pad_id, self.eos_ids)
-            return self._fitting(self._decoder, *how)
+            return self._decode_within_memory(self._decoder, request)
         except Unsupported as reason:
-            self._decoder = self._decoder or self._plain
-            if str(reason) not in self._said:
-                self._said.add(str(reason))
-                self.say(f"sampling by the model's own forward, which is slower: {reason}")
-        return self._fitting(self._plain, *how)
+            if self._decoder is None:
+                self._decoder = self._plain  # for all later calls too: the model itself is not supported
+            if str(reason) not in self._reported:
+                self._reported.add(str(reason))
+                self.notify(f"sampling uses the model's own forward, which is slower, because {reason}")
+        return self._decode_within_memory(self._plain, request)
 
-    def _fitting(
-        self,
-        decoder: FusedDecoder | PlainDecoder,
-        prompts: list[list[int]],
-        group_size: int,
-        noise: Callable[[], Tensor] | None,
-        limits: Tensor,
-        settings: SamplingParams,
-    ) -> Draws:
-        """Decode as many rows at once as fit, at most rows_at_once."""
+    def _decode_within_memory(self, decoder: FusedDecoder | PlainDecoder, request: DecodeRequest) -> Draws:
+        """Decode at most rows_at_once rows at once, and halve rows_at_once for good when memory runs out."""
         while True:
-            rows = min(len(limits), self.rows_at_once or len(limits))
+            rows = min(len(request.limits), self.rows_at_once or len(request.limits))
             try:
-                return decoder.decode(prompts, group_size, noise, limits, settings, rows)
+                return decoder.decode(request, rows)
             except torch.OutOfMemoryError:
                 if rows == 1:
                     raise
             self.release()
             torch.cuda.empty_cache()
             self.rows_at_once = (rows + 1) // 2
-            self.say(f"{rows} completions at once do not fit into the GPU's memory; going on with {self.rows_at_once}")
+            self.notify(
+                f"{rows} completions at once do not fit into the GPU's memory; continuing with {self.rows_at_once}"
+            )
 
-    def _texts(self, draws: Draws) -> tuple[str, ...]:
-        kept = [row[:length] for row, length in zip(draws.ids.tolist(), draws.lengths.tolist(), strict=True)]
-        return tuple(self.tokenizer.batch_decode(kept, skip_special_tokens=True))
+    def _decode_texts(self, draws: Draws) -> tuple[str, ...]:
+        ids = [row[:length] for row, length in zip(draws.ids.tolist(), draws.lengths.tolist(), strict=True)]
+        return tuple(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every id that ends a completion: the generation config's, the model config's and the tokenizer's.
+def find_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return every token id that ends a completion: those of the generation config, model config and tokenizer.
 
     Raises:
-        ConfigError: there is none, so no completion would ever end.
+        ConfigError: there is none.
     """
-    found = _ends(model.generation_config) | _ends(model.config) | _ends(tokenizer)
-    if not found:
-        raise ConfigError("the model and its tokenizer name no end-of-sequence token, so no completion would ever end")
-    return found
+    ids = _eos_ids_of(model.generation_config) | _eos_ids_of(model.config) | _eos_ids_of(tokenizer)
+    if not ids:
+        raise ConfigError(
+            "neither the model nor its tokenizer has an end-of-sequence token, so no completion would ever end; set "
+            "eos_token_id in the model's generation_config.json"
+        )
+    return ids
 
 
-def disagreement(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A sentence where the tokenizer ends a text otherwise than the model does, as after a conversion gone wrong."""
-    models, own = _ends(model.generation_config) | _ends(model.config), _ends(tokenizer)
-    if not models or not own or models & own:
+def describe_eos_mismatch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return a warning if tokenizer and model share no end-of-sequence token, as after a faulty conversion."""
+    model_ids = _eos_ids_of(model.generation_config) | _eos_ids_of(model.config)
+    tokenizer_ids = _eos_ids_of(tokenizer)
+    if not model_ids or not tokenizer_ids or model_ids & tokenizer_ids:
         return None
-    names = [", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(ids)))) for ids in (own, models)]
+    names = [", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(ids)))) for ids in (tokenizer_ids, model_ids)]
     return (
-        f"the tokenizer's end-of-sequence token is {names[0]}, the model's {names[1]}: either ends a completion, and "
-        f"what sft teaches ends with the tokenizer's"
+        f"the tokenizer's end-of-sequence token is {names[0]}, the model's {names[1]}; both end a completion, and the "
+        f"targets of sft end with the tokenizer's"
     )
 
 
-def _ends(source: object) -> set[int]:
-    value = getattr(source, "eos_token_id", None)
-    return {value} if isinstance(value, int) else set(value or ())
+def _eos_ids_of(source: object) -> set[int]:
+    ids = getattr(source, "eos_token_id", None)
+    return {ids} if isinstance(ids, int) else set(ids or ())

@@ -93,7 +93,7 @@ def make_rewards(config: RunConfig) -> list[Reward]:
 
 
 def make_sampler(
-    config: SamplingConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+    config: SamplingConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, notify: Callable[[str], None]
 ) -> Sampler:
     """The sampler of the policy's live weights."""
     return Sampler(
@@ -103,7 +103,7 @@ def make_sampler(
         temperature=config.temperature,
         decoder=config.decoder,
         rows_at_once=config.rows_at_once,
-        say=say,
+        notify=notify,
     )
 
 

@@ -30,7 +30,7 @@ from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.token_weights import AVERAGES
 from grpo_core.objective.truncation import TRUNCATIONS
 from grpo_core.registry import get_fact
-from grpo_core.sampling.sampler import disagreement
+from grpo_core.sampling.sampler import describe_eos_mismatch
 from grpo_core.scoring.scoring import build_reward
 from grpo_core.training import checkpoint, run_dir
 from grpo_core.training.control import Control, first_control
@@ -151,7 +151,7 @@ def assemble(
     policy.model.eval()  # DeepSpeed leaves it in training mode
     log = RunLog(beginning.folder, config, beginning.step, num_steps)
     log.flops_per_token = policy.flops_per_token()
-    if sentence := disagreement(policy.causal_lm, tokenizer):
+    if sentence := describe_eos_mismatch(policy.causal_lm, tokenizer):
         log.info(f"warning: {sentence}")
     loss_fn = LOSSES.build(loss.name, loss.args)
     longest = (max(len(task.prompt_ids) for task in tasks), longest_completion or config.sampling.max_new_tokens)

@@ -23,7 +23,7 @@ from grpo_core.model.policy import load_policy, wrap
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.alerts import Alerts
 from grpo_core.monitor.progress import show_elapsed
-from grpo_core.sampling.sampler import eos_ids
+from grpo_core.sampling.sampler import find_eos_ids
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, run_dir
 from grpo_core.training.evaluation import evaluate_now
@@ -94,7 +94,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, Answers]:
     per_step = config.trainer.completions_per_step
     run = assemble(config, beginning, policy, prepared, per_step, dtype, longest)
     end = tokenizer.eos_token_id
-    eos = min(eos_ids(policy.causal_lm, tokenizer)) if end is None else end
+    eos = min(find_eos_ids(policy.causal_lm, tokenizer)) if end is None else end
     answers = partial(supervised_rollouts, config=config.sft, tokenizer=tokenizer, eos=eos, device=run.sampler.device)
     run = replace(run, held_out=partial(held_out_loss, run, answers))
     go_on(run, beginning)

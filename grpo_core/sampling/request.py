@@ -1,0 +1,34 @@
+"""The interface of a decoder: the completions that it is asked for, and the completions that it has drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from grpo_core.batch import SamplingParams
+
+Watch = Callable[[list[int], list[int]], None]  # receives row indices and the tokens just drawn for these rows
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """A request for G completions of each of N prompts: B = N * G rows, prompt-major."""
+
+    prompts: Sequence[Sequence[int]]  # N lists of token ids
+    group_size: int  # G
+    limits: Tensor  # [B] int64, the greatest number of tokens of each completion, at least 1
+    settings: SamplingParams
+    noise: Callable[[], Tensor] | None  # returns uniforms [B, T] float64 with T >= max(limits); None if greedy
+    watch: Watch | None = None  # only the plain decoder calls it
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The completions that a decoder has drawn: B rows, C tokens in the longest."""
+
+    ids: Tensor  # [B, C] int64, padded on the right
+    logprobs: Tensor  # [B, C] float32; 0 where padded
+    lengths: Tensor  # [B] int64
+    ended: Tensor  # [B] bool, whether the last token is an end-of-sequence token
