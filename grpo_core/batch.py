@@ -1,12 +1,11 @@
 """The data passed between the sampler, the rewards and the loss: `Task`, `Rollouts` and `TrainBatch`.
 
 Rows are ordered by prompt: completions n*G to n*G + G-1 belong to prompt n. Column t of every [B, C] tensor is
-completion
-token t; only model/policy.py shifts by one. An example with two prompts, G = 1 and a truncated second completion:
+completion token t; only model/policy.py shifts by one. Two prompts with G = 1, the second completion truncated:
 
-    prompt_ids       [[0, 5, 6], [7, 8, 9]]     prompt_mask      [[0, 1, 1], [1, 1, 1]] completion_ids   [[4, 2, 0], [4,
-    4, 4]]     completion_mask  [[1, 1, 0], [1, 1, 1]]     id 2 is the end-of-sequence token truncated        [False,
-    True]
+    prompt_ids       [[0, 5, 6], [7, 8, 9]]     prompt_mask      [[0, 1, 1], [1, 1, 1]]
+    completion_ids   [[4, 2, 0], [4, 4, 4]]     completion_mask  [[1, 1, 0], [1, 1, 1]]
+    truncated        [False, True]              id 2 is the end-of-sequence token
 """
 
 from __future__ import annotations
