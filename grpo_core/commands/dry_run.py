@@ -14,6 +14,7 @@ from grpo_core.config.formula import render
 from grpo_core.config.sections import RunConfig
 from grpo_core.data.stream import TaskStream
 from grpo_core.distributed import ranks
+from grpo_core.model.families import head_dim
 from grpo_core.model.loading import dtype_name, resolve_dtype
 from grpo_core.model.memory import find_budgets
 from grpo_core.model.policy import Policy, load_policy
@@ -135,8 +136,7 @@ def cache_bytes_per_token(policy: Policy) -> int:
     """Return the bytes of keys and values of one token over all layers."""
     config = policy.causal_lm.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * policy.causal_lm.dtype.itemsize
+    return 2 * config.num_hidden_layers * heads * head_dim(config) * policy.causal_lm.dtype.itemsize
 
 
 def describe_group(config: RunConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, task: Task) -> str:

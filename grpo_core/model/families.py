@@ -7,6 +7,7 @@ attention only without a sliding window.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -35,3 +36,8 @@ FAMILIES = {
     "qwen2": Family("Qwen2MLP", passes_window=True),
     "qwen3": Family("Qwen3MLP", passes_window=True, normalizes_heads=True),
 }
+
+
+def head_dim(config: Any) -> int:
+    """Return the dimension of an attention head, which not every model's configuration states."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -18,12 +18,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from grpo_core.batch import Rollouts
-from grpo_core.model.families import FAMILIES
+from grpo_core.model.families import FAMILIES, head_dim
 from grpo_core.model.packing import AttentionRows, Budget, Layout, Packing, Segments, plan
 
 ATTENTION_NAME = "sdpa_packed"  # in transformers' attention interface
-WIDE_HEAD_CAPABILITIES = {(8, 0), (9, 0), (10, 0)}  # elsewhere flash attention's backward may refuse wide heads
-MAX_HEAD_DIM = 192  # of flash attention's backward on all other GPUs
+MAX_HEAD_DIM = 192  # that flash attention's backward supports on every GPU
+WIDE_HEAD_CAPABILITIES = {(8, 0), (9, 0), (10, 0)}  # compute capabilities of GPUs where it supports wider heads
 # without cuDNN, which plans a kernel for every new shape: hardly two micro-batches have the same
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -52,9 +52,9 @@ def supports_segments(model: PreTrainedModel) -> bool:
     """Return whether flash attention for segments of any length supports the model's heads, dtype and device."""
     if model.device.type != "cuda" or model.dtype not in (torch.bfloat16, torch.float16):
         return False
-    config, capability = model.config, torch.cuda.get_device_capability(model.device)
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    supports_backward = dim <= MAX_HEAD_DIM or capability in WIDE_HEAD_CAPABILITIES  # find_layout tries only forward
+    capability = torch.cuda.get_device_capability(model.device)
+    # checked here, because find_layout tries only the forward
+    supports_backward = head_dim(model.config) <= MAX_HEAD_DIM or capability in WIDE_HEAD_CAPABILITIES
     return capability[0] >= 8 and supports_backward and hasattr(torch.ops.aten, "_flash_attention_forward")
 
 

@@ -275,7 +275,7 @@ def pack(rollouts: Rollouts, shapes: RowShapes, rows: Sequence[int], layout: Lay
 
 
 def _enumerate(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the group and the place within the group of every item, for groups with so many items.
+    """Return the group of every item and its place in the group, where group i has counts[i] items.
 
     >>> _enumerate(np.array([2, 3]))
     (array([0, 0, 1, 1, 1]), array([0, 1, 0, 1, 2]))
@@ -287,9 +287,9 @@ def _enumerate(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _number_tokens(
     prompt: np.ndarray, length: np.ndarray, group: np.ndarray, row: np.ndarray, place: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the number among the T of every token of every row, and the tokens that each row adds.
+    """Return the index among the T tokens of every token of every row, and the number of tokens that each row adds.
 
-    These are two arrays: the tokens of the prompt, 0 if an earlier row has the same one, and of the completion.
+    The latter are two arrays: prompt tokens, 0 for a row that shares an earlier row's prompt, and completion tokens.
     """
     leader = np.searchsorted(group, group, side="left")  # the first of these rows with the same prompt
     own_prompt, completion = prompt * (leader == np.arange(len(group))), length - prompt

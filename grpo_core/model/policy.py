@@ -73,10 +73,10 @@ class Policy:
         entropy_gradient: bool = False,
         divergence: Callable | None = None,
     ) -> TokenStats:
-        """Return log-probs and entropies of the completion tokens, and with `divergence` that from the reference.
+        """Return log-probs and entropies of the completion tokens, and optionally a divergence from the reference.
 
         `rollouts` are the rows of `packing`; without a packing they share one forward. `divergence` is a function of
-        kl.py; it costs a forward of the reference.
+        kl.py and costs a forward of the reference.
         """
         packing = packing or next(iter(self.plan(rollouts)))
         hidden = self._hidden(rollouts, packing)
@@ -99,9 +99,9 @@ class Policy:
 
     @torch.no_grad()
     def divergence(self, rollouts: Rollouts, packing: Packing, function: Callable, keep: Tensor) -> Tensor:
-        """Return the divergence `function` (see kl.py) of policy and reference at the tokens of a mask, [n] float32.
+        """Return the divergence of policy and reference at the tokens that `keep` [b, C] selects, [n] float32.
 
-        The mask is `keep` [b, C] bool, over the rows of `packing`.
+        `rollouts` are the rows of `packing`, and `function` is one of kl.py.
         """
         keep = keep.flatten()[packing.predicted]
         hidden = self._hidden(rollouts, packing)[keep]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from grpo_core.model.families import FAMILIES
+from grpo_core.model.families import FAMILIES, head_dim
 from grpo_core.sampling.decode_ops import AttentionShape, TorchOps, normalize_and_rotate
 
 # without cuDNN, which takes up to a second for every new shape
@@ -113,7 +113,7 @@ class FusedModel:
     def __init__(self, model: Any, ops: TorchOps) -> None:
         check_model(model)
         config, body = model.config, model.model
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        dim = head_dim(config)
         if dim % ops.head_multiple:
             raise Unsupported(f"its heads have {dim} dimensions, which is not a multiple of {ops.head_multiple}")
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
