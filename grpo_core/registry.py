@@ -17,8 +17,6 @@ from typing import Any
 from grpo_core import moved, trl_names
 from grpo_core.schema import ConfigError, check_arguments, list_known
 
-USER_MODULE = "grpo_core_user_"  # prefix of the module names of users' files
-
 
 class Registry:
     """A registry of pure functions: it finds a function by its name or `file.py:function`, and binds its arguments."""
@@ -76,7 +74,7 @@ class Registry:
         path, _, attribute = name.rpartition(":")
         if not Path(path).is_file():
             raise ConfigError(f"{self.kind} {name!r}: there is no file {path}")
-        spec = importlib.util.spec_from_file_location(f"{USER_MODULE}{Path(path).stem}", path)
+        spec = importlib.util.spec_from_file_location(f"grpo_core_user_{Path(path).stem}", path)
         assert spec is not None and spec.loader is not None  # because the path ends in .py
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look up their module there

@@ -84,6 +84,13 @@ def whole(tmp_path_factory):
     return results(out / "tiny")
 
 
+def test_ranks_that_are_new_processes_train_the_same(tmp_path, environment, whole):
+    """As where the launcher cannot fork them."""
+    done = run(2, tmp_path, environment={**environment, "NO_FORK": "1"})
+    assert done.returncode == 0, done.stderr
+    same(results(tmp_path / "tiny"), whole)
+
+
 @pytest.mark.parametrize("fault", [
     {"where": "reward", "rank": 1, "calls": [7]},
     pytest.param({"where": "name", "rank": 0, "calls": [2], "late": True}, marks=pytest.mark.soak),

@@ -56,12 +56,14 @@ def arm_here():
 
 if __name__ == "__main__":
     from grpo_core.cli import main
-    from grpo_core.commands import launch
+    from grpo_core.commands import forked_rank, launch
 
     def train(*args):  # what a rank runs that is forked from the launcher
         arm_here()
         return run_train(*args)
 
-    launch.PROGRAM, run_train, launch.run_train = (__file__,), launch.run_train, train
+    launch.PROGRAM, run_train, forked_rank.run_train = (__file__,), forked_rank.run_train, train
+    if "NO_FORK" in os.environ:
+        launch.can_fork = lambda: False
     arm_here()
     sys.exit(main(sys.argv[1:]))
