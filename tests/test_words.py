@@ -14,7 +14,7 @@ from grpo_core.objective.token_weights import AVERAGES
 from grpo_core.objective.truncation import TRUNCATIONS
 
 FRAGMENT = re.compile(r"(What|Where|Of|Which|How|Whether|As|See|Its)\b")
-PENDING = ("grpo_core/commands/", "grpo_core/sampling/", "grpo_core/training/")  # folders that are not rewritten yet
+PENDING = ("grpo_core/training/",)  # folders that are not rewritten yet
 FILES = {
     path.relative_to(ROOT).as_posix(): path
     for folder in ("grpo_core", "examples")

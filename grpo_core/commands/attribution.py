@@ -1,4 +1,4 @@
-"""Which tokens a batch's gradient comes from: dL/dl of every token, and the share and the pull of classes of tokens.
+"""Attribute a batch's gradient to its tokens: dL/dl of every token, and the share and the pull of classes of tokens.
 
 The loss L reads the weights through what `policy.forward` says of every token: its log-prob l (and its entropy or its
 divergence, where the objective has them). The part g_c of the gradient g that comes through the tokens of a class c is

@@ -38,7 +38,7 @@ class OpenedPolicy:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the adapter can be switched off to use the base model."""
+        """Return True if the adapter can be switched off to use the base model."""
         return hasattr(self.policy.model, "disable_adapter")
 
 

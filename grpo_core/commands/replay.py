@@ -206,7 +206,7 @@ def _frozen(run: Run, dumped: Dumped, weights: Weights, own: RunConfig) -> Train
 
 
 def _learns_from(config: RunConfig) -> tuple:
-    """What the advantages and the masks of a batch depend on."""
+    """Return the settings on which the advantages and the masks of a batch depend."""
     loss = config.loss
     in_reward = (loss.kl, loss.kl_coef) if loss.kl_in == "reward" else None
     limit = config.sampling.max_new_tokens if config.truncation.name != "keep" else None

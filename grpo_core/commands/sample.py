@@ -35,7 +35,7 @@ HELP = """\
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How the next question is answered."""
+    """The settings for the answers to the next question."""
 
     samples: int = 1
     temperature: float | None = None  # None: greedy for one answer, 1 for several
