@@ -168,26 +168,18 @@ def trl(job: dict) -> dict:
 
 def agreement(model, theirs, inputs, accumulated, job) -> dict:
     """Our loss of the batch that TRL trained on last, with the weights that it has now, beside its own `theirs`."""
-    from types import SimpleNamespace
 
     from grpo_core.batch import Rollouts, TrainBatch
     from grpo_core.model.policy import Policy
     from grpo_core.monitor.aggregates import Stats
-    from grpo_core.objective.corrections import CORRECTIONS
-    from grpo_core.objective.kl import KLS
-    from grpo_core.objective.losses import LOSSES
     from grpo_core.objective.token_weights import Totals
     from grpo_core.training.control import first_control
+    from grpo_core.training.prepare import build_objective
     from grpo_core.training.update import micro_loss
 
     weights = [p for p in model.parameters() if p.requires_grad]
     their_gradient = torch.cat([g.flatten().double() for g in torch.autograd.grad(theirs, weights)])
     config = our_config(job, Path("unused"))
-    correction = config.loss.rollout_correction
-    run = SimpleNamespace(
-        config=config, loss_fn=LOSSES.build(config.loss.name, config.loss.args), kl_fn=KLS.get(config.loss.kl),
-        correction_fn=CORRECTIONS.build(correction.name, correction.args),
-    )  # fmt: skip
     mask = inputs["completion_mask"].bool()
     sampled = inputs.get("sampling_per_token_logps")
     sampled = torch.zeros(mask.shape, device=mask.device) if sampled is None else sampled
@@ -197,7 +189,7 @@ def agreement(model, theirs, inputs, accumulated, job) -> dict:
     micro = TrainBatch(rollouts, inputs["advantages"][:, None], mask, None, inputs.get("old_per_token_logps"), inputs["ref_per_token_logps"])
     tokens, rows = mask.sum() * accumulated, torch.tensor(len(mask) * accumulated, device=mask.device)
     totals = Totals(tokens, rows, config.sampling.max_new_tokens, tokens, accumulated)
-    loss = micro_loss(run, micro, Policy(model.eval()).forward(rollouts), totals, first_control(config.loss), Stats())
+    loss = micro_loss(build_objective(config), micro, Policy(model.eval()).forward(rollouts), totals, first_control(config.loss), Stats())
     gradient = torch.cat([g.flatten().double() for g in torch.autograd.grad(loss, weights)])
     return {
         "loss_difference": abs(float(loss) - float(theirs)),

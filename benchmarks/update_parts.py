@@ -41,21 +41,21 @@ def parts(run, batch, stats):
     """Seconds of each part over one micro-batch."""
     control, policy = run.control, run.policy
     [packing] = policy.plan(batch.rollouts)
-    totals = count_over_ranks(run, batch, 1)
+    totals = count_over_ranks(run.objective, batch, 1)
     result = {"tokens": packing.tokens}
     with policy.training():
-        tokens, result["forward"] = timed(lambda: forward_with_gradient(run, batch.rollouts, packing, control))
-        _, result["loss"] = timed(lambda: micro_loss(run, batch, tokens, totals, control, stats))
+        tokens, result["forward"] = timed(lambda: forward_with_gradient(policy, run.objective, batch.rollouts, packing, control))
+        _, result["loss"] = timed(lambda: micro_loss(run.objective, batch, tokens, totals, control, stats))
 
         def gradient():
-            out = forward_with_gradient(run, batch.rollouts, packing, control)
-            return torch.autograd.grad(micro_loss(run, batch, out, totals, control, stats), policy.parameters())
+            out = forward_with_gradient(policy, run.objective, batch.rollouts, packing, control)
+            return torch.autograd.grad(micro_loss(run.objective, batch, out, totals, control, stats), policy.parameters())
 
         _, result["forward and backward"] = timed(gradient)
 
         def whole():
-            out = forward_with_gradient(run, batch.rollouts, packing, control)
-            run.engine.backward(micro_loss(run, batch, out, totals, control, stats))
+            out = forward_with_gradient(policy, run.objective, batch.rollouts, packing, control)
+            run.engine.backward(micro_loss(run.objective, batch, out, totals, control, stats))
 
         _, result["with the engine"] = timed(whole)
         _, result["plan"] = timed(lambda: [*policy.plan(batch.rollouts)])

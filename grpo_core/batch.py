@@ -90,6 +90,24 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Frozen:
+    """Rollouts with the masks and log-probs that the loss compares with, fixed before the first gradient of a step."""
+
+    rollouts: Rollouts
+    loss_mask: Tensor  # [B, C] bool, completion tokens that are trained
+    surrogate_mask: Tensor | None = None  # [B, C] bool, those of them that the surrogate acts on; None: all
+    old_logprobs: Tensor | None = None  # [B, C]; None when the batch is used once, where they equal the policy's own
+    ref_logprobs: Tensor | None = None  # [B, C]; None when the loss has no KL that reads them
+
+    def with_advantages(self, advantages: Tensor) -> TrainBatch:
+        """Return the batch of the update; `advantages` [N, G] or [B, 1]."""
+        column = advantages.reshape(-1, 1).to(self.loss_mask.device)
+        return TrainBatch(
+            self.rollouts, column, self.loss_mask, self.surrogate_mask, self.old_logprobs, self.ref_logprobs
+        )
+
+
+@dataclass(frozen=True)
 class TrainBatch:
     """Rollouts with everything that the loss needs, fixed before the first gradient of the step."""
 

@@ -10,6 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from grpo_core.batch import Rollouts, Task
 from grpo_core.model.policy import Policy
 from grpo_core.training.engine import StepResult
+from grpo_core.training.freeze import freeze
 
 PAD, EOS, VOCAB = 0, 1, 16
 
@@ -123,3 +124,14 @@ def ragged_rollouts(batch=8, prompt_width=5, width=6, seed=0, side="left") -> Ro
     completion_ids = torch.randint(2, VOCAB, (batch, width), generator=generator).masked_fill(~completion_mask, PAD)
     logprobs = -torch.rand(batch, width, generator=generator) * completion_mask
     return Rollouts(ids, mask, completion_ids, completion_mask, logprobs, torch.zeros(batch, dtype=torch.bool))
+
+
+def frozen_batch(run, rollouts, advantages, trained=None):
+    """The batch that the loop would update on, for given advantages."""
+    frozen = freeze(run.policy, run.objective, run.budgets.forward, rollouts, trained)
+    return frozen.with_advantages(advantages)
+
+
+def with_objective(run, **fields):
+    """The run with other functions or switches in its objective."""
+    return replace(run, objective=replace(run.objective, **fields))

@@ -9,7 +9,7 @@ from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.files import dump, load
 from grpo_core.config.sections import RunConfig
 from grpo_core.training.deepspeed_config import deepspeed_config
-from grpo_core.training.engine import learning_rate_schedule
+from grpo_core.training.lr_schedule import learning_rate_schedule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = CONFIGS / "tiny.yaml"

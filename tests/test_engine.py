@@ -9,7 +9,7 @@ from fakes import tiny_policy
 from safetensors.torch import load_file
 from test_policy import naive_logprobs
 from workers import state
-from workers.zero2 import CLIP, PASSES, ROWS, STEPS, TIES, step_data
+from workers.zero2 import CLIP, PASSES, ROWS, STEPS, TIES, run_config, step_data
 
 from grpo_core.distributed import ranks
 from grpo_core.schema import ConfigError
@@ -103,15 +103,28 @@ def test_state_goes_on_bitwise_and_on_another_number_of_processes(tmp_path, grou
         assert (on_one[name] - whole[name]).abs().max() < 1e-6
 
 
+def test_deepspeed_wraps_the_lora_model_itself(tmp_path, group):
+    """Its module is the policy's model, whose trained parameters keep their names and are views of one flat parameter."""
+    ranks.setup()
+    policy = tiny_policy(lora_noise=0.1)
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    engine = Engine(policy.model, run_config("token", 30), dtype=torch.float32, total_steps=1, world_size=1)
+    assert engine.engine.module is policy.model
+    after = dict(policy.model.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    trained = [p for p in after.values() if p.requires_grad]
+    assert len({p.untyped_storage().data_ptr() for p in trained}) == 1 < len(trained)
+
+
 def test_state_of_other_weights_is_refused():
     """Before anything of it is taken over."""
     engine = object.__new__(Engine)
     engine.trained, engine.parameters = ["a", "b"], [torch.zeros(2, 3), torch.zeros(3)]
     right = {"weight/a": torch.zeros(2, 3), "weight/b": torch.zeros(3)}
     for wrong, message in (
-        ({"weight/a": torch.zeros(2, 3)}, r"1 differ, weight/b among them \(none then, \(3,\) now\)"),
-        ({**right, "weight/a": torch.zeros(4, 3)}, r"weight/a among them \(\(4, 3\) then, \(2, 3\) now\)"),
-        ({**right, "weight/c": torch.zeros(1)}, r"weight/c among them \(\(1,\) then, none now\)"),
+        ({"weight/a": torch.zeros(2, 3)}, r"1 differ, the first is weight/b \(none in the checkpoint, \(3,\) in this run\)"),
+        ({**right, "weight/a": torch.zeros(4, 3)}, r"weight/a \(\(4, 3\) in the checkpoint, \(2, 3\) in this run\)"),
+        ({**right, "weight/c": torch.zeros(1)}, r"weight/c \(\(1,\) in the checkpoint, none in this run\)"),
     ):
         with pytest.raises(ConfigError, match=message):
             engine.load(wrong, {"adam_steps": 0})

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fakes import Alphabet, FixedTasks, TorchEngine, tiny_policy
+from fakes import Alphabet, FixedTasks, TorchEngine, frozen_batch, tiny_policy, with_objective
 from safetensors.torch import load_file
 
 from grpo_core.batch import Task
@@ -24,16 +24,12 @@ from grpo_core.model.memory import Budgets
 from grpo_core.model.packing import Budget
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.run_log import RunLog
-from grpo_core.objective.advantages import ADVANTAGES
-from grpo_core.objective.corrections import CORRECTIONS
-from grpo_core.objective.kl import KLS
-from grpo_core.objective.losses import LOSSES, PolicyLoss
-from grpo_core.objective.truncation import TRUNCATIONS
+from grpo_core.objective.losses import PolicyLoss
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.scoring.scoring import Reward, score
 from grpo_core.training.control import first_control
 from grpo_core.training.evaluation import evaluate_now
-from grpo_core.training.freeze import freeze
+from grpo_core.training.prepare import build_objective
 from grpo_core.training.run import Run
 from grpo_core.training.trainer import train
 from grpo_core.training.update import update_policy
@@ -66,12 +62,9 @@ def make_run(
         config=config, folder=folder, start_step=0, num_steps=num_steps, tasks=FixedTasks(), eval_tasks=[], policy=policy,
         sampler=Sampler(policy.causal_lm, Alphabet(), max_new_tokens=5), engine=TorchEngine(policy.parameters(), learning_rate),
         rewards=[Reward("good", 1.0, count_good)], eval_reward=count_good, control=first_control(config.loss),
-        advantage_fn=ADVANTAGES.build(config.advantage.name, config.advantage.args),
-        loss_fn=LOSSES.build(config.loss.name, config.loss.args), kl_fn=KLS.get(config.loss.kl),
-        correction_fn=CORRECTIONS.build(config.loss.rollout_correction.name, config.loss.rollout_correction.args),
-        truncation_fn=TRUNCATIONS.build(config.truncation.name, config.truncation.args),
+        objective=build_objective(config),
         log=RunLog(folder, config, 0, num_steps), steps_per_epoch=1,
-        budgets=Budgets(*2 * [Budget(config.trainer.tokens_per_micro_batch)]), skips_ties=True,
+        budgets=Budgets(*2 * [Budget(config.trainer.tokens_per_micro_batch)]),
     )  # fmt: skip
 
 
@@ -88,7 +81,7 @@ def test_it_learns_a_bandit(tmp_path):
 
 def test_on_policy_the_first_ratio_is_one_and_old_logprobs_cost_nothing(tmp_path):
     run = make_run(tmp_path, num_steps=3)
-    batch = freeze(run, run.sampler.generate(run.tasks.batch(0), 8), torch.zeros(4, 8))
+    batch = frozen_batch(run, run.sampler.generate(run.tasks.batch(0), 8), torch.zeros(4, 8))
     assert batch.old_logprobs is None and batch.ref_logprobs is None
     train(run)
     for row in rows(tmp_path):
@@ -98,7 +91,7 @@ def test_on_policy_the_first_ratio_is_one_and_old_logprobs_cost_nothing(tmp_path
 
 def test_several_minibatches_and_passes_move_the_ratio(tmp_path):
     run = make_run(tmp_path, num_steps=2, num_minibatches=2, num_passes=2, kl_coef=1e-9)
-    batch = freeze(run, run.sampler.generate(run.tasks.batch(0), 8), torch.zeros(4, 8))
+    batch = frozen_batch(run, run.sampler.generate(run.tasks.batch(0), 8), torch.zeros(4, 8))
     torch.testing.assert_close(batch.old_logprobs, batch.rollouts.rollout_logprobs, atol=1e-4, rtol=0)
     train(run)
     assert run.engine.backwards == 2 * 4 * 2  # 2 steps × 4 minibatches of 16 rows × 2 micro-batches
@@ -172,7 +165,7 @@ def test_dropout_noise_is_a_function_of_seed_and_step(tmp_path):
         torch.manual_seed(state)
         policy = tiny_policy(dropout=0.5, lora_noise=0.1)
         run = make_run(tmp_path / str(state), policy=policy)
-        batch = freeze(run, run.sampler.generate(run.tasks.batch(0), 8), torch.ones(4, 8))
+        batch = frozen_batch(run, run.sampler.generate(run.tasks.batch(0), 8), torch.ones(4, 8))
         torch.manual_seed(state)  # whatever torch's state before
         stats = Stats()
         update_policy(run, batch, 7, run.control, stats)
@@ -266,7 +259,7 @@ def not_finite(at):
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_kept(tmp_path):
     run = make_run(tmp_path, num_steps=4, tokens_per_micro_batch=10_000)
-    run = replace(run, loss_fn=not_finite([1]), skips_ties=False)
+    run = with_objective(run, loss_fn=not_finite([1]), learns_from_ties=True)
     train(run)
     table = rows(tmp_path)
     assert [row["skipped"] for row in table] == [0, 1, 0, 0] and table[1]["loss"] is None
@@ -280,7 +273,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_kept(tmp_path):
 
 def test_too_many_steps_that_are_not_finite_end_the_run_as_it_was_before(tmp_path):
     run = make_run(tmp_path, num_steps=9, tokens_per_micro_batch=10_000, max_skipped_steps=3)
-    run = replace(run, loss_fn=not_finite([1, 2, 4, 5, 6]), skips_ties=False)
+    run = with_objective(run, loss_fn=not_finite([1, 2, 4, 5, 6]), learns_from_ties=True)
     with pytest.raises(RunFailed, match="not finite in 3 steps in a row, from step 4 on"):
         train(run)
     assert len(rows(tmp_path)) == 7

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fakes import TorchEngine, ragged_rollouts, tiny_policy
+from fakes import TorchEngine, frozen_batch, ragged_rollouts, tiny_policy, with_objective
 from test_loop import make_run
 from test_policy import naive_logprobs
 from test_sampler import MODELS
@@ -27,7 +27,6 @@ from grpo_core.model.memory import Budgets
 from grpo_core.model.packing import Budget, Segments, make_gather, plan
 from grpo_core.model.policy import Policy, wrap
 from grpo_core.monitor.aggregates import Stats
-from grpo_core.training.freeze import freeze
 from grpo_core.training.update import rows_to_train, update_policy
 
 
@@ -295,10 +294,10 @@ class Recorder(TorchEngine):
         return super().step()
 
 
-def update(folder, advantages, skips_ties=True, **more):
+def update(folder, advantages, learns_from_ties=False, **more):
     run = make_run(folder, policy=tiny_policy(lora_noise=0.1), **more)
-    run = replace(run, engine=Recorder(run.policy.parameters()), skips_ties=skips_ties)
-    batch = freeze(run, grouped_rollouts(groups=4, group_size=8), advantages)
+    run = with_objective(replace(run, engine=Recorder(run.policy.parameters())), learns_from_ties=learns_from_ties)
+    batch = frozen_batch(run, grouped_rollouts(groups=4, group_size=8), advantages)
     stats = Stats()
     update_policy(run, batch, 0, run.control, stats)
     return run.engine, stats.reduce()
@@ -308,7 +307,7 @@ def test_tied_groups_cost_nothing_and_change_nothing(tmp_path):
     advantages = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     advantages[1:] = 0
     skipping, _ = update(tmp_path / "a", advantages)
-    computing, _ = update(tmp_path / "b", advantages, skips_ties=False)
+    computing, _ = update(tmp_path / "b", advantages, learns_from_ties=True)
     assert 1 <= skipping.backwards < computing.backwards
     assert skipping.gradient.abs().max() > 1e-4
     torch.testing.assert_close(skipping.gradient, computing.gradient, atol=1e-7, rtol=1e-4)
@@ -320,25 +319,39 @@ def test_tied_groups_cost_nothing_and_change_nothing(tmp_path):
 def test_where_every_token_counts_none_is_skipped(tmp_path, loss):
     """A coefficient that is steered by the entropy of all tokens may be 0 now; a bonus or a KL pulls at all of them."""
     run = make_run(tmp_path, loss=LossConfig(kl_coef=loss.pop("kl_coef", 0.0), **loss))
-    batch = freeze(run, grouped_rollouts(groups=4, group_size=8), torch.zeros(4, 8))
-    assert len(rows_to_train(run, batch, run.control)) == 32
+    batch = frozen_batch(run, grouped_rollouts(groups=4, group_size=8), torch.zeros(4, 8))
+    assert len(rows_to_train(run.objective, batch, run.control)) == 32
     plain = make_run(tmp_path, loss=LossConfig(kl_coef=0.0))
-    assert rows_to_train(plain, batch, plain.control) == []
+    assert rows_to_train(plain.objective, batch, plain.control) == []
     trained = torch.ones(4, 8, dtype=torch.bool)
     trained[1, 2:] = False
-    masked = freeze(run, batch.rollouts, torch.zeros(4, 8), trained)
-    assert rows_to_train(run, masked, run.control) == trained.flatten().nonzero().squeeze(1).tolist()
+    masked = frozen_batch(run, batch.rollouts, torch.zeros(4, 8), trained)
+    assert rows_to_train(run.objective, masked, run.control) == trained.flatten().nonzero().squeeze(1).tolist()
 
 
 def test_what_depends_on_rows_without_an_advantage_skips_none():
-    from grpo_core.objective.losses import LOSSES, PolicyLoss
-    from grpo_core.training.setup import ties_can_be_skipped
+    from grpo_core.objective.losses import LOSSES, PolicyLoss, grpo_loss
+    from grpo_core.objective.objective import learns_from_ties
 
-    assert all(ties_can_be_skipped(LOSSES.build(name), "token") for name in LOSSES.functions)
-    assert not ties_can_be_skipped(LOSSES.build("grpo"), "micro_token")  # its micro-batches would be others
-    assert not ties_can_be_skipped(
-        lambda logprobs, old, advantages, mask: PolicyLoss(logprobs * (advantages - 1)), "token"
-    )
+    assert not any(learns_from_ties("token", LOSSES.build(name)) for name in LOSSES.functions)
+    assert learns_from_ties("micro_token", LOSSES.build("grpo"))  # its micro-batches would be others
+    assert learns_from_ties("token", lambda logprobs, old, advantages, mask: PolicyLoss(logprobs * (advantages - 1)))
+
+    def declared(*tensors):
+        return grpo_loss(*tensors)
+
+    declared.learns_from_ties = True
+    assert learns_from_ties("token", declared)  # whatever a probe of it shows
+    assert learns_from_ties("token", LOSSES.build("grpo"), declared)  # as one of the other functions
+
+
+def test_a_term_that_learns_from_tied_groups_gets_them(tmp_path):
+    """A term that is added to update.token_loss, which no probe of the loss function can see, declares it."""
+    run = make_run(tmp_path)
+    batch = frozen_batch(run, grouped_rollouts(groups=4, group_size=8), torch.zeros(4, 8))
+    assert rows_to_train(run.objective, batch, run.control) == []
+    declared = replace(run.objective, learns_from_ties=True)
+    assert rows_to_train(declared, batch, run.control) == [*range(32)]
 
 
 def test_a_step_without_any_signal_has_a_gradient_of_zero(tmp_path):
@@ -352,11 +365,12 @@ def test_the_gradient_does_not_depend_on_the_budget(tmp_path, average):
     advantages, seen = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)), []
     for budget in (1, 40, 10_000):
         run = make_run(tmp_path / str(budget), policy=tiny_policy(lora_noise=0.1), kl_coef=0.1)
-        config = replace(run.config, loss=replace(run.config.loss, average=average))
         run = replace(
-            run, config=config, engine=Recorder(run.policy.parameters()), budgets=Budgets(*2 * [Budget(budget)])
+            with_objective(run, average=average),
+            engine=Recorder(run.policy.parameters()),
+            budgets=Budgets(*2 * [Budget(budget)]),
         )
-        batch = freeze(run, grouped_rollouts(groups=4, group_size=8), advantages)
+        batch = frozen_batch(run, grouped_rollouts(groups=4, group_size=8), advantages)
         update_policy(run, batch, 0, run.control, Stats())
         seen.append(run.engine.gradient)
     assert seen[0].abs().max() > 1e-3

@@ -14,7 +14,7 @@ from test_run import launch, overrides
 from grpo_core.batch import TrainBatch
 from grpo_core.cli import main
 from grpo_core.commands.attribution import Attribution, attribute, classify, dot, pulls
-from grpo_core.commands.replay import _control, _frozen, _run, objectives, open_weights, run_replay
+from grpo_core.commands.replay import _budget, _control, _frozen_batch, objectives, open_weights, run_replay
 from grpo_core.config.files import load_run_config
 from grpo_core.config.sections import DebugConfig, LoraConfig, LossConfig, ModelConfig, RewardConfig
 from grpo_core.model.loading import load_tokenizer
@@ -23,6 +23,7 @@ from grpo_core.schema import ConfigError
 from grpo_core.scoring.scoring import Reward
 from grpo_core.training import checkpoint, saved_batches
 from grpo_core.training.freeze import forward_all
+from grpo_core.training.prepare import build_objective
 from grpo_core.training.trainer import train
 
 GRPO = LossConfig(kl_coef=0.0)
@@ -74,9 +75,9 @@ def test_a_dump_says_what_the_update_did_to_every_token(plain):
     )
     first, later = saved_batches.read_dump(plain / "step-000000"), saved_batches.read_dump(plain / "step-000001-rank-0.safetensors")
     config = load_run_config(plain.parent)
-    run = _run(config, open_weights(later, config, None).policy, later)
+    policy = open_weights(later, config, None).policy
     with torch.no_grad():
-        ratio = (forward_all(run, first.batch.rollouts)[0] - tensors["old_logprobs"]).exp()
+        ratio = (forward_all(policy, _budget(config), first.batch.rollouts)[0] - tensors["old_logprobs"]).exp()
     assert told["step"] == told["rank"] == 0 and len(told["completions"]) == 32
     written = rows(plain.parent)[0]
     assert told["row"] == {name: written[name] for name in told["row"]} and told["row"].keys() == written.keys()
@@ -154,13 +155,15 @@ def test_a_class_pulls_what_the_batch_would_without_the_others(plain):
     """Rows whose advantage is set to 0 leave the gradient, and every other token keeps its weight."""
     dumped, config = saved_batches.read_dump(plain / "step-000001"), load_run_config(plain.parent)
     weights = open_weights(dumped, config, None)
-    run, control = _run(config, weights.policy, dumped), _control(dumped, config, config)
-    batch = _frozen(run, dumped, weights, config)
-    whole = attribute(run, batch, control)
+    objective = replace(build_objective(config), steps_per_batch=1, learns_from_ties=True)
+    budget, control = _budget(config), _control(dumped, config, config)
+    batch = _frozen_batch(dumped, weights, objective, budget, config, config)
+    computed = (weights.policy, objective, budget)
+    whole = attribute(*computed, batch, control)
     classes = classify(batch, whole)
-    found = pulls(run, batch, control, whole.gradient, classes)["advantage"]
+    found = pulls(*computed, batch, control, whole.gradient, classes)["advantage"]
     for label, sign in (("A > 0", 1), ("A < 0", -1)):
-        alone = attribute(run, replace(batch, advantages=batch.advantages * (batch.advantages * sign > 0)), control)
+        alone = attribute(*computed, replace(batch, advantages=batch.advantages * (batch.advantages * sign > 0)), control)
         assert found[label] == pytest.approx(dot(alone.gradient, whole.gradient) / whole.norm() ** 2, abs=1e-6)
     assert found["A > 0"] > 0.02 and found.keys() <= {"A > 0", "A < 0", "A = 0"}
 

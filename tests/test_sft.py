@@ -24,12 +24,11 @@ from grpo_core.model.new_model import new_tokenizer
 from grpo_core.model.packing import Budget
 from grpo_core.model.policy import load_policy
 from grpo_core.monitor.aggregates import Stats
-from grpo_core.objective.corrections import CORRECTIONS
-from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.token_weights import Totals
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, sft
 from grpo_core.training.control import Control
+from grpo_core.training.prepare import build_objective
 from grpo_core.training.sft_targets import supervised_rollouts
 from grpo_core.training.update import micro_loss
 
@@ -51,12 +50,10 @@ def test_the_loss_is_the_models_own_cross_entropy():
         make_tasks(tokenizer, 6), SftConfig(), tokenizer, tokenizer.eos_token_id, torch.device("cpu")
     )
     config = RunConfig(loss=LossConfig(name="reinforce", average="token", kl_coef=0.0))
-    correction_fn = CORRECTIONS.get("none")
-    run = SimpleNamespace(config=config, policy=policy, loss_fn=LOSSES.build("reinforce"), correction_fn=correction_fn)
     mask = rollouts.completion_mask
     totals = Totals(tokens=mask.sum(), completions=torch.tensor(6), max_new_tokens=1)
     ours = micro_loss(
-        run, TrainBatch(rollouts, torch.ones(6, 1), mask), policy.forward(rollouts), totals, Control(0.0, 0.0), Stats()
+        build_objective(config), TrainBatch(rollouts, torch.ones(6, 1), mask), policy.forward(rollouts), totals, Control(0.0, 0.0), Stats()
     )
     summed = 0.0
     for i in range(6):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fakes import FixedTasks, ragged_rollouts, tiny_policy
+from fakes import FixedTasks, frozen_batch, ragged_rollouts, tiny_policy, with_objective
 from safetensors.torch import load_file
 from test_loop import GOOD, count_good, make_run, rows
 
@@ -29,8 +29,8 @@ from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.token_weights import token_weights
 from grpo_core.scoring.scoring import Reward
 from grpo_core.training.control import adapt, first_control
-from grpo_core.training.freeze import freeze, top_entropy_mask
-from grpo_core.training.rollouts import advantages_over_ranks, collect, rewards_to_learn_from
+from grpo_core.training.freeze import top_entropy_mask
+from grpo_core.training.rollouts import collect, compute_step_advantages, shape_rewards
 from grpo_core.training.trainer import train
 from grpo_core.training.update import count_over_ranks, forward_with_gradient, micro_loss
 
@@ -51,9 +51,9 @@ def parameters(run):
 def whole_loss(run, batch, control, stats, logprobs=None):
     """The loss of a batch that is one micro-batch; `logprobs` take the place of the policy's."""
     [packing] = run.policy.plan(batch.rollouts)
-    tokens = forward_with_gradient(run, batch.rollouts, packing, control)
+    tokens = forward_with_gradient(run.policy, run.objective, batch.rollouts, packing, control)
     tokens = tokens if logprobs is None else replace(tokens, logprobs=logprobs)
-    return micro_loss(run, batch, tokens, count_over_ranks(run, batch, 1), control, stats)
+    return micro_loss(run.objective, batch, tokens, count_over_ranks(run.objective, batch, 1), control, stats)
 
 
 def zeros(completions):
@@ -104,8 +104,8 @@ def test_micro_token_does_depend_on_it(tmp_path):
 def test_a_micro_batch_is_one_whatever_it_holds(tmp_path):
     """8 rows in micro-batches of at most 3 are three: micro_token's weights add up to 1."""
     run = make_run(tmp_path)
-    batch = freeze(run, ragged_rollouts(8), torch.zeros(1, 8))
-    totals = count_over_ranks(run, batch, 3)
+    batch = frozen_batch(run, ragged_rollouts(8), torch.zeros(1, 8))
+    totals = count_over_ranks(run.objective, batch, 3)
     weights = [token_weights(m.loss_mask, average="micro_token", totals=totals) for m in split(batch, 3)]
     assert totals.micro_batches == 3 and [float(w.sum()) for w in weights] == pytest.approx([1 / 3] * 3)
 
@@ -117,7 +117,7 @@ def test_every_switch_has_a_hand_in_the_loss(tmp_path):
     rollouts = replace(ragged_rollouts(8), rollout_logprobs=-2.5 * torch.ones(8, 6))
     advantages = torch.tensor([[1.0, -1.0, 0.5, -0.5], [2.0, -2.0, -1.0, 1.0]])
     trained = torch.tensor([[True] * 4, [True, True, True, False]])
-    batch = freeze(run, rollouts, advantages, trained)
+    batch = frozen_batch(run, rollouts, advantages, trained)
     batch = replace(batch, old_logprobs=batch.old_logprobs + 0.1 * torch.sin(torch.arange(48.0)).view(8, 6))
     ours = whole_loss(run, batch, run.control, Stats())
 
@@ -155,7 +155,7 @@ def test_vespo_takes_the_rollout_correction_into_its_own_ratio(tmp_path, correct
         rollout_logprobs=run.policy.logprobs(rollouts).detach()
         + 0.05 * torch.sin(torch.arange(48.0)).view(8, 6) * mask,
     )
-    batch = freeze(run, rollouts, column)
+    batch = frozen_batch(run, rollouts, column)
     batch = replace(batch, old_logprobs=batch.old_logprobs - 0.03 * mask)
     ours = whole_loss(run, batch, run.control, Stats())
 
@@ -268,7 +268,7 @@ def test_groups_that_truncation_leaves_without_a_signal_are_replaced_too(tmp_pat
         return (rewards * ~cut, torch.ones_like(cut)) if what == "rewards" else (rewards, ~cut)
 
     run = make_run(tmp_path, change=sampling(dynamic_attempts=1))
-    run, stats = replace(run, rewards=[Reward("good", 1.0, by_row)], truncation_fn=rows_1_and_3_are_cut_off), Stats()
+    run, stats = with_objective(replace(run, rewards=[Reward("good", 1.0, by_row)]), truncation_fn=rows_1_and_3_are_cut_off), Stats()
     tasks, _, _ = collect(run, 0, stats)
     assert [task.index for task in tasks] == [0, 101, 2, 103]
     assert stats.reduce()["first_draw/tied_groups"] == 0.5
@@ -302,7 +302,7 @@ def test_gdpo_has_a_signal_where_any_reward_that_counts_has_one(tmp_path):
         run = replace(run, rewards=[Reward("up", weights[0], up), Reward("down", weights[1], second)])
         stats = Stats()
         _, rollouts, scores = collect(run, 0, stats)
-        advantages_over_ranks(run, scores.rewards, rollouts, scores, stats)
+        compute_step_advantages(run.objective, scores.rewards, rollouts, scores, stats)
         assert stats.reduce()["tied_groups"] == tied
 
 
@@ -329,7 +329,7 @@ def test_the_kl_can_stand_in_the_reward(tmp_path):
     run = make_run(tmp_path, loss=LossConfig(kl="k1", kl_coef=0.5, kl_in="reward"), policy=policy)
     _, rollouts, scores = collect(run, 0, Stats())
     stats = Stats()
-    rewards, trained = rewards_to_learn_from(run, rollouts, scores, 0.5, stats)
+    rewards, trained = shape_rewards(run.objective, policy, run.budgets.forward, rollouts, scores, 0.5, stats)
     with torch.no_grad():
         gap = policy.logprobs(rollouts)
         with policy.reference():
@@ -337,10 +337,10 @@ def test_the_kl_can_stand_in_the_reward(tmp_path):
     torch.testing.assert_close(rewards, scores.rewards - 0.5 * gap.sum(dim=1).view(4, 8))
     assert gap.abs().max() > 0.1 and trained.all()
     assert stats.reduce()["kl"] == pytest.approx(float(gap.sum() / rollouts.completion_mask.sum()), rel=1e-4)
-    batch = freeze(run, rollouts, torch.zeros(4, 8))
+    batch = frozen_batch(run, rollouts, torch.zeros(4, 8))
     assert batch.ref_logprobs is None  # and not in the loss
-    exact = replace(run, kl_fn=kl_exact)
-    ours = rewards_to_learn_from(exact, rollouts, scores, 0.5, Stats())[0]
+    exact = replace(run.objective, kl_fn=kl_exact)
+    ours = shape_rewards(exact, policy, run.budgets.forward, rollouts, scores, 0.5, Stats())[0]
     whole = policy.forward(rollouts, divergence=kl_exact).divergence.detach()
     torch.testing.assert_close(ours, scores.rewards - 0.5 * whole.sum(dim=1).view(4, 8))
 
@@ -382,9 +382,9 @@ def test_the_masked_rows_tokens_leave_the_denominator(tmp_path):
     run = make_run(tmp_path)
     rollouts, advantages = ragged_rollouts(8), torch.ones(1, 8)
     trained = torch.tensor([[True, False] * 4])
-    totals = count_over_ranks(run, freeze(run, rollouts, advantages, trained), 1)
+    totals = count_over_ranks(run.objective, frozen_batch(run, rollouts, advantages, trained), 1)
     assert totals.tokens == rollouts.lengths()[::2].sum() and totals.completions == 8
-    assert count_over_ranks(run, freeze(run, rollouts, advantages), 1).tokens == rollouts.lengths().sum()
+    assert count_over_ranks(run.objective, frozen_batch(run, rollouts, advantages), 1).tokens == rollouts.lengths().sum()
 
 
 def test_a_step_without_any_reward_is_one_sentence(tmp_path):
@@ -405,14 +405,14 @@ def test_advantages_see_lengths_single_rewards_and_weights(tmp_path):
         seen.update(lengths=lengths, components=components, weights=weights)
         return rewards - rewards.mean(dim=1, keepdim=True)
 
-    run = replace(run, rewards=rewards, advantage_fn=spy)
+    run = with_objective(replace(run, rewards=rewards), advantage_fn=spy)
     _, rollouts, scores = collect(run, 0, Stats())
-    advantages_over_ranks(run, scores.rewards, rollouts, scores, Stats())
+    compute_step_advantages(run.objective, scores.rewards, rollouts, scores, Stats())
     assert torch.equal(seen["lengths"].flatten().long(), rollouts.lengths()) and seen["weights"].tolist() == [1.0, 0.5]
     assert torch.equal(seen["components"], torch.stack([*scores.by_name.values()]))
     out_of_the_baseline = scores.rewards.clone()
     out_of_the_baseline[0, 3] = float("nan")
-    advantages_over_ranks(replace(run, advantage_fn=lambda rewards, components: seen.update(c=components) or 0 * rewards.nan_to_num()),
+    compute_step_advantages(replace(run.objective, advantage_fn=lambda rewards, components: seen.update(c=components) or 0 * rewards.nan_to_num()),
                           out_of_the_baseline, rollouts, scores, Stats())  # fmt: skip
     assert seen["c"][:, 0, 3].isnan().all() and seen["c"].isnan().sum() == 2
 
@@ -431,7 +431,7 @@ def test_top_entropy_keeps_the_share_it_says():
 
 def test_tokens_of_low_entropy_are_not_pulled(tmp_path):
     run = make_run(tmp_path, loss=LossConfig(kl_coef=0.0, top_entropy=0.3))
-    batch = freeze(run, ragged_rollouts(8), torch.ones(1, 8))
+    batch = frozen_batch(run, ragged_rollouts(8), torch.ones(1, 8))
     logprobs = run.policy.logprobs(batch.rollouts).detach().requires_grad_()
     whole_loss(run, batch, run.control, Stats(), logprobs).backward()
     assert torch.equal(logprobs.grad != 0, batch.surrogate_mask) and batch.surrogate_mask.any()
@@ -527,7 +527,7 @@ def test_every_preset_learns_the_bandit_through_the_loop(tmp_path, name):
     policy = tiny_policy()
     run = make_run(tmp_path, policy=policy, change=change)
     loss = run.config.loss
-    run = replace(run, loss_fn=LOSSES.build(loss.name, loss.args), tasks=FixedTasks())
+    run = with_objective(replace(run, tasks=FixedTasks()), loss_fn=LOSSES.build(loss.name, loss.args))
     train(run)
     rewards = [row["reward"] for row in rows(tmp_path)]
     assert sum(rewards[-5:]) > 2 * sum(rewards[:5])

@@ -6,7 +6,7 @@ steps_per_generation: our totals.tokens. `epsilon_high` is cispo's cap. Its rati
 the sequence level the sequence's: there the test brings its own KL, as a user would.
 """
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import torch
 
@@ -21,6 +21,7 @@ from grpo_core.objective.losses import LOSSES, sequence_ratio
 from grpo_core.objective.token_weights import Totals
 from grpo_core.training.control import first_control
 from grpo_core.training.freeze import top_entropy_mask
+from grpo_core.training.prepare import build_objective
 from grpo_core.training.update import micro_loss
 
 AVERAGE = {"grpo": "sequence", "sapo": "sequence", "bnpo": "micro_token", "dr_grpo": "constant", "luspo": "row_sum",
@@ -53,10 +54,8 @@ def loss_case(config, inputs, meta):
     if "vllm" in config:
         weights = torch.tensor(config["vllm"], dtype=torch.double)
         correction = lambda old, rollout, mask: weights  # noqa: E731
-    run = SimpleNamespace(
-        config=RunConfig(loss=loss, sampling=SamplingConfig(max_new_tokens=meta["max_completion_length"])),
-        loss_fn=loss_fn, kl_fn=kl_fn, correction_fn=correction,
-    )  # fmt: skip
+    config_of_run = RunConfig(loss=loss, sampling=SamplingConfig(max_new_tokens=meta["max_completion_length"]))
+    objective = replace(build_objective(config_of_run), loss_fn=loss_fn, kl_fn=kl_fn, correction_fn=correction)
     rows, width = mask.shape
     prompt = torch.zeros(rows, 1, dtype=torch.long)
     ended = torch.zeros(rows, dtype=torch.bool)
@@ -71,7 +70,7 @@ def loss_case(config, inputs, meta):
         completions=torch.tensor(rows * gas), max_new_tokens=meta["max_completion_length"], micro_batches=gas,
         entropy_tokens=(mask if acting is None else acting).sum() * gas,
     )  # fmt: skip
-    value = micro_loss(run, micro, TokenStats(logprobs, t["entropies"]), totals, first_control(loss), Stats())
+    value = micro_loss(objective, micro, TokenStats(logprobs, t["entropies"]), totals, first_control(loss), Stats())
     value.backward()
     return value.item(), logprobs.grad
 

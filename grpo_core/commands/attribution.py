@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from grpo_core.batch import TrainBatch, take
-from grpo_core.model.packing import Packing
-from grpo_core.model.policy import TokenStats
+from grpo_core.model.packing import Budget, Packing
+from grpo_core.model.policy import Policy, TokenStats
 from grpo_core.monitor.aggregates import Stats
+from grpo_core.objective.objective import Objective
 from grpo_core.objective.token_weights import Totals, token_weights
 from grpo_core.training.control import Control
-from grpo_core.training.run import Run
 from grpo_core.training.update import count_over_ranks, forward_with_gradient, micro_loss, rows_to_train, token_loss
 
 Classes = dict[str, dict[str, Tensor]]  # partition -> class -> [B, C] bool
@@ -42,32 +42,40 @@ class Attribution:
         return dot(self.gradient, self.gradient) ** 0.5
 
 
-def attribute(run: Run, batch: TrainBatch, control: Control) -> Attribution:
+def attribute(policy: Policy, objective: Objective, budget: Budget, batch: TrainBatch, control: Control) -> Attribution:
     """The loss of `batch` as one minibatch, its gradient, and the tokens' parts."""
-    gradient = [torch.zeros_like(p, dtype=torch.float32) for p in run.policy.parameters()]
+    gradient = [torch.zeros_like(p, dtype=torch.float32) for p in policy.parameters()]
     logprobs, each, weight, surrogate = (torch.zeros_like(batch.rollouts.rollout_logprobs) for _ in range(4))
     total = 0.0
-    for packing, micro, tokens, loss, totals in _micro_batches(run, batch, control):
+    for packing, micro, tokens, loss, totals in _micro_batches(policy, objective, budget, batch, control):
         total += float(loss.detach())
-        values = _token_losses(run, micro, tokens, totals, control)
-        alone = _token_losses(run, micro, tokens, totals, replace(control, kl_coef=0.0)).sum()
+        values = _token_losses(objective, micro, tokens, totals, control)
+        alone = _token_losses(objective, micro, tokens, totals, replace(control, kl_coef=0.0)).sum()
         rows = packing.rows
         logprobs.index_copy_(0, rows, tokens.logprobs.detach())
         each.index_copy_(0, rows, values.detach())
         surrogate.index_copy_(0, rows, torch.autograd.grad(alone, tokens.logprobs, retain_graph=True)[0])
         weight.index_copy_(0, rows, torch.autograd.grad(loss, tokens.logprobs, retain_graph=True)[0])
-        parts = torch.autograd.grad(loss, run.policy.parameters(), allow_unused=True)
+        parts = torch.autograd.grad(loss, policy.parameters(), allow_unused=True)
         for whole, part in zip(gradient, parts, strict=True):
             if part is not None:
                 whole.add_(part)
     return Attribution(total, gradient, logprobs, each, weight, surrogate)
 
 
-def pulls(run: Run, batch: TrainBatch, control: Control, gradient: list[Tensor], classes: Classes) -> dict:
+def pulls(
+    policy: Policy,
+    objective: Objective,
+    budget: Budget,
+    batch: TrainBatch,
+    control: Control,
+    gradient: list[Tensor],
+    classes: Classes,
+) -> dict:
     """<g_c, g> / |g|^2 by partition and class: 1 in all over a partition of the trained tokens. None where g is 0."""
     square = dot(gradient, gradient)
     found = {name: dict.fromkeys(masks, 0.0) for name, masks in classes.items()}
-    for packing, _, tokens, loss, _ in _micro_batches(run, batch, control):
+    for packing, _, tokens, loss, _ in _micro_batches(policy, objective, budget, batch, control):
         outputs = [x for x in (tokens.logprobs, tokens.entropy, tokens.divergence) if x is not None and x.requires_grad]
         slopes = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
         used = [(output, slope) for output, slope in zip(outputs, slopes, strict=True) if slope is not None]
@@ -78,7 +86,7 @@ def pulls(run: Run, batch: TrainBatch, control: Control, gradient: list[Tensor],
                 if any(x.any() for x in given):
                     part = torch.autograd.grad(
                         [output for output, _ in used],
-                        run.policy.parameters(),
+                        policy.parameters(),
                         given,
                         retain_graph=True,
                         allow_unused=True,
@@ -134,21 +142,23 @@ def dot(one: list[Tensor | None], other: list[Tensor]) -> float:
 
 
 def _micro_batches(
-    run: Run, batch: TrainBatch, control: Control
+    policy: Policy, objective: Objective, budget: Budget, batch: TrainBatch, control: Control
 ) -> Iterator[tuple[Packing, TrainBatch, TokenStats, Tensor, Totals]]:
     """The forwards that the batch divides into, as the trainer's update has them, with their parts of the loss."""
-    plan = run.policy.plan(batch.rollouts, run.budgets.update, rows_to_train(run, batch, control))
-    totals = count_over_ranks(run, batch, len(plan))
+    plan = policy.plan(batch.rollouts, budget, rows_to_train(objective, batch, control))
+    totals = count_over_ranks(objective, batch, len(plan))
     for packing in plan:
         micro = take(batch, packing.rows)
-        tokens = forward_with_gradient(run, micro.rollouts, packing, control)
-        yield packing, micro, tokens, micro_loss(run, micro, tokens, totals, control, Stats()), totals
+        tokens = forward_with_gradient(policy, objective, micro.rollouts, packing, control)
+        yield packing, micro, tokens, micro_loss(objective, micro, tokens, totals, control, Stats()), totals
 
 
-def _token_losses(run: Run, micro: TrainBatch, tokens: TokenStats, totals: Totals, control: Control) -> Tensor:
+def _token_losses(
+    objective: Objective, micro: TrainBatch, tokens: TokenStats, totals: Totals, control: Control
+) -> Tensor:
     old_logprobs = tokens.logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
-    values = token_loss(run, micro, tokens, old_logprobs, control, Stats())
-    return values * token_weights(micro.loss_mask, average=run.config.loss.average, totals=totals, dtype=values.dtype)
+    values = token_loss(objective, micro, tokens, old_logprobs, control, Stats())
+    return values * token_weights(micro.loss_mask, average=objective.average, totals=totals, dtype=values.dtype)
 
 
 def _deciles(trained: Tensor, lengths: Tensor) -> dict[str, Tensor]:

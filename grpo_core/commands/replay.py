@@ -24,24 +24,19 @@ from grpo_core.config.files import load_run_config
 from grpo_core.config.presets import PRESETS
 from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import ranks
-from grpo_core.model.memory import MAX_CPU_TOKENS, Budgets
+from grpo_core.model.memory import MAX_CPU_TOKENS
 from grpo_core.model.packing import Budget
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.progress import show_elapsed
-from grpo_core.objective.advantages import ADVANTAGES
-from grpo_core.objective.corrections import CORRECTIONS
-from grpo_core.objective.kl import KLS
 from grpo_core.objective.losses import LOSSES
-from grpo_core.objective.truncation import TRUNCATIONS
+from grpo_core.objective.objective import Objective
 from grpo_core.schema import ConfigError, finite_or_none, printable
-from grpo_core.scoring.scoring import Reward
 from grpo_core.training import saved_batches
 from grpo_core.training.control import Control
 from grpo_core.training.freeze import freeze
-from grpo_core.training.prepare import quieten
-from grpo_core.training.rollouts import advantages_over_ranks, rewards_to_learn_from
-from grpo_core.training.run import Run
+from grpo_core.training.prepare import build_objective, quieten
+from grpo_core.training.rollouts import compute_step_advantages, shape_rewards
 from grpo_core.training.saved_batches import Dumped
 
 READ = ("loss.", "advantage.", "truncation", "preset", "model.", "sampling.temperature", "sampling.max_new_tokens")
@@ -172,14 +167,20 @@ def open_weights(dumped: Dumped, own: RunConfig, model: str | None, overrides: S
 
 
 def replay(dumped: Dumped, weights: Weights, name: str, config: RunConfig, own: RunConfig) -> Replayed:
-    """The batch under `config`; advantages are made again from the rewards where it has others than `own`."""
+    """Compute the batch's loss and gradient under `config`, as one minibatch.
+
+    Advantages are computed again from the rewards where `config` has others than `own`, the run's configuration.
+    """
     dumped = replace(dumped, batch=_on(dumped.batch, ranks.device()))
-    weights.policy.temperature = config.sampling.temperature
-    run, control = _run(config, weights.policy, dumped), _control(dumped, config, own)
-    batch = _frozen(run, dumped, weights, own)
-    found = attribute(run, batch, control)
+    policy = weights.policy
+    policy.temperature = config.sampling.temperature
+    objective = replace(build_objective(config), steps_per_batch=1, learns_from_ties=True)
+    budget, control = _budget(config), _control(dumped, config, own)
+    batch = _frozen_batch(dumped, weights, objective, budget, config, own)
+    found = attribute(policy, objective, budget, batch, control)
     classes = classify(batch, found)
-    pull, share = pulls(run, batch, control, found.gradient, classes), shares(found, classes)
+    pull = pulls(policy, objective, budget, batch, control, found.gradient, classes)
+    share = shares(found, classes)
     told = {
         partition: {
             label: {"tokens": int(mask.sum()), "share": share[partition][label], "pull": pull[partition][label]}
@@ -190,19 +191,23 @@ def replay(dumped: Dumped, weights: Weights, name: str, config: RunConfig, own: 
     return Replayed(name, batch, found, told)
 
 
-def _frozen(run: Run, dumped: Dumped, weights: Weights, own: RunConfig) -> TrainBatch:
-    """The batch that `run`'s objective would have made of the step's completions and rewards."""
-    stored, shape = dumped.batch, dumped.scores.rewards.shape
-    same = _learns_from(run.config) == _learns_from(own)
-    if same:
-        frozen = freeze(run, stored.rollouts, stored.advantages.view(shape))  # for the reference's log-probs
+def _frozen_batch(
+    dumped: Dumped, weights: Weights, objective: Objective, budget: Budget, config: RunConfig, own: RunConfig
+) -> TrainBatch:
+    """The batch that `objective` would have made of the step's completions and rewards."""
+    policy, stored, stats = weights.policy, dumped.batch, Stats()
+    if _learns_from(config) == _learns_from(own):
+        frozen = freeze(policy, objective, budget, stored.rollouts)  # for the reference's log-probs
         frozen = replace(frozen, loss_mask=stored.loss_mask, surrogate_mask=stored.surrogate_mask)
+        advantages = stored.advantages
     else:
-        coefficient = _control(dumped, run.config, own).kl_coef
-        rewards, trained = rewards_to_learn_from(run, stored.rollouts, dumped.scores, coefficient, Stats())
-        values = advantages_over_ranks(run, rewards, stored.rollouts, dumped.scores, Stats())
-        frozen = freeze(run, stored.rollouts, values, trained)
-    return replace(frozen, old_logprobs=None if weights.before else stored.old_logprobs)
+        kl_coef = _control(dumped, config, own).kl_coef
+        scores = replace(dumped.scores, weights=tuple(reward.weight for reward in config.rewards))
+        rewards, trained = shape_rewards(objective, policy, budget, stored.rollouts, scores, kl_coef, stats)
+        frozen = freeze(policy, objective, budget, stored.rollouts, trained)
+        advantages = compute_step_advantages(objective, rewards, stored.rollouts, scores, stats)
+    frozen = replace(frozen, old_logprobs=None if weights.before else stored.old_logprobs)
+    return frozen.with_advantages(advantages)
 
 
 def _learns_from(config: RunConfig) -> tuple:
@@ -222,30 +227,10 @@ def _control(dumped: Dumped, config: RunConfig, own: RunConfig) -> Control:
     )
 
 
-def _run(config: RunConfig, policy: Policy, dumped: Dumped) -> Run:
-    """The parts of a run that its objective needs, for one minibatch."""
-    config = replace(config, trainer=replace(config.trainer, num_minibatches=1, num_passes=1))
-    loss, tokens = config.loss, config.trainer.tokens_per_micro_batch
-    budget = Budget((16_384 if torch.cuda.is_available() else MAX_CPU_TOKENS) if tokens == "auto" else tokens)
-    nothing = dict.fromkeys(("tasks", "sampler", "engine", "eval_reward", "log", "control"))
-    return Run(
-        config=config,
-        folder=dumped.folder,
-        start_step=dumped.step,
-        num_steps=dumped.step + 1,
-        eval_tasks=[],
-        policy=policy,
-        rewards=[Reward(reward.name, reward.weight, list) for reward in config.rewards],
-        truncation_fn=TRUNCATIONS.build(config.truncation.name, config.truncation.args),
-        advantage_fn=ADVANTAGES.build(config.advantage.name, config.advantage.args),
-        loss_fn=LOSSES.build(loss.name, loss.args),
-        kl_fn=KLS.get(loss.kl),
-        correction_fn=CORRECTIONS.build(loss.rollout_correction.name, loss.rollout_correction.args),
-        budgets=Budgets(budget, budget),
-        skips_ties=False,
-        steps_per_epoch=1,
-        **nothing,
-    )
+def _budget(config: RunConfig) -> Budget:
+    """The tokens of one forward and backward: as configured, or few enough for any GPU."""
+    tokens = config.trainer.tokens_per_micro_batch
+    return Budget((16_384 if torch.cuda.is_available() else MAX_CPU_TOKENS) if tokens == "auto" else tokens)
 
 
 def _on(batch: Any, device: torch.device) -> Any:

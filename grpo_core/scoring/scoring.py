@@ -31,6 +31,7 @@ class Scores:
 
     rewards: Tensor  # [N, G] the weighted sum; NaN where no reward has a value
     by_name: dict[str, Tensor]  # name -> [N, G] before the weight; NaN where the reward has no value
+    weights: tuple[float, ...] = ()  # K, in the order of by_name
     failed: dict[str, Tensor] = field(default_factory=dict)  # name -> [N, G] bool, where the reward failed
     failures: tuple[str, ...] = ()  # one sentence for each reward that failed
 
@@ -69,10 +70,11 @@ def score(
         if outcome.why:
             failures.append(f"reward {reward.name} {outcome.why}")
     stacked = torch.stack(list(by_name.values()))  # [K, N, G] for K rewards
-    weights = torch.tensor([reward.weight for reward in rewards]).view(-1, 1, 1)
-    is_counted = ~stacked.isnan() & (weights != 0)  # a reward of weight 0 is only logged
-    total = torch.where(is_counted, stacked * weights, 0.0).sum(dim=0)
-    return Scores(total.masked_fill(~is_counted.any(dim=0), math.nan), by_name, failed, tuple(failures))
+    weights = tuple(reward.weight for reward in rewards)
+    factors = torch.tensor(weights).view(-1, 1, 1)
+    is_counted = ~stacked.isnan() & (factors != 0)  # a reward of weight 0 is only logged
+    total = torch.where(is_counted, stacked * factors, 0.0).sum(dim=0)
+    return Scores(total.masked_fill(~is_counted.any(dim=0), math.nan), by_name, weights, failed, tuple(failures))
 
 
 def _call_all(

@@ -1,34 +1,37 @@
-"""Coefficients that adapt: the only state of a run besides its weights. Two numbers, carried from step to step."""
+"""Coefficients that adapt from step to step: the only state of a run besides its weights."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
 
-from grpo_core.config.sections import LossConfig
+from grpo_core.config.sections import LossConfig, RunConfig
 
 
 @dataclass(frozen=True)
 class Control:
+    """The coefficients of one step."""
+
     kl_coef: float
     entropy_coef: float
-    entropy_on: bool = True  # False: the bonus rests, because the policy's entropy is above its target
+    entropy_on: bool = True  # False: no bonus in this step, because the policy's entropy is above its target
 
     @property
     def entropy_bonus(self) -> float:
-        """The coefficient that the loss uses."""
+        """The coefficient that the loss multiplies the mean entropy by."""
         return self.entropy_coef if self.entropy_on else 0.0
 
 
 def first_control(config: LossConfig) -> Control:
-    """What a run starts with."""
+    """Return the coefficients of the first step."""
     return Control(config.kl_coef, config.entropy_coef)
 
 
 def next_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, completions: int) -> float:
-    """kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) completions / horizon). arXiv:1909.08593, in its code's form.
+    """Return kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) completions / horizon).
 
-    `kl` is the step's mean per token. Over `horizon` completions the coefficient changes by a factor of 1.22 at most.
+    `kl` is the step's mean per token in nats. Over `horizon` completions the coefficient changes by a factor of 1.22 at
+    most. arXiv:1909.08593, in the form of its published code.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * completions / horizon)
@@ -37,19 +40,20 @@ def next_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, co
 def next_entropy_coef(
     entropy_coef: float, entropy: float, *, target: float, delta: float, lowest: float, highest: float
 ) -> tuple[float, bool]:
-    """entropy_coef + delta where the entropy is at or below its target, else - delta, within [lowest, highest].
+    """Return the next entropy coefficient, and whether the bonus is on in the next step.
 
-    Also whether the bonus is on in the next step, which it is only at or below the target. `entropy` is the step's mean
-    per token in nats, so the bonus goes by the step before. Skywork-OR1, arXiv:2505.22312.
+    The coefficient rises by delta where the entropy is at or below its target, else it falls by delta, within
+    [lowest, highest]. The bonus is on only at or below the target. `entropy` is this step's mean per token in nats.
+    Skywork-OR1, arXiv:2505.22312.
     """
     below = entropy <= target
     return min(max(entropy_coef + (delta if below else -delta), lowest), highest), below
 
 
 def adapt(control: Control, config: LossConfig, kl: float | None, entropy: float, completions: int) -> Control:
-    """The coefficients of the next step, from this step's mean KL (None: not measured) and entropy per token.
+    """Return the next step's coefficients, from this step's mean KL (None: not measured) and entropy, nats per token.
 
-    A mean over no token is nan, and steers nothing.
+    A mean over no token is nan; it changes nothing.
     """
     if config.kl_target is not None and kl is not None and not math.isnan(kl):
         kl_coef = next_kl_coef(
@@ -67,3 +71,10 @@ def adapt(control: Control, config: LossConfig, kl: float | None, entropy: float
         )
         control = replace(control, entropy_coef=entropy_coef, entropy_on=on)
     return control
+
+
+def next_control(control: Control, config: RunConfig, row: dict[str, float]) -> Control:
+    """Return the coefficients after the step with this `row` of metrics; a skipped optimizer step leaves them alone."""
+    if row["skipped"]:
+        return control
+    return adapt(control, config.loss, row.get("kl"), row["entropy"], config.trainer.completions_per_step)

@@ -24,7 +24,13 @@ from grpo_core.model.loading import (
     load_tokenizer,
 )
 from grpo_core.model.policy import Policy
+from grpo_core.objective.advantages import ADVANTAGES
+from grpo_core.objective.corrections import CORRECTIONS
+from grpo_core.objective.kl import KLS
+from grpo_core.objective.losses import LOSSES
+from grpo_core.objective.objective import Objective, learns_from_ties
 from grpo_core.objective.rewards import REWARDS
+from grpo_core.objective.truncation import TRUNCATIONS
 from grpo_core.registry import get_fact
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
@@ -84,6 +90,36 @@ def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task]) 
                     raise ConfigError(
                         f"row {task.index + 1} of the data: {column!r} is null, and reward {name} needs it"
                     )
+
+
+def build_objective(config: RunConfig) -> Objective:
+    """Return the functions and switches of the configuration's objective, their arguments bound."""
+    loss, advantage, truncation, correction = (
+        config.loss,
+        config.advantage,
+        config.truncation,
+        config.loss.rollout_correction,
+    )
+    functions = {
+        "loss_fn": LOSSES.build(loss.name, loss.args),
+        "kl_fn": KLS.get(loss.kl),
+        "correction_fn": CORRECTIONS.build(correction.name, correction.args),
+        "advantage_fn": ADVANTAGES.build(advantage.name, advantage.args),
+        "truncation_fn": TRUNCATIONS.build(truncation.name, truncation.args),
+    }
+    return Objective(
+        **functions,
+        average=loss.average,
+        has_kl=loss.kl_coef > 0,
+        kl_in=loss.kl_in,
+        entropy_adapts=loss.entropy_target is not None,
+        top_entropy=loss.top_entropy,
+        off_policy_mask=loss.off_policy_mask,
+        min_group_std=advantage.min_group_std,
+        max_new_tokens=config.sampling.max_new_tokens,
+        steps_per_batch=config.trainer.num_minibatches * config.trainer.num_passes,
+        learns_from_ties=learns_from_ties(loss.average, *functions.values()),
+    )
 
 
 def make_rewards(config: RunConfig) -> list[Reward]:

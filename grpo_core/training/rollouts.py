@@ -1,7 +1,7 @@
-"""From a step's tasks to its advantages: sampling, scoring, dynamic sampling, and what becomes of a reward.
+"""From a step's tasks to its advantages: sampling, scoring, dynamic sampling, shaped rewards.
 
-Which prompt replaces a tied one is a function of (seed, step, attempt, position). A rank replaces its own ties and
-takes part in no collective while it does, so ranks may need different numbers of attempts.
+Which prompt replaces a tied one is a function of (seed, step, attempt, position). A rank replaces its own tied groups
+and takes part in no collective while it does, so ranks may need different numbers of attempts.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from torch import Tensor
 
 from grpo_core.batch import Rollouts, Task, replace_rows, take
 from grpo_core.distributed import ranks
+from grpo_core.model.packing import Budget
+from grpo_core.model.policy import Policy
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.advantages import compute_advantages, tie_small_spreads, tied_groups
+from grpo_core.objective.objective import Objective
 from grpo_core.registry import get_fact
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.scoring import Scores, score
@@ -22,13 +25,13 @@ from grpo_core.training.run import Run
 
 
 def collect(run: Run, step: int, stats: Stats) -> tuple[list[Task], Rollouts, Scores]:
-    """This rank's N tasks of `step`, their B = N * G completions, and what the rewards say of them.
+    """Sample and score this rank's N tasks of `step`: tasks, B = N * G completions, and their scores.
 
-    With sampling.dynamic_attempts, groups without a signal are replaced by fresh prompts, so many times at most.
-    DAPO, arXiv:2503.14476.
+    With sampling.dynamic_attempts, groups without a signal are replaced by completions of fresh prompts, that many
+    times at most. DAPO, arXiv:2503.14476.
     """
     tasks = run.tasks.batch(step)
-    rollouts, scores = _draw(run, tasks)
+    rollouts, scores = _sample_and_score(run, tasks)
     if run.config.sampling.dynamic_attempts:
         tasks, rollouts, scores = _resample(run, step, stats, tasks, rollouts, scores)
     return tasks, rollouts, scores
@@ -37,62 +40,89 @@ def collect(run: Run, step: int, stats: Stats) -> tuple[list[Task], Rollouts, Sc
 def _resample(
     run: Run, step: int, stats: Stats, tasks: list[Task], rollouts: Rollouts, scores: Scores
 ) -> tuple[list[Task], Rollouts, Scores]:
-    """`collect`'s tasks, completions and scores with tied groups replaced."""
+    """Return tasks, completions and scores with groups without a signal replaced."""
     group_size, tasks = run.config.sampling.group_size, list(tasks)
     stats.add_mean("first_draw/reward", scores.rewards, ~scores.rewards.isnan())
-    stats.add_mean("first_draw/tied_groups", _to_replace(run, rollouts, scores))
-    replaced, used, tokens = 0, 0, rollouts.lengths().sum()
+    stats.add_mean("first_draw/tied_groups", groups_without_signal(run.objective, rollouts, scores))
+    num_replaced, attempts, tokens = 0, 0, rollouts.lengths().sum()
     for attempt in range(1, run.config.sampling.dynamic_attempts + 1):
-        failed = torch.stack([*scores.failed.values()]).any(dim=0).any(dim=1)  # not the prompt's fault
-        tied = (_to_replace(run, rollouts, scores) & ~failed).nonzero().squeeze(1)
+        failed = torch.stack([*scores.failed.values()]).any(dim=0).any(dim=1)  # the reward failed, not the prompt
+        tied = (groups_without_signal(run.objective, rollouts, scores) & ~failed).nonzero().squeeze(1)
         if len(tied) == 0:
             break
         others = run.tasks.replacements(step, attempt)
         fresh = [others[group] for group in tied.tolist()]
-        fresh_rollouts, fresh_scores = _draw(run, fresh)
+        fresh_rollouts, fresh_scores = _sample_and_score(run, fresh)
         for group, task in zip(tied.tolist(), fresh, strict=True):
             tasks[group] = task
         rows = (tied[:, None] * group_size + torch.arange(group_size)).flatten()
         rollouts = replace_rows(rollouts, rows, fresh_rollouts)
         scores = _replace_scores(scores, tied, fresh_scores)
-        replaced, used, tokens = replaced + len(tied), attempt, tokens + fresh_rollouts.lengths().sum()
-    stats.add_total("resampled_groups", torch.tensor(float(replaced)))
-    stats.add_max("resampling_attempts", torch.tensor(float(used)))
+        num_replaced, attempts = num_replaced + len(tied), attempt
+        tokens = tokens + fresh_rollouts.lengths().sum()
+    stats.add_total("resampled_groups", torch.tensor(float(num_replaced)))
+    stats.add_max("resampling_attempts", torch.tensor(float(attempts)))
     stats.add_total("tokens_sampled", tokens)
     return tasks, rollouts, scores
 
 
-def rewards_to_learn_from(
-    run: Run, rollouts: Rollouts, scores: Scores, kl_coef: float, stats: Stats
+def shape_rewards(
+    objective: Objective,
+    policy: Policy,
+    budget: Budget,
+    rollouts: Rollouts,
+    scores: Scores,
+    kl_coef: float,
+    stats: Stats,
 ) -> tuple[Tensor, Tensor]:
-    """Rewards after the KL (loss.kl_in: reward) and truncation, [N, G]; which completions are trained, [N, G] bool."""
+    """Return the rewards that advantages are computed from, [N, G], and the completions that are trained, [N, G] bool.
+
+    They are the scores less kl_coef times the KL of the completion (where loss.kl_in is reward), after the truncation
+    function.
+    """
     rewards = scores.rewards
-    if run.config.loss.kl_in == "reward" and kl_coef > 0:
-        rewards = rewards - kl_coef * _sequence_kl(run, rollouts, stats).view_as(rewards)
-    return _after_truncation(run, rollouts, rewards)
+    if objective.kl_in == "reward" and kl_coef > 0:
+        rewards = rewards - kl_coef * _sequence_kl(objective, policy, budget, rollouts, stats).view_as(rewards)
+    return _truncate(objective, rollouts, rewards)
 
 
-def advantages_over_ranks(run: Run, rewards: Tensor, rollouts: Rollouts, scores: Scores, stats: Stats) -> Tensor:
-    """This rank's advantages [N, G]; the function sees the groups of all ranks. A collective.
+def compute_step_advantages(
+    objective: Objective, rewards: Tensor, rollouts: Rollouts, scores: Scores, stats: Stats
+) -> Tensor:
+    """Return this rank's advantages, [N, G]; the advantage function sees the groups of all ranks. A collective.
 
     Raises:
-        ConfigError: no completion of the step has a reward, or what `advantages` raises.
+        ConfigError: no completion of the step has a reward, or the function returned a wrong shape or a value that is
+            not finite.
     """
-    least, shape = run.config.advantage.min_group_std, rewards.shape
-    stats.add_mean("tied_groups", _tied(run, rewards, scores))
+    shape = rewards.shape
+    stats.add_mean("tied_groups", _tied(objective, rewards, scores))
     components = torch.stack([*scores.by_name.values()]).masked_fill(rewards.isnan(), torch.nan)  # [K, N, G]
     lengths = rollouts.lengths().view(shape).cpu().to(rewards.dtype)
-    mine = torch.cat([tie_small_spreads(rewards, least)[None], lengths[None], tie_small_spreads(components, least)])
-    whole = ranks.all_rows(mine.transpose(0, 1)).cpu().transpose(0, 1)  # [2 + K, N of all ranks, G]
+    levelled = [tie_small_spreads(values, objective.min_group_std) for values in (rewards[None], components)]
+    own = torch.cat([levelled[0], lengths[None], levelled[1]])  # [2 + K, N, G]
+    whole = ranks.all_rows(own.transpose(0, 1)).cpu().transpose(0, 1)  # [2 + K, N of all ranks, G]
     if whole[0].isnan().all() and not ranks.all_max(torch.tensor(float(len(scores.failures)))):
         raise ConfigError("no completion of this step has a reward: every reward returned None for every one of them")
-    weights = torch.tensor([reward.weight for reward in run.rewards])
-    values = compute_advantages(run.advantage_fn, whole[0], lengths=whole[1], components=whole[2:], weights=weights)
+    weights = torch.tensor(scores.weights)
+    values = compute_advantages(
+        objective.advantage_fn, whole[0], lengths=whole[1], components=whole[2:], weights=weights
+    )
     first = ranks.rank() * len(rewards)
     return values[first : first + len(rewards)].to(torch.float32)
 
 
-def _draw(run: Run, tasks: list[Task]) -> tuple[Rollouts, Scores]:
+def groups_without_signal(objective: Objective, rollouts: Rollouts, scores: Scores) -> Tensor:
+    """Return the groups that teach nothing, [N] bool.
+
+    A group is one if its scores are tied, which is DAPO's rule, or if it is tied or untrained after truncation.
+    """
+    rewards, trained = _truncate(objective, rollouts, scores.rewards)
+    tied = _tied(objective, scores.rewards, scores) | _tied(objective, rewards, scores)
+    return tied | ~trained.any(dim=1)
+
+
+def _sample_and_score(run: Run, tasks: list[Task]) -> tuple[Rollouts, Scores]:
     group_size = run.config.sampling.group_size
     with run.log.phase("sample"):
         rollouts = run.sampler.generate(tasks, group_size)
@@ -100,50 +130,49 @@ def _draw(run: Run, tasks: list[Task]) -> tuple[Rollouts, Scores]:
         return rollouts, score(run.rewards, tasks, rollouts.completions, group_size)
 
 
-def _tied(run: Run, rewards: Tensor, scores: Scores) -> Tensor:
-    """Groups without a signal for the advantage, [N] bool."""
-    least = run.config.advantage.min_group_std
-    if not get_fact(run.advantage_fn, "reads_components"):
-        return tied_groups(tie_small_spreads(rewards, least))
-    counting = [scores.by_name[reward.name] for reward in run.rewards if reward.weight]
-    return torch.stack([tied_groups(tie_small_spreads(values, least)) for values in counting]).all(dim=0)
+def _tied(objective: Objective, rewards: Tensor, scores: Scores) -> Tensor:
+    """The groups without a signal for the advantage function, [N] bool."""
+    if not get_fact(objective.advantage_fn, "reads_components"):
+        return tied_groups(tie_small_spreads(rewards, objective.min_group_std))
+    pairs = zip(scores.by_name.values(), scores.weights, strict=True)
+    components = [tie_small_spreads(values, objective.min_group_std) for values, weight in pairs if weight]
+    return torch.stack([tied_groups(values) for values in components]).all(dim=0)
 
 
-def _to_replace(run: Run, rollouts: Rollouts, scores: Scores) -> Tensor:
-    """Groups that teach nothing, [N] bool: tied as they were scored, which is DAPO's rule, or after truncation."""
-    rewards, trained = _after_truncation(run, rollouts, scores.rewards)
-    return _tied(run, scores.rewards, scores) | _tied(run, rewards, scores) | ~trained.any(dim=1)
-
-
-def _after_truncation(run: Run, rollouts: Rollouts, rewards: Tensor) -> tuple[Tensor, Tensor]:
+def _truncate(objective: Objective, rollouts: Rollouts, rewards: Tensor) -> tuple[Tensor, Tensor]:
     lengths, truncated = (x.view(rewards.shape).cpu() for x in (rollouts.lengths(), rollouts.truncated))
-    return run.truncation_fn(rewards, lengths, truncated, run.config.sampling.max_new_tokens)
+    return objective.truncation_fn(rewards, lengths, truncated, objective.max_new_tokens)
 
 
 def _replace_scores(scores: Scores, groups: Tensor, others: Scores) -> Scores:
-    def put(ours: Tensor, theirs: Tensor) -> Tensor:
-        return ours.index_copy(0, groups, theirs)
+    """The scores with those of `groups` [n] taken from `others`."""
 
-    by_name = {name: put(values, others.by_name[name]) for name, values in scores.by_name.items()}
-    failed = {name: put(where, others.failed[name]) for name, where in scores.failed.items()}
-    return Scores(put(scores.rewards, others.rewards), by_name, failed, (*scores.failures, *others.failures))
+    def put(values: Tensor, fresh: Tensor) -> Tensor:
+        return values.index_copy(0, groups, fresh)
+
+    return replace(
+        scores,
+        rewards=put(scores.rewards, others.rewards),
+        by_name={name: put(values, others.by_name[name]) for name, values in scores.by_name.items()},
+        failed={name: put(failed, others.failed[name]) for name, failed in scores.failed.items()},
+        failures=(*scores.failures, *others.failures),
+    )
 
 
 @torch.no_grad()
-def _sequence_kl(run: Run, rollouts: Rollouts, stats: Stats) -> Tensor:
-    """Each completion's sum over its tokens of loss.kl, [B], on the rewards' device."""
-    whole = run.kl_fn if get_fact(run.kl_fn, "full_vocabulary") else None
+def _sequence_kl(objective: Objective, policy: Policy, budget: Budget, rollouts: Rollouts, stats: Stats) -> Tensor:
+    """The KL of each completion, summed over its tokens, [B] on the CPU."""
+    divergence = objective.kl_fn if objective.kl_needs_vocabulary else None
     sums = torch.zeros(len(rollouts))
     rollouts = replace(rollouts, completions=())
-    for packing in run.policy.plan(rollouts, run.budgets.forward):
+    for packing in policy.plan(rollouts, budget):
         micro = take(rollouts, packing.rows)
-        tokens = run.policy.forward(micro, packing, divergence=whole)
-        if whole is not None:
-            kl = tokens.divergence
-        else:
-            with run.policy.reference():
-                ref_logprobs = run.policy.forward(micro, packing).logprobs
-            kl = run.kl_fn(tokens.logprobs, ref_logprobs, tokens.logprobs)
+        tokens = policy.forward(micro, packing, divergence=divergence)
+        kl = tokens.divergence
+        if kl is None:
+            with policy.reference():
+                ref_logprobs = policy.forward(micro, packing).logprobs
+            kl = objective.kl_fn(tokens.logprobs, ref_logprobs, tokens.logprobs)
         stats.add_mean("kl", kl, micro.completion_mask)
         sums[packing.rows.cpu()] = (kl * micro.completion_mask).sum(dim=1).cpu()
     return sums

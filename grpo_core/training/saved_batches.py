@@ -22,6 +22,7 @@ from grpo_core.monitor.completion_rows import completion_keys
 from grpo_core.schema import ConfigError, finite_or_none
 from grpo_core.scoring.scoring import Scores
 from grpo_core.training import checkpoint
+from grpo_core.training.freeze import forward_all
 from grpo_core.training.run import Run
 
 ON_THE_LEFT = ("prompt_ids", "prompt_mask")  # padded there; completions on the right
@@ -132,25 +133,25 @@ def _put_together(name: str, parts: list[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-DIGITS = 5
-Forward = Callable[[Run, Rollouts], tuple[Tensor, Tensor]]  # log-probs and entropies [B, C]
+DIGITS = 5  # of the numbers of each token in the JSON
 
 
 @torch.no_grad()
-def tensors_before_update(
-    run: Run, step: int, batch: TrainBatch, scores: Scores, forward: Forward
-) -> dict[str, Tensor] | None:
-    """This rank's tensors as they are before the update, where `step` is one to be dumped; else None."""
+def start_dump(run: Run, step: int, batch: TrainBatch, scores: Scores) -> dict[str, Tensor] | None:
+    """Copy this rank's tensors before the update, where debug.dump_batches asks for `step`; else return None."""
     every = run.config.debug.dump_batches
     if not every or (step % every and step != run.start_step):
         return None
     with run.log.phase("dump"):
-        old_logprobs = forward(run, batch.rollouts)[0] if batch.old_logprobs is None else batch.old_logprobs
+        old_logprobs = batch.old_logprobs
+        if old_logprobs is None:
+            old_logprobs, _ = forward_all(run.policy, run.budgets.forward, batch.rollouts)
         tensors = tensors_of(batch.rollouts) | tensors_of(replace(batch, old_logprobs=old_logprobs))
         tensors |= {f"rewards/{name}": values.clone() for name, values in scores.by_name.items()}
         tensors["rewards"] = scores.rewards.clone()
         if run.config.lora.r:
-            trained = ((f"weight/{n}", copied(p)) for n, p in run.policy.model.named_parameters() if p.requires_grad)
+            named = run.policy.model.named_parameters()
+            trained = ((f"weight/{name}", copied(p)) for name, p in named if p.requires_grad)
             moving = enumerate(run.policy.reference_state() or ())
             reference = ((f"reference/{i}", copied(value)) for i, value in moving)
             tensors |= checkpoint.on_main(trained) | checkpoint.on_main(reference)
@@ -158,47 +159,45 @@ def tensors_before_update(
 
 
 @torch.no_grad()
-def write_dump(
-    run: Run,
-    step: int,
-    tasks: list[Task],
-    batch: TrainBatch,
-    tensors: dict[str, Tensor] | None,
-    row: dict,
-    forward: Forward,
+def finish_dump(
+    run: Run, step: int, tasks: list[Task], batch: TrainBatch, tensors: dict[str, Tensor] | None, row: dict
 ) -> None:
-    """Write the tensors of `tensors_before_update`, the row, and each token's ratio after / before the update.
+    """Write the tensors of `start_dump`, the row of metrics, and every token's ratio after / before the update.
 
-    A disk that is full is said, and nothing more. A collective.
+    They go to <run folder>/batches. A full disk costs a warning. A collective.
     """
     if tensors is None:
         return
     with run.log.phase("dump"):
-        now = forward(run, batch.rollouts)[0].cpu()
-        told = {
+        logprobs, _ = forward_all(run.policy, run.budgets.forward, batch.rollouts)
+        contents = {
             "step": step,
             "rank": ranks.rank(),
             "ranks": ranks.world_size(),
             "row": finite_or_none(row),
+            "completions": _completions(run.sampler.tokenizer, tasks, tensors, logprobs.cpu()),
         }
-        told["completions"] = _completions(run.sampler.tokenizer, tasks, tensors, now)
-        problem = write_files(run.folder / "batches", step, tensors, told)
+        problem = write_files(run.folder / "batches", step, tensors, contents)
     run.log.warn([f"a batch could not be written to {run.folder / 'batches'} ({problem})"] if problem else [])
 
 
-def _completions(tokenizer: Any, tasks: list[Task], tensors: dict[str, Tensor], now: Tensor) -> list[dict[str, Any]]:
+def _completions(
+    tokenizer: Any, tasks: list[Task], tensors: dict[str, Tensor], logprobs: Tensor
+) -> list[dict[str, Any]]:
+    """Each completion with its advantage, and its tokens with their log-probs before the update and their ratios."""
     mask, ids, old = tensors["completion_mask"], tensors["completion_ids"], tensors["old_logprobs"]
-    ratio = (now - old).exp()
-    piece = {i: tokenizer.decode([i]) for i in ids[mask].unique().tolist()}
+    ratio = (logprobs - old).exp()
+    text = {i: tokenizer.decode([i]) for i in ids[mask].unique().tolist()}
+    keys = completion_keys(tasks, len(mask) // len(tasks))
     return [
         {
             **key,
             "advantage": round(tensors["advantages"][i].item(), DIGITS),
-            "tokens": [piece[token] for token in ids[i][kept].tolist()],
-            "logprobs": _rounded(old[i][kept]),
-            "ratio": _rounded(ratio[i][kept]),
+            "tokens": [text[token] for token in ids[i][tokens].tolist()],
+            "logprobs": _rounded(old[i][tokens]),
+            "ratio": _rounded(ratio[i][tokens]),
         }
-        for i, (key, kept) in enumerate(zip(completion_keys(tasks, len(mask) // len(tasks)), mask, strict=True))
+        for i, (key, tokens) in enumerate(zip(keys, mask, strict=True))
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,21 +21,13 @@ from grpo_core.model.policy import Policy, load_policy
 from grpo_core.monitor import trackers
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.monitor.run_log import RunLog
-from grpo_core.objective.advantages import ADVANTAGES
-from grpo_core.objective.corrections import CORRECTIONS
-from grpo_core.objective.kl import KLS
-from grpo_core.objective.laws import zero_advantage
-from grpo_core.objective.losses import LOSSES
-from grpo_core.objective.token_weights import AVERAGES
-from grpo_core.objective.truncation import TRUNCATIONS
-from grpo_core.registry import get_fact
 from grpo_core.sampling.sampler import describe_eos_mismatch
 from grpo_core.scoring.scoring import build_reward
 from grpo_core.training import checkpoint, run_dir
 from grpo_core.training.control import Control, first_control
 from grpo_core.training.deepspeed_config import deepspeed_config
 from grpo_core.training.engine import Engine
-from grpo_core.training.prepare import Prepared, make_rewards, make_sampler, prepare, quieten
+from grpo_core.training.prepare import Prepared, build_objective, make_rewards, make_sampler, prepare, quieten
 from grpo_core.training.run import Run
 
 
@@ -142,7 +133,7 @@ def assemble(
     longest_completion: int | None = None,  # default: what the sampler may draw
 ) -> Run:
     """The parts of a run around a policy and its tasks."""
-    loss, trainer, world_size = config.loss, config.trainer, ranks.world_size()
+    trainer, world_size = config.trainer, ranks.world_size()
     tokenizer, tasks = prepared.tokenizer, prepared.tasks
     stream = TaskStream(tasks, tasks_per_step, config.seed, ranks.rank(), world_size)
     num_steps = trainer.num_steps or max(1, int(trainer.epochs * len(tasks) / tasks_per_step))
@@ -153,7 +144,6 @@ def assemble(
     log.flops_per_token = policy.flops_per_token()
     if sentence := describe_eos_mismatch(policy.causal_lm, tokenizer):
         log.info(f"warning: {sentence}")
-    loss_fn = LOSSES.build(loss.name, loss.args)
     longest = (max(len(task.prompt_ids) for task in tasks), longest_completion or config.sampling.max_new_tokens)
     rows = trainer.completions_per_step // world_size // trainer.num_minibatches
     return Run(
@@ -170,20 +160,10 @@ def assemble(
         engine=engine,
         rewards=make_rewards(config),
         eval_reward=build_reward(config.evaluation.reward, timeout=trainer.reward_timeout),
-        truncation_fn=TRUNCATIONS.build(config.truncation.name, config.truncation.args),
-        advantage_fn=ADVANTAGES.build(config.advantage.name, config.advantage.args),
-        loss_fn=loss_fn,
-        kl_fn=KLS.get(loss.kl),
-        correction_fn=CORRECTIONS.build(loss.rollout_correction.name, loss.rollout_correction.args),
+        objective=build_objective(config),
         budgets=find_budgets(config, policy, longest, rows, log.info),
-        skips_ties=ties_can_be_skipped(loss_fn, loss.average),
         log=log,
     )
-
-
-def ties_can_be_skipped(loss_fn: Callable, average: str) -> bool:
-    """Whether a row with advantage 0 has no part in the gradient, nor in what the other rows weigh."""
-    return zero_advantage(loss_fn)[0] and not get_fact(AVERAGES.get(average), "breaks")
 
 
 def start(config: RunConfig) -> torch.dtype:

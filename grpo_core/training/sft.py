@@ -26,14 +26,14 @@ from grpo_core.monitor.progress import show_elapsed
 from grpo_core.sampling.sampler import find_eos_ids
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, run_dir
-from grpo_core.training.evaluation import evaluate_now
 from grpo_core.training.freeze import forward_all
 from grpo_core.training.job import closing
 from grpo_core.training.prepare import prepare
 from grpo_core.training.run import Run
 from grpo_core.training.setup import assemble, described_tasks, find_beginning, go_on, start
 from grpo_core.training.sft_targets import longest_target, supervised_rollouts
-from grpo_core.training.trainer import end_after_too_many, finish_step, keep_what_went_wrong
+from grpo_core.training.skipped_steps import SkippedSteps
+from grpo_core.training.trainer import begin, finish_step
 from grpo_core.training.update import update_policy
 
 Answers = Callable[[Sequence[Task]], Rollouts]  # tasks with their targets
@@ -134,9 +134,8 @@ def train(run: Run, answers: Answers) -> None:
     Raises:
         signals.Interrupted, signals.RunFailed: as `run_sft` does.
     """
-    alerts, sound = Alerts(run.config), run.start_step  # steps before the first of the last that were skipped
-    if run.start_step == 0 and (failed := evaluate_now(run, 0)):
-        raise signals.RunFailed(failed)
+    alerts, skipped_steps = Alerts(run.config), SkippedSteps(run)
+    begin(run)
     for step in range(run.start_step, run.num_steps):
         tasks, stats = run.tasks.batch(step), Stats()
         with run.log.phase("update"):
@@ -148,11 +147,7 @@ def train(run: Run, answers: Answers) -> None:
         row = {"step": step, **stats.reduce(), **numbers}
         row = {name: row[name] for name in COLUMNS}
         run.log.log_row(step, row, _line)
-        if numbers["skipped"]:
-            keep_what_went_wrong(run, step, tasks, batch, row)
-            end_after_too_many(run, step + 1, sound, run.control)
-        else:
-            sound = step + 1
+        skipped_steps.see(step, tasks, batch, row, run.control)
         finish_step(run, step + 1, run.control, alerts.update(row), None)
 
 
@@ -166,7 +161,7 @@ def held_out_loss(run: Run, answers: Answers) -> dict[str, float]:
     counts = torch.zeros(2, dtype=torch.double)
     if mine:
         rollouts = replace(answers([replace(task, seed=(task.index,)) for task in mine]), completions=())
-        logprobs, _ = forward_all(run, rollouts)
+        logprobs, _ = forward_all(run.policy, run.budgets.forward, rollouts)
         counts = torch.stack([-logprobs.double().sum(), rollouts.lengths().sum()]).cpu()
     nats, tokens = ranks.all_sum(counts).tolist()
     return {"loss": nats / tokens, "tokens": int(tokens)}

@@ -4,10 +4,11 @@ torchrun --nproc-per-node 2 tests/workers/zero2.py OUT AVERAGE=MICRO_BATCH_SIZE,
 """
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
-from fakes import ragged_rollouts, tiny_policy
+from fakes import frozen_batch, ragged_rollouts, tiny_policy
 
 from grpo_core.batch import take
 from grpo_core.config.sections import EngineConfig, LossConfig, RunConfig, SamplingConfig, TrainerConfig
@@ -15,12 +16,10 @@ from grpo_core.distributed import ranks
 from grpo_core.model.memory import Budgets
 from grpo_core.model.packing import Budget
 from grpo_core.monitor.run_log import Stats
-from grpo_core.objective.corrections import CORRECTIONS
-from grpo_core.objective.kl import KLS
 from grpo_core.objective.losses import LOSSES
 from grpo_core.training.control import first_control
 from grpo_core.training.engine import Engine
-from grpo_core.training.freeze import freeze
+from grpo_core.training.prepare import build_objective
 from grpo_core.training.update import update_policy
 
 STEPS, ROWS, PASSES = 3, 16, 2
@@ -56,15 +55,15 @@ def trained(average, sizes):
         config, policy = run_config(average, size), tiny_policy(lora_noise=0.1)
         engine = Engine(policy.model, config, dtype=torch.float32, total_steps=STEPS * PASSES, world_size=world)
         policy.model.eval()
+        objective = replace(build_objective(config), loss_fn=LOSSES.build("grpo", CLIP))
         run = SimpleNamespace(
-            config=config, policy=policy, engine=engine, loss_fn=LOSSES.build("grpo", CLIP), kl_fn=KLS.get("k3"),
-            correction_fn=CORRECTIONS.get("none"), steps_per_epoch=1,
-            budgets=Budgets(Budget(size), Budget(2 * size)), skips_ties=True,
+            config=config, policy=policy, engine=engine, objective=objective, steps_per_epoch=1,
+            budgets=Budgets(Budget(size), Budget(2 * size)),
         )  # fmt: skip
         norms, losses = [], []
         for step in range(STEPS):
             rollouts, advantages = step_data(step, average)
-            batch = freeze(run, take(rollouts, rows), advantages[rows])
+            batch = frozen_batch(run, take(rollouts, rows), advantages[rows])
             stats = Stats()
             numbers = update_policy(run, batch, step, first_control(config.loss), stats)
             norms.append(numbers["grad_norm"])

@@ -1,0 +1,66 @@
+"""The record `Objective`: the functions of a run's objective with their arguments bound, and the rows that they need.
+
+It is built from the configuration in one place (training/prepare.py) and handed to everything that computes a part of
+the objective: training/rollouts.py (shaped rewards, advantages), training/freeze.py (old and reference log-probs),
+training/update.py (the loss) and the command `replay`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from grpo_core.objective.laws import zero_advantage
+from grpo_core.objective.token_weights import AVERAGES
+from grpo_core.registry import get_fact
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The functions and switches of an objective.
+
+    A term that learns from tied groups (all rewards of a group equal, so every advantage is 0) sets
+    `learns_from_ties`; the update leaves rows with advantage 0 out of its forward otherwise. A registered function, or
+    one of a user's file, declares it by an attribute: `my_loss.learns_from_ties = True`. Someone who adds a term to
+    update.token_loss declares it by `dataclasses.replace(objective, learns_from_ties=True)`.
+    """
+
+    loss_fn: Callable  # objective/losses.py
+    kl_fn: Callable  # objective/kl.py
+    correction_fn: Callable  # objective/corrections.py
+    advantage_fn: Callable[..., Tensor]  # objective/advantages.py
+    truncation_fn: Callable  # objective/truncation.py
+    average: str = "sequence"  # a name of objective/token_weights.py
+    has_kl: bool = False  # kl_coef starts above 0
+    kl_in: Literal["loss", "reward"] = "loss"
+    entropy_adapts: bool = False  # entropy_coef may rise above 0 during the run
+    top_entropy: float = 1.0  # share of the tokens that the surrogate trains, those of the highest entropy
+    off_policy_mask: float | None = None  # bound of corrections.off_policy_mask
+    min_group_std: float = 0.0  # a group whose rewards spread less counts as tied
+    max_new_tokens: int = 256  # length limit of a completion
+    steps_per_batch: int = 1  # optimizer steps on one batch: minibatches × passes
+    learns_from_ties: bool = False  # rows with advantage 0 have a part in the gradient
+
+    @property
+    def kl_needs_vocabulary(self) -> bool:
+        """Whether the KL is a sum over the vocabulary, which costs a reference forward in every micro-batch."""
+        return bool(get_fact(self.kl_fn, "full_vocabulary"))
+
+    def trains_ties(self, kl_coef: float, entropy_bonus: float) -> bool:
+        """Return whether rows with advantage 0 have a part in the gradient under these coefficients."""
+        kl_in_loss = kl_coef != 0 and self.kl_in == "loss"
+        return self.learns_from_ties or kl_in_loss or entropy_bonus != 0 or self.entropy_adapts
+
+
+def learns_from_ties(average: str, loss_fn: Callable, *others: Callable) -> bool:
+    """Return whether a function declares that it learns from tied groups, or is seen to.
+
+    The loss is seen to where its gradient at advantage 0 is not 0, and the average where a row that is left out changes
+    the weight of the other rows (it breaks the law `splits`).
+    """
+    if any(get_fact(function, "learns_from_ties", False) for function in (loss_fn, *others)):
+        return True
+    return not zero_advantage(loss_fn)[0] or bool(get_fact(AVERAGES.get(average), "breaks"))

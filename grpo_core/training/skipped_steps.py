@@ -1,0 +1,42 @@
+"""Steps whose gradient is not finite change nothing; their batches are kept, and too many in a row end the run."""
+
+from __future__ import annotations
+
+import math
+
+from grpo_core.batch import Task, TrainBatch
+from grpo_core.distributed import signals
+from grpo_core.training import checkpoint, saved_batches
+from grpo_core.training.control import Control
+from grpo_core.training.run import Run
+
+
+class SkippedSteps:
+    """The current streak of skipped steps. Every rank sees the same."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.start, self.control = run.start_step, run.control  # state before the current streak of skipped steps
+
+    def see(self, step: int, tasks: list[Task], batch: TrainBatch, row: dict[str, float], control: Control) -> None:
+        """Note a step's `row` of metrics and the coefficients after it; keep the batch of a skipped step. Collective.
+
+        fp16 skips steps while its loss scale finds its place; those leave no batch, unless the loss is not finite.
+
+        Raises:
+            RunFailed: every optimizer step of `trainer.max_skipped_steps` steps in a row was skipped. A checkpoint of
+                the state before them is there.
+        """
+        if row["skipped"] and (not self.run.engine.scales_loss or not math.isfinite(row["loss"])):
+            saved_batches.write_incident(self.run.folder, step, tasks, batch, row)
+        if row["skipped"] < self.run.objective.steps_per_batch:
+            self.start, self.control = step + 1, control
+            return
+        streak = step + 1 - self.start
+        if streak < self.run.config.trainer.max_skipped_steps:
+            return
+        checkpoint.save(self.run, self.start, self.control)
+        raise signals.RunFailed(
+            f"the gradient was not finite in {streak} steps in a row, from step {self.start} on; they changed nothing, "
+            f"and a checkpoint of the state before them is in {self.run.folder / 'checkpoints'}"
+        )
