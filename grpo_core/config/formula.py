@@ -51,13 +51,9 @@ def render(config: RunConfig) -> str:
         tokens = "the tokens of highest entropy" if loss.top_entropy < 1 else "the step's tokens"
         rows.append(("H", f"mean entropy of {tokens}"))
         if loss.entropy_target is not None:
-            target = f"{_format_number(loss.entropy_target)}, by {_format_number(loss.entropy_delta)} a step"
-            rows.append(
-                (
-                    "",
-                    f"its coefficient starts at {_format_number(loss.entropy_coef)} and adapts to an entropy of {target}",
-                )
-            )
+            start, target = _format_number(loss.entropy_coef), _format_number(loss.entropy_target)
+            change = f"adapts to an entropy of {target}, by {_format_number(loss.entropy_delta)} a step"
+            rows.append(("", f"its coefficient starts at {start} and {change}"))
     advantage = config.advantage
     tied = f"; 0 where std < {_format_number(advantage.min_group_std)}" if advantage.min_group_std else ""
     rows.append(("A", f"{_fill_formula(ADVANTAGES, advantage.name, advantage.args)}{tied}    ({advantage.name})"))

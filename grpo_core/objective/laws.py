@@ -285,7 +285,7 @@ def start_rank_gaps(losses: Sequence[tuple[str, dict[str, Any]]]) -> Callable[[]
     """
     folder = tempfile.TemporaryDirectory()
     out = Path(folder.name) / "gaps.pt"
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     context.set_forkserver_preload([__name__])  # one import of torch, for this call and those to come
     processes = [
         context.Process(target=_run_rank, args=(rank, folder.name, list(losses)), daemon=True) for rank in (0, 1)
