@@ -13,8 +13,15 @@ from test_run import launch, overrides
 
 from grpo_core.batch import TrainBatch
 from grpo_core.cli import main
-from grpo_core.commands.attribution import Attribution, attribute, classify, dot, pulls
-from grpo_core.commands.replay import _budget, _control, _frozen_batch, objectives, open_weights, run_replay
+from grpo_core.commands.attribution import Attribution, classify_tokens, compute_attribution, compute_pulls, dot
+from grpo_core.commands.replay import (
+    _choose_budget,
+    _make_control,
+    _rebuild_batch,
+    list_objectives,
+    open_weights,
+    run_replay,
+)
 from grpo_core.config.files import load_run_config
 from grpo_core.config.sections import DebugConfig, LoraConfig, LossConfig, ModelConfig, RewardConfig
 from grpo_core.model.loading import load_tokenizer
@@ -77,7 +84,7 @@ def test_a_dump_says_what_the_update_did_to_every_token(plain):
     config = load_run_config(plain.parent)
     policy = open_weights(later, config, None).policy
     with torch.no_grad():
-        ratio = (forward_all(policy, _budget(config), first.batch.rollouts)[0] - tensors["old_logprobs"]).exp()
+        ratio = (forward_all(policy, _choose_budget(config), first.batch.rollouts)[0] - tensors["old_logprobs"]).exp()
     assert told["step"] == told["rank"] == 0 and len(told["completions"]) == 32
     written = rows(plain.parent)[0]
     assert told["row"] == {name: written[name] for name in told["row"]} and told["row"].keys() == written.keys()
@@ -156,14 +163,14 @@ def test_a_class_pulls_what_the_batch_would_without_the_others(plain):
     dumped, config = saved_batches.read_dump(plain / "step-000001"), load_run_config(plain.parent)
     weights = open_weights(dumped, config, None)
     objective = replace(build_objective(config), steps_per_batch=1, learns_from_ties=True)
-    budget, control = _budget(config), _control(dumped, config, config)
-    batch = _frozen_batch(dumped, weights, objective, budget, config, config)
+    budget, control = _choose_budget(config), _make_control(dumped, config, config)
+    batch = _rebuild_batch(dumped, weights, objective, budget, config, config)
     computed = (weights.policy, objective, budget)
-    whole = attribute(*computed, batch, control)
-    classes = classify(batch, whole)
-    found = pulls(*computed, batch, control, whole.gradient, classes)["advantage"]
+    whole = compute_attribution(*computed, batch, control)
+    classes = classify_tokens(batch, whole)
+    found = compute_pulls(*computed, batch, control, whole.gradient, classes)["advantage"]
     for label, sign in (("A > 0", 1), ("A < 0", -1)):
-        alone = attribute(*computed, replace(batch, advantages=batch.advantages * (batch.advantages * sign > 0)), control)
+        alone = compute_attribution(*computed, replace(batch, advantages=batch.advantages * (batch.advantages * sign > 0)), control)
         assert found[label] == pytest.approx(dot(alone.gradient, whole.gradient) / whole.norm() ** 2, abs=1e-6)
     assert found["A > 0"] > 0.02 and found.keys() <= {"A > 0", "A < 0", "A = 0"}
 
@@ -182,7 +189,7 @@ def test_other_advantages_are_made_of_the_stored_rewards(plain):
 
 
 def test_a_name_is_a_loss_before_it_is_a_preset(plain):
-    (_, own), (_, gspo), (_, dapo) = objectives(plain.parent, ["loss.kl_coef=0.5"], ["gspo", "dapo"])
+    (_, own), (_, gspo), (_, dapo) = list_objectives(plain.parent, ["loss.kl_coef=0.5"], ["gspo", "dapo"])
     assert own.loss == GRPO
     assert (gspo.loss.name, gspo.loss.args, gspo.loss.kl_coef, gspo.loss.average) == ("gspo", {}, 0.5, own.loss.average)
     assert (dapo.truncation.name, dapo.loss.average, dapo.loss.kl_coef) == ("soft_penalty", "token", 0.5)
@@ -246,7 +253,7 @@ def test_the_classes_of_a_batch_made_by_hand():
     surrogate[1] = 0.0
     batch = TrainBatch(rollouts, torch.tensor([[1.0], [0.0], [-2.0], [5.0]]), trained, acting)
     zeros = torch.zeros(4, 6)
-    classes = classify(batch, Attribution(0.0, [], zeros, zeros, zeros, surrogate))
+    classes = classify_tokens(batch, Attribution(0.0, [], zeros, zeros, zeros, surrogate))
     places = {
         name: {label: where.nonzero().tolist() for label, where in labels.items()} for name, labels in classes.items()
     }
@@ -267,7 +274,7 @@ def test_deciles_hold_a_tenth_each(n, ends):
     """Of n completions of 1 to n tokens; the i-th decile ends at the ceil(i n / 10)-th."""
     mask = torch.arange(n) < torch.arange(1, n + 1)[:, None]
     rollouts, zeros = replace(ragged_rollouts(n, width=n), completion_mask=mask), torch.zeros(n, n)
-    found = classify(TrainBatch(rollouts, torch.ones(n, 1), mask), Attribution(0.0, [], zeros, zeros, zeros, zeros))[
+    found = classify_tokens(TrainBatch(rollouts, torch.ones(n, 1), mask), Attribution(0.0, [], zeros, zeros, zeros, zeros))[
         "length"
     ]
     assert list(found) == [f"{start + 1} to {end} tokens" for start, end in zip([0, *ends], ends, strict=False)]
@@ -289,7 +296,7 @@ def test_without_an_adapter_the_newest_model_is_taken_and_said(tmp_path, capsys)
     load_tokenizer("builtin:tiny").save_pretrained(tmp_path / "adapter")
     newest = replayed(tmp_path / "batches" / "step-000000")
     assert (
-        f"the model in {tmp_path / 'adapter'} (a batch with lora.r 0 holds none: the newest there are)"
+        f"the model in {tmp_path / 'adapter'} (the newest weights: with lora.r 0 a batch is saved without its weights)"
         in capsys.readouterr().out
     )
     assert newest["logprob_gap_max"] > 1e-3 and not newest["ratio_is_1"]
@@ -319,18 +326,18 @@ def test_what_a_disk_takes_in_part_is_not_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["step-000001", "engine.learning_rate=1"], "engine.learning_rate=1 changes nothing in a replay, which reads loss, advantage"),
+    (["step-000001", "engine.learning_rate=1"], "engine.learning_rate=1 has no effect on a replay; only these keys have: loss, advantage"),
     (["step-000001", "--loss", "nothing"], "unknown loss or preset 'nothing'; losses: cispo, "),
     (["step-000001", "--loss", "nothing"], "presets: cispo, dapo, "),
-    (["step-000001", "--model", "builtin:tiny"], "builtin:tiny: these are other weights than the ones that"),
-    (["step-000007"], "step-000007 was not kept in {plain}, which has step-000000, step-000001\n"),
-    (["step-000007-rank-0.json"], "step-000007 was not kept in {plain}, which has step-000000, step-000001\n"),
-    (["empty/batches/step-000001"], "empty has kept no batches; debug.dump_batches=N keeps that of every N-th step\n"),
-    (["many/batches/step-000001"], "which has step-000100, step-000101, step-000102, step-000103, step-000104, step-000105, step-000106, step-000107, step-000108, step-000109, ..., step-000149\n"),
+    (["step-000001", "--model", "builtin:tiny"], "builtin:tiny does not have the parameters that"),
+    (["step-000007"], "step-000007 is not among the saved batches in {plain}: step-000000, step-000001\n"),
+    (["step-000007-rank-0.json"], "step-000007 is not among the saved batches in {plain}: step-000000, step-000001\n"),
+    (["empty/batches/step-000001"], "empty has no saved batches; debug.dump_batches=N saves the batch of every N-th step\n"),
+    (["many/batches/step-000001"], "is not among the saved batches in {plain}/many/batches: step-000100, step-000101, step-000102, step-000103, step-000104, step-000105, step-000106, step-000107, step-000108, step-000109, ..., step-000149\n"),
     (["nowhere/batches/step-000001"], "there is no run folder {plain}/nowhere\n"),
     (["metrics.jsonl"], "is no batch; name <run folder>/batches/step-000012"),
     (["torn/step-000001"], "is not a whole batch of debug.dump_batches"),
-    (["step-000001", "--output", "/nowhere/a.json"], "--output is /nowhere/a.json, which cannot be written"),
+    (["step-000001", "--output", "/nowhere/a.json"], "--output /nowhere/a.json cannot be written"),
 ])  # fmt: skip
 def test_what_cannot_be_replayed_is_one_sentence(plain, capsys, words, said):
     torn, many = plain / "torn", plain / "many" / "batches"

@@ -1,8 +1,9 @@
-"""`replay`: a dumped batch under the run's own objective and under others. One process, no engine, CPU or GPU.
+"""The `replay` command: compute the gradient of a saved batch under the run's own objective and under others.
 
-The policy computes in float32, whatever the run did, and without dropout. The whole batch is one minibatch. At the
-weights before the step its ratios are 1 and nothing is clipped; another model of the run (--model) has ratios against
-the dumped log-probs, and then clipping is seen.
+It runs in one process without an engine, on a CPU or a GPU. The policy computes in float32 and without dropout,
+whatever the run did, and the whole batch is one minibatch. With the weights before the step every ratio is 1 and
+nothing is clipped. With other weights of the run (--model) the ratios are relative to the saved log-probs, which shows
+what would be clipped.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from typing import Any
 import torch
 
 from grpo_core.batch import Rollouts, TrainBatch
-from grpo_core.commands.attribution import Attribution, attribute, classify, dot, pulls, shares
+from grpo_core.commands.attribution import (
+    Attribution,
+    classify_tokens,
+    compute_attribution,
+    compute_pulls,
+    compute_shares,
+    dot,
+)
 from grpo_core.commands.open_policy import open_source
 from grpo_core.commands.replay_table import format_table
 from grpo_core.config.files import load_run_config
@@ -39,27 +47,30 @@ from grpo_core.training.prepare import build_objective, quieten
 from grpo_core.training.rollouts import compute_step_advantages, shape_rewards
 from grpo_core.training.saved_batches import Dumped
 
-READ = ("loss.", "advantage.", "truncation", "preset", "model.", "sampling.temperature", "sampling.max_new_tokens")
-READ += ("trainer.tokens_per_micro_batch",)  # keys that a replay depends on
-SOME = 12  # batches that an error message lists
+USED_KEYS = (  # a replay depends on keys that begin so
+    *("loss.", "advantage.", "truncation", "preset", "model."),
+    *("sampling.temperature", "sampling.max_new_tokens", "trainer.tokens_per_micro_batch"),
+)
+MAX_GPU_TOKENS = 16_384  # in one forward and backward
+MAX_LISTED_BATCHES = 12  # in an error message
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The policy that a batch is replayed with."""
+    """The policy that replays a batch."""
 
     policy: Policy
-    words: str  # which weights these are
-    before: bool  # those that the step began with
+    description: str
+    are_before_step: bool  # the weights with which the step began
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """A batch under one objective."""
+    """A batch replayed under one objective."""
 
-    name: str
+    name: str  # of the objective
     batch: TrainBatch
-    found: Attribution
+    attribution: Attribution
     classes: dict  # partition -> class -> {"tokens", "share", "pull"}
 
 
@@ -71,22 +82,22 @@ def run_replay(
     model: str | None = None,
     output: Path | None = None,
 ) -> int:
-    """Print how the batch's loss and gradient differ between the run's objective and others; with `output` as JSON too.
+    """Print loss and gradient of a batch under the run's own objective and others; also write `output` as JSON.
 
-    Each of `loss` (a loss, file.py:function or a preset) is another objective; `overrides` are `section.key=value` of
-    all of them, or of one more where there is no `loss`. `batch` is as in `read_dump`, `model` as in `open_source`.
+    Each item of `loss` (a loss, file.py:function or a preset) is another objective. `overrides` are `section.key=value`
+    words that change all of them, or make one more objective if `loss` is empty. `batch` is as in
+    `saved_batches.read_dump`, `model` as in `open_source`. Returns 0.
 
     Raises:
-        ConfigError: no such batch, an objective that is none, or a model of other weights.
+        ConfigError: there is no such batch or objective, or the model has other parameters than the run trains.
     """
     for override in overrides:
-        if not override.startswith(READ):
-            raise ConfigError(
-                f"{override} changes nothing in a replay, which reads {', '.join(READ).replace('.,', ',')}"
-            )
-    check_kept(batch)
+        if not override.startswith(USED_KEYS):
+            keys = ", ".join(key.removesuffix(".") for key in USED_KEYS)
+            raise ConfigError(f"{override} has no effect on a replay; only these keys have: {keys}")
+    check_saved(batch)
     dumped = saved_batches.read_dump(batch)
-    configs = objectives(dumped.folder, overrides, loss)
+    configs = list_objectives(dumped.folder, overrides, loss)
     with show_elapsed("loading the model"):
         weights = open_weights(dumped, configs[0][1], model, [word for word in overrides if word.startswith("model.")])
     replayed = []
@@ -99,118 +110,126 @@ def run_replay(
         try:
             output.write_text(json.dumps(finite_or_none(summary), allow_nan=False, indent=1), encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"--output is {output}, which cannot be written: {error.strerror}") from None
+            raise ConfigError(f"--output {output} cannot be written: {error.strerror}") from None
     return 0
 
 
-def check_kept(batch: Path) -> None:
-    """Raise ConfigError where `batch` is named as one, but its step was not kept: with those that were."""
-    found = re.fullmatch(r"(step-\d+)(-rank-\d+)?(\.safetensors|\.json)?", batch.name)
+def check_saved(batch: Path) -> None:
+    """Raise ConfigError with the saved steps if `batch` has a batch's name, but no files of its step exist."""
+    match = re.fullmatch(r"(step-\d+)(-rank-\d+)?(\.safetensors|\.json)?", batch.name)
     folder, run = batch.parent, batch.absolute().parents[1]
-    if not found or any(folder.glob(f"{found[1]}-rank-*")):
-        return  # saved_batches.read says what is wrong with it
+    if not match or any(folder.glob(f"{match[1]}-rank-*")):
+        return  # any other error is raised when the batch is read
     if not run.is_dir():
         raise ConfigError(f"there is no run folder {run}")
-    kept = sorted(path.name.removesuffix("-rank-0.json") for path in folder.glob("step-*-rank-0.json"))
-    if not kept:
-        raise ConfigError(f"{run} has kept no batches; debug.dump_batches=N keeps that of every N-th step")
-    some = kept if len(kept) <= SOME else [*kept[: SOME - 2], "...", kept[-1]]
-    raise ConfigError(f"{found[1]} was not kept in {folder}, which has {', '.join(some)}")
+    steps = sorted(path.name.removesuffix("-rank-0.json") for path in folder.glob("step-*-rank-0.json"))
+    if not steps:
+        raise ConfigError(f"{run} has no saved batches; debug.dump_batches=N saves the batch of every N-th step")
+    if len(steps) > MAX_LISTED_BATCHES:
+        steps = [*steps[: MAX_LISTED_BATCHES - 2], "...", steps[-1]]
+    raise ConfigError(f"{match[1]} is not among the saved batches in {folder}: {', '.join(steps)}")
 
 
-def objectives(folder: Path, overrides: Sequence[str], losses: Sequence[str]) -> list[tuple[str, RunConfig]]:
-    """Names and configurations: the run's own first, then those asked for. A loss comes before a preset of its name."""
+def list_objectives(folder: Path, overrides: Sequence[str], losses: Sequence[str]) -> list[tuple[str, RunConfig]]:
+    """Return names and configurations, the run's own first.
+
+    A name in `losses` that is a loss and a preset is the loss.
+    """
     own = load_run_config(folder)
-    found = [(f"run ({own.loss.name})", own)]
+    objectives = [(f"run ({own.loss.name})", own)]
     for name in losses:
         if name not in LOSSES.functions and name not in PRESETS and ".py:" not in name:
-            names = f"losses: {', '.join(sorted(LOSSES.functions))}; presets: {', '.join(sorted(PRESETS))}"
-            raise ConfigError(f"unknown loss or preset {name!r}; {names}; or file.py:function")
+            known = f"losses: {', '.join(sorted(LOSSES.functions))}; presets: {', '.join(sorted(PRESETS))}"
+            raise ConfigError(f"unknown loss or preset {name!r}; {known}; or file.py:function")
         word = f"preset={name}" if name in PRESETS and name not in LOSSES.functions else f"loss.name={name}"
-        found.append((name, load_run_config(folder, [word, *overrides])))
+        objectives.append((name, load_run_config(folder, [word, *overrides])))
     if overrides and not losses:
-        found.append((" ".join(overrides), load_run_config(folder, overrides)))
-    return found
+        objectives.append((" ".join(overrides), load_run_config(folder, overrides)))
+    return objectives
 
 
 def open_weights(dumped: Dumped, own: RunConfig, model: str | None, overrides: Sequence[str] = ()) -> Weights:
-    """The base model with the dumped adapter, or the weights that `model` names, with what the run trains switched on.
+    """Load the base model with the saved adapter, or the weights that `model` names; the run's parameters need grad.
 
     Raises:
-        ConfigError: `model` has other weights than those that the run trains.
+        ConfigError: `model` lacks a parameter that the run trains, or has it in another shape.
     """
     quieten()
     config, device = load_run_config(dumped.folder, overrides), ranks.device()
     if dumped.weights and model is None:
         temperature = own.sampling.temperature
         policy = load_policy(config.model, own.lora, dtype=torch.float32, temperature=temperature)
-        words = "the base model with the adapter as it was before the step"
+        description = "the base model with the adapter before the step"
     else:
         opened = open_source(model or str(dumped.folder), ["model.precision=fp32", *overrides])
-        policy, words = opened.policy, opened.weights
-        words += "" if model else " (a batch with lora.r 0 holds none: the newest there are)"
-    named = dict(policy.model.named_parameters())
-    trained = dumped.weights or named
-    if any(name not in named or named[name].shape != value.shape for name, value in trained.items()):
-        raise ConfigError(f"{words}: these are other weights than the ones that {dumped.folder} trains")
-    for name, parameter in named.items():
+        policy, description = opened.policy, opened.weights
+        if not model:
+            description += " (the newest weights: with lora.r 0 a batch is saved without its weights)"
+    parameters = dict(policy.model.named_parameters())
+    trained = dumped.weights or parameters
+    if any(name not in parameters or parameters[name].shape != x.shape for name, x in trained.items()):
+        raise ConfigError(
+            f"{description} does not have the parameters that {dumped.folder} trains; name weights of that run"
+        )
+    for name, parameter in parameters.items():
         parameter.requires_grad_(name in trained)
     if dumped.weights and model is None:
         with torch.no_grad():
             for name, value in dumped.weights.items():
-                named[name].copy_(value)
+                parameters[name].copy_(value)
     policy.model.to(device)
     if dumped.reference:
         policy.move_reference()
         policy.load_reference(dumped.reference)
-    return Weights(policy, words, bool(dumped.weights) and model is None)
+    return Weights(policy, description, bool(dumped.weights) and model is None)
 
 
 def replay(dumped: Dumped, weights: Weights, name: str, config: RunConfig, own: RunConfig) -> Replayed:
     """Compute the batch's loss and gradient under `config`, as one minibatch.
 
-    Advantages are computed again from the rewards where `config` has others than `own`, the run's configuration.
+    The advantages are computed again from the rewards if they or the masks differ between `config` and `own`, the
+    run's configuration.
     """
-    dumped = replace(dumped, batch=_on(dumped.batch, ranks.device()))
+    dumped = replace(dumped, batch=_move_to(dumped.batch, ranks.device()))
     policy = weights.policy
     policy.temperature = config.sampling.temperature
     objective = replace(build_objective(config), steps_per_batch=1, learns_from_ties=True)
-    budget, control = _budget(config), _control(dumped, config, own)
-    batch = _frozen_batch(dumped, weights, objective, budget, config, own)
-    found = attribute(policy, objective, budget, batch, control)
-    classes = classify(batch, found)
-    pull = pulls(policy, objective, budget, batch, control, found.gradient, classes)
-    share = shares(found, classes)
-    told = {
+    budget, control = _choose_budget(config), _make_control(dumped, config, own)
+    batch = _rebuild_batch(dumped, weights, objective, budget, config, own)
+    attribution = compute_attribution(policy, objective, budget, batch, control)
+    classes = classify_tokens(batch, attribution)
+    pull = compute_pulls(policy, objective, budget, batch, control, attribution.gradient, classes)
+    share = compute_shares(attribution, classes)
+    numbers = {
         partition: {
             label: {"tokens": int(mask.sum()), "share": share[partition][label], "pull": pull[partition][label]}
             for label, mask in masks.items()
         }
         for partition, masks in classes.items()
     }
-    return Replayed(name, batch, found, told)
+    return Replayed(name, batch, attribution, numbers)
 
 
-def _frozen_batch(
+def _rebuild_batch(
     dumped: Dumped, weights: Weights, objective: Objective, budget: Budget, config: RunConfig, own: RunConfig
 ) -> TrainBatch:
-    """The batch that `objective` would have made of the step's completions and rewards."""
+    """Return the batch that the run would have trained on with `objective`, from the saved completions and rewards."""
     policy, stored, stats = weights.policy, dumped.batch, Stats()
-    if _learns_from(config) == _learns_from(own):
+    if _select_batch_settings(config) == _select_batch_settings(own):
         frozen = freeze(policy, objective, budget, stored.rollouts)  # for the reference's log-probs
         frozen = replace(frozen, loss_mask=stored.loss_mask, surrogate_mask=stored.surrogate_mask)
         advantages = stored.advantages
     else:
-        kl_coef = _control(dumped, config, own).kl_coef
+        kl_coef = _make_control(dumped, config, own).kl_coef
         scores = replace(dumped.scores, weights=tuple(reward.weight for reward in config.rewards))
         rewards, trained = shape_rewards(objective, policy, budget, stored.rollouts, scores, kl_coef, stats)
         frozen = freeze(policy, objective, budget, stored.rollouts, trained)
         advantages = compute_step_advantages(objective, rewards, stored.rollouts, scores, stats)
-    frozen = replace(frozen, old_logprobs=None if weights.before else stored.old_logprobs)
+    frozen = replace(frozen, old_logprobs=None if weights.are_before_step else stored.old_logprobs)
     return frozen.with_advantages(advantages)
 
 
-def _learns_from(config: RunConfig) -> tuple:
+def _select_batch_settings(config: RunConfig) -> tuple:
     """Return the settings on which the advantages and the masks of a batch depend."""
     loss = config.loss
     in_reward = (loss.kl, loss.kl_coef) if loss.kl_in == "reward" else None
@@ -218,25 +237,27 @@ def _learns_from(config: RunConfig) -> tuple:
     return config.advantage, config.truncation, loss.top_entropy, in_reward, limit
 
 
-def _control(dumped: Dumped, config: RunConfig, own: RunConfig) -> Control:
-    """The step's coefficients; where the configuration has others than the run's, those."""
-    row, (loss, before) = dumped.row, (config.loss, own.loss)
+def _make_control(dumped: Dumped, config: RunConfig, own: RunConfig) -> Control:
+    """Return the coefficients: the step's, which may have adapted, unless `config` changes their start values."""
+    row, loss, own_loss = dumped.row, config.loss, own.loss
     return Control(
-        row["kl_coef"] if loss.kl_coef == before.kl_coef else loss.kl_coef,
-        row["entropy_coef"] if loss.entropy_coef == before.entropy_coef else loss.entropy_coef,
+        row["kl_coef"] if loss.kl_coef == own_loss.kl_coef else loss.kl_coef,
+        row["entropy_coef"] if loss.entropy_coef == own_loss.entropy_coef else loss.entropy_coef,
     )
 
 
-def _budget(config: RunConfig) -> Budget:
-    """The tokens of one forward and backward: as configured, or few enough for any GPU."""
+def _choose_budget(config: RunConfig) -> Budget:
+    """Return the tokens of one forward and backward. For `auto` the number is fixed; no memory is measured here."""
     tokens = config.trainer.tokens_per_micro_batch
-    return Budget((16_384 if torch.cuda.is_available() else MAX_CPU_TOKENS) if tokens == "auto" else tokens)
+    if tokens == "auto":
+        tokens = MAX_GPU_TOKENS if torch.cuda.is_available() else MAX_CPU_TOKENS
+    return Budget(tokens)
 
 
-def _on(batch: Any, device: torch.device) -> Any:
-    """A TrainBatch or Rollouts with its tensors on `device`."""
+def _move_to(batch: Any, device: torch.device) -> Any:
+    """Return a TrainBatch or Rollouts with its tensors on `device`."""
     moved = {
-        name: _on(value, device) if isinstance(value, Rollouts) else value.to(device)
+        name: _move_to(value, device) if isinstance(value, Rollouts) else value.to(device)
         for name, value in vars(batch).items()
         if isinstance(value, torch.Tensor | Rollouts)
     }
@@ -244,37 +265,40 @@ def _on(batch: Any, device: torch.device) -> Any:
 
 
 def summarise(dumped: Dumped, weights: Weights, replayed: list[Replayed], own: RunConfig) -> dict[str, Any]:
-    """Everything as JSON takes it; numbers of tokens are a list a completion."""
-    mask, first = dumped.batch.rollouts.completion_mask, replayed[0].found
-    gap = ((first.logprobs.cpu() - dumped.batch.old_logprobs).abs() * mask).max()
+    """Return the result as JSON values. Numbers per token are one list per completion."""
+    mask, run_attribution = dumped.batch.rollouts.completion_mask, replayed[0].attribution
+    gap = ((run_attribution.logprobs.cpu() - dumped.batch.old_logprobs).abs() * mask).max()
     return {
         "run": str(dumped.folder),
         "step": dumped.step,
         "ranks": dumped.ranks,
-        "weights": weights.words,
-        "ratio_is_1": weights.before,
+        "weights": weights.description,
+        "ratio_is_1": weights.are_before_step,
         "optimizer_steps": own.trainer.num_minibatches * own.trainer.num_passes,
         "dropout": own.lora.dropout,
         "logprob_gap_max": float(gap),
         "row": dumped.row,
-        "objectives": [_told(one, first, mask) for one in replayed],
-        "completions": [{key: one[key] for key in ("task", "sample", "tokens")} for one in dumped.completions],
+        "objectives": [_summarise_objective(objective, run_attribution, mask) for objective in replayed],
+        "completions": [{key: row[key] for key in ("task", "sample", "tokens")} for row in dumped.completions],
     }
 
 
-def _told(one: Replayed, own: Attribution, mask: torch.Tensor) -> dict[str, Any]:
-    norm, of_run = one.found.norm(), own.norm()
-    tokens = {"loss": one.found.token_loss, "weight": one.found.weight}
+def _summarise_objective(replayed: Replayed, run_attribution: Attribution, mask: torch.Tensor) -> dict[str, Any]:
+    """Return the result of one objective; cosine and norm_ratio compare with the run's own, None if undefined."""
+    attribution = replayed.attribution
+    norm, run_norm = attribution.norm(), run_attribution.norm()
+    inner = dot(attribution.gradient, run_attribution.gradient)
+    tokens = {"loss": attribution.token_loss, "weight": attribution.weight}
     return {
-        "name": one.name,
-        "loss": one.found.loss,
+        "name": replayed.name,
+        "loss": attribution.loss,
         "grad_norm": norm,
-        "cosine": dot(one.found.gradient, own.gradient) / (norm * of_run) if norm and of_run else None,
-        "norm_ratio": norm / of_run if of_run else None,
-        "classes": one.classes,
-        "advantages": one.batch.advantages.flatten().tolist(),
+        "cosine": inner / (norm * run_norm) if norm and run_norm else None,
+        "norm_ratio": norm / run_norm if run_norm else None,
+        "classes": replayed.classes,
+        "advantages": replayed.batch.advantages.flatten().tolist(),
         "tokens": {
-            name: [row[kept].tolist() for row, kept in zip(values.cpu(), mask, strict=True)]
+            name: [row[is_token].tolist() for row, is_token in zip(values.cpu(), mask, strict=True)]
             for name, values in tokens.items()
         },
     }
