@@ -204,7 +204,7 @@ def decode(job, limit):
     what = f"sample {job['rows']} × {job['new']} tokens, prompt {job['prompt']}, log-probs of the sampled tokens returned"
     medians = [statistics.median(side["seconds"]) for side in (ours, vllm)]
     return row_of(
-        "decode", what, *medians, f"vLLM {installed('vllm')}, without LoRA", 1.0, ours["card"], ours_each=ours["seconds"],
+        "decode", what, *medians, f"vLLM {installed('vllm')}, without LoRA", 0.55, ours["card"], ours_each=ours["seconds"],
         peer_each=vllm["seconds"], peer_graphs=vllm["graphs"], peer_start_seconds=vllm["start_seconds"],
         ours_reserved_gb=ours["reserved_gb"],
     )  # fmt: skip
@@ -233,7 +233,7 @@ def step(job, limit):
     what = f"a whole step: {job['rows']} × {job['new']} tokens, prompt {job['prompt']}, LoRA r 16, kl_coef {shape['kl_coef']}"
     return row_of(
         "step", what, later(ours["seconds"]), later(trl["seconds"]),
-        f"TRL {installed('trl')} with vLLM {installed('vllm')}, micro-batch {job['rows']}", 0.5, ours["card"],
+        f"TRL {installed('trl')} with vLLM {installed('vllm')}, micro-batch {job['rows']}", 0.37, ours["card"],
         ours_each=ours["seconds"], peer_each=trl["seconds"], ours_reserved_gb=ours["reserved"], peer_reserved_gb=trl["reserved"],
         ours_phases=ours["phases"], seconds_without_correction=without, loss_difference=trl["loss_difference"],
         gradient_difference=trl["gradient_difference"],
@@ -254,8 +254,7 @@ def table(file=OUT):
     """Return the rows of `file` as a Markdown table."""
     lines = ["| Qwen2.5-1.5B's shape, bf16 | grpo_core | other | our time / the other's |", "|---|---|---|---|"]
     for row in map(json.loads, file.read_text().splitlines()):
-        aim = f"{row['ratio']:.2f} ({row['reach']}: {'met' if row['met'] else 'not met'})"
-        cells = [f"{row['what']} ({row['card']})", f"{row['ours']:.3g} s", f"{row['peer_name']}: {row['peer']:.3g} s", aim]
+        cells = [f"{row['what']} ({row['card']})", f"{row['ours']:.3g} s", f"{row['peer_name']}: {row['peer']:.3g} s", f"{row['ratio']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

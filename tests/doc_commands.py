@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from textwrap import dedent
 
 ROOT = Path(__file__).parents[1]
 TRL = json.loads((ROOT / "tests" / "fixtures" / "trl_1_16_options.json").read_text())
@@ -133,8 +134,17 @@ def job(environment, words):
     raise Unknown(" ".join(words))
 
 
+def is_excerpt(code):
+    """Whether a block's lines stand one after another in the loop's file, at whatever indentation."""
+    lines, loop = code.splitlines(), (ROOT / "grpo_core" / "training" / "trainer.py").read_text().splitlines()
+    starts = range(len(loop) - len(lines) + 1)
+    return any(dedent("\n".join(loop[start : start + len(lines)])) == "\n".join(lines) for start in starts)
+
+
 def python_job(code):
-    """A block runs; one for TRL, which is not here, is read: the names that it hands over are TRL's."""
+    """A block runs, but for an excerpt of the loop; one for TRL, which is not here, is read: its names are TRL's."""
+    if is_excerpt(code):
+        return []
     tree = ast.parse(code)
     if not any(isinstance(node, ast.ImportFrom) and node.module == "trl" for node in ast.walk(tree)):
         return [{"kind": "python", "code": code}]

@@ -11,7 +11,7 @@ from typing import get_type_hints
 
 import pytest
 from conftest import RANK
-from doc_commands import FENCE, ROOT, TRL, Unknown, blocks, job, jobs_of, simple_commands
+from doc_commands import FENCE, ROOT, TRL, Unknown, blocks, is_excerpt, job, jobs_of, simple_commands
 from forkserver import interpreter
 from peft import LoraConfig
 from transformers.trainer_utils import SchedulerType
@@ -186,11 +186,17 @@ def test_every_page_is_reached_from_the_readme():
 
 def test_the_readme_is_short_and_begins_with_the_two_commands():
     text = PAGES["README.md"]
-    assert len(text.splitlines()) <= 230
+    assert len(text.splitlines()) <= 160
     assert [line for language, line in blocks(text) if language == "bash"][:2] == [
         "bash launch.sh 2",
         "bash tests/run.sh",
     ]
+
+
+def test_the_readme_shows_twelve_lines_of_the_loop():
+    (excerpt,) = [code for language, code in blocks(PAGES["README.md"]) if language == "python" and is_excerpt(code)]
+    assert len(excerpt.splitlines()) == 12
+    assert not is_excerpt(excerpt.replace("freeze(policy", "freeze(the_policy"))
 
 
 def is_module(name):

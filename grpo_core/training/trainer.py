@@ -25,14 +25,12 @@ def train(run: Run) -> None:
         RunFailed: the run cannot go on.
     """
     control, objective, policy, log = run.control, run.objective, run.policy, run.log
-    alerts, skipped_steps = Alerts(run.config), SkippedSteps(run)
+    budget, alerts, skipped_steps = run.budgets.forward, Alerts(run.config), SkippedSteps(run)
     begin(run)
     for step in range(run.start_step, run.num_steps):
         stats = Stats()
         tasks, rollouts, scores = ranks.raise_on_all_ranks(collect, run, step, stats)
-        log.warn(scores.failures)
         with log.phase("freeze"):
-            budget = run.budgets.forward
             rewards, trained = shape_rewards(objective, policy, budget, rollouts, scores, control.kl_coef, stats)
             frozen = freeze(policy, objective, budget, rollouts, trained)  # old and reference log-probs, [B, C]
             advantages = compute_step_advantages(objective, rewards, rollouts, scores, stats)  # [N, G]
@@ -43,6 +41,7 @@ def train(run: Run) -> None:
             numbers = update_policy(run, batch, step, control, stats)
         row = log.log_step(step, tasks, rollouts, scores, rewards, advantages, stats, numbers)
         saved_batches.finish_dump(run, step, tasks, batch, dump, row)
+        log.warn(scores.failures)
         control = next_control(control, run.config, row)
         skipped_steps.see(step, tasks, batch, row, control)
         reference = run.config.reference
