@@ -292,10 +292,12 @@ def test_the_objectives_of_both_passes_in_pairs(data):
 
 
 def test_the_table_of_peers(tmp_path):
-    """The newest row of a workload and card counts, and a row that misses its aim says so."""
+    """The newest row of a workload and card counts, and a row that misses its reach says so."""
     for ours, most in ((0.9, 1.0), (0.5, 1.0), (0.9, 0.5)):
         name = "decode" if most == 1 else "step"
         peers.record(tmp_path / "rows.json", peers.row_of(name, f"a {name}", ours, 1.25, "vLLM", most, "NVIDIA H200"))
+    rows = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
+    assert [(row["reach"], row["met"]) for row in rows] == [("at most 1", True), ("at most 0.5", False)]
     assert peers.table(tmp_path / "rows.json").splitlines()[2:] == [
         "| a decode (NVIDIA H200) | 0.5 s | vLLM: 1.25 s | 0.40 |",
         "| a step (NVIDIA H200) | 0.9 s | vLLM: 1.25 s | 0.72 |",
