@@ -266,13 +266,13 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, e
 @pytest.mark.parametrize("where", ["reward", pytest.param("backward", marks=pytest.mark.soak)])
 def test_a_rank_that_hangs_is_named_with_its_phase_and_stack(tmp_path, environment, where):
     fault = {"what": "hang", "where": where, "rank": 1, "calls": [2]}
-    done = run(2, tmp_path, environment=environment, fault=fault, trainer__hang_timeout=15)
+    done = run(2, tmp_path, environment=environment, fault=fault, trainer__hang_timeout=8)
     mark = Path(str(tmp_path) + ".mark")
     assert mark.exists(), done.stderr
     took = time.time() - mark.stat().st_mtime
-    assert done.returncode == 4 and 15 <= took < 30, done.stderr
+    assert done.returncode == 4 and 8 <= took < 16, done.stderr
     phase = {"reward": "reward", "backward": "update"}[where]
-    assert re.search(rf"grpo_core: rank 1 has made no progress for 1[5-8] s in phase {phase}; its threads:", done.stderr)
+    assert re.search(rf"grpo_core: rank 1 has made no progress for ([89]|1[01]) s in phase {phase}; its threads:", done.stderr)
     assert "in cause" in done.stderr and "grpo_core: rank 1 failed with exit code 4" in done.stderr
     assert "rank 0 has" not in done.stderr
 

@@ -23,14 +23,14 @@ from grpo_core.config.sections import RunConfig
 from grpo_core.monitor.run_log import RunLog
 progress.DELAY = 0.3
 with progress.show_elapsed("loading the model"):
-    time.sleep(2.5)
+    time.sleep({loading})
 with progress.progress_bar(4, "evaluating", "task") as shown:
     for _ in range(4):
         time.sleep(0.3)
         shown.update()
 log = RunLog(Path({folder!r}), RunConfig(), 0, 2)
 with log.phase("sample"):
-    time.sleep(2.2)
+    time.sleep({sampling})
 log.info("a line")
 log.close()
 print("done", flush=True)
@@ -55,6 +55,10 @@ try:
 except ValueError:
     print("in", flush=True)
 """
+
+
+SECONDS = {"loading": 2.5, "sampling": 2.2}  # enough for a clock to tick
+SHORT = {"loading": 0.6, "sampling": 0.6}  # enough for a bar to appear
 
 
 def in_terminal(code, env, stdout=None):
@@ -95,7 +99,7 @@ def screen(written):
 
 def test_in_a_terminal_they_tick_and_leave_nothing_behind(tmp_path, environment):
     written = in_terminal(
-        CODE.format(tests=str(ROOT / "tests"), folder=str(tmp_path / "r")),
+        CODE.format(tests=str(ROOT / "tests"), folder=str(tmp_path / "r"), **SECONDS),
         {**environment, "TERM": "xterm", "COLUMNS": "100"},
     )
     assert re.search(r"loading the model  00:0[12]", written) and "evaluating:" in written and "3/4" in written
@@ -114,7 +118,7 @@ def test_what_comes_next_begins_on_an_empty_line(environment, tmp_path, piped):
 
 
 def test_in_a_log_file_and_on_other_ranks_there_is_nothing(tmp_path, environment):
-    code = CODE.format(tests=str(ROOT / "tests"), folder=str(tmp_path / "r"))
+    code = CODE.format(tests=str(ROOT / "tests"), folder=str(tmp_path / "r"), **SHORT)
     done = subprocess.run([interpreter(), "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and done.stdout == "a line\ndone\n"
     other = in_terminal(code, {**environment, "TERM": "xterm", "RANK": "1", "WORLD_SIZE": "2"})
