@@ -1,3 +1,4 @@
+import fcntl
 import os
 import socket
 import subprocess
@@ -110,12 +111,19 @@ def here(group, capsys, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """The folder of a short run of the embedded default whose adapter has moved: 12 steps, checkpoints at 6 and 12."""
+    """The folder of a short run of the embedded default whose adapter has moved: 12 steps, checkpoints at 6 and 12.
+
+    Whichever worker asks first trains it, for all of them; tests read it and write elsewhere.
+    """
     from grpo_core.cli import main
 
-    folder = tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     given = ["trainer.num_steps=12", "checkpoint.every=6", "evaluation.num_tasks=16", "trainer.completions_per_step=64"]
-    with group_of_one():
-        code = main(["train", "--config", str(ROOT / "configs" / "tiny.yaml"), f"output_dir={folder}", *given])
-    assert code == 0
-    return folder / "tiny"
+    with open(folder / "tiny_run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "runs" / "tiny" / "adapter").exists():
+            with group_of_one():
+                code = main(["train", "--config", str(ROOT / "configs" / "tiny.yaml"), f"output_dir={folder}/runs", *given])
+            assert code == 0
+    return folder / "runs" / "tiny"

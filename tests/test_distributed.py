@@ -21,7 +21,8 @@ def worker(rank, folder):
 
 @pytest.mark.slow
 def test_all_rows_joins_different_numbers_of_rows_in_the_order_of_ranks(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["grpo_core.distributed.ranks"])
     processes = [context.Process(target=worker, args=(rank, str(tmp_path))) for rank in range(3)]
     for process in processes:
         process.start()

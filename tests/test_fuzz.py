@@ -1,5 +1,6 @@
 """Whatever is written into a config, an override or a data file: it is read, or refused in one sentence."""
 
+import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +46,8 @@ def flat(tree, prefix=""):
             yield from flat(value, f"{prefix}{name}.")
 
 
-KEYS = sorted(set(flat(yaml.safe_load(TINY.read_text()))))
+SHIPPED = yaml.safe_load(TINY.read_text())
+KEYS = sorted(set(flat(SHIPPED)))
 keys = (
     st.sampled_from(KEYS) | st.text(max_size=10) | st.builds("{}.{}".format, st.sampled_from(KEYS), st.text(max_size=5))
 )
@@ -68,7 +70,7 @@ def put(tree, key, value):
 @settings(many, max_examples=500)
 @given(changes=st.dictionaries(keys, values, max_size=3))
 def test_a_config_is_what_it_says_or_refused(tmp_path, changes):
-    tree = yaml.safe_load(TINY.read_text())
+    tree = copy.deepcopy(SHIPPED)
     for key, value in changes.items():
         put(tree, key, value)
     path = tmp_path / "config.yaml"

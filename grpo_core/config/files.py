@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -21,6 +22,8 @@ from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.schema import ConfigError, coerce, list_known
+
+_type_hints = cache(get_type_hints)  # a third of the time that a configuration takes
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -178,7 +181,7 @@ def build(cls: type, data: Any, key: str) -> Any:
     """
     if not isinstance(data, dict):
         raise ConfigError(f"{key or 'the configuration'} is {data!r}; it must be a mapping")
-    hints, values = get_type_hints(cls), {}
+    hints, values = _type_hints(cls), {}
     names = {f.name for f in fields(cls)}
     for name, value in data.items():
         if name not in names:
@@ -221,7 +224,7 @@ def _apply(data: dict, override: str) -> None:
     *sections, last = key.split(".")
     kind: Any = RunConfig
     for name in (*sections, last):
-        kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
+        kind = _type_hints(kind).get(name) if is_dataclass(kind) else None
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
