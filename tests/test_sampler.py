@@ -26,8 +26,9 @@ from grpo_core.batch import SamplingParams, Task
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model.policy import Policy, wrap
 from grpo_core.sampling.draw import draw, restrict
+from grpo_core.sampling.end_of_sequence import describe_eos_mismatch, find_eos_ids
 from grpo_core.sampling.fused_decoder import FusedDecoder
-from grpo_core.sampling.sampler import Sampler, describe_eos_mismatch, find_eos_ids
+from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

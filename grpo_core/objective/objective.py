@@ -46,7 +46,7 @@ class Objective:
 
     @property
     def kl_needs_vocabulary(self) -> bool:
-        """Whether the KL is a sum over the vocabulary, which costs a reference forward in every micro-batch."""
+        """Return whether the KL is a sum over the vocabulary, which costs a reference forward in every micro-batch."""
         return bool(get_fact(self.kl_fn, "full_vocabulary"))
 
     def trains_ties(self, kl_coef: float, entropy_bonus: float) -> bool:

@@ -19,11 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo_core.batch import Rollouts, SamplingParams, Task
 from grpo_core.distributed.ranks import draw_uniforms
 from grpo_core.model.loading import check_lengths
+from grpo_core.sampling.end_of_sequence import find_eos_ids
 from grpo_core.sampling.fused_decoder import FusedDecoder
 from grpo_core.sampling.fused_model import Unsupported
 from grpo_core.sampling.plain_decoder import PlainDecoder, pad_left
 from grpo_core.sampling.request import DecodeRequest, Draws, Watch
-from grpo_core.schema import ConfigError
 
 LOG = logging.getLogger("grpo_core")
 
@@ -142,36 +142,3 @@ class Sampler:
     def _decode_texts(self, draws: Draws) -> tuple[str, ...]:
         ids = [row[:length] for row, length in zip(draws.ids.tolist(), draws.lengths.tolist(), strict=True)]
         return tuple(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
-
-
-def find_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return every token id that ends a completion: those of the generation config, model config and tokenizer.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    ids = _eos_ids_of(model.generation_config) | _eos_ids_of(model.config) | _eos_ids_of(tokenizer)
-    if not ids:
-        raise ConfigError(
-            "neither the model nor its tokenizer has an end-of-sequence token, so no completion would ever end; set "
-            "eos_token_id in the model's generation_config.json"
-        )
-    return ids
-
-
-def describe_eos_mismatch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return a warning if tokenizer and model share no end-of-sequence token, as after a faulty conversion."""
-    model_ids = _eos_ids_of(model.generation_config) | _eos_ids_of(model.config)
-    tokenizer_ids = _eos_ids_of(tokenizer)
-    if not model_ids or not tokenizer_ids or model_ids & tokenizer_ids:
-        return None
-    names = [", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(ids)))) for ids in (tokenizer_ids, model_ids)]
-    return (
-        f"the tokenizer's end-of-sequence token is {names[0]}, the model's {names[1]}; both end a completion, and the "
-        f"targets of sft end with the tokenizer's"
-    )
-
-
-def _eos_ids_of(source: object) -> set[int]:
-    ids = getattr(source, "eos_token_id", None)
-    return {ids} if isinstance(ids, int) else set(ids or ())

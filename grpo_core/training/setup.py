@@ -21,7 +21,7 @@ from grpo_core.model.policy import Policy, load_policy
 from grpo_core.monitor import trackers
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.monitor.run_log import RunLog
-from grpo_core.sampling.sampler import describe_eos_mismatch
+from grpo_core.sampling.end_of_sequence import describe_eos_mismatch
 from grpo_core.scoring.scoring import build_reward
 from grpo_core.training import checkpoint, run_dir
 from grpo_core.training.control import Control, first_control

@@ -23,7 +23,7 @@ from grpo_core.model.policy import load_policy, wrap
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.alerts import Alerts
 from grpo_core.monitor.progress import show_elapsed
-from grpo_core.sampling.sampler import find_eos_ids
+from grpo_core.sampling.end_of_sequence import find_eos_ids
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, run_dir
 from grpo_core.training.freeze import forward_all
