@@ -40,8 +40,8 @@ def run_way(way: str, steps: int) -> tuple[dict, torch.Tensor]:
             ROOT / "configs" / "tiny.yaml", [f"trainer.num_steps={steps}", f"output_dir={out}", f"name={way}", "checkpoint.every=0"]
         )
         config = replace(config, model=replace(config.model, precision="fp32" if way != "bf16" else "bf16"))
-        dtype = setup.start(config)
-        beginning, prepared = setup.find_beginning(config), prepare(config)
+        dtype = setup.initialise_process(config)
+        beginning, prepared = setup.find_start(config), prepare(config)
         base = torch.float32 if way == "fp32" else torch.bfloat16
         torch.manual_seed(0)
         policy = load_policy(config.model, config.lora, dtype=base, temperature=1.0)

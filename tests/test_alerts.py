@@ -140,7 +140,7 @@ def test_a_run_with_nothing_to_learn_says_so_and_why(tmp_path, capsys):
 def test_with_stop_the_run_ends_with_a_checkpoint(tmp_path):
     with pytest.raises(RunFailed, match="alerts is stop, and the adapter has not moved in 10 steps"):
         train(level(make_run(tmp_path, num_steps=12), "stop"))
-    assert [path.name for path in checkpoint.steps(tmp_path / "checkpoints")] == ["step-000010"] and len(
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == ["step-000010"] and len(
         rows(tmp_path)
     ) == 10
 

@@ -24,13 +24,13 @@ def two(tmp_path):
 def test_damage_is_seen_and_the_one_before_is_taken(two, file, harm):
     run, config = two
     newest = run.folder / "checkpoints" / "step-000002"
-    assert run_dir.run_folder(config) == (run.folder, newest, [])
+    assert run_dir.find_run_folder(config) == (run.folder, newest, [])
     content = (newest / file).read_bytes()
     harmed = {"truncated": content[:-7], "flipped": content[:9] + bytes([content[9] ^ 1]) + content[10:], "empty": b""}
     (newest / file).unlink()
     if harm != "missing":
         (newest / file).write_bytes(harmed[harm])
-    folder, found, (sentence,) = run_dir.run_folder(config)
+    folder, found, (sentence,) = run_dir.find_run_folder(config)
     assert folder == run.folder and found.name == "step-000001" and sentence.startswith(f"{newest} is damaged (")
 
 
@@ -38,18 +38,18 @@ def test_where_all_are_damaged_the_run_is_refused(two):
     run, config = two
     for one in (run.folder / "checkpoints").iterdir():
         (one / "meta.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"every checkpoint in .* is damaged: meta.json is not what was written"):
-        run_dir.run_folder(config)
+    with pytest.raises(ConfigError, match=r"every checkpoint in .* is damaged: meta.json does not match its checksum"):
+        run_dir.find_run_folder(config)
 
 
 def test_a_folder_can_be_named_and_a_new_run_never_takes_an_old_ones_unasked(two):
     run, config = two
     named = replace(config, resume=str(run.folder), name="other")
-    assert run_dir.run_folder(named)[:2] == (run.folder, run.folder / "checkpoints" / "step-000002")
-    with pytest.raises(ConfigError, match=r"run holds a run already; resume=auto goes on with it, overwrite=true"):
-        run_dir.run_folder(replace(config, resume=None))
-    assert run_dir.run_folder(replace(config, resume=None, overwrite=True)) == (run.folder, None, [])
-    assert run_dir.run_folder(replace(config, resume=None, name="other")) == (
+    assert run_dir.find_run_folder(named)[:2] == (run.folder, run.folder / "checkpoints" / "step-000002")
+    with pytest.raises(ConfigError, match=r"run already holds a run; use resume=auto to continue it, overwrite=true"):
+        run_dir.find_run_folder(replace(config, resume=None))
+    assert run_dir.find_run_folder(replace(config, resume=None, overwrite=True)) == (run.folder, None, [])
+    assert run_dir.find_run_folder(replace(config, resume=None, name="other")) == (
         run.folder.with_name("other"),
         None,
         [],
@@ -74,7 +74,7 @@ def test_only_what_changes_no_number_may_differ(two):
     trainer = replace(config.trainer, tokens_per_micro_batch=7, num_steps=99)
     assert checkpoint.read_meta(newest, replace(config, trainer=trainer))[1] == []
     other = replace(config, seed=5, trainer=replace(config.trainer, num_passes=2))
-    with pytest.raises(ConfigError, match=r"seed \(0 then, 5 now\), trainer.num_passes \(1 then, 2 now\)"):
+    with pytest.raises(ConfigError, match=r"seed \(0 in the checkpoint, 5 now\), trainer.num_passes \(1 in the checkpoint, 2 now\)"):
         checkpoint.read_meta(newest, other)
     meta, overridden = checkpoint.read_meta(newest, replace(other, resume="force"))
     assert meta["next_step"] == 2 and [key.split()[0] for key in overridden] == ["seed", "trainer.num_passes"]

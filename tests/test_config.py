@@ -196,11 +196,11 @@ def test_batch_arithmetic():
     [
         (
             {"train_micro_batch_size_per_gpu": 8},
-            r"train_micro_batch_size_per_gpu is 8; write .auto.: .*trainer.tokens_per_micro_batch",
+            r"train_micro_batch_size_per_gpu is 8; it must be .auto., .*trainer.tokens_per_micro_batch",
         ),
         ({"train_batch_size": 64}, r"train_batch_size is 64, .*completions_per_step.* makes it 128"),
         ({"gradient_clipping": 0.5}, r"gradient_clipping is 0.5, .*engine.max_grad_norm makes it 1.0"),
-        ({"gradient_accumulation_steps": 8}, r"gradient_accumulation_steps is 8; write .auto.: .* as many as it needs"),
+        ({"gradient_accumulation_steps": 8}, r"gradient_accumulation_steps is 8; it must be .auto., .*trainer.tokens_per_micro_batch"),
         ({"fp16": {"enabled": True}}, r"fp16.enabled is True, .*model.precision \(auto\) makes it False"),
         ({"zero_optimization": {"stage": 3}}, r"stage is 3; it must be 1 or 2"),
         ({"zero_optimization": {"stage": 0}}, r"stage is 0; it must be 1 or 2"),

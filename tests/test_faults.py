@@ -133,7 +133,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, environment, whole, n
     ranks.send_signal(number)
     out, err = ranks.communicate(timeout=100)
     assert ranks.returncode == code and "Traceback" not in err, err
-    assert f"stopped by {number.name} with a checkpoint" in out
+    assert f"stopped by {number.name} after writing a checkpoint" in out
     done = run(2, tmp_path, "resume=auto", environment=environment)
     assert done.returncode == 0, done.stderr
     same(results(tmp_path / "tiny"), whole)
@@ -164,7 +164,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, env
     done = run(2, tmp_path, environment=environment, fault=fault)
     assert done.returncode == 0, done.stderr
     assert (
-        "warning: the checkpoint after 2 steps could not be written (No space left on device); going on" in done.stdout
+        "warning: the checkpoint after 2 steps could not be written (No space left on device); the run continues" in done.stdout
     )
     same(results(tmp_path / "tiny"), whole)
     assert [path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir()] == ["step-000004"]

@@ -77,4 +77,4 @@ def test_no_checkpoint_stands_for_rows_that_are_not_there(tmp_path, monkeypatch,
     with pytest.raises(Exception, match="the last checkpoint could not be written"):
         train(run)
     assert "the checkpoint after 2 steps could not be written (No space left on device)" in capsys.readouterr().out
-    assert checkpoint.steps(tmp_path / "checkpoints") == []
+    assert checkpoint.list_checkpoints(tmp_path / "checkpoints") == []

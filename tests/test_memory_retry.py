@@ -69,7 +69,7 @@ def test_what_does_not_fit_in_halves_either_ends_the_run_with_a_checkpoint_of_be
     )
     with pytest.raises(RunFailed, match=message):
         train(run)
-    (kept,) = checkpoint.steps(tmp_path / "checkpoints")
+    (kept,) = checkpoint.list_checkpoints(tmp_path / "checkpoints")
     assert kept.name == "step-000001" and len(rows(tmp_path)) == len(before) == 1
     torch.testing.assert_close(weights(run), before[0], atol=0, rtol=0)
 
@@ -82,7 +82,7 @@ def test_no_checkpoint_is_made_of_half_a_step(tmp_path):
     )
     with pytest.raises(RunFailed, match="does not fit"):
         train(run)
-    assert checkpoint.steps(tmp_path / "checkpoints") == []
+    assert checkpoint.list_checkpoints(tmp_path / "checkpoints") == []
 
 
 def test_a_micro_batch_that_is_too_long_is_halved_by_its_tokens(tmp_path):

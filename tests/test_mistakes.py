@@ -182,8 +182,8 @@ def test_fp16_without_a_gpu(train):
     ("\n".join(map(json.dumps, [ROW, ROW, {"answer": "2"}])), "row 3 of the data: column 'question', which data.template uses, is null"),
     (json.dumps({**ROW, "question": 5}), "row 1 of the data: column 'question', which data.template uses, is '5'; it must be text"),
     (json.dumps({**ROW, "question": ["a"]}), "it must be text"),
-    (json.dumps({"question": "What?"}), "reward correct_answer needs 'answer', but the data has the columns question"),
-    ("\n".join(map(json.dumps, [ROW, {**ROW, "answer": None}])), "row 2 of the data: 'answer' is null, and reward correct_answer needs it"),
+    (json.dumps({"question": "What?"}), "reward correct_answer needs the column 'answer', but the data has only the columns question"),
+    ("\n".join(map(json.dumps, [ROW, {**ROW, "answer": None}])), "reward correct_answer needs a value in the column 'answer', which is null in row 2 of the data"),
     (b"\xff\xfe\x00", "is not UTF-8 text: byte 0 is 0xff"),
 ], ids=range(17))  # fmt: skip
 def test_in_a_data_file(train, tmp_path, content, sentence):
@@ -262,7 +262,7 @@ def test_a_run_that_lies_there(train, tmp_path):
     with pytest.raises(Loads):
         train()  # no step was taken there
     (folder / "metrics.jsonl").write_text('{"step": 0}\n')
-    assert f"{folder} holds a run already; resume=auto goes on with it, overwrite=true" in train()
+    assert f"{folder} already holds a run; use resume=auto to continue it, overwrite=true" in train()
     for word in ("overwrite=true", "resume=auto", "name=other"):
         with pytest.raises(Loads):
             train(word)

@@ -335,8 +335,8 @@ def test_what_a_disk_takes_in_part_is_not_there(tmp_path, monkeypatch):
     (["empty/batches/step-000001"], "empty has no saved batches; debug.dump_batches=N saves the batch of every N-th step\n"),
     (["many/batches/step-000001"], "is not among the saved batches in {plain}/many/batches: step-000100, step-000101, step-000102, step-000103, step-000104, step-000105, step-000106, step-000107, step-000108, step-000109, ..., step-000149\n"),
     (["nowhere/batches/step-000001"], "there is no run folder {plain}/nowhere\n"),
-    (["metrics.jsonl"], "is no batch; name <run folder>/batches/step-000012"),
-    (["torn/step-000001"], "is not a whole batch of debug.dump_batches"),
+    (["metrics.jsonl"], "does not name a batch; use <run folder>/batches/step-000012"),
+    (["torn/step-000001"], "is damaged, or was not saved by debug.dump_batches"),
     (["step-000001", "--output", "/nowhere/a.json"], "--output /nowhere/a.json cannot be written"),
 ])  # fmt: skip
 def test_what_cannot_be_replayed_is_one_sentence(plain, capsys, words, said):

@@ -279,7 +279,7 @@ def test_another_run_is_never_overwritten_unasked_and_another_config_is_not_resu
     refused = here(*run)
     assert (
         refused.returncode == 2
-        and "tiny holds a run already; resume=auto goes on with it, overwrite=true" in refused.stderr
+        and "tiny already holds a run; use resume=auto to continue it, overwrite=true" in refused.stderr
     )
     again = here(*run, "resume=auto", "trainer.num_steps=2")
     assert again.returncode == 0 and "resumed from" in again.stdout
@@ -289,7 +289,7 @@ def test_another_run_is_never_overwritten_unasked_and_another_config_is_not_resu
     assert "loss.kl_coef (0.01 then, 0.5 now)" in refused.stderr and "lora.r (16 then, 4 now)" in refused.stderr
     forced = here(*run, "resume=force", "loss.kl_coef=0.5", "trainer.num_steps=3")
     assert forced.returncode == 0, forced.stderr
-    assert "warning: resume=force went on in spite of loss.kl_coef (0.01 then, 0.5 now)" in forced.stdout
+    assert "warning: resume=force ignored these differences from the checkpoint: loss.kl_coef (0.01 in the checkpoint, 0.5 now)" in forced.stdout
     assert [row["step"] for row in read(tmp_path / "tiny" / "metrics.jsonl")] == [0, 1, 2]
     anew = here(*run, "overwrite=true")
     assert anew.returncode == 0 and [row["step"] for row in read(tmp_path / "tiny" / "metrics.jsonl")] == [0]
@@ -299,7 +299,7 @@ def test_another_run_is_never_overwritten_unasked_and_another_config_is_not_resu
     assert here(*run, *data).returncode == 0
     rows.write_text(rows.read_text().replace("+ 1", "plus 1"))
     other = here(*run, *data, "resume=auto")
-    assert other.returncode == 2 and "is of another run: the rows of data.path (other than then)" in other.stderr
+    assert other.returncode == 2 and "because the rows of data.path have changed since it was written" in other.stderr
 
 
 def test_the_real_config_runs_on_small_parts(tmp_path, environment):

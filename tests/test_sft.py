@@ -29,7 +29,7 @@ from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, sft
 from grpo_core.training.control import Control
 from grpo_core.training.prepare import build_objective
-from grpo_core.training.sft_targets import supervised_rollouts
+from grpo_core.training.sft_targets import build_target_rollouts
 from grpo_core.training.update import micro_loss
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +46,7 @@ def make_tasks(tokenizer, count=40):
 def test_the_loss_is_the_models_own_cross_entropy():
     tokenizer = load_tokenizer("builtin:tiny")
     policy = load_policy(ModelConfig(), LoraConfig(r=0), dtype=torch.float32, temperature=1.0)
-    rollouts = supervised_rollouts(
+    rollouts = build_target_rollouts(
         make_tasks(tokenizer, 6), SftConfig(), tokenizer, tokenizer.eos_token_id, torch.device("cpu")
     )
     config = RunConfig(loss=LossConfig(name="reinforce", average="token", kl_coef=0.0))
@@ -84,11 +84,11 @@ def test_the_held_out_loss_is_the_models_own_whatever_the_order_and_the_seeds():
     config = SftConfig(targets=[TargetConfig("{answer}"), TargetConfig(THINK)])
 
     def answers(tasks):
-        return supervised_rollouts(tasks, config, tokenizer, tokenizer.eos_token_id, torch.device("cpu"))
+        return build_target_rollouts(tasks, config, tokenizer, tokenizer.eos_token_id, torch.device("cpu"))
 
     def measure(tasks):
         budgets = Budgets(Budget(100), Budget(150))
-        return sft.held_out_loss(SimpleNamespace(eval_tasks=tasks, policy=policy, budgets=budgets), answers)
+        return sft.compute_held_out_loss(SimpleNamespace(eval_tasks=tasks, policy=policy, budgets=budgets), answers)
 
     tasks = make_tasks(tokenizer, 12)
     chosen = answers([replace(task, seed=(task.index,)) for task in tasks]).completions
@@ -111,7 +111,7 @@ def test_targets_are_mixed_by_their_shares():
     many = [
         Task(t.index, t.prompt, t.prompt_ids, t.columns, seed=(0, step, t.index)) for step in range(25) for t in tasks
     ]
-    rollouts = supervised_rollouts(many, config, tokenizer, 1, torch.device("cpu"))
+    rollouts = build_target_rollouts(many, config, tokenizer, 1, torch.device("cpu"))
     direct = sum(not text.startswith("<think>") for text in rollouts.completions) / len(many)
     assert direct == pytest.approx(0.6, abs=0.05)
 
@@ -163,7 +163,7 @@ def test_two_processes_stopped_by_a_signal_and_resumed_are_bitwise_never_stopped
         time.sleep(0.01)
     cut[1].send_signal(signal.SIGTERM)
     codes, told = ended(cut)
-    assert codes == [143, 143] and "stopped by SIGTERM with a checkpoint; resume=" in told
+    assert codes == [143, 143] and "stopped by SIGTERM after writing a checkpoint; resume=" in told
     assert len(read(metrics)) < 8
     codes, told = ended(ranks(tmp_path, environment, "resume=auto"))
     assert codes == [0, 0] and "resumed from" in told
@@ -233,10 +233,10 @@ def test_all_weights_over_a_full_disk_and_a_death_are_bitwise_those_of_a_run_lef
         with pytest.raises(KeyboardInterrupt):
             sft.run_sft(config("cut"))
     assert (
-        "the checkpoint after 1 steps could not be written (No space left on device); going on"
+        "the checkpoint after 1 steps could not be written (No space left on device); the run continues"
         in capsys.readouterr().out
     )
-    with pytest.raises(ConfigError, match="sft.targets .* then"):
+    with pytest.raises(ConfigError, match="sft.targets .* in the checkpoint"):
         sft.run_sft(config("cut", "resume=auto", "sft.targets=['{answer}']"))
     again = sft.run_sft(config("cut", "resume=auto", "sft.save_precision=auto"))
     assert "after 2 steps" in capsys.readouterr().out and again == tmp_path / "cut" / "tiny_sft" / "model"
@@ -251,7 +251,7 @@ def test_data_without_a_chain_of_thought_and_going_on_from_a_model(tmp_path, gro
     rows.write_text("".join(f'{{"question": "What is {i} + 1?", "answer": "{i + 1}"}}\n' for i in range(40)))
     data = [f"data.path={rows}", "trainer.num_steps=1"]
     whole = sft.run_sft(configured(tmp_path, *data, "name=a", "lora.r=0", "loss.kl_coef=0", 'sft.targets=["{answer}"]'))
-    with pytest.raises(ConfigError, match="sft.targets uses {cot}; known: answer, question"):
+    with pytest.raises(ConfigError, match="sft.targets uses the column {cot}; known: answer, question"):
         sft.run_sft(configured(tmp_path, *data, "name=b"))
     adapter = sft.run_sft(configured(tmp_path, *data, "name=c", f"model.path={whole}", "sft.targets=['{answer}']"))
     assert adapter == tmp_path / "c" / "adapter" and load_file(adapter / "adapter_model.safetensors")
@@ -262,8 +262,8 @@ def test_data_without_a_chain_of_thought_and_going_on_from_a_model(tmp_path, gro
 
 
 @pytest.mark.parametrize("column, given, message", [
-    ("cot", None, "row 3 of {}: 'cot', which sft.targets uses, is null"),
-    ("cot", "1 + " * 2000, r"row 3 of {}: the target .* has \d{{4}} tokens, which with a prompt of up to \d+ .* model's 1024 positions"),
+    ("cot", None, "sft.targets uses the column 'cot', which is null in row 3 of {}"),
+    ("cot", "1 + " * 2000, r"row 3 of {}: the target .* has \d{{4}} tokens and the longest prompt \d+ .* only 1024 positions"),
 ])  # fmt: skip
 @pytest.mark.parametrize("where", ["the data", "the evaluation data"])
 def test_a_target_that_cannot_be_is_one_sentence_before_the_model_loads(
@@ -281,8 +281,8 @@ def test_a_target_that_cannot_be_is_one_sentence_before_the_model_loads(
 
 
 @pytest.mark.parametrize("given, message", [
-    (["trainer.num_passes=2"], "trainer.num_passes is 2; sft takes one optimizer step a batch"),
-    (["sft.new_model={}", "sft.new_model.vocab_size=400"], "lora.r is 16, but sft.new_model makes a new model"),
+    (["trainer.num_passes=2"], "trainer.num_passes is 2; it must be 1 for sft: one optimizer step per batch"),
+    (["sft.new_model={}", "sft.new_model.vocab_size=400"], "lora.r is 16; it must be 0 with sft.new_model"),
     (["sft.output=/dev/null/model"], "sft.output is /dev/null/model, which cannot be written: Not a directory"),
     (["sft.targets=[]"], "sft.targets is empty"),
     (["sft.targets=[{template: x, share: 0}]"], r"sft.targets\[0\].share is 0.0; it must be above 0"),
@@ -295,7 +295,7 @@ def test_what_sft_cannot_do_is_one_sentence(tmp_path, group, given, message):
 
 def test_only_the_reward_of_the_evaluation_needs_its_columns(tmp_path, group):
     other = ["data.columns={reply: answer}", "sft.targets=['{reply}']", "trainer.num_steps=1"]
-    with pytest.raises(ConfigError, match="reward correct_answer needs 'answer'"):
+    with pytest.raises(ConfigError, match="reward correct_answer needs the column 'answer'"):
         sft.run_sft(configured(tmp_path, *other))
     adapter = sft.run_sft(configured(tmp_path, *other, "evaluation.num_tasks=0"))
     assert adapter.is_dir() and not (tmp_path / "tiny" / "evaluation.jsonl").exists()
@@ -305,7 +305,7 @@ def test_a_run_that_learns_nothing_and_one_that_is_not_finite_end(tmp_path, grou
     still = ["trainer.num_steps=12", "engine.learning_rate=1e-30", "alerts=stop", "trainer.completions_per_step=8"]
     with pytest.raises(RunFailed, match="alerts is stop, and the adapter has not moved in 10 steps"):
         sft.run_sft(configured(tmp_path, "name=still", "evaluation.num_tasks=0", *still))
-    assert [path.name for path in checkpoint.steps(tmp_path / "still" / "checkpoints")] == ["step-000010"]
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "still" / "checkpoints")] == ["step-000010"]
     broken = configured(tmp_path, "name=broken", "evaluation.num_tasks=0", "trainer.max_skipped_steps=2")
     run, _, answers = sft.setup(broken)
     calls = []
@@ -318,6 +318,6 @@ def test_a_run_that_learns_nothing_and_one_that_is_not_finite_end(tmp_path, grou
 
     with pytest.raises(RunFailed, match="not finite in 2 steps in a row, from step 1 on"):
         sft.train(run, breaks)
-    assert [path.name for path in checkpoint.steps(run.folder / "checkpoints")] == ["step-000001"]
+    assert [path.name for path in checkpoint.list_checkpoints(run.folder / "checkpoints")] == ["step-000001"]
     assert (run.folder / "incidents" / "step-000002-rank-0.safetensors").exists()
     assert [row["skipped"] for row in read(run.folder / "metrics.jsonl")] == [0, 1, 1]

@@ -22,7 +22,7 @@ from grpo_core.monitor.progress import show_elapsed
 from grpo_core.schema import printable
 from grpo_core.scoring.scoring import score
 from grpo_core.training.prepare import Prepared, make_rewards, make_sampler, prepare, quieten
-from grpo_core.training.run_dir import holds_a_run
+from grpo_core.training.run_dir import holds_run
 
 MAX_SHOWN_CHARACTERS = 400  # of each completion
 
@@ -160,7 +160,7 @@ def describe_group(config: RunConfig, policy: Policy, tokenizer: PreTrainedToken
 
 
 def _describe_conflict(folder: Path) -> str:
-    if not holds_a_run(folder):
+    if not holds_run(folder):
         return ""
     return ", which already holds a run (set resume=auto, overwrite=true or another name)"
 

@@ -28,7 +28,7 @@ from grpo_core.model.loading import DTYPES
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.report.run_reader import locate_completions, read_rows
 from grpo_core.schema import ConfigError, first_line, printable
-from grpo_core.training.checkpoint import in_words
+from grpo_core.training.checkpoint import error_text
 
 MARK = "export.json"  # in every exported folder: dtype and gap; a folder with it may be overwritten
 MAX_MERGE_GAP = 1e-3  # relative gap after merging in float32; a wrong merge is orders of magnitude above it
@@ -97,7 +97,7 @@ def run_export(
         mark = {"dtype": dtype, "gap": asdict(gap) if gap else None}
         (folder / MARK).write_text(json.dumps(mark), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--output {folder} cannot be written: {in_words(error)}") from None
+        raise ConfigError(f"--output {folder} cannot be written: {error_text(error)}") from None
     print(f"{'adapter' if adapter else 'model'}: {folder}")
     if push:
         upload(folder, push, private=private)
@@ -239,7 +239,7 @@ def _make_empty_folder(folder: Path) -> None:
         folder.mkdir(parents=True)
         (folder / MARK).write_text("{}", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--output {folder} cannot be written: {in_words(error)}") from None
+        raise ConfigError(f"--output {folder} cannot be written: {error_text(error)}") from None
 
 
 def _preview(opened: OpenedPolicy, folder: Path, adapter: bool, dtype: str, push: str | None) -> None:

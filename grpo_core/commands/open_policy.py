@@ -101,7 +101,7 @@ def _find_source(source: str, overrides: list[str], config_file: Path | None, no
     """Find the files of a source, without loading any weights."""
     path = Path(source)
     if (path / checkpoint.META).exists():  # <run folder>/checkpoints/step-000040
-        if problem := checkpoint.damage(path):
+        if problem := checkpoint.describe_damage(path):
             raise ConfigError(f"the checkpoint {path} is damaged: {problem}")
         return _find_in_run(path.parents[1], overrides, path, notify)
     if (path / "config.yaml").exists():
@@ -133,7 +133,11 @@ def _find_in_run(folder: Path, overrides: list[str], chosen: Path | None, notify
             if (model / "config.json").exists():
                 config = replace(config, model=replace(config.model, path=str(model)))
                 return _Source(config, folder, f"the model in {model}", model)
-        undamaged = [path for path in checkpoint.steps(folder / "checkpoints") if checkpoint.damage(path) is None]
+        undamaged = [
+            path
+            for path in checkpoint.list_checkpoints(folder / "checkpoints")
+            if checkpoint.describe_damage(path) is None
+        ]
         if not undamaged:
             raise ConfigError(f"{folder} holds a run that has written neither an adapter nor a checkpoint yet")
         chosen = undamaged[-1]
@@ -151,7 +155,7 @@ def _load_checkpoint(policy: Policy, path: Path) -> None:
     Raises:
         ConfigError: the checkpoint has other names or shapes than the policy's trained parameters.
     """
-    tensors = checkpoint.weights(path)
+    tensors = checkpoint.load_weights(path)
     parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     if {name: p.shape for name, p in parameters.items()} != {name: x.shape for name, x in tensors.items()}:
         model_type = policy.causal_lm.config.model_type

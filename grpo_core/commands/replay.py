@@ -45,7 +45,7 @@ from grpo_core.training.control import Control
 from grpo_core.training.freeze import freeze
 from grpo_core.training.prepare import build_objective, quieten
 from grpo_core.training.rollouts import compute_step_advantages, shape_rewards
-from grpo_core.training.saved_batches import Dumped
+from grpo_core.training.saved_batches import DumpedBatch
 
 USED_KEYS = (  # a replay depends on keys that begin so
     *("loss.", "advantage.", "truncation", "preset", "model."),
@@ -148,7 +148,7 @@ def list_objectives(folder: Path, overrides: Sequence[str], losses: Sequence[str
     return objectives
 
 
-def open_weights(dumped: Dumped, own: RunConfig, model: str | None, overrides: Sequence[str] = ()) -> Weights:
+def open_weights(dumped: DumpedBatch, own: RunConfig, model: str | None, overrides: Sequence[str] = ()) -> Weights:
     """Load the base model with the saved adapter, or the weights that `model` names; the run's parameters need grad.
 
     Raises:
@@ -184,7 +184,7 @@ def open_weights(dumped: Dumped, own: RunConfig, model: str | None, overrides: S
     return Weights(policy, description, bool(dumped.weights) and model is None)
 
 
-def replay(dumped: Dumped, weights: Weights, name: str, config: RunConfig, own: RunConfig) -> Replayed:
+def replay(dumped: DumpedBatch, weights: Weights, name: str, config: RunConfig, own: RunConfig) -> Replayed:
     """Compute the batch's loss and gradient under `config`, as one minibatch.
 
     The advantages are computed again from the rewards if they or the masks differ between `config` and `own`, the
@@ -211,7 +211,7 @@ def replay(dumped: Dumped, weights: Weights, name: str, config: RunConfig, own: 
 
 
 def _rebuild_batch(
-    dumped: Dumped, weights: Weights, objective: Objective, budget: Budget, config: RunConfig, own: RunConfig
+    dumped: DumpedBatch, weights: Weights, objective: Objective, budget: Budget, config: RunConfig, own: RunConfig
 ) -> TrainBatch:
     """Return the batch that the run would have trained on with `objective`, from the saved completions and rewards."""
     policy, stored, stats = weights.policy, dumped.batch, Stats()
@@ -237,7 +237,7 @@ def _select_batch_settings(config: RunConfig) -> tuple:
     return config.advantage, config.truncation, loss.top_entropy, in_reward, limit
 
 
-def _make_control(dumped: Dumped, config: RunConfig, own: RunConfig) -> Control:
+def _make_control(dumped: DumpedBatch, config: RunConfig, own: RunConfig) -> Control:
     """Return the coefficients: the step's, which may have adapted, unless `config` changes their start values."""
     row, loss, own_loss = dumped.row, config.loss, own.loss
     return Control(
@@ -264,7 +264,7 @@ def _move_to(batch: Any, device: torch.device) -> Any:
     return replace(batch, **moved)
 
 
-def summarise(dumped: Dumped, weights: Weights, replayed: list[Replayed], own: RunConfig) -> dict[str, Any]:
+def summarise(dumped: DumpedBatch, weights: Weights, replayed: list[Replayed], own: RunConfig) -> dict[str, Any]:
     """Return the result as JSON values. Numbers per token are one list per completion."""
     mask, run_attribution = dumped.batch.rollouts.completion_mask, replayed[0].attribution
     gap = ((run_attribution.logprobs.cpu() - dumped.batch.old_logprobs).abs() * mask).max()

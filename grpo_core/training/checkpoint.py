@@ -1,9 +1,9 @@
-"""What is kept on disk: the run folder, checkpoints, the adapter.
+"""Write and read checkpoints, and export the trained adapter or model.
 
-A checkpoint is a folder step-NNNNNN that is whole or not there: the main rank writes it under a working name, syncs it,
-and gives it its name, which is atomic. It holds tensors as safetensors and numbers as JSON, so nothing is unpickled,
-and SHA256SUMS over both (`sha256sum -c` reads it). Nothing in it depends on the number of processes. The batch, the
-sampling noise and the dropout noise are functions of (seed, step) and need no saving.
+A checkpoint is a folder step-NNNNNN. The main rank writes it under a temporary name, syncs it to disk and renames it,
+which is atomic: a checkpoint is complete or absent. It holds tensors as safetensors and numbers as JSON, so loading
+unpickles nothing, and SHA256SUMS over both, which `sha256sum -c` checks. Nothing in it depends on the number of
+processes. The batch, the sampling noise and the dropout noise are functions of (seed, step) and need no saving.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from grpo_core.training.run import Run
 
 TENSORS, META, SUMS = "tensors.safetensors", "meta.json", "SHA256SUMS"
 
-# what may differ between a checkpoint and the run that goes on from it
-FREE = (
+# Prefixes of the configuration keys that may differ between a checkpoint and the run that resumes from it.
+MAY_DIFFER = (
     "resume",
     "overwrite",
     "preset",
@@ -47,7 +47,7 @@ FREE = (
     "sft.output",
     "sft.save_precision",
 )
-FREE += (
+MAY_DIFFER += (
     "trainer.max_skipped_steps",
     "trainer.max_restarts",
     "trainer.reward_timeout",
@@ -58,54 +58,65 @@ FREE += (
     "model.gradient_checkpointing",
     "engine.deepspeed",
 )
-FREE += ("sampling.rows_at_once", "sampling.decoder")
-FREE += ("evaluation.every", "evaluation.batch_size", "evaluation.reward")  # not num_tasks: it may hold rows out
+MAY_DIFFER += ("sampling.rows_at_once", "sampling.decoder")
+MAY_DIFFER += (
+    "evaluation.every",
+    "evaluation.batch_size",
+    "evaluation.reward",
+)  # not num_tasks: held-out rows
 
 
-def steps(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in `folder`, oldest first."""
     return sorted(folder.glob("step-*"))
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None where nothing is."""
+def describe_damage(checkpoint: Path) -> str | None:
+    """Return a description of the damage to a checkpoint's files, or None if they are intact."""
     try:
         lines = (checkpoint / SUMS).read_text(encoding="utf-8").splitlines()
-        wanted = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        if sorted(wanted) != sorted((TENSORS, META)):
-            return f"{SUMS} does not name its files"
-        for name, digest in wanted.items():
+        digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        if sorted(digests) != sorted((TENSORS, META)):
+            return f"{SUMS} does not list exactly {TENSORS} and {META}"
+        for name, digest in digests.items():
             if _digest(checkpoint / name) != digest:
-                return f"{name} is not what was written"
+                return f"{name} does not match its checksum"
     except (OSError, UnicodeDecodeError) as error:
-        return in_words(error)
+        return error_text(error)
     return None
 
 
 def save(run: Run, next_step: int, control: Control) -> bool:
-    """Write <run folder>/checkpoints/step-<next_step> and keep the newest `checkpoint.keep`. A collective.
+    """Write <run folder>/checkpoints/step-<next_step> and delete all but the newest `checkpoint.keep`. A collective.
 
-    Returns whether it was written. Where it cannot be (a full disk), the ones before stay and the log says why.
+    Return True if the checkpoint was written. If it cannot be written (a full disk), the earlier checkpoints stay and
+    a warning with the reason is logged.
     """
     problem = None
-    tensors = on_main(run.engine.tensors())
+    tensors = copy_to_main(run.engine.tensors())
     if ranks.is_main():
         for i, value in enumerate(run.policy.reference_state() or ()):
             tensors[f"reference/{i}"] = value.cpu()
         meta = {"next_step": next_step, "world_size": ranks.world_size(), "control": asdict(control)}
-        meta |= {"engine": run.engine.numbers(), "fingerprints": fingerprints(run), "config": asdict(run.config)}
+        meta |= {
+            "engine": run.engine.numbers(),
+            "fingerprints": compute_fingerprints(run),
+            "config": asdict(run.config),
+        }
         folder = run.folder / "checkpoints"
         try:
-            if why := run.log.flush():  # a checkpoint stands for rows that are there
-                raise OSError(why)
+            if log_problem := run.log.flush():  # the rows up to a checkpoint must be on disk before it
+                raise OSError(log_problem)
             _write(folder, f"step-{next_step:06d}", tensors, meta)
-            for old in steps(folder)[: -run.config.checkpoint.keep]:
+            for old in list_checkpoints(folder)[: -run.config.checkpoint.keep]:
                 shutil.rmtree(old)
         except (OSError, SafetensorError) as error:
-            problem = in_words(error)
+            problem = error_text(error)
     problem = ranks.broadcast_from_main(problem)
     if problem:
-        run.log.info(f"warning: the checkpoint after {next_step} steps could not be written ({problem}); going on")
+        run.log.info(
+            f"warning: the checkpoint after {next_step} steps could not be written ({problem}); the run continues"
+        )
     return problem is None
 
 
@@ -121,7 +132,7 @@ def _write(folder: Path, name: str, tensors: dict[str, Tensor], meta: dict[str, 
         (working / SUMS).write_text(sums, encoding="utf-8")
         for path in (*working.iterdir(), working):
             _sync(path)
-        if (folder / name).exists():  # the same step of a run that was resumed from an older checkpoint
+        if (folder / name).exists():  # the run was resumed from an older checkpoint and reached this step again
             os.replace(folder / name, folder / f".{name}.old")
         os.replace(working, folder / name)
         _sync(folder)
@@ -132,93 +143,102 @@ def _write(folder: Path, name: str, tensors: dict[str, Tensor], meta: dict[str, 
 
 
 def read_meta(checkpoint: Path, config: RunConfig) -> tuple[dict[str, Any], list[str]]:
-    """What `save` wrote beside the tensors, and the keys of the configuration that differ (with resume: force).
+    """Return the metadata that `save` wrote, and the keys whose values differ from `config` (only with resume: force).
 
     Raises:
-        ConfigError: the checkpoint is of another configuration, whose differing keys are named.
+        ConfigError: the configuration differs from the checkpoint's, and resume is not force.
     """
     meta = json.loads((checkpoint / META).read_text(encoding="utf-8"))
-    then, now = flatten(meta["config"]), flatten(asdict(config))
+    saved, current = flatten(meta["config"]), flatten(asdict(config))
     differing = [
-        f"{key} ({then.get(key)!r} then, {now.get(key)!r} now)"
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key) and not key.startswith(FREE)
+        f"{key} ({saved.get(key)!r} in the checkpoint, {current.get(key)!r} now)"
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key) and not key.startswith(MAY_DIFFER)
     ]
     if differing and config.resume != "force":
         raise ConfigError(
-            f"{checkpoint} is of another configuration: {', '.join(differing[:5])}; "
-            f"start under another name, or go on regardless with resume=force"
+            f"cannot resume from {checkpoint}, because the configuration differs: {', '.join(differing[:5])}; start a "
+            f"new run with another name, or use resume=force to resume anyway"
         )
     return meta, differing
 
 
 def load(checkpoint: Path, meta: dict[str, Any], run: Run) -> list[str]:
-    """Put weights, optimizer and a reference that moves back to where they were; returns what force overrode.
+    """Restore the weights, the optimizer and a moving reference; return the differences that resume: force ignored.
 
     Raises:
-        ConfigError: other data or another model under the same name, or weights of other shapes.
+        ConfigError: data.path or model.path has other content than when the checkpoint was written (and resume is not
+            force), or the weights have other shapes.
     """
-    then, now = meta["fingerprints"], fingerprints(run)
-    differing = [f"{key} (other than then)" for key in now if then.get(key) != now[key]]
+    saved, current = meta["fingerprints"], compute_fingerprints(run)
+    differing = [key for key in current if saved.get(key) != current[key]]
     if differing and run.config.resume != "force":
         raise ConfigError(
-            f"{checkpoint} is of another run: {' and '.join(differing)}; "
-            f"start under another name, or go on regardless with resume=force"
+            f"cannot resume from {checkpoint}, because {' and '.join(differing)} have changed since it was written; "
+            f"start a new run with another name, or use resume=force to resume anyway"
         )
     tensors = load_file(checkpoint / TENSORS)
-    reference = [tensors.pop(f"reference/{i}") for i in range(sum(name.startswith("reference/") for name in tensors))]
+    num_reference = sum(name.startswith("reference/") for name in tensors)
+    reference = [tensors.pop(f"reference/{i}") for i in range(num_reference)]
     run.engine.load(tensors, meta["engine"])
     if reference and run.policy.reference_state() is not None:
         run.policy.load_reference(reference)
     return differing
 
 
-def weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The trained weights of a checkpoint by their names in the model, in float32."""
+def load_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Return the trained weights of a checkpoint by parameter name, in float32."""
     tensors = load_file(checkpoint / TENSORS)
     return {name.removeprefix("weight/"): value for name, value in tensors.items() if name.startswith("weight/")}
 
 
-def fingerprints(run: Run) -> dict[str, str]:
-    """What a path in the configuration stands for: short digests of the rows and of the frozen weights."""
+def compute_fingerprints(run: Run) -> dict[str, str]:
+    """Return short digests of the content of data.path (rows) and model.path (frozen weights).
+
+    They detect that a path in the configuration has other content than when the checkpoint was written. The keys are
+    part of the checkpoint format and appear in messages.
+    """
     rows, weights = hashlib.sha256(), hashlib.sha256()
     for task in run.tasks.tasks:
         rows.update(json.dumps([task.prompt_ids, task.columns], default=str).encode())
     for name, weight in run.policy.model.named_parameters():
         if not weight.requires_grad:
-            first = weight.detach().flatten()[:8].to(torch.bfloat16).tolist()  # the same in every precision
+            first = weight.detach().flatten()[:8].to(torch.bfloat16).tolist()  # equal in every precision
             weights.update(f"{name} {tuple(weight.shape)} {first}".encode())
     return {"the rows of data.path": rows.hexdigest()[:16], "the weights of model.path": weights.hexdigest()[:16]}
 
 
 def export(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the adapter (or the model, where there is none) and its tokenizer for others to load. A collective."""
+    """Write the adapter (the whole model if it has no adapter) and the tokenizer to `folder`. A collective."""
     if ranks.is_main():
         policy.save(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form, which nobody has filled in
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled model card
         tokenizer.save_pretrained(folder)
     ranks.barrier()
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Return nested mappings as one mapping with dotted keys."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
     return {k: v for name, value in tree.items() for k, v in flatten(value, f"{prefix}.{name}".lstrip(".")).items()}
 
 
-def in_words(error: Exception) -> str:
-    """An error of the file system, without its number."""
+def error_text(error: Exception) -> str:
+    """Return the message of a file-system error without its number."""
     return (getattr(error, "strerror", None) or str(error)).strip()
 
 
-def on_main(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """All of them on the main rank's CPU, nothing elsewhere: every rank takes part in making each."""
-    kept = {}
+def copy_to_main(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return all tensors on the CPU of the main rank, and nothing on the others.
+
+    Every rank iterates over `tensors`, because producing one may be a collective.
+    """
+    copies = {}
     for name, value in tensors:
         if ranks.is_main():
-            kept[name] = value.cpu()
-    return kept
+            copies[name] = value.cpu()
+    return copies
 
 
 def _digest(path: Path) -> str:
@@ -230,7 +250,7 @@ def _digest(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Make sure that it is on the disk and not only in a cache."""
+    """Flush a file or folder from the operating system's cache to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Coefficients that adapt from step to step: the only state of a run besides its weights."""
+"""Adapt the KL and entropy coefficients from step to step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Control:
 
     kl_coef: float
     entropy_coef: float
-    entropy_on: bool = True  # False: no bonus in this step, because the policy's entropy is above its target
+    entropy_on: bool = True  # False: no bonus in this step, because the entropy is above its target
 
     @property
     def entropy_bonus(self) -> float:
-        """The coefficient that the loss multiplies the mean entropy by."""
+        """Coefficient of the mean entropy in the loss."""
         return self.entropy_coef if self.entropy_on else 0.0
 
 
@@ -53,7 +53,7 @@ def next_entropy_coef(
 def adapt(control: Control, config: LossConfig, kl: float | None, entropy: float, completions: int) -> Control:
     """Return the next step's coefficients, from this step's mean KL (None: not measured) and entropy, nats per token.
 
-    A mean over no token is nan; it changes nothing.
+    A nan, the mean over no tokens, leaves its coefficient unchanged.
     """
     if config.kl_target is not None and kl is not None and not math.isnan(kl):
         kl_coef = next_kl_coef(

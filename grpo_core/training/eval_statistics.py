@@ -1,4 +1,4 @@
-"""What a sample of problems says of all of them: pass@k, maj@k, intervals, and whether two policies differ."""
+"""Statistics of evaluations: pass@k, maj@k, confidence intervals, and the comparison of two policies."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy as np
 
 
 def pass_at_k(correct: Sequence[int], n: int, k: int) -> list[float]:
-    """Per problem, the chance that one of k of its n samples is correct: 1 - C(n - c, k) / C(n, k), without bias.
+    """Return pass@k of each problem, the probability that at least one of k samples is correct.
 
-    `correct`: how many of the n were, for each problem. arXiv:2107.03374.
+    `correct` holds c, the number of correct samples among n, for each problem. The unbiased estimate is
+    1 - C(n - c, k) / C(n, k). arXiv:2107.03374.
 
     >>> pass_at_k([0, 1, 4], n=4, k=2)
     [0.0, 0.5, 1.0]
@@ -22,26 +23,30 @@ def pass_at_k(correct: Sequence[int], n: int, k: int) -> list[float]:
 
 
 def majority_at_k(answers: Sequence[Sequence[Hashable | None]], right: Sequence[Sequence[bool]], k: int) -> list[float]:
-    """Per problem, whether the commonest answer of its first k samples is right; a tie counts by its share.
+    """Return maj@k of each problem: 1 if the most common answer of its first k samples is correct, else 0.
 
-    `answers`: of each problem's samples, equal where they mean the same, None where there is none. `right`: whether
-    each is correct. A problem without an answer is wrong. arXiv:2203.11171.
+    `answers` holds the answer of each sample; equivalent answers must compare equal, and None means no answer. `right`
+    holds True for each correct sample. With a tie, the result is the share of the tied answers that are correct. A
+    problem without an answer gives 0. arXiv:2203.11171.
 
     >>> majority_at_k([["7", "7", "8"], ["1", "2", None]], [[True, True, False], [True, False, False]], k=3)
     [1.0, 0.5]
     """
     shares = []
-    for given, marks in zip(answers, right, strict=True):
-        counts = Counter(answer for answer in given[:k] if answer is not None)
+    for samples, marks in zip(answers, right, strict=True):
+        counts = Counter(answer for answer in samples[:k] if answer is not None)
         most = max(counts.values(), default=0)
         winners = {answer for answer, count in counts.items() if count == most}
-        correct = {answer for answer, mark in zip(given[:k], marks[:k], strict=True) if mark and answer in winners}
+        correct = {answer for answer, mark in zip(samples[:k], marks[:k], strict=True) if mark and answer in winners}
         shares.append(len(correct) / len(winners) if winners else 0.0)
     return shares
 
 
 def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The interval of a proportion, right also near 0 and 1. Wilson 1927, J. Am. Stat. Assoc. 22, 209-212."""
+    """Return the Wilson score interval of the proportion correct / n; by default at 95 %.
+
+    It is accurate near 0 and 1 too. Wilson 1927, J. Am. Stat. Assoc. 22, 209-212.
+    """
     if n == 0:
         return 0.0, 1.0
     p, spread = correct / n, z * z / n
@@ -53,27 +58,28 @@ def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, f
 def bootstrap_interval(
     values: Sequence[float], *, level: float = 0.95, draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """The interval of the mean over problems, by drawing problems with replacement. Efron 1979, Ann. Stat. 7, 1-26.
+    """Return the bootstrap interval of the mean: resample problems with replacement. Efron 1979, Ann. Stat. 7, 1-26.
 
-    A problem's samples stay together, so `values` holds one number a problem.
+    `values` holds one number per problem, so that the samples of a problem stay together.
     """
     array, generator = np.asarray(values, dtype=float), np.random.default_rng(seed)
-    parts = [min(500, draws - done) for done in range(0, draws, 500)]  # a few MB at a time
+    parts = [min(500, draws - done) for done in range(0, draws, 500)]  # bounds the memory to a few MB
     means = [array[generator.integers(len(array), size=(part, len(array)))].mean(axis=1) for part in parts]
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int, float]:
-    """Two policies on the same problems: how many only the first solves, only the second, and the exact p-value.
+    """Compare two policies on the same problems; return (solved only before, solved only after, p-value).
 
-    p is that of a fair coin for the problems on which they differ, two-sided. McNemar 1947, Psychometrika 12, 153-157.
+    The exact two-sided p-value is that of a fair coin on the problems on which the policies differ. McNemar 1947,
+    Psychometrika 12, 153-157.
 
     >>> mcnemar([True, False, False, False, False, False], [True, True, True, True, True, True])
     (0, 5, 0.0625)
     """
-    lost = sum(one and not other for one, other in zip(before, after, strict=True))
-    won = sum(other and not one for one, other in zip(before, after, strict=True))
+    lost = sum(first and not second for first, second in zip(before, after, strict=True))
+    won = sum(second and not first for first, second in zip(before, after, strict=True))
     n, fewer = lost + won, min(lost, won)
     tail = sum(math.comb(n, i) for i in range(fewer + 1)) * 2
     return lost, won, 1.0 if n == 0 or 2 * fewer == n else min(1.0, float(tail / 2**n))

@@ -1,4 +1,4 @@
-"""Accuracy on held-out tasks, with its interval."""
+"""Measure the accuracy on held-out tasks, with a confidence interval."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from grpo_core.scoring.scoring import Reward, score
 from grpo_core.training.eval_statistics import wilson_interval
 from grpo_core.training.run import Run
 
-STREAM = 0x6576616C  # keeps the noise of evaluation apart from that of training
+EVAL_SEED = 0x6576616C  # part of the task seeds, so that evaluation and training draw different noise
 GREEDY = SamplingParams(greedy=True)
-CORRECT = "of the evaluation"  # its name in a failure's sentence
+REWARD_NAME = "of the evaluation"  # completes "reward ..." in the warning about a failure
 
 
 def evaluate(
@@ -30,56 +30,72 @@ def evaluate(
     *,
     batch_size: int,
     settings: SamplingParams = GREEDY,
-    shown: int = 0,
-    warn: Callable[[Sequence[str]], object] = list,  # told why the reward failed; called on every rank
+    num_rows: int = 0,
+    warn: Callable[[Sequence[str]], object] = list,  # receives the reasons why the reward failed; called on every rank
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Accuracy of one completion a task over all ranks: it is correct where `reward` gives 1.0.
+    """Sample one completion per task and measure the accuracy over all ranks; a reward of 1.0 counts as correct.
 
-    Returns accuracy, correct, n, ci_low, ci_high (Wilson, 95 %) and failed, the tasks that the reward failed on; and on
-    the main rank a row for each of the first `shown` tasks with its completion. Tasks that cannot be scored count as
-    wrong. Where it is not greedy, a task's noise depends on its own seed and row, and the settings are returned too.
+    Return a mapping with accuracy, correct, n, ci_low, ci_high (Wilson, 95 %) and failed, the number of tasks on which
+    the reward failed; and, on the main rank, one row per completion of the first `num_rows` tasks. A task that cannot
+    be scored counts as wrong. Unless sampling is greedy, the mapping also holds the sampling settings, and the
+    noise of a task depends only on the task's seed and row.
     """
-    placed = [(i, replace(task, seed=(*task.seed, task.index, STREAM))) for i, task in enumerate(tasks)]
+    placed = [(i, replace(task, seed=(*task.seed, task.index, EVAL_SEED))) for i, task in enumerate(tasks)]
     mine = sorted(placed[ranks.rank() :: ranks.world_size()], key=lambda task: len(task[1].prompt_ids))
     counts, failures, rows = torch.zeros(2), [], []  # correct, failed
     with progress_bar(len(mine), "evaluating", "task") as progress:
         for start in range(0, len(mine), batch_size):
             places, part = zip(*mine[start : start + batch_size], strict=True)
             rollouts = sampler.generate(part, 1, settings=settings)
-            scores = score([Reward(CORRECT, 1.0, reward)], part, rollouts.completions, 1)
+            scores = score([Reward(REWARD_NAME, 1.0, reward)], part, rollouts.completions, 1)
             failures += scores.failures
             correct = scores.rewards.flatten() == 1.0
-            counts += torch.stack([correct.sum(), scores.failed[CORRECT].sum()])
+            counts += torch.stack([correct.sum(), scores.failed[REWARD_NAME].sum()])
             part_rows = completion_rows(part, rollouts, {"correct": correct.tolist()}, first_sample=None)
-            rows += [(i, row) for i, row in zip(places, part_rows, strict=True) if i < shown]
+            rows += [(i, row) for i, row in zip(places, part_rows, strict=True) if i < num_rows]
             progress.update(len(part))
     warn(failures)
     right, failed = map(int, ranks.all_sum(counts).tolist())
     low, high = wilson_interval(right, len(tasks))
-    how = {} if settings.greedy else {k: v for k, v in asdict(settings).items() if v is not None and k != "greedy"}
+    sampling = {}
+    if not settings.greedy:
+        sampling = {k: v for k, v in asdict(settings).items() if v is not None and k != "greedy"}
     interval = {"ci_low": low, "ci_high": high}
-    result = {"accuracy": right / len(tasks), "correct": right, "n": len(tasks), **interval, "failed": failed, **how}
-    everywhere = sorted((row for part in ranks.gather(rows) for row in part), key=lambda row: row[0])
-    return result, [row for _, row in everywhere]
+    result = {
+        "accuracy": right / len(tasks),
+        "correct": right,
+        "n": len(tasks),
+        **interval,
+        "failed": failed,
+        **sampling,
+    }
+    all_rows = sorted((row for part in ranks.gather(rows) for row in part), key=lambda row: row[0])
+    return result, [row for _, row in all_rows]
 
 
 def evaluate_now(run: Run, steps_taken: int) -> str | None:
-    """Accuracy on the held-out tasks, into the log; a sentence if its reward failed on too many."""
+    """Evaluate the held-out tasks and log the result; return an error message if the reward failed too often."""
     if not run.eval_tasks:
         return None
-    chosen, limit = run.config.evaluation, run.config.trainer.max_failed_rewards
+    config, limit = run.config.evaluation, run.config.trainer.max_failed_rewards
     settings = SamplingParams(
-        chosen.temperature or 1.0, not chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p
+        config.temperature or 1.0, not config.temperature, config.top_k, config.top_p, config.min_p
     )
-    given = {"batch_size": chosen.batch_size, "settings": settings, "warn": run.log.warn}
-    given["shown"] = run.config.log.evaluation_completions
     with run.log.phase("evaluate"):
-        result, shown = evaluate(run.sampler, run.eval_tasks, run.eval_reward, **given)
+        result, rows = evaluate(
+            run.sampler,
+            run.eval_tasks,
+            run.eval_reward,
+            batch_size=config.batch_size,
+            settings=settings,
+            num_rows=run.config.log.evaluation_completions,
+            warn=run.log.warn,
+        )
         result |= run.held_out()
-    run.log.log_evaluation(steps_taken, result, shown)
+    run.log.log_evaluation(steps_taken, result, rows)
     if result["failed"] <= limit * result["n"]:
         return None
     return (
-        f"evaluation.reward {chosen.reward} failed on {result['failed']} of {result['n']} tasks, "
+        f"evaluation.reward {config.reward} failed on {result['failed']} of {result['n']} tasks, "
         f"more than trainer.max_failed_rewards ({limit:g}) allows"
     )

@@ -1,4 +1,4 @@
-"""A whole training job: set up, train, write the adapter, say what came of it."""
+"""Run a training job: set up, train, export the adapter and log a summary."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from grpo_core.training.trainer import train as train_loop
 
 
 def train(config: RunConfig) -> Path:
-    """Train as `config` says; returns the run folder, in which the adapter and everything else is.
+    """Train as `config` describes and return the run folder, which holds the adapter and all other output.
 
     Raises:
-        ConfigError: something that cannot be run; nothing was written.
-        Interrupted: a signal asked for an end, and there is a checkpoint.
-        RunFailed: the run could not go on.
+        ConfigError: the configuration cannot be run; nothing was written.
+        Interrupted: a signal stopped the run, after a checkpoint was written.
+        RunFailed: the run could not continue.
     """
     with signals.handle_signals():
         run, tokenizer = setup(config)
-        with closing(run):
+        with close_at_end(run):
             train_loop(run)
             adapter = run.folder / "adapter"
             checkpoint.export(adapter, run.policy, tokenizer)
-            run.log.info(summary(run.folder, adapter))
+            run.log.info(format_summary(run.folder, adapter))
     return run.folder
 
 
 @contextmanager
-def closing(run: Run) -> Iterator[None]:
-    """Inside, a run goes to its end; afterwards nothing of it is left running in this process."""
+def close_at_end(run: Run) -> Iterator[None]:
+    """Return a context manager that, on exit, closes the log and stops the run's threads in this process."""
     try:
         yield
     except signals.Interrupted as signal:
-        run.log.info(f"stopped by {signal} with a checkpoint; resume={run.folder} goes on")
+        run.log.info(f"stopped by {signal} after writing a checkpoint; resume={run.folder} continues the run")
         raise
     finally:
         run.log.close()
@@ -49,9 +49,11 @@ def closing(run: Run) -> Iterator[None]:
         gc.unfreeze()
 
 
-def summary(folder: Path, adapter: Path) -> str:
-    """The last lines: accuracy before and after, and where the adapter is."""
-    path, lines = folder / "evaluation.jsonl", []
-    if path.exists() and (rows := [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]):
+def format_summary(folder: Path, adapter: Path) -> str:
+    """Return the last lines of the log: accuracy before and after training, and the adapter's folder."""
+    path, rows, lines = folder / "evaluation.jsonl", [], []
+    if path.exists():
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if rows:
         lines = [f"before: {describe_evaluation(rows[0])}", f"after:  {describe_evaluation(rows[-1])}"]
     return "\n".join([*lines, f"adapter: {adapter}"])

@@ -1,4 +1,4 @@
-"""Load and check everything that a run needs beside weights and engine; build its rewards and its sampler."""
+"""Load and check the tokenizer, tasks and model configuration of a run; build its objective, rewards and sampler."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Prepared:
     model_config: PretrainedConfig
     tasks: list[Task]  # the training tasks
     eval_tasks: list[Task]
-    num_too_long: int  # prompts of both over data.max_prompt_tokens: left out or shortened, as data.long_prompts says
+    num_too_long: int  # prompts over data.max_prompt_tokens, dropped or cut as data.long_prompts specifies
 
 
 def prepare(
@@ -56,10 +56,10 @@ def prepare(
     model_config: PretrainedConfig | None = None,  # default: loaded from model.path
     scores_training_tasks: bool = True,  # False: only evaluation.reward is used
 ) -> Prepared:
-    """Load everything that a run needs beside weights, and check it before any weights load.
+    """Load and check everything that a run needs except the weights.
 
     Raises:
-        ConfigError: something cannot be loaded; a reward needs a column that the data does not have; the tokenizer or
+        ConfigError: a file cannot be loaded; a reward needs a column that the data does not have; the tokenizer or
             lora.target_modules do not fit the model; a prompt and its completion exceed the model's positions.
     """
     if tokenizer is None:
@@ -78,28 +78,27 @@ def prepare(
 
 
 def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task]) -> None:
-    """Raise ConfigError for a reward that needs a column which the data does not have."""
-    wanted = [(reward.name, tasks) for reward in config.rewards] + [(config.evaluation.reward, eval_tasks)]
-    for name, rows in wanted:
+    """Raise ConfigError if a reward needs a column that the data lacks, or that is null where it must not be."""
+    uses = [(reward.name, tasks) for reward in config.rewards] + [(config.evaluation.reward, eval_tasks)]
+    for name, rows in uses:
         if rows and (missing := find_missing_columns(REWARDS.get(name), rows[0].columns)):
             columns = ", ".join(rows[0].columns)
-            raise ConfigError(f"reward {name} needs {missing[0]!r}, but the data has the columns {columns}")
+            raise ConfigError(
+                f"reward {name} needs the column {missing[0]!r}, but the data has only the columns {columns}"
+            )
         for column in get_fact(REWARDS.get(name), "never_null", ()):
             for task in rows:
                 if task.columns[column] is None:
                     raise ConfigError(
-                        f"row {task.index + 1} of the data: {column!r} is null, and reward {name} needs it"
+                        f"reward {name} needs a value in the column {column!r}, which is null in row "
+                        f"{task.index + 1} of the data"
                     )
 
 
 def build_objective(config: RunConfig) -> Objective:
-    """Return the functions and switches of the configuration's objective, their arguments bound."""
-    loss, advantage, truncation, correction = (
-        config.loss,
-        config.advantage,
-        config.truncation,
-        config.loss.rollout_correction,
-    )
+    """Return the configured objective: its functions with their arguments bound, and its switches."""
+    loss, advantage, truncation = config.loss, config.advantage, config.truncation
+    correction = loss.rollout_correction
     functions = {
         "loss_fn": LOSSES.build(loss.name, loss.args),
         "kl_fn": KLS.get(loss.kl),
@@ -123,7 +122,7 @@ def build_objective(config: RunConfig) -> Objective:
 
 
 def make_rewards(config: RunConfig) -> list[Reward]:
-    """The rewards of a configuration with their arguments bound; one from a user's file in a process of its own."""
+    """Return the configured rewards with their arguments bound. A reward from a user's file runs in its own process."""
     timeout = config.trainer.reward_timeout
     return [Reward(r.name, r.weight, build_reward(r.name, r.args, timeout=timeout)) for r in config.rewards]
 
@@ -131,7 +130,7 @@ def make_rewards(config: RunConfig) -> list[Reward]:
 def make_sampler(
     config: SamplingConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, notify: Callable[[str], None]
 ) -> Sampler:
-    """The sampler of the policy's live weights."""
+    """Return a sampler that reads the policy's current weights."""
     return Sampler(
         policy.causal_lm,
         tokenizer,
@@ -144,12 +143,14 @@ def make_sampler(
 
 
 def quieten() -> None:
-    """Silence what libraries say about themselves; errors still come through."""
+    """Silence the warnings and progress bars of libraries; errors are still logged."""
     warnings.filterwarnings("ignore")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which peft looks at, says that it found none
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # else DeepSpeed, which peft imports, logs that it found no accelerator
     for name in ("torch", "torch.distributed", "datasets", "peft", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)

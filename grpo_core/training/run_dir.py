@@ -1,4 +1,4 @@
-"""Where a run lies, whether it may be written there, and which checkpoint it goes on from."""
+"""Find a run's folder and the checkpoint to resume from, and check that the folder can be written."""
 
 from __future__ import annotations
 
@@ -8,65 +8,67 @@ from pathlib import Path
 from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import ranks
 from grpo_core.schema import ConfigError
-from grpo_core.training.checkpoint import damage, steps
+from grpo_core.training.checkpoint import describe_damage, list_checkpoints
 
 
-def run_folder(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
-    """The folder of this run, the checkpoint to go on from, and what is to be said of damaged ones; on all ranks.
+def find_run_folder(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
+    """Return the run folder, the checkpoint to resume from, and a warning for each damaged checkpoint.
 
-    That is <output_dir>/<name>, or with resume: FOLDER that one. A run that lies there is continued with resume: auto
-    (or force), and removed with overwrite, when this one starts. Nothing is made yet. A collective.
+    The folder is <output_dir>/<name>, or FOLDER with resume: FOLDER. If it holds a run, resume: auto (or force)
+    continues that run, and overwrite removes it when the new run starts. This function creates and removes nothing.
+    A collective: every rank gets the same result.
 
     Raises:
-        ConfigError: a run lies there and neither is asked for, there are checkpoints and all are damaged, or nothing
-            can be written there.
+        ConfigError: the folder holds a run and neither resume nor overwrite is set; all of its checkpoints are damaged;
+            or the folder cannot be written.
     """
-    found: tuple[Path, Path | None, list[str]] | str = ""
+    result: tuple[Path, Path | None, list[str]] | str = ""  # a string is the message of an error
     if ranks.is_main():
         try:
-            found = _find(config)
-            _try_writing(found[0], f"the run folder {found[0]} (output_dir and name)")
+            result = _find_on_main(config)
+            _check_writable_on_main(result[0], f"the run folder {result[0]} (output_dir and name)")
         except ConfigError as error:
-            found = str(error)
-    found = ranks.broadcast_from_main(found)
-    if isinstance(found, str):
-        raise ConfigError(found)
-    return found
+            result = str(error)
+    result = ranks.broadcast_from_main(result)
+    if isinstance(result, str):
+        raise ConfigError(result)
+    return result
 
 
-def _find(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
-    named = config.resume in (None, "auto", "force")
-    folder, damaged = Path(config.output_dir) / config.name if named else Path(config.resume), []
+def _find_on_main(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
+    is_named = config.resume in (None, "auto", "force")  # else resume is a folder
+    folder = Path(config.output_dir) / config.name if is_named else Path(config.resume)
     if config.resume is None:
-        if holds_a_run(folder) and not config.overwrite:
+        if holds_run(folder) and not config.overwrite:
             raise ConfigError(
-                f"{folder} holds a run already; resume=auto goes on with it, overwrite=true puts this one in its "
-                f"place, and name=... starts another beside it"
+                f"{folder} already holds a run; use resume=auto to continue it, overwrite=true to replace it, or "
+                f"another name to start a new run beside it"
             )
         return folder, None, []
-    for checkpoint in reversed(steps(folder / "checkpoints")):
-        problem = damage(checkpoint)
+    warnings = []
+    for checkpoint in reversed(list_checkpoints(folder / "checkpoints")):
+        problem = describe_damage(checkpoint)
         if problem is None:
-            return folder, checkpoint, damaged
-        damaged.append(f"{checkpoint} is damaged ({problem}): going on from the one before")
-    if damaged:
-        raise ConfigError(f"every checkpoint in {folder} is damaged: {problem}; start under another name")
+            return folder, checkpoint, warnings
+        warnings.append(f"{checkpoint} is damaged ({problem}); the checkpoint before it is used")
+    if warnings:
+        raise ConfigError(f"every checkpoint in {folder} is damaged: {problem}; start a new run with another name")
     return folder, None, []
 
 
-def check_output(folder: Path, key: str) -> None:
-    """Raise ConfigError where a folder that `key` names could not be made or written; leaves nothing. A collective."""
+def check_writable(folder: Path, key: str) -> None:
+    """Raise ConfigError if `folder`, the value of `key`, cannot be created or written. Leave no trace. A collective."""
     problem = ""
     if ranks.is_main():
         try:
-            _try_writing(folder, f"{key} is {folder}, which")
+            _check_writable_on_main(folder, f"{key} is {folder}, which")
         except ConfigError as error:
             problem = str(error)
     if problem := ranks.broadcast_from_main(problem):
         raise ConfigError(problem)
 
 
-def _try_writing(folder: Path, what: str) -> None:
+def _check_writable_on_main(folder: Path, subject: str) -> None:
     new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,10 +76,10 @@ def _try_writing(folder: Path, what: str) -> None:
         if new:
             folder.rmdir()
     except OSError as error:
-        raise ConfigError(f"{what} cannot be written: {error.strerror}") from None
+        raise ConfigError(f"{subject} cannot be written: {error.strerror}") from None
 
 
-def holds_a_run(folder: Path) -> bool:
-    """Whether a step was taken there."""
+def holds_run(folder: Path) -> bool:
+    """Return True if `folder` holds a run that has taken a step."""
     metrics = folder / "metrics.jsonl"
-    return bool(steps(folder / "checkpoints")) or (metrics.exists() and metrics.stat().st_size > 0)
+    return bool(list_checkpoints(folder / "checkpoints")) or (metrics.exists() and metrics.stat().st_size > 0)

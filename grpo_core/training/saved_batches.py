@@ -1,4 +1,4 @@
-"""A step's batch on disk: a pair of files for each rank, tensors as safetensors and the rest as JSON."""
+"""Save a step's batch to disk and read it back: for each rank one safetensors file (tensors) and one JSON file."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from grpo_core.training import checkpoint
 from grpo_core.training.freeze import forward_all
 from grpo_core.training.run import Run
 
-ON_THE_LEFT = ("prompt_ids", "prompt_mask")  # padded there; completions on the right
+LEFT_PADDED = ("prompt_ids", "prompt_mask")  # completions are padded on the right
 
 
-def write_files(folder: Path, step: int, tensors: dict[str, Tensor], told: dict[str, Any]) -> str | None:
-    """Write this rank's step-<step>-rank-<rank>.safetensors and .json into `folder`, each whole or not at all.
+def write_files(folder: Path, step: int, tensors: dict[str, Tensor], contents: dict[str, Any]) -> str | None:
+    """Write this rank's step-<step>-rank-<rank>.safetensors and .json into `folder`, each complete or absent.
 
-    Returns what is in the way, in words, where the disk does not take them: the run matters more.
+    Return the error message if they cannot be written, else None: a full disk must not end the run.
     """
     name = folder / f"step-{step:06d}-rank-{ranks.rank()}"
     try:
         folder.mkdir(exist_ok=True)
-        _whole(name.with_suffix(".safetensors"), lambda path: save_file(tensors, path))
-        text = json.dumps(told, default=str)
-        _whole(name.with_suffix(".json"), lambda path: path.write_text(text, encoding="utf-8"))
+        _write_atomically(name.with_suffix(".safetensors"), lambda path: save_file(tensors, path))
+        text = json.dumps(contents, default=str)
+        _write_atomically(name.with_suffix(".json"), lambda path: path.write_text(text, encoding="utf-8"))
     except (OSError, SafetensorError) as error:
-        return (getattr(error, "strerror", None) or str(error)).strip()
+        return checkpoint.error_text(error)
     return None
 
 
-def _whole(path: Path, make: Callable[[Path], Any]) -> None:
+def _write_atomically(path: Path, make: Callable[[Path], Any]) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         make(part)
@@ -53,92 +53,92 @@ def _whole(path: Path, make: Callable[[Path], Any]) -> None:
         part.unlink(missing_ok=True)
 
 
-def tensors_of(record: Rollouts | TrainBatch) -> dict[str, Tensor]:
-    """The record's tensors by field, as copies on the CPU."""
+def collect_tensors(record: Rollouts | TrainBatch) -> dict[str, Tensor]:
+    """Return CPU copies of the record's tensors, by field name."""
     values = {field.name: getattr(record, field.name) for field in fields(record)}
-    return {name: copied(value) for name, value in values.items() if isinstance(value, Tensor)}
+    return {name: copy_to_cpu(value) for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def copied(value: Tensor) -> Tensor:
-    """A copy on the CPU that shares no memory, which safetensors would refuse."""
+def copy_to_cpu(value: Tensor) -> Tensor:
+    """Return a CPU copy that shares no memory with other tensors, because safetensors refuses shared memory."""
     return value.detach().to("cpu", copy=True).contiguous()
 
 
 @dataclass(frozen=True)
-class Dumped:
-    """What debug.dump_batches wrote of a step, the rows of all ranks one after another."""
+class DumpedBatch:
+    """The batch of one step as saved by debug.dump_batches, with the rows of all ranks concatenated."""
 
-    folder: Path  # the run's
+    folder: Path  # the run folder
     step: int
     ranks: int
-    batch: TrainBatch  # its old_logprobs are always there
+    batch: TrainBatch  # old_logprobs is never None
     scores: Scores
-    weights: dict[str, Tensor]  # the adapter's before the step, by name in the model; none with lora.r 0
-    reference: list[Tensor]  # the adapter of a reference that moves
-    row: dict[str, float | None]
-    completions: list[dict[str, Any]]  # B, as in the JSON
+    weights: dict[str, Tensor]  # the adapter before the step, by parameter name; empty with lora.r 0
+    reference: list[Tensor]  # the adapter of a moving reference; empty if the reference is the base model
+    row: dict[str, float | None]  # the step's metrics
+    completions: list[dict[str, Any]]  # [B] entries of the JSON files
 
 
-def read_dump(path: Path) -> Dumped:
-    """The batch that `path` belongs to: a file of any rank, or <run folder>/batches/step-000012.
+def read_dump(path: Path) -> DumpedBatch:
+    """Read the batch that `path` names: <run folder>/batches/step-000012, or one of its files.
 
     Raises:
-        ConfigError: no such batch, a rank's files are missing, or they are not what was written.
+        ConfigError: the path does not name a batch, or a file is missing or damaged.
     """
-    found = re.fullmatch(r"(step-\d+)(-rank-\d+)?(\.safetensors|\.json)?", path.name)
-    if not found:
-        raise ConfigError(f"{path} is no batch; name <run folder>/batches/step-000012, or a file of it")
-    names = [path.with_name(f"{found[1]}-rank-0")]
+    match = re.fullmatch(r"(step-\d+)(-rank-\d+)?(\.safetensors|\.json)?", path.name)
+    if not match:
+        raise ConfigError(f"{path} does not name a batch; use <run folder>/batches/step-000012, or one of its files")
+    names = [path.with_name(f"{match[1]}-rank-0")]
     try:
-        told = [_json(names[0])]
-        names += [path.with_name(f"{found[1]}-rank-{rank}") for rank in range(1, told[0]["ranks"])]
-        told += [_json(name) for name in names[1:]]
+        contents = [_read_json(names[0])]
+        names += [path.with_name(f"{match[1]}-rank-{rank}") for rank in range(1, contents[0]["ranks"])]
+        contents += [_read_json(name) for name in names[1:]]
         parts = [load_file(name.with_suffix(".safetensors")) for name in names]
         weights = {key.removeprefix("weight/"): x for key, x in parts[0].items() if key.startswith("weight/")}
-        moving = sorted((key for key in parts[0] if key.startswith("reference/")), key=lambda key: int(key[10:]))
+        reference = sorted((key for key in parts[0] if key.startswith("reference/")), key=lambda key: int(key[10:]))
         rows = [{k: x for k, x in part.items() if not k.startswith(("weight/", "reference/"))} for part in parts]
-        whole = {key: _put_together(key, [part[key] for part in rows]) for key in rows[0]}
+        whole = {key: _concatenate(key, [part[key] for part in rows]) for key in rows[0]}
         by_name = {key.removeprefix("rewards/"): x for key, x in whole.items() if key.startswith("rewards/")}
-        return Dumped(
+        return DumpedBatch(
             path.absolute().parents[1],
-            told[0]["step"],
+            contents[0]["step"],
             len(names),
-            _record(TrainBatch, {**whole, "rollouts": _record(Rollouts, whole)}),
+            _build_record(TrainBatch, {**whole, "rollouts": _build_record(Rollouts, whole)}),
             Scores(whole["rewards"], by_name),
             weights,
-            [parts[0][key] for key in moving],
-            told[0]["row"],
-            [completion for one in told for completion in one["completions"]],
+            [parts[0][key] for key in reference],
+            contents[0]["row"],
+            [completion for part in contents for completion in part["completions"]],
         )
     except OSError as error:
         raise ConfigError(f"cannot read the batch {path}: {error.strerror or error} ({error.filename})") from None
     except (SafetensorError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ConfigError(f"{path} is not a whole batch of debug.dump_batches: {error!r}") from None
+        raise ConfigError(f"{path} is damaged, or was not saved by debug.dump_batches: {error!r}") from None
 
 
-def _json(name: Path) -> dict[str, Any]:
+def _read_json(name: Path) -> dict[str, Any]:
     return json.loads(name.with_suffix(".json").read_text(encoding="utf-8"))
 
 
-def _record(kind: type, tensors: dict[str, Any]) -> Any:
+def _build_record(kind: type, tensors: dict[str, Any]) -> Any:
     return kind(**{field.name: tensors[field.name] for field in fields(kind) if field.name in tensors})
 
 
-def _put_together(name: str, parts: list[Tensor]) -> Tensor:
-    """The ranks' rows one after another, the narrower ones padded."""
+def _concatenate(name: str, parts: list[Tensor]) -> Tensor:
+    """Concatenate the ranks' rows; pad [B, width] tensors to the largest width."""
     if parts[0].dim() == 2:
         width = max(part.shape[1] for part in parts)
-        sides = [(width - part.shape[1], 0) if name in ON_THE_LEFT else (0, width - part.shape[1]) for part in parts]
+        sides = [(width - part.shape[1], 0) if name in LEFT_PADDED else (0, width - part.shape[1]) for part in parts]
         parts = [F.pad(part, side) for part, side in zip(parts, sides, strict=True)]
     return torch.cat(parts)
 
 
-DIGITS = 5  # of the numbers of each token in the JSON
+DECIMALS = 5  # of the per-token numbers in the JSON
 
 
 @torch.no_grad()
 def start_dump(run: Run, step: int, batch: TrainBatch, scores: Scores) -> dict[str, Tensor] | None:
-    """Copy this rank's tensors before the update, where debug.dump_batches asks for `step`; else return None."""
+    """Return copies of this rank's tensors before the update, or None if debug.dump_batches does not select `step`."""
     every = run.config.debug.dump_batches
     if not every or (step % every and step != run.start_step):
         return None
@@ -146,15 +146,15 @@ def start_dump(run: Run, step: int, batch: TrainBatch, scores: Scores) -> dict[s
         old_logprobs = batch.old_logprobs
         if old_logprobs is None:
             old_logprobs, _ = forward_all(run.policy, run.budgets.forward, batch.rollouts)
-        tensors = tensors_of(batch.rollouts) | tensors_of(replace(batch, old_logprobs=old_logprobs))
+        tensors = collect_tensors(batch.rollouts) | collect_tensors(replace(batch, old_logprobs=old_logprobs))
         tensors |= {f"rewards/{name}": values.clone() for name, values in scores.by_name.items()}
         tensors["rewards"] = scores.rewards.clone()
         if run.config.lora.r:
             named = run.policy.model.named_parameters()
-            trained = ((f"weight/{name}", copied(p)) for name, p in named if p.requires_grad)
+            trained = ((f"weight/{name}", copy_to_cpu(p)) for name, p in named if p.requires_grad)
             moving = enumerate(run.policy.reference_state() or ())
-            reference = ((f"reference/{i}", copied(value)) for i, value in moving)
-            tensors |= checkpoint.on_main(trained) | checkpoint.on_main(reference)
+            reference = ((f"reference/{i}", copy_to_cpu(value)) for i, value in moving)
+            tensors |= checkpoint.copy_to_main(trained) | checkpoint.copy_to_main(reference)
     return tensors
 
 
@@ -162,9 +162,10 @@ def start_dump(run: Run, step: int, batch: TrainBatch, scores: Scores) -> dict[s
 def finish_dump(
     run: Run, step: int, tasks: list[Task], batch: TrainBatch, tensors: dict[str, Tensor] | None, row: dict
 ) -> None:
-    """Write the tensors of `start_dump`, the row of metrics, and every token's ratio after / before the update.
+    """Write the tensors of `start_dump`, the step's metrics and the ratio of every token to <run folder>/batches.
 
-    They go to <run folder>/batches. A full disk costs a warning. A collective.
+    The ratio is exp(log-prob after the update - log-prob before it). If the files cannot be written, a warning is
+    logged. A collective.
     """
     if tensors is None:
         return
@@ -175,16 +176,16 @@ def finish_dump(
             "rank": ranks.rank(),
             "ranks": ranks.world_size(),
             "row": finite_or_none(row),
-            "completions": _completions(run.sampler.tokenizer, tasks, tensors, logprobs.cpu()),
+            "completions": _describe_completions(run.sampler.tokenizer, tasks, tensors, logprobs.cpu()),
         }
         problem = write_files(run.folder / "batches", step, tensors, contents)
     run.log.warn([f"a batch could not be written to {run.folder / 'batches'} ({problem})"] if problem else [])
 
 
-def _completions(
+def _describe_completions(
     tokenizer: Any, tasks: list[Task], tensors: dict[str, Tensor], logprobs: Tensor
 ) -> list[dict[str, Any]]:
-    """Each completion with its advantage, and its tokens with their log-probs before the update and their ratios."""
+    """Return each completion's advantage and its tokens, with their log-probs before the update and their ratios."""
     mask, ids, old = tensors["completion_mask"], tensors["completion_ids"], tensors["old_logprobs"]
     ratio = (logprobs - old).exp()
     text = {i: tokenizer.decode([i]) for i in ids[mask].unique().tolist()}
@@ -192,26 +193,26 @@ def _completions(
     return [
         {
             **key,
-            "advantage": round(tensors["advantages"][i].item(), DIGITS),
+            "advantage": round(tensors["advantages"][i].item(), DECIMALS),
             "tokens": [text[token] for token in ids[i][tokens].tolist()],
-            "logprobs": _rounded(old[i][tokens]),
-            "ratio": _rounded(ratio[i][tokens]),
+            "logprobs": _round(old[i][tokens]),
+            "ratio": _round(ratio[i][tokens]),
         }
         for i, (key, tokens) in enumerate(zip(keys, mask, strict=True))
     ]
 
 
-def _rounded(values: Tensor) -> list[float | None]:
-    return finite_or_none([round(x, DIGITS) for x in values.tolist()])
+def _round(values: Tensor) -> list[float | None]:
+    return finite_or_none([round(x, DECIMALS) for x in values.tolist()])
 
 
 def write_incident(folder: Path, step: int, tasks: list[Task], batch: TrainBatch, row: dict[str, Any]) -> None:
-    """Write <folder>/incidents/step-<step>-rank-<rank>.safetensors and .json, or what the disk has room for."""
-    tensors = {**tensors_of(batch.rollouts), **tensors_of(batch)}
-    told = {
+    """Write <folder>/incidents/step-<step>-rank-<rank>.safetensors and .json; a full disk is ignored."""
+    tensors = {**collect_tensors(batch.rollouts), **collect_tensors(batch)}
+    contents = {
         "step": step,
         "tasks": [task.index for task in tasks],
         "seeds": [list(task.seed) for task in tasks],
         "row": finite_or_none(row),
     }
-    write_files(folder / "incidents", step, tensors, told)
+    write_files(folder / "incidents", step, tensors, contents)

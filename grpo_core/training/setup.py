@@ -1,4 +1,4 @@
-"""From a configuration to a `Run`: everything that happens once, before the first step."""
+"""Build a `Run` from a configuration: everything that happens once, before the first step."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ from grpo_core.training.run import Run
 
 
 def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
-    """Build the run, continue from a checkpoint where asked to, and write config.yaml.
+    """Build the run, restore its checkpoint if it resumes, and write config.yaml.
 
     Raises:
-        ConfigError: anything the user asked for that cannot be run, before the model loads where that can be told.
+        ConfigError: the configuration cannot be run. Wherever possible this is raised before the model loads.
     """
-    dtype = start(config)
+    dtype = initialise_process(config)
     per_rank = prompts_per_rank(config, ranks.world_size())
-    beginning = find_beginning(config)
+    start = find_start(config)
     prepared = prepare(config)
     with show_elapsed("loading the model"):
         policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
-    run = assemble(config, beginning, policy, prepared, config.prompts_per_step, dtype)
+    run = assemble(config, start, policy, prepared, config.prompts_per_step, dtype)
     if config.reference.every:
-        policy.move_reference()  # the adapter is fresh: it starts as the base model
-    go_on(run, beginning)
+        policy.move_reference()  # the adapter is new, so the reference starts as the base model
+    load_start(run, start)
     sampling, trainer = config.sampling, config.trainer
     run.log.info(
-        f"{described_tasks(config, prepared)}, "
+        f"{describe_tasks(config, prepared)}, "
         f"{run.num_steps} steps of {trainer.completions_per_step} completions = {ranks.world_size()} processes "
         f"× {per_rank} prompts × {sampling.group_size}, "
         f"{dtype_name(dtype)}"
@@ -57,90 +57,96 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     for remark in list_remarks(config):
         run.log.info(f"note: {remark}")
     if config.lora.dropout and trainer.num_minibatches * trainer.num_passes > 1:
-        run.log.info("lora.dropout is above 0 with several optimizer steps per batch: the ratios carry dropout noise")
+        run.log.info(
+            "note: lora.dropout is above 0 with several optimizer steps per batch; dropout adds noise to the ratios"
+        )
     gc.collect()
-    gc.freeze()  # what lives as long as the run: no collection in a step needs to look at it
+    gc.freeze()  # these objects live as long as the run, so garbage collections in a step skip them
     return run, prepared.tokenizer
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """Where a run starts: in its folder, anew or from a checkpoint."""
+class RunStart:
+    """The state from which a run starts: its folder and, if it resumes, its checkpoint."""
 
     folder: Path
     checkpoint: Path | None
-    meta: dict[str, Any]  # what the checkpoint holds beside tensors
-    overridden: list[str]  # keys of the configuration that differ, with resume: force
-    damaged: list[str]  # a sentence for each checkpoint that was passed over
+    meta: dict[str, Any]  # the checkpoint's metadata; empty for a new run
+    overridden: list[str]  # configuration keys that differ from the checkpoint's (resume: force)
+    warnings: list[str]  # one for each damaged checkpoint
 
     @property
     def step(self) -> int:
-        """Steps that were taken before."""
+        """Number of steps that were taken before."""
         return self.meta.get("next_step", 0)
 
     def control(self, config: RunConfig) -> Control:
-        """The coefficients as they are before the next step."""
+        """Return the coefficients of the next step."""
         return Control(**self.meta["control"]) if self.checkpoint else first_control(config.loss)
 
 
-def find_beginning(config: RunConfig) -> Beginning:
-    """The run folder, and the checkpoint there that `config` goes on from. A collective.
+def find_start(config: RunConfig) -> RunStart:
+    """Find the run folder and the checkpoint from which `config` resumes. A collective.
 
     Raises:
-        ConfigError: what `run_dir.run_folder` and `checkpoint.read_meta` raise.
+        ConfigError: see `run_dir.find_run_folder` and `checkpoint.read_meta`.
     """
-    folder, latest, damaged = run_dir.run_folder(config)
+    folder, latest, warnings = run_dir.find_run_folder(config)
     meta, overridden = checkpoint.read_meta(latest, config) if latest else ({}, [])
-    return Beginning(folder, latest, meta, overridden, damaged)
+    return RunStart(folder, latest, meta, overridden, warnings)
 
 
-def go_on(run: Run, beginning: Beginning) -> None:
-    """Load the checkpoint, where there is one, and say what is to be said of it and of the model's code.
+def load_start(run: Run, start: RunStart) -> None:
+    """Restore the run's checkpoint, if there is one, and log notes and warnings about it and the model's code.
 
     Raises:
-        ConfigError: what `checkpoint.load` raises.
+        ConfigError: see `checkpoint.load`.
     """
-    config, latest = run.config, beginning.checkpoint
+    config, latest = run.config, start.checkpoint
     if config.model.trust_remote_code:
-        run.log.info(f"model.trust_remote_code is on: code that came with {config.model.path} runs in this process")
-    for sentence in beginning.damaged:
+        run.log.info(
+            f"model.trust_remote_code is on: this process runs Python code that belongs to {config.model.path}"
+        )
+    for sentence in start.warnings:
         run.log.info(f"warning: {sentence}")
     if latest:
-        overridden = beginning.overridden + checkpoint.load(latest, beginning.meta, run)
+        overridden = start.overridden + checkpoint.load(latest, start.meta, run)
         run.log.info(f"resumed from {latest} after {run.start_step} steps")
         if overridden:
-            run.log.info(f"warning: resume=force went on in spite of {', '.join(overridden)}")
+            run.log.info(
+                f"warning: resume=force ignored these differences from the checkpoint: {', '.join(overridden)}"
+            )
     elif config.resume:
-        run.log.info(f"resume: {config.resume}, but there is no checkpoint: starting from the beginning")
+        run.log.info(f"resume is {config.resume}, but {run.folder} has no checkpoint; the run starts at step 0")
 
 
-def described_tasks(config: RunConfig, prepared: Prepared) -> str:
-    """How many tasks there are, in words."""
-    what_of_them = "cut on the left" if config.data.long_prompts == "truncate_left" else "left out"
+def describe_tasks(config: RunConfig, prepared: Prepared) -> str:
+    """Return the number of tasks and of prompts that were too long, as text."""
+    treatment = "cut on the left" if config.data.long_prompts == "truncate_left" else "dropped"
     return (
-        f"{len(prepared.tasks)} tasks ({prepared.num_too_long} {what_of_them}: prompt over "
-        f"{config.data.max_prompt_tokens} tokens)"
+        f"{len(prepared.tasks)} tasks ({prepared.num_too_long} with a prompt over {config.data.max_prompt_tokens} "
+        f"tokens {treatment})"
     )
 
 
 def assemble(
     config: RunConfig,
-    beginning: Beginning,
+    start: RunStart,
     policy: Policy,
     prepared: Prepared,
     tasks_per_step: int,  # over all ranks
     dtype: torch.dtype,
-    longest_completion: int | None = None,  # default: what the sampler may draw
+    longest_completion: int | None = None,  # tokens; default: sampling.max_new_tokens
 ) -> Run:
-    """The parts of a run around a policy and its tasks."""
+    """Build the engine, sampler, rewards, objective, memory budgets and log, and return them as a `Run`."""
     trainer, world_size = config.trainer, ranks.world_size()
     tokenizer, tasks = prepared.tokenizer, prepared.tasks
     stream = TaskStream(tasks, tasks_per_step, config.seed, ranks.rank(), world_size)
     num_steps = trainer.num_steps or max(1, int(trainer.epochs * len(tasks) / tasks_per_step))
     total_steps = num_steps * trainer.num_minibatches * trainer.num_passes
     engine = Engine(policy.model, config, dtype=dtype, total_steps=total_steps, world_size=world_size)
-    policy.model.eval()  # DeepSpeed leaves it in training mode
-    log = RunLog(beginning.folder, config, beginning.step, num_steps)
+    policy.model.eval()  # DeepSpeed switches it to training mode
+    log = RunLog(start.folder, config, start.step, num_steps)
     log.flops_per_token = policy.flops_per_token()
     if sentence := describe_eos_mismatch(policy.causal_lm, tokenizer):
         log.info(f"warning: {sentence}")
@@ -148,10 +154,10 @@ def assemble(
     rows = trainer.completions_per_step // world_size // trainer.num_minibatches
     return Run(
         config=config,
-        folder=beginning.folder,
-        start_step=beginning.step,
+        folder=start.folder,
+        start_step=start.step,
         num_steps=num_steps,
-        control=beginning.control(config),
+        control=start.control(config),
         steps_per_epoch=stream.steps_per_epoch,
         tasks=stream,
         eval_tasks=prepared.eval_tasks,
@@ -166,8 +172,8 @@ def assemble(
     )
 
 
-def start(config: RunConfig) -> torch.dtype:
-    """Join the other ranks, seed, check the DeepSpeed JSON, and return the run's precision."""
+def initialise_process(config: RunConfig) -> torch.dtype:
+    """Join the process group, seed the generators and check the DeepSpeed JSON; return the run's dtype."""
     if not config.log.verbose:
         quieten()
     trackers.check_installed(config)
