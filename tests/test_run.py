@@ -286,10 +286,12 @@ def test_another_run_is_never_overwritten_unasked_and_another_config_is_not_resu
     assert yaml.safe_load((tmp_path / "tiny" / "config.yaml").read_text())["resume"] is None
     refused = here(*run, "resume=auto", "loss.kl_coef=0.5", "lora.r=4")
     assert refused.returncode == 2
-    assert "loss.kl_coef (0.01 then, 0.5 now)" in refused.stderr and "lora.r (16 then, 4 now)" in refused.stderr
+    assert "loss.kl_coef (0.01 in the checkpoint, 0.5 now)" in refused.stderr
+    assert "lora.r (16 in the checkpoint, 4 now)" in refused.stderr
     forced = here(*run, "resume=force", "loss.kl_coef=0.5", "trainer.num_steps=3")
     assert forced.returncode == 0, forced.stderr
-    assert "warning: resume=force ignored these differences from the checkpoint: loss.kl_coef (0.01 in the checkpoint, 0.5 now)" in forced.stdout
+    warning = "warning: resume=force ignored these differences from the checkpoint: loss.kl_coef (0.01 in the checkpoint"
+    assert f"{warning}, 0.5 now)" in forced.stdout
     assert [row["step"] for row in read(tmp_path / "tiny" / "metrics.jsonl")] == [0, 1, 2]
     anew = here(*run, "overwrite=true")
     assert anew.returncode == 0 and [row["step"] for row in read(tmp_path / "tiny" / "metrics.jsonl")] == [0]

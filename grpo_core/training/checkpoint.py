@@ -32,38 +32,16 @@ from grpo_core.training.run import Run
 
 TENSORS, META, SUMS = "tensors.safetensors", "meta.json", "SHA256SUMS"
 
-# Prefixes of the configuration keys that may differ between a checkpoint and the run that resumes from it.
+# Prefixes of the configuration keys that may differ between a checkpoint and the run that resumes from it, because they
+# change no number of a step. evaluation.num_tasks is not among them: it can change which rows are held out.
 MAY_DIFFER = (
-    "resume",
-    "overwrite",
-    "preset",
-    "name",
-    "output_dir",
-    "log",
-    "checkpoint",
-    "debug",
-    "trainer.num_steps",
-    "trainer.epochs",
-    "sft.output",
-    "sft.save_precision",
+    *("resume", "overwrite", "preset", "name", "output_dir", "log", "checkpoint", "debug", "alerts"),
+    *("trainer.num_steps", "trainer.epochs", "trainer.tokens_per_micro_batch"),
+    *("trainer.max_skipped_steps", "trainer.max_restarts", "trainer.max_failed_rewards"),
+    *("trainer.reward_timeout", "trainer.hang_timeout"),
+    *("model.gradient_checkpointing", "engine.deepspeed", "sampling.rows_at_once", "sampling.decoder"),
+    *("evaluation.every", "evaluation.batch_size", "evaluation.reward", "sft.output", "sft.save_precision"),
 )
-MAY_DIFFER += (
-    "trainer.max_skipped_steps",
-    "trainer.max_restarts",
-    "trainer.reward_timeout",
-    "trainer.max_failed_rewards",
-    "trainer.hang_timeout",
-    "alerts",
-    "trainer.tokens_per_micro_batch",
-    "model.gradient_checkpointing",
-    "engine.deepspeed",
-)
-MAY_DIFFER += ("sampling.rows_at_once", "sampling.decoder")
-MAY_DIFFER += (
-    "evaluation.every",
-    "evaluation.batch_size",
-    "evaluation.reward",
-)  # not num_tasks: held-out rows
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -26,7 +26,7 @@ def majority_at_k(answers: Sequence[Sequence[Hashable | None]], right: Sequence[
     """Return maj@k of each problem: 1 if the most common answer of its first k samples is correct, else 0.
 
     `answers` holds the answer of each sample; equivalent answers must compare equal, and None means no answer. `right`
-    holds True for each correct sample. With a tie, the result is the share of the tied answers that are correct. A
+    holds True for each correct sample. With a tie, the value is the share of correct answers among the tied ones. A
     problem without an answer gives 0. arXiv:2203.11171.
 
     >>> majority_at_k([["7", "7", "8"], ["1", "2", None]], [[True, True, False], [True, False, False]], k=3)

@@ -37,22 +37,23 @@ def evaluate(
 
     Return a mapping with accuracy, correct, n, ci_low, ci_high (Wilson, 95 %) and failed, the number of tasks on which
     the reward failed; and, on the main rank, one row per completion of the first `num_rows` tasks. A task that cannot
-    be scored counts as wrong. Unless sampling is greedy, the mapping also holds the sampling settings, and the
-    noise of a task depends only on the task's seed and row.
+    be scored counts as wrong. Unless sampling is greedy, the mapping also holds the sampling settings, and
+    the noise of a task depends only on its seed and row.
     """
-    placed = [(i, replace(task, seed=(*task.seed, task.index, EVAL_SEED))) for i, task in enumerate(tasks)]
-    mine = sorted(placed[ranks.rank() :: ranks.world_size()], key=lambda task: len(task[1].prompt_ids))
-    counts, failures, rows = torch.zeros(2), [], []  # correct, failed
+    indexed = [(i, replace(task, seed=(*task.seed, task.index, EVAL_SEED))) for i, task in enumerate(tasks)]
+    mine = sorted(indexed[ranks.rank() :: ranks.world_size()], key=lambda pair: len(pair[1].prompt_ids))
+    counts = torch.zeros(2)  # correct, failed
+    failures, rows = [], []
     with progress_bar(len(mine), "evaluating", "task") as progress:
         for start in range(0, len(mine), batch_size):
-            places, part = zip(*mine[start : start + batch_size], strict=True)
+            indices, part = zip(*mine[start : start + batch_size], strict=True)
             rollouts = sampler.generate(part, 1, settings=settings)
             scores = score([Reward(REWARD_NAME, 1.0, reward)], part, rollouts.completions, 1)
             failures += scores.failures
             correct = scores.rewards.flatten() == 1.0
             counts += torch.stack([correct.sum(), scores.failed[REWARD_NAME].sum()])
             part_rows = completion_rows(part, rollouts, {"correct": correct.tolist()}, first_sample=None)
-            rows += [(i, row) for i, row in zip(places, part_rows, strict=True) if i < num_rows]
+            rows += [(i, row) for i, row in zip(indices, part_rows, strict=True) if i < num_rows]
             progress.update(len(part))
     warn(failures)
     right, failed = map(int, ranks.all_sum(counts).tolist())
@@ -60,16 +61,16 @@ def evaluate(
     sampling = {}
     if not settings.greedy:
         sampling = {k: v for k, v in asdict(settings).items() if v is not None and k != "greedy"}
-    interval = {"ci_low": low, "ci_high": high}
     result = {
         "accuracy": right / len(tasks),
         "correct": right,
         "n": len(tasks),
-        **interval,
+        "ci_low": low,
+        "ci_high": high,
         "failed": failed,
         **sampling,
     }
-    all_rows = sorted((row for part in ranks.gather(rows) for row in part), key=lambda row: row[0])
+    all_rows = sorted((row for part in ranks.gather(rows) for row in part), key=lambda pair: pair[0])
     return result, [row for _, row in all_rows]
 
 

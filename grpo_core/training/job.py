@@ -37,7 +37,7 @@ def train(config: RunConfig) -> Path:
 
 @contextmanager
 def close_at_end(run: Run) -> Iterator[None]:
-    """Return a context manager that, on exit, closes the log and stops the run's threads in this process."""
+    """Close the log and stop the watchdog when the block ends; if a signal ended it, log how to resume."""
     try:
         yield
     except signals.Interrupted as signal:

@@ -77,7 +77,7 @@ class RunStart:
 
     @property
     def step(self) -> int:
-        """Number of steps that were taken before."""
+        """Index of the first step to take: 0 for a new run."""
         return self.meta.get("next_step", 0)
 
     def control(self, config: RunConfig) -> Control:
@@ -124,8 +124,8 @@ def describe_tasks(config: RunConfig, prepared: Prepared) -> str:
     """Return the number of tasks and of prompts that were too long, as text."""
     treatment = "cut on the left" if config.data.long_prompts == "truncate_left" else "dropped"
     return (
-        f"{len(prepared.tasks)} tasks ({prepared.num_too_long} with a prompt over {config.data.max_prompt_tokens} "
-        f"tokens {treatment})"
+        f"{len(prepared.tasks)} tasks ({prepared.num_too_long} {treatment}, because the prompt has more than "
+        f"{config.data.max_prompt_tokens} tokens)"
     )
 
 
