@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from grpo_core.config.files import load
 from grpo_core.model.policy import load_policy
-from grpo_core.training import setup
+from grpo_core.training import resume, setup
 from grpo_core.training.prepare import prepare
 from grpo_core.training.trainer import train
 
@@ -41,7 +41,7 @@ def run_way(way: str, steps: int) -> tuple[dict, torch.Tensor]:
         )
         config = replace(config, model=replace(config.model, precision="fp32" if way != "bf16" else "bf16"))
         dtype = setup.initialise_process(config)
-        beginning, prepared = setup.find_start(config), prepare(config)
+        beginning, prepared = resume.find_start(config), prepare(config)
         base = torch.float32 if way == "fp32" else torch.bfloat16
         torch.manual_seed(0)
         policy = load_policy(config.model, config.lora, dtype=base, temperature=1.0)

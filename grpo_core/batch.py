@@ -1,7 +1,7 @@
 """The data passed between the sampler, the rewards and the loss: `Task`, `Rollouts` and `TrainBatch`.
 
 Rows are ordered by prompt: completions n*G to n*G + G-1 belong to prompt n. Column t of every [B, C] tensor is
-completion token t; only model/policy.py shifts by one. Two prompts with G = 1, the second completion truncated:
+completion token t; only model/packing.py shifts by one. Two prompts with G = 1, the second completion truncated:
 
     prompt_ids       [[0, 5, 6], [7, 8, 9]]     prompt_mask      [[0, 1, 1], [1, 1, 1]]
     completion_ids   [[4, 2, 0], [4, 4, 4]]     completion_mask  [[1, 1, 0], [1, 1, 1]]

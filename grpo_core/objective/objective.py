@@ -25,7 +25,7 @@ class Objective:
     A term that learns from tied groups (all rewards of a group equal, so every advantage is 0) sets
     `learns_from_ties`; the update leaves rows with advantage 0 out of its forward otherwise. A registered function, or
     one of a user's file, declares it by an attribute: `my_loss.learns_from_ties = True`. Someone who adds a term to
-    update.token_loss declares it by `dataclasses.replace(objective, learns_from_ties=True)`.
+    update.token_loss passes `learns_from_ties=True` in training/prepare.py, build_objective.
     """
 
     loss_fn: Callable  # objective/losses.py

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -23,11 +20,10 @@ from grpo_core.monitor.progress import show_elapsed
 from grpo_core.monitor.run_log import RunLog
 from grpo_core.sampling.end_of_sequence import describe_eos_mismatch
 from grpo_core.scoring.scoring import build_reward
-from grpo_core.training import checkpoint, run_dir
-from grpo_core.training.control import Control, first_control
 from grpo_core.training.deepspeed_config import deepspeed_config
 from grpo_core.training.engine import Engine
 from grpo_core.training.prepare import Prepared, build_objective, make_rewards, make_sampler, prepare, quieten
+from grpo_core.training.resume import RunStart, find_start, load_start
 from grpo_core.training.run import Run
 
 
@@ -63,61 +59,6 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     gc.collect()
     gc.freeze()  # these objects live as long as the run, so garbage collections in a step skip them
     return run, prepared.tokenizer
-
-
-@dataclass(frozen=True)
-class RunStart:
-    """The state from which a run starts: its folder and, if it resumes, its checkpoint."""
-
-    folder: Path
-    checkpoint: Path | None
-    meta: dict[str, Any]  # the checkpoint's metadata; empty for a new run
-    overridden: list[str]  # configuration keys that differ from the checkpoint's (resume: force)
-    warnings: list[str]  # one for each damaged checkpoint
-
-    @property
-    def step(self) -> int:
-        """Index of the first step to take: 0 for a new run."""
-        return self.meta.get("next_step", 0)
-
-    def control(self, config: RunConfig) -> Control:
-        """Return the coefficients of the next step."""
-        return Control(**self.meta["control"]) if self.checkpoint else first_control(config.loss)
-
-
-def find_start(config: RunConfig) -> RunStart:
-    """Find the run folder and the checkpoint from which `config` resumes. A collective.
-
-    Raises:
-        ConfigError: see `run_dir.find_run_folder` and `checkpoint.read_meta`.
-    """
-    folder, latest, warnings = run_dir.find_run_folder(config)
-    meta, overridden = checkpoint.read_meta(latest, config) if latest else ({}, [])
-    return RunStart(folder, latest, meta, overridden, warnings)
-
-
-def load_start(run: Run, start: RunStart) -> None:
-    """Restore the run's checkpoint, if there is one, and log notes and warnings about it and the model's code.
-
-    Raises:
-        ConfigError: see `checkpoint.load`.
-    """
-    config, latest = run.config, start.checkpoint
-    if config.model.trust_remote_code:
-        run.log.info(
-            f"model.trust_remote_code is on: this process runs Python code that belongs to {config.model.path}"
-        )
-    for sentence in start.warnings:
-        run.log.info(f"warning: {sentence}")
-    if latest:
-        overridden = start.overridden + checkpoint.load(latest, start.meta, run)
-        run.log.info(f"resumed from {latest} after {run.start_step} steps")
-        if overridden:
-            run.log.info(
-                f"warning: resume=force ignored these differences from the checkpoint: {', '.join(overridden)}"
-            )
-    elif config.resume:
-        run.log.info(f"resume is {config.resume}, but {run.folder} has no checkpoint; the run starts at step 0")
 
 
 def describe_tasks(config: RunConfig, prepared: Prepared) -> str:

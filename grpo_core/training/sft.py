@@ -30,8 +30,9 @@ from grpo_core.training import checkpoint, run_dir
 from grpo_core.training.freeze import forward_all
 from grpo_core.training.job import close_at_end
 from grpo_core.training.prepare import prepare
+from grpo_core.training.resume import find_start, load_start
 from grpo_core.training.run import Run
-from grpo_core.training.setup import assemble, describe_tasks, find_start, initialise_process, load_start
+from grpo_core.training.setup import assemble, describe_tasks, initialise_process
 from grpo_core.training.sft_targets import build_target_rollouts, find_longest_target
 from grpo_core.training.skipped_steps import SkippedSteps
 from grpo_core.training.trainer import begin, finish_step
