@@ -319,7 +319,7 @@ def test_the_real_config_runs_on_small_parts(tmp_path, environment):
     assert done.returncode == 0, done.stderr
     (row,) = read(tmp_path / "gsm8k_qwen2.5_1.5b" / "metrics.jsonl")
     assert row["grad_norm"] > 0 and row["rewards/combined"] == row["reward"] > 0
-    assert "model.trust_remote_code is on: code that came with builtin:tiny runs in this process" in done.stdout
+    assert "model.trust_remote_code is on: this process runs Python code that belongs to builtin:tiny" in done.stdout
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(20 * b"q" in content for content in (*written, done.stdout.encode(), done.stderr.encode()))
 
