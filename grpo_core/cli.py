@@ -16,6 +16,7 @@ import click
 
 from grpo_core import __version__
 from grpo_core.commands.errors import print_error
+from grpo_core.commands.gc_pause import pause_gc
 from grpo_core.config.shipped import find_configs
 from grpo_core.schema import ConfigError
 
@@ -127,7 +128,8 @@ def train(config: Path | None, dry_run: bool, overrides: tuple[str, ...]) -> int
     config = config or _default_config()
     if dry_run:
         return _dry_run(config, overrides, int(os.environ.get("WORLD_SIZE", 1)))
-    from grpo_core.commands.train import run_train
+    with pause_gc():
+        from grpo_core.commands.train import run_train
 
     return run_train(config, overrides)
 
@@ -155,7 +157,8 @@ def launch(config: Path | None, processes: int | None, dry_run: bool, overrides:
     config, processes = config or _default_config(), processes or _count_gpus() or 1
     if dry_run:
         return _dry_run(config, overrides, processes * int(os.environ.get("NNODES", 1)))
-    from grpo_core.commands.launch import run_launch
+    with pause_gc():
+        from grpo_core.commands.launch import run_launch
 
     return run_launch(processes, config, overrides)
 

@@ -18,6 +18,7 @@ from typing import NoReturn
 import torch
 
 from grpo_core.commands.errors import print_error
+from grpo_core.commands.gc_pause import pause_gc
 from grpo_core.commands.train import run_train
 from grpo_core.config.files import load
 from grpo_core.config.sections import RunConfig
@@ -43,8 +44,8 @@ def load_in_fork(config: Path, overrides: Sequence[str]) -> RunConfig:
 
 def import_for_ranks() -> None:
     """Import what a rank needs before it is forked."""
-    import grpo_core.training.job  # noqa: F401
-
+    with pause_gc():
+        import grpo_core.training.job  # noqa: F401
     gc.freeze()  # the ranks' garbage collector then leaves the memory pages alone that they share with the launcher
 
 

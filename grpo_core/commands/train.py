@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_core.commands.errors import print_error
+from grpo_core.commands.gc_pause import pause_gc
 from grpo_core.config.files import load
 from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import ranks, signals
@@ -19,7 +20,8 @@ def run_train(config: Path, overrides: Sequence[str] = ()) -> int:
         ConfigError: the configuration is wrong, or the run cannot be set up with it.
     """
     loaded = load(config, overrides)
-    from grpo_core.training import job  # takes seconds, so a mistake in the configuration is reported before it
+    with pause_gc():
+        from grpo_core.training import job  # takes seconds, so a mistake in the configuration is reported before it
 
     return run_job(job.train, loaded)
 
