@@ -158,6 +158,21 @@ def gather(value: Any) -> list[Any]:
     return values or []
 
 
+def map_in_shares(function: Callable[[list], list], items: list) -> list:
+    """Return function(items), of which every rank computes a share, if they are in a group. A collective then.
+
+    `function` treats every item by itself, and its results are picklable.
+    """
+    if not dist.is_initialized() or world_size() == 1:
+        return function(items)
+    start, end = (len(items) * number // world_size() for number in (rank(), rank() + 1))
+    share = function(items[start:end]) if end > start else []
+    shares: list[list] = [[]] * world_size()
+    with watchdog.waiting():
+        dist.all_gather_object(shares, share)
+    return [result for share in shares for result in share]
+
+
 def broadcast_from_main(value: Any) -> Any:
     """Return rank 0's picklable `value` on every rank. A collective."""
     values = [value]
