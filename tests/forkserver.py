@@ -11,6 +11,8 @@ the server kills the child. The server has one thread, and neither a process gro
 import array
 import atexit
 import contextlib
+import gc
+import io
 import json
 import os
 import pkgutil
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +106,7 @@ def stop(server: subprocess.Popen, folder: Path) -> None:
 
 
 def load_everything() -> None:
+    """Import everything, and load a model, at which libraries import what they have put off and fill their tables."""
     import importlib
 
     import torch
@@ -113,6 +117,16 @@ def load_everything() -> None:
     for module in pkgutil.walk_packages(grpo_core.__path__, "grpo_core."):
         if not module.name.endswith(("__main__", "_kernels", "kernels")):
             importlib.import_module(module.name)
+    from grpo_core.config.sections import LoraConfig, ModelConfig
+    from grpo_core.model.loading import load_tokenizer
+    from grpo_core.model.policy import load_policy
+
+    with torch.random.fork_rng(), warnings.catch_warnings(record=True), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("always")  # what is shown once is shown in the children still
+        load_policy(ModelConfig(), LoraConfig(), dtype=torch.float32, temperature=1.0)
+        load_tokenizer(ModelConfig.path)
+    gc.collect()
+    gc.freeze()  # the children's garbage collectors leave these memory pages alone
 
 
 def serve(listener: socket.socket) -> None:
