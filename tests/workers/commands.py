@@ -13,14 +13,12 @@ import os
 import subprocess
 import sys
 import traceback
-from dataclasses import replace
 from pathlib import Path
 
 from grpo_core import cli
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.files import load
 from grpo_core.distributed import ranks
-from grpo_core.training import job as training
 
 
 def load_only(config, overrides, processes):
@@ -57,15 +55,6 @@ def short_form(config):
     ]
 
 
-def shortened(config):
-    """The configuration in its short form."""
-    for word in short_form(config):
-        key, value = word.split("=")
-        section, name = key.split(".")
-        config = replace(config, **{section: replace(getattr(config, section), **{name: int(value)})})
-    return config
-
-
 def shell(command):
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     if done.returncode:
@@ -73,14 +62,8 @@ def shell(command):
 
 
 def python(code):
-    """A block runs as it is written, and what it trains in its short form."""
-    whole = training.train
-    training.train = lambda config: whole(shortened(config))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            exec(compile(code, "the document's block", "exec"), {"__name__": "a_block"})
-    finally:
-        training.train = whole
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(code, "the document's block", "exec"), {"__name__": "a_block"})
 
 
 KINDS = {"load": load_only, "main": main, "job": local_job, "shell": shell, "python": python}
