@@ -266,7 +266,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, e
 @pytest.mark.parametrize("where", ["reward", pytest.param("backward", marks=pytest.mark.soak)])
 def test_a_rank_that_hangs_is_named_with_its_phase_and_stack(tmp_path, environment, where):
     fault = {"what": "hang", "where": where, "rank": 1, "calls": [2]}
-    done = run(2, tmp_path, environment=environment, fault=fault, trainer__hang_timeout=8)
+    done = run(2, tmp_path, environment=environment, fault=fault, trainer__hang_timeout=15)
     mark = Path(str(tmp_path) + ".mark")
     assert mark.exists(), done.stderr
     took = time.time() - mark.stat().st_mtime
