@@ -272,7 +272,7 @@ def test_a_rank_that_hangs_is_named_with_its_phase_and_stack(tmp_path, environme
     took = time.time() - mark.stat().st_mtime
     assert done.returncode == 4 and 15 <= took < 30, done.stderr
     phase = {"reward": "reward", "backward": "update"}[where]
-    assert re.search(rf"grpo_core: rank 1 has made no progress for ([89]|1[01]) s in phase {phase}; its threads:", done.stderr)
+    assert re.search(rf"grpo_core: rank 1 has made no progress for 1[5-8] s in phase {phase}; its threads:", done.stderr)
     assert "in cause" in done.stderr and "grpo_core: rank 1 failed with exit code 4" in done.stderr
     assert "rank 0 has" not in done.stderr
 
