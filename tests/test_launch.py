@@ -60,3 +60,26 @@ def test_a_batch_that_does_not_divide_is_told_before_anything_starts(started):
     with pytest.raises(ConfigError, match="must be a multiple of sampling.group_size × processes"):
         launch.run_launch(3, TINY, [])
     assert started[1] == []
+
+
+FORKED = """
+import os, signal
+from grpo_core.commands import forked_rank
+
+def check(config, overrides):
+    apart = os.getsid(0) == os.getpid() != os.getsid(os.getppid())
+    default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    open_to = not {signal.SIGTERM, signal.SIGINT} & signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    return 0 if apart and default and open_to and os.environ["RANK"] == "1" and overrides == ["seed=3"] else 7
+
+forked_rank.run_train = check
+signal.signal(signal.SIGTERM, lambda number, frame: None)
+rank = forked_rank.ForkedRank(None, ["seed=3"], {**os.environ, "OMP_NUM_THREADS": "1", "RANK": "1"})
+print("exit code", rank.wait(), rank.poll())
+"""
+
+
+def test_a_forked_rank_has_a_session_and_signals_of_its_own(environment):
+    """Ctrl-C in a terminal reaches the whole session: a rank in the launcher's would get it twice, and end at once."""
+    done = subprocess.run(["python", "-c", FORKED], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "exit code 0 0\n", done.stderr

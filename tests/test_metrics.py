@@ -7,6 +7,7 @@ import torch
 from grpo_core.config.sections import AdvantageConfig, FunctionConfig, LossConfig, RewardConfig, RunConfig
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.run_log import RunLog, find_user_files
+from grpo_core.schema import finite_or_none
 from grpo_core.training.eval_statistics import wilson_interval
 
 
@@ -21,6 +22,12 @@ def test_stats_are_masked_means_totals_and_maxima():
     stats.add_max("m", torch.tensor(3.0))
     row = stats.reduce()
     assert math.isnan(row.pop("none")) and row == {"a": 4.0, "t": 7.0, "m": 5.0}
+
+
+def test_json_holds_no_nan_and_no_infinity():
+    row = {"nan": math.nan, "deep": {"list": [math.inf, -math.inf, 1.5]}, "text": "inf", "count": 3, "none": None}
+    written = json.dumps(finite_or_none(row), allow_nan=False)
+    assert json.loads(written) == {"nan": None, "deep": {"list": [None, None, 1.5]}, "text": "inf", "count": 3, "none": None}
 
 
 def test_nothing_that_is_said_moves_the_cursor(tmp_path, capsys):
