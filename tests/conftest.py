@@ -8,20 +8,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from forkserver import interpreter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(1)
 
 RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ROOT = Path(__file__).parents[1]
-LONGEST = ["test_run.py", "test_docs.py", "test_faults.py", "test_engine.py", "test_sft.py"]  # first, longest first
+LONGEST = ["test_switches.py", "test_docs.py", "test_run.py", "test_faults.py", "test_fuzz.py", "test_replay.py"]  # first
 
 
 def pytest_collection_modifyitems(items):
+    import torch
+
+    torch.set_num_threads(1)
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
@@ -30,8 +31,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
-    if getattr(config.option, "numprocesses", None):
-        interpreter()  # one server for all workers, which imports while they collect
+    if number := getattr(config.option, "numprocesses", None):
+        config.option.tx = [f"popen//python={interpreter()}"] * number  # the workers are forked, too
 
 
 def child_environment():

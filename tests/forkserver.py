@@ -63,13 +63,19 @@ os._exit(code)
 
 def interpreter() -> str:
     """The path of what stands for `python`; the real one where CUDA, or macOS, does not allow forks."""
-    import torch
-
-    if sys.platform != "linux" or torch.cuda.is_available():
+    if sys.platform != "linux" or has_cuda():
         return sys.executable
     if ADDRESS not in os.environ:
         start()
     return str(Path(os.environ[ADDRESS]).parent / "bin" / "python")
+
+
+def has_cuda() -> bool:
+    if not Path("/dev/nvidiactl").exists():  # saves a process that only starts others the import of torch
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def start() -> None:

@@ -7,5 +7,5 @@ source "$root/environment.sh"
 cd "$root"
 export PYTHONPATH=$root OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 if [ $# -gt 0 ]; then exec "$python" -m pytest -q "$@"; fi
-"$python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not soak and not alone"
+"$python" -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not soak and not alone"
 exec "$python" -m pytest -q -m "alone and not soak" $(grep -l "mark.alone" tests/test_*.py)

@@ -1,11 +1,17 @@
 """What the launcher starts, and starts again."""
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from grpo_core.commands import launch
+from grpo_core.commands.read_ahead import ReadAhead
+from grpo_core.config.files import load
+from grpo_core.data import tasks
+from grpo_core.model.loading import load_tokenizer
 from grpo_core.schema import ConfigError
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
@@ -25,6 +31,7 @@ def started(monkeypatch):
             return ends.pop(0)
 
     monkeypatch.setattr(launch, "_Ranks", Ranks)
+    monkeypatch.setattr(launch, "can_fork", lambda: False)
     return ends, given
 
 
@@ -83,3 +90,28 @@ def test_a_forked_rank_has_a_session_and_signals_of_its_own(environment):
     """Ctrl-C in a terminal reaches the whole session: a rank in the launcher's would get it twice, and end at once."""
     done = subprocess.run(["python", "-c", FORKED], env=environment, capture_output=True, text=True, timeout=100)
     assert done.stdout == "exit code 0 0\n", done.stderr
+
+
+def test_what_is_read_ahead_is_what_a_rank_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "_offered", None)
+    (tmp_path / "only_there.py").write_text("def best(rewards):\n    return rewards - rewards.mean(dim=1, keepdim=True)\n")
+    words = ["data.limit=200", "evaluation.num_tasks=20", f"advantage.name={tmp_path}/only_there.py:best"]
+    ahead = ReadAhead(TINY, words)
+    config = ahead.config()
+    assert "grpo_core_user_only_there" not in sys.modules and config == load(TINY, words)
+    read = ahead.tasks()
+    assert read == tasks.read_tasks(config, load_tokenizer("builtin:tiny")) and len(read[0]) == 200
+    assert tasks.find_offered_tasks(config) is None
+    tasks.offer_tasks(config, read)
+    assert tasks.find_offered_tasks(load(TINY, [*words, "seed=3", "resume=auto"])) is read
+    assert tasks.find_offered_tasks(load(TINY, ["data.limit=199", *words[1:]])) is None
+
+
+def test_what_cannot_be_read_ahead_is_told_as_ever_or_left_to_the_ranks(tmp_path):
+    with pytest.raises(ConfigError, match="unknown key trainer.num_step"):
+        ReadAhead(TINY, ["trainer.num_step=3"]).config()
+    code = f"import os\n\nif os.getpid() != {os.getpid()}:\n    os._exit(7)\n\n\ndef f(rewards):\n    return rewards\n"
+    (tmp_path / "ends.py").write_text(code)
+    assert ReadAhead(TINY, [f"advantage.name={tmp_path}/ends.py:f"]).config().advantage.name.endswith("ends.py:f")
+    ahead = ReadAhead(TINY, [f"data.path={tmp_path}/nowhere.jsonl"])
+    assert ahead.config().data.path and ahead.tasks() is None

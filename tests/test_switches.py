@@ -499,7 +499,7 @@ def test_the_reference_moves_when_it_should(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(LOSSES.functions))
 def test_every_loss_learns_the_bandit_through_the_loop(tmp_path, name):
-    train(make_run(tmp_path, num_steps=15, loss=name, num_passes=2))
+    train(make_run(tmp_path, num_steps=15, loss=name, num_passes=2, tokens_per_micro_batch=128))
     rewards = [row["reward"] for row in rows(tmp_path)]
     assert sum(rewards[-3:]) > 3 * sum(rewards[:3])
 
@@ -507,7 +507,9 @@ def test_every_loss_learns_the_bandit_through_the_loop(tmp_path, name):
 @pytest.mark.parametrize("name", sorted(ADVANTAGES.functions))
 def test_every_advantage_learns_the_bandit_through_the_loop(tmp_path, name):
     rate = {"pass_at_k": 5e-2}.get(name, 2e-2)
-    run = make_run(tmp_path, learning_rate=rate, change=lambda c: replace(c, advantage=AdvantageConfig(name)))
+    run = make_run(
+        tmp_path, learning_rate=rate, tokens_per_micro_batch=128, change=lambda c: replace(c, advantage=AdvantageConfig(name))
+    )
     train(run)
     rewards = [row["reward"] for row in rows(tmp_path)]
     assert sum(rewards[-5:]) > 2 * sum(rewards[:5])
@@ -525,7 +527,7 @@ def test_every_preset_learns_the_bandit_through_the_loop(tmp_path, name):
         )
 
     policy = tiny_policy()
-    run = make_run(tmp_path, policy=policy, change=change)
+    run = make_run(tmp_path, policy=policy, change=change, tokens_per_micro_batch=128)
     loss = run.config.loss
     run = with_objective(replace(run, tasks=FixedTasks()), loss_fn=LOSSES.build(loss.name, loss.args))
     train(run)

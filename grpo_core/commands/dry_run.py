@@ -18,10 +18,11 @@ from grpo_core.model.families import head_dim
 from grpo_core.model.loading import dtype_name, resolve_dtype
 from grpo_core.model.memory import find_budgets
 from grpo_core.model.policy import Policy, load_policy
+from grpo_core.model.quieten import quieten
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.schema import printable
 from grpo_core.scoring.scoring import score
-from grpo_core.training.prepare import Prepared, make_rewards, make_sampler, prepare, quieten
+from grpo_core.training.prepare import Prepared, make_rewards, make_sampler, prepare
 from grpo_core.training.run_dir import holds_run
 
 MAX_SHOWN_CHARACTERS = 400  # of each completion

@@ -10,8 +10,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,8 +17,8 @@ import torch
 
 from grpo_core.commands.errors import print_error
 from grpo_core.commands.gc_pause import pause_gc
+from grpo_core.commands.read_ahead import ReadAhead
 from grpo_core.commands.train import run_train
-from grpo_core.config.files import load
 from grpo_core.config.sections import RunConfig
 from grpo_core.schema import ConfigError
 
@@ -32,20 +30,13 @@ def can_fork() -> bool:
     return sys.platform == "linux" and not torch.cuda.is_available()
 
 
-def load_in_fork(config: Path, overrides: Sequence[str]) -> RunConfig:
-    """Load a configuration in a fork. What a user's own file imports or starts is then not in the launcher.
-
-    Raises:
-        ConfigError: as `load`.
-    """
-    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
-        return pool.submit(load, config, overrides).result()
-
-
-def import_for_ranks() -> None:
-    """Import what a rank needs before it is forked."""
+def prepare_ranks(config: RunConfig, ahead: ReadAhead) -> None:
+    """Import what the ranks need before they are forked, and keep the tasks for them."""
     with pause_gc():
         import grpo_core.training.job  # noqa: F401
+        from grpo_core.data.tasks import offer_tasks
+    if (tasks := ahead.tasks()) is not None:
+        offer_tasks(config, tasks)
     gc.freeze()  # the ranks' garbage collector then leaves the memory pages alone that they share with the launcher
 
 

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_core.commands.errors import print_error
-from grpo_core.commands.forked_rank import STOP_SIGNALS, ForkedRank, can_fork, import_for_ranks, load_in_fork
+from grpo_core.commands.forked_rank import STOP_SIGNALS, ForkedRank, can_fork, prepare_ranks
+from grpo_core.commands.read_ahead import ReadAhead
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.files import load
 from grpo_core.distributed.ranks import RUN_FOLDER_VARIABLE
@@ -43,8 +44,11 @@ def run_launch(processes: int, config: Path, overrides: Sequence[str]) -> int:
     Raises:
         ConfigError: the configuration is wrong, or cannot be run by this number of processes.
     """
-    loaded = load_in_fork(config, overrides) if can_fork() else load(config, overrides)
+    ahead = ReadAhead(config, overrides) if can_fork() else None
+    loaded = ahead.config() if ahead else load(config, overrides)
     prompts_per_rank(loaded, processes * int(os.environ.get("NNODES", 1)))
+    if ahead:
+        prepare_ranks(loaded, ahead)
     scratch = Path(tempfile.mkdtemp())  # no TemporaryDirectory: a forked rank would remove it when it ends
     try:
         note = scratch / "folder"  # rank 0 writes the path of the run folder here
@@ -76,8 +80,6 @@ class _Ranks:
         self.ranks: dict[int, subprocess.Popen | ForkedRank] = {}
         self.signals = 0  # received
         fork = can_fork()
-        if fork:
-            import_for_ranks()
         for number in STOP_SIGNALS:
             signal.signal(number, self._pass_on)
         for local_rank in range(processes):

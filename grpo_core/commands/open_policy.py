@@ -15,11 +15,12 @@ from grpo_core.config.sections import LoraConfig, RunConfig
 from grpo_core.distributed import ranks
 from grpo_core.model.loading import describe_missing_folder, load_tokenizer, resolve_dtype
 from grpo_core.model.policy import Policy, load_policy
+from grpo_core.model.quieten import quieten
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint
-from grpo_core.training.prepare import make_sampler, quieten
+from grpo_core.training.prepare import make_sampler
 
 ADAPTER_CONFIG = "adapter_config.json"  # the file that PEFT writes beside an adapter
 

@@ -35,6 +35,7 @@ from grpo_core.distributed import ranks
 from grpo_core.model.memory import MAX_CPU_TOKENS
 from grpo_core.model.packing import Budget
 from grpo_core.model.policy import Policy, load_policy
+from grpo_core.model.quieten import quieten
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.objective.losses import LOSSES
@@ -43,7 +44,7 @@ from grpo_core.schema import ConfigError, finite_or_none, printable
 from grpo_core.training import saved_batches
 from grpo_core.training.control import Control
 from grpo_core.training.freeze import freeze
-from grpo_core.training.prepare import build_objective, quieten
+from grpo_core.training.prepare import build_objective
 from grpo_core.training.rollouts import compute_step_advantages, shape_rewards
 from grpo_core.training.saved_batches import DumpedBatch
 

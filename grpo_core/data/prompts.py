@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
 from grpo_core.config.sections import DataConfig
 from grpo_core.data.rows import Row
-from grpo_core.distributed.ranks import map_in_shares
 from grpo_core.schema import ConfigError, list_known, summarize_error
 
 
@@ -33,7 +31,7 @@ def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTok
             "data.prompt is chat, but the model's tokenizer has no chat template; use data.prompt: template"
         )
     prompts = [render_prompt(row, config, tokenizer) for row in rows]
-    ids = map_in_shares(partial(_tokenize, tokenizer, config.prompt != "chat"), prompts)
+    ids = tokenizer(prompts, add_special_tokens=config.prompt != "chat", return_attention_mask=False)["input_ids"]
     if [] in ids:
         raise ConfigError(f"row {ids.index([]) + 1} of the data: the prompt is empty; it needs at least one token")
     limit = config.max_prompt_tokens
@@ -55,10 +53,6 @@ def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTok
     if not tasks:
         raise ConfigError(f"data.max_prompt_tokens is {limit}; every prompt is longer than that")
     return tasks, len(too_long)
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool, prompts: list[str]) -> list[list[int]]:
-    return tokenizer(prompts, add_special_tokens=add_special_tokens, return_attention_mask=False)["input_ids"]
 
 
 def render_prompt(row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:

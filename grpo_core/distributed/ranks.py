@@ -67,7 +67,13 @@ def die_with_launcher() -> None:
 
     Linux only.
     """
-    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+    if "LOCAL_RANK" in os.environ:
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends for any reason. Linux only."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
@@ -156,21 +162,6 @@ def gather(value: Any) -> list[Any]:
     with watchdog.waiting():
         dist.gather_object(value, values)
     return values or []
-
-
-def map_in_shares(function: Callable[[list], list], items: list) -> list:
-    """Return function(items), of which every rank computes a share, if they are in a group. A collective then.
-
-    `function` treats every item by itself, and its results are picklable.
-    """
-    if not dist.is_initialized() or world_size() == 1:
-        return function(items)
-    start, end = (len(items) * number // world_size() for number in (rank(), rank() + 1))
-    share = function(items[start:end]) if end > start else []
-    shares: list[list] = [[]] * world_size()
-    with watchdog.waiting():
-        dist.all_gather_object(shares, share)
-    return [result for share in shares for result in share]
 
 
 def broadcast_from_main(value: Any) -> Any:

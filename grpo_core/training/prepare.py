@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from grpo_core.batch import Task
 from grpo_core.config.sections import RunConfig, SamplingConfig
-from grpo_core.data.prompts import make_tasks
-from grpo_core.data.rows import load_splits
+from grpo_core.data.tasks import find_offered_tasks, read_tasks
 from grpo_core.model.loading import (
     check_lengths,
     check_targets,
@@ -62,11 +56,10 @@ def prepare(
         ConfigError: a file cannot be loaded; a reward needs a column that the data does not have; the tokenizer or
             lora.target_modules do not fit the model; a prompt and its completion exceed the model's positions.
     """
+    offered = find_offered_tasks(config) if tokenizer is None else None
     if tokenizer is None:
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    rows, eval_rows = load_splits(config.data, config.evaluation.num_tasks)
-    tasks, num_too_long = make_tasks(rows, config.data, tokenizer)
-    eval_tasks, num_eval_too_long = make_tasks(eval_rows, config.data, tokenizer)
+    tasks, eval_tasks, num_too_long = offered or read_tasks(config, tokenizer)
     check_columns(config, tasks if scores_training_tasks else [], eval_tasks)
     if model_config is None:
         model_config = load_model_config(config.model)
@@ -74,7 +67,7 @@ def prepare(
     prompts = [task.prompt_ids for task in (*tasks, *eval_tasks)]
     check_lengths(prompts, config.sampling.max_new_tokens, model_config)
     check_targets(model_config, config.lora, config.model.trust_remote_code)
-    return Prepared(tokenizer, model_config, tasks, eval_tasks, num_too_long + num_eval_too_long)
+    return Prepared(tokenizer, model_config, tasks, eval_tasks, num_too_long)
 
 
 def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task]) -> None:
@@ -140,17 +133,3 @@ def make_sampler(
         rows_at_once=config.rows_at_once,
         notify=notify,
     )
-
-
-def quieten() -> None:
-    """Silence the warnings and progress bars of libraries; errors are still logged."""
-    warnings.filterwarnings("ignore")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not torch.cuda.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # else DeepSpeed, which peft imports, logs that it found no accelerator
-    for name in ("torch", "torch.distributed", "datasets", "peft", "deepspeed"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -15,6 +15,7 @@ from grpo_core.distributed import ranks
 from grpo_core.model.loading import dtype_name, resolve_dtype
 from grpo_core.model.memory import find_budgets
 from grpo_core.model.policy import Policy, load_policy
+from grpo_core.model.quieten import quieten
 from grpo_core.monitor import trackers
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.monitor.run_log import RunLog
@@ -22,7 +23,7 @@ from grpo_core.sampling.end_of_sequence import describe_eos_mismatch
 from grpo_core.scoring.scoring import build_reward
 from grpo_core.training.deepspeed_config import deepspeed_config
 from grpo_core.training.engine import Engine
-from grpo_core.training.prepare import Prepared, build_objective, make_rewards, make_sampler, prepare, quieten
+from grpo_core.training.prepare import Prepared, build_objective, make_rewards, make_sampler, prepare
 from grpo_core.training.resume import RunStart, find_start, load_start
 from grpo_core.training.run import Run
 

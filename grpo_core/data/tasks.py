@@ -1,0 +1,43 @@
+"""Read the tasks of a run, or take those that the launcher has read for the ranks that it forks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo_core.batch import Task
+from grpo_core.config.sections import RunConfig
+from grpo_core.data.prompts import make_tasks
+from grpo_core.data.rows import load_splits
+
+Tasks = tuple[list[Task], list[Task], int]  # to train on, to evaluate on, and the number of prompts that were too long
+
+_offered: tuple[Any, Tasks] | None = None  # the keys that the tasks depend on, and the tasks
+
+
+def read_tasks(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tasks:
+    """Load the rows of a run and turn them into tasks.
+
+    Raises:
+        ConfigError: as `load_splits` and `make_tasks`.
+    """
+    rows, eval_rows = load_splits(config.data, config.evaluation.num_tasks)
+    tasks, num_too_long = make_tasks(rows, config.data, tokenizer)
+    eval_tasks, num_eval_too_long = make_tasks(eval_rows, config.data, tokenizer)
+    return tasks, eval_tasks, num_too_long + num_eval_too_long
+
+
+def offer_tasks(config: RunConfig, tasks: Tasks) -> None:
+    """Keep the tasks of a run for `find_offered_tasks` in this process and its forks."""
+    global _offered
+    _offered = (_source(config), tasks)
+
+
+def find_offered_tasks(config: RunConfig) -> Tasks | None:
+    """Return the tasks that were offered for this data and tokenizer, or None."""
+    return _offered[1] if _offered is not None and _offered[0] == _source(config) else None
+
+
+def _source(config: RunConfig) -> tuple:
+    return config.data, config.evaluation.num_tasks, config.model.path, config.model.trust_remote_code
