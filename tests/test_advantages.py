@@ -63,7 +63,7 @@ def test_batch_statistics_by_hand():
     close(values("reinforce_pp_baseline", args={"eps": 0.0}).flatten(), centered / centered.std())
     tied = torch.cat([REWARDS, torch.ones(2, 4)])
     gpg = values("gpg", tied)
-    close(gpg[:2], 2 * (REWARDS - REWARDS.mean(dim=1, keepdim=True)))  # half of the completions pull
+    close(gpg[:2], 2 * (REWARDS - REWARDS.mean(dim=1, keepdim=True)))  # half of the completions have an advantage
     assert (gpg[2:] == 0).all()
     at_its_mean = torch.tensor([[0.0, 0.5, 1.0], [1.0, 1.0, 1.0]])  # a completion at its group's mean is no tie
     close(values("gpg", at_its_mean)[0], [-1.0, 0.0, 1.0])

@@ -98,20 +98,20 @@ def test_a_broken_law_can_be_declared_but_not_falsely():
     assert [o.law for o in check_loss(doubled) if not o.ok] == ["padding"]
 
 
-# ratio, advantage, does the token still pull?   clip_low = 0.2, clip_high = 0.4
+# ratio, advantage, does the token still have a gradient?   clip_low = 0.2, clip_high = 0.4
 CLIP_TABLE = [(1.5, +1, False), (1.3, +1, True), (0.5, +1, True), (1.5, -1, True), (0.9, -1, True), (0.7, -1, False)]
 
 
 @pytest.mark.parametrize("name", ["grpo", "gspo", "gspo_token", "luspo", "dual_clip"])
-@pytest.mark.parametrize("ratio, advantage, pulls", CLIP_TABLE)
-def test_clipping_only_ever_removes_incentive(name, ratio, advantage, pulls):
+@pytest.mark.parametrize("ratio, advantage, has_gradient", CLIP_TABLE)
+def test_clipping_only_ever_removes_incentive(name, ratio, advantage, has_gradient):
     loss_fn = LOSSES.build(name, {"clip_low": 0.2, "clip_high": 0.4})
     old = torch.full((1, 3), -1.0)
     logprobs = (old + math.log(ratio)).requires_grad_()
     out = loss_fn(logprobs, old, torch.tensor([[float(advantage)]]), torch.ones(1, 3, dtype=torch.bool))
     out.per_token_loss.sum().backward()
-    assert (logprobs.grad != 0).all() == pulls and (logprobs.grad == 0).all() != pulls
-    assert out.diagnostics["clip_frac"].mean() == (not pulls)
+    assert (logprobs.grad != 0).all() == has_gradient and (logprobs.grad == 0).all() != has_gradient
+    assert out.diagnostics["clip_frac"].mean() == (not has_gradient)
 
 
 @pytest.mark.parametrize(
@@ -124,13 +124,13 @@ def test_clipping_only_ever_removes_incentive(name, ratio, advantage, pulls):
     ],
 )
 def test_two_sided_clipping_lets_go_of_bad_tokens_that_grew(name, args):
-    for ratio, pulls in ((1.9, True), (2.1, False)):
+    for ratio, has_gradient in ((1.9, True), (2.1, False)):
         old = torch.full((1, 2), -3.0)
         logprobs = (old + math.log(ratio)).requires_grad_()
         loss_fn = LOSSES.build(name, {"clip_low": 0.2, "clip_high": 0.4} | args)
         out = loss_fn(logprobs, old, torch.tensor([[-1.0]]), torch.ones(1, 2, dtype=torch.bool))
         out.per_token_loss.sum().backward()
-        assert (logprobs.grad != 0).all() == pulls
+        assert (logprobs.grad != 0).all() == has_gradient
         torch.testing.assert_close(out.per_token_loss[0, 0], torch.tensor(min(ratio, 2.0)))
 
 
@@ -187,16 +187,16 @@ def test_a_sequence_ratio_is_over_the_rows_own_tokens(name):
 def test_the_six_regions_as_check_loss_draws_them():
     def table(name, **args):
         return [
-            (sign, [round(p, 5) for p in pulls], where) for sign, pulls, where in clip_table(LOSSES.build(name, args))
+            (sign, [round(value, 5) for value in row], where) for sign, row, where in clip_table(LOSSES.build(name, args))
         ]
 
     assert table("grpo", clip_low=0.1, clip_high=0.3) == [
-        ("A > 0", [0.05, 0.5, 1.0, 0.0, 0.0], "from ratio 0 to 1.3"),
-        ("A < 0", [0.0, 0.0, 1.0, 2.0, 20.0], "from ratio 0.9 to any"),
+        ("A > 0", [0.05, 0.5, 1.0, 0.0, 0.0], "nonzero from ratio 0 to 1.3"),
+        ("A < 0", [0.0, 0.0, 1.0, 2.0, 20.0], "nonzero from ratio 0.9 to any"),
     ]
-    assert [where for _, _, where in table("gspo")] == ["from ratio 0 to 1.0004", "from ratio 0.9997 to any"]
-    assert [where for _, _, where in table("dual_clip")] == ["from ratio 0 to 1.2", "from ratio 0.8 to 3"]
-    assert [where for _, _, where in table("cispo")] == ["everywhere"] * 2
+    assert [where for _, _, where in table("gspo")] == ["nonzero from ratio 0 to 1.0004", "nonzero from ratio 0.9997 to any"]
+    assert [where for _, _, where in table("dual_clip")] == ["nonzero from ratio 0 to 1.2", "nonzero from ratio 0.8 to 3"]
+    assert [where for _, _, where in table("cispo")] == ["nonzero everywhere"] * 2
     assert table("cispo")[0][1] == [0.05, 0.5, 1.0, 2.0, 5.0]
 
 

@@ -312,12 +312,12 @@ def test_tied_groups_cost_nothing_and_change_nothing(tmp_path):
     assert skipping.gradient.abs().max() > 1e-4
     torch.testing.assert_close(skipping.gradient, computing.gradient, atol=1e-7, rtol=1e-4)
     with_kl, _ = update(tmp_path / "c", advantages, kl_coef=0.1)
-    assert with_kl.backwards == computing.backwards  # a KL pulls at every token
+    assert with_kl.backwards == computing.backwards  # a KL has a gradient at every token
 
 
 @pytest.mark.parametrize("loss", [{"entropy_target": 0.5}, {"entropy_coef": 0.1}, {"kl_coef": 0.1}], ids=str)
 def test_where_every_token_counts_none_is_skipped(tmp_path, loss):
-    """A coefficient that is steered by the entropy of all tokens may be 0 now; a bonus or a KL pulls at all of them."""
+    """A coefficient that is steered by the entropy of all tokens may be 0 now; a bonus or a KL has a gradient at all of them."""
     run = make_run(tmp_path, loss=LossConfig(kl_coef=loss.pop("kl_coef", 0.0), **loss))
     batch = frozen_batch(run, grouped_rollouts(groups=4, group_size=8), torch.zeros(4, 8))
     assert len(rows_to_train(run.objective, batch, run.control)) == 32

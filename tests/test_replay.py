@@ -13,7 +13,13 @@ from test_run import launch, overrides
 
 from grpo_core.batch import TrainBatch
 from grpo_core.cli import main
-from grpo_core.commands.attribution import Attribution, classify_tokens, compute_attribution, compute_pulls, dot
+from grpo_core.commands.attribution import (
+    Attribution,
+    classify_tokens,
+    compute_attribution,
+    compute_gradient_shares,
+    dot,
+)
 from grpo_core.commands.replay import (
     _choose_budget,
     _make_control,
@@ -118,7 +124,7 @@ def test_the_steps_that_are_dumped_and_no_other_effect(tmp_path):
     (LossConfig(name="gspo", kl_coef=0.2, kl_in="reward"), None),
     (LossConfig(name="reinforce", kl_coef=0.1, kl_target=0.001, kl_horizon=50, average="constant"), lambda c: replace(c, reference=replace(c.reference, every=1, mixing=0.5))),
 ], ids=["kl", "switches", "kl in reward", "moving reference"])  # fmt: skip
-def test_the_runs_own_objective_is_the_runs_and_the_pulls_add_up(tmp_path, loss, change):
+def test_the_runs_own_objective_is_the_runs_and_the_shares_of_the_gradient_add_up(tmp_path, loss, change):
     train_dumped(tmp_path, 3, 2, loss, change=change)
     summary = replayed(tmp_path / "batches" / "step-000002", loss=["cispo"])
     own, row = summary["objectives"][0], rows(tmp_path)[2]
@@ -129,7 +135,7 @@ def test_the_runs_own_objective_is_the_runs_and_the_pulls_add_up(tmp_path, loss,
     for one in summary["objectives"]:
         assert one["classes"].keys() == {"advantage", "length", "clip", "end"}
         for labels in one["classes"].values():
-            assert sum(found["pull"] for found in labels.values()) == pytest.approx(1, abs=1e-5)
+            assert sum(found["gradient_share"] for found in labels.values()) == pytest.approx(1, abs=1e-5)
             assert sum(found["share"] for found in labels.values()) == pytest.approx(1, abs=1e-6)
             assert all(0 <= found["share"] <= 1 + 1e-9 for found in labels.values())
             assert sum(found["tokens"] for found in labels.values()) == row["tokens"]
@@ -158,7 +164,7 @@ def test_cosines_and_ratios_of_a_loss_with_itself_its_negative_and_its_triple(pl
     assert f"{heaviest[0]:.4g}" in shown and repr(found["completions"][heaviest[1]]["tokens"][heaviest[2]]) in shown
 
 
-def test_a_class_pulls_what_the_batch_would_without_the_others(plain):
+def test_a_class_has_the_share_of_the_gradient_that_the_batch_has_without_the_others(plain):
     """Rows whose advantage is set to 0 leave the gradient, and every other token keeps its weight."""
     dumped, config = saved_batches.read_dump(plain / "step-000001"), load_run_config(plain.parent)
     weights = open_weights(dumped, config, None)
@@ -168,7 +174,7 @@ def test_a_class_pulls_what_the_batch_would_without_the_others(plain):
     computed = (weights.policy, objective, budget)
     whole = compute_attribution(*computed, batch, control)
     classes = classify_tokens(batch, whole)
-    found = compute_pulls(*computed, batch, control, whole.gradient, classes)["advantage"]
+    found = compute_gradient_shares(*computed, batch, control, whole.gradient, classes)["advantage"]
     for label, sign in (("A > 0", 1), ("A < 0", -1)):
         alone = compute_attribution(*computed, replace(batch, advantages=batch.advantages * (batch.advantages * sign > 0)), control)
         assert found[label] == pytest.approx(dot(alone.gradient, whole.gradient) / whole.norm() ** 2, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Attribute a batch's gradient to its tokens: dL/dl of every token, and the share and the pull of classes of tokens.
+"""Attribute a batch's gradient to its tokens: dL/dl of every token, and shares of classes of tokens.
 
 The loss L depends on the weights through the outputs of `policy.forward`: the log-prob l of every token, and its
 entropy and divergence if the objective uses them. The part of the gradient g that comes from the tokens of a class c is
@@ -67,7 +67,7 @@ def compute_attribution(
     return Attribution(batch_loss, gradient, logprobs, token_loss, weight, surrogate_weight)
 
 
-def compute_pulls(
+def compute_gradient_shares(
     policy: Policy,
     objective: Objective,
     budget: Budget,
@@ -76,9 +76,9 @@ def compute_pulls(
     gradient: list[Tensor],
     classes: Classes,
 ) -> dict:
-    """Compute the pull <g_c, g> / |g|^2 of every class, by partition and class; None if g is 0.
+    """Compute the share of the gradient <g_c, g> / |g|^2 of every class, by partition and class; None if g is 0.
 
-    The pulls of a partition of the trained tokens sum to 1.
+    The shares of a partition of the trained tokens sum to 1. A share may be below 0 or above 1.
     """
     square = dot(gradient, gradient)
     products = {name: dict.fromkeys(masks, 0.0) for name, masks in classes.items()}
@@ -101,7 +101,7 @@ def compute_pulls(
     }
 
 
-def compute_shares(attribution: Attribution, classes: Classes) -> dict:
+def compute_weight_shares(attribution: Attribution, classes: Classes) -> dict:
     """Compute the share of every class in sum |dL/dl|, by partition and class; None if the sum is 0."""
     size = attribution.weight.abs().double()
     total = float(size.sum())

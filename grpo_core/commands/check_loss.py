@@ -12,7 +12,7 @@ from grpo_core.registry import get_fact
 
 
 def run_check_loss(name: str, args: dict[str, Any]) -> int:
-    """Print which laws the loss obeys, and its pull by ratio. Returns 0 if all laws pass, otherwise 1.
+    """Print which laws the loss obeys, and its gradient weight by ratio. Returns 0 if all laws pass, otherwise 1.
 
     Raises:
         ConfigError: there is no such loss, or it does not take these arguments.
@@ -26,13 +26,13 @@ def run_check_loss(name: str, args: dict[str, Any]) -> int:
     outcomes.append(Outcome("ranks", holds, result, (get_fact(loss_fn, "breaks") or {}).get("ranks")))
     code = print_laws(name, args, outcomes, {**LOSS_LAWS, "ranks": ranks})
     if next(outcome.holds for outcome in outcomes if outcome.law == "shape"):
-        _print_pulls(loss_fn)
+        _print_gradient_weights(loss_fn)
     return code
 
 
-def _print_pulls(loss_fn: Callable) -> None:
-    """Print the pull at several ratios for A > 0 and A < 0, and the range of ratios in which it is not 0."""
-    print("\npull = -(d loss / d log-prob) / A: 1 is REINFORCE's, 0 is clipped")
+def _print_gradient_weights(loss_fn: Callable) -> None:
+    """Print the gradient weight at several ratios for A > 0 and A < 0, and the range of ratios in which it is not 0."""
+    print("\ngradient weight = -(d loss / d log-prob) / A: 1 is REINFORCE's, 0 is clipped")
     print("ratio  " + "".join(f"  {ratio:<7g}" for ratio in RATIOS))
-    for sign, pulls, pull_range in clip_table(loss_fn):
-        print(f"{sign:<7}" + "".join(f"  {pull:<7.3g}" for pull in pulls) + f"  pulls {pull_range}")
+    for sign, gradient_weights, ratio_range in clip_table(loss_fn):
+        print(f"{sign:<7}" + "".join(f"  {value:<7.3g}" for value in gradient_weights) + f"  {ratio_range}")

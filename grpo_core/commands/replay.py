@@ -22,8 +22,8 @@ from grpo_core.commands.attribution import (
     Attribution,
     classify_tokens,
     compute_attribution,
-    compute_pulls,
-    compute_shares,
+    compute_gradient_shares,
+    compute_weight_shares,
     dot,
 )
 from grpo_core.commands.open_policy import open_source
@@ -72,7 +72,7 @@ class Replayed:
     name: str  # of the objective
     batch: TrainBatch
     attribution: Attribution
-    classes: dict  # partition -> class -> {"tokens", "share", "pull"}
+    classes: dict  # partition -> class -> {"tokens", "share" (of sum |dL/dl|), "gradient_share"}
 
 
 def run_replay(
@@ -199,11 +199,15 @@ def replay(dumped: DumpedBatch, weights: Weights, name: str, config: RunConfig, 
     batch = _rebuild_batch(dumped, weights, objective, budget, config, own)
     attribution = compute_attribution(policy, objective, budget, batch, control)
     classes = classify_tokens(batch, attribution)
-    pull = compute_pulls(policy, objective, budget, batch, control, attribution.gradient, classes)
-    share = compute_shares(attribution, classes)
+    gradient_shares = compute_gradient_shares(policy, objective, budget, batch, control, attribution.gradient, classes)
+    weight_shares = compute_weight_shares(attribution, classes)
     numbers = {
         partition: {
-            label: {"tokens": int(mask.sum()), "share": share[partition][label], "pull": pull[partition][label]}
+            label: {
+                "tokens": int(mask.sum()),
+                "share": weight_shares[partition][label],
+                "gradient_share": gradient_shares[partition][label],
+            }
             for label, mask in masks.items()
         }
         for partition, masks in classes.items()

@@ -67,13 +67,13 @@ def _format_objectives(summary: dict[str, Any]) -> str:
 
 
 def _format_classes(objective: dict[str, Any]) -> str:
-    lines = [f"{_shorten_name(objective)}\n  {'class':<24}  {'tokens':>8}  {'share':>9}  {'pull':>9}"]
+    lines = [f"{_shorten_name(objective)}\n  {'class':<24}  {'tokens':>8}  {'of |dL/dl|':>10}  {'of gradient':>11}"]
     for classes in objective["classes"].values():
         for label, numbers in classes.items():
-            cells = f"{numbers['tokens']:>8,}  {_cell(numbers['share']):>9}  {_cell(numbers['pull']):>9}"
+            cells = f"{numbers['tokens']:>8,}  {_cell(numbers['share']):>10}  {_cell(numbers['gradient_share']):>11}"
             lines.append(f"  {label:<24}  {cells}")
         lines.append("")
-    lines[-1] = "  share: part of sum |dL/dl|; pull: <g_class, g> / |g|^2, the part of the gradient's squared norm"
+    lines[-1] = "  of |dL/dl|: share of sum |dL/dl|; of gradient: share of the gradient, <g_class, g> / |g|^2"
     return "\n".join(lines)
 
 

@@ -159,8 +159,8 @@ def gradcheck(loss_fn: Callable) -> tuple[bool, str]:
 
 def clip(loss_fn: Callable) -> tuple[bool, str]:
     """no ratio moves a token against the sign of its advantage, and on policy the token moves with it"""
-    lowest = min(float(compute_pull(loss_fn, sign, LOG_RATIO_GRID).min()) for sign in (1, -1))
-    on_policy = min(float(compute_pull(loss_fn, sign, torch.zeros(1))) for sign in (1, -1))
+    lowest = min(float(compute_gradient_weights(loss_fn, sign, LOG_RATIO_GRID).min()) for sign in (1, -1))
+    on_policy = min(float(compute_gradient_weights(loss_fn, sign, torch.zeros(1))) for sign in (1, -1))
     return lowest >= 0 and on_policy > 0, f"{lowest + 0.0:.2g} at least"  # + 0.0 turns -0 into 0
 
 
@@ -192,10 +192,10 @@ LOSS_LAWS: dict[str, Callable[[Callable], tuple[bool, str]]] = {
 }
 
 
-def compute_pull(loss_fn: Callable, sign: int, log_ratios: Tensor) -> Tensor:
-    """Return the pull of single tokens, -(d loss / d log-prob) / A, [n], at `log_ratios` [n] and with A = `sign`.
+def compute_gradient_weights(loss_fn: Callable, sign: int, log_ratios: Tensor) -> Tensor:
+    """Return the gradient weight of single tokens, -(d loss / d log-prob) / A, [n], at `log_ratios` [n], A = `sign`.
 
-    A pull of 1 is that of REINFORCE, and a pull of 0 is that of a clipped token.
+    It is 1 for REINFORCE and 0 for a clipped token.
     """
     difference = log_ratios.double()[:, None]
     old, mask = torch.full_like(difference, -6.0), torch.ones_like(difference, dtype=torch.bool)
@@ -204,36 +204,36 @@ def compute_pull(loss_fn: Callable, sign: int, log_ratios: Tensor) -> Tensor:
 
 
 def clip_table(loss_fn: Callable) -> list[tuple[str, list[float], str]]:
-    """Return a row for A > 0 and a row for A < 0: the sign, the pull at each of RATIOS, and the ratios with a pull."""
+    """Return a row for A > 0 and one for A < 0: the sign, the gradient weights at RATIOS, and where they are not 0."""
     table = []
     for sign in (1, -1):
-        pulls = (compute_pull(loss_fn, sign, torch.tensor(RATIOS, dtype=torch.double).log()) + 0.0).tolist()
-        table.append((f"A {'>' if sign > 0 else '<'} 0", pulls, _describe_pull_range(loss_fn, sign)))
+        at_ratios = compute_gradient_weights(loss_fn, sign, torch.tensor(RATIOS, dtype=torch.double).log()) + 0.0
+        table.append((f"A {'>' if sign > 0 else '<'} 0", at_ratios.tolist(), _describe_gradient_range(loss_fn, sign)))
     return table
 
 
-def _describe_pull_range(loss_fn: Callable, sign: int) -> str:
-    """Return the range of ratios in which the pull is not 0, in words."""
-    pulls = compute_pull(loss_fn, sign, LOG_RATIO_GRID)
-    nonzero = (pulls.abs() > 1e-9).nonzero().squeeze(1).tolist()
+def _describe_gradient_range(loss_fn: Callable, sign: int) -> str:
+    """Return the range of ratios in which the gradient weight is not 0, in words."""
+    gradient_weights = compute_gradient_weights(loss_fn, sign, LOG_RATIO_GRID)
+    nonzero = (gradient_weights.abs() > 1e-9).nonzero().squeeze(1).tolist()
     if not nonzero:
-        return "nowhere"
-    if float(pulls.min()) < -1e-9:
-        return "the wrong way somewhere"
+        return "zero everywhere"
+    if float(gradient_weights.min()) < -1e-9:
+        return "negative at some ratios"
     first, last = nonzero[0], nonzero[-1]
     low, high = "0", "any"
     if first > 0:
         low = f"{_find_clip_ratio(loss_fn, sign, LOG_RATIO_GRID[first], LOG_RATIO_GRID[first - 1]):.6g}"
     if last < len(LOG_RATIO_GRID) - 1:
         high = f"{_find_clip_ratio(loss_fn, sign, LOG_RATIO_GRID[last], LOG_RATIO_GRID[last + 1]):.6g}"
-    return "everywhere" if (low, high) == ("0", "any") else f"from ratio {low} to {high}"
+    return "nonzero everywhere" if (low, high) == ("0", "any") else f"nonzero from ratio {low} to {high}"
 
 
 def _find_clip_ratio(loss_fn: Callable, sign: int, inside: Tensor, outside: Tensor) -> float:
-    """Return the ratio at which the pull becomes 0, by bisection between two log-ratios."""
+    """Return the ratio at which the gradient weight becomes 0, by bisection between two log-ratios."""
     for _ in range(40):
         middle = (inside + outside) / 2
-        if abs(float(compute_pull(loss_fn, sign, middle[None]))) > 1e-9:
+        if abs(float(compute_gradient_weights(loss_fn, sign, middle[None]))) > 1e-9:
             inside = middle
         else:
             outside = middle
