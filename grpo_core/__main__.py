@@ -15,7 +15,8 @@ def run() -> None:
             raise
         print(
             f"grpo_core: {error.name} is not installed for {sys.executable}; "
-            "install the dependencies with pip install -e ., or run bash launch.sh, which installs them",
+            "install the dependencies with `pip install -e .` or `bash launch.sh` in a clone of the repository, "
+            "or without a clone with `pip install` and the file of the wheel",
             file=sys.stderr,
         )
         code = 2

@@ -100,7 +100,9 @@ def test_a_python_without_what_is_needed_is_one_sentence(missing, tmp_path, envi
         [sys.executable, "-m", "grpo_core", "check-loss", "grpo"], env=here, capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"grpo_core: {missing} is not installed for ") and "pip install -e ." in done.stderr
+    (sentence,) = done.stderr.splitlines()
+    assert sentence.startswith(f"grpo_core: {missing} is not installed for {sys.executable}; install the dependencies")
+    assert "`pip install -e .`" in sentence and "the file of the wheel" in sentence  # with a clone, and without
 
 
 def test_no_command_shows_the_help(capsys):
