@@ -1,9 +1,9 @@
-"""What the parts of one token step cost on a GPU, as replays of a CUDA graph: Qwen2.5-1.5B's shapes, bf16, random data.
+"""Measure the parts of one token step on a GPU as CUDA graph replays: Qwen2.5-1.5B's shapes, bf16, random data.
 
-python benchmarks/decode_parts.py
+    python benchmarks/decode_parts.py
 
-The parts that a sampler's step is made of, each beside its floor (the bytes it must read, at the rate that reading the lm_head reached), so that what a step
-can reach is a sum and not a guess.
+Each row has the time of a part and its lower bound, `floor`: the bytes that the part must read, divided by the bandwidth
+that reading the lm_head reached. The sum over the parts shows what a whole step can reach.
 """
 
 import json
@@ -15,36 +15,37 @@ import torch
 import torch.nn.functional as F
 
 HIDDEN, INTER, HEADS, KV_HEADS, DIM, VOCAB, RANK = 1536, 8960, 12, 2, 128, 151_936, 16
-BANDWIDTH = 3.9e6  # bytes a microsecond: the most that was seen here, reading the lm_head
+BANDWIDTH = 3.9e6  # bytes per microsecond: the largest measured, by reading the lm_head
 RESULTS = Path(__file__).parent / "results" / "decode_parts.json"
-ROWS = []
+ROWS = []  # of RESULTS
 
 
-def microseconds(function, calls=20, times=30):
-    """Of one call, the median over replays of a graph with `calls` of them."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+def measure(function, calls=20, times=30):
+    """Return the microseconds of one call: the median over `times` replays of a graph of `calls` calls."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for _ in range(3):
             function()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
             function()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    found = []
+    durations = []
     for _ in range(times):
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        found.append(1000 * start.elapsed_time(end) / calls)
-    return sorted(found)[times // 2]
+        durations.append(1000 * start.elapsed_time(end) / calls)
+    return sorted(durations)[times // 2]
 
 
-def show(part, rows, function, floor_bytes=0, calls=20):
-    row = {"bench": "decode_parts", "workload": part, "rows": rows, "ours": round(microseconds(function, calls), 2), "unit": "us"}
+def report(part, rows, function, floor_bytes=0, calls=20):
+    """Measure a part, print its row and add the row to ROWS. `floor_bytes` are the bytes that the part must read."""
+    row = {"bench": "decode_parts", "workload": part, "rows": rows, "ours": round(measure(function, calls), 2), "unit": "us"}
     row |= {"floor": round(floor_bytes / BANDWIDTH, 2), "hardware": torch.cuda.get_device_name(), "versions": {"torch": torch.__version__}}
     ROWS.append(row | {"date": str(date.today())})
     print(json.dumps({key: row[key] for key in ("workload", "rows", "ours", "floor")}), flush=True)
@@ -54,44 +55,44 @@ def random(*shape):
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def linears(rows):
-    """Against 28 different weights in turn, as in a model, so that none is in the cache."""
+def measure_linears(rows):
+    """Measure the linear layers, with the weights of 28 layers in turn so that none is in the cache, as in a model."""
     qkv = HIDDEN + 2 * KV_HEADS * DIM
     for part, out, inner, copies in (
         ("qkv", qkv, HIDDEN, 28), ("qkv with LoRA's A below it", qkv + 3 * RANK, HIDDEN, 28), ("o", HIDDEN, HIDDEN, 28),
         ("gate_up", 2 * INTER, HIDDEN, 28), ("down", HIDDEN, INTER, 28), ("lm_head", VOCAB, HIDDEN, 2),
     ):  # fmt: skip
         weights, x = [random(out, inner) for _ in range(copies)], random(rows, inner)
-        turn = cycle(weights)
-        show(f"linear {part}", rows, lambda turn=turn, x=x: F.linear(x, next(turn)), 2 * out * inner, calls=2 * copies)
+        weight_cycle = cycle(weights)
+        report(f"linear {part}", rows, lambda weight_cycle=weight_cycle, x=x: F.linear(x, next(weight_cycle)), 2 * out * inner, calls=2 * copies)
     x, a, xa, b, y = random(rows, HIDDEN), random(3 * RANK, HIDDEN), random(rows, 3 * RANK), random(qkv, 3 * RANK), random(rows, qkv)
-    show("LoRA A", rows, lambda: F.linear(x, a), 2 * a.numel())
-    show("LoRA B, added", rows, lambda: torch.addmm(y, xa, b.t()), 2 * b.numel())
+    report("LoRA A", rows, lambda: F.linear(x, a), 2 * a.numel())
+    report("LoRA B, added", rows, lambda: torch.addmm(y, xa, b.t()), 2 * b.numel())
 
 
-def elementwise(rows):
-    x, weight, both = random(rows, HIDDEN), random(HIDDEN), random(rows, 2 * INTER)
+def measure_elementwise(rows):
+    x, weight, gate_up = random(rows, HIDDEN), random(HIDDEN), random(rows, 2 * INTER)
 
-    def as_transformers():
-        wide = x.float()
-        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    def rms_norm():
+        x32 = x.float()
+        return weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
-    show("RMSNorm as transformers writes it", rows, as_transformers)
-    show("RMSNorm, F.rms_norm", rows, lambda: F.rms_norm(x, (HIDDEN,), weight, 1e-6))
-    show("silu(gate) * up", rows, lambda: F.silu(both[:, :INTER]) * both[:, INTER:])
+    report("RMSNorm as transformers writes it", rows, rms_norm)
+    report("RMSNorm, F.rms_norm", rows, lambda: F.rms_norm(x, (HIDDEN,), weight, 1e-6))
+    report("silu(gate) * up", rows, lambda: F.silu(gate_up[:, :INTER]) * gate_up[:, INTER:])
 
 
-def attention(rows, length):
+def measure_attention(rows, length):
     keys, values, queries = random(rows, KV_HEADS, length, DIM), random(rows, KV_HEADS, length, DIM), random(rows, HEADS, 1, DIM)
     grouped = queries.view(rows, KV_HEADS, HEADS // KV_HEADS, DIM)
     mask = torch.zeros(rows, 1, 1, length, device="cuda", dtype=torch.bfloat16).expand(-1, KV_HEADS, HEADS // KV_HEADS, -1)
-    sdpa, read = F.scaled_dot_product_attention, 4 * keys.numel()
-    show(f"attention over {length}, group as queries, no mask", rows, lambda: sdpa(grouped, keys, values), read)
-    show(f"attention over {length}, group as queries, mask", rows, lambda: sdpa(grouped, keys, values, attn_mask=mask), read)
-    show(f"attention over {length}, enable_gqa, no mask", rows, lambda: sdpa(queries, keys, values, enable_gqa=True), read)
+    sdpa, read_bytes = F.scaled_dot_product_attention, 4 * keys.numel()
+    report(f"attention over {length}, group as queries, no mask", rows, lambda: sdpa(grouped, keys, values), read_bytes)
+    report(f"attention over {length}, group as queries, mask", rows, lambda: sdpa(grouped, keys, values, attn_mask=mask), read_bytes)
+    report(f"attention over {length}, enable_gqa, no mask", rows, lambda: sdpa(queries, keys, values, enable_gqa=True), read_bytes)
 
 
-def pick(rows):
+def measure_draw(rows):
     logits = random(rows, VOCAB)
 
     def draw():
@@ -100,19 +101,19 @@ def pick(rows):
         token = torch.searchsorted(sums, torch.rand(rows, 1, device="cuda") * sums[:, -1:]).clamp(max=VOCAB - 1)
         return token, logprobs.gather(-1, token)
 
-    show("draw: log_softmax, exp, cumsum, search", rows, draw, 2 * logits.numel(), calls=4)
-    show("draw: logsumexp alone", rows, lambda: torch.logsumexp(logits.float(), -1), 2 * logits.numel(), calls=4)
+    report("draw: log_softmax, exp, cumsum, search", rows, draw, 2 * logits.numel(), calls=4)
+    report("draw: logsumexp alone", rows, lambda: torch.logsumexp(logits.float(), -1), 2 * logits.numel(), calls=4)
 
 
 def main():
     for rows in (32, 256):
-        linears(rows)
-        elementwise(rows)
+        measure_linears(rows)
+        measure_elementwise(rows)
         for length in (256, 640):
-            attention(rows, length)
-        pick(rows)
-    one = torch.zeros(32, device="cuda")
-    show("the smallest kernel", 32, lambda: one.add_(1), calls=600)
+            measure_attention(rows, length)
+        measure_draw(rows)
+    values = torch.zeros(32, device="cuda")
+    report("the smallest kernel", 32, lambda: values.add_(1), calls=600)
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
 

@@ -1,12 +1,14 @@
-"""Every run of docs/results, from the weights and the data to run folders.
+"""Run every experiment of docs/results, from the weights and the data to run folders.
 
     python benchmarks/experiments.py [NAME ...] [--gpus N] [--limit SECONDS] [--list]
 
-Needs smollm2/, a folder with SmolLM2-135M-Instruct, and gsm8k/train.jsonl and test.jsonl here; TRL for its own part. An
-experiment is a chain of commands, as they stand on the page; each GPU takes the next chain when it has ended one, and
-chains that need two run at the end. What a command prints is in runs/experiments/logs. After --limit seconds none begins
-and the running ones are asked to stop, which leaves a checkpoint. The same command again leaves out what has ended well
-and goes on with the rest.
+Needs, in the root folder of the repository, smollm2/ with SmolLM2-135M-Instruct and gsm8k/ with train.jsonl and
+test.jsonl. The comparison with TRL also needs TRL.
+
+An experiment is a chain of commands; docs/results lists them. Each GPU takes the next chain when it has finished one.
+Chains that need two GPUs run at the end. The output of the commands is written to runs/experiments/logs. After --limit
+seconds no command starts, and the running ones are asked to stop, which writes a checkpoint. When this script is started
+again, it skips the commands that ended with exit code 0, and resumes or repeats the others.
 """
 
 import argparse
@@ -26,20 +28,21 @@ TRAIN = "python3 -m grpo_core train --config configs/experiments"
 SFT = "python3 -m grpo_core sft --config configs/experiments"
 EVALUATE = "python3 -m grpo_core evaluate"
 TRL = "python3 benchmarks/learning.py"
-GSM8K = "gsm8k"  # of three, by the held-out training questions
-OTHERS_HELD_OUT = "data.path=gsm8k/train.jsonl data.eval_path=null"  # 500 that evaluation itself takes away
-SMALLER = "trainer.tokens_per_micro_batch=16000"
+GSM8K = "gsm8k"  # chosen among three runs by the held-out training questions
+HELD_OUT_BY_RUN = "data.path=gsm8k/train.jsonl data.eval_path=null"  # the run itself holds out 500 training questions
+SMALL_MICRO_BATCHES = "trainer.tokens_per_micro_batch=16000"
 
 
-def earlier_start(epochs, words):
-    """The supervised start of what GSM8K's settings were chosen from, and its model."""
+def make_earlier_sft(epochs, overrides):
+    """Return the commands of a supervised start for the runs by which GSM8K's settings were chosen: train and export."""
     name = f"gsm8k_earlier_sft_{epochs}"
-    return f"{SFT}/gsm8k_sft.yaml name={name} trainer.epochs={epochs} {words}", f"python3 -m grpo_core export {RUNS}/{name}"
+    return f"{SFT}/gsm8k_sft.yaml name={name} trainer.epochs={epochs} {overrides}", f"python3 -m grpo_core export {RUNS}/{name}"
 
 
-def earlier(epochs, rate, steps, words):
-    begun = f"name=gsm8k_earlier_{epochs}_{rate} model.path={RUNS}/gsm8k_earlier_sft_{epochs}/export"
-    return f"{TRAIN}/gsm8k.yaml {begun} engine.learning_rate={rate} trainer.num_steps={steps} {words}"
+def make_earlier_grpo(epochs, rate, steps, overrides):
+    """Return the command of a GRPO run that begins with the supervised start of `epochs` epochs."""
+    start = f"name=gsm8k_earlier_{epochs}_{rate} model.path={RUNS}/gsm8k_earlier_sft_{epochs}/export"
+    return f"{TRAIN}/gsm8k.yaml {start} engine.learning_rate={rate} trainer.num_steps={steps} {overrides}"
 
 
 CHAINS = {
@@ -70,15 +73,15 @@ CHAINS = {
         f"{EVALUATE} smollm2 --config configs/experiments/gsm8k.yaml --data gsm8k/test.jsonl --output {RUNS}/gsm8k_base/evaluate-test",
     ],
     "gsm8k_earlier": [
-        *earlier_start(2, "seed=11"),
-        *earlier_start(4, "seed=11"),
-        *earlier_start(8, "seed=11"),
-        *earlier_start(6, OTHERS_HELD_OUT),
-        earlier(2, "1e-4", 30, f"seed=11 {SMALLER}"),
-        earlier(2, "2e-4", 30, f"seed=11 {SMALLER}"),
-        earlier(4, "2e-4", 100, f"seed=11 {SMALLER}"),
-        earlier(6, "3e-4", 120, f"engine.schedule=cosine {OTHERS_HELD_OUT}"),
-        earlier(6, "7e-5", 90, OTHERS_HELD_OUT),
+        *make_earlier_sft(2, "seed=11"),
+        *make_earlier_sft(4, "seed=11"),
+        *make_earlier_sft(8, "seed=11"),
+        *make_earlier_sft(6, HELD_OUT_BY_RUN),
+        make_earlier_grpo(2, "1e-4", 30, f"seed=11 {SMALL_MICRO_BATCHES}"),
+        make_earlier_grpo(2, "2e-4", 30, f"seed=11 {SMALL_MICRO_BATCHES}"),
+        make_earlier_grpo(4, "2e-4", 100, f"seed=11 {SMALL_MICRO_BATCHES}"),
+        make_earlier_grpo(6, "3e-4", 120, f"engine.schedule=cosine {HELD_OUT_BY_RUN}"),
+        make_earlier_grpo(6, "7e-5", 90, HELD_OUT_BY_RUN),
     ],
     **{f"variants_{name}": [f"python3 benchmarks/variants.py {name}"] for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "one_step")},
     **{
@@ -89,88 +92,89 @@ CHAINS = {
         for seed in (0, 1, 2)
     },
 }  # fmt: skip
-AGAIN = {  # what stands behind a command that was begun before
+RESTART_WORDS = {  # the beginning of a command -> the words that are added if the command has been started before
     TRAIN: "resume=auto", "python3 benchmarks/variants.py": "resume=auto", "bash launch.sh": "resume=auto",
     SFT: "overwrite=true",
 }  # fmt: skip
-ON_TWO = {  # one after the other, beside nothing else
+TWO_GPU_CHAINS = {  # run one after the other while nothing else runs
     "two_gpus": [f"{TRAIN}/one_gpu.yaml", "bash launch.sh 2 --config configs/experiments/one_gpu.yaml name=two_gpus"]
 }
 
 
-def run(chain, commands, gpus, end, logs):
-    """One command after the other, until one fails or time is up; a line of JSON for each."""
+def run(chain, commands, gpus, deadline, logs):
+    """Run the commands one after the other until one fails or `deadline` is reached. Prints a line of JSON for each."""
     for number, command in enumerate(commands):
-        output, done = logs / f"{chain}-{number}.log", logs / f"{chain}-{number}.done"
-        if done.exists():
+        log_file, done_file = logs / f"{chain}-{number}.log", logs / f"{chain}-{number}.done"
+        if done_file.exists():
             continue
-        if output.exists():
-            command = " ".join([command, *(words for begin, words in AGAIN.items() if command.startswith(begin))])
-        left, start = end - time.time(), time.time()
-        if left < 5:
-            return say(chain=chain, command=command, skipped="no time is left")
+        if log_file.exists():
+            command = " ".join([command, *(words for prefix, words in RESTART_WORDS.items() if command.startswith(prefix))])
+        seconds_left, start = deadline - time.time(), time.time()
+        if seconds_left < 5:
+            return print_row(chain=chain, command=command, skipped="no time is left")
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-        with output.open("a") as log:
-            started = subprocess.Popen(
+        with log_file.open("a") as log:
+            process = subprocess.Popen(
                 ["bash", "-c", command], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
             try:
-                code = started.wait(left)
+                code = process.wait(seconds_left)
             except subprocess.TimeoutExpired:
-                code = stop(started)
-        say(chain=chain, command=command, exit_code=code, seconds=round(time.time() - start, 1))
+                code = stop(process)
+        print_row(chain=chain, command=command, exit_code=code, seconds=round(time.time() - start, 1))
         if code:
             return None
-        done.touch()
+        done_file.touch()
 
 
-def stop(started):
-    """SIGTERM, which ends a run with a checkpoint; after 20 s SIGKILL."""
-    os.killpg(started.pid, signal.SIGTERM)
+def stop(process):
+    """Send SIGTERM, at which a run writes a checkpoint and ends; after 20 s send SIGKILL. Return the exit code."""
+    os.killpg(process.pid, signal.SIGTERM)
     try:
-        return started.wait(20)
+        return process.wait(20)
     except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)
-        return started.wait()
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
 
 
-def say(**row):
+def print_row(**row):
     print(json.dumps(row), flush=True)
 
 
-def lane(gpu, waiting, end, logs):
+def run_chains(gpu, waiting, deadline, logs):
+    """Run chains from the queue `waiting` on one GPU until the queue is empty."""
     while True:
         try:
             chain, commands = waiting.get_nowait()
         except queue.Empty:
             return
-        run(chain, commands, str(gpu), end, logs)
+        run(chain, commands, str(gpu), deadline, logs)
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="*", choices=[*CHAINS, *ON_TWO, []])
+    parser.add_argument("names", nargs="*", choices=[*CHAINS, *TWO_GPU_CHAINS, []])
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--limit", type=float, default=1e9)
-    parser.add_argument("--list", action="store_true", help="The commands, and nothing is run.")
-    given = parser.parse_args()
-    chosen = given.names or [*CHAINS, *ON_TWO]
-    if given.list:
-        print("\n".join(command for name in chosen for command in (CHAINS | ON_TWO)[name]))
+    parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
+    options = parser.parse_args()
+    chosen = options.names or [*CHAINS, *TWO_GPU_CHAINS]
+    if options.list:
+        print("\n".join(command for name in chosen for command in (CHAINS | TWO_GPU_CHAINS)[name]))
         return
-    logs, end, waiting = ROOT / RUNS / "logs", time.time() + given.limit, queue.Queue()
+    logs, deadline, waiting = ROOT / RUNS / "logs", time.time() + options.limit, queue.Queue()
     logs.mkdir(parents=True, exist_ok=True)
     for name in chosen:
         if name in CHAINS:
             waiting.put((name, CHAINS[name]))
-    lanes = [threading.Thread(target=lane, args=(gpu, waiting, end, logs)) for gpu in range(given.gpus)]
-    for one in lanes:
-        one.start()
-    for one in lanes:
-        one.join()
+    threads = [threading.Thread(target=run_chains, args=(gpu, waiting, deadline, logs)) for gpu in range(options.gpus)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     for name in chosen:
-        if name in ON_TWO and given.gpus > 1:
-            run(name, ON_TWO[name], "0,1", end, logs)
+        if name in TWO_GPU_CHAINS and options.gpus > 1:
+            run(name, TWO_GPU_CHAINS[name], "0,1", deadline, logs)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What the layout of a micro-batch and its size cost an update: the word problems of docs/results, part 5, on one GPU.
+"""Measure an update with two layouts and three sizes of its micro-batches, on one GPU.
 
-    python benchmarks/layouts.py [--out FILE] [section.key=value ...]     every layout and size, each in its own process
-    python benchmarks/layouts.py one LAYOUT TOKENS [section.key=value ...]
+    python benchmarks/layouts.py [--out FILE] [section.key=value ...]         all six cases, each in its own process
+    python benchmarks/layouts.py one LAYOUT TOKENS [section.key=value ...]    one case in this process
 
-Needs smollm2/. The reward is a number that hardly any two texts share, so no group is left out and the work of every run is the
-same up to the lengths.
+The job is that of docs/results, part 5, and needs smollm2/. Two texts hardly ever have the same reward, so no group is
+tied and skipped, and every run does the same work up to the lengths of the completions.
 """
 
 import argparse
@@ -24,39 +24,39 @@ JOB = [
 ]  # fmt: skip
 
 
-def one(layout: str, tokens: int, overrides: list[str]) -> dict:
-    """Seconds and memory of the update, medians over the steps after the first."""
+def measure(layout: str, tokens: int, overrides: list[str]) -> dict:
+    """Return seconds and memory of the update, medians over the steps after the first."""
     from update import stamp
 
     from grpo_core import load_config, train
     from grpo_core.model import memory, packed_attention
 
-    found = packed_attention.find_layout
-    packed_attention.find_layout = lambda *given: found(*given) and layout  # found all the same: that installs its attention
+    find_layout = packed_attention.find_layout
+    packed_attention.find_layout = lambda *arguments: find_layout(*arguments) and layout  # the call installs the attention
     memory.MAX_TRIED_TOKENS = tokens
     with tempfile.TemporaryDirectory() as folder:
         run = train(load_config(ROOT / "configs" / "experiments" / "one_gpu.yaml", [*JOB, *overrides, f"output_dir={folder}"]))
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
     names = ("seconds/update", "micro_batches", "tokens_updated", "memory_gb/update", "peak_memory_gb", "memory_retries")
-    found = {name: round(statistics.median(row[name] for row in rows), 3) for name in names if name in rows[0]}
-    return {"bench": "layouts", "layout": layout, "most_tokens": tokens, **found, **stamp()}
+    medians = {name: round(statistics.median(row[name] for row in rows), 3) for name in names if name in rows[0]}
+    return {"bench": "layouts", "layout": layout, "most_tokens": tokens, **medians, **stamp()}
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("words", nargs="*")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "layouts.json")
-    given = parser.parse_intermixed_args()
-    if given.words[:1] == ["one"]:
-        print(json.dumps(one(given.words[1], int(given.words[2]), given.words[3:])))
+    options = parser.parse_intermixed_args()
+    if options.words[:1] == ["one"]:
+        print(json.dumps(measure(options.words[1], int(options.words[2]), options.words[3:])))
         return
     rows = []
     for layout, tokens in CASES:
-        command = [sys.executable, __file__, "one", layout, str(tokens), *given.words]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-        rows.append(done.stdout.splitlines()[-1])
+        command = [sys.executable, __file__, "one", layout, str(tokens), *options.words]
+        process = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        rows.append(process.stdout.splitlines()[-1])
         print(rows[-1], flush=True)
-    given.out.write_text("\n".join(rows) + "\n")
+    options.out.write_text("\n".join(rows) + "\n")
 
 
 if __name__ == "__main__":

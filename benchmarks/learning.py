@@ -1,11 +1,11 @@
-"""Accuracy against seconds of training, TRL 1.16 on the job of one of our configurations.
+"""Measure the accuracy of TRL 1.16 over seconds of training, on the job of a grpo_core configuration.
 
     pip install --no-deps trl==1.16.0
     python benchmarks/learning.py OUT.jsonl [--config FILE] [--micro-batch ROWS] [--steps N] [--every N] [section.key=value ...]
 
-Model, LoRA, prompts, rewards, group size, completions a step, learning rate, warm-up, temperature and the loss are the
-configuration's. Held-out problems are answered greedily every so many steps, off the clock. Ours is
-`python -m grpo_core train --config FILE`, whose metrics.jsonl and evaluation.jsonl hold the same numbers.
+The configuration sets model, LoRA, prompts, rewards, group size, completions per step, learning rate, warm-up, temperature
+and loss. Every --every steps TRL's policy answers the held-out problems greedily; the seconds leave this time out. For
+grpo_core, `python -m grpo_core train --config FILE` writes the same numbers to metrics.jsonl and evaluation.jsonl.
 """
 
 import argparse
@@ -34,8 +34,8 @@ from grpo_core.scoring.reward_call import list_needed_columns
 GPU = torch.cuda.is_available()
 
 
-def rows_of(config, split, count):
-    """Rows of the built-in problems with TRL's `prompt`, which is what our prompt is."""
+def make_rows(config, split, count):
+    """Return rows of the built-in problems; the column `prompt`, which TRL reads, has the prompt of grpo_core."""
     chat = config.data.prompt == "chat"
     rows = make_word_problems(split, count)
     for row in rows:
@@ -44,40 +44,44 @@ def rows_of(config, split, count):
     return rows
 
 
-def text_of(completion):
+def get_text(completion):
+    """Return the text of a completion; TRL passes a string, or a list of messages for chats."""
     return completion if isinstance(completion, str) else completion[0]["content"]
 
 
-def reward_function(config, ends):
-    """The weighted sum of the configuration's rewards, with what it makes of completions that were cut off."""
+def build_reward(config, end_ids):
+    """Return a reward function for TRL: the weighted sum of the configuration's rewards.
+
+    With truncation.name zero_reward, completions that do not end with one of `end_ids` have the reward 0.
+    """
     functions = [(REWARDS.build(reward.name, reward.args), reward.weight) for reward in config.rewards]
     zero = config.truncation.name == "zero_reward"
     assert zero or config.truncation.name == "keep", config.truncation.name
 
     def reward(completions, completion_ids, **columns):
-        texts, total = [text_of(completion) for completion in completions], [0.0] * len(completions)
+        texts, totals = [get_text(completion) for completion in completions], [0.0] * len(completions)
         for function, weight in functions:
-            given = {name: columns[name] for name in list_needed_columns(function) if name in columns}
-            total = [sum_ + weight * value for sum_, value in zip(total, function(texts, **given), strict=True)]
-        return [0.0 if zero and ids[-1] not in ends else value for value, ids in zip(total, completion_ids, strict=True)]
+            arguments = {name: columns[name] for name in list_needed_columns(function) if name in columns}
+            totals = [total + weight * value for total, value in zip(totals, function(texts, **arguments), strict=True)]
+        return [0.0 if zero and ids[-1] not in end_ids else total for total, ids in zip(totals, completion_ids, strict=True)]
 
     return reward
 
 
 class Clock(TrainerCallback):
-    """Seconds of training, without those of the evaluation, and the accuracy every so many steps."""
+    """Measure the seconds of training, without evaluation, and the accuracy every `every` steps."""
 
     def __init__(self, config, tokenizer, every, out):
         self.tokenizer, self.every, self.out, self.seconds = tokenizer, every, out, 0.0
-        self.width, self.problems = config.sampling.max_new_tokens, rows_of(config, "test", config.evaluation.num_tasks)
+        self.width, self.problems = config.sampling.max_new_tokens, make_rows(config, "test", config.evaluation.num_tasks)
         self.start = None
 
-    def on_step_begin(self, args, state, control, model=None, **given):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == 0:
             self.record(0, model)
         self.start = time.perf_counter()
 
-    def on_step_end(self, args, state, control, model=None, **given):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
         if GPU:
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - self.start
@@ -86,7 +90,8 @@ class Clock(TrainerCallback):
 
     @torch.no_grad()
     def record(self, step, model):
-        training, texts = model.training, []
+        """Answer the held-out problems greedily; print the row and add it to the file."""
+        was_training, texts = model.training, []
         model.eval()
         prompts = [row["prompt"] for row in self.problems]
         if not isinstance(prompts[0], str):
@@ -94,12 +99,12 @@ class Clock(TrainerCallback):
                 self.tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts
             ]
         self.tokenizer.padding_side = "left"
-        given = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-        for part in range(0, len(prompts), 500):
-            inputs = {key: values[part : part + 500] for key, values in given.items()}
+        batch = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+        for begin in range(0, len(prompts), 500):
+            inputs = {key: values[begin : begin + 500] for key, values in batch.items()}
             output = model.generate(**inputs, do_sample=False, max_new_tokens=self.width, use_cache=True)
             texts += self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        model.train(training)
+        model.train(was_training)
         scores = correct_answer(texts, answer=[row["answer"] for row in self.problems])
         peak = torch.cuda.max_memory_allocated() / 1e9 if GPU else None
         row = {
@@ -122,19 +127,19 @@ def main():
     parser.add_argument("--steps", type=int)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("overrides", nargs="*")
-    given = parser.parse_intermixed_args()
-    given.out.unlink(missing_ok=True)
-    config = load(given.config, given.overrides)
+    options = parser.parse_intermixed_args()
+    options.out.unlink(missing_ok=True)
+    config = load(options.config, options.overrides)
     loss, engine, trainer_config = config.loss, config.engine, config.trainer
     assert (loss.name, loss.average, loss.kl_coef, config.advantage.name) == ("grpo", "token", 0.0, "grpo"), loss
     assert (trainer_config.num_minibatches, trainer_config.num_passes, engine.schedule) == (1, 1, "constant")
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    ends = set()  # the tokens that end a completion, which the trainer gathers
-    steps = given.steps or trainer_config.num_steps
+    end_ids = set()  # of end-of-sequence tokens; filled below, because the trainer determines them
+    steps = options.steps or trainer_config.num_steps
     arguments = GRPOConfig(
         output_dir=tempfile.mkdtemp(), seed=config.seed, use_cpu=not GPU, bf16=GPU, report_to=[], disable_tqdm=True,
-        save_strategy="no", logging_steps=1, max_steps=steps, per_device_train_batch_size=given.micro_batch,
-        gradient_accumulation_steps=trainer_config.completions_per_step // given.micro_batch, gradient_checkpointing=False,
+        save_strategy="no", logging_steps=1, max_steps=steps, per_device_train_batch_size=options.micro_batch,
+        gradient_accumulation_steps=trainer_config.completions_per_step // options.micro_batch, gradient_checkpointing=False,
         num_generations=config.sampling.group_size, max_completion_length=config.sampling.max_new_tokens,
         temperature=config.sampling.temperature, beta=0.0, loss_type="dapo", scale_rewards="group", epsilon=0.2,
         learning_rate=engine.learning_rate,
@@ -144,11 +149,11 @@ def main():
     )  # fmt: skip
     lora = config.lora
     trainer = GRPOTrainer(
-        model=config.model.path, reward_funcs=reward_function(config, ends), args=arguments, processing_class=tokenizer,
-        train_dataset=Dataset.from_list(rows_of(config, "train", 20_000)), callbacks=[Clock(config, tokenizer, given.every, given.out)],
+        model=config.model.path, reward_funcs=build_reward(config, end_ids), args=arguments, processing_class=tokenizer,
+        train_dataset=Dataset.from_list(make_rows(config, "train", 20_000)), callbacks=[Clock(config, tokenizer, options.every, options.out)],
         peft_config=LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"),
     )  # fmt: skip
-    ends.update(trainer.eos_token_ids)
+    end_ids.update(trainer.eos_token_ids)
     trainer.train()
 
 

@@ -1,6 +1,6 @@
-"""What a loss costs on the CPU: [64, 1024] float32, one thread; milliseconds, the fastest of 20.
+"""Measure the cost of every loss on the CPU: [64, 1024] float32, one thread, milliseconds, the fastest of 20 calls.
 
-python benchmarks/losses.py
+    python benchmarks/losses.py
 """
 
 import json
@@ -20,7 +20,8 @@ RESULTS = Path(__file__).parent / "results" / "losses.json"
 REACH_MS, REACH_IMPORT_S = 5.0, 1.5
 
 
-def fastest(function, times=20) -> float:
+def measure_fastest(function, times=20) -> float:
+    """Return the milliseconds of the fastest of `times` calls."""
     seconds = []
     for _ in range(times):
         start = time.perf_counter()
@@ -29,10 +30,11 @@ def fastest(function, times=20) -> float:
     return 1000 * min(seconds)
 
 
-def import_seconds(module: str) -> float:
+def measure_import(module: str) -> float:
+    """Return the seconds of the fastest of 5 imports of the module, each in a new process."""
     code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
-    run = [sys.executable, "-c", code]
-    return min(float(subprocess.run(run, capture_output=True, text=True, check=True).stdout) for _ in range(5))
+    command = [sys.executable, "-c", code]
+    return min(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(5))
 
 
 def main() -> None:
@@ -46,15 +48,15 @@ def main() -> None:
     for name in LOSSES.functions:
         loss_fn = LOSSES.get(name)
 
-        def both(loss_fn=loss_fn):
+        def forward_and_backward(loss_fn=loss_fn):
             x = logprobs.detach().requires_grad_()
             (loss_fn(x, old, advantages, mask).per_token_loss * mask).sum().backward()
 
-        forward = fastest(lambda loss_fn=loss_fn: loss_fn(logprobs, old, advantages, mask))
-        row = {"workload": name, "ours": round(forward, 2), "with_backward": round(fastest(both), 2), "unit": "ms"}
+        forward = measure_fastest(lambda loss_fn=loss_fn: loss_fn(logprobs, old, advantages, mask))
+        row = {"workload": name, "ours": round(forward, 2), "with_backward": round(measure_fastest(forward_and_backward), 2), "unit": "ms"}
         rows.append(row | {"reach": REACH_MS, "met": forward < REACH_MS})
     for module in ("torch", "grpo_core.objective.losses"):
-        seconds = import_seconds(module)
+        seconds = measure_import(module)
         rows.append({"workload": f"import {module}", "ours": round(seconds, 2), "unit": "s"})
         if module != "torch":
             rows[-1] |= {"reach": REACH_IMPORT_S, "met": seconds < REACH_IMPORT_S}

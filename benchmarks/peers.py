@@ -1,18 +1,19 @@
-"""Our sampler beside vLLM, and a whole training step beside TRL that samples with vLLM.
+"""Compare the sampler with vLLM, and a whole training step with TRL that samples with vLLM.
 
     python benchmarks/peers.py [--out FILE] [--limit SECONDS] [decode] [step]    on a GPU, with vllm==0.22.1, trl==1.16.0
-    python benchmarks/peers.py --check                                           tiny shapes on a CPU, nothing is recorded
-    python benchmarks/peers.py side NAME JOB.json                                one side, in its own process; used by the others
+    python benchmarks/peers.py --check                                           tiny shapes on a CPU; records nothing
+    python benchmarks/peers.py side NAME JOB.json                                one side in this process; the other commands start it
 
 The model has Qwen2.5-1.5B's shape and random weights in bf16; both sides load it from the same folder. Every side prints its
-results as JSON lines. A side that fails or takes longer than --limit costs its row and no other.
+results as JSON lines. If a side fails or takes longer than --limit, its row is missing; the other workload still runs.
 
 decode  32 completions of 256 tokens from 4 prompts of 128 random tokens, temperature 1, every completion to its full length, the
-        log-probs of the sampled tokens returned. Ours has a LoRA of rank 16 on q, k, v and o live; vLLM has none, since trainers
-        hand it merged weights, and it may reuse the keys and values of prompts it has seen (prefix caching, its default).
-step    sampling, reward, reference and update of 32 such completions, kl_coef 0.04, one optimizer step, the same LoRA. TRL has vLLM in
-        its own process (colocate) and one micro-batch of 32. By default it weighs every completion by how much vLLM's log-probs differ
-        from its own (sequence_mask, at most 3), so ours does the same; the row also keeps both times without that.
+        log-probs of the sampled tokens returned. grpo_core applies a LoRA of rank 16 on q, k, v and o in every step. vLLM has no
+        LoRA, because trainers give it merged weights, and may reuse the keys and values of earlier prompts (prefix caching, its
+        default).
+step    sampling, reward, reference and update of 32 such completions, kl_coef 0.04, one optimizer step, the same LoRA. TRL runs vLLM
+        in its own process (colocate) and has one micro-batch of 32. By default TRL weights every completion by the ratio of its own
+        probability to vLLM's (sequence_mask, 0 above 3), so grpo_core does the same; the row also has both times without it.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def prepare(job, emit):
     emit(job=update.gpu_job(Path(job["folder"]), **shape, steps=6, trl_steps=6))
 
 
-def prompts(job):
+def make_prompts(job):
     """Return job["rows"] / job["group"] prompts of job["prompt"] random token ids."""
     import torch
 
@@ -58,7 +59,7 @@ def prompts(job):
 
 
 def emit_times(call, job, emit):
-    """Emit the seconds of job["times"] calls, after one whose time is not taken: it builds graphs and compiles kernels."""
+    """Emit the seconds of job["times"] calls. A first call, not counted, builds graphs and compiles kernels."""
     import torch
 
     for i in range(1 + job["times"]):
@@ -72,6 +73,7 @@ def emit_times(call, job, emit):
 
 
 def decode_ours(job, emit):
+    """Sample with grpo_core; emit the seconds of every call and the GPU memory."""
     import sampling
     import torch
     from transformers import AutoModelForCausalLM
@@ -79,10 +81,10 @@ def decode_ours(job, emit):
     from grpo_core.batch import Task
 
     base = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"])).to(sampling.DEVICE).eval()
-    base.generation_config.eos_token_id = base.config.eos_token_id = None  # so no completion ends before its length
+    base.generation_config.eos_token_id = base.config.eos_token_id = None  # no completion ends before its length
     torch.manual_seed(0)
-    sampler = sampling.sampler_of(sampling.with_lora(base), job["new"])
-    tasks = [Task(i, "", ids, {}, (0, 0, i)) for i, ids in enumerate(prompts(job))]
+    sampler = sampling.make_sampler(sampling.add_lora(base), job["new"])
+    tasks = [Task(i, "", ids, {}, (0, 0, i)) for i, ids in enumerate(make_prompts(job))]
     rollouts = emit_times(lambda: sampler.generate(tasks, job["group"]), job, emit)
     assert rollouts.completion_mask.all() and rollouts.rollout_logprobs.shape == (job["rows"], job["new"])
     if sampling.GPU:
@@ -90,6 +92,7 @@ def decode_ours(job, emit):
 
 
 def decode_vllm(job, emit):
+    """Sample with vLLM; emit the seconds of its start and of every call."""
     from vllm import LLM, SamplingParams
 
     start = time.perf_counter()
@@ -100,26 +103,28 @@ def decode_vllm(job, emit):
     graphs = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
     assert graphs.has_full_cudagraphs(), graphs
     emit(start_seconds=time.perf_counter() - start, graphs=graphs.name)
-    each = SamplingParams(
+    sampling_params = SamplingParams(
         n=job["group"], temperature=1.0, max_tokens=job["new"], ignore_eos=True, detokenize=False, logprobs=0
     )
-    ids = [{"prompt_token_ids": row} for row in prompts(job)]
-    outputs = emit_times(lambda: llm.generate(ids, each, use_tqdm=False), job, emit)
+    prompts = [{"prompt_token_ids": row} for row in make_prompts(job)]
+    outputs = emit_times(lambda: llm.generate(prompts, sampling_params, use_tqdm=False), job, emit)
     completions = [completion for output in outputs for completion in output.outputs]
     assert len(completions) == job["rows"]
-    assert all(len(one.token_ids) == len(one.logprobs) == job["new"] for one in completions)
+    assert all(len(completion.token_ids) == len(completion.logprobs) == job["new"] for completion in completions)
 
 
 def step_ours(job, emit):
+    """Train with grpo_core; emit the result of `update.run_ours`."""
     import update
 
-    emit(**update.ours(job))
+    emit(**update.run_ours(job))
 
 
 def step_trl(job, emit):
+    """Train with TRL; emit the result of `update.run_trl`."""
     import update
 
-    emit(**update.trl(job))
+    emit(**update.run_trl(job))
 
 
 SIDES = {
@@ -132,7 +137,7 @@ SIDES = {
 
 
 def run_in_this_process(name, job):
-    """Run one side; its results go to standard output, and whatever its libraries print to standard error."""
+    """Run one side. Its results go to standard output, the output of its libraries to standard error."""
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -140,18 +145,18 @@ def run_in_this_process(name, job):
         print(json.dumps({"side": name, **row}, default=str), file=results, flush=True)
 
     SIDES[name][0](job, emit)
-    import torch  # after the side, which may have set what torch and vLLM read at import
+    import torch  # imported late, because a side may set variables that torch and vLLM read at import
 
     emit(card=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
     sys.stderr.flush()
-    os._exit(0)  # so that no process group or engine waits for another at exit
+    os._exit(0)  # at a normal exit, process groups and engines may wait for each other
 
 
 def run_side(name, job, limit):
-    """Run one side in a process of its own and return its results, merged; `seconds` are those of all its lines.
+    """Run one side in a process of its own and return its results, merged; `seconds` is a list over all lines.
 
     Raises:
-        RuntimeError: it failed or took longer than `limit` seconds; the message ends with its last output.
+        RuntimeError: the side failed or took longer than `limit` seconds; the message ends with its last output.
     """
     results, seconds = {}, []
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as log:
@@ -173,45 +178,48 @@ def run_side(name, job, limit):
         timer.cancel()
         if code:
             log.seek(0)
-            took = time.perf_counter() - start
-            raise RuntimeError(f"{name} ended with exit code {code} after {took:.0f} s: {log.read()[-3000:]}")
+            elapsed = time.perf_counter() - start
+            raise RuntimeError(f"{name} ended with exit code {code} after {elapsed:.0f} s: {log.read()[-3000:]}")
     return results | {"seconds": seconds, "process_seconds": time.perf_counter() - start}
 
 
 # --- the rows --------------------------------------------------------------------------------------------------------
 
 
-def installed(package):
+def get_version(package):
+    """Return the installed version of a package, None if there is none."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def row_of(bench, what, ours, peer, peer_name, most, card, **detail):
-    """Return a row of peers.json; `most` is the largest allowed ratio of our time to the peer's."""
+def make_row(bench, what, ours, peer, peer_name, max_ratio, card, **detail):
+    """Return a row of peers.json; `max_ratio` is the aim for the ratio of grpo_core's time to the peer's."""
     packages = ("torch", "transformers", "peft", "deepspeed", "vllm", "trl")
     return {
         "bench": f"peers/{bench}", "what": what, "ours": round(ours, 3), "peer": round(peer, 3), "peer_name": peer_name,
-        "ratio": round(ours / peer, 2), "unit": "s", "reach": f"at most {most:g}", "met": ours / peer <= most,
-        "card": card, "versions": {name: installed(name) for name in packages}, "command": f"python benchmarks/peers.py {bench}",
+        "ratio": round(ours / peer, 2), "unit": "s", "reach": f"at most {max_ratio:g}", "met": ours / peer <= max_ratio,
+        "card": card, "versions": {name: get_version(name) for name in packages}, "command": f"python benchmarks/peers.py {bench}",
         "date": datetime.date.today().isoformat(), "detail": detail,
     }  # fmt: skip
 
 
 def decode(job, limit):
+    """Return the row of the workload `decode`."""
     ours, vllm = (run_side(name, job, limit) for name in ("decode_ours", "decode_vllm"))
     what = f"sample {job['rows']} × {job['new']} tokens, prompt {job['prompt']}, log-probs of the sampled tokens returned"
     medians = [statistics.median(side["seconds"]) for side in (ours, vllm)]
-    return row_of(
-        "decode", what, *medians, f"vLLM {installed('vllm')}, without LoRA", 0.55, ours["card"], ours_each=ours["seconds"],
+    return make_row(
+        "decode", what, *medians, f"vLLM {get_version('vllm')}, without LoRA", 0.55, ours["card"], ours_each=ours["seconds"],
         peer_each=vllm["seconds"], peer_graphs=vllm["graphs"], peer_start_seconds=vllm["start_seconds"],
         ours_reserved_gb=ours["reserved_gb"],
     )  # fmt: skip
 
 
 def step(job, limit):
-    from update import later, same_job
+    """Return the row of the workload `step`."""
+    from update import check_same_job, median_after_first
 
     shape = job["step"]["shape"] | {"micro_batch": job["rows"]}
     colocated = {
@@ -224,18 +232,18 @@ def step(job, limit):
     }
     ours = run_side("step_ours", jobs["corrected"], limit)
     trl = run_side("step_trl", jobs["corrected"], limit)
-    same_job(ours, trl)
+    check_same_job(ours, trl)
     try:
-        without = {side: run_side(f"step_{side}", jobs["uncorrected"], limit)["seconds"] for side in ("ours", "trl")}
+        uncorrected_seconds = {side: run_side(f"step_{side}", jobs["uncorrected"], limit)["seconds"] for side in ("ours", "trl")}
     except RuntimeError as error:
         print(json.dumps({"side": "uncorrected", "error": str(error)}), flush=True)
-        without = None
+        uncorrected_seconds = None
     what = f"a whole step: {job['rows']} × {job['new']} tokens, prompt {job['prompt']}, LoRA r 16, kl_coef {shape['kl_coef']}"
-    return row_of(
-        "step", what, later(ours["seconds"]), later(trl["seconds"]),
-        f"TRL {installed('trl')} with vLLM {installed('vllm')}, micro-batch {job['rows']}", 0.37, ours["card"],
+    return make_row(
+        "step", what, median_after_first(ours["seconds"]), median_after_first(trl["seconds"]),
+        f"TRL {get_version('trl')} with vLLM {get_version('vllm')}, micro-batch {job['rows']}", 0.37, ours["card"],
         ours_each=ours["seconds"], peer_each=trl["seconds"], ours_reserved_gb=ours["reserved"], peer_reserved_gb=trl["reserved"],
-        ours_phases=ours["phases"], seconds_without_correction=without, loss_difference=trl["loss_difference"],
+        ours_phases=ours["phases"], seconds_without_correction=uncorrected_seconds, loss_difference=trl["loss_difference"],
         gradient_difference=trl["gradient_difference"],
     )  # fmt: skip
 
@@ -244,10 +252,10 @@ WORKLOADS = {"decode": decode, "step": step}
 
 
 def record(file, row):
-    """Put a row in the place of the last one of its workload and card."""
+    """Write a row to the file; it replaces the row with the same workload and card."""
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    others = [old for old in rows if (old["bench"], old["card"]) != (row["bench"], row["card"])]
-    file.write_text("".join(json.dumps(each) + "\n" for each in [*others, row]))
+    others = [other for other in rows if (other["bench"], other["card"]) != (row["bench"], row["card"])]
+    file.write_text("".join(json.dumps(each_row) + "\n" for each_row in [*others, row]))
 
 
 def table(file=OUT):
@@ -263,27 +271,27 @@ def table(file=OUT):
 
 
 def check():
-    """Run what a CPU can on tiny shapes: both of our sides, and TRL's without vLLM where TRL is installed."""
+    """Run what a CPU can on tiny shapes: both sides of grpo_core, and TRL without vLLM if TRL is installed."""
     import update
 
     with tempfile.TemporaryDirectory() as folder:
-        tiny = {
+        decode_job = {
             "model": ROOT / "grpo_core" / "builtin" / "tiny", "dtype": "float32", "rows": 8, "group": 4, "prompt": 16, "new": 8,
             "times": 1, "vocabulary": 64,
         }  # fmt: skip
-        whole = update.cpu_job(Path(folder), steps=2)
-        run_side("decode_ours", tiny, 300)
-        run_side("step_ours", whole | {"overrides": [*whole["overrides"], CORRECTION]}, 300)
-        if installed("trl"):
-            run_side("step_trl", whole, 300)
+        step_job = update.cpu_job(Path(folder), steps=2)
+        run_side("decode_ours", decode_job, 300)
+        run_side("step_ours", step_job | {"overrides": [*step_job["overrides"], CORRECTION]}, 300)
+        if get_version("trl"):
+            run_side("step_trl", step_job, 300)
     print(json.dumps({"side": "decode_vllm", "skipped": "vLLM needs a GPU"}), flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--limit", type=float, default=400, help="Seconds after which a side is ended.")
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--limit", type=float, default=400, help="seconds after which a side is killed")
+    parser.add_argument("--check", action="store_true", help="run tiny shapes on a CPU and record nothing")
     parser.add_argument("workloads", nargs="*", choices=[*WORKLOADS, []])
     options = parser.parse_args()
     if options.check:

@@ -1,13 +1,14 @@
-"""Which precision LoRA's weights should have over a 16-bit base: the embedded job, 200 steps, in three ways.
+"""Compare precisions of the base model and of LoRA: the embedded job, 200 steps, in three ways.
 
-python benchmarks/precision.py [--steps 200] [WAY ...]
+    python benchmarks/precision.py [--steps 200] [WAY ...]
 
-fp32       base and LoRA in float32: what the others are compared with
-bf16       base and LoRA in bf16, DeepSpeed's bf16 block keeps float32 masters of LoRA
-mixed      base in bf16, LoRA in float32, without a block
+fp32       base and LoRA in float32: the reference of the comparison
+bf16       base and LoRA in bf16; DeepSpeed's bf16 block keeps float32 master weights of LoRA
+mixed      base in bf16, LoRA in float32, without the block
 
-Printed and added to results/precision.json: rewards over the last steps, held-out accuracy, seconds of a step, the greatest
-gap between sampler and trainer, and how far the adapter ends from the float32 one.
+Prints one row per way and adds it to results/precision.json: mean reward and KL of the last 20 steps, held-out accuracy,
+seconds per step, the largest gap between the log-probs of sampler and trainer, and the relative distance of the final
+adapter from that of the first way.
 """
 
 import argparse
@@ -35,19 +36,20 @@ OUT = ROOT / "benchmarks" / "results" / "precision.json"
 
 
 def run_way(way: str, steps: int) -> tuple[dict, torch.Tensor]:
+    """Train in one way; return its row and the final adapter as one float32 vector."""
     with tempfile.TemporaryDirectory() as out:
         config = load(
             ROOT / "configs" / "tiny.yaml", [f"trainer.num_steps={steps}", f"output_dir={out}", f"name={way}", "checkpoint.every=0"]
         )
         config = replace(config, model=replace(config.model, precision="fp32" if way != "bf16" else "bf16"))
         dtype = setup.initialise_process(config)
-        beginning, prepared = resume.find_start(config), prepare(config)
+        start, prepared = resume.find_start(config), prepare(config)
         base = torch.float32 if way == "fp32" else torch.bfloat16
         torch.manual_seed(0)
         policy = load_policy(config.model, config.lora, dtype=base, temperature=1.0)
         for parameter in policy.parameters():
             parameter.data = parameter.data.to(dtype)
-        run = setup.assemble(config, beginning, policy, prepared, config.prompts_per_step, dtype)
+        run = setup.assemble(config, start, policy, prepared, config.prompts_per_step, dtype)
         train(run)
         run.log.close()
         rows, evaluations = (
@@ -72,13 +74,13 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("ways", nargs="*", default=["fp32", "bf16", "mixed"])
-    chosen, reference = parser.parse_args(), None
-    for way in chosen.ways:
-        row, weights = run_way(way, chosen.steps)
+    options, reference = parser.parse_args(), None
+    for way in options.ways:
+        row, weights = run_way(way, options.steps)
         reference = weights if reference is None else reference
         hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         row |= {"distance": float((weights - reference).norm() / reference.norm()), "hardware": hardware}
         row |= {"versions": {n: version(n) for n in ("torch", "peft", "deepspeed")}, "date": datetime.date.today().isoformat()}
         print(json.dumps(row), flush=True)
-        with open(chosen.out, "a") as file:
+        with open(options.out, "a") as file:
             file.write(json.dumps(row) + "\n")

@@ -1,11 +1,12 @@
-"""The sampler against Hugging Face generate in the same run, and against itself with parts switched off.
+"""Compare the sampler with Hugging Face generate in the same run, and with itself with parts switched off.
 
-python benchmarks/sampling.py [--out FILE] [WORKLOAD ...]      on a GPU: first, small, later, large,
-                                ragged, memory, ranks; on a CPU: cpu, tiny
-python benchmarks/sampling.py smollm2 FOLDER QUESTIONS.jsonl [FILE.gguf]
+    python benchmarks/sampling.py [--out FILE] [WORKLOAD ...]      on a GPU: first, small, later, large, ragged,
+                                                                   memory, ranks; on a CPU: cpu, tiny
+    python benchmarks/sampling.py smollm2 FOLDER QUESTIONS.jsonl [FILE.gguf]
 
-Without a workload, all that this machine can run. The model has Qwen2.5-1.5B's shape, random weights and a LoRA of rank 16
-on q, k, v and o whose B is not zero, in bf16. No completion ends before its length: no end-of-sequence token can be drawn.
+Without WORKLOAD, all workloads of this machine run. By default the model has Qwen2.5-1.5B's shape, random weights and a
+LoRA of rank 16 on q, k, v and o whose B is not zero, in bf16. Every completion has its full length, because no
+end-of-sequence token can be drawn.
 """
 
 import argparse
@@ -43,8 +44,8 @@ OUT = ROOT / "benchmarks" / "results" / "sampling.json"
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
-class Words:
-    """A tokenizer without an end: ids in, nothing out."""
+class StubTokenizer:
+    """Stand in for a tokenizer: texts are empty, and the end-of-sequence token can never be drawn."""
 
     pad_token_id, eos_token_id = 0, -1
 
@@ -52,7 +53,8 @@ class Words:
         return ["" for _ in rows]
 
 
-def with_lora(base):
+def add_lora(base):
+    """Return a policy: the base model with a LoRA whose B is not zero."""
     policy = wrap(base, ModelConfig(), LoraConfig(), temperature=1.0)
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
@@ -61,8 +63,8 @@ def with_lora(base):
     return policy
 
 
-def qwen():
-    """Qwen2.5-1.5B's shape."""
+def make_qwen():
+    """Return a policy with Qwen2.5-1.5B's shape and random bf16 weights."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with DEVICE:
@@ -72,40 +74,41 @@ def qwen():
                 num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32_768, bos_token_id=None, eos_token_id=None,
             )
         )  # fmt: skip
-        policy = with_lora(base)
+        policy = add_lora(base)
     torch.set_default_dtype(torch.float32)
     return policy
 
 
-def tasks(count, length, vocabulary):
-    made = torch.Generator().manual_seed(0)
-    return [Task(i, "", torch.randint(2, vocabulary, (length,), generator=made).tolist(), {}, (0, 0, i)) for i in range(count)]
+def make_tasks(count, length, vocabulary):
+    """Return `count` tasks whose prompts are `length` random token ids."""
+    generator = torch.Generator().manual_seed(0)
+    return [Task(i, "", torch.randint(2, vocabulary, (length,), generator=generator).tolist(), {}, (0, 0, i)) for i in range(count)]
 
 
-def wait():
+def synchronize():
     if GPU:
         torch.cuda.synchronize()
 
 
-def seconds(function, times=3):
-    """The median of `times` calls, and what the last one returned."""
-    found = []
+def measure(function, times=3):
+    """Return the median seconds of `times` calls, and the result of the last call."""
+    durations = []
     for _ in range(times):
-        wait()
+        synchronize()
         start = time.perf_counter()
         result = function()
-        wait()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found), result
+        synchronize()
+        durations.append(time.perf_counter() - start)
+    return statistics.median(durations), result
 
 
-def hf_generate(model, rows, group_size, new, **how):
-    """The same prompts through generate: `new` tokens of each, seconds."""
+def make_hf_generate(model, rows, group_size, new, **kwargs):
+    """Return a function that calls model.generate for the same prompts, with `new` tokens per completion."""
     ids = torch.tensor([task.prompt_ids for task in rows], device=DEVICE)
-    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "num_return_sequences": group_size, **how}
+    kwargs = {"do_sample": True, "temperature": 1.0, "top_k": 0, "num_return_sequences": group_size, **kwargs}
 
     def run():
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, max_new_tokens=new, pad_token_id=0, **how)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, max_new_tokens=new, pad_token_id=0, **kwargs)
         assert out.shape == (len(rows) * group_size, ids.shape[1] + new)
         return out
 
@@ -113,6 +116,7 @@ def hf_generate(model, rows, group_size, new, **how):
 
 
 def report(workload, ours, unit, peer=None, ratio=None, reach="", met=True, **detail):
+    """Print one row and add it to OUT."""
     hardware = torch.cuda.get_device_name() if GPU else f"{os.cpu_count()} cores, {platform.machine()}"
     row = {
         "bench": "sampling", "workload": workload, "ours": round(ours, 3), "unit": unit, "peer": peer and round(peer, 3),
@@ -125,125 +129,125 @@ def report(workload, ours, unit, peer=None, ratio=None, reach="", met=True, **de
         file.write(json.dumps(row) + "\n")
 
 
-def sampler_of(policy, new, **how):
-    return Sampler(policy.causal_lm, Words(), max_new_tokens=new, **how)
+def make_sampler(policy, new, **kwargs):
+    return Sampler(policy.causal_lm, StubTokenizer(), max_new_tokens=new, **kwargs)
 
 
 def small(policy):
-    """4 prompts × 8 completions, prompt 128, 256 new tokens."""
-    rows, sampler = tasks(4, 128, 151_936), sampler_of(policy, 256)
+    """Measure 4 prompts × 8 completions: prompts of 128 tokens, 256 new tokens."""
+    rows, sampler = make_tasks(4, 128, 151_936), make_sampler(policy, 256)
     sampler.generate(rows, 8)
-    took, rollouts = seconds(lambda: sampler.generate(rows, 8), times=5)
+    seconds, rollouts = measure(lambda: sampler.generate(rows, 8), times=5)
     assert rollouts.completion_mask.all() and rollouts.completion_ids.shape == (32, 256)
-    step, peer = 1000 * took / 256, seconds(hf_generate(policy.causal_lm, rows, 8, 256), times=1)[0]
-    report("32 rows, prompt 128, 256 new", step, "ms a token step, prefill included", 1000 * peer / 256, peer / took, "<= 2.5", step <= 2.5)
-    report("32 rows, prompt 128, 256 new, against generate", took, "s", peer, peer / took, ">= 15 times", peer / took >= 15)
+    step, peer = 1000 * seconds / 256, measure(make_hf_generate(policy.causal_lm, rows, 8, 256), times=1)[0]
+    report("32 rows, prompt 128, 256 new", step, "ms a token step, prefill included", 1000 * peer / 256, peer / seconds, "<= 2.5", step <= 2.5)
+    report("32 rows, prompt 128, 256 new, against generate", seconds, "s", peer, peer / seconds, ">= 15 times", peer / seconds >= 15)
 
 
 def once(policy):
-    """Seconds that a process's first call takes more than the next, on standard output."""
-    rows, sampler = tasks(4, 128, 151_936), sampler_of(policy, 256)
-    first, later = (seconds(lambda: sampler.generate(rows, 8), times=1)[0] for _ in range(2))
-    print(first - later)
+    """Print the seconds that the first call of this process takes more than the second."""
+    rows, sampler = make_tasks(4, 128, 151_936), make_sampler(policy, 256)
+    first_seconds, later_seconds = (measure(lambda: sampler.generate(rows, 8), times=1)[0] for _ in range(2))
+    print(first_seconds - later_seconds)
 
 
 def first():
-    """The first call of a process: where Triton has never compiled the kernels, and where its cache on disk has them."""
+    """Measure the first call of a process: with an empty Triton cache on disk, and with the kernels in the cache."""
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, __file__, "once"]
         for workload in ("first call of a process, kernels never compiled on this machine", "first call of a process"):
-            done = subprocess.run(command, env={**os.environ, "TRITON_CACHE_DIR": cache}, stdout=subprocess.PIPE, text=True, check=True)
-            extra = float(done.stdout.split()[-1])
+            process = subprocess.run(command, env={**os.environ, "TRITON_CACHE_DIR": cache}, stdout=subprocess.PIPE, text=True, check=True)
+            extra = float(process.stdout.split()[-1])
             report(workload, extra, "s more than later ones", reach="<= 2", met=extra <= 2)
 
 
 def later(policy):
-    """The first call of further shapes: rows, prompt length and width all differ."""
-    sampler, extra = sampler_of(policy, 256), []
-    sampler.generate(tasks(4, 128, 151_936), 8)
+    """Measure the first calls with further shapes: rows and prompt length differ from earlier calls."""
+    sampler, extra = make_sampler(policy, 256), []
+    sampler.generate(make_tasks(4, 128, 151_936), 8)
     for count in (6, 12, 24):
-        longer = tasks(count, 96, 151_936)
-        one, two = (seconds(lambda longer=longer: sampler.generate(longer, 8), times=1)[0] for _ in range(2))
-        extra.append(one - two)
+        rows = make_tasks(count, 96, 151_936)
+        first_seconds, later_seconds = (measure(lambda rows=rows: sampler.generate(rows, 8), times=1)[0] for _ in range(2))
+        extra.append(first_seconds - later_seconds)
     report("first call of another shape", max(extra), "s more than later ones", reach="<= 0.5", met=max(extra) <= 0.5, each=extra)
 
 
 def large(policy):
-    """32 prompts × 8 completions, prompt 128, 512 new tokens."""
-    rows, sampler = tasks(32, 128, 151_936), sampler_of(policy, 512)
+    """Measure 32 prompts × 8 completions: prompts of 128 tokens, 512 new tokens."""
+    rows, sampler = make_tasks(32, 128, 151_936), make_sampler(policy, 512)
     sampler.generate(rows, 8)
-    took, _ = seconds(lambda: sampler.generate(rows, 8))
-    step, rate = 1000 * took / 512, 256 * 512 / took
-    peer = 1000 * seconds(hf_generate(policy.causal_lm, rows, 8, 64), times=1)[0] / 64
+    seconds, _ = measure(lambda: sampler.generate(rows, 8))
+    step, rate = 1000 * seconds / 512, 256 * 512 / seconds
+    peer = 1000 * measure(make_hf_generate(policy.causal_lm, rows, 8, 64), times=1)[0] / 64
     report("256 rows, prompt 128, 512 new", step, "ms a token step, prefill included", peer, peer / step, "<= 4", step <= 4, peer_tokens=64)
     report("256 rows, prompt 128, 512 new", rate, "tokens/s", reach=">= 64000", met=rate >= 64_000)
 
 
 def ragged(policy):
-    """Lengths geometric with mean a quarter of the maximum; what a row that has ended still costs, and what it saves."""
+    """Measure what dropping ended rows saves; lengths are geometric with a quarter of the maximum as mean."""
     draws = torch.rand(1024, generator=torch.Generator().manual_seed(0))
     limits = (draws.log() / torch.log1p(torch.tensor(-1 / 128))).ceil().long().clamp(1, 512)
-    rows, many, sampler = tasks(32, 128, 151_936), tasks(128, 128, 151_936), sampler_of(policy, 512)
+    rows, many, sampler = make_tasks(32, 128, 151_936), make_tasks(128, 128, 151_936), make_sampler(policy, 512)
 
-    def run(compact, **how):
+    def run(compact, **kwargs):
         sampler.generate(rows, 8)
         sampler._decoder.compact = compact
-        sampler.generate(rows, 8, **how)
-        return seconds(lambda: sampler.generate(rows, 8, **how))[0]
+        sampler.generate(rows, 8, **kwargs)
+        return measure(lambda: sampler.generate(rows, 8, **kwargs))[0]
 
-    ours, kept, to_the_end = run(True, limits=limits[:256]), run(False, limits=limits[:256]), run(True)
+    ours, uncompacted, to_the_end = run(True, limits=limits[:256]), run(False, limits=limits[:256]), run(True)
     detail = {"mean_length": float(limits[:256].float().mean()), "longest": int(limits[:256].max())}
     workload = "256 rows, geometric lengths, mean a quarter of 512, against "
-    report(workload + "no compaction", ours, "s", kept, kept / ours, ">= 1.5 times", kept / ours >= 1.5, **detail)
+    report(workload + "no compaction", ours, "s", uncompacted, uncompacted / ours, ">= 1.5 times", uncompacted / ours >= 1.5, **detail)
     report(workload + "every row decoded to the longest", ours, "s", to_the_end, to_the_end / ours, ">= 1.5 times", to_the_end / ours >= 1.5, **detail)
     sampler.rows_at_once = 256
     sampler.generate(many, 8, limits=limits)
-    refilled = seconds(lambda: sampler.generate(many, 8, limits=limits))[0]
-    report("1,024 rows of such lengths, 256 at once, refilled, against four waves", refilled, "s", 4 * kept, 4 * kept / refilled, ">= 1.5 times", 4 * kept / refilled >= 1.5)
+    refilled = measure(lambda: sampler.generate(many, 8, limits=limits))[0]
+    report("1,024 rows of such lengths, 256 at once, refilled, against four waves", refilled, "s", 4 * uncompacted, 4 * uncompacted / refilled, ">= 1.5 times", 4 * uncompacted / refilled >= 1.5)
 
 
 def memory(policy):
-    """What a call takes beyond the weights and its keys and values."""
-    rows = tasks(32, 128, 151_936)
+    """Measure the GPU memory of a call beyond the weights and its keys and values."""
+    rows = make_tasks(32, 128, 151_936)
     torch.cuda.empty_cache()
     before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    sampler = sampler_of(policy, 512)
+    sampler = make_sampler(policy, 512)
     torch.cuda.reset_peak_memory_stats()
     sampler.generate(rows, 8)
     cache = 28 * 2 * 2 * 128 * 2 * (32 * 128 + 256 * 512)
     extra = (torch.cuda.max_memory_allocated() - before - cache) / 2**30
-    more = (torch.cuda.max_memory_reserved() - reserved - cache) / 2**30
+    extra_reserved = (torch.cuda.max_memory_reserved() - reserved - cache) / 2**30
     torch.cuda.empty_cache()
-    held = (torch.cuda.memory_allocated() - before) / 2**30
-    report("GPU memory beyond weights and cache, 256 rows", extra, "GiB allocated", reach="<= 0.3", met=extra <= 0.3, reserved=more, held_between_calls=held)
+    between_calls = (torch.cuda.memory_allocated() - before) / 2**30
+    report("GPU memory beyond weights and cache, 256 rows", extra, "GiB allocated", reach="<= 0.3", met=extra <= 0.3, reserved=extra_reserved, held_between_calls=between_calls)
 
 
-def halves(name, sampler, rows):
-    """How many completions change when the same rows are decoded in two halves, as on two ranks."""
+def compare_halves(name, sampler, rows):
+    """Report the share of completions that stay equal when the rows are decoded in two halves, as on two ranks."""
     whole, again = sampler.generate(rows, 8), sampler.generate(rows, 8)
     parts = [sampler.generate(part, 8) for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :])]
     width = whole.completion_ids.shape[1]
     ids = torch.cat([torch.nn.functional.pad(part.completion_ids, (0, width - part.completion_ids.shape[1])) for part in parts])
     equal = ids == whole.completion_ids
-    until, repeat = equal.cumprod(dim=1).sum(dim=1).float().mean().item(), torch.equal(whole.completion_ids, again.completion_ids)
+    equal_tokens, is_repeatable = equal.cumprod(dim=1).sum(dim=1).float().mean().item(), torch.equal(whole.completion_ids, again.completion_ids)
     share = equal.all(dim=1).float().mean().item()
-    report(f"completions equal when decoded in halves, {name}", share, "share", met=repeat, tokens=width, equal_tokens_before_a_difference=until, same_call_again_is_bitwise_equal=repeat)
+    report(f"completions equal when decoded in halves, {name}", share, "share", met=is_repeatable, tokens=width, equal_tokens_before_a_difference=equal_tokens, same_call_again_is_bitwise_equal=is_repeatable)
 
 
 def ranks(policy):
-    """Random weights: a nearly flat distribution over 151,936 tokens, where any rounding changes a draw."""
-    rows, sampler = tasks(32, 128, 151_936), sampler_of(policy, 256)
-    halves("random weights, bf16", sampler, rows)
+    """Compare halves under random weights: the distribution over 151,936 tokens is nearly flat, so any rounding changes a draw."""
+    rows, sampler = make_tasks(32, 128, 151_936), make_sampler(policy, 256)
+    compare_halves("random weights, bf16", sampler, rows)
     rollouts = sampler.generate(rows[:4], 8)
     gap = (policy.logprobs(rollouts) - rollouts.rollout_logprobs).abs()
     report("log-probs against a teacher-forced forward, bf16", gap.mean().item(), "nats, mean", max=gap.max().item())
 
 
 def smollm2(folder, questions, gguf=None):
-    """The first 64 questions of a GSM8K file, as chats, greedy, 256 new tokens, real weights."""
-    how = {"gguf_file": gguf} if gguf else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **how).to(DEVICE).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, **how)
+    """Measure real weights on the first 64 questions of a GSM8K file as chats: greedy, 256 new tokens."""
+    kwargs = {"gguf_file": gguf} if gguf else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **kwargs).to(DEVICE).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     questions = [json.loads(line)["question"] for line in Path(questions).read_bytes().splitlines()[:64]]
     texts = [tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True) for q in questions]
@@ -252,20 +256,20 @@ def smollm2(folder, questions, gguf=None):
     width = max(map(len, ids))
     padded = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=DEVICE)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=DEVICE)
-    for kind, name in ((torch.bfloat16, "bf16"), (torch.float32, "float32")):
-        sampler = Sampler(model.to(kind), Words(), max_new_tokens=256)
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "float32")):
+        sampler = Sampler(model.to(dtype), StubTokenizer(), max_new_tokens=256)
         sampler.generate(rows, 1, greedy=True)
-        took, rollouts = seconds(lambda sampler=sampler: sampler.generate(rows, 1, greedy=True), times=5)
-        peer, out = seconds(lambda: model.generate(padded, attention_mask=mask, min_new_tokens=256, max_new_tokens=256, do_sample=False, pad_token_id=0), times=1)
-        same = (out[:, width:] == rollouts.completion_ids).all(dim=1).float().mean().item()
-        goal = ("<= 0.6", took <= 0.6) if name == "bf16" else ("", True)
-        report(f"SmolLM2-135M, 64 GSM8K prompts greedy, 256 new, {name}", took, "s", peer, peer / took, *goal, rows_equal_to_generate=same)
+        seconds, rollouts = measure(lambda sampler=sampler: sampler.generate(rows, 1, greedy=True), times=5)
+        peer, out = measure(lambda: model.generate(padded, attention_mask=mask, min_new_tokens=256, max_new_tokens=256, do_sample=False, pad_token_id=0), times=1)
+        share = (out[:, width:] == rollouts.completion_ids).all(dim=1).float().mean().item()
+        aim = ("<= 0.6", seconds <= 0.6) if name == "bf16" else ("", True)
+        report(f"SmolLM2-135M, 64 GSM8K prompts greedy, 256 new, {name}", seconds, "s", peer, peer / seconds, *aim, rows_equal_to_generate=share)
         seeded = [Task(row.index, "", row.prompt_ids, {}, (0, 0, row.index)) for row in rows[:32]]
-        halves(f"SmolLM2-135M at temperature 1, {name}", sampler, seeded)
+        compare_halves(f"SmolLM2-135M at temperature 1, {name}", sampler, seeded)
 
 
 def cpu():
-    """100M model, 4 × 8 rows, prompt 64, 48 new, float32."""
+    """Measure a model of 100M weights on a CPU: 4 prompts × 8 completions, prompts of 64 tokens, 48 new tokens, float32."""
     torch.manual_seed(0)
     base = LlamaForCausalLM(
         LlamaConfig(
@@ -273,18 +277,18 @@ def cpu():
             num_key_value_heads=5, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
         )
     )  # fmt: skip
-    policy = with_lora(base.eval())
-    rows, sampler = tasks(4, 64, 32_000), sampler_of(policy, 48)
+    policy = add_lora(base.eval())
+    rows, sampler = make_tasks(4, 64, 32_000), make_sampler(policy, 48)
     torch.manual_seed(0)
-    pairs = [(seconds(lambda: sampler.generate(rows, 8), 1)[0], seconds(hf_generate(policy.causal_lm, rows, 8, 48), 1)[0]) for _ in range(4)][1:]
-    took, peer = (statistics.median(x) for x in zip(*pairs, strict=True))
+    pairs = [(measure(lambda: sampler.generate(rows, 8), 1)[0], measure(make_hf_generate(policy.causal_lm, rows, 8, 48), 1)[0]) for _ in range(4)][1:]
+    seconds, peer = (statistics.median(x) for x in zip(*pairs, strict=True))
     ratio = statistics.median(b / a for a, b in pairs)
     size = sum(p.numel() for p in base.parameters()) / 1e6
-    report(f"CPU, {size:.0f}M model, 4 × 8 rows, prompt 64, 48 new", took, "s", peer, ratio, ">= 1.7 times", ratio >= 1.7)
+    report(f"CPU, {size:.0f}M model, 4 × 8 rows, prompt 64, 48 new", seconds, "s", peer, ratio, ">= 1.7 times", ratio >= 1.7)
 
 
 def tiny():
-    """tiny.yaml's sampling: the built-in policy, 16 prompts × 8, completions that end by themselves."""
+    """Measure tiny.yaml's sampling: the built-in policy, 16 prompts × 8 completions that end by themselves."""
     folder = ROOT / "grpo_core" / "builtin" / "tiny"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     policy = wrap(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ModelConfig(), LoraConfig(target_modules="all-linear"), temperature=1.0)
@@ -298,15 +302,15 @@ def tiny():
     def peer():
         return policy.causal_lm.generate(ids, attention_mask=mask, max_new_tokens=48, do_sample=True, top_k=0, num_return_sequences=8)
 
-    pairs = [(seconds(lambda: sampler.generate(rows, 8), 1)[0], seconds(peer, 1)[0]) for _ in range(8)][1:]
+    pairs = [(measure(lambda: sampler.generate(rows, 8), 1)[0], measure(peer, 1)[0]) for _ in range(8)][1:]
     ratio = statistics.median(b / a for a, b in pairs)
-    took, theirs = (statistics.median(x) for x in zip(*pairs, strict=True))
-    report("CPU, tiny.yaml's sampling, 128 rows, float32", took, "s", theirs, ratio, ">= 2.5 times", ratio >= 2.5)
+    seconds, peer_seconds = (statistics.median(x) for x in zip(*pairs, strict=True))
+    report("CPU, tiny.yaml's sampling, 128 rows, float32", seconds, "s", peer_seconds, ratio, ">= 2.5 times", ratio >= 2.5)
 
 
 def main():
     global OUT
-    known = [first, small, later, large, ragged, memory, ranks] if GPU else [cpu, tiny]
+    workloads = [first, small, later, large, ragged, memory, ranks] if GPU else [cpu, tiny]
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("workloads", nargs="*")
@@ -314,15 +318,15 @@ def main():
     OUT, names = options.out, options.workloads
     if names[:1] == ["smollm2"]:
         return smollm2(*names[1:])
-    chosen = [f for f in (*known, *([once] if GPU else [])) if (f.__name__ in names) or (not names and f in known)]
+    chosen = [f for f in (*workloads, *([once] if GPU else [])) if (f.__name__ in names) or (not names and f in workloads)]
     if unknown := set(names) - {f.__name__ for f in chosen}:
-        parser.error(f"{', '.join(sorted(unknown))}: known here are {', '.join(f.__name__ for f in known)}, smollm2")
+        parser.error(f"unknown workload {', '.join(sorted(unknown))}; this machine has {', '.join(f.__name__ for f in workloads)}, smollm2")
     policy = None
     for workload in chosen:
         if workload in (first, cpu, tiny):
             workload()
         else:
-            policy = policy or qwen()
+            policy = policy or make_qwen()
             workload(policy)
     return None
 

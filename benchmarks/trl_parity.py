@@ -1,11 +1,11 @@
-"""Our loss against TRL 1.16's own code on random batches and random combinations of its switches, in float64.
+"""Compare loss and gradient with TRL 1.16's own code on random batches and random combinations of its switches, in float64.
 
-pip install --no-deps trl==1.16.0 accelerate        (a benchmark-only extra)
-python benchmarks/trl_parity.py [TRIALS]
+    pip install --no-deps trl==1.16.0 accelerate        (only the benchmarks need them)
+    python benchmarks/trl_parity.py [TRIALS]
 
-A trial draws log-probs, masks and advantages, and a configuration: loss type, level of the ratio, clipping, delta, KL
-with and without correction, top-entropy, off-policy mask, entropy bonus, rollout correction, accumulation. TRL's
-_compute_loss runs on them with the model's forward replaced by the drawn log-probs; ours runs through trainer.micro_loss.
+A trial draws log-probs, masks, advantages and a configuration: loss type, level of the ratio, clipping, delta, KL with and
+without correction, top-entropy, off-policy mask, entropy bonus, rollout correction, accumulation. TRL's side is its
+_compute_loss with the drawn log-probs in place of the model's forward. grpo_core's side is micro_loss of training/update.
 """
 
 import json
@@ -29,7 +29,7 @@ KINDS = (*RATIO_LOSSES, "cispo", "sapo", "vespo")
 
 
 class OneProcess:
-    """What the trainer asks of its accelerator."""
+    """Replace the accelerator of TRL's trainer, for one process, with the attributes and methods that the loss uses."""
 
     num_processes, sync_gradients = 1, True
 
@@ -41,12 +41,12 @@ class OneProcess:
     def reduce(self, values, reduction="sum"):
         return values
 
-    def pad_across_processes(self, values, **how):
+    def pad_across_processes(self, values, **kwargs):
         return values
 
 
-def theirs(config, inputs, meta):
-    """(loss, gradient) by TRL."""
+def compute_trl_loss(config, inputs, meta):
+    """Return the loss and its gradient for the log-probs, computed by TRL."""
     t = {name: torch.tensor(values, dtype=torch.double) for name, values in inputs.items()}
     logprobs = t["logps"].requires_grad_()
     trainer = object.__new__(GRPOTrainer)
@@ -64,7 +64,7 @@ def theirs(config, inputs, meta):
             steps_per_generation=config.get("spg", 1),
         ),
     )  # fmt: skip
-    trainer._get_per_token_logps_and_entropies = lambda *a, **k: (logprobs, t["entropies"], None)
+    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (logprobs, t["entropies"], None)
     ids = torch.zeros(t["mask"].shape, dtype=torch.long)
     batch = {
         "prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1], "completion_ids": ids, "completion_mask": t["mask"],
@@ -81,38 +81,38 @@ def theirs(config, inputs, meta):
     return loss.item(), logprobs.grad
 
 
-def draw(seed):
-    """A configuration and its inputs."""
-    choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    rows, width = choose.choice([(4, 6), (3, 9), (8, 5)])
+def draw_case(seed):
+    """Draw a configuration and a batch; return (config, inputs, meta) as `loss_case` takes them."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    rows, width = rng.choice([(4, 6), (3, 9), (8, 5)])
     mask = (torch.arange(width) < torch.randint(1, width + 1, (rows, 1), generator=generator)).double()
 
     def noise(scale):
         return scale * torch.randn(rows, width, generator=generator, dtype=torch.double)
 
     old = -2 * torch.rand(rows, width, generator=generator, dtype=torch.double) - 0.3
-    inputs = {"logps": old + noise(choose.choice([0.05, 0.4, 1.2])), "old_logps": old, "ref_logps": old + noise(0.3)}
+    inputs = {"logps": old + noise(rng.choice([0.05, 0.4, 1.2])), "old_logps": old, "ref_logps": old + noise(0.3)}
     inputs |= {"sampling_logps": old + noise(0.05), "entropies": noise(1.0).abs(), "mask": mask}
     inputs["advantages"] = noise(1.0)[:, 0]
-    config = {"loss_type": choose.choice(KINDS)}
+    config = {"loss_type": rng.choice(KINDS)}
     for key, chance, values in (
         ("beta", 0.5, [0.1]), ("bias_kl", 0.5, [False]), ("eps", 0.3, [0.1]), ("quant", 0.3, [0.2, 0.5]), ("opm", 0.3, [-0.1, 0.05]),
         ("ent_coef", 0.3, [0.01]), ("gas", 0.3, [2, 4]), ("spg", 0.3, [2, 4]), ("on_policy", 0.2, [True]),
     ):  # fmt: skip
-        if choose.random() < chance:
-            config[key] = choose.choice(values)
-    if choose.random() < 0.4:
-        config["eps_high"] = 5.0 if config["loss_type"] == "cispo" else choose.choice([0.28, 0.5])
+        if rng.random() < chance:
+            config[key] = rng.choice(values)
+    if rng.random() < 0.4:
+        config["eps_high"] = 5.0 if config["loss_type"] == "cispo" else rng.choice([0.28, 0.5])
     if config["loss_type"] in RATIO_LOSSES:
-        if choose.random() < 0.3:
+        if rng.random() < 0.3:
             config["level"] = "sequence"
-        if choose.random() < 0.2:
+        if rng.random() < 0.2:
             config["delta_"] = 1.7
-    if choose.random() < 0.3:
+    if rng.random() < 0.3:
         gap = (old - inputs["sampling_logps"]) * mask
-        ratio = (gap if choose.random() < 0.5 else gap.sum(dim=1, keepdim=True)).exp()
+        ratio = (gap if rng.random() < 0.5 else gap.sum(dim=1, keepdim=True)).exp()
         inside = (ratio > 0.9) & (ratio < 1.1)
-        config["vllm"] = (ratio.clamp(0.9, 1.1) if choose.random() < 0.5 else ratio * inside).tolist()
+        config["vllm"] = (ratio.clamp(0.9, 1.1) if rng.random() < 0.5 else ratio * inside).tolist()
     config["n_items"] = float(mask.sum()) * config.get("spg", 1)
     meta = {"max_completion_length": width + 2, "num_items_in_batch": float(mask.sum())}
     return config, {name: values.tolist() for name, values in inputs.items()}, meta
@@ -121,11 +121,11 @@ def draw(seed):
 def main(trials):
     worst, combinations = 0.0, set()
     for seed in range(trials):
-        config, inputs, meta = draw(seed)
-        (loss, gradient), (our_loss, our_gradient) = theirs(config, inputs, meta), loss_case(config, inputs, meta)
+        config, inputs, meta = draw_case(seed)
+        (loss, gradient), (our_loss, our_gradient) = compute_trl_loss(config, inputs, meta), loss_case(config, inputs, meta)
         gap = max(abs(loss - our_loss), float((gradient - our_gradient).abs().max())) / max(1.0, abs(loss))
         if gap > 1e-8:
-            print("differs:", seed, {key: value for key, value in config.items() if key != "vllm"}, gap)
+            print(f"seed {seed} differs by {gap:.3g}:", {key: value for key, value in config.items() if key != "vllm"})
         worst = max(worst, gap)
         combinations.add((config["loss_type"], *sorted(config.keys() - {"n_items"})))
     row = {

@@ -1,11 +1,11 @@
-"""A whole training step against TRL's, in the same run: same model, LoRA, prompts, completions, precision and rewards.
+"""Compare a whole training step with TRL's in the same run: same model, LoRA, prompts, completions, precision and rewards.
 
-python benchmarks/update.py [--out FILE] [WORKLOAD ...]     on a GPU: step, large, memory, card; on a CPU: cpu
-python benchmarks/update.py one SIDE JOB.json               one side of one job, in its own process; used by the others
+    python benchmarks/update.py [--out FILE] [WORKLOAD ...]     on a GPU: step, large, memory, memory_4, card; on a CPU: cpu
+    python benchmarks/update.py one SIDE JOB.json               one side of one job in this process; the other commands start it
 
-The model is a folder with random weights of Qwen2.5-1.5B's shape (on a CPU the built-in policy). Prompts have exactly the
-length that is asked for. No completion ends early but where the job says so: then, of every token, a share of the
-vocabulary ends it. TRL is an extra of the benchmarks: trl==1.16.0.
+The model is a folder with random weights of Qwen2.5-1.5B's shape (on a CPU the built-in policy). All prompts of a job have
+the same number of tokens. Hardly any completion ends before its full length, except in the workloads cpu and card; in card
+400 tokens of the vocabulary end a completion. The comparison needs trl==1.16.0; only the benchmarks need it.
 """
 
 import argparse
@@ -32,12 +32,12 @@ VOCABULARY = 151_936
 
 
 def pseudo_reward(completions, **columns):
-    """The same number for the same text, in [0, 1), and hardly ever the same for two."""
+    """Return a number in [0, 1) that depends on the text alone; two texts hardly ever have the same."""
     return [(sum(map(ord, text)) * 2654435761 % 2**32) / 2**32 for text in completions]
 
 
-def make_model(folder: Path, ends: int = 1) -> Path:
-    """Random weights of Qwen2.5-1.5B's shape with the built-in tokenizer; `ends` tokens end a completion."""
+def make_model(folder: Path, num_ends: int = 1) -> Path:
+    """Write a model of Qwen2.5-1.5B's shape, random weights, built-in tokenizer; `num_ends` tokens end a completion."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     if not (folder / "config.json").exists():
@@ -52,17 +52,17 @@ def make_model(folder: Path, ends: int = 1) -> Path:
                 )
             )  # fmt: skip
         torch.set_default_dtype(torch.float32)
-        model.generation_config.eos_token_id = list(range(1, 1 + ends)) if ends > 1 else 1
+        model.generation_config.eos_token_id = list(range(1, 1 + num_ends)) if num_ends > 1 else 1
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(ROOT / "grpo_core" / "builtin" / "tiny").save_pretrained(folder)
     return folder
 
 
 def make_prompts(file: Path, tokenizer, length: int, count: int) -> Path:
-    """`count` different prompts of exactly `length` tokens."""
-    rows, made = [], torch.Generator().manual_seed(0)
+    """Write `count` different prompts of exactly `length` tokens."""
+    rows, generator = [], torch.Generator().manual_seed(0)
     while len(rows) < count:
-        text, digits = "", torch.randint(10, (length,), generator=made).tolist()
+        text, digits = "", torch.randint(10, (length,), generator=generator).tolist()
         for digit in digits:
             longer = f"{text} {digit}".strip()
             if len(tokenizer(longer)["input_ids"]) > length:
@@ -76,8 +76,8 @@ def make_prompts(file: Path, tokenizer, length: int, count: int) -> Path:
     return file
 
 
-def our_config(job: dict, out: Path):
-    """The job as one of our configurations, to run in `out`."""
+def make_config(job: dict, out: Path):
+    """Return the job as a grpo_core configuration that writes to `out`."""
     from grpo_core.config.files import load
 
     overrides = [
@@ -87,13 +87,13 @@ def our_config(job: dict, out: Path):
     return load(ROOT / job["config"], overrides)
 
 
-def ours(job: dict) -> dict:
-    """Our trainer on the job: seconds of every step and the numbers of its last metrics row."""
-    from grpo_core.training import setup as room
+def run_ours(job: dict) -> dict:
+    """Train the job with grpo_core; return the seconds of every step, memory, and numbers of the last metrics row."""
+    from grpo_core.training import setup
     from grpo_core.training.trainer import train
 
     out = Path(tempfile.mkdtemp())
-    run, _ = room.setup(our_config(job, out))
+    run, _ = setup.setup(make_config(job, out))
     train(run)
     run.log.close()
     rows = [json.loads(line) for line in (out / "bench" / "metrics.jsonl").read_text().splitlines()]
@@ -110,8 +110,8 @@ def ours(job: dict) -> dict:
     }  # fmt: skip
 
 
-def trl(job: dict) -> dict:
-    """TRL's trainer on the job."""
+def run_trl(job: dict) -> dict:
+    """Train the job with TRL; return the seconds of every step, memory, and the differences of loss and gradient."""
     os.environ.setdefault("WANDB_DISABLED", "true")
     from datasets import Dataset
     from peft import LoraConfig
@@ -150,25 +150,24 @@ def trl(job: dict) -> dict:
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]), callbacks=[Clock()],
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=shape["targets"], task_type="CAUSAL_LM"),
     )  # fmt: skip
-    last, their_loss = {}, trainer._compute_loss
-    trainer._compute_loss = lambda model, inputs: last.update(inputs) or their_loss(model, inputs)
+    last_inputs, compute_loss = {}, trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: last_inputs.update(inputs) or compute_loss(model, inputs)
     if GPU:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
     memory = (torch.cuda.max_memory_reserved() / 1e9, torch.cuda.max_memory_allocated() / 1e9) if GPU else (0.0, 0.0)
     model = trainer.accelerator.unwrap_model(trainer.model)
     with trainer.compute_loss_context_manager():
-        agree = agreement(model, their_loss(trainer.model, last), last, trainer.current_gradient_accumulation_steps, job)
+        differences = compare_losses(model, compute_loss(trainer.model, last_inputs), last_inputs, trainer.current_gradient_accumulation_steps, job)
     return {
-        "seconds": seconds, "tokens": tokens, **agree, "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "seconds": seconds, "tokens": tokens, **differences, "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "dtype": str(next(p for p in model.parameters() if not p.requires_grad).dtype),
         "reserved": memory[0], "allocated": memory[1],
     }  # fmt: skip
 
 
-def agreement(model, theirs, inputs, accumulated, job) -> dict:
-    """Our loss of the batch that TRL trained on last, with the weights that it has now, beside its own `theirs`."""
-
+def compare_losses(model, trl_loss, inputs, num_micro_batches, job) -> dict:
+    """Return the differences of loss and gradient between `trl_loss` and grpo_core, on TRL's last batch and weights."""
     from grpo_core.batch import Rollouts, TrainBatch
     from grpo_core.model.policy import Policy
     from grpo_core.monitor.aggregates import Stats
@@ -178,8 +177,8 @@ def agreement(model, theirs, inputs, accumulated, job) -> dict:
     from grpo_core.training.update import micro_loss
 
     weights = [p for p in model.parameters() if p.requires_grad]
-    their_gradient = torch.cat([g.flatten().double() for g in torch.autograd.grad(theirs, weights)])
-    config = our_config(job, Path("unused"))
+    trl_gradient = torch.cat([g.flatten().double() for g in torch.autograd.grad(trl_loss, weights)])
+    config = make_config(job, Path("unused"))
     mask = inputs["completion_mask"].bool()
     sampled = inputs.get("sampling_per_token_logps")
     sampled = torch.zeros(mask.shape, device=mask.device) if sampled is None else sampled
@@ -187,36 +186,37 @@ def agreement(model, theirs, inputs, accumulated, job) -> dict:
         inputs["prompt_ids"], inputs["prompt_mask"].bool(), inputs["completion_ids"], mask, sampled, mask[:, -1]
     )
     micro = TrainBatch(rollouts, inputs["advantages"][:, None], mask, None, inputs.get("old_per_token_logps"), inputs["ref_per_token_logps"])
-    tokens, rows = mask.sum() * accumulated, torch.tensor(len(mask) * accumulated, device=mask.device)
-    totals = Totals(tokens, rows, config.sampling.max_new_tokens, tokens, accumulated)
+    tokens, rows = mask.sum() * num_micro_batches, torch.tensor(len(mask) * num_micro_batches, device=mask.device)
+    totals = Totals(tokens, rows, config.sampling.max_new_tokens, tokens, num_micro_batches)
     loss = micro_loss(build_objective(config), micro, Policy(model.eval()).forward(rollouts), totals, first_control(config.loss), Stats())
     gradient = torch.cat([g.flatten().double() for g in torch.autograd.grad(loss, weights)])
     return {
-        "loss_difference": abs(float(loss) - float(theirs)),
-        "gradient_difference": float((gradient - their_gradient).norm() / their_gradient.norm()),
+        "loss_difference": abs(float(loss) - float(trl_loss)),
+        "gradient_difference": float((gradient - trl_gradient).norm() / trl_gradient.norm()),
     }
 
 
-def one(side: str, job: dict, limit: float = 540) -> dict:
-    """A side of a job in a process of its own."""
+def run_side(side: str, job: dict, limit: float = 540) -> dict:
+    """Run one side of a job in a process of its own, for at most `limit` seconds, and return its result."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "job.json"
         file.write_text(json.dumps(job, default=str))
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, __file__, "one", side, str(file)], capture_output=True, text=True, timeout=limit
         )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
-    print(done.stderr[-900:] if side == "ours" else "", done.stdout[-1500:], file=sys.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    if process.returncode:
+        raise RuntimeError(process.stderr[-3000:])
+    print(process.stderr[-900:] if side == "ours" else "", process.stdout[-1500:], file=sys.stderr)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
-def later(values: list[float]) -> float:
-    """The median without the first, which builds graphs and plans."""
+def median_after_first(values: list[float]) -> float:
+    """Return the median without the first value, because the first step builds graphs and plans."""
     return statistics.median(values[1:] or values)
 
 
 def gpu_job(folder: Path, *, completions=32, width=256, prompt=128, overrides=(), steps=6, trl_steps=3) -> dict:
+    """Write model and prompts to `folder` and return a job for a GPU."""
     from transformers import AutoTokenizer
 
     model = make_model(folder / "model")
@@ -241,32 +241,33 @@ def step_32(folder):
 
 def large(folder):
     job = gpu_job(folder, completions=256, width=512, steps=4)
-    return compare("update/step_256", "256 completions of 512 tokens, prompt 128", job, "<= 8 s", lambda a, b: a <= 8, peer=False)
+    return compare("update/step_256", "256 completions of 512 tokens, prompt 128", job, "<= 8 s", lambda a, b: a <= 8, with_peer=False)
 
 
 def memory(folder, tokens="auto", name="update/memory"):
-    """In 5.0 GB: the process is not given more."""
+    """Measure 32 completions in a process that may allocate 5.0 GB."""
     overrides = [f"trainer.tokens_per_micro_batch={tokens}", "model.gradient_checkpointing=true"]
     job = gpu_job(folder, overrides=overrides) | {"cap_gb": 5.0}
     return compare(name, f"32 completions of 256 tokens in 5.0 GB, {tokens} tokens a micro-batch, checkpointing", job,
-                   "<= 5.0 GB reserved, <= 2.5 s", lambda a, b: a <= 2.5, peer=False)  # fmt: skip
+                   "<= 5.0 GB reserved, <= 2.5 s", lambda a, b: a <= 2.5, with_peer=False)  # fmt: skip
 
 
 def memory_4(folder):
-    """Micro-batches of 4 completions, as TRL's on its side."""
+    """Measure the workload memory with micro-batches of 4 completions, as TRL has in the workload step."""
     return memory(folder, 1536, "update/memory_4")
 
 
 def card(folder):
-    """The recipe's config as shipped on a card of 8 GB: 7.5 GB, completions of up to 1,024 tokens, all lengths."""
+    """Run the recipe's configuration as shipped in 7.5 GB of a card with 8 GB: completions of all lengths up to 1,024 tokens."""
     job = gpu_job(folder)
-    job |= {"model": make_model(folder / "ends", ends=400), "cap_gb": 7.5}
+    job |= {"model": make_model(folder / "ends", num_ends=400), "cap_gb": 7.5}
     job["overrides"] = ["trainer.num_steps=20", "sampling.max_new_tokens=1024", "evaluation.num_tasks=0"]
     return compare("update/card", "recipe as shipped, process capped at 7.5 GB, up to 1,024 tokens", job,
-                   "20 steps, never out of memory", lambda a, b: True, peer=False)  # fmt: skip
+                   "20 steps, never out of memory", lambda a, b: True, with_peer=False)  # fmt: skip
 
 
 def cpu_job(folder, steps=20):
+    """Write the data to `folder` and return a job for a CPU."""
     from transformers import AutoTokenizer
 
     from grpo_core.data.word_problems import make_word_problems
@@ -289,28 +290,31 @@ def cpu(folder):
                    lambda a, b: b / a >= 3)  # fmt: skip
 
 
-def same_job(ours, theirs):
-    """Refuse to compare two sides that differ in what they train, in precision, tokens, loss or gradient."""
-    assert ours["trainable"] == theirs["trainable"] and ours["dtype"] == theirs["dtype"], (ours, theirs)
-    assert 0.9 < statistics.mean(ours["tokens"]) / statistics.mean(theirs["tokens"]) < 1.1, (ours["tokens"], theirs["tokens"])
-    assert theirs["loss_difference"] < 1e-3 and theirs["gradient_difference"] < (0.1 if GPU else 1e-3), theirs
+def check_same_job(ours, peer):
+    """Raise AssertionError if the sides differ in the number of trained weights, precision, tokens, loss or gradient."""
+    assert ours["trainable"] == peer["trainable"] and ours["dtype"] == peer["dtype"], (ours, peer)
+    assert 0.9 < statistics.mean(ours["tokens"]) / statistics.mean(peer["tokens"]) < 1.1, (ours["tokens"], peer["tokens"])
+    assert peer["loss_difference"] < 1e-3 and peer["gradient_difference"] < (0.1 if GPU else 1e-3), peer
 
 
-def compare(bench, workload, job, reach, met, peer=True) -> dict:
-    ours_, theirs = one("ours", job), one("trl", job) if peer else None
-    a, b = later(ours_["seconds"]), later(theirs["seconds"]) if theirs else None
-    if theirs:
-        same_job(ours_, theirs)
-    keep = ("tokens", "reserved", "allocated", "phases", "mfu", "longest", "tokens_updated", "loss_difference", "gradient_difference")
+def compare(bench, workload, job, reach, met, with_peer=True) -> dict:
+    """Run the job's sides and return a row; `met` is a function of the seconds of grpo_core and of TRL."""
+    ours, peer = run_side("ours", job), run_side("trl", job) if with_peer else None
+    a, b = median_after_first(ours["seconds"]), median_after_first(peer["seconds"]) if peer else None
+    if peer:
+        check_same_job(ours, peer)
+    keys = ("tokens", "reserved", "allocated", "phases", "mfu", "longest", "tokens_updated", "loss_difference", "gradient_difference")
     return {
-        "bench": bench, "workload": workload, "ours": {"seconds": round(a, 3), **{k: ours_[k] for k in keep if k in ours_}},
-        "peer": {"name": "trl", "seconds": round(b, 3), **{k: theirs[k] for k in keep if k in theirs}} if theirs else None,
+        "bench": bench, "workload": workload, "ours": {"seconds": round(a, 3), **{k: ours[k] for k in keys if k in ours}},
+        "peer": {"name": "trl", "seconds": round(b, 3), **{k: peer[k] for k in keys if k in peer}} if peer else None,
         "ratio": round(b / a, 2) if b else None, "reach": reach, "met": bool(met(a, b)),
     }  # fmt: skip
 
 
 def stamp() -> dict:
-    def found(name):
+    """Return hardware, versions and date, which every row has."""
+
+    def get_version(name):
         try:
             return version(name)
         except PackageNotFoundError:
@@ -318,32 +322,32 @@ def stamp() -> dict:
 
     names = ("torch", "transformers", "peft", "deepspeed", "trl")
     hardware = torch.cuda.get_device_name() if GPU else f"{platform.machine()}, {os.cpu_count()} cores"
-    return {"hardware": hardware, "versions": {n: found(n) for n in names}, "date": datetime.date.today().isoformat()}
+    return {"hardware": hardware, "versions": {n: get_version(n) for n in names}, "date": datetime.date.today().isoformat()}
 
 
 def record(file: Path, row: dict) -> None:
-    """Put the row in the place of the last one of its name on this hardware."""
-    old = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    kept = [one for one in old if (one["bench"], one["hardware"]) != (row["bench"], row["hardware"])]
-    file.write_text("".join(json.dumps(one) + "\n" for one in [*kept, row]))
+    """Write a row to the file; it replaces the row with the same name and hardware."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    others = [other for other in rows if (other["bench"], other["hardware"]) != (row["bench"], row["hardware"])]
+    file.write_text("".join(json.dumps(each_row) + "\n" for each_row in [*others, row]))
 
 
 WORKLOADS = {"step": step_32, "large": large, "memory": memory, "memory_4": memory_4, "card": card} if GPU else {"cpu": cpu}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["one"]:
-        given = json.loads(Path(sys.argv[3]).read_text())
-        if "cap_gb" in given:
-            torch.cuda.set_per_process_memory_fraction(given["cap_gb"] * 1e9 / torch.cuda.get_device_properties(0).total_memory)
-        print(json.dumps({"ours": ours, "trl": trl}[sys.argv[2]](given)))
+        job = json.loads(Path(sys.argv[3]).read_text())
+        if "cap_gb" in job:
+            torch.cuda.set_per_process_memory_fraction(job["cap_gb"] * 1e9 / torch.cuda.get_device_properties(0).total_memory)
+        print(json.dumps({"ours": run_ours, "trl": run_trl}[sys.argv[2]](job)))
         sys.stdout.flush()
-        os._exit(0)  # process groups and graphs need no farewell
+        os._exit(0)  # at a normal exit, process groups and engines may wait for each other
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("workloads", nargs="*", choices=[*WORKLOADS, []])
-    chosen = parser.parse_args()
-    for name in chosen.workloads or WORKLOADS:
+    options = parser.parse_args()
+    for name in options.workloads or WORKLOADS:
         with tempfile.TemporaryDirectory() as folder:
-            made = WORKLOADS[name](Path(os.environ.get("BENCH_FOLDER", folder))) | stamp()
-        print(json.dumps(made), flush=True)
-        record(chosen.out, made)
+            row = WORKLOADS[name](Path(os.environ.get("BENCH_FOLDER", folder))) | stamp()
+        print(json.dumps(row), flush=True)
+        record(options.out, row)

@@ -1,8 +1,11 @@
-"""Where an update's time goes on a GPU: python benchmarks/update_parts.py [LABEL]
+"""Measure the parts of an update on a GPU.
 
-One micro-batch of 32 completions (prompt 128, 256 new, G 8) at Qwen2.5-1.5B's shape, and one of 4: forward, backward,
-what the engine adds to it, its step; kernels launched, and what makes the host wait, by torch.profiler. Results are
-added to results/update_parts.json under LABEL.
+    python benchmarks/update_parts.py [LABEL]
+
+The update is one micro-batch of 32 completions (prompts of 128 tokens, 256 new tokens, groups of 8) on a model of
+Qwen2.5-1.5B's shape, and one of 4 completions. Measured are forward, backward, backward with the engine, and the engine's
+step; torch.profiler counts the kernels and the calls that make the host wait. The rows are added to
+results/update_parts.json with the label.
 """
 
 import json
@@ -20,48 +23,49 @@ from update import gpu_job, stamp
 from grpo_core.batch import TrainBatch, take
 from grpo_core.config.files import load
 from grpo_core.monitor.aggregates import Stats
-from grpo_core.training import setup as room
+from grpo_core.training import setup
 from grpo_core.training.update import count_over_ranks, forward_with_gradient, micro_loss
 
 
-def timed(function, times=5):
-    best = []
+def measure(function, times=5):
+    """Return the result and the median milliseconds: `ms` until the GPU has finished, `host_ms` until the call returns."""
+    durations = []
     for _ in range(times):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        out = function()
+        result = function()
         issued = time.perf_counter() - start
         torch.cuda.synchronize()
-        best.append((time.perf_counter() - start, issued))
-    seconds, issued = sorted(best)[len(best) // 2]
-    return out, {"ms": round(1e3 * seconds, 1), "host_ms": round(1e3 * issued, 1)}
+        durations.append((time.perf_counter() - start, issued))
+    seconds, issued = sorted(durations)[len(durations) // 2]
+    return result, {"ms": round(1e3 * seconds, 1), "host_ms": round(1e3 * issued, 1)}
 
 
-def parts(run, batch, stats):
-    """Seconds of each part over one micro-batch."""
+def measure_parts(run, batch, stats):
+    """Return the times of the parts for one micro-batch, and what the profiler counts."""
     control, policy = run.control, run.policy
     [packing] = policy.plan(batch.rollouts)
     totals = count_over_ranks(run.objective, batch, 1)
     result = {"tokens": packing.tokens}
     with policy.training():
-        tokens, result["forward"] = timed(lambda: forward_with_gradient(policy, run.objective, batch.rollouts, packing, control))
-        _, result["loss"] = timed(lambda: micro_loss(run.objective, batch, tokens, totals, control, stats))
+        tokens, result["forward"] = measure(lambda: forward_with_gradient(policy, run.objective, batch.rollouts, packing, control))
+        _, result["loss"] = measure(lambda: micro_loss(run.objective, batch, tokens, totals, control, stats))
 
-        def gradient():
-            out = forward_with_gradient(policy, run.objective, batch.rollouts, packing, control)
-            return torch.autograd.grad(micro_loss(run.objective, batch, out, totals, control, stats), policy.parameters())
+        def compute_gradient():
+            tokens = forward_with_gradient(policy, run.objective, batch.rollouts, packing, control)
+            return torch.autograd.grad(micro_loss(run.objective, batch, tokens, totals, control, stats), policy.parameters())
 
-        _, result["forward and backward"] = timed(gradient)
+        _, result["forward and backward"] = measure(compute_gradient)
 
-        def whole():
-            out = forward_with_gradient(policy, run.objective, batch.rollouts, packing, control)
-            run.engine.backward(micro_loss(run.objective, batch, out, totals, control, stats))
+        def run_engine_backward():
+            tokens = forward_with_gradient(policy, run.objective, batch.rollouts, packing, control)
+            run.engine.backward(micro_loss(run.objective, batch, tokens, totals, control, stats))
 
-        _, result["with the engine"] = timed(whole)
-        _, result["plan"] = timed(lambda: [*policy.plan(batch.rollouts)])
-        _, result["engine step"] = timed(run.engine.step, 1)
+        _, result["with the engine"] = measure(run_engine_backward)
+        _, result["plan"] = measure(lambda: [*policy.plan(batch.rollouts)])
+        _, result["engine step"] = measure(run.engine.step, 1)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
-            whole()
+            run_engine_backward()
             torch.cuda.synchronize()
         run.engine.step()
     events = profile.key_averages()
@@ -81,13 +85,14 @@ def parts(run, batch, stats):
 
 
 def main(label):
+    """Set up a run, sample a batch, and measure 32 and 4 of its completions."""
     with tempfile.TemporaryDirectory() as folder:
         import os
 
         job = gpu_job(Path(os.environ.get("BENCH_FOLDER", folder)))
         overrides = [f"output_dir={folder}", f"model.path={job['model']}", f"data.path={job['data']}", "data.template='{question}'",
                      "data.eval_split=null", "evaluation.num_tasks=0", *job["overrides"]]  # fmt: skip
-        run, _ = room.setup(load(ROOT / job["config"], overrides))
+        run, _ = setup.setup(load(ROOT / job["config"], overrides))
         rollouts = run.sampler.generate(run.tasks.batch(0), 8)
         rollouts = type(rollouts)(**{**rollouts.__dict__, "completions": ()})
         advantages = torch.randn(32, 1, device=rollouts.completion_ids.device)
@@ -95,12 +100,12 @@ def main(label):
             ref = run.policy.logprobs(rollouts)
         batch = TrainBatch(rollouts, advantages, rollouts.completion_mask, ref_logprobs=ref)
         for rows in (32, 4):
-            row = {"bench": "update_parts", "label": label, "rows": rows, **parts(run, take(batch, torch.arange(rows)), Stats())}
+            row = {"bench": "update_parts", "label": label, "rows": rows, **measure_parts(run, take(batch, torch.arange(rows)), Stats())}
             row |= stamp()
             print(json.dumps(row), flush=True)
             file = ROOT / "benchmarks" / "results" / "update_parts.json"
-            with open(os.environ.get("BENCH_OUT", file), "a") as out:
-                out.write(json.dumps(row) + "\n")
+            with open(os.environ.get("BENCH_OUT", file), "a") as output:
+                output.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

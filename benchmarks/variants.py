@@ -1,10 +1,10 @@
-"""Five objectives on configs/experiments/variants.yaml and a control, three seeds each, one after the other.
+"""Train five objectives and a control on configs/experiments/variants.yaml, three seeds each, one after the other.
 
     python benchmarks/variants.py [NAME ...] [--seeds 1,2,3] [section.key=value ...]
 
 The control, `one_step`, is grpo with one optimizer step on each step's completions instead of four.
-Of one seed the prompts, their order, the sampler's noise and LoRA's first weights are the same under every objective.
-CUDA_VISIBLE_DEVICES divides the work over GPUs.
+Runs with the same seed have the same prompts, order of prompts, sampling noise and initial LoRA weights under every
+objective. To use several GPUs, start one command per GPU with CUDA_VISIBLE_DEVICES and other names.
 """
 
 import argparse
@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 from grpo_core import load_config, train
 
 CONFIG = ROOT / "configs" / "experiments" / "variants.yaml"
-OURS = ["loss.kl_coef=0", "truncation={name: zero_reward}"]  # of the task, whatever the preset says
+TASK_OVERRIDES = ["loss.kl_coef=0", "truncation={name: zero_reward}"]  # the same for every preset
 VARIANTS = {
     "grpo": ["preset=grpo_paper"],
     "dr_grpo": ["preset=dr_grpo"],
@@ -26,18 +26,19 @@ VARIANTS = {
     "one_step": ["preset=grpo_paper", "trainer.num_minibatches=1"],
 }
 
-def words(name, seed):
-    """What a run of the objective changes in CONFIG."""
-    return [*VARIANTS[name], *OURS, f"seed={seed}", f"name=variant_{name}_{seed}"]
+
+def make_overrides(name, seed):
+    """Return the overrides of CONFIG for a run of the objective."""
+    return [*VARIANTS[name], *TASK_OVERRIDES, f"seed={seed}", f"name=variant_{name}_{seed}"]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("words", nargs="*")
     parser.add_argument("--seeds", default="1,2,3")
-    given = parser.parse_intermixed_args()
-    names = [word for word in given.words if "=" not in word] or [*VARIANTS]
-    overrides = [word for word in given.words if "=" in word]
+    options = parser.parse_intermixed_args()
+    names = [word for word in options.words if "=" not in word] or [*VARIANTS]
+    overrides = [word for word in options.words if "=" in word]
     for name in names:
-        for seed in given.seeds.split(","):
-            train(load_config(CONFIG, [*words(name, seed), *overrides]))
+        for seed in options.seeds.split(","):
+            train(load_config(CONFIG, [*make_overrides(name, seed), *overrides]))

@@ -94,11 +94,11 @@ def row(policy, task, sample, correct, text="mine"):
     ("<<3/0=3>>", True), ("<<3**4=81>>", True), ("<<3 4=7>>", True),
 ])  # fmt: skip
 def test_calculations_that_are_wrong(text, slipped):
-    assert results.slips(text) is slipped
+    assert results.has_slip(text) is slipped
 
 
 def test_calculations_by_what_they_do():
-    told = results.operations(["<<1+1=2>><<1+1=3>><<1+2+3=6>>", "<<6/3=2>><<2*3+1=8>>", "nothing"])
+    told = results.count_operations(["<<1+1=2>><<1+1=3>><<1+2+3=6>>", "<<6/3=2>><<2*3+1=8>>", "nothing"])
     assert told == {"2 numbers, +": [1, 2], "3 numbers, +": [0, 1], "2 numbers, /": [0, 1], "others": [1, 1]}
 
 
@@ -214,7 +214,7 @@ def test_seconds_of_training_leave_out_evaluations_and_what_came_before_the_firs
         {"step": 2, "seconds": 9.0, "seconds/sample": 1.0, "seconds/update": 2.0, "seconds/evaluate": 5.0, "seconds/checkpoint": 1.0},
     ]  # fmt: skip
     (data / "mine" / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    assert results.trained_seconds("mine") == [0.0, 3.0, 7.5, 10.5]
+    assert results.sum_trained_seconds("mine") == [0.0, 3.0, 7.5, 10.5]
 
 
 def test_the_test_sets_table(data):
@@ -241,10 +241,10 @@ def test_the_test_sets_table(data):
 
 def test_seconds_to_an_accuracy():
     rows = [(0, 0.1), (10, 0.3), (20, 0.2), (30, 0.5)]
-    assert results.seconds_to(rows, 0.2) == pytest.approx(5) and results.seconds_to(rows, 0.4) == pytest.approx(
+    assert results.find_seconds_to(rows, 0.2) == pytest.approx(5) and results.find_seconds_to(rows, 0.4) == pytest.approx(
         26.667, abs=1e-3
     )
-    assert results.seconds_to(rows, 0.1) == 0 and results.seconds_to(rows, 0.6) is None
+    assert results.find_seconds_to(rows, 0.1) == 0 and results.find_seconds_to(rows, 0.6) is None
 
 
 def beside(folder, ours, theirs, a_step):
@@ -295,7 +295,7 @@ def test_the_table_of_peers(tmp_path):
     """The newest row of a workload and card counts, and a row that misses its reach says so."""
     for ours, most in ((0.9, 1.0), (0.5, 1.0), (0.9, 0.5)):
         name = "decode" if most == 1 else "step"
-        peers.record(tmp_path / "rows.json", peers.row_of(name, f"a {name}", ours, 1.25, "vLLM", most, "NVIDIA H200"))
+        peers.record(tmp_path / "rows.json", peers.make_row(name, f"a {name}", ours, 1.25, "vLLM", most, "NVIDIA H200"))
     rows = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
     assert [(row["reach"], row["met"]) for row in rows] == [("at most 1", True), ("at most 0.5", False)]
     assert peers.table(tmp_path / "rows.json").splitlines()[2:] == [
@@ -331,17 +331,17 @@ PAGE = ROOT / "docs" / "results" / "README.md"
 def test_the_published_tables_are_those_of_the_data():
     for page in results.PAGES:
         text = page.read_text(encoding="utf-8")
-        assert "<!-- table:" in text and results.filled_in(text) == text, page
+        assert "<!-- table:" in text and results.fill_in(text) == text, page
 
 
 def test_every_command_on_the_page_is_one_of_the_experiments():
-    ours = [command for chain in (experiments.CHAINS | experiments.ON_TWO).values() for command in chain]
+    ours = [command for chain in (experiments.CHAINS | experiments.TWO_GPU_CHAINS).values() for command in chain]
     shown = [line for language, text in blocks(PAGE.read_text()) if language == "bash" for line in text.splitlines()]
     assert shown and not set(shown) - set(ours)
 
 
 def test_every_experiments_configuration_loads():
-    for command in (command for chain in (experiments.CHAINS | experiments.ON_TWO).values() for command in chain):
+    for command in (command for chain in (experiments.CHAINS | experiments.TWO_GPU_CHAINS).values() for command in chain):
         if match := re.search(r"--config (\S+)((?: [a-z_.]+=\S+)*)", command):
             load(ROOT / match[1], match[2].split())
 
@@ -380,7 +380,7 @@ def test_the_commands_are_those_of_the_kept_runs(command):
 
 @pytest.mark.parametrize("name", results.VARIANTS)
 def test_the_objectives_are_those_of_the_kept_runs(name):
-    assert [differing(load(variants.CONFIG, variants.words(name, seed))) for seed in results.SEEDS] == [set()] * 3
+    assert [differing(load(variants.CONFIG, variants.make_overrides(name, seed))) for seed in results.SEEDS] == [set()] * 3
 
 
 def test_the_published_data_are_small():
@@ -391,7 +391,7 @@ def test_the_published_data_are_small():
 def test_experiments_go_on_where_they_were(tmp_path, monkeypatch):
     """What ended well is left out, what was begun goes on, and nothing follows a command that failed."""
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
-    monkeypatch.setattr(experiments, "AGAIN", {"test -e": "-o 1"})
+    monkeypatch.setattr(experiments, "RESTART_WORDS", {"test -e": "-o 1"})
     chain = ["echo one >> told", "test -e later", "echo three >> told"]
     for seen in ("one\n", "one\nthree\n", "one\nthree\n"):
         experiments.run("mine", chain, "", time.time() + 60, tmp_path)

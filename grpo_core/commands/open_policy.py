@@ -81,21 +81,21 @@ def open_source(
         raise ConfigError(f"there is no folder {source}, and it cannot be loaded as a hub model: {error}") from error
 
 
-def _load(found: _Source, source: str, notify: Callable[[str], None]) -> OpenedPolicy:
-    config = found.config
+def _load(files: _Source, source: str, notify: Callable[[str], None]) -> OpenedPolicy:
+    config = files.config
     dtype = resolve_dtype(config.model.precision)
-    lora = config.lora if found.checkpoint is not None else LoraConfig(r=0)
+    lora = config.lora if files.checkpoint is not None else LoraConfig(r=0)
     with show_elapsed("loading the model"):
-        tokenizer = load_tokenizer(str(found.tokenizer), config.model.trust_remote_code)
+        tokenizer = load_tokenizer(str(files.tokenizer), config.model.trust_remote_code)
         policy = load_policy(
-            config.model, lora, dtype=dtype, temperature=config.sampling.temperature, adapter=found.adapter
+            config.model, lora, dtype=dtype, temperature=config.sampling.temperature, adapter=files.adapter
         )
-        if found.checkpoint is not None:
-            _load_checkpoint(policy, found.checkpoint)
+        if files.checkpoint is not None:
+            _load_checkpoint(policy, files.checkpoint)
         policy.model.to(ranks.device())
     policy.model.requires_grad_(False)
     sampler = make_sampler(config.sampling, policy, tokenizer, notify)
-    return OpenedPolicy(source, found.folder, config, found.weights, policy, tokenizer, sampler)
+    return OpenedPolicy(source, files.folder, config, files.weights, policy, tokenizer, sampler)
 
 
 def _find_source(source: str, overrides: list[str], config_file: Path | None, notify: Callable[[str], None]) -> _Source:

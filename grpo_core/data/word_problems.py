@@ -83,10 +83,10 @@ def _shares(rng: random.Random) -> Problem:
 
 
 def _ages(rng: random.Random) -> Problem:
-    (one, two, three), a, b, k = rng.sample(NAMES, 3), rng.randint(5, 20), rng.randint(3, 12), rng.randint(2, 3)
+    (first, second, third), a, b, k = rng.sample(NAMES, 3), rng.randint(5, 20), rng.randint(3, 12), rng.randint(2, 3)
     return (
-        f"{one} is {a} years old. {two} is {b} years older. {three} is {k} times as old as {two}. "
-        f"How old are {one} and {three} together?",
+        f"{first} is {a} years old. {second} is {b} years older. {third} is {k} times as old as {second}. "
+        f"How old are {first} and {third} together?",
         [(a, "+", b), (a + b, "*", k), (k * (a + b), "+", a)],
     )
 
