@@ -24,9 +24,9 @@ from grpo_core.data.stream import TaskStream
 from grpo_core.data.word_problems import make_word_problems
 from grpo_core.model.loading import load_tokenizer
 from grpo_core.model.policy import Policy, load_policy
+from grpo_core.model.quieten import quieten
 from grpo_core.objective.token_weights import Totals, token_weights
 from grpo_core.sampling.sampler import Sampler
-from grpo_core.model.quieten import quieten
 
 MODEL = "builtin:tiny"  # a Qwen2 of 1 million weights that comes with the package
 NUM_STEPS = 30
