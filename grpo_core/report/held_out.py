@@ -26,14 +26,14 @@ def collect_answers(run: RunFolder) -> list[dict[str, Any]]:
     before, *after = (by_step[step] for step in steps)
     answers = []
     for task, row in list(before.items())[:MAX_ANSWERS]:
-        both = [row, *(rows[task] for rows in after if task in rows)]
+        pair = [row, *(rows[task] for rows in after if task in rows)]
         answers.append(
             {
                 "task": task,
                 "prompt": _shorten(row.get("prompt")),
-                "steps": steps[: len(both)],
-                "texts": [_shorten(one.get("text")) for one in both],
-                "correct": [one.get("correct") is True for one in both],
+                "steps": steps[: len(pair)],
+                "texts": [_shorten(answer.get("text")) for answer in pair],
+                "correct": [answer.get("correct") is True for answer in pair],
             }
         )
     return answers
