@@ -1,12 +1,14 @@
 """Measure the parts of one token step on a GPU as CUDA graph replays: Qwen2.5-1.5B's shapes, bf16, random data.
 
     python benchmarks/decode_parts.py
+    python benchmarks/decode_parts.py --check     every part once, with small shapes on any machine; records nothing
 
 Each row has the time of a part and its lower bound, `floor`: the bytes that the part must read, divided by the bandwidth
 that reading the lm_head reached. The sum over the parts shows what a whole step can reach.
 """
 
 import json
+import sys
 from datetime import date
 from itertools import cycle
 from pathlib import Path
@@ -18,6 +20,7 @@ HIDDEN, INTER, HEADS, KV_HEADS, DIM, VOCAB, RANK = 1536, 8960, 12, 2, 128, 151_9
 BANDWIDTH = 3.9e6  # bytes per microsecond: the largest measured, by reading the lm_head
 RESULTS = Path(__file__).parent / "results" / "decode_parts.json"
 ROWS = []  # of RESULTS
+ROW_COUNTS, LENGTHS, DEVICE = (32, 256), (256, 640), "cuda"
 
 
 def measure(function, calls=20, times=30):
@@ -46,13 +49,13 @@ def measure(function, calls=20, times=30):
 def report(part, rows, function, floor_bytes=0, calls=20):
     """Measure a part, print its row and add the row to ROWS. `floor_bytes` are the bytes that the part must read."""
     row = {"bench": "decode_parts", "workload": part, "rows": rows, "ours": round(measure(function, calls), 2), "unit": "us"}
-    row |= {"floor": round(floor_bytes / BANDWIDTH, 2), "hardware": torch.cuda.get_device_name(), "versions": {"torch": torch.__version__}}
+    row |= {"floor": round(floor_bytes / BANDWIDTH, 2), "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "versions": {"torch": torch.__version__}}
     ROWS.append(row | {"date": str(date.today())})
     print(json.dumps({key: row[key] for key in ("workload", "rows", "ours", "floor")}), flush=True)
 
 
 def random(*shape):
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
 
 
 def measure_linears(rows):
@@ -85,7 +88,7 @@ def measure_elementwise(rows):
 def measure_attention(rows, length):
     keys, values, queries = random(rows, KV_HEADS, length, DIM), random(rows, KV_HEADS, length, DIM), random(rows, HEADS, 1, DIM)
     grouped = queries.view(rows, KV_HEADS, HEADS // KV_HEADS, DIM)
-    mask = torch.zeros(rows, 1, 1, length, device="cuda", dtype=torch.bfloat16).expand(-1, KV_HEADS, HEADS // KV_HEADS, -1)
+    mask = torch.zeros(rows, 1, 1, length, device=DEVICE, dtype=torch.bfloat16).expand(-1, KV_HEADS, HEADS // KV_HEADS, -1)
     sdpa, read_bytes = F.scaled_dot_product_attention, 4 * keys.numel()
     report(f"attention over {length}, group as queries, no mask", rows, lambda: sdpa(grouped, keys, values), read_bytes)
     report(f"attention over {length}, group as queries, mask", rows, lambda: sdpa(grouped, keys, values, attn_mask=mask), read_bytes)
@@ -98,7 +101,7 @@ def measure_draw(rows):
     def draw():
         logprobs = logits.float().log_softmax(-1)
         sums = logprobs.exp().cumsum(-1)
-        token = torch.searchsorted(sums, torch.rand(rows, 1, device="cuda") * sums[:, -1:]).clamp(max=VOCAB - 1)
+        token = torch.searchsorted(sums, torch.rand(rows, 1, device=DEVICE) * sums[:, -1:]).clamp(max=VOCAB - 1)
         return token, logprobs.gather(-1, token)
 
     report("draw: log_softmax, exp, cumsum, search", rows, draw, 2 * logits.numel(), calls=4)
@@ -106,16 +109,26 @@ def measure_draw(rows):
 
 
 def main():
-    for rows in (32, 256):
+    for rows in ROW_COUNTS:
         measure_linears(rows)
         measure_elementwise(rows)
-        for length in (256, 640):
+        for length in LENGTHS:
             measure_attention(rows, length)
         measure_draw(rows)
-    values = torch.zeros(32, device="cuda")
+    values = torch.zeros(32, device=DEVICE)
     report("the smallest kernel", 32, lambda: values.add_(1), calls=600)
-    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+def call_once(function, calls=1):
+    """Stand in for `measure` in a check: call the part, and return no time."""
+    function()
+    return 0.0
 
 
 if __name__ == "__main__":
+    if "--check" in sys.argv[1:]:
+        HIDDEN, INTER, HEADS, KV_HEADS, DIM, VOCAB, RANK = 16, 32, 4, 2, 4, 64, 2
+        ROW_COUNTS, LENGTHS, DEVICE, measure = (2,), (8,), "cpu", call_once
     main()
+    if "--check" not in sys.argv[1:]:
+        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in ROWS))

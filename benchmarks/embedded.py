@@ -1,6 +1,7 @@
 """Compare the embedded job with its aims: accuracy before and after training, seconds, seconds to the first step.
 
     python benchmarks/embedded.py [PROCESSES] [section.key=value ...]
+    python benchmarks/embedded.py --check         one short step in one process; its figures mean nothing
 
 Runs `bash launch.sh` in an environment that already has the dependencies, and prints one JSON line per figure with the
 keys of the files in benchmarks/results: bench, workload, ours, peer, ratio, reach (the aim), met, hardware, versions, date.
@@ -18,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+SHORT = ["trainer.num_steps=1", "trainer.completions_per_step=8", "evaluation.num_tasks=4", "sampling.max_new_tokens=8"]
 
 
 def main(processes: str, overrides: list[str]) -> None:
@@ -61,6 +63,6 @@ def report(workload: str, ours, reach: str, met: bool, detail: dict | None = Non
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
+    arguments = ["1", *SHORT] if "--check" in sys.argv[1:] else sys.argv[1:]
     processes = arguments.pop(0) if arguments and arguments[0].isdigit() else "2"
     main(processes, arguments)

@@ -1,6 +1,7 @@
 """Measure an update with two layouts and three sizes of its micro-batches, on one GPU.
 
     python benchmarks/layouts.py [--out FILE] [section.key=value ...]         all six cases, each in its own process
+    python benchmarks/layouts.py --check                                      one short case with the built-in model
     python benchmarks/layouts.py one LAYOUT TOKENS [section.key=value ...]    one case in this process
 
 The job is that of docs/results, part 5, and needs smollm2/. Two texts hardly ever have the same reward, so no group is
@@ -21,6 +22,11 @@ CASES = [(layout, tokens) for layout in ("rows", "segments") for tokens in (32_7
 JOB = [
     "name=layouts", "trainer.num_steps=5", "evaluation.every=0", "evaluation.num_tasks=0", "sampling.max_new_tokens=32",
     "truncation={name: keep}", "rewards=[benchmarks/update.py:pseudo_reward]", "log.every=1",
+]  # fmt: skip
+
+SHORT = [
+    "model.path=builtin:tiny", "data.prompt=template", "trainer.num_steps=2", "trainer.completions_per_step=16",
+    "sampling.group_size=4", "sampling.max_new_tokens=8",
 ]  # fmt: skip
 
 
@@ -46,7 +52,11 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("words", nargs="*")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "layouts.json")
+    parser.add_argument("--check", action="store_true", help="measure one short case and record nothing")
     options = parser.parse_intermixed_args()
+    if options.check:
+        print(json.dumps(measure(*CASES[0], SHORT)))
+        return
     if options.words[:1] == ["one"]:
         print(json.dumps(measure(options.words[1], int(options.words[2]), options.words[3:])))
         return

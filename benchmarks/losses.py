@@ -1,6 +1,7 @@
 """Measure the cost of every loss on the CPU: [64, 1024] float32, one thread, milliseconds, the fastest of 20 calls.
 
     python benchmarks/losses.py
+    python benchmarks/losses.py --check           small tensors, one call of every loss; records nothing
 """
 
 import json
@@ -37,13 +38,14 @@ def measure_import(module: str) -> float:
     return min(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(5))
 
 
-def main() -> None:
+def main(shape=SHAPE, times=20, modules=("torch", "grpo_core.objective.losses")) -> list[dict]:
+    """Measure every loss and the imports of the modules, and return the rows."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
-    old = -torch.rand(SHAPE, generator=generator) * 3
-    logprobs = old + 0.1 * torch.randn(SHAPE, generator=generator)
-    mask = torch.arange(SHAPE[1]) < torch.randint(1, SHAPE[1], (SHAPE[0], 1), generator=generator)
-    advantages = torch.randn(SHAPE[0], 1, generator=generator)
+    old = -torch.rand(shape, generator=generator) * 3
+    logprobs = old + 0.1 * torch.randn(shape, generator=generator)
+    mask = torch.arange(shape[1]) < torch.randint(1, shape[1], (shape[0], 1), generator=generator)
+    advantages = torch.randn(shape[0], 1, generator=generator)
     rows = []
     for name in LOSSES.functions:
         loss_fn = LOSSES.get(name)
@@ -52,10 +54,10 @@ def main() -> None:
             x = logprobs.detach().requires_grad_()
             (loss_fn(x, old, advantages, mask).per_token_loss * mask).sum().backward()
 
-        forward = measure_fastest(lambda loss_fn=loss_fn: loss_fn(logprobs, old, advantages, mask))
-        row = {"workload": name, "ours": round(forward, 2), "with_backward": round(measure_fastest(forward_and_backward), 2), "unit": "ms"}
+        forward = measure_fastest(lambda loss_fn=loss_fn: loss_fn(logprobs, old, advantages, mask), times)
+        row = {"workload": name, "ours": round(forward, 2), "with_backward": round(measure_fastest(forward_and_backward, times), 2), "unit": "ms"}
         rows.append(row | {"reach": REACH_MS, "met": forward < REACH_MS})
-    for module in ("torch", "grpo_core.objective.losses"):
+    for module in modules:
         seconds = measure_import(module)
         rows.append({"workload": f"import {module}", "ours": round(seconds, 2), "unit": "s"})
         if module != "torch":
@@ -64,12 +66,13 @@ def main() -> None:
         "bench": "losses", "hardware": f"{platform.machine()} CPU, 1 thread", "date": str(date.today()),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }  # fmt: skip
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w") as file:
-        for row in rows:
-            print(json.dumps(row))
-            file.write(json.dumps({**common, **row}) + "\n")
+    for row in rows:
+        print(json.dumps(row))
+    return [common | row for row in rows]
 
 
 if __name__ == "__main__":
-    main()
+    if "--check" in sys.argv[1:]:
+        main((4, 8), times=1, modules=())
+    else:
+        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in main()))

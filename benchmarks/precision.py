@@ -1,6 +1,7 @@
 """Compare precisions of the base model and of LoRA: the embedded job, 200 steps, in three ways.
 
     python benchmarks/precision.py [--steps 200] [WAY ...]
+    python benchmarks/precision.py --check        one short step in each way; records nothing
 
 fp32       base and LoRA in float32: the reference of the comparison
 bf16       base and LoRA in bf16; DeepSpeed's bf16 block keeps float32 master weights of LoRA
@@ -14,6 +15,7 @@ adapter from that of the first way.
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import sys
@@ -33,13 +35,14 @@ from grpo_core.training.prepare import prepare
 from grpo_core.training.trainer import train
 
 OUT = ROOT / "benchmarks" / "results" / "precision.json"
+SHORT = ["trainer.completions_per_step=16", "evaluation.num_tasks=8", "sampling.max_new_tokens=8"]
 
 
-def run_way(way: str, steps: int) -> tuple[dict, torch.Tensor]:
+def run_way(way: str, steps: int, overrides: list[str]) -> tuple[dict, torch.Tensor]:
     """Train in one way; return its row and the final adapter as one float32 vector."""
     with tempfile.TemporaryDirectory() as out:
         config = load(
-            ROOT / "configs" / "tiny.yaml", [f"trainer.num_steps={steps}", f"output_dir={out}", f"name={way}", "checkpoint.every=0"]
+            ROOT / "configs" / "tiny.yaml", [f"trainer.num_steps={steps}", f"output_dir={out}", f"name={way}", "checkpoint.every=0", *overrides]
         )
         config = replace(config, model=replace(config.model, precision="fp32" if way != "bf16" else "bf16"))
         dtype = setup.initialise_process(config)
@@ -73,10 +76,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--check", action="store_true", help="take one short step in each way and record nothing")
     parser.add_argument("ways", nargs="*", default=["fp32", "bf16", "mixed"])
     options, reference = parser.parse_args(), None
+    if options.check:
+        options.steps, options.out = 2, Path(os.devnull)
     for way in options.ways:
-        row, weights = run_way(way, options.steps)
+        row, weights = run_way(way, options.steps, SHORT if options.check else [])
         reference = weights if reference is None else reference
         hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         row |= {"distance": float((weights - reference).norm() / reference.norm()), "hardware": hardware}

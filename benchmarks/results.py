@@ -2,6 +2,7 @@
 
     python benchmarks/results.py keep runs/experiments/NAME...     store the data of these runs in benchmarks/results/runs
     python benchmarks/results.py draw                              draw figures and tables from benchmarks/results alone
+    python benchmarks/results.py check                             exit code 1 if a table of the pages is not that of the data
 
 `keep` stores config.yaml, evaluation.jsonl, the results of `evaluate`, some columns of metrics.jsonl in five digits and,
 for built-in problems, 20 completions before and after training. Rows of other data sets are stored by number only.
@@ -563,13 +564,16 @@ def fill_in(text):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["keep", "draw"])
+    parser.add_argument("what", choices=["keep", "draw", "check"])
     parser.add_argument("runs", nargs="*", type=Path)
     options = parser.parse_args()
     if options.what == "keep":
         for run in options.runs:
             keep(run)
         return
+    if options.what == "check":
+        stale = [page.name for page in PAGES if fill_in(page.read_text(encoding="utf-8")) != page.read_text(encoding="utf-8")]
+        sys.exit(f"the tables of {', '.join(stale)} are not those of benchmarks/results/runs" if stale else 0)
     for picture, runs in PICTURES.items():
         if missing := [run for run in runs if not (DATA / run).exists()]:
             print(f"{picture.__name__}: not drawn, there is no data of {', '.join(missing)}")

@@ -2,6 +2,7 @@
 
     python benchmarks/sampling.py [--out FILE] [WORKLOAD ...]      on a GPU: first, small, later, large, ragged,
                                                                    memory, ranks; on a CPU: cpu, tiny
+    python benchmarks/sampling.py --check          every workload but first and memory, with small shapes; records nothing
     python benchmarks/sampling.py smollm2 FOLDER QUESTIONS.jsonl [FILE.gguf]
 
 Without WORKLOAD, all workloads of this machine run. By default the model has Qwen2.5-1.5B's shape, random weights and a
@@ -42,6 +43,9 @@ from grpo_core.sampling.sampler import Sampler
 GPU = torch.cuda.is_available()
 OUT = ROOT / "benchmarks" / "results" / "sampling.json"
 DEVICE = torch.device("cuda" if GPU else "cpu")
+VOCABULARY = 151_936
+SHAPE = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2}
+MAX_NEW = 512  # tokens; --check lowers it
 
 
 class StubTokenizer:
@@ -70,8 +74,8 @@ def make_qwen():
     with DEVICE:
         base = Qwen2ForCausalLM(
             Qwen2Config(
-                vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-                num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32_768, bos_token_id=None, eos_token_id=None,
+                vocab_size=VOCABULARY, **SHAPE, tie_word_embeddings=True, max_position_embeddings=32_768, bos_token_id=None,
+                eos_token_id=None,
             )
         )  # fmt: skip
         policy = add_lora(base)
@@ -133,20 +137,25 @@ def make_sampler(policy, new, **kwargs):
     return Sampler(policy.causal_lm, StubTokenizer(), max_new_tokens=new, **kwargs)
 
 
+def limit(new):
+    """Return the new tokens of a completion: `new`, or fewer in a check."""
+    return min(new, MAX_NEW)
+
+
 def small(policy):
     """Measure 4 prompts × 8 completions: prompts of 128 tokens, 256 new tokens."""
-    rows, sampler = make_tasks(4, 128, 151_936), make_sampler(policy, 256)
+    rows, sampler = make_tasks(4, 128, VOCABULARY), make_sampler(policy, limit(256))
     sampler.generate(rows, 8)
     seconds, rollouts = measure(lambda: sampler.generate(rows, 8), times=5)
-    assert rollouts.completion_mask.all() and rollouts.completion_ids.shape == (32, 256)
-    step, peer = 1000 * seconds / 256, measure(make_hf_generate(policy.causal_lm, rows, 8, 256), times=1)[0]
+    assert rollouts.completion_mask.all() and rollouts.completion_ids.shape == (32, limit(256))
+    step, peer = 1000 * seconds / 256, measure(make_hf_generate(policy.causal_lm, rows, 8, limit(256)), times=1)[0]
     report("32 rows, prompt 128, 256 new", step, "ms a token step, prefill included", 1000 * peer / 256, peer / seconds, "<= 2.5", step <= 2.5)
     report("32 rows, prompt 128, 256 new, against generate", seconds, "s", peer, peer / seconds, ">= 15 times", peer / seconds >= 15)
 
 
 def once(policy):
     """Print the seconds that the first call of this process takes more than the second."""
-    rows, sampler = make_tasks(4, 128, 151_936), make_sampler(policy, 256)
+    rows, sampler = make_tasks(4, 128, VOCABULARY), make_sampler(policy, limit(256))
     first_seconds, later_seconds = (measure(lambda: sampler.generate(rows, 8), times=1)[0] for _ in range(2))
     print(first_seconds - later_seconds)
 
@@ -163,10 +172,10 @@ def first():
 
 def later(policy):
     """Measure the first calls with further shapes: rows and prompt length differ from earlier calls."""
-    sampler, extra = make_sampler(policy, 256), []
-    sampler.generate(make_tasks(4, 128, 151_936), 8)
+    sampler, extra = make_sampler(policy, limit(256)), []
+    sampler.generate(make_tasks(4, 128, VOCABULARY), 8)
     for count in (6, 12, 24):
-        rows = make_tasks(count, 96, 151_936)
+        rows = make_tasks(count, 96, VOCABULARY)
         first_seconds, later_seconds = (measure(lambda rows=rows: sampler.generate(rows, 8), times=1)[0] for _ in range(2))
         extra.append(first_seconds - later_seconds)
     report("first call of another shape", max(extra), "s more than later ones", reach="<= 0.5", met=max(extra) <= 0.5, each=extra)
@@ -174,11 +183,11 @@ def later(policy):
 
 def large(policy):
     """Measure 32 prompts × 8 completions: prompts of 128 tokens, 512 new tokens."""
-    rows, sampler = make_tasks(32, 128, 151_936), make_sampler(policy, 512)
+    rows, sampler = make_tasks(32, 128, VOCABULARY), make_sampler(policy, limit(512))
     sampler.generate(rows, 8)
     seconds, _ = measure(lambda: sampler.generate(rows, 8))
     step, rate = 1000 * seconds / 512, 256 * 512 / seconds
-    peer = 1000 * measure(make_hf_generate(policy.causal_lm, rows, 8, 64), times=1)[0] / 64
+    peer = 1000 * measure(make_hf_generate(policy.causal_lm, rows, 8, limit(64)), times=1)[0] / 64
     report("256 rows, prompt 128, 512 new", step, "ms a token step, prefill included", peer, peer / step, "<= 4", step <= 4, peer_tokens=64)
     report("256 rows, prompt 128, 512 new", rate, "tokens/s", reach=">= 64000", met=rate >= 64_000)
 
@@ -186,8 +195,8 @@ def large(policy):
 def ragged(policy):
     """Measure what dropping ended rows saves; lengths are geometric with a quarter of the maximum as mean."""
     draws = torch.rand(1024, generator=torch.Generator().manual_seed(0))
-    limits = (draws.log() / torch.log1p(torch.tensor(-1 / 128))).ceil().long().clamp(1, 512)
-    rows, many, sampler = make_tasks(32, 128, 151_936), make_tasks(128, 128, 151_936), make_sampler(policy, 512)
+    limits = (draws.log() / torch.log1p(torch.tensor(-1 / 128))).ceil().long().clamp(1, limit(512))
+    rows, many, sampler = make_tasks(32, 128, VOCABULARY), make_tasks(128, 128, VOCABULARY), make_sampler(policy, limit(512))
 
     def run(compact, **kwargs):
         sampler.generate(rows, 8)
@@ -208,10 +217,10 @@ def ragged(policy):
 
 def memory(policy):
     """Measure the GPU memory of a call beyond the weights and its keys and values."""
-    rows = make_tasks(32, 128, 151_936)
+    rows = make_tasks(32, 128, VOCABULARY)
     torch.cuda.empty_cache()
     before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    sampler = make_sampler(policy, 512)
+    sampler = make_sampler(policy, limit(512))
     torch.cuda.reset_peak_memory_stats()
     sampler.generate(rows, 8)
     cache = 28 * 2 * 2 * 128 * 2 * (32 * 128 + 256 * 512)
@@ -236,7 +245,7 @@ def compare_halves(name, sampler, rows):
 
 def ranks(policy):
     """Compare halves under random weights: the distribution over 151,936 tokens is nearly flat, so any rounding changes a draw."""
-    rows, sampler = make_tasks(32, 128, 151_936), make_sampler(policy, 256)
+    rows, sampler = make_tasks(32, 128, VOCABULARY), make_sampler(policy, limit(256))
     compare_halves("random weights, bf16", sampler, rows)
     rollouts = sampler.generate(rows[:4], 8)
     gap = (policy.logprobs(rollouts) - rollouts.rollout_logprobs).abs()
@@ -308,13 +317,26 @@ def tiny():
     report("CPU, tiny.yaml's sampling, 128 rows, float32", seconds, "s", peer_seconds, ratio, ">= 2.5 times", ratio >= 2.5)
 
 
+def check():
+    """Run the workloads of a GPU with a small model and short completions, on this machine; nothing is recorded."""
+    global OUT, VOCABULARY, SHAPE, MAX_NEW
+    OUT, VOCABULARY, MAX_NEW = Path(os.devnull), 64, 4
+    SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    policy = make_qwen()
+    for workload in (small, once, later, large, ragged, ranks):
+        workload(policy)
+
+
 def main():
     global OUT
     workloads = [first, small, later, large, ragged, memory, ranks] if GPU else [cpu, tiny]
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--check", action="store_true", help="run small shapes and record nothing")
     parser.add_argument("workloads", nargs="*")
     options = parser.parse_args()
+    if options.check:
+        return check()
     OUT, names = options.out, options.workloads
     if names[:1] == ["smollm2"]:
         return smollm2(*names[1:])

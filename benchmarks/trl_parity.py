@@ -2,17 +2,20 @@
 
     pip install --no-deps trl==1.16.0 accelerate        (only the benchmarks need them)
     python benchmarks/trl_parity.py [TRIALS]
+    python benchmarks/trl_parity.py --check       20 trials, on grpo_core's side alone where TRL is missing; records nothing
 
 A trial draws log-probs, masks, advantages and a configuration: loss type, level of the ratio, clipping, delta, KL with and
 without correction, top-entropy, off-policy mask, entropy bonus, rollout correction, accumulation. TRL's side is its
 _compute_loss with the drawn log-probs in place of the model's forward. grpo_core's side is micro_loss of training/update.
 """
 
+import importlib.util
 import json
 import random
 import sys
 from collections import defaultdict
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +23,6 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import trl
-from trl.trainer.grpo_trainer import GRPOTrainer
 from trl_cases import loss_case
 
 RATIO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -47,6 +48,8 @@ class OneProcess:
 
 def compute_trl_loss(config, inputs, meta):
     """Return the loss and its gradient for the log-probs, computed by TRL."""
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
     t = {name: torch.tensor(values, dtype=torch.double) for name, values in inputs.items()}
     logprobs = t["logps"].requires_grad_()
     trainer = object.__new__(GRPOTrainer)
@@ -118,7 +121,18 @@ def draw_case(seed):
     return config, {name: values.tolist() for name, values in inputs.items()}, meta
 
 
-def main(trials):
+def check():
+    """Compare 20 trials where TRL is installed; elsewhere compute their loss and gradient on this side."""
+    if importlib.util.find_spec("trl"):
+        assert compare(20)["met"]
+        return
+    for seed in range(20):
+        loss, gradient = loss_case(*draw_case(seed))
+        assert torch.isfinite(torch.as_tensor(loss)) and gradient.isfinite().all(), seed
+
+
+def compare(trials):
+    """Compare `trials` random cases; return the row of the largest difference."""
     worst, combinations = 0.0, set()
     for seed in range(trials):
         config, inputs, meta = draw_case(seed)
@@ -128,15 +142,21 @@ def main(trials):
             print(f"seed {seed} differs by {gap:.3g}:", {key: value for key, value in config.items() if key != "vllm"})
         worst = max(worst, gap)
         combinations.add((config["loss_type"], *sorted(config.keys() - {"n_items"})))
-    row = {
+    return {
         "bench": "trl_parity", "workload": f"{trials} random batches, {len(combinations)} combinations of switches", "ours": worst,
         "unit": "largest difference of loss or gradient", "reach": 1e-7, "met": worst < 1e-7,
-        "versions": {"trl": trl.__version__, "torch": torch.__version__}, "date": str(date.today()),
+        "versions": {"trl": version("trl"), "torch": torch.__version__}, "date": str(date.today()),
     }  # fmt: skip
+
+
+def main(trials):
+    row = compare(trials)
     print(json.dumps(row))
     path = Path(__file__).parent / "results" / "trl_parity.json"
     path.write_text(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(check())
     main(int(sys.argv[1]) if len(sys.argv) > 1 else 1000)

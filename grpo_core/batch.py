@@ -18,6 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grpo_core.random_keys import Key, make_key
+
+UNSEEDED = make_key("sample", 0)  # the key of a task that no stream or command has given one
+
 
 @dataclass(frozen=True)
 class Task:
@@ -27,7 +31,7 @@ class Task:
     prompt: str
     prompt_ids: list[int]
     columns: dict[str, Any]  # the data columns, which the rewards may read
-    seed: tuple[int, ...] = (0,)  # seed of the completions: (run seed, step, position in the step)
+    seed: Key = UNSEEDED  # key of the completions; in training (purpose, run seed, step, position)
 
 
 @dataclass(frozen=True)
@@ -136,9 +140,14 @@ class TrainBatch:
             if count == 1:
                 yield self
                 continue
-            rows = torch.arange(len(self)).view(-1, group_size)
-            for samples in torch.randperm(group_size, generator=generator).chunk(count):
+            rows = torch.arange(len(self), device="cpu").view(-1, group_size)
+            for samples in random_order(group_size, generator).chunk(count):
                 yield take(self, rows[:, samples].flatten())
+
+
+def random_order(count: int, generator: torch.Generator) -> Tensor:
+    """Return 0 .. count - 1 in a random order, on the device of the generator whatever torch's default device is."""
+    return torch.randperm(count, generator=generator, device=generator.device)
 
 
 def replace_rows(rollouts: Rollouts, rows: Tensor, others: Rollouts) -> Rollouts:
@@ -173,7 +182,7 @@ Batch = TypeVar("Batch", Rollouts, TrainBatch)
 def split(batch: Batch, size: int) -> Iterator[Batch]:
     """Yield consecutive micro-batches of at most `size` rows."""
     for start in range(0, len(batch), size):
-        yield take(batch, torch.arange(start, min(start + size, len(batch))))
+        yield take(batch, torch.arange(start, min(start + size, len(batch)), device="cpu"))
 
 
 def take(batch: Batch, rows: Tensor) -> Batch:

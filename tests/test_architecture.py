@@ -12,6 +12,7 @@ LAYERS = [  # a module imports from its own folder and from layers above its own
     {"trl_names", "moved"},
     {"schema"},
     {"registry"},
+    {"random_keys"},
     {"batch"},
     {"report"},  # reads files only
     {"distributed"},

@@ -27,3 +27,22 @@ def test_the_benchmark_beside_peers_checks_what_a_cpu_can(environment):
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["side"] for row in rows} >= {"decode_ours", "step_ours", "decode_vllm"}
+
+
+SMALL_FORMS = {  # script -> the words that start it in a small form, in which it records nothing
+    "decode_parts": ["--check"], "losses": ["--check"], "smollm2": ["--check"], "trl_parity": ["--check"],
+    "sampling": ["--check"], "layouts": ["--check"], "precision": ["--check"], "embedded": ["--check"],
+    "results": ["check"], "experiments": ["--list"], "variants": ["--check"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.soak] if name in ("variants", "precision", "embedded") else []) for name in SMALL_FORMS
+])  # fmt: skip
+def test_fault_28_a_benchmark_starts_in_its_small_form(name, environment):
+    """FAULTS #28: benchmarks/sampling.py had been broken on GPUs, and nobody had started it."""
+    results = {path: path.read_bytes() for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *SMALL_FORMS[name]]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert results == {path: path.read_bytes() for path in (ROOT / "benchmarks" / "results").glob("*.json")}

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 from fakes import Alphabet
 
@@ -8,6 +9,7 @@ from grpo_core.config.sections import DataConfig
 from grpo_core.data.prompts import make_tasks, render_prompt
 from grpo_core.data.rows import load_splits
 from grpo_core.data.stream import TaskStream
+from grpo_core.distributed import ranks
 from grpo_core.model.loading import load_tokenizer, resolve_model_path
 
 ROWS = [{"question": f"q{i}", "cot": f"c{i}", "answer": str(i)} for i in range(10)]
@@ -158,3 +160,22 @@ def test_replacements_are_of_the_step_and_the_attempt_and_of_no_rank():
     seeds += [task.seed for step in range(3) for task in whole.batch(step)]
     assert len(set(seeds)) == len(seeds)
     assert len(TaskStream(tasks()[:2], 4, seed=0).replacements(0, 1)) == 4  # fewer rows than places
+
+
+def test_s3_the_order_of_the_data_shares_no_stream_with_the_completions(monkeypatch):
+    """FAULTS S3: the order of epoch e was drawn from the noise of (step e, position 1, sample 0)."""
+    make, streams = np.random.default_rng, {"order": [], "noise": []}
+
+    def recording(*arguments):
+        streams[kind].append(tuple(make(*arguments).random(4)))
+        return make(*arguments)
+
+    monkeypatch.setattr(np.random, "default_rng", recording)
+    kind, stream = "order", TaskStream([Task(i, "p", [1], {}) for i in range(6)], 3, seed=0)
+    tasks = [task for step in range(8) for task in stream.batch(step)]
+    tasks += [task for step in range(8) for attempt in (1, 2) for task in stream.replacements(step, attempt)]
+    kind = "noise"
+    ranks.draw_uniforms([(*task.seed, sample) for task in tasks for sample in range(3)], 4)
+    assert len(streams["order"]) == 4 + 16 and len(streams["noise"]) == 3 * len(tasks)
+    every = streams["order"] + streams["noise"]
+    assert len(set(every)) == len(every)

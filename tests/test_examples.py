@@ -18,6 +18,7 @@ from grpo_core import REWARDS, attempt
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.files import load
 from grpo_core.distributed import ranks
+from grpo_core.random_keys import make_key
 
 PAGE = (ROOT / "examples" / "README.md").read_text()
 COMMANDS = [line.strip() for line in PAGE.splitlines() if line.startswith("    ")]
@@ -43,7 +44,7 @@ def test_two_steps_of_the_minimal_example_are_the_trainers(minimal_grpo, here, t
     trained = load_file(tmp_path / "tiny" / "adapter" / "adapter_model.safetensors")
     evaluations = [json.loads(line) for line in (tmp_path / "tiny" / "evaluation.jsonl").read_text().splitlines()]
 
-    ranks.seed_all(0)  # as the trainer does before it makes the adapter
+    ranks.seed_all(make_key("new_weights", 0))  # as the trainer does before it makes the adapter
     policy, sampler, tasks, held_out_tasks = minimal_grpo.load()
     accuracies = minimal_grpo.train(policy, sampler, tasks, held_out_tasks[:40], num_steps=2)
     assert [*accuracies] == [row["accuracy"] for row in evaluations]

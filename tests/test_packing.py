@@ -354,6 +354,21 @@ def test_a_term_that_learns_from_tied_groups_gets_them(tmp_path):
     assert rows_to_train(declared, batch, run.control) == [*range(32)]
 
 
+def test_n13_a_loss_of_a_users_file_that_declares_it_gets_the_tied_rows(tmp_path):
+    """FAULTS N13: rows_to_train dropped the tied groups, so a new term missed a quarter of them."""
+    from grpo_core.training.prepare import build_objective
+
+    source = "from grpo_core.objective.losses import grpo_loss\n\ndef mine(l, old, A, mask):\n    return grpo_loss(l, old, A, mask)\n"
+    (tmp_path / "silent.py").write_text(source)
+    (tmp_path / "declared.py").write_text(f"{source}\nmine.learns_from_ties = True\n")
+    advantages, run = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), make_run(tmp_path / "run")
+    advantages[1] = 0.0  # a tied group of four
+    batch = frozen_batch(run, ragged_rollouts(batch=32), advantages)
+    for name, count in (("silent", 24), ("declared", 32)):
+        config = replace(run.config, loss=LossConfig(name=f"{tmp_path}/{name}.py:mine", kl_coef=0.0))
+        assert len(rows_to_train(build_objective(config), batch, run.control)) == count, name
+
+
 def test_a_step_without_any_signal_has_a_gradient_of_zero(tmp_path):
     engine, row = update(tmp_path, torch.zeros(4, 8))
     assert engine.backwards == 0 and (engine.gradient == 0).all() and row["loss"] == 0.0

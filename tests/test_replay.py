@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
 from fakes import ragged_rollouts
 from safetensors.torch import load_file, save_file
 from test_loop import make_run, rows
@@ -387,3 +388,29 @@ def test_two_processes_and_a_later_checkpoint(tmp_path, environment):
     )
     clipped = found["objectives"][0]["classes"]["clip"]["clipped"]
     assert outside > 10 and clipped["tokens"] == outside
+
+
+def test_n15_a_loss_that_cannot_differ_is_named_and_later_weights_show_the_difference(plain, capsys):
+    """FAULTS N15: with the weights before the step every ratio is 1, so gspo's gradient is grpo's, and nothing said so."""
+    before = replayed(plain / "step-000000", loss=["gspo", "dr_grpo"])
+    sentence = "The gradient of gspo is the run's own on this batch: every ratio is 1 before the first optimizer step"
+    assert before["objectives"][1]["cosine"] == pytest.approx(1, abs=1e-6)
+    assert sentence in capsys.readouterr().out
+
+
+def test_n15_with_later_weights_the_losses_differ(tmp_path, capsys):
+    """FAULTS N15: what the documented example shows: ratios that are not 1."""
+    run = train_dumped(tmp_path, 1, lora=0)
+    run.policy.save(tmp_path / "adapter")
+    load_tokenizer("builtin:tiny").save_pretrained(tmp_path / "adapter")
+    after = replayed(tmp_path / "batches" / "step-000000", loss=["gspo", "grpo"])
+    assert abs(after["objectives"][1]["cosine"] - 1) > 1e-4
+    said = capsys.readouterr().out
+    assert "The gradient of grpo is the run's own on this batch." in said and "gspo is" not in said
+
+
+def test_n15_the_documented_example_names_later_weights():
+    """FAULTS N15: the example of docs/commands.md printed cosine 1.0 for every loss."""
+    page = (ROOT / "docs" / "commands.md").read_text()
+    commands = [line.split() for line in page.splitlines() if line.startswith("    python -m grpo_core replay")]
+    assert commands and all("--model" in words for words in commands)

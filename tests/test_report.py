@@ -435,3 +435,32 @@ def test_small_pieces(tmp_path):
     run = read_run(made_run(tmp_path / "a"))
     assert not [panel for panel, _ in choose_panels([replace(run, metrics=[], evaluation=[])])]
     assert find_batches(tmp_path) == {} and list(find_batches(tmp_path / "a")) == [2]
+
+
+def test_n20_held_out_answers_before_and_after_and_pass_at_k_are_in_the_report(tmp_path):
+    """FAULTS N20: the run folder has both, and the report had neither."""
+    run = made_run(tmp_path / "run")
+    rows = [
+        {"step": step, "task": task, "prompt": f"Question {task}?", "text": f"says {step}-{task}", "correct": step == 6 and task == 0}
+        for step in (0, 3, 6)
+        for task in (0, 4)
+    ]
+    (run / "evaluation_completions.jsonl").write_text(lines(rows) + '{"step": 6, "ta')
+    (run / "evaluate").mkdir()
+    figure = {"value": 0.4, "ci_low": 0.25, "ci_high": 0.5, "n": 40}
+    result = {"base": {"pass@4": {**figure, "value": 0.1}}, "policy": {"pass@4": figure, "length": {**figure, "value": 30.0}}}
+    (run / "evaluate" / "evaluate.json").write_text(json.dumps(result))
+    page, markdown = write_report([run])
+    text = markdown.read_text()
+    assert "| pass@4 (evaluate) | base 10.0 % (25.0 to 50.0), policy 40.0 % (25.0 to 50.0) |" in text
+    assert "After 0 steps, wrong:\n\n```\nsays 0-0\n```\n\nAfter 6 steps, correct:\n\n```\nsays 6-0\n```" in text
+    assert "says 3-0" not in text and "length (evaluate)" not in text
+    data = json.loads(re.search(r'id="report-data"[^>]*>(.*?)</script>', page.read_text(), re.S)[1])
+    assert [answer["texts"] for answer in data["runs"][0]["answers"]] == [["says 0-0", "says 6-0"], ["says 0-4", "says 6-4"]]
+    assert data["runs"][0]["answers"][0]["correct"] == [False, True]
+
+
+def test_n20_a_run_without_held_out_answers_has_no_such_section(tmp_path):
+    """FAULTS N20: only if the files have them."""
+    _, markdown = write_report([made_run(tmp_path / "run")])
+    assert "Held-out answers" not in markdown.read_text() and "pass@" not in markdown.read_text()

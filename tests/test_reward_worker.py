@@ -1,8 +1,10 @@
 """A reward in a process of its own: whatever it does, the batch has an answer in time and the next one too."""
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from grpo_core.batch import Task
 from grpo_core.schema import ConfigError
-from grpo_core.scoring.reward_worker import RewardWorker
+from grpo_core.scoring.reward_worker import RewardWorker, serve
 from grpo_core.scoring.scoring import Reward, build_reward, score
 
 MINE = '''
@@ -160,3 +162,129 @@ def test_its_process_ends_with_this_one_and_prints_elsewhere(mine):
     while alive(int(out.stdout)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+LOADS = """
+import os, time
+from pathlib import Path
+
+loaded = Path(__file__).with_suffix(".loaded")
+if loaded.exists():
+    time.sleep(1.2)  # the first start is fast, so that the test is
+loaded.touch()
+if Path(__file__).with_suffix(".broken").exists():
+    raise OSError("the disk is gone")
+
+def slow_once(completions):
+    if completions[0] == "hang":
+        time.sleep(1000)
+    if completions[0] == "exit":
+        os._exit(3)
+    return [2.0] * len(completions)
+"""
+
+
+@pytest.fixture
+def loads(tmp_path):
+    file = tmp_path / "loads.py"
+    file.write_text(LOADS)
+    worker = RewardWorker(f"{file}:slow_once", {}, timeout=0.6)
+    yield worker
+    worker.close()
+
+
+@pytest.mark.parametrize("what", ["hang", "exit"])
+def test_fault_21_loading_again_has_its_own_allowance(loads, what):
+    """FAULTS #21: each restart was ended while it loaded, so a reward that was slow once never came back."""
+    assert call(loads, [what]).failed == [True]
+    assert call(loads, ["fine"]).values == [2.0]
+    assert call(loads, ["hang"]).why == "took more than 0.6 s"  # the limit of a batch is still that of the batch
+
+
+def test_fault_21_rewards_that_load_again_do_so_side_by_side(loads):
+    """FAULTS #21: one that loads takes no time from the batch of another."""
+    others = [Reward("again", 1.0, loads), Reward("other", 1.0, RewardWorker(loads.name, {}, timeout=0.6))]
+    call(loads, ["exit"])
+    start = time.monotonic()
+    scores = score(others, [Task(0, "p", [1], {})], ["fine"], 1)
+    assert not scores.failures and scores.rewards.tolist() == [[4.0]] and time.monotonic() - start < 3
+    others[1].function.close()
+
+
+def test_fault_21_a_file_that_breaks_later_fails_each_batch_with_its_own_reason(loads):
+    """FAULTS #21: waiting for a start that has failed neither repeats it at once nor hides why it failed."""
+    Path(loads.name.partition(":")[0]).with_suffix(".broken").touch()
+    assert call(loads, ["exit"]).failed == [True]
+    scores = score([Reward("mine", 1.0, loads)], [Task(0, "p", [1], {})], ["fine"], 1)
+    assert "cannot be loaded: OSError: the disk is gone" in scores.failures[0]
+
+
+LEAVES = """
+import os, signal, subprocess, threading
+
+def leaves(completions):
+    how, note, session = completions
+    child = subprocess.Popen(["sleep", "1000"], start_new_session=session == "own")
+    open(note, "w").write(str(child.pid))
+    ends = {"exits": lambda: os._exit(5), "crashes": lambda: os.kill(os.getpid(), signal.SIGKILL), "stays": int}
+    threading.Timer(0.1, ends[how]).start()
+    return [0.0] * 3
+"""
+
+
+def wait_until_gone(pid, seconds=3):
+    deadline = time.monotonic() + seconds
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not alive(pid)
+
+
+@pytest.mark.parametrize("session", ["same", "own"])
+@pytest.mark.parametrize("how", ["exits", "crashes", "stays"])
+def test_fault_22_what_a_reward_started_ends_with_its_process(tmp_path, how, session):
+    """FAULTS #22: the children of a process that ended between two batches stayed, as did those of a session of their own."""
+    file, note = tmp_path / "leaves.py", tmp_path / "pid"
+    file.write_text(LEAVES)
+    worker = RewardWorker(f"{file}:leaves", {}, timeout=30)
+    assert call(worker, [how, str(note), session]).values == [0.0] * 3
+    child = int(note.read_text())
+    if how == "stays":
+        assert alive(child)
+        worker.close()
+        assert not alive(child)  # before close returns
+    else:
+        assert wait_until_gone(child)  # without another batch
+        assert call(worker, ["stays", str(note), session]).failed == [False] * 3
+        worker.close()
+        assert not alive(int(note.read_text()))
+
+
+def test_fault_22_what_a_reward_started_ends_with_a_rank_that_is_killed(tmp_path):
+    """FAULTS #22: only the reward's own process ended with its rank."""
+    file, note = tmp_path / "leaves.py", tmp_path / "pid"
+    file.write_text(LEAVES)
+    code = "import os, sys; from grpo_core.scoring.reward_worker import RewardWorker; worker = RewardWorker(sys.argv[1], {}, 30)"
+    code += "; worker.submit(['stays', sys.argv[2], 'own'], {}); worker.result(); os.kill(os.getpid(), 9)"
+    command = [sys.executable, "-c", code, f"{file}:leaves", str(note)]
+    subprocess.run(command, cwd=Path(__file__).parents[1])
+    assert wait_until_gone(int(note.read_text()))
+
+
+def test_n6_a_worker_whose_rank_is_gone_ends_in_silence(mine, capfd):
+    """FAULTS N6: the next process, still loading when the run ended, printed a ConnectionResetError."""
+    for unread in (False, True):
+        ours, theirs = socket.socketpair()
+        if unread:  # what was sent and not read makes the other end's read a reset, not an end
+            theirs.sendall(b"x")
+        thread = threading.Thread(target=serve, args=(theirs, f"{mine}:count", {}))
+        thread.start()
+        time.sleep(0.1)
+        ours.close()
+        thread.join(timeout=5)
+        assert not thread.is_alive()
+        theirs.close()
+    closed, theirs = socket.socketpair()
+    closed.close()
+    serve(theirs, f"{mine}:count", {})  # before it is ready
+    theirs.close()
+    assert capfd.readouterr().err == ""

@@ -25,6 +25,7 @@ from grpo_core.model.packing import Budget
 from grpo_core.model.policy import load_policy
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.token_weights import Totals
+from grpo_core.random_keys import make_key
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, sft
 from grpo_core.training.control import Control
@@ -91,7 +92,7 @@ def test_the_held_out_loss_is_the_models_own_whatever_the_order_and_the_seeds():
         return sft.compute_held_out_loss(SimpleNamespace(eval_tasks=tasks, policy=policy, budgets=budgets), answers)
 
     tasks = make_tasks(tokenizer, 12)
-    chosen = answers([replace(task, seed=(task.index,)) for task in tasks]).completions
+    chosen = answers([replace(task, seed=make_key("held_out", task.index)) for task in tasks]).completions
     thinks = [text.startswith("<think>") for text in chosen]
     assert 2 < sum(thinks) < 10
     parts = [

@@ -20,6 +20,7 @@ from grpo_core.model.memory import find_budgets
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.quieten import quieten
 from grpo_core.monitor.progress import show_elapsed
+from grpo_core.random_keys import make_key
 from grpo_core.schema import printable
 from grpo_core.scoring.scoring import score
 from grpo_core.training.prepare import Prepared, make_rewards, make_sampler, prepare
@@ -46,7 +47,7 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
         ConfigError: the run could not start; raised before the weights load where the error can be known by then.
     """
     quieten()
-    ranks.seed_all(config.seed)
+    ranks.seed_all(make_key("new_weights", config.seed))
     per_rank, dtype = prompts_per_rank(config, processes), resolve_dtype(config.model.precision)
     yield "Objective\n" + _indent(render(config))
     prepared = prepare(config)

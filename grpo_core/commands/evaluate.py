@@ -24,6 +24,7 @@ from grpo_core.distributed import ranks
 from grpo_core.monitor.completion_rows import completion_rows
 from grpo_core.monitor.progress import progress_bar
 from grpo_core.objective.rewards import REWARDS
+from grpo_core.random_keys import make_key
 from grpo_core.registry import get_fact
 from grpo_core.schema import ConfigError, finite_or_none, keyword_arguments
 from grpo_core.scoring.scoring import Reward, build_reward, score
@@ -31,7 +32,6 @@ from grpo_core.training.eval_statistics import bootstrap_interval, majority_at_k
 from grpo_core.training.prepare import check_columns, make_rewards
 
 GREEDY = SamplingParams(greedy=True)
-NOISE_STREAM = 0x73616D70  # separates the noise of these samples from that of training and of its evaluations
 CORRECT, STRICT = " correct", " strict"  # begin with a space, so they cannot be the name of a reward
 MARKS = {"correct": CORRECT, "strict": STRICT}  # column of completions.jsonl -> reward
 ALL_ROWS = 10**9
@@ -156,7 +156,7 @@ def answer_tasks(
 
     Returns one row per completion.
     """
-    tasks = [replace(task, seed=(opened.config.seed, task.index, NOISE_STREAM)) for task in tasks]
+    tasks = [replace(task, seed=make_key("evaluate", opened.config.seed, task.index)) for task in tasks]
     mine = sorted(tasks[ranks.rank() :: ranks.world_size()], key=lambda task: len(task.prompt_ids))
     size, rows = opened.config.evaluation.batch_size, []
     for start in range(0, len(mine), size):

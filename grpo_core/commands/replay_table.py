@@ -6,6 +6,7 @@ from typing import Any
 
 TOP_TOKENS = 8  # printed of each objective
 MAX_NAME_WIDTH = 40  # characters of an objective's name
+SAME_GRADIENT = 1e-5  # distance of cosine and norm ratio from 1, up to which two gradients count as equal
 
 
 def format_table(summary: dict[str, Any]) -> str:
@@ -63,7 +64,28 @@ def _format_objectives(summary: dict[str, Any]) -> str:
         lines.append(f"{_shorten_name(objective):<{width}}  {numbers}  {_cell(objective['norm_ratio']):>10}")
     lines.append(f"{row_name:<{width}}  {_cell(row.get('loss'), 5):>12}  {_cell(row.get('grad_norm'), 5):>12}")
     lines.append("cosine and norm ratio: of the gradient, relative to the run's own objective")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_describe_equal_gradients(summary)])
+
+
+def _describe_equal_gradients(summary: dict[str, Any]) -> list[str]:
+    """Return a sentence that names the other objectives whose gradient equals the run's own, and why."""
+    others = summary["objectives"][1:]
+    equal = [_shorten_name(objective) for objective in others if _has_same_gradient(objective)]
+    if not equal:
+        return []
+    sentence = f"The gradient of {', '.join(equal)} is the run's own on this batch"
+    if not summary["ratio_is_1"]:
+        return [f"{sentence}."]
+    return [
+        f"{sentence}: every ratio is 1 before the first optimizer step, where losses that differ in the ratio or in "
+        f"its clipping agree. --model with later weights of the run shows the difference."
+    ]
+
+
+def _has_same_gradient(objective: dict[str, Any]) -> bool:
+    """Return whether cosine and norm ratio are 1 up to rounding in float32."""
+    numbers = (objective["cosine"], objective["norm_ratio"])
+    return all(value is not None and abs(value - 1) < SAME_GRADIENT for value in numbers)
 
 
 def _format_classes(objective: dict[str, Any]) -> str:

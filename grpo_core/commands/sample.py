@@ -18,6 +18,7 @@ from grpo_core.commands.open_policy import OpenedPolicy, open_source
 from grpo_core.data.prompts import list_template_fields, render_prompt
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.objective.rewards import REWARDS
+from grpo_core.random_keys import make_key
 from grpo_core.schema import ConfigError, printable
 from grpo_core.scoring.reward_call import find_missing_columns, list_needed_columns
 from grpo_core.scoring.scoring import Reward, score
@@ -199,7 +200,7 @@ def make_task(opened: OpenedPolicy, question: str, settings: AnswerSettings) -> 
         prompt = render_prompt(columns, config, opened.tokenizer)
     special = settings.raw or config.prompt != "chat"
     ids = opened.tokenizer([prompt], add_special_tokens=special)["input_ids"][0]
-    return Task(0, prompt, ids, columns, seed=(settings.seed, 0, 0))
+    return Task(0, prompt, ids, columns, seed=make_key("sample", settings.seed))
 
 
 def describe_rewards(rewards: Sequence[Reward], task: Task, completions: Sequence[str], count: int) -> list[list[str]]:

@@ -32,7 +32,8 @@ def check(config: RunConfig) -> None:
         ConfigError: describes the first error.
     """
     _check_secrets(asdict(config), "")
-    _check_functions(config)
+    with torch.device("cpu"):  # whatever torch's default device is: the batches of two are made here
+        _check_functions(config)
     _check_rewards(config)
     _check_numbers(config)
     _check_sampling(config)

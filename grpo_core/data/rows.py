@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from grpo_core.config.sections import DataConfig
 from grpo_core.data.word_problems import make_word_problems
+from grpo_core.random_keys import make_generator, make_key
 from grpo_core.schema import ConfigError, first_line
 
 Row = dict[str, Any]
@@ -38,14 +37,9 @@ def load_splits(config: DataConfig, num_eval: int) -> tuple[list[Row], list[Row]
                 f"from; lower it, or set data.eval_path or data.eval_split"
             )
         # independent of the run's seed: no run may train on rows that another is evaluated on
-        order = shuffle_indices(len(train), 0, 0)
+        order = make_generator(make_key("held_out")).permutation(len(train))
         train, held_out = ([train[i] for i in sorted(part)] for part in (order[num_eval:], order[:num_eval]))
     return train, held_out
-
-
-def shuffle_indices(count: int, *key: int) -> np.ndarray:
-    """Return 0 .. count - 1 in a random order that is a function of `key`."""
-    return np.random.default_rng((*key, 1)).permutation(count)
 
 
 def load_rows(path: str, subset: str | None, split: str, limit: int | None) -> list[Row]:

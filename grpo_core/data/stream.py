@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from grpo_core.batch import Task
-from grpo_core.data.rows import shuffle_indices
+from grpo_core.random_keys import Key, make_generator, make_key
 
 
 class TaskStream:
@@ -33,9 +33,9 @@ class TaskStream:
         return max(1, len(self.tasks) // self.prompts_per_step)
 
     def batch(self, step: int) -> list[Task]:
-        """Return this rank's N tasks of `step`, each with the seed of its completions."""
+        """Return this rank's N tasks of `step`, each with the key of its completions."""
         return [
-            replace(self._task_at(step * self.prompts_per_step + position), seed=(self.seed, step, position))
+            replace(self._task_at(step * self.prompts_per_step + position), seed=self._key(step, position))
             for position in self.positions
         ]
 
@@ -46,16 +46,21 @@ class TaskStream:
         before.
         """
         count = self.prompts_per_step
-        generator = np.random.default_rng((self.seed, step, attempt, 2))
+        generator = make_generator(make_key("replacement", self.seed, step, attempt))
         indices = generator.choice(len(self.tasks), count, replace=count > len(self.tasks))
         return [
-            replace(self.tasks[indices[position]], seed=(self.seed, step, attempt * count + position))
+            replace(self.tasks[indices[position]], seed=self._key(step, attempt * count + position))
             for position in self.positions
         ]
+
+    def _key(self, step: int, position: int) -> Key:
+        """Return the key of the completions of one prompt; replacements have positions beyond those of the step."""
+        return make_key("train", self.seed, step, position)
 
     def _task_at(self, place: int) -> Task:
         """Return the task at `place` in the endless sequence."""
         epoch, offset = divmod(place, len(self.tasks))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, shuffle_indices(len(self.tasks), self.seed, epoch)
+            generator = make_generator(make_key("data_order", self.seed, epoch))
+            self._epoch, self._order = epoch, generator.permutation(len(self.tasks))
         return self.tasks[self._order[offset]]

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_core.distributed import watchdog
+from grpo_core.random_keys import Key, make_generator, torch_seed
 from grpo_core.schema import ConfigError
 
 MIN_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -144,7 +145,7 @@ def raise_on_all_ranks(function: Callable, *args: Any) -> Any:
         result = function(*args)
     except ConfigError as raised:
         error = str(raised)
-    if all_max(torch.tensor(float(error is not None))):
+    if all_max(torch.tensor(float(error is not None), device="cpu")):
         errors = [error] * world_size()
         if world_size() > 1:
             with watchdog.waiting():
@@ -181,17 +182,17 @@ def peak_flops() -> float:
     return next((tera * 1e12 for part, tera in PEAK_TERAFLOPS.items() if part in name), 0.0)
 
 
-def seed_all(*key: int) -> None:
+def seed_all(key: Key) -> None:
     """Seed torch on this rank from `key`.
 
     Dropout and new weights are then functions of the key, so resuming needs no saved random state.
     """
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    torch.manual_seed(torch_seed(key))
 
 
-def draw_uniforms(keys: Sequence[tuple[int, ...]], count: int) -> Tensor:
+def draw_uniforms(keys: Sequence[Key], count: int) -> Tensor:
     """Return uniform noise in [0, 1), [len(keys), count] float64; row i is a function of keys[i] alone."""
-    rows = [np.random.default_rng(key).random(count) for key in keys]
+    rows = [make_generator(key).random(count) for key in keys]
     return torch.from_numpy(np.stack(rows))
 
 

@@ -42,7 +42,7 @@ def handle_signals() -> Iterator[None]:
 
 def received_signal() -> int:
     """Return the number of a signal that any rank has received, or 0; the same on all ranks. A collective."""
-    return int(ranks.all_max(torch.tensor(float(_received))))
+    return int(ranks.all_max(torch.tensor(float(_received), device="cpu")))
 
 
 def _record(number: int, frame: object) -> None:

@@ -57,11 +57,11 @@ def find_budgets(
     trial = _Trial(config, policy, longest, rows)
     with show_elapsed("trying what fits into memory"):
         update_rows = trial.find_max_rows(backward=True)
-    if ranks.all_max(torch.tensor(float(update_rows == 0))) and checkpointing == "auto":
+    if ranks.all_max(torch.tensor(float(update_rows == 0), device="cpu")) and checkpointing == "auto":
         enable_gradient_checkpointing(policy.causal_lm)
         checkpointing, update_rows = True, trial.find_max_rows(backward=True)
     forward_rows = trial.find_max_rows(backward=False)
-    smallest = -ranks.all_max(torch.tensor([-update_rows, -forward_rows]))
+    smallest = -ranks.all_max(torch.tensor([-update_rows, -forward_rows], device="cpu"))
     update_rows, forward_rows = (int(count) for count in smallest.tolist())
     if update_rows == 0:
         raise ConfigError(
@@ -137,7 +137,7 @@ class _Trial:
         return math.ceil(rows / self.group_size) * self.rollouts.prompt_ids.shape[1] + rows * (self.width - 1)
 
     def _pack(self, rows: int) -> Packing:
-        return next(iter(self.policy.plan(take(self.rollouts, torch.arange(rows)))))
+        return next(iter(self.policy.plan(take(self.rollouts, torch.arange(rows, device="cpu")))))
 
     def _measure_peak(self, rows: int, backward: bool) -> int | None:
         """Return the bytes that a forward (and backward) over `rows` rows adds at its peak; None if it does not fit."""

@@ -109,7 +109,7 @@ class RunLog:
         """
         add_rollout_stats(stats, rollouts, scores, advantages)
         for name, value in self._take_memory_peaks().items():
-            stats.add_max(name, torch.tensor(value))
+            stats.add_max(name, torch.tensor(value, device="cpu"))
         row = {"step": step, **stats.reduce(), **numbers}
         for name in ("reward", *(f"rewards/{name}" for name in scores.by_name)):
             row[f"{name}_std"] = max(row.pop(f"{name}_square") - row[name] ** 2, 0.0) ** 0.5
@@ -186,7 +186,7 @@ class RunLog:
 
     def warn(self, sentences: Sequence[str]) -> None:
         """Print the warnings of all ranks, each sentence once in a run. A collective."""
-        if not ranks.all_max(torch.tensor(float(len(sentences)))):
+        if not ranks.all_max(torch.tensor(float(len(sentences)), device="cpu")):
             return
         everywhere = {sentence for part in ranks.gather(list(sentences)) for sentence in part}
         for sentence in sorted(everywhere - self._warnings):

@@ -172,10 +172,12 @@ def compute_advantages(
     Raises:
         ConfigError: the function returned another shape than [N, G], or a value that is not finite.
     """
+    if weights is None:
+        weights = torch.ones(1 if components is None else len(components), device=rewards.device)
     optional = {
         "lengths": torch.ones_like(rewards) if lengths is None else lengths,
         "components": rewards[None] if components is None else components,
-        "weights": torch.ones(1 if components is None else len(components)) if weights is None else weights,
+        "weights": weights,
     }
     parameters = inspect.signature(function).parameters
     values = function(rewards, **{name: value for name, value in optional.items() if name in parameters})

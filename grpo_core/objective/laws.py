@@ -32,7 +32,9 @@ from grpo_core.schema import first_line
 B, C = 6, 7
 LENGTHS = [7, 1, 4, 3, 7, 2]
 RATIOS = [0.05, 0.5, 1.0, 2.0, 20.0]  # columns of the clip table
-LOG_RATIO_GRID = torch.linspace(-math.log(20), math.log(20), 6001, dtype=torch.double)  # where the clip law is checked
+LOG_RATIO_GRID = torch.linspace(
+    -math.log(20), math.log(20), 6001, dtype=torch.double, device="cpu"
+)  # where the clip law is checked
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ def run_laws(function: Callable, laws: dict[str, Callable[[Callable], tuple[bool
     outcomes = []
     for name, law in laws.items():
         try:
-            holds, result = law(function)
+            with torch.device("cpu"):
+                holds, result = law(function)
         except Exception as error:
             holds, result = False, f"{type(error).__name__}: {first_line(error)}"
         outcomes.append(Outcome(name, holds, result, (get_fact(function, "breaks") or {}).get(name)))
@@ -205,9 +208,9 @@ def compute_gradient_weights(loss_fn: Callable, sign: int, log_ratios: Tensor) -
 
 def clip_table(loss_fn: Callable) -> list[tuple[str, list[float], str]]:
     """Return a row for A > 0 and one for A < 0: the sign, the gradient weights at RATIOS, and where they are not 0."""
-    table = []
+    table, log_ratios = [], torch.tensor(RATIOS, dtype=torch.double, device="cpu").log()
     for sign in (1, -1):
-        at_ratios = compute_gradient_weights(loss_fn, sign, torch.tensor(RATIOS, dtype=torch.double).log()) + 0.0
+        at_ratios = compute_gradient_weights(loss_fn, sign, log_ratios) + 0.0
         table.append((f"A {'>' if sign > 0 else '<'} 0", at_ratios.tolist(), _describe_gradient_range(loss_fn, sign)))
     return table
 

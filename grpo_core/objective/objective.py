@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from grpo_core.objective.laws import zero_advantage
@@ -63,4 +64,6 @@ def learns_from_ties(average: str, loss_fn: Callable, *others: Callable) -> bool
     """
     if any(get_fact(function, "learns_from_ties", False) for function in (loss_fn, *others)):
         return True
-    return not zero_advantage(loss_fn)[0] or bool(get_fact(AVERAGES.get(average), "breaks"))
+    with torch.device("cpu"):
+        is_zero, _ = zero_advantage(loss_fn)
+    return not is_zero or bool(get_fact(AVERAGES.get(average), "breaks"))

@@ -30,6 +30,9 @@ def render_markdown(data: dict[str, Any], runs: list[RunFolder], pictures: list[
         if rows:
             parts += [f"## Accuracy of {name}", "\n".join(f"- {describe_accuracy(row)}" for row in rows)]
             parts.append("Intervals are of 95 %.")
+    for name, run in zip(names, data["runs"], strict=True):
+        if run["answers"]:
+            parts += [f"## Held-out answers of {name}", *_render_answers(run["answers"])]
     means = [{"Mean": name, **run["final"]} for name, run in zip(names, data["runs"], strict=True) if run["final"]]
     if means:
         parts += [f"## {_escape(data['final'])}", _table(means)]
@@ -42,6 +45,16 @@ def render_markdown(data: dict[str, Any], runs: list[RunFolder], pictures: list[
     if pictures:
         parts += ["## Curves", *(f"![{_escape(title)}]({path.name})" for title, path in pictures)]
     return "\n\n".join(parts) + "\n"
+
+
+def _render_answers(answers: list[dict[str, Any]]) -> list[str]:
+    """Return the prompt of every problem, and its answers before and after training."""
+    parts = []
+    for answer in answers:
+        parts += [f"Problem {answer['task']}", _code_block(printable(answer["prompt"]))]
+        for steps, text, correct in zip(answer["steps"], answer["texts"], answer["correct"], strict=True):
+            parts += [f"After {steps:,} steps, {'correct' if correct else 'wrong'}:", _code_block(printable(text))]
+    return parts
 
 
 def _table(columns: list[dict[str, str]]) -> str:

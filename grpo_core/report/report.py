@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_core.report.completions import sample_completions, to_json
+from grpo_core.report.held_out import collect_answers
 from grpo_core.report.markdown import render_markdown
 from grpo_core.report.panels import choose_panels, collect_curves, thin_curve, thinning_metric
 from grpo_core.report.run_reader import RunFolder, read_run
@@ -71,6 +72,7 @@ def collect_data(runs: list[RunFolder]) -> tuple[dict[str, Any], list[dict[str, 
         "runs": [
             {"name": run.name, "summary": summarize_run(run, sampled["total"]), "final": average_last_steps(run),
              "config": run.config, "objective": run.objective, "evaluation": run.evaluation,
+             "answers": collect_answers(run),
              "steps": len(run.metrics), "curves": curve}
             for run, curve, sampled in zip(runs, curves, completions, strict=True)
         ],

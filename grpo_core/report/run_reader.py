@@ -145,6 +145,16 @@ def read_batch(path: Path) -> list[Row]:
     return [row for row in completions if isinstance(row, dict)] if isinstance(completions, list) else []
 
 
+def read_json_lines(path: Path) -> list[Row]:
+    """Return the rows of a JSON Lines file; none without the file, and lines that are not rows are left out."""
+    return [row for line in _read_bytes(path).splitlines() if (row := _parse_row(line)) is not None]
+
+
+def read_json(path: Path) -> Row:
+    """Return the object in a JSON file; empty without the file, or where it is incomplete."""
+    return _parse_row(_read_bytes(path)) or {}
+
+
 def finite_number(value: Any) -> float | None:
     """Return `value` if it is a finite number, else None."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

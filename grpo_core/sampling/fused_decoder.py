@@ -79,7 +79,7 @@ class FusedDecoder:
             raise Unsupported(f"prompts and completions could become longer than its sliding window of {window} tokens")
         self._settings, self._group_size = request.settings, request.group_size
         self._prepare(width + longest, slots, rows, longest)
-        lengths = torch.tensor([len(prompt) for prompt in prompts]).repeat_interleave(request.group_size)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu").repeat_interleave(request.group_size)
         self._bounds = torch.stack([lengths, request.limits.cpu()]).to(self.model.device)  # START and LIMIT of each row
         try:
             self.cache.allocate(len(prompts), width, slots, longest)
@@ -125,7 +125,7 @@ class FusedDecoder:
     def _decode_rows(self, rows: int, slots: int) -> None:
         """Decode until all `rows` rows have ended, at most `slots` of them at once."""
         n = slots  # columns in use
-        self._state[:, :n] = self._start_rows(torch.arange(n), torch.arange(n))
+        self._state[:, :n] = self._start_rows(torch.arange(n, device="cpu"), torch.arange(n, device="cpu"))
         started = n
         while True:
             state = self._state[:, :n].cpu()
@@ -133,7 +133,7 @@ class FusedDecoder:
             free = done.nonzero().squeeze(1)
             if started < rows and len(free):
                 free = free[: rows - started]
-                new = torch.arange(started, started + len(free))
+                new = torch.arange(started, started + len(free), device="cpu")
                 self._state[:, free.to(self._state.device)] = self._start_rows(new, state[SLOT, free])
                 started += len(free)
                 continue

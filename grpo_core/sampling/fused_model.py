@@ -176,9 +176,9 @@ class FusedModel:
         prompts_at_once, outputs = max(1, max_tokens // width), []
         for first in range(0, len(prompts), prompts_at_once):
             part = prompts[first : first + prompts_at_once]
-            ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in part]).to(self.device)
+            ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in part], device=self.device)
             hidden = self.hidden(self.embed(ids).flatten(0, 1), self._prefill_attention(first, *ids.shape, cache))
-            last = torch.tensor([i * width + len(prompt) - 1 for i, prompt in enumerate(part)]).to(self.device)
+            last = torch.tensor([i * width + len(prompt) - 1 for i, prompt in enumerate(part)], device=self.device)
             outputs.append(hidden[last])
         return torch.cat(outputs)
 

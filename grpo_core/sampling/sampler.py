@@ -1,6 +1,6 @@
 """Sample rollouts from the live weights of a model.
 
-The noise of a token depends only on its task's seed, the number of its completion in the group, and its place in the
+The noise of a token depends only on its task's key, the number of its completion in the group, and its place in the
 completion: not on the rank, the other rows, or how many rows are decoded at once. Two decoders draw the same
 completions up to rounding: the fused one, for the models that it supports, and the plain one, which uses the model's
 own forward, for all others.
@@ -105,7 +105,7 @@ class Sampler:
             keys = [(*task.seed, i) for task in tasks for i in range(group_size)]
             noise = cache(partial(draw_uniforms, keys, self.max_new_tokens))
         if limits is None:
-            limits = torch.full((len(tasks) * group_size,), self.max_new_tokens)
+            limits = torch.full((len(tasks) * group_size,), self.max_new_tokens, device="cpu")
         assert limits.shape == (len(tasks) * group_size,) and 1 <= limits.min() <= limits.max() <= self.max_new_tokens
         draws = self._decode(DecodeRequest(prompts, group_size, limits, settings, noise, watch))
         prompt_ids, prompt_mask = (

@@ -1,14 +1,14 @@
 """Run a user's reward in a process of its own, so that it may hang, exit or print without harm to the run.
 
 The process is `python -m grpo_core.scoring.reward_worker`. It receives pickled batches over a socket and replies in
-JSON; every message begins with its size in bytes. A process that takes too long is killed with all processes that it
-started, and a new one is started. This module does not import torch, so that the process starts fast.
+JSON; every message begins with its size in bytes. A process that takes too long is killed, and a new one is started.
+Every start has START_TIMEOUT, apart from the time of a batch. All processes that a reward has started end with its own,
+by a parent of its own (supervise.py). This module does not import torch, so that the process starts fast.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import pickle
@@ -25,12 +25,13 @@ from typing import Any
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.reward_call import RewardOutcome, attempt, failed_outcome
+from grpo_core.scoring.supervise import run_supervised
 
-START_TIMEOUT = 120.0  # seconds for the first start, in which the user's file is imported
+START_TIMEOUT = 120.0  # seconds for a start, in which the user's file is imported, unless reward_timeout is longer
+END_TIMEOUT = 3.0  # seconds for a process to end those that it started
 POLL_SECONDS = 0.2  # between checks whether the process is alive
 STDERR = 2
 SIZE = struct.Struct("<Q")  # of a message, in front of it
-PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class RewardWorker:
@@ -43,24 +44,39 @@ class RewardWorker:
             ConfigError: the process cannot build the reward, or is not ready in time.
         """
         self.name, self.args, self.timeout = name, args, timeout
-        self._count, self._deadline, self._problem = 0, 0.0, None
+        self._count, self._problem = 0, None
         self._start()
-        self._deadline = time.monotonic() + max(START_TIMEOUT, timeout)
-        if not self._wait_until_ready():
+        if not self.wait_until_ready():
             self.close()
             raise ConfigError(f"reward {name} {self._problem}")
 
+    def wait_until_ready(self) -> bool:
+        """Wait until the process can take a batch, and start it again if it ended after it was ready.
+
+        Returns whether it can. A start that has failed is not repeated here, but by `result`.
+        """
+        if self._start_problem is None and self._process.poll() is not None and self._is_ready:
+            self.close()
+            self._start()
+        if self._start_problem is None and not self._is_ready:
+            self._problem, self._deadline = None, self._started + max(START_TIMEOUT, self.timeout)
+            message = self._receive()
+            if message is not None and "error" in message:
+                self._problem = message["error"]
+            self._is_ready, self._start_problem = self._problem is None, self._problem
+        self._problem = self._start_problem
+        return self._is_ready
+
     def submit(self, completions: list[str], columns: dict[str, Any]) -> None:
-        """Send a batch to the process; its time limit starts now."""
-        self._count, self._deadline, self._problem = len(completions), time.monotonic() + self.timeout, None
+        """Send a batch to the process; its time limit starts when the process is ready."""
+        self._count, self._problem = len(completions), None
         try:
             request = pickle.dumps((completions, columns))
         except Exception as error:
             self._problem = f"cannot be sent its columns, which cannot be pickled: {error}"
             return
-        if self._process.poll() is not None:
-            self._start()
-        if self._is_ready or self._wait_until_ready():
+        if self.wait_until_ready():
+            self._deadline = time.monotonic() + self.timeout
             self._send(request)
 
     def result(self) -> RewardOutcome:
@@ -73,7 +89,10 @@ class RewardWorker:
         return failed_outcome(self._count, self._problem)
 
     def close(self) -> None:
-        """Kill the process and all processes that it started."""
+        """End the process and all processes that it started."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.terminate()  # its supervisor kills the others
+            self._process.wait(timeout=END_TIMEOUT)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -94,14 +113,8 @@ class RewardWorker:
             start_new_session=True,
         )
         child_socket.close()
-        self._is_ready = False
-
-    def _wait_until_ready(self) -> bool:
-        message = self._receive()
-        if message is not None and "error" in message:
-            self._problem = message["error"]
-        self._is_ready = self._problem is None
-        return self._is_ready
+        self._is_ready, self._started = False, time.monotonic()
+        self._start_problem: str | None = None  # why this start has failed
 
     def _send(self, request: bytes) -> None:
         try:
@@ -147,14 +160,19 @@ class RewardWorker:
         if isinstance(error, TimeoutError):
             return f"took more than {self.timeout:g} s" if self._is_ready else "was not ready in time"
         try:
-            code = self._process.wait(timeout=1)
+            code = self._process.wait(timeout=END_TIMEOUT)
         except subprocess.TimeoutExpired:
             return "closed its connection"
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 def serve(connection: socket.socket, name: str, args: dict[str, Any]) -> None:
-    """Reply to batches until the other end of the connection is closed."""
+    """Reply to batches until the other end of the connection is closed, at whatever moment that is."""
+    with contextlib.suppress(ConnectionError):  # `attempt` catches those of the reward
+        _serve(connection, name, args)
+
+
+def _serve(connection: socket.socket, name: str, args: dict[str, Any]) -> None:
 
     def send(message: dict[str, Any]) -> None:
         content = json.dumps(message).encode()
@@ -176,6 +194,5 @@ def serve(connection: socket.socket, name: str, args: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # end with the parent, a rank
-    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2], json.loads(sys.argv[3]))
+    to_rank = socket.socket(fileno=int(sys.argv[1]))
+    run_supervised(lambda: serve(to_rank, sys.argv[2], json.loads(sys.argv[3])), release=to_rank.close)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,13 @@ def build_reward(name: str, args: dict[str, Any] | None = None, *, timeout: floa
     return RewardWorker(name, args or {}, timeout) if ".py:" in name else function
 
 
+def close_workers(functions: Iterable[Callable | RewardWorker]) -> None:
+    """End the processes of rewards that have their own."""
+    for function in functions:
+        if isinstance(function, RewardWorker):
+            function.close()
+
+
 def score(
     rewards: Sequence[Reward],
     tasks: Sequence[Task],  # N
@@ -65,13 +72,13 @@ def score(
     by_name, failed, failures = {}, {}, []
     for reward, outcome in zip(rewards, outcomes, strict=True):
         values = [math.nan if value is None else value for value in outcome.values]
-        by_name[reward.name] = torch.tensor(values, dtype=torch.float32).view(-1, group_size)
-        failed[reward.name] = torch.tensor(outcome.failed).view(-1, group_size)
+        by_name[reward.name] = torch.tensor(values, dtype=torch.float32, device="cpu").view(-1, group_size)
+        failed[reward.name] = torch.tensor(outcome.failed, device="cpu").view(-1, group_size)
         if outcome.why:
             failures.append(f"reward {reward.name} {outcome.why}")
     stacked = torch.stack(list(by_name.values()))  # [K, N, G] for K rewards
     weights = tuple(reward.weight for reward in rewards)
-    factors = torch.tensor(weights).view(-1, 1, 1)
+    factors = torch.tensor(weights, device="cpu").view(-1, 1, 1)
     is_counted = ~stacked.isnan() & (factors != 0)  # a reward of weight 0 is only logged
     total = torch.where(is_counted, stacked * factors, 0.0).sum(dim=0)
     return Scores(total.masked_fill(~is_counted.any(dim=0), math.nan), by_name, weights, failed, tuple(failures))
@@ -80,9 +87,11 @@ def score(
 def _call_all(
     functions: list[Callable | RewardWorker], completions: list[str], columns: dict[str, Any]
 ) -> list[RewardOutcome]:
-    for function in functions:
-        if isinstance(function, RewardWorker):
-            function.submit(completions, columns)
+    workers = [function for function in functions if isinstance(function, RewardWorker)]
+    for worker in workers:  # those that load again do so side by side, before any batch has its time limit
+        worker.wait_until_ready()
+    for worker in workers:
+        worker.submit(completions, columns)
     return [
         function.result() if isinstance(function, RewardWorker) else attempt(function, completions, columns)
         for function in functions

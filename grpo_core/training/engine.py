@@ -150,7 +150,7 @@ class Engine:
         if numbers["adam_steps"]:
             for flat in (flat for group in adam.param_groups for flat in group["params"]):
                 moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
-                adam.state[flat] = {"step": torch.tensor(float(numbers["adam_steps"])), **moments}
+                adam.state[flat] = {"step": torch.tensor(float(numbers["adam_steps"]), device="cpu"), **moments}
             self.optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed does it after a first step
         for kind in ("weight", *(MOMENTS if numbers["adam_steps"] else ())):
             for view, name in zip(self._sum_views, self.trained, strict=True):

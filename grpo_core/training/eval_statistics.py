@@ -8,6 +8,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from grpo_core.random_keys import make_generator, make_key
+
 
 def pass_at_k(correct: Sequence[int], n: int, k: int) -> list[float]:
     """Return pass@k of each problem, the probability that at least one of k samples is correct.
@@ -62,7 +64,7 @@ def bootstrap_interval(
 
     `values` holds one number per problem, so that the samples of a problem stay together.
     """
-    array, generator = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    array, generator = np.asarray(values, dtype=float), make_generator(make_key("bootstrap", seed))
     parts = [min(500, draws - done) for done in range(0, draws, 500)]  # bounds the memory to a few MB
     means = [array[generator.integers(len(array), size=(part, len(array)))].mean(axis=1) for part in parts]
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])

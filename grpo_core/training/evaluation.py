@@ -12,13 +12,13 @@ from grpo_core.batch import SamplingParams, Task
 from grpo_core.distributed import ranks
 from grpo_core.monitor.completion_rows import completion_rows
 from grpo_core.monitor.progress import progress_bar
+from grpo_core.random_keys import make_key
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.scoring.reward_worker import RewardWorker
 from grpo_core.scoring.scoring import Reward, score
 from grpo_core.training.eval_statistics import wilson_interval
 from grpo_core.training.run import Run
 
-EVAL_SEED = 0x6576616C  # part of the task seeds, so that evaluation and training draw different noise
 GREEDY = SamplingParams(greedy=True)
 REWARD_NAME = "of the evaluation"  # completes "reward ..." in the warning about a failure
 
@@ -38,11 +38,11 @@ def evaluate(
     Return a mapping with accuracy, correct, n, ci_low, ci_high (Wilson, 95 %) and failed, the number of tasks on which
     the reward failed; and, on the main rank, one row per completion of the first `num_rows` tasks. A task that cannot
     be scored counts as wrong. Unless sampling is greedy, the mapping also holds the sampling settings, and
-    the noise of a task depends only on its seed and row.
+    the noise of a task depends only on its key and row.
     """
-    indexed = [(i, replace(task, seed=(*task.seed, task.index, EVAL_SEED))) for i, task in enumerate(tasks)]
+    indexed = [(i, replace(task, seed=make_key("evaluation", *task.seed, task.index))) for i, task in enumerate(tasks)]
     mine = sorted(indexed[ranks.rank() :: ranks.world_size()], key=lambda pair: len(pair[1].prompt_ids))
-    counts = torch.zeros(2)  # correct, failed
+    counts = torch.zeros(2, device="cpu")  # correct, failed
     failures, rows = [], []
     with progress_bar(len(mine), "evaluating", "task") as progress:
         for start in range(0, len(mine), batch_size):

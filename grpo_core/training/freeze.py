@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from grpo_core.batch import Frozen, Rollouts, take
+from grpo_core.batch import Frozen, Rollouts, random_order, take
 from grpo_core.distributed import ranks
 from grpo_core.model.memory import retry_in_halves
 from grpo_core.model.packing import Budget, Packing
@@ -16,6 +16,7 @@ from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.corrections import quantile
 from grpo_core.objective.kl import kl_exact
 from grpo_core.objective.objective import Objective
+from grpo_core.random_keys import make_key, torch_seed
 from grpo_core.training.run import Run
 
 EQUAL_ENTROPY = 1e-5  # nats: tokens after the same prefix differ by rounding alone, and are kept or left out together
@@ -81,10 +82,10 @@ def measure_exact_kl(run: Run, rollouts: Rollouts, step: int, stats: Stats) -> N
     settings = run.config.log
     if not settings.exact_kl_every or step % settings.exact_kl_every:
         return
-    generator = torch.Generator().manual_seed(run.config.seed * 1_000_003 + step)
-    rows = take(replace(rollouts, completions=()), torch.randperm(len(rollouts), generator=generator)[:EXACT_KL_ROWS])
+    generator = torch.Generator("cpu").manual_seed(torch_seed(make_key("exact_kl", run.config.seed, step)))
+    rows = take(replace(rollouts, completions=()), random_order(len(rollouts), generator)[:EXACT_KL_ROWS])
     places = rows.completion_mask.nonzero()
-    drawn = places[torch.randperm(len(places), generator=generator)[: settings.exact_kl_tokens].to(places.device)]
+    drawn = places[random_order(len(places), generator)[: settings.exact_kl_tokens].to(places.device)]
     measured = torch.zeros_like(rows.completion_mask)
     measured[drawn.unbind(dim=1)] = True
     for packing in run.policy.plan(rows, run.budgets.forward):

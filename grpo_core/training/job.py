@@ -11,6 +11,7 @@ from pathlib import Path
 from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import signals, watchdog
 from grpo_core.monitor.run_log import describe_evaluation
+from grpo_core.scoring.scoring import close_workers
 from grpo_core.training import checkpoint
 from grpo_core.training.run import Run
 from grpo_core.training.setup import setup
@@ -37,7 +38,10 @@ def train(config: RunConfig) -> Path:
 
 @contextmanager
 def close_at_end(run: Run) -> Iterator[None]:
-    """Close the log and stop the watchdog when the block ends; if a signal ended it, log how to resume."""
+    """Close the log and the rewards' processes and stop the watchdog when the block ends.
+
+    If a signal ended it, log how to resume.
+    """
     try:
         yield
     except signals.Interrupted as signal:
@@ -45,6 +49,7 @@ def close_at_end(run: Run) -> Iterator[None]:
         raise
     finally:
         run.log.close()
+        close_workers([*(reward.function for reward in run.rewards), run.eval_reward])
         watchdog.stop()
         gc.unfreeze()
 

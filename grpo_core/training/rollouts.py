@@ -55,13 +55,13 @@ def _resample(
         fresh_rollouts, fresh_scores = _sample_and_score(run, fresh)
         for group, task in zip(tied.tolist(), fresh, strict=True):
             tasks[group] = task
-        rows = (tied[:, None] * group_size + torch.arange(group_size)).flatten()
+        rows = (tied[:, None] * group_size + torch.arange(group_size, device="cpu")).flatten()
         rollouts = replace_rows(rollouts, rows, fresh_rollouts)
         scores = _replace_scores(scores, tied, fresh_scores)
         num_replaced, attempts = num_replaced + len(tied), attempt
         tokens = tokens + fresh_rollouts.lengths().sum()
-    stats.add_total("resampled_groups", torch.tensor(float(num_replaced)))
-    stats.add_max("resampling_attempts", torch.tensor(float(attempts)))
+    stats.add_total("resampled_groups", torch.tensor(float(num_replaced), device="cpu"))
+    stats.add_max("resampling_attempts", torch.tensor(float(attempts), device="cpu"))
     stats.add_total("tokens_sampled", tokens)
     return tasks, rollouts, scores
 
@@ -102,9 +102,9 @@ def compute_step_advantages(
     levelled = [tie_small_spreads(values, objective.min_group_std) for values in (rewards[None], components)]
     own = torch.cat([levelled[0], lengths[None], levelled[1]])  # [2 + K, N, G]
     whole = ranks.all_rows(own.transpose(0, 1)).cpu().transpose(0, 1)  # [2 + K, N of all ranks, G]
-    if whole[0].isnan().all() and not ranks.all_max(torch.tensor(float(len(scores.failures)))):
+    if whole[0].isnan().all() and not ranks.all_max(torch.tensor(float(len(scores.failures)), device="cpu")):
         raise ConfigError("no completion of this step has a reward: every reward returned None for every one of them")
-    weights = torch.tensor(scores.weights)
+    weights = torch.tensor(scores.weights, device="cpu")
     values = compute_advantages(
         objective.advantage_fn, whole[0], lengths=whole[1], components=whole[2:], weights=weights
     )
@@ -163,7 +163,7 @@ def _replace_scores(scores: Scores, groups: Tensor, others: Scores) -> Scores:
 def _sequence_kl(objective: Objective, policy: Policy, budget: Budget, rollouts: Rollouts, stats: Stats) -> Tensor:
     """The KL of each completion, summed over its tokens, [B] on the CPU."""
     divergence = objective.kl_fn if objective.kl_needs_vocabulary else None
-    sums = torch.zeros(len(rollouts))
+    sums = torch.zeros(len(rollouts), device="cpu")
     rollouts = replace(rollouts, completions=())
     for packing in policy.plan(rollouts, budget):
         micro = take(rollouts, packing.rows)

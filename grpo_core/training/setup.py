@@ -20,6 +20,7 @@ from grpo_core.model.quieten import quieten
 from grpo_core.monitor import trackers
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.monitor.run_log import RunLog
+from grpo_core.random_keys import make_key
 from grpo_core.sampling.end_of_sequence import describe_eos_mismatch
 from grpo_core.scoring.scoring import build_reward
 from grpo_core.training.deepspeed_config import deepspeed_config
@@ -124,7 +125,7 @@ def initialise_process(config: RunConfig) -> torch.dtype:
         quieten()
     trackers.check_installed(config)
     ranks.setup(config.trainer.hang_timeout)
-    ranks.seed_all(config.seed)
+    ranks.seed_all(make_key("new_weights", config.seed))
     dtype = resolve_dtype(config.model.precision)
     deepspeed_config(config, dtype, ranks.world_size())
     return dtype

@@ -24,6 +24,7 @@ from grpo_core.model.policy import load_policy, wrap
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.alerts import Alerts
 from grpo_core.monitor.progress import show_elapsed
+from grpo_core.random_keys import make_key
 from grpo_core.sampling.end_of_sequence import find_eos_ids
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, run_dir
@@ -163,9 +164,10 @@ def compute_held_out_loss(run: Run, make_targets: MakeTargets) -> dict[str, floa
     The template of a task depends only on its row, so it is the same in every evaluation and every run.
     """
     mine = run.eval_tasks[ranks.rank() :: ranks.world_size()]
-    counts = torch.zeros(2, dtype=torch.double)
+    counts = torch.zeros(2, dtype=torch.double, device="cpu")
     if mine:
-        rollouts = replace(make_targets([replace(task, seed=(task.index,)) for task in mine]), completions=())
+        keyed = [replace(task, seed=make_key("held_out", task.index)) for task in mine]
+        rollouts = replace(make_targets(keyed), completions=())
         logprobs, _ = forward_all(run.policy, run.budgets.forward, rollouts)
         counts = torch.stack([-logprobs.double().sum(), rollouts.lengths().sum()]).cpu()
     nats, tokens = ranks.all_sum(counts).tolist()

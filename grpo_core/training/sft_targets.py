@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from grpo_core.batch import Rollouts, Task
 from grpo_core.config.sections import SftConfig
 from grpo_core.data.prompts import list_template_fields
+from grpo_core.random_keys import make_generator, make_key
 from grpo_core.schema import ConfigError, list_known
 
 
@@ -25,7 +26,8 @@ def build_target_rollouts(
     shares = np.cumsum([target.share for target in config.targets])
     texts = []
     for task in tasks:
-        index = np.searchsorted(shares, np.random.default_rng(task.seed).random() * shares[-1], side="right")
+        place = make_generator(make_key("target", *task.seed)).random() * shares[-1]
+        index = np.searchsorted(shares, place, side="right")
         texts.append(config.targets[index].template.format(**task.columns))
     targets = [[*ids, eos] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     prompt_ids, prompt_mask = pad_right([task.prompt_ids for task in tasks], device)

@@ -16,6 +16,7 @@ from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.corrections import corrected_old_logprobs, off_policy_mask
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.token_weights import Totals, entropy_weights, token_weights
+from grpo_core.random_keys import make_key, torch_seed
 from grpo_core.registry import get_fact
 from grpo_core.training import checkpoint
 from grpo_core.training.control import Control
@@ -31,8 +32,8 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
         RunFailed: a micro-batch does not fit into the memory of some rank, not in halves either.
     """
     config, trainer, results = run.config, run.config.trainer, []
-    ranks.seed_all(config.seed, step, ranks.rank())  # dropout
-    shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    ranks.seed_all(make_key("dropout", config.seed, step, ranks.rank()))
+    shuffle = torch.Generator("cpu").manual_seed(torch_seed(make_key("minibatches", config.seed, step)))
     minibatches = batch.minibatches(trainer.num_minibatches, trainer.num_passes, config.sampling.group_size, shuffle)
     with run.policy.training():
         for minibatch in minibatches:
@@ -40,11 +41,11 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
             plan = run.policy.plan(minibatch.rollouts, run.budgets.update, rows)
             totals = count_over_ranks(run.objective, minibatch, len(plan))
             fits = accumulate_gradients(run, minibatch, plan, totals, control, stats)
-            if ranks.all_max(torch.tensor(float(not fits))):
+            if ranks.all_max(torch.tensor(float(not fits), device="cpu")):
                 fail_out_of_memory(run, step, control, weights_unchanged=not results)
             if len(plan) == 0:  # nothing to learn on this rank: it still adds the names that the others add
                 micro_loss(run.objective, *untrained_row(minibatch), totals, control, stats)
-            stats.add_total("micro_batches", torch.tensor(float(len(plan))))
+            stats.add_total("micro_batches", torch.tensor(float(len(plan)), device="cpu"))
             results.append(run.engine.step())
     return {
         "grad_norm": sum(result.grad_norm for result in results) / len(results),
@@ -76,8 +77,8 @@ def accumulate_gradients(
             tokens += packing.tokens
     except torch.OutOfMemoryError:
         return False
-    stats.add_total("memory_retries", torch.tensor(float(retries)))
-    stats.add_total("tokens_updated", torch.tensor(float(tokens)))
+    stats.add_total("memory_retries", torch.tensor(float(retries), device="cpu"))
+    stats.add_total("tokens_updated", torch.tensor(float(tokens), device="cpu"))
     return True
 
 
@@ -181,7 +182,7 @@ def token_loss(
 
 def untrained_row(minibatch: TrainBatch) -> tuple[TrainBatch, TokenStats]:
     """Return the first row with no token to train."""
-    row = take(minibatch, torch.zeros(1, dtype=torch.long))
+    row = take(minibatch, torch.zeros(1, dtype=torch.long, device="cpu"))
     zeros = torch.zeros_like(row.rollouts.rollout_logprobs)
     return replace(row, loss_mask=torch.zeros_like(row.loss_mask)), TokenStats(zeros, zeros, zeros)
 

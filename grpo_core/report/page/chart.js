@@ -42,18 +42,20 @@ function spanned(one) {
 
 function axes(x, y, width, height, format) {
   const group = svg("g", { class: "axes" });
-  for (const value of y.ticks) {
+  const labels = tickLabels(y.ticks, format);
+  for (const [i, value] of y.ticks.entries()) {
     const place = y.at(value);
     group.append(svg("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: place, y2: place }));
-    group.append(svg("text", { x: MARGIN.left - 6, y: place + 3.5, "text-anchor": "end" }, format(value)));
+    group.append(svg("text", { x: MARGIN.left - 6, y: place + 3.5, "text-anchor": "end" }, labels[i]));
   }
   const base = height - MARGIN.bottom;
   group.append(svg("line", { class: "base", x1: MARGIN.left, x2: width - MARGIN.right, y1: base, y2: base }));
-  for (const value of x.ticks.filter(Number.isInteger)) {
+  const steps = x.ticks.filter(Number.isInteger), stepLabels = tickLabels(steps, inShort);
+  for (const [i, value] of steps.entries()) {
     const place = x.at(value);
     const anchor = place > width - MARGIN.right - 12 ? "end" : "middle";
     group.append(svg("line", { class: "base", x1: place, x2: place, y1: base, y2: base + 4 }));
-    group.append(svg("text", { x: place, y: base + 16, "text-anchor": anchor }, inShort(value)));
+    group.append(svg("text", { x: place, y: base + 16, "text-anchor": anchor }, stepLabels[i]));
   }
   return group;
 }

@@ -48,14 +48,14 @@ function marked(text, query) {
 const MINUS = "\u2212";
 const NONE = "\u2013";
 
-// A number with about `digits` significant digits: 1,234, 0.1235, 3.1e−7.
+// A number with about `digits` significant digits: 1,234, 0.1235, 3.1e−7. Above 4 digits no form has fewer.
 function inShort(value, digits = 4) {
   if (value === null || value === undefined || Number.isNaN(value)) return NONE;
   const size = Math.abs(value);
   let text;
   if (value === 0) text = "0";
-  else if (size >= 1e7 || size < 1e-4) text = String(Number(value.toPrecision(3)).toExponential()).replace("e+", "e");
-  else if (size >= 1000) text = Math.round(value).toLocaleString("en");
+  else if (size >= 1e7 || size < 1e-4) text = String(Number(value.toPrecision(digits > 4 ? digits : 3)).toExponential()).replace("e+", "e");
+  else if (size >= 1000) text = digits > 4 ? value.toLocaleString("en", { maximumSignificantDigits: digits }) : Math.round(value).toLocaleString("en");
   else text = String(Number(value.toPrecision(digits)));
   return text.replace(/-/g, MINUS);
 }

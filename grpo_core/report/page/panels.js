@@ -4,7 +4,7 @@
 // to draw, for stacked areas, which cannot share axes with those of another run. Returns {element, draw, move}.
 function createPanel(panel, data, state, only = null) {
   const isShare = panel.unit.startsWith("share"), hidden = new Set();
-  const format = isShare ? (value) => inShort(100 * value, 3) + " %" : (value) => inShort(value, 3);
+  const format = isShare ? (value, digits = 3) => inShort(100 * value, digits) + " %" : (value, digits = 3) => inShort(value, digits);
   const title = only !== null && data.runs.length > 1 ? `${panel.title}, ${visible(data.runs[only].name)}` : panel.title;
   const root = svg("svg", { role: "img", tabindex: "0", class: "chart" });
   const legend = el("ul", { class: "legend" });

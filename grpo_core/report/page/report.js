@@ -62,6 +62,21 @@ function fillConfigurations(data) {
   if (!data.runs.some((run) => run.config)) byId("configs").append(el("p", { class: "lead" }, "Not in the run folder."));
 }
 
+function fillAnswers(data) {
+  for (const run of data.runs.filter((one) => one.answers.length)) {
+    byId("held-out").hidden = false;
+    if (data.runs.length > 1) byId("answers").append(el("h3", {}, visible(run.name)));
+    for (const answer of run.answers) {
+      const both = answer.texts.flatMap((text, i) => [
+        el("p", { class: "lead" }, `After ${count(answer.steps[i])} steps, ${answer.correct[i] ? "correct" : "wrong"}`),
+        el("pre", { class: "text", tabindex: "0" }, visible(text)),
+      ]);
+      const title = `Problem ${answer.task}: ${answer.correct.map((right) => (right ? "correct" : "wrong")).join(", then ")}`;
+      byId("answers").append(el("details", { class: "config" }, el("summary", {}, title), el("pre", { class: "text", tabindex: "0" }, visible(answer.prompt)), ...both));
+    }
+  }
+}
+
 function fillCurves(data) {
   const state = { runs: data.runs.map(() => ({ on: true })), smoothing: 0, log: false, xDomain: [0, 1], hover: null };
   const panels = data.panels.flatMap((panel) =>
@@ -157,5 +172,6 @@ const data = JSON.parse(byId("report-data").textContent);
 fillSummary(data);
 fillConfigurations(data);
 fillCurves(data);
+fillAnswers(data);
 createBrowser(byId("browser"), data.runs, JSON.parse(byId("completion-data").textContent));
 document.documentElement.dataset.report = "ready";

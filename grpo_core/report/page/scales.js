@@ -23,6 +23,15 @@ function logTicks(low, high, wanted) {
   return inside.length >= 2 ? inside : ticks(low, high, wanted).filter((value) => value > 0);
 }
 
+// The labels of an axis, with as many digits as make them differ.
+function tickLabels(values, format) {
+  for (let digits = 3; digits < 16; digits++) {
+    const labels = values.map((value) => format(value, digits));
+    if (new Set(labels).size === labels.length) return labels;
+  }
+  return values.map(String);
+}
+
 // Maps `domain` in values onto `range` in pixels. Returns {at(value) -> pixels, ticks, ...}.
 function scale(domain, range, log, wanted) {
   const put = log ? Math.log10 : (value) => value;

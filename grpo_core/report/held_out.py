@@ -1,0 +1,69 @@
+"""Read what a run folder holds on held-out problems beside the accuracies: answers, and the results of `evaluate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grpo_core.report.run_reader import Row, RunFolder, finite_number, read_json, read_json_lines
+
+MAX_ANSWERS = 10  # problems of a run whose answers are in the report
+MAX_CHARACTERS = 2_000  # of a text in the report
+
+
+def collect_answers(run: RunFolder) -> list[dict[str, Any]]:
+    """Return one row for each of the first held-out problems: its prompt, and the answers before and after training.
+
+    They are those of the first and of the last evaluation in evaluation_completions.jsonl. `steps` are the steps taken
+    before the two evaluations; a run with one evaluation has no answer after it.
+    """
+    by_step: dict[int, dict[Any, Row]] = {}
+    for row in read_json_lines(run.path / "evaluation_completions.jsonl"):
+        if isinstance(row.get("step"), int):
+            by_step.setdefault(row["step"], {})[row.get("task")] = row
+    if not by_step:
+        return []
+    steps = list(dict.fromkeys((min(by_step), max(by_step))))
+    before, *after = (by_step[step] for step in steps)
+    answers = []
+    for task, row in list(before.items())[:MAX_ANSWERS]:
+        pair = [row, *(rows[task] for rows in after if task in rows)]
+        answers.append(
+            {
+                "task": task,
+                "prompt": _shorten(row.get("prompt")),
+                "steps": steps[: len(pair)],
+                "texts": [_shorten(answer.get("text")) for answer in pair],
+                "correct": [answer.get("correct") is True for answer in pair],
+            }
+        )
+    return answers
+
+
+def describe_evaluations(run: RunFolder) -> dict[str, str]:
+    """Return the figures of the `evaluate` command in the run folder, such as pass@8, title -> text."""
+    rows = {}
+    for file in sorted(run.path.glob("evaluate*/evaluate*.json")):
+        result = read_json(file)
+        policies = {name: result[name] for name in ("base", "policy") if isinstance(result.get(name), dict)}
+        for name in policies.get("policy", {}):
+            if "@" in name or name == "greedy":
+                figures = {policy: _describe_figure(values.get(name)) for policy, values in policies.items()}
+                text = ", ".join(f"{policy} {figure}" for policy, figure in figures.items() if figure)
+                rows[f"{name} ({file.parent.name})"] = text
+    return rows
+
+
+def _describe_figure(figure: Any) -> str:
+    """Return a share with its interval in per cent; "" where it is not a number."""
+    if not isinstance(figure, dict):
+        return ""
+    value, low, high = (finite_number(figure.get(key)) for key in ("value", "ci_low", "ci_high"))
+    if value is None:
+        return ""
+    interval = "" if low is None or high is None else f" ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{100 * value:.1f} %{interval}"
+
+
+def _shorten(text: Any) -> str:
+    text = text if isinstance(text, str) else ""
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} …"
