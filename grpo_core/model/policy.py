@@ -25,6 +25,7 @@ from grpo_core.model import fast_layers, packed_attention
 from grpo_core.model.loading import resolve_model_path
 from grpo_core.model.logprobs import Statistics, is_frozen_linear, softmax_statistics, token_divergence, token_logprobs
 from grpo_core.model.packing import Budget, Layout, Packing, Plan, plan
+from grpo_core.monitor.file_modes import apply_umask
 from grpo_core.schema import ConfigError, first_line
 
 
@@ -223,6 +224,7 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Write the adapter in PEFT's format, or the whole model if there is no adapter."""
         self.model.save_pretrained(folder)
+        apply_umask(*folder.glob("*.safetensors"))
 
     @cached_property
     def _logit_scale(self) -> float:
