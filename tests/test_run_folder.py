@@ -76,11 +76,13 @@ def test_n2_a_second_start_into_a_live_run_is_refused_and_touches_nothing(run, l
 
 def test_n2_a_stale_lock_is_taken_over_and_given_back(run, living):
     config = load_job(None, [f"resume={run.folder}"])
-    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    zombie = lock_of(ended.pid)
+    ended.kill()
     os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # a zombie: nobody has asked for its exit code
     boot = run_lock._identify(living.pid).split()[0]
     reused = lock_of(living.pid, started=f"{boot} 7")  # the number belongs to a later process now
-    for stale in (lock_of(ended.pid, started=f"{boot} 1"), reused, lock_of(os.getpid()), "", "{}", '{"process": 3}', "[1]"):
+    for stale in (zombie, lock_of(10**9, started=""), reused, lock_of(os.getpid()), "", "{}", '{"process": 3}', "[1]"):
         (run.folder / "lock.json").write_text(stale)
         with run_lock.released_at_end():
             assert find_start(config).step == 2
@@ -96,6 +98,7 @@ def test_n2_another_host_is_believed_and_the_file_is_named(run):
         find_start(load_job(None, [f"resume={run.folder}"]))
 
 
+@pytest.mark.slow
 def test_n2_two_starts_at_once_have_one_winner_and_a_refused_start_leaves_no_folder(tmp_path, run):
     code = (
         "import sys, time; from pathlib import Path; from grpo_core.monitor import run_lock\n"
