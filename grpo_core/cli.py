@@ -17,11 +17,9 @@ import click
 from grpo_core import __version__
 from grpo_core.commands.errors import print_error
 from grpo_core.commands.gc_pause import pause_gc
-from grpo_core.config.shipped import find_configs
 from grpo_core.schema import ConfigError
 
 PROGRAM = "python -m grpo_core"
-CONFIGS = find_configs()
 EXAMPLES = "\b\nExamples:\n  "  # click keeps the line breaks of a paragraph that begins with \b
 
 
@@ -50,6 +48,14 @@ def _list_keys(section: type, prefix: str) -> Iterator[tuple[str, list[str]]]:
             yield key, ["true", "false"]
         else:
             yield key, _list_literals(hint)
+
+
+def _is_override(word: str) -> bool:
+    """Return whether a word sets a key of the configuration."""
+    from grpo_core.config.sections import RunConfig
+
+    key, equals, _ = word.partition("=")
+    return bool(equals) and key.split(".")[0] in {field.name for field in fields(RunConfig)}
 
 
 def _list_literals(hint: Any) -> list[str]:
@@ -125,7 +131,6 @@ def command(name: str, examples: str) -> Callable:
 @overrides_argument
 def train(config: Path | None, dry_run: bool, overrides: tuple[str, ...]) -> int:
     """Train with GRPO in this process, or in the processes that a launcher such as torchrun has started."""
-    config = config or _default_config()
     if dry_run:
         return _dry_run(config, overrides, int(os.environ.get("WORLD_SIZE", 1)))
     with pause_gc():
@@ -135,10 +140,9 @@ def train(config: Path | None, dry_run: bool, overrides: tuple[str, ...]) -> int
 
 
 @command("sft", "python -m grpo_core sft --config configs/tiny_sft.yaml; python -m grpo_core sft lora.r=16 name=warm")
-@click.option("--config", type=click.Path(path_type=Path), default=CONFIGS / "tiny_sft.yaml", help="YAML file.",
-              show_default="configs/tiny_sft.yaml")  # fmt: skip
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file.  [default: configs/tiny_sft.yaml]")
 @overrides_argument
-def sft(config: Path, overrides: tuple[str, ...]) -> int:
+def sft(config: Path | None, overrides: tuple[str, ...]) -> int:
     """Fine-tune on the data's own answers (supervised), as a warm-up before GRPO. Trains LoRA or all weights."""
     from grpo_core.commands.sft import run_sft
 
@@ -154,7 +158,7 @@ def sft(config: Path, overrides: tuple[str, ...]) -> int:
 @overrides_argument
 def launch(config: Path | None, processes: int | None, dry_run: bool, overrides: tuple[str, ...]) -> int:
     """Start `train` in several processes on this machine. `bash launch.sh` calls this command."""
-    config, processes = config or _default_config(), processes or _count_gpus() or 1
+    processes = processes or _count_gpus() or 1
     if dry_run:
         return _dry_run(config, overrides, processes * int(os.environ.get("NNODES", 1)))
     with pause_gc():
@@ -229,11 +233,14 @@ def evaluate(source: str, config: Path | None, overrides: tuple[str, ...], **opt
 @click.option("--raw", is_flag=True, help="Use the question as the whole prompt, without the run's template.")
 @click.option("--seed", type=int, default=0, help="Seed of the sampling.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file with the prompt template, for a model.")
-def sample(source: str, question: str | None, config: Path | None, **options: Any) -> int:
+@overrides_argument
+def sample(source: str, question: str | None, config: Path | None, overrides: tuple[str, ...], **options: Any) -> int:
     """Answer a question with a run or a model. Without a question, read questions from an interactive prompt."""
     from grpo_core.commands.sample import run_sample
 
-    return run_sample(source, question, config, **options)
+    if question is not None and _is_override(question):
+        question, overrides = None, (question, *overrides)
+    return run_sample(source, question, config, overrides, **options)
 
 
 @command("report", "python -m grpo_core report runs/tiny; python -m grpo_core report runs/a runs/b --output ab.html")
@@ -291,11 +298,12 @@ def replay(batch: Path, overrides: tuple[str, ...], **options: Any) -> int:
 @click.option("--push", metavar="ORG/NAME", help="Upload to this hub repository, with HF_TOKEN or `hf auth login`.")
 @click.option("--private", is_flag=True, help="Create the hub repository as private.")
 @click.option("--dry-run", is_flag=True, help="List the files, print the model card, and write nothing.")
-def export(run: str, merged: bool, **options: Any) -> int:
+@overrides_argument
+def export(run: str, merged: bool, overrides: tuple[str, ...], **options: Any) -> int:
     """Export a run as a merged model that is compared with the original, or as an adapter, with a model card."""
     from grpo_core.commands.export import run_export
 
-    return run_export(run, adapter=not merged, **options)
+    return run_export(run, overrides, adapter=not merged, **options)
 
 
 @command("losses", "python -m grpo_core losses")
@@ -350,17 +358,14 @@ def check_advantage(name: str, arguments: tuple[str, ...]) -> int:
     return run_check_advantage(name, parse_arguments(arguments))
 
 
-def _dry_run(config: Path, overrides: tuple[str, ...], processes: int) -> int:
-    from grpo_core.config.files import load
+def _dry_run(config: Path | None, overrides: tuple[str, ...], processes: int) -> int:
+    from grpo_core.config.files import load_job
 
-    loaded = load(config, overrides)  # first, so that a mistake is reported before transformers is imported
+    # first, so that a mistake is reported before transformers is imported
+    loaded = load_job(config, overrides, notify=lambda sentence: print(f"note: {sentence}"))
     from grpo_core.commands.dry_run import run_dry_run
 
     return run_dry_run(loaded, processes)
-
-
-def _default_config() -> Path:
-    return CONFIGS / ("gsm8k_qwen2.5_1.5b.yaml" if _count_gpus() else "tiny.yaml")
 
 
 def _count_gpus() -> int:

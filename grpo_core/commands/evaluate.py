@@ -21,6 +21,7 @@ from grpo_core.config.sections import RunConfig
 from grpo_core.data.prompts import make_tasks
 from grpo_core.data.rows import load_rows, load_splits
 from grpo_core.distributed import ranks
+from grpo_core.monitor import run_lock
 from grpo_core.monitor.completion_rows import completion_rows
 from grpo_core.monitor.progress import progress_bar
 from grpo_core.objective.rewards import REWARDS
@@ -35,6 +36,7 @@ GREEDY = SamplingParams(greedy=True)
 CORRECT, STRICT = " correct", " strict"  # begin with a space, so they cannot be the name of a reward
 MARKS = {"correct": CORRECT, "strict": STRICT}  # column of completions.jsonl -> reward
 ALL_ROWS = 10**9
+FILES = ("evaluate.json", "evaluate.txt", "completions.jsonl")
 Row = dict[str, Any]  # one completion, as in completions.jsonl
 Figures = dict[str, list[float]]  # name -> one number per problem
 
@@ -304,18 +306,43 @@ def format_figure(name: str, figure: dict[str, float], *, signed: bool = False) 
 
 
 def _make_folder(folder: Path) -> None:
+    """Create the output folder.
+
+    Raises:
+        ConfigError: it cannot be created, is a run's folder, or lies in the folder of a run that is being written.
+    """
+    run_lock.check_not_written(folder, "--output")
+    if (folder / "config.yaml").exists():
+        raise ConfigError(f"--output {folder} is the folder of a run, which has files of the same names; name another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output {folder} cannot be written: {error.strerror}") from None
 
 
+def _keep_earlier_samples(folder: Path, result: dict[str, Any]) -> None:
+    """Rename the files of an earlier evaluation whose samples gave figures, such as pass@8, that `result` lacks."""
+    try:
+        earlier = json.loads((folder / "evaluate.json").read_text(encoding="utf-8"))
+        figures, samples = earlier["policy"].keys() - result["policy"].keys(), earlier["sampling"]["samples"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # there is none
+    if not samples or not any("@" in name for name in figures):
+        return
+    for name in FILES:
+        old = folder / name
+        if old.exists():
+            os.replace(old, old.with_name(f"{old.stem}-{samples}-samples{old.suffix}"))
+    print(f"\nthe earlier evaluation with {samples} samples is kept in {folder / f'evaluate-{samples}-samples.json'}")
+
+
 def _write_files(folder: Path, result: dict[str, Any], table: str, rows: Sequence[Row]) -> None:
     try:
+        _keep_earlier_samples(folder, result)
         (folder / "evaluate.json").write_text(json.dumps(finite_or_none(result), indent=1) + "\n", encoding="utf-8")
         (folder / "evaluate.txt").write_text(table + "\n", encoding="utf-8")
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / "completions.jsonl").write_bytes("".join(lines).encode(errors="replace"))
     except OSError as error:
         raise ConfigError(f"--output {folder} cannot be written: {error.strerror}") from None
-    print(f"\nwritten to {folder}: evaluate.json, evaluate.txt, completions.jsonl")
+    print(f"\nwritten to {folder}: {', '.join(FILES)}")

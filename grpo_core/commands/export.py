@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -25,6 +26,8 @@ from grpo_core.commands.model_card import base_name, make_card
 from grpo_core.commands.open_policy import ADAPTER_CONFIG, OpenedPolicy, open_source
 from grpo_core.config.precision import DTYPES
 from grpo_core.data.word_problems import make_word_problems
+from grpo_core.monitor import run_lock
+from grpo_core.monitor.file_modes import apply_umask
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.report.run_reader import locate_completions, read_rows
 from grpo_core.schema import ConfigError, first_line, printable
@@ -56,6 +59,7 @@ class Gap:
 
 def run_export(
     source: str,
+    overrides: Sequence[str] = (),
     *,
     output: Path | None = None,
     adapter: bool = False,
@@ -66,15 +70,19 @@ def run_export(
 ) -> int:
     """Write the model, or the adapter, with tokenizer and card; upload it if `push` names a hub repository.
 
+    `overrides` are as in `open_source`: model.path names a base model that has moved.
+
     Returns 0, or 3 if the logits differ by more than merging or rounding explains; then nothing is left.
 
     Raises:
         ConfigError: the source cannot be opened, written or uploaded, or has no adapter to export.
     """
-    opened = open_source(source, ["model.precision=fp32"], notify=partial(print, file=sys.stderr))
+    if not dry_run and (output is not None or (Path(source) / "config.yaml").exists()):
+        _check_folder(output or Path(source) / _default_name(adapter))  # before the model loads
+    opened = open_source(source, [*overrides, "model.precision=fp32"], notify=partial(print, file=sys.stderr))
     if adapter and not opened.has_adapter:
         raise ConfigError(f"--adapter: {opened.weights} is a whole model and has no adapter")
-    folder = output or (opened.folder or Path()) / ("export-adapter" if adapter else "export")
+    folder = output or (opened.folder or Path()) / _default_name(adapter)
     dtype = _trained_dtype(opened) if dtype == "auto" else dtype
     if dry_run:
         _preview(opened, folder, adapter, dtype, push)
@@ -91,12 +99,8 @@ def run_export(
             if not _check_gaps(merge_gap, gap, dtype):
                 shutil.rmtree(folder)
                 return 3
-        opened.tokenizer.save_pretrained(folder)
-        card = make_card(opened, adapter, dtype, str(gap) if gap else None)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        mark = {"dtype": dtype, "gap": asdict(gap) if gap else None}
-        (folder / MARK).write_text(json.dumps(mark), encoding="utf-8")
-    except OSError as error:
+        _write_rest(opened, folder, adapter, dtype, gap)
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"--output {folder} cannot be written: {error_text(error)}") from None
     print(f"{'adapter' if adapter else 'model'}: {folder}")
     if push:
@@ -117,6 +121,7 @@ def write_merged(opened: OpenedPolicy, folder: Path, dtype: str, texts: Sequence
     model.to(DTYPES[dtype])
     model.config.dtype = DTYPES[dtype]
     model.save_pretrained(folder)
+    apply_umask(*folder.glob("*.safetensors"))
     written = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(opened.sampler.device).eval()
     return merge_gap, compare(expected, compute_logits(written, opened, texts))
 
@@ -216,6 +221,15 @@ def upload(folder: Path, repository: str, *, private: bool) -> None:
         ) from error
 
 
+def _write_rest(opened: OpenedPolicy, folder: Path, adapter: bool, dtype: str, gap: Gap | None) -> None:
+    """Write the tokenizer, the model card and the mark of an export."""
+    opened.tokenizer.save_pretrained(folder)
+    card = make_card(opened, adapter, dtype, str(gap) if gap else None)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    mark = {"dtype": dtype, "gap": asdict(gap) if gap else None}
+    (folder / MARK).write_text(json.dumps(mark), encoding="utf-8")
+
+
 def _write_adapter(opened: OpenedPolicy, folder: Path) -> None:
     """Write the adapter in PEFT's format, without paths of this machine."""
     opened.policy.model.to(DTYPES[_trained_dtype(opened)])
@@ -240,19 +254,35 @@ def _trained_dtype(opened: OpenedPolicy) -> str:
     return {"BF16": "bf16", "F16": "fp16"}.get(kind, "fp32")
 
 
-def _make_empty_folder(folder: Path) -> None:
-    """Create the folder, or empty it if it is an earlier export.
+def _default_name(adapter: bool) -> str:
+    return "export-adapter" if adapter else "export"
+
+
+def _check_folder(folder: Path) -> None:
+    """Check that the folder may be created, or emptied because it is an earlier export.
 
     Raises:
-        ConfigError: the folder holds anything else, or cannot be written.
+        ConfigError: it holds anything else, is a symbolic link, or lies in the folder of a run that is being written.
     """
+    run_lock.check_not_written(folder, "--output")
+    if folder.is_symlink():
+        raise ConfigError(f"--output {folder} is a symbolic link, which is not replaced; name another folder")
     if folder.is_file():
         raise ConfigError(f"--output {folder} is a file; name a folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
         raise ConfigError(f"--output {folder} holds files that are not an export; name another folder")
-    if folder.exists():
-        shutil.rmtree(folder)
+
+
+def _make_empty_folder(folder: Path) -> None:
+    """Create the folder, or empty it if it is an earlier export.
+
+    Raises:
+        ConfigError: as `_check_folder`, or the folder cannot be written.
+    """
+    _check_folder(folder)
     try:
+        if folder.exists():
+            shutil.rmtree(folder)
         folder.mkdir(parents=True)
         (folder / MARK).write_text("{}", encoding="utf-8")
     except OSError as error:

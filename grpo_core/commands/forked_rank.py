@@ -43,7 +43,7 @@ def prepare_ranks(config: RunConfig, ahead: ReadAhead) -> None:
 class ForkedRank:
     """A rank forked from this process, with the methods of subprocess.Popen that the launcher uses."""
 
-    def __init__(self, config: Path, overrides: Sequence[str], environment: dict[str, str]) -> None:
+    def __init__(self, config: Path | None, overrides: Sequence[str], environment: dict[str, str]) -> None:
         self.returncode: int | None = None
         sys.stdout.flush()  # or the rank would print what is buffered once more
         sys.stderr.flush()
@@ -68,7 +68,7 @@ class ForkedRank:
         os.kill(self.pid, number)
 
 
-def _become_rank(config: Path, overrides: Sequence[str], environment: dict[str, str]) -> NoReturn:
+def _become_rank(config: Path | None, overrides: Sequence[str], environment: dict[str, str]) -> NoReturn:
     """Train in a process just forked, and end it as `python -m grpo_core train` ends."""
     code = 1
     try:

@@ -25,8 +25,9 @@ from pathlib import Path
 from grpo_core.commands.errors import print_error
 from grpo_core.commands.forked_rank import STOP_SIGNALS, ForkedRank, can_fork, prepare_ranks
 from grpo_core.commands.read_ahead import ReadAhead
+from grpo_core.commands.train import announce
 from grpo_core.config.checks import prompts_per_rank
-from grpo_core.config.files import load
+from grpo_core.config.files import load_job
 from grpo_core.distributed.ranks import RUN_FOLDER_VARIABLE
 
 PROGRAM = ("-m", "grpo_core")
@@ -35,7 +36,7 @@ NO_RESTART_CODES = (0, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # success,
 EXPLAINED_CODES = (2, 3)  # the rank has printed its error
 
 
-def run_launch(processes: int, config: Path, overrides: Sequence[str]) -> int:
+def run_launch(processes: int, config: Path | None, overrides: Sequence[str]) -> int:
     """Check the configuration, train in `processes` processes, and return 0 or the code of the first rank that failed.
 
     With trainer.max_restarts a failed run is restarted from its last checkpoint. NNODES, NODE_RANK, MASTER_ADDR and
@@ -45,8 +46,9 @@ def run_launch(processes: int, config: Path, overrides: Sequence[str]) -> int:
         ConfigError: the configuration is wrong, or cannot be run by this number of processes.
     """
     ahead = ReadAhead(config, overrides) if can_fork() else None
-    loaded = ahead.config() if ahead else load(config, overrides)
+    loaded = ahead.config() if ahead else load_job(config, overrides)
     prompts_per_rank(loaded, processes * int(os.environ.get("NNODES", 1)))
+    announce(loaded)
     if ahead:
         prepare_ranks(loaded, ahead)
     scratch = Path(tempfile.mkdtemp())  # no TemporaryDirectory: a forked rank would remove it when it ends
@@ -68,7 +70,7 @@ def run_launch(processes: int, config: Path, overrides: Sequence[str]) -> int:
 class _Ranks:
     """The processes of one start, one per rank of this machine."""
 
-    def __init__(self, processes: int, config: Path, overrides: Sequence[str], note: Path) -> None:
+    def __init__(self, processes: int, config: Path | None, overrides: Sequence[str], note: Path) -> None:
         nodes, node = int(os.environ.get("NNODES", 1)), int(os.environ.get("NODE_RANK", 0))
         address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
         if nodes == 1:
@@ -93,7 +95,8 @@ class _Ranks:
             if fork:
                 self.ranks[rank] = ForkedRank(config, overrides, environment)
             else:
-                command = [sys.executable, *PROGRAM, "train", "--config", str(config), *overrides]
+                file = ["--config", str(config)] if config else []
+                command = [sys.executable, *PROGRAM, "train", *file, *overrides]
                 # in a session of its own, so that Ctrl-C reaches the launcher only
                 self.ranks[rank] = subprocess.Popen(command, env=environment, start_new_session=True)
         self.threads = [threading.Thread(target=self._wait_for, args=(rank,), daemon=True) for rank in self.ranks]

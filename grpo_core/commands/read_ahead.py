@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_core.commands.gc_pause import pause_gc
-from grpo_core.config.files import load
+from grpo_core.config.files import load_job
 from grpo_core.config.sections import RunConfig
 from grpo_core.distributed.ranks import die_with_parent
 from grpo_core.schema import ConfigError
@@ -23,7 +23,7 @@ from grpo_core.schema import ConfigError
 class ReadAhead:
     """A process that reads a configuration and then the tasks that it names."""
 
-    def __init__(self, config: Path, overrides: Sequence[str]) -> None:
+    def __init__(self, config: Path | None, overrides: Sequence[str]) -> None:
         self._arguments = (config, overrides)
         context = get_context("fork")
         self._receiver, sender = context.Pipe(duplex=False)
@@ -35,12 +35,12 @@ class ReadAhead:
         """Return the configuration.
 
         Raises:
-            ConfigError: as `load`.
+            ConfigError: as `load_job`.
         """
         try:
             outcome = self._receiver.recv()
         except EOFError:  # something other than a ConfigError ended the process, and is raised here
-            return load(*self._arguments)
+            return load_job(*self._arguments)
         if isinstance(outcome, ConfigError):
             raise outcome
         return outcome
@@ -56,12 +56,12 @@ class ReadAhead:
             self._process.join()
 
 
-def _read(receiver: Connection, sender: Connection, config: Path, overrides: Sequence[str]) -> None:
+def _read(receiver: Connection, sender: Connection, config: Path | None, overrides: Sequence[str]) -> None:
     die_with_parent()
     receiver.close()  # or sending to a launcher that has ended would wait instead of failing
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher
     try:
-        loaded = load(config, overrides)
+        loaded = load_job(config, overrides)
     except ConfigError as error:
         sender.send(error)
         return

@@ -60,16 +60,19 @@ def run_sample(
     source: str,
     question: str | None,
     config: Path | None = None,
+    overrides: Sequence[str] = (),
     *,
     max_new_tokens: int | None = None,
     **fields: object,  # of AnswerSettings
 ) -> int:
     """Answer `question`, or questions from an interactive prompt if it is None. Returns 0.
 
+    `overrides` are as in `open_source`: model.path names a base model that has moved.
+
     Raises:
         ConfigError: the source cannot be opened, has no adapter to switch off, or has a template with other columns.
     """
-    overrides = [f"sampling.max_new_tokens={max_new_tokens}"] if max_new_tokens else []
+    overrides = [*overrides, *([f"sampling.max_new_tokens={max_new_tokens}"] if max_new_tokens else [])]
     opened = open_source(source, overrides, config=config, notify=partial(print, file=sys.stderr))
     settings, rewards = AnswerSettings(**fields), make_rewards(opened.config)  # type: ignore[arg-type]
     check_base(opened, settings)

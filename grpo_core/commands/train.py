@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from grpo_core.commands.errors import print_error
 from grpo_core.commands.gc_pause import pause_gc
-from grpo_core.config.files import load
+from grpo_core.config.files import load_job
 from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import ranks, signals
+from grpo_core.monitor.progress import print_note, print_on_main
 
 
-def run_train(config: Path, overrides: Sequence[str] = ()) -> int:
+def run_train(config: Path | None, overrides: Sequence[str] = ()) -> int:
     """Train with GRPO and return the exit code of `run_job`.
 
     Raises:
         ConfigError: the configuration is wrong, or the run cannot be set up with it.
     """
-    loaded = load(config, overrides)
+    loaded = load_job(config, overrides, notify=print_note)
+    if ranks.RUN_FOLDER_VARIABLE not in os.environ:  # else the launcher has said so
+        announce(loaded)
     with pause_gc():
         from grpo_core.training import job  # takes seconds, so a mistake in the configuration is reported before it
 
     return run_job(job.train, loaded)
+
+
+def announce(config: RunConfig) -> None:
+    """Print at once which run is started; the imports before the next line take seconds."""
+    is_folder = config.resume not in (None, "auto", "force")
+    folder = Path(str(config.resume)) if is_folder else Path(config.output_dir) / config.name
+    print_on_main(f"run {folder}: loading")
 
 
 def run_job(job: Callable[[RunConfig], Any], config: RunConfig) -> int:

@@ -17,11 +17,14 @@ from grpo_core.config.checks import check
 from grpo_core.config.formula import LETTERS, render
 from grpo_core.config.presets import get_preset, merge
 from grpo_core.config.sections import RunConfig
-from grpo_core.config.shipped import find_file, list_shipped
+from grpo_core.config.shipped import find_default, find_file, list_shipped
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.schema import ConfigError, coerce, list_known
+
+WORDS_OF_A_START = {"name", "output_dir", "resume", "overwrite"}  # keys that say which run is started, and how
+MAX_NAMED_KEYS = 8  # in a sentence about keys that differ
 
 _type_hints = cache(get_type_hints)  # a third of the time that a configuration takes
 
@@ -42,6 +45,74 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             f"{list_known(path.stem, list_shipped())}"
         )
     return _resolve(_layers(path, ()), overrides, path.parent)
+
+
+def load_job(
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    default: Path | None = None,
+    notify: Callable[[str], object] = lambda sentence: None,
+) -> RunConfig:
+    """Return the configuration of a training job: that of `load`; with `resume` that of the run which it continues.
+
+    A run continues from its own config.yaml, with the overrides on top. `path` then only says, by name and output_dir,
+    which run auto and force mean; `notify` gets a sentence about its other keys that differ. Without `path` the file
+    is `default`, or the shipped one for this machine. A run without a checkpoint has nothing to continue, so auto and
+    force start it anew.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    file = path or default or find_default()
+    folder, by_name = _find_resumed(file, overrides)
+    if folder is None:
+        return load(file, overrides)
+    file_data, words = _layers(find_file(file, Path()), ()), [*overrides]
+    for word in words:
+        if word.partition("=")[0] in WORDS_OF_A_START:
+            _apply(file_data, word)
+    data = _layers(folder / "config.yaml", ()) | {"resume": file_data["resume"]}
+    if by_name:  # the folder may have been moved or renamed since its config.yaml was written
+        data |= {"name": folder.name, "output_dir": str(folder.parent)}
+        words = [word for word in words if word.partition("=")[0] not in ("name", "output_dir")]
+    config = _resolve(data, words, folder)
+    if path and (keys := _list_differing(file_data, words, config)):
+        more = f" and {len(keys) - MAX_NAMED_KEYS} more keys" if len(keys) > MAX_NAMED_KEYS else ""
+        notify(
+            f"{folder} continues with its own config.yaml; {path} has other values of "
+            f"{', '.join(keys[:MAX_NAMED_KEYS])}{more}, which do not count"
+        )
+    return config
+
+
+def _find_resumed(file: Path, overrides: Sequence[str]) -> tuple[Path | None, bool]:
+    """Return the folder whose config.yaml a job continues from, if any, and whether name and output_dir say which."""
+    path = find_file(file, Path())
+    if not path.is_file():
+        return None, False  # `load` names the mistake, as for all others here
+    data = _layers(path, ())
+    for word in overrides:
+        if word.partition("=")[0] in WORDS_OF_A_START:
+            _apply(data, word)
+    resume, name, output_dir = (data.get(key, getattr(RunConfig, key)) for key in ("resume", "name", "output_dir"))
+    if not all(isinstance(value, str) for value in (resume, name, output_dir)) or data.get("overwrite"):
+        return None, False
+    by_name = resume in ("auto", "force")
+    folder = Path(output_dir) / name if by_name else Path(resume)
+    has_checkpoint = any(folder.glob("checkpoints/step-*"))
+    return (folder if (folder / "config.yaml").is_file() and (has_checkpoint or not by_name) else None), by_name
+
+
+def _list_differing(data: dict[str, Any], words: list[str], config: RunConfig) -> list[str]:
+    """Return the keys of a file whose values the run does not have, without those of `words` and of the start."""
+    values, own = flatten(asdict(build(RunConfig, data, ""))), flatten(asdict(config))
+    ignored = WORDS_OF_A_START | {"preset"} | {word.partition("=")[0] for word in words}
+    return [
+        key
+        for key in sorted(values.keys() & flatten(data).keys())
+        if values[key] != own.get(key) and not any(f"{key}.".startswith(f"{other}.") for other in ignored)
+    ]
 
 
 def load_run_config(
@@ -165,6 +236,13 @@ def dump(config: RunConfig) -> str:
     return f"# What is minimised:\n#\n{objective}\n" + yaml.dump(
         asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
     )
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one mapping with dotted keys."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    return {k: v for name, value in tree.items() for k, v in flatten(value, f"{prefix}.{name}".lstrip(".")).items()}
 
 
 def to_inline_yaml(value: Any) -> str:

@@ -24,6 +24,13 @@ def find_file(path: str | Path, *folders: Path) -> Path:
     return next((file for file in candidates if os.path.isfile(file)), folders[-1] / path)
 
 
+def find_default() -> Path:
+    """Return the configuration of a run that names no file: that for GPUs if there is one, else the tiny one."""
+    import torch
+
+    return find_configs() / ("gsm8k_qwen2.5_1.5b.yaml" if torch.cuda.device_count() else "tiny.yaml")
+
+
 def list_shipped() -> list[str]:
     """Return the names of the shipped run configurations, sorted."""
     return sorted(path.stem for path in find_configs().glob("*.yaml"))

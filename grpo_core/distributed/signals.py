@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -50,3 +50,8 @@ def _record(number: int, frame: object) -> None:
     if _received:
         os._exit(128 + number)
     _received = number
+    if ranks.is_main():
+        name, start = signal.Signals(number).name, "\n" if os.isatty(2) else ""  # a terminal has written ^C
+        text = f"{start}grpo_core: {name} received; the run stops after this step, with a checkpoint; again: at once\n"
+        with suppress(OSError):
+            os.write(2, text.encode())  # print is not safe in a signal handler

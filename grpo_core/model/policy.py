@@ -30,6 +30,7 @@ from grpo_core.model.lora_targets import find_unadaptable
 from grpo_core.model.packing import Budget, Layout, Packing, Plan, plan
 from grpo_core.model.rotation import find_rotations, forget_lengths
 from grpo_core.model.update_mode import evaluation_mode, update_mode
+from grpo_core.monitor.file_modes import apply_umask
 from grpo_core.schema import ConfigError, first_line, list_known
 
 
@@ -236,6 +237,7 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Write the adapter in PEFT's format, or the whole model if there is no adapter."""
         self.model.save_pretrained(folder)
+        apply_umask(*folder.glob("*.safetensors"))
 
     @cached_property
     def _logit_scale(self) -> float:

@@ -22,9 +22,10 @@ from grpo_core.batch import Rollouts, Task
 from grpo_core.config.files import dump
 from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import ranks, watchdog
+from grpo_core.monitor import run_lock
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.completion_rows import completion_rows
-from grpo_core.monitor.progress import keep_refreshing
+from grpo_core.monitor.progress import LOG_DELAY, keep_refreshing
 from grpo_core.monitor.trackers import Trackers
 from grpo_core.schema import finite_or_none, printable
 from grpo_core.scoring.scoring import Scores
@@ -39,7 +40,7 @@ class RunLog:
     def __init__(self, folder: Path, config: RunConfig, start_step: int, num_steps: int) -> None:
         """Create the folder of a run, or continue it at `start_step`, where the rows of later steps are removed.
 
-        With config.overwrite an existing run folder is deleted first.
+        With config.overwrite an existing run folder is emptied first.
         """
         self.folder, self.config, self.num_steps = folder, config, num_steps
         self.seconds: dict[str, float] = defaultdict(float)
@@ -47,13 +48,15 @@ class RunLog:
         self.flops_per_token = 0.0  # of the update; 0 if unknown
         self.started = time.perf_counter()
         self.bar: tqdm | None = None
+        self._steps_taken, self._phase = start_step, "starting"
+        self._last_line = self.started  # when the last line was printed
         self._warnings: set[str] = set()  # those printed so far
         self._unwritten: dict[str, str] = defaultdict(str)  # file -> its rows that are not on the disk yet
         self._cannot_write = False
         self.trackers: Trackers | None = None
         if ranks.is_main():
             if config.overwrite and (folder / "config.yaml").exists():
-                shutil.rmtree(folder)
+                run_lock.empty_folder(folder)
             folder.mkdir(parents=True, exist_ok=True)
             written = dump(replace(config, resume=None, overwrite=False))
             (folder / "config.yaml").write_text(written, encoding="utf-8")
@@ -71,13 +74,14 @@ class RunLog:
             self.bar = tqdm(
                 total=num_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True, leave=False
             )
-            self._stop_refreshing = keep_refreshing(self.bar)
+            self._stop_refreshing = keep_refreshing(self.bar, self._describe_progress)
             self.trackers = Trackers(folder, config, written, start_step, self.info)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the seconds of the block to the phase `name` of the step, and record its peak GPU memory."""
         watchdog.beat(name)
+        self._phase = name
         if self.bar is not None:
             self.bar.set_description_str(name, refresh=False)
         has_gpu, start = torch.cuda.is_available(), time.perf_counter()
@@ -156,6 +160,7 @@ class RunLog:
             row["update_mfu"] = row["tokens_updated"] * self.flops_per_token / available
         self.seconds = defaultdict(float)
         self._append("metrics", row)
+        self._steps_taken = step + 1
         if self.trackers:
             self.trackers.log_metrics(row, step)
         if self.bar is not None:
@@ -165,6 +170,13 @@ class RunLog:
             self.bar.update()
         if (step + 1) % self.config.log.every == 0 or step + 1 == self.num_steps:
             self.info(f"step {step + 1:>{len(str(self.num_steps))}}/{self.num_steps}  {line(row)}")
+
+    def _describe_progress(self) -> str | None:
+        """Return the step and its phase, or None while other lines show progress."""
+        is_quiet = time.perf_counter() - self._last_line >= LOG_DELAY
+        if not is_quiet or self._phase == "evaluate" or self._steps_taken >= self.num_steps:
+            return None
+        return f"step {self._steps_taken + 1} of {self.num_steps}: {self._phase}"
 
     def log_evaluation(self, step: int, result: dict[str, float], completions: list[dict[str, Any]]) -> None:
         """Write and print an evaluation after `step` steps, and write its completions.
@@ -178,8 +190,18 @@ class RunLog:
             self.trackers.log_evaluation(result, step)
         self.info(f"evaluation after {step} steps: {describe_evaluation(result)}")
 
+    def has_evaluation(self, step: int) -> bool:
+        """Return whether evaluation.jsonl has a row after `step` steps. A collective."""
+        exists = False
+        if ranks.is_main():
+            file = self.folder / "evaluation.jsonl"
+            lines = file.read_bytes().splitlines() if file.exists() else []
+            exists = any(json.loads(line)["step"] == step for line in lines)
+        return ranks.broadcast_from_main(exists)
+
     def info(self, text: str) -> None:
         """Print a line above the progress bar."""
+        self._last_line = time.perf_counter()
         if self.bar is not None:
             tqdm.write(printable(text))  # moves all progress bars down
             sys.stdout.flush()

@@ -23,9 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from grpo_core.config.files import flatten
 from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import ranks
 from grpo_core.model.policy import Policy
+from grpo_core.monitor.file_modes import apply_umask
 from grpo_core.schema import ConfigError
 from grpo_core.training.control import Control
 from grpo_core.training.run import Run
@@ -46,7 +48,7 @@ MAY_DIFFER = (
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in `folder`, oldest first."""
-    return sorted(folder.glob("step-*"))
+    return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
 
 
 def describe_damage(checkpoint: Path) -> str | None:
@@ -64,8 +66,8 @@ def describe_damage(checkpoint: Path) -> str | None:
     return None
 
 
-def save(run: Run, next_step: int, control: Control) -> bool:
-    """Write <run folder>/checkpoints/step-<next_step> and delete all but the newest `checkpoint.keep`. A collective.
+def save(run: Run, next_step: int, control: Control, good_step: int | None = None) -> bool:
+    """Write <run folder>/checkpoints/step-<next_step> and delete others (`prune`). A collective.
 
     Return True if the checkpoint was written. If it cannot be written (a full disk), the earlier checkpoints stay and
     a warning with the reason is logged.
@@ -75,7 +77,7 @@ def save(run: Run, next_step: int, control: Control) -> bool:
     if ranks.is_main():
         for i, value in enumerate(run.policy.reference_state() or ()):
             tensors[f"reference/{i}"] = value.cpu()
-        meta = {"next_step": next_step, "world_size": ranks.world_size(), "control": asdict(control)}
+        meta = {"next_step": next_step, "job": run.job, "world_size": ranks.world_size(), "control": asdict(control)}
         meta |= {
             "engine": run.engine.numbers(),
             "fingerprints": compute_fingerprints(run),
@@ -86,16 +88,38 @@ def save(run: Run, next_step: int, control: Control) -> bool:
             if log_problem := run.log.flush():  # the rows up to a checkpoint must be on disk before it
                 raise OSError(log_problem)
             _write(folder, f"step-{next_step:06d}", tensors, meta)
-            for old in list_checkpoints(folder)[: -run.config.checkpoint.keep]:
-                shutil.rmtree(old)
         except (OSError, SafetensorError) as error:
             problem = error_text(error)
+        else:
+            good_step = next_step if good_step is None else good_step
+            if left := prune(folder, run.config.checkpoint.keep, next_step, good_step):
+                run.log.info(f"warning: an old checkpoint cannot be deleted ({left}); the run continues")
     problem = ranks.broadcast_from_main(problem)
     if problem:
         run.log.info(
             f"warning: the checkpoint after {next_step} steps could not be written ({problem}); the run continues"
         )
     return problem is None
+
+
+def prune(folder: Path, keep: int, written: int, good_step: int) -> str | None:
+    """Delete checkpoints: those after the one just written at step `written`, and all but the newest `keep`.
+
+    Those after it belong to a course that the run has left: they were damaged, or hold the state amid skipped steps.
+    The newest checkpoint up to `good_step` stays, the state before a streak of skipped steps. Return the reason if one
+    cannot be deleted.
+    """
+    paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(folder)}
+    remaining = sorted(step for step in paths if step <= written)[-keep:]
+    remaining += [max((step for step in paths if step <= good_step), default=written)]
+    problem = None
+    for step, path in paths.items():
+        if step not in remaining:
+            try:
+                path.unlink() if path.is_symlink() else shutil.rmtree(path)
+            except OSError as error:
+                problem = error_text(error)
+    return problem
 
 
 def _write(folder: Path, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -106,6 +130,7 @@ def _write(folder: Path, name: str, tensors: dict[str, Tensor], meta: dict[str, 
         working.mkdir(parents=True)
         save_file({key: value.contiguous() for key, value in tensors.items()}, working / TENSORS)
         (working / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        apply_umask(working / TENSORS)
         sums = "".join(f"{_digest(working / part)}  {part}\n" for part in (TENSORS, META))
         (working / SUMS).write_text(sums, encoding="utf-8")
         for path in (*working.iterdir(), working):
@@ -120,18 +145,22 @@ def _write(folder: Path, name: str, tensors: dict[str, Tensor], meta: dict[str, 
         raise
 
 
-def read_meta(checkpoint: Path, config: RunConfig) -> tuple[dict[str, Any], list[str]]:
+def read_meta(checkpoint: Path, config: RunConfig, job: str = "train") -> tuple[dict[str, Any], list[str]]:
     """Return the metadata that `save` wrote, and the keys whose values differ from `config` (only with resume: force).
 
     Raises:
-        ConfigError: the configuration differs from the checkpoint's, and resume is not force.
+        ConfigError: the configuration differs from the checkpoint's, and resume is not force; or another job than
+            `job` (train or sft) wrote it.
     """
     meta = json.loads((checkpoint / META).read_text(encoding="utf-8"))
-    saved, current = flatten(meta["config"]), flatten(asdict(config))
+    if (other := meta.get("job", job)) != job:
+        raise ConfigError(f"cannot resume from {checkpoint} with {job}, because it belongs to a run of {other}")
+    defaults, saved, current = (flatten(x) for x in (asdict(RunConfig()), meta["config"], asdict(config)))
     differing = [
-        f"{key} ({saved.get(key)!r} in the checkpoint, {current.get(key)!r} now)"
+        f"{key} ({then!r} in the checkpoint, {current.get(key)!r} now)"
         for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key) and not key.startswith(MAY_DIFFER)
+        if (then := saved.get(key, defaults.get(key))) != current.get(key)  # a checkpoint may be older than a key
+        and not key.startswith(MAY_DIFFER)
     ]
     if differing and config.resume != "force":
         raise ConfigError(
@@ -193,13 +222,6 @@ def export(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> 
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled model card
         tokenizer.save_pretrained(folder)
     ranks.barrier()
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one mapping with dotted keys."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    return {k: v for name, value in tree.items() for k, v in flatten(value, f"{prefix}.{name}".lstrip(".")).items()}
 
 
 def error_text(error: Exception) -> str:

@@ -89,6 +89,7 @@ class Engine:
                 config=self._filled_config(config, dtype),
             )
         self._flat.attach(self.parameters)
+        _stay_at_minimum(self.optimizer.loss_scaler)
         self.scales_loss = dtype is torch.float16
         self._sums = [torch.zeros_like(flat, dtype=torch.float32) for flat in self._flat.parameters]
         self._sum_views = self._flat.views(self._sums)
@@ -258,6 +259,15 @@ class _InjectedGradients(torch.autograd.Function):
     def backward(context: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         scaled = torch._foreach_mul(context.gradients, scale)
         return None, *(gradient.to(dtype) for gradient, dtype in zip(scaled, context.dtypes, strict=True))
+
+
+def _stay_at_minimum(scaler: Any) -> None:
+    """Let a loss scale at its minimum stay there, where DeepSpeed would raise an error in the midst of a step.
+
+    The step is skipped and counted like any other; `trainer.max_skipped_steps` in a row end the run with a checkpoint.
+    """
+    if getattr(scaler, "raise_error_at_min_scale", False):
+        scaler.raise_error_at_min_scale = False
 
 
 def _skip_unused_parts() -> None:

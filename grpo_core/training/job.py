@@ -10,6 +10,7 @@ from pathlib import Path
 
 from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import signals, watchdog
+from grpo_core.monitor import run_lock
 from grpo_core.monitor.run_log import describe_evaluation
 from grpo_core.scoring.scoring import close_workers
 from grpo_core.training import checkpoint
@@ -26,7 +27,7 @@ def train(config: RunConfig) -> Path:
         Interrupted: a signal stopped the run, after a checkpoint was written.
         RunFailed: the run could not continue.
     """
-    with signals.handle_signals():
+    with signals.handle_signals(), run_lock.released_at_end():
         run, tokenizer = setup(config)
         with close_at_end(run):
             train_loop(run)

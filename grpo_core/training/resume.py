@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_core.config.sections import RunConfig
+from grpo_core.monitor import run_lock
 from grpo_core.training import checkpoint, run_dir
 from grpo_core.training.control import Control, first_control
 from grpo_core.training.run import Run
@@ -36,14 +37,17 @@ class RunStart:
         return Control(**self.meta["control"]) if self.checkpoint else first_control(config.loss)
 
 
-def find_start(config: RunConfig) -> RunStart:
-    """Find the run folder and the checkpoint from which `config` resumes. A collective.
+def find_start(config: RunConfig, job: str = "train") -> RunStart:
+    """Find the run folder and the checkpoint from which `config` resumes, and lock the folder. A collective.
+
+    `job` is the command that trains: train or sft.
 
     Raises:
-        ConfigError: see `run_dir.find_run_folder` and `checkpoint.read_meta`.
+        ConfigError: see `run_dir.find_run_folder`, `checkpoint.read_meta` and `run_lock.acquire`.
     """
     folder, latest, warnings = run_dir.find_run_folder(config)
-    meta, overridden = checkpoint.read_meta(latest, config) if latest else ({}, [])
+    meta, overridden = checkpoint.read_meta(latest, config, job) if latest else ({}, [])
+    run_lock.acquire(folder)
     return RunStart(folder, latest, meta, overridden, warnings)
 
 

@@ -135,7 +135,9 @@ def _tied(objective: Objective, rewards: Tensor, scores: Scores) -> Tensor:
     if not get_fact(objective.advantage_fn, "reads_components"):
         return tied_groups(tie_small_spreads(rewards, objective.min_group_std))
     pairs = zip(scores.by_name.values(), scores.weights, strict=True)
-    components = [tie_small_spreads(values, objective.min_group_std) for values, weight in pairs if weight]
+    unscored = rewards.isnan()  # also those that the truncation function leaves out
+    components = [values.masked_fill(unscored, torch.nan) for values, weight in pairs if weight]
+    components = [tie_small_spreads(values, objective.min_group_std) for values in components]
     return torch.stack([tied_groups(values) for values in components]).all(dim=0)
 
 

@@ -36,4 +36,5 @@ class Run:
     budgets: Budgets
     log: RunLog
     steps_per_epoch: int
+    job: str = "train"  # the command: train or sft
     held_out: Callable[[], dict[str, float]] = dict  # further numbers of an evaluation; a collective

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import ranks
+from grpo_core.monitor import run_lock
 from grpo_core.schema import ConfigError
 from grpo_core.training.checkpoint import describe_damage, list_checkpoints
 
@@ -19,8 +20,8 @@ def find_run_folder(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
     A collective: every rank gets the same result.
 
     Raises:
-        ConfigError: the folder holds a run and neither resume nor overwrite is set; all of its checkpoints are damaged;
-            or the folder cannot be written.
+        ConfigError: another process writes the run; the folder holds a run and neither resume nor overwrite is set; all
+            of its checkpoints are damaged; or the folder cannot be written.
     """
     result: tuple[Path, Path | None, list[str]] | str = ""  # a string is the message of an error
     if ranks.is_main():
@@ -38,6 +39,11 @@ def find_run_folder(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
 def _find_on_main(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
     is_named = config.resume in (None, "auto", "force")  # else resume is a folder
     folder = Path(config.output_dir) / config.name if is_named else Path(config.resume)
+    run_lock.check_not_written(folder)
+    if config.overwrite and folder.is_symlink():
+        raise ConfigError(
+            f"overwrite is true, but {folder} is a symbolic link; remove the link, or start a run with another name"
+        )
     if config.resume is None:
         if holds_run(folder) and not config.overwrite:
             raise ConfigError(
@@ -57,10 +63,14 @@ def _find_on_main(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
 
 
 def check_writable(folder: Path, key: str) -> None:
-    """Raise ConfigError if `folder`, the value of `key`, cannot be created or written. Leave no trace. A collective."""
+    """Raise ConfigError if `folder`, the value of `key`, cannot be written, or belongs to a run that is being written.
+
+    Leave no trace. A collective.
+    """
     problem = ""
     if ranks.is_main():
         try:
+            run_lock.check_not_written(folder, key)
             _check_writable_on_main(folder, f"{key} is {folder}, which")
         except ConfigError as error:
             problem = str(error)

@@ -19,6 +19,7 @@ from torch import Tensor
 from grpo_core.batch import Rollouts, Task, TrainBatch
 from grpo_core.distributed import ranks
 from grpo_core.monitor.completion_rows import completion_keys
+from grpo_core.monitor.file_modes import apply_umask
 from grpo_core.schema import ConfigError, finite_or_none
 from grpo_core.scoring.scoring import Scores
 from grpo_core.training import checkpoint
@@ -48,6 +49,7 @@ def _write_atomically(path: Path, make: Callable[[Path], Any]) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         make(part)
+        apply_umask(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from grpo_core.data.rows import load_splits
 from grpo_core.distributed import ranks, signals
 from grpo_core.model.new_model import new_model
 from grpo_core.model.policy import load_policy, wrap
+from grpo_core.monitor import run_lock
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.alerts import Alerts
 from grpo_core.monitor.progress import show_elapsed
@@ -57,7 +58,7 @@ def run_sft(config: RunConfig) -> Path:
         signals.RunFailed: the run cannot continue.
     """
     kind = "adapter" if config.lora.r else "model"
-    with signals.handle_signals():
+    with signals.handle_signals(), run_lock.released_at_end():
         run, tokenizer, make_targets = setup(config)
         output = Path(config.sft.output or run.folder / kind)
         with close_at_end(run):
@@ -77,7 +78,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
     """
     dtype = initialise_process(config)
     config = use_supervised_loss(config)
-    run_start = find_start(config)
+    run_start = find_start(config, "sft")
     if config.sft.output:
         run_dir.check_writable(Path(config.sft.output), "sft.output")
     base, tokenizer = _new_base(config) if config.sft.new_model else (None, None)
@@ -102,7 +103,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
     make_targets = partial(
         build_target_rollouts, config=config.sft, tokenizer=tokenizer, eos=eos, device=run.sampler.device
     )
-    run = replace(run, held_out=partial(compute_held_out_loss, run, make_targets))
+    run = replace(run, job="sft", held_out=partial(compute_held_out_loss, run, make_targets))
     load_start(run, run_start)
     run.log.info(
         f"{describe_tasks(config, prepared)}, {run.num_steps} steps of {per_step} targets of up to "
@@ -154,7 +155,7 @@ def train(run: Run, make_targets: MakeTargets) -> None:
         row = {name: row[name] for name in COLUMNS}
         run.log.log_row(step, row, _format_row)
         skipped_steps.see(step, tasks, batch, row, run.control)
-        finish_step(run, step + 1, run.control, alerts.update(row), None)
+        finish_step(run, step + 1, run.control, alerts.update(row), None, skipped_steps.start)
 
 
 @torch.no_grad()

@@ -35,8 +35,9 @@ class SkippedSteps:
         streak = step + 1 - self.start
         if streak < self.run.config.trainer.max_skipped_steps:
             return
-        checkpoint.save(self.run, self.start, self.control)
+        is_saved = checkpoint.save(self.run, self.start, self.control)
+        place = f"in {self.run.folder / 'checkpoints'}" if is_saved else "not written, for lack of room"
         raise signals.RunFailed(
             f"the gradient was not finite in {streak} steps in a row, from step {self.start} on; they changed nothing, "
-            f"and a checkpoint of the state before them is in {self.run.folder / 'checkpoints'}"
+            f"and a checkpoint of the state before them is {place}"
         )

@@ -47,20 +47,35 @@ def train(run: Run) -> None:
         reference = run.config.reference
         if reference.every and (step + 1) % reference.every == 0:
             policy.move_reference(reference.mixing)
-        finish_step(run, step + 1, control, alerts.update(row), alerts.check_failed_rewards())
+        sentences, failure = alerts.update(row), alerts.check_failed_rewards()
+        finish_step(run, step + 1, control, sentences, failure, skipped_steps.start)
 
 
 def begin(run: Run) -> None:
-    """Evaluate the policy that a new run starts from.
+    """Evaluate the policy that a new run starts from, or make up for an evaluation that an interrupt has prevented.
 
     Raises:
         RunFailed: the evaluation's reward failed on too many tasks.
     """
-    if run.start_step == 0 and (failure := evaluate_now(run, 0)):
+    step = run.start_step
+    is_missing = step == 0 or (is_evaluation_due(run, step) and not run.log.has_evaluation(step))
+    if is_missing and (failure := evaluate_now(run, step)):
         raise signals.RunFailed(failure)
 
 
-def finish_step(run: Run, steps_taken: int, control: Control, alerts: list[str], failure: str | None) -> None:
+def is_evaluation_due(run: Run, steps_taken: int) -> bool:
+    """Return whether the policy is evaluated after `steps_taken` steps."""
+    return steps_taken == run.num_steps or is_due(run.config.evaluation.every, steps_taken, run)
+
+
+def finish_step(
+    run: Run,
+    steps_taken: int,
+    control: Control,
+    alerts: list[str],
+    failure: str | None,
+    good_steps: int | None = None,  # steps before the current streak of skipped steps; default: `steps_taken`
+) -> None:
     """Evaluate and save a checkpoint where they are due; end the run where a signal, an alert or a failure asks for it.
 
     Raises:
@@ -72,12 +87,12 @@ def finish_step(run: Run, steps_taken: int, control: Control, alerts: list[str],
     if alerts and config.alerts == "stop":
         failure = failure or f"alerts is stop, and {alerts[0]}"
     signal = 0 if is_last else signals.received_signal()
-    if (is_due(config.evaluation.every, steps_taken, run) or is_last) and not (signal or failure):
+    if is_evaluation_due(run, steps_taken) and not (signal or failure):
         failure = evaluate_now(run, steps_taken)
     saved = True
     if is_due(config.checkpoint.every, steps_taken, run) or is_last or signal or failure:
         with run.log.phase("checkpoint"):
-            saved = checkpoint.save(run, steps_taken, control)
+            saved = checkpoint.save(run, steps_taken, control, good_steps)
     if failure:
         raise signals.RunFailed(failure)
     if signal:
