@@ -28,6 +28,7 @@ from grpo_core.registry import get_fact
 from grpo_core.schema import ConfigError, finite_or_none, keyword_arguments
 from grpo_core.scoring.scoring import Reward, build_reward, score
 from grpo_core.training.eval_statistics import bootstrap_interval, majority_at_k, mcnemar, pass_at_k, wilson_interval
+from grpo_core.training.gold_answers import check_gold_answers
 from grpo_core.training.prepare import check_columns, make_rewards
 
 GREEDY = SamplingParams(greedy=True)
@@ -73,6 +74,9 @@ def run_evaluate(
     opened = open_source(source, overrides, config=config, notify=print)
     tasks, description = load_problems(opened, data, split, limit)
     check_columns(opened.config, tasks, tasks)
+    for sentence in check_gold_answers(opened.config, [], tasks):
+        if ranks.is_main():
+            print(f"warning: {sentence}")
     folder = output or (opened.folder or Path()) / (f"evaluate-{Path(data).stem}" if data else "evaluate")
     _make_folder(folder)
     parts = ranks.gather(answer_with_policies(opened, tasks, samples, settings, base=base))

@@ -99,6 +99,7 @@ _OPERATOR_BEFORE = re.compile(r"(?:[\w)}\]][ ]?[+*/×÷·^]|\\(?:pm|mp|cdot|time
 _SUBTRACTION_BEFORE = re.compile(r"(?:[\d)}\]][ ]*|(?<![A-Za-z])[A-Za-z][ ]*|\w)\Z")
 _OPEN_END = re.compile(r"!|\.\.|…")  # a factorial, a repeating decimal
 _SIGN_BEFORE = re.compile(r"(?:[=(\[{:≈<>*×·/+,$]|\b(?:is|equals|was|be))\Z", re.I)
+_PLAIN_GOLD = re.compile(r"(?<!#)####[ ]?(-?[0-9]{1,15})\Z|\A(-?[0-9]{1,15})\Z")  # most answers: read at once
 _SENTENCE_END = re.compile(r"[.!?]\s+(?=[A-Z])|\n")
 
 
@@ -126,6 +127,8 @@ def read_gold(value: Any) -> set[Fraction] | None:
         return set(numbers) or None
     if value is None or isinstance(value, (bool, dict, set)):
         return None
+    if plain := _PLAIN_GOLD.search(str(value)):
+        return {Fraction(plain[1] or plain[2])}
     text = _clean(str(value))
     is_marked, number = _read_marked(text)
     if not is_marked:

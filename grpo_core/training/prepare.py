@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -30,6 +30,7 @@ from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.reward_call import find_missing_columns
 from grpo_core.scoring.scoring import Reward, build_reward
+from grpo_core.training.gold_answers import check_gold_answers
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Prepared:
     tasks: list[Task]  # the training tasks
     eval_tasks: list[Task]
     num_too_long: int  # prompts over data.max_prompt_tokens, dropped or cut as data.long_prompts specifies
+    warnings: list[str] = field(default_factory=list)  # sentences to print before the first step
 
 
 def prepare(
@@ -53,21 +55,24 @@ def prepare(
     """Load and check everything that a run needs except the weights.
 
     Raises:
-        ConfigError: a file cannot be loaded; a reward needs a column that the data does not have; the tokenizer or
+        ConfigError: a file cannot be loaded; a reward needs a column that the data does not have, or cannot judge more
+            than the share data.max_unjudged of the gold answers; the tokenizer or
             lora.target_modules do not fit the model; a prompt and its completion exceed the model's positions.
     """
     offered = find_offered_tasks(config) if tokenizer is None else None
     if tokenizer is None:
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     tasks, eval_tasks, num_too_long = offered or read_tasks(config, tokenizer)
-    check_columns(config, tasks if scores_training_tasks else [], eval_tasks)
+    scored_tasks = tasks if scores_training_tasks else []
+    check_columns(config, scored_tasks, eval_tasks)
+    warnings = check_gold_answers(config, scored_tasks, eval_tasks)
     if model_config is None:
         model_config = load_model_config(config.model)
     check_vocabulary(model_config, tokenizer)
     prompts = [task.prompt_ids for task in (*tasks, *eval_tasks)]
     check_lengths(prompts, config.sampling.max_new_tokens, model_config)
     check_targets(model_config, config.lora, config.model.trust_remote_code)
-    return Prepared(tokenizer, model_config, tasks, eval_tasks, num_too_long)
+    return Prepared(tokenizer, model_config, tasks, eval_tasks, num_too_long, warnings)
 
 
 def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task]) -> None:

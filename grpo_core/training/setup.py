@@ -92,6 +92,8 @@ def assemble(
     log.flops_per_token = policy.flops_per_token()
     if sentence := describe_eos_mismatch(policy.causal_lm, tokenizer):
         log.info(f"warning: {sentence}")
+    for sentence in prepared.warnings:
+        log.info(f"warning: {sentence}")
     longest = (max(len(task.prompt_ids) for task in tasks), longest_completion or config.sampling.max_new_tokens)
     rows = trainer.completions_per_step // world_size // trainer.num_minibatches
     return Run(
