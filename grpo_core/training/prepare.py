@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
 from grpo_core.config.sections import RunConfig, SamplingConfig
+from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.tasks import find_offered_tasks, read_tasks
 from grpo_core.model.loading import (
     check_lengths,
@@ -65,7 +66,8 @@ def prepare(
     tasks, eval_tasks, num_too_long = offered or read_tasks(config, tokenizer)
     scored_tasks = tasks if scores_training_tasks else []
     check_columns(config, scored_tasks, eval_tasks)
-    warnings = check_gold_answers(config, scored_tasks, eval_tasks)
+    warnings = describe_prompt_changes(tokenizer, config.data, [*tasks, *eval_tasks])
+    warnings += check_gold_answers(config, scored_tasks, eval_tasks)
     if model_config is None:
         model_config = load_model_config(config.model)
     check_vocabulary(model_config, tokenizer)
