@@ -18,6 +18,7 @@ from typing import Any
 from grpo_core.batch import SamplingParams, Task
 from grpo_core.commands.open_policy import OpenedPolicy, open_source
 from grpo_core.config.sections import RunConfig
+from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.prompts import make_tasks
 from grpo_core.data.rows import load_rows, load_splits
 from grpo_core.distributed import ranks
@@ -74,14 +75,15 @@ def run_evaluate(
     opened = open_source(source, overrides, config=config, notify=print)
     tasks, description = load_problems(opened, data, split, limit)
     check_columns(opened.config, tasks, tasks)
-    for sentence in check_gold_answers(opened.config, [], tasks):
-        if ranks.is_main():
-            print(f"warning: {sentence}")
+    warnings = describe_prompt_changes(opened.tokenizer, opened.config.data, tasks)
+    warnings += check_gold_answers(opened.config, [], tasks)
     folder = output or (opened.folder or Path()) / (f"evaluate-{Path(data).stem}" if data else "evaluate")
     _make_folder(folder)
     parts = ranks.gather(answer_with_policies(opened, tasks, samples, settings, base=base))
     if not parts:  # only the main rank receives the rows, and writes them
         return 0
+    for sentence in warnings:
+        print(f"warning: {sentence}")
     rows = sorted((row for part in parts for row in part), key=lambda r: (r["policy"], r["task"], r["sample"]))
     result = summarise(opened, rows, samples) | {"source": source, "weights": opened.weights, "data": description}
     result["sampling"] = {k: v for k, v in vars(settings).items() if v is not None and k != "greedy"}
