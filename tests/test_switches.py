@@ -387,10 +387,32 @@ def test_the_masked_rows_tokens_leave_the_denominator(tmp_path):
     assert count_over_ranks(run.objective, frozen_batch(run, rollouts, advantages), 1).tokens == rollouts.lengths().sum()
 
 
-def test_a_step_without_any_reward_is_one_sentence(tmp_path):
-    run = make_run(tmp_path, num_steps=1)
-    with pytest.raises(ValueError, match="no completion of this step has a reward"):
-        train(replace(run, rewards=[Reward("good", 1.0, lambda completions: [None] * len(completions))]))
+def test_fault_17_a_step_without_any_reward_is_counted_and_the_run_goes_on(tmp_path):
+    """FAULTS 17: one prompt a step whose gold answer has no number."""
+    run, calls = make_run(tmp_path, num_steps=3, kl_coef=0.1), []
+
+    def none_in_the_second_step(completions):
+        calls.append(completions)
+        return [None if len(calls) == 2 else value for value in count_good(completions)]
+
+    train(replace(run, rewards=[Reward("good", 1.0, none_in_the_second_step)]))
+    made = rows(tmp_path)
+    assert [row.get("no_reward") for row in made] == [None, 1.0, None] and len(calls) == 3
+    assert made[1]["reward"] is None and made[1]["advantage_abs"] == 0.0 and made[1]["skipped"] == 0
+    assert made[2]["reward"] is not None and made[2]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("average", ["token", "sequence", "micro_token"])
+def test_fault_16_a_step_in_which_everything_is_cut_off_is_counted_and_the_run_goes_on(tmp_path, average):
+    """FAULTS 16: truncation mask_loss_and_baseline leaves every completion of the step out."""
+    truncation = FunctionConfig("mask_loss_and_baseline")
+    run = make_run(tmp_path, num_steps=2, kl_coef=0.1, change=lambda c: replace(c, truncation=truncation, loss=replace(c.loss, average=average)))
+    run.sampler.eos_ids = torch.tensor([10_000])
+    before = [p.detach().clone() for p in run.policy.parameters()]
+    train(run)
+    for row in rows(tmp_path):
+        assert row["no_reward"] == 1.0 and row["truncated"] == 1.0 and row["grad_norm"] == 0.0 and row["loss"] == 0.0
+    assert all(torch.equal(a, b) for a, b in zip(before, run.policy.parameters(), strict=True))
 
 
 def test_advantages_see_lengths_single_rewards_and_weights(tmp_path):

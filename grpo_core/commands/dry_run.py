@@ -53,6 +53,8 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
     prepared = prepare(config)
     tokenizer, tasks = prepared.tokenizer, prepared.tasks
     yield "Sizes\n" + _indent(describe_sizes(config, prepared, processes, per_rank))
+    if prepared.warnings:
+        yield "Warnings\n" + _indent("\n".join(prepared.warnings))
     first = TaskStream(tasks, config.prompts_per_step, config.seed).batch(0)[0]
     yield "First prompt, as the model receives it\n" + _indent(describe_prompt(first, tokenizer))
     with show_elapsed("loading the model"):

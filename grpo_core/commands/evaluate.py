@@ -18,6 +18,7 @@ from typing import Any
 from grpo_core.batch import SamplingParams, Task
 from grpo_core.commands.open_policy import OpenedPolicy, open_source
 from grpo_core.config.sections import RunConfig
+from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.prompts import make_tasks
 from grpo_core.data.rows import load_rows, load_splits
 from grpo_core.distributed import ranks
@@ -30,6 +31,7 @@ from grpo_core.registry import get_fact
 from grpo_core.schema import ConfigError, finite_or_none, keyword_arguments
 from grpo_core.scoring.scoring import Reward, build_reward, score
 from grpo_core.training.eval_statistics import bootstrap_interval, majority_at_k, mcnemar, pass_at_k, wilson_interval
+from grpo_core.training.gold_answers import check_gold_answers
 from grpo_core.training.prepare import check_columns, make_rewards
 
 GREEDY = SamplingParams(greedy=True)
@@ -75,11 +77,15 @@ def run_evaluate(
     opened = open_source(source, overrides, config=config, notify=print)
     tasks, description = load_problems(opened, data, split, limit)
     check_columns(opened.config, tasks, tasks)
+    warnings = describe_prompt_changes(opened.tokenizer, opened.config.data, tasks)
+    warnings += check_gold_answers(opened.config, [], tasks)
     folder = output or (opened.folder or Path()) / (f"evaluate-{Path(data).stem}" if data else "evaluate")
     _make_folder(folder)
     parts = ranks.gather(answer_with_policies(opened, tasks, samples, settings, base=base))
     if not parts:  # only the main rank receives the rows, and writes them
         return 0
+    for sentence in warnings:
+        print(f"warning: {sentence}")
     rows = sorted((row for part in parts for row in part), key=lambda r: (r["policy"], r["task"], r["sample"]))
     result = summarise(opened, rows, samples) | {"source": source, "weights": opened.weights, "data": description}
     result["sampling"] = {k: v for k, v in vars(settings).items() if v is not None and k != "greedy"}

@@ -15,10 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import SamplingParams, Task
 from grpo_core.commands.open_policy import OpenedPolicy, open_source
+from grpo_core.data.encoding import encode_prompts
 from grpo_core.data.prompts import list_template_fields, render_prompt
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.random_keys import make_key
+from grpo_core.sampling.texts import decode_completions, find_hidden_ids
 from grpo_core.schema import ConfigError, printable
 from grpo_core.scoring.reward_call import find_missing_columns, list_needed_columns
 from grpo_core.scoring.scoring import Reward, score
@@ -202,7 +204,7 @@ def make_task(opened: OpenedPolicy, question: str, settings: AnswerSettings) -> 
         columns |= dict.fromkeys(missing, question)
         prompt = render_prompt(columns, config, opened.tokenizer)
     special = settings.raw or config.prompt != "chat"
-    ids = opened.tokenizer([prompt], add_special_tokens=special)["input_ids"][0]
+    (ids,) = encode_prompts(opened.tokenizer, [prompt], add_special_tokens=special)
     return Task(0, prompt, ids, columns, seed=make_key("sample", settings.seed))
 
 
@@ -232,6 +234,7 @@ class TokenPrinter:
         self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], write: Callable[[str], object] | None = None
     ) -> None:
         self.tokenizer, self.eos_ids = tokenizer, eos_ids
+        self.hidden_ids = find_hidden_ids(tokenizer, eos_ids)
         self.ids: list[int] = []
         self.printed = 0  # characters
         self.write = write or (lambda text: print(text, end="", flush=True))
@@ -240,14 +243,14 @@ class TokenPrinter:
         if tokens[0] in self.eos_ids:
             return
         self.ids.append(tokens[0])
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        (text,) = decode_completions(self.tokenizer, [self.ids], self.hidden_ids)
         if not text.endswith("�"):  # the rest of the character comes with the next tokens
             self.write(printable(text[self.printed :]))
             self.printed = len(text)
 
     def rest(self) -> str:
         """Return the text that has not been printed, such as an incomplete character at the end."""
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        (text,) = decode_completions(self.tokenizer, [self.ids], self.hidden_ids)
         return printable(text[self.printed :])
 
 

@@ -207,6 +207,8 @@ def _check_numbers(config: RunConfig) -> None:
         raise ConfigError(
             f"trainer.max_failed_rewards is {config.trainer.max_failed_rewards}; it is a share and must be at most 1"
         )
+    if not 0 <= config.data.max_unjudged <= 1:
+        raise ConfigError(f"data.max_unjudged is {config.data.max_unjudged}; it is a share, from 0 to 1")
     if not 0 <= config.lora.dropout < 1:
         raise ConfigError(f"lora.dropout is {config.lora.dropout}; it must be at least 0 and below 1")
     for name, value in (

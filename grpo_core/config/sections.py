@@ -48,6 +48,7 @@ class DataConfig:
     system: str | None = None  # with prompt chat, the system turn
     max_prompt_tokens: int = 512
     long_prompts: Literal["drop", "truncate_left", "error"] = "drop"  # what to do with longer prompts
+    max_unjudged: float = 0.05  # share of gold answers that a reward cannot judge, above which the run is refused
 
 
 @dataclass(frozen=True)

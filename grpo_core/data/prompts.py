@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
 from grpo_core.config.sections import DataConfig
+from grpo_core.data.encoding import cut_left, encode_prompts
 from grpo_core.data.rows import Row
 from grpo_core.schema import ConfigError, list_known, summarize_error
+
+RESERVED_COLUMNS = ("completions", "prompts")  # rewards receive them beside the columns of the data
 
 
 def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Task], int]:
@@ -25,13 +29,15 @@ def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTok
     if not rows:
         return [], 0
     rows = _rename_columns(rows, config.columns)
+    _check_columns(rows)
     _check_template_columns(rows, config.template)
     if config.prompt == "chat" and not tokenizer.chat_template:
         raise ConfigError(
             "data.prompt is chat, but the model's tokenizer has no chat template; use data.prompt: template"
         )
     prompts = [render_prompt(row, config, tokenizer) for row in rows]
-    ids = tokenizer(prompts, add_special_tokens=config.prompt != "chat", return_attention_mask=False)["input_ids"]
+    _check_characters(prompts, "the prompt made from it with data.template and data.system")
+    ids = encode_prompts(tokenizer, prompts, add_special_tokens=config.prompt != "chat")
     if [] in ids:
         raise ConfigError(f"row {ids.index([]) + 1} of the data: the prompt is empty; it needs at least one token")
     limit = config.max_prompt_tokens
@@ -43,7 +49,7 @@ def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTok
             f"data.long_prompts to drop or truncate_left"
         )
     for index in too_long if config.long_prompts == "truncate_left" else ():
-        ids[index] = ids[index][-limit:]
+        ids[index] = cut_left(tokenizer, ids[index], limit)
         prompts[index] = tokenizer.decode(ids[index])
     tasks = [
         Task(index, prompt, prompt_ids, row)
@@ -98,6 +104,43 @@ def _rename_columns(rows: Sequence[Row], columns: dict[str, str]) -> list[Row]:
             )
     new_names = {data_name: new_name for new_name, data_name in columns.items()}
     return [{new_names.get(name, name): value for name, value in row.items()} for row in rows]
+
+
+def _check_columns(rows: Sequence[Row]) -> None:
+    """Refuse columns whose names the rewards' arguments have, and text that cannot be encoded."""
+    for name in RESERVED_COLUMNS:
+        if name in rows[0]:
+            raise ConfigError(
+                f"the data has a column {name!r}, which is the name of an argument that every reward gets; rename it: "
+                f"data.columns={{NEW: {name}}}"
+            )
+    for name in rows[0]:
+        _check_characters([row[name] for row in rows], f"column {name!r}")
+
+
+def _check_characters(values: Sequence[Any], place: str) -> None:
+    """Raise ConfigError if a text, or a text in a list or mapping, has a lone surrogate, which no tokenizer encodes."""
+    for number, value in enumerate(values, 1):
+        if (character := _find_surrogate(value)) is not None:
+            raise ConfigError(
+                f"row {number} of the data: {place} has the lone surrogate {character!a}, half of a character; "
+                f"correct it or remove the row"
+            )
+
+
+def _find_surrogate(value: Any) -> str | None:
+    """Return the first lone surrogate in a text, list or mapping, or None."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return value[error.start]
+        return None
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple)):
+        return next((character for item in value if (character := _find_surrogate(item)) is not None), None)
+    return None
 
 
 def _check_template_columns(rows: Sequence[Row], template: str) -> None:

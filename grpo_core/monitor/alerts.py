@@ -72,6 +72,12 @@ ALERTS = (
         f"is too hard or too easy, or the reward does not distinguish completions; read completions.jsonl",
     ),
     Alert(
+        "no_reward",
+        _in_every_step("no_reward", lambda value: value == 1),
+        f"in {WINDOW_STEPS} steps no completion had a reward, so nothing is learned: every reward returned None, or "
+        f"every completion was cut off and truncation.name leaves it out; read completions.jsonl",
+    ),
+    Alert(
         "truncated",
         _in_every_step("truncated", lambda share: share >= 0.95),
         f"in {WINDOW_STEPS} steps nearly every completion was cut off at sampling.max_new_tokens: raise it, or check "

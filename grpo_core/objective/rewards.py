@@ -4,21 +4,31 @@ A reward is `fn(completions, prompts=..., **columns) -> list[float | None]`, one
 that the completion cannot be scored; it is then left out of its group. The function receives the data columns that it
 names as arguments, or all columns if it takes **kwargs. Its keyword-only arguments with a default are its
 configuration. A user's function needs no registration: `name: file.py:function`.
+
+Further facts about a reward, as attributes of the function:
+
+    never_null  columns that must have a value in every row
+    gold        {column: function}, which returns None for a gold answer that the reward cannot judge
+    answer      function that returns the final answer of a completion, for the majority vote of an evaluation
 """
 
-import re
-from collections import deque
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
+from grpo_core.objective.answers import (
+    CHOICE_LETTERS,
+    CLOSE,
+    OPEN,
+    accepted_choices,
+    accepted_texts,
+    cut_thinking,
+    final_choice,
+    final_text,
+)
+from grpo_core.objective.numbers import final_number, read_gold
 from grpo_core.registry import Registry
 
 REWARDS = Registry("reward")
-
-OPEN, CLOSE = "<think>", "</think>"
-
-MAX_NUMBER_CHARS = 300  # a longer number counts as no number: exact arithmetic with it would be slow
 
 
 @REWARDS.register("has_think_tags")
@@ -59,61 +69,80 @@ def think_format(completions: Sequence[str], *, prompts: Sequence[str]) -> list[
     return [float(well_formed(text)) for text in _with_opened_block(completions, prompts)]
 
 
-@REWARDS.register("correct_answer", never_null=("answer",), answer=lambda text: final_number(text))
-def correct_answer(completions: Sequence[str], *, answer: Sequence[Any], strict: bool = False) -> list[float | None]:
+@REWARDS.register("correct_answer", never_null=("answer",), gold={"answer": read_gold}, answer=final_number)
+def correct_answer(
+    completions: Sequence[str],
+    prompts: Sequence[str] | None = None,
+    *,
+    answer: Sequence[Any],
+    strict: bool = False,
+    outside_thinking: bool = False,
+) -> list[float | None]:
     r"""1.0 if the completion's final number equals that of the column `answer`, else 0.0; None if that has no number.
 
     The final number is the one after the last ####, else the one in the last \boxed{}, else (unless `strict`) the last
-    number of the text. Thousands commas, currency signs, units, percent signs, decimals, simple fractions and signs are
-    understood, and 18 equals 18.00.
+    number of the text (objective/numbers.py). It may stand inside the reasoning, <think>...</think>, unless
+    `outside_thinking` is set. A list of gold answers accepts any of them.
     """
+    texts = cut_all_thinking(completions, prompts) if outside_thinking else completions
     scores: list[float | None] = []
-    for text, gold in zip(completions, answer, strict=True):
-        expected = final_number(str(gold))
-        scores.append(None if expected is None else float(final_number(text, strict=strict) == expected))
+    for text, gold in zip(texts, answer, strict=True):
+        accepted = read_gold(gold)
+        scores.append(None if accepted is None else float(final_number(text, strict=strict) in accepted))
     return scores
 
 
-_NUMBER = re.compile(
-    r"""(?P<sign>-)?(?:[$€£¥]\s?(?P<inner_sign>-)?)?
-        (?P<value>\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d) | \d+(?:\.\d+)? | (?<!\d)\.\d+)
-        (?:\s?/\s?(?P<under>\d++)(?![.,]++\d))?""",
-    re.X,
-)
-_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+@REWARDS.register("text_match", never_null=("answer",), gold={"answer": accepted_texts}, answer=final_text)
+def text_match(
+    completions: Sequence[str],
+    prompts: Sequence[str] | None = None,
+    *,
+    answer: Sequence[Any],
+    strict: bool = False,
+    outside_thinking: bool = True,
+) -> list[float | None]:
+    r"""1.0 if the completion's answer is the text in the column `answer`, or one of several there; else 0.0.
 
-
-def final_number(text: str, *, strict: bool = False) -> Fraction | None:
-    r"""Return the final number of `text` as an exact fraction, or None if it has none.
-
-    >>> final_number("so she has 3 + 4 = 7 left.\n#### 1,234.50 dollars")
-    Fraction(2469, 2)
+    The answer is the line after the last ####, else the content of the last \boxed{}, else what follows "answer is" or
+    "answer:", else (unless `strict`) the last line. Case, spaces and punctuation at either end make no difference. None
+    if the column is empty.
     """
-    text = text.replace("−", "-").replace("\\$", "$").replace("\\,", "").replace("{,}", ",")
-    _, marker, after = text.rpartition("####")
-    if marker:
-        return _number(after, last=False)
-    if boxes := _BOXED.findall(text):
-        return _number(re.sub(r"\\d?frac\s*\{(-?\d+)\}\s*\{(\d+)\}", r"\1/\2", boxes[-1]), last=False)
-    return None if strict else _number(text, last=True)
+    texts = cut_all_thinking(completions, prompts) if outside_thinking else completions
+    scores: list[float | None] = []
+    for text, gold in zip(texts, answer, strict=True):
+        accepted = accepted_texts(gold)
+        scores.append(None if accepted is None else float(final_text(text, strict=strict) in accepted))
+    return scores
 
 
-def _number(text: str, *, last: bool) -> Fraction | None:
-    """Return the first or the last number of `text`, or None if it has none."""
-    matches = _NUMBER.finditer(text)
-    match = next(matches, None)
-    if last and (remaining := deque(matches, maxlen=1)):  # a list would be slow: a text may contain 50,000 numbers
-        match = remaining[0]
-    if match is None or len(match[0]) > MAX_NUMBER_CHARS:
-        return None
-    value = Fraction(match["value"].replace(",", ""))
-    if match["under"] and int(match["under"]):
-        value /= int(match["under"])
-    before = text[: match.start()]
-    is_hyphen = re.match(r"\w", before[-1:])
-    is_subtraction = re.match(r"[\d)\]}]", before.rstrip()[-1:])
-    has_minus = match["sign"] and not is_hyphen and not is_subtraction
-    return -value if has_minus or match["inner_sign"] else value
+@REWARDS.register("choice_match", never_null=("answer",), gold={"answer": accepted_choices}, answer=final_choice)
+def choice_match(
+    completions: Sequence[str],
+    prompts: Sequence[str] | None = None,
+    *,
+    answer: Sequence[Any],
+    letters: str = CHOICE_LETTERS,
+    strict: bool = False,
+    outside_thinking: bool = True,
+) -> list[float | None]:
+    r"""1.0 if the completion chooses the letter in the column `answer`, such as B, (B) or "B) Paris"; else 0.0.
+
+    The choice is the letter after the last ####, else in the last \boxed{}, else after "the answer is", else (unless
+    `strict`) the last letter in brackets, in bold or alone on a line. None if the column has none of `letters`.
+    """
+    texts = cut_all_thinking(completions, prompts) if outside_thinking else completions
+    scores: list[float | None] = []
+    for text, gold in zip(texts, answer, strict=True):
+        accepted = accepted_choices(gold, letters)
+        scores.append(None if accepted is None else float(final_choice(text, letters, strict=strict) in accepted))
+    return scores
+
+
+def cut_all_thinking(completions: Sequence[str], prompts: Sequence[str] | None) -> list[str]:
+    """Return the completions without their reasoning, which a prompt that ends with <think> has opened."""
+    if prompts is None:
+        return [cut_thinking(text) for text in completions]
+    return [cut_thinking(text, prompt) for text, prompt in zip(completions, prompts, strict=True)]
 
 
 def _with_opened_block(completions: Sequence[str], prompts: Sequence[str]) -> list[str]:

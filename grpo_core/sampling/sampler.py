@@ -25,6 +25,7 @@ from grpo_core.sampling.fused_decoder import FusedDecoder
 from grpo_core.sampling.fused_model import Unsupported
 from grpo_core.sampling.plain_decoder import PlainDecoder, pad_left
 from grpo_core.sampling.request import DecodeRequest, Draws, Watch
+from grpo_core.sampling.texts import decode_completions, find_hidden_ids
 
 LOG = logging.getLogger("grpo_core")
 
@@ -63,6 +64,7 @@ class Sampler:
         self.device = model.device
         self.eos_ids = sorted(find_eos_ids(model, tokenizer))
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
+        self._hidden_ids = find_hidden_ids(tokenizer, self.eos_ids)
         self._plain = PlainDecoder(model, self.pad_id, self.eos_ids)
         self._is_checked = False
         self._decoder: PlainDecoder | FusedDecoder | None = self._plain if decoder == "plain" else None
@@ -154,4 +156,4 @@ class Sampler:
 
     def _decode_texts(self, draws: Draws) -> tuple[str, ...]:
         ids = [row[:length] for row, length in zip(draws.ids.tolist(), draws.lengths.tolist(), strict=True)]
-        return tuple(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        return tuple(decode_completions(self.tokenizer, ids, self._hidden_ids))

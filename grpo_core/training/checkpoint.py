@@ -43,6 +43,7 @@ MAY_DIFFER = (
     *("trainer.reward_timeout", "trainer.hang_timeout"),
     *("model.gradient_checkpointing", "engine.deepspeed", "sampling.rows_at_once", "sampling.decoder"),
     *("evaluation.every", "evaluation.batch_size", "evaluation.reward", "sft.output", "sft.save_precision"),
+    "data.max_unjudged",
 )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
 from grpo_core.config.sections import RunConfig, SamplingConfig
+from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.tasks import find_offered_tasks, read_tasks
 from grpo_core.model.loading import (
     check_can_be_sampled,
@@ -30,6 +31,7 @@ from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.reward_call import find_missing_columns
 from grpo_core.scoring.scoring import Reward, build_reward
+from grpo_core.training.gold_answers import check_gold_answers
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Prepared:
     tasks: list[Task]  # the training tasks
     eval_tasks: list[Task]
     num_too_long: int  # prompts over data.max_prompt_tokens, dropped or cut as data.long_prompts specifies
+    warnings: list[str] = field(default_factory=list)  # sentences to print before the first step
 
 
 def prepare(
@@ -54,14 +57,18 @@ def prepare(
 
     Raises:
         ConfigError: a file cannot be loaded; the model's layers cannot be sampled; a reward needs a column that the
-            data does not have; the tokenizer or lora.target_modules do not fit the model; a prompt and its completion
-            exceed the model's positions.
+            data does not have, or cannot judge more than the share data.max_unjudged of the gold answers; the
+            tokenizer or lora.target_modules do not fit the model; a prompt and its completion exceed the model's
+            positions.
     """
     offered = find_offered_tasks(config) if tokenizer is None else None
     if tokenizer is None:
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     tasks, eval_tasks, num_too_long = offered or read_tasks(config, tokenizer)
-    check_columns(config, tasks if scores_training_tasks else [], eval_tasks)
+    scored_tasks = tasks if scores_training_tasks else []
+    check_columns(config, scored_tasks, eval_tasks)
+    warnings = describe_prompt_changes(tokenizer, config.data, [*tasks, *eval_tasks])
+    warnings += check_gold_answers(config, scored_tasks, eval_tasks)
     if model_config is None:
         model_config = load_model_config(config.model)
     if scores_training_tasks:
@@ -70,7 +77,7 @@ def prepare(
     prompts = [task.prompt_ids for task in (*tasks, *eval_tasks)]
     check_lengths(prompts, config.sampling.max_new_tokens, model_config)
     check_targets(model_config, config.lora, config.model.trust_remote_code)
-    return Prepared(tokenizer, model_config, tasks, eval_tasks, num_too_long)
+    return Prepared(tokenizer, model_config, tasks, eval_tasks, num_too_long, warnings)
 
 
 def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task]) -> None:

@@ -19,7 +19,6 @@ from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.advantages import compute_advantages, tie_small_spreads, tied_groups
 from grpo_core.objective.objective import Objective
 from grpo_core.registry import get_fact
-from grpo_core.schema import ConfigError
 from grpo_core.scoring.scoring import Scores, score
 from grpo_core.training.run import Run
 
@@ -91,9 +90,10 @@ def compute_step_advantages(
 ) -> Tensor:
     """Return this rank's advantages, [N, G]; the advantage function sees the groups of all ranks. A collective.
 
+    Where no completion of the step has a reward, they are all 0, and the metric `no_reward` is 1.
+
     Raises:
-        ConfigError: no completion of the step has a reward, or the function returned a wrong shape or a value that is
-            not finite.
+        ConfigError: the function returned a wrong shape or a value that is not finite.
     """
     shape = rewards.shape
     stats.add_mean("tied_groups", _tied(objective, rewards, scores))
@@ -102,8 +102,8 @@ def compute_step_advantages(
     levelled = [tie_small_spreads(values, objective.min_group_std) for values in (rewards[None], components)]
     own = torch.cat([levelled[0], lengths[None], levelled[1]])  # [2 + K, N, G]
     whole = ranks.all_rows(own.transpose(0, 1)).cpu().transpose(0, 1)  # [2 + K, N of all ranks, G]
-    if whole[0].isnan().all() and not ranks.all_max(torch.tensor(float(len(scores.failures)), device="cpu")):
-        raise ConfigError("no completion of this step has a reward: every reward returned None for every one of them")
+    if whole[0].isnan().all():  # every one was cut off and is left out, or cannot be judged, or the reward failed
+        stats.add_max("no_reward", torch.tensor(1.0, device="cpu"))
     weights = torch.tensor(scores.weights, device="cpu")
     values = compute_advantages(
         objective.advantage_fn, whole[0], lengths=whole[1], components=whole[2:], weights=weights

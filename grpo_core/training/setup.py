@@ -67,7 +67,11 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
 
 def describe_tasks(config: RunConfig, prepared: Prepared) -> str:
     """Return the number of tasks and of prompts that were too long, as text."""
-    treatment = "cut on the left" if config.data.long_prompts == "truncate_left" else "dropped"
+    treatment = "dropped"
+    if config.data.long_prompts == "truncate_left":
+        treatment = "cut on the left" + (", with the system turn" if config.data.prompt == "chat" else "")
+        if bos := getattr(prepared.tokenizer, "bos_token", None):
+            treatment += f", behind the begin token {bos}"
     return (
         f"{len(prepared.tasks)} tasks ({prepared.num_too_long} {treatment}, because the prompt has more than "
         f"{config.data.max_prompt_tokens} tokens)"
@@ -97,6 +101,8 @@ def assemble(
         log.info(f"warning: {sentence}")
     if sentence := describe_frozen_experts(policy.model):
         log.info(f"note: {sentence}")
+    for sentence in prepared.warnings:
+        log.info(f"warning: {sentence}")
     longest = (max(len(task.prompt_ids) for task in tasks), longest_completion or config.sampling.max_new_tokens)
     rows = trainer.completions_per_step // world_size // trainer.num_minibatches
     return Run(

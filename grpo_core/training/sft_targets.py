@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from grpo_core.batch import Rollouts, Task
 from grpo_core.config.sections import SftConfig
+from grpo_core.data.encoding import encode_targets
 from grpo_core.data.prompts import list_template_fields
 from grpo_core.random_keys import make_generator, make_key
 from grpo_core.schema import ConfigError, list_known
@@ -29,7 +30,7 @@ def build_target_rollouts(
         place = make_generator(make_key("target", *task.seed)).random() * shares[-1]
         index = np.searchsorted(shares, place, side="right")
         texts.append(config.targets[index].template.format(**task.columns))
-    targets = [[*ids, eos] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    targets = [[*ids, eos] for ids in encode_targets(tokenizer, tasks, texts)]
     prompt_ids, prompt_mask = pad_right([task.prompt_ids for task in tasks], device)
     ids, mask = pad_right(targets, device)
     ended = torch.zeros(len(tasks), dtype=torch.bool, device=device)
@@ -61,7 +62,7 @@ def find_longest_target(
     positions = getattr(model.get_text_config(), "max_position_embeddings", None) or math.inf
     for target in config.targets:
         texts = fill_template(target.template, tasks, source)
-        lengths = [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else [0]
+        lengths = [len(ids) + 1 for ids in encode_targets(tokenizer, tasks, texts)] or [0]
         row = int(np.argmax(lengths))
         if longest_prompt + lengths[row] > positions:
             raise ConfigError(

@@ -1,0 +1,105 @@
+"""Turn prompts and supervised targets into token ids so that a target or a completion continues its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo_core.batch import Task
+from grpo_core.config.sections import DataConfig
+
+PROBE = "a"  # a text that every tokenizer can encode
+ANCHORS = ("\n", "a", "=", "1", ".")  # texts in front of a target, one of which does not merge with its beginning
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, add_special_tokens: bool
+) -> list[list[int]]:
+    """Return the token ids of prompts: one begin token at most, and none of the tokens that end a text."""
+    rows = tokenizer(list(prompts), add_special_tokens=add_special_tokens, return_attention_mask=False)["input_ids"]
+    before, after = find_added_tokens(tokenizer) if add_special_tokens else ([], [])
+    return [_remove_surplus(row, before, after, getattr(tokenizer, "bos_token_id", None)) for row in rows]
+
+
+def find_added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer adds before and after every text, such as <s> and </s>."""
+    (plain,) = tokenizer([PROBE], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    (whole,) = tokenizer([PROBE], add_special_tokens=True, return_attention_mask=False)["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    return [], []
+
+
+def cut_left(tokenizer: PreTrainedTokenizerBase, ids: list[int], limit: int) -> list[int]:
+    """Return the last tokens of a prompt, at most `limit` with the begin token, which stays in front of them."""
+    before, _ = find_added_tokens(tokenizer)
+    count = len(before) if before and ids[: len(before)] == before else 0
+    if not count and ids[0] == getattr(tokenizer, "bos_token_id", None):
+        count = 1
+    count = min(count, limit - 1)
+    return ids[:count] + ids[count:][count - limit :]
+
+
+def describe_prompt_changes(tokenizer: PreTrainedTokenizerBase, config: DataConfig, tasks: Sequence[Task]) -> list[str]:
+    """Return a sentence for each kind of token that `encode_prompts` has left out of the prompts."""
+    sentences, bos = [], getattr(tokenizer, "bos_token", None)
+    before, after = find_added_tokens(tokenizer) if config.prompt != "chat" else ([], [])
+    if after:
+        names = "".join(tokenizer.convert_ids_to_tokens(after))
+        sentences.append(f"the tokenizer ends every text with {names}, which is left out: the model continues a prompt")
+    added = bos if before and before[-1] == tokenizer.bos_token_id else ""
+    if bos and any((added + task.prompt[: 2 * len(bos)]).startswith(2 * bos) for task in tasks):
+        source = "is in the text of the prompts, and the tokenizer adds it" if added else "is there twice"
+        sentences.append(f"the begin token {bos} {source}; a prompt gets it once")
+    return sentences
+
+
+def encode_targets(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of each task's target as they continue its prompt, without an end-of-sequence token.
+
+    A tokenizer that marks the beginning of a text, as SentencePiece does with a space, would mark that of a target too,
+    where sampling never meets it. There the target is encoded behind its prompt, or behind another text if the prompt's
+    last token changes with it.
+    """
+
+    def encode(parts: Sequence[str]) -> list[list[int]]:
+        return tokenizer(list(parts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+    if not texts:
+        return []
+    alone = encode(texts)
+    if not _marks_beginnings(tokenizer):
+        return alone
+    prompts = encode([task.prompt for task in tasks])
+    whole = encode([task.prompt + text for task, text in zip(tasks, texts, strict=True)])
+    rows = []
+    for i, (prompt, row) in enumerate(zip(prompts, whole, strict=True)):
+        ids = row[len(prompt) :] if row[: len(prompt)] == prompt else None
+        rows.append(_encode_behind_anchor(encode, texts[i], alone[i]) if ids is None else ids)
+    return rows
+
+
+def _marks_beginnings(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return True if a text is encoded in another way at the beginning than behind a line break."""
+    rows = tokenizer([f"\n{PROBE}", "\n", PROBE], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    return rows[0] != rows[1] + rows[2]
+
+
+def _encode_behind_anchor(encode: Callable[[Sequence[str]], list[list[int]]], text: str, alone: list[int]) -> list[int]:
+    for anchor in ANCHORS:
+        start, row = encode([anchor, anchor + text])
+        if row[: len(start)] == start:
+            return row[len(start) :]
+    return alone
+
+
+def _remove_surplus(row: list[int], before: list[int], after: list[int], bos: int | None) -> list[int]:
+    if after and row[-len(after) :] == after:
+        row = row[: -len(after)]
+    if before and row[: 2 * len(before)] == before + before:
+        row = row[len(before) :]
+    while bos is not None and row[:2] == [bos, bos]:
+        row = row[1:]
+    return row

@@ -1,0 +1,244 @@
+"""Numbers, texts and letters that completions and gold answers state (FAULTS T1 to T10)."""
+
+import random
+import time
+from fractions import Fraction
+
+import pytest
+
+from grpo_core.objective.answers import accepted_choices, final_choice, final_text
+from grpo_core.objective.numbers import final_number, read_gold
+from grpo_core.objective.rewards import REWARDS, correct_answer
+
+THREE_QUARTERS, HALF = Fraction(3, 4), Fraction(1, 2)
+
+
+@pytest.mark.parametrize("text, number", [
+    (r"\frac{3}{4}", THREE_QUARTERS),
+    (r"x = -\frac{3}{4}", -THREE_QUARTERS),
+    (r"\frac{-3}{4}", -THREE_QUARTERS),
+    (r"\frac{3}{-4}", -THREE_QUARTERS),
+    (r"\frac{1,000}{3}", Fraction(1000, 3)),
+])  # fmt: skip
+def test_t1_a_fraction_without_a_box_is_one_number(text, number):
+    assert final_number(text) == number and read_gold(text) == {number}
+
+
+@pytest.mark.parametrize("text, number", [
+    (r"\boxed{1\frac{1}{2}}", Fraction(3, 2)),
+    (r"\boxed{1 \frac12}", Fraction(3, 2)),
+    ("1 1/2", Fraction(3, 2)),
+    ("33 1/3%", Fraction(100, 3)),
+    ("1½ cups", Fraction(3, 2)),
+    ("¾", THREE_QUARTERS),
+    ("-1 1/2", Fraction(-3, 2)),
+])  # fmt: skip
+def test_t2_a_mixed_number_is_one_number(text, number):
+    assert final_number(text) == number and read_gold(text) == {number}
+
+
+@pytest.mark.parametrize("text, number", [
+    (r"\tfrac{3}{4}", THREE_QUARTERS),
+    (r"\cfrac{3}{4}", THREE_QUARTERS),
+    (r"\frac12", HALF),
+    (r"\frac 1 2", HALF),
+    (r"\frac{1}2", HALF),
+    (r"#### \frac{3}{4}", THREE_QUARTERS),
+    (r"#### $\dfrac{3}{4}$", THREE_QUARTERS),
+    (r"\boxed{\text{\frac{3}{4}}}", THREE_QUARTERS),
+])  # fmt: skip
+def test_t3_every_command_for_a_fraction_is_read(text, number):
+    assert final_number(text) == number and read_gold(text) == {number}
+
+
+@pytest.mark.parametrize("text, number", [
+    (r"\boxed{- 5}", -5),
+    (r"\boxed{-\,5}", -5),
+    (r"\boxed{-\ 5}", -5),
+    (r"\boxed{x = - 5}", -5),
+    (r"\boxed{\left(-5\right)}", -5),
+    ("–5", -5),
+    ("‑5", -5),
+    ("－5", -5),
+    ("#### - 5", -5),
+    ("$ - 5 $", -5),
+    (r"-\$5", -5),
+])  # fmt: skip
+def test_t4_every_minus_sign_is_read(text, number):
+    assert final_number(text) == number and read_gold(text) == {number}
+
+
+def test_t4_a_range_and_a_list_have_no_sign():
+    assert final_number("pages 5–7") == 7 and final_number("It is either:\n- 4\n- 5") == 5
+
+
+@pytest.mark.parametrize("text", [
+    "25 m2", "25 m^2", "25 m²", "25 cm^{3}", r"\boxed{25\text{ m}^2}", "#### 25 m/s^2", "25 m/s2", "25 kg m^-2", "25 g of H2O",
+    r"25^\circ", "25 ft2.",
+])  # fmt: skip
+def test_t5_the_digit_of_a_unit_is_no_number(text):
+    assert final_number(text) == 25 and read_gold(text) == {25}
+
+
+@pytest.mark.parametrize("value, number", [
+    ("1e3", 1000),
+    ("1E+3", 1000),
+    ("2.5e-3", Fraction(1, 400)),
+    (1e-05, Fraction(1, 100_000)),
+    (1e22, 10**22),
+    (0.1, Fraction(1, 10)),
+    (18, 18),
+    (r"1.5 \times 10^{3}", 1500),
+    ("1.5×10^3", 1500),
+    ("2 x 10^-3", Fraction(1, 500)),
+    ("10⁵", 100_000),
+])  # fmt: skip
+def test_t6_exponents_are_read(value, number):
+    assert final_number(str(value)) == number and read_gold(value) == {number}
+
+
+def test_t6_a_huge_exponent_is_no_number():
+    assert final_number("1e999999999") is None and read_gold("10^{999999}") is None
+    assert read_gold(float("nan")) is None and read_gold(float("inf")) is None and read_gold(True) is None
+
+
+@pytest.mark.parametrize("text", [
+    r"2\sqrt{3}", r"\boxed{2\sqrt{3}}", r"#### 2\sqrt{3}", "2√3", r"\frac{\sqrt{3}}{2}", r"\boxed{\frac{\sqrt{3}}{2}}", r"3\pi", "2^{10}",
+    "3x", r"\boxed{3i}", "1011_2",
+])  # fmt: skip
+def test_t7_an_expression_is_no_number(text):
+    assert read_gold(text) is None and final_number(text) is None
+
+
+@pytest.mark.parametrize("text", [
+    "10:30", "(3, 4)", "3,5", "0,75", "3, 4", "x > 5", "5!", "0.333...", r"0.\overline{3}", "5 ft 3 in", "2020-01-05", r"\pm 3", "x - 3",
+    "x + 3", "3 - x", '["12", "18"]', "1 000", "12 or 18", "a dozen",
+])  # fmt: skip
+def test_t7_a_gold_answer_that_is_not_one_number_is_not_read(text):
+    assert read_gold(text) is None
+
+
+@pytest.mark.parametrize("text", ["She has 3 * 6 = 18.", "He had 3. He got 15. Now he has 18.", "x = 18", "The answer is 18.", "$18.00"])
+def test_t7_a_sentence_with_one_result_is_read(text):
+    assert read_gold(text) == {18}
+
+
+def test_t8_a_list_accepts_any_of_its_items():
+    gold = [["12", "18"], ["12", "18"], ["12", "18"], [12, 18.0], ["a", "b"], []]
+    completions = ["#### 12", "18", "1218", "12", "12", "12"]
+    assert correct_answer(completions, answer=gold) == [1.0, 1.0, 0.0, 1.0, None, None]
+    assert read_gold({"value": 18}) is None
+
+
+@pytest.mark.parametrize("heading", [
+    "#### Step 3: the end", "#### 2. Compute", "#### 2) Compute", "#### 2nd step", "##### 7", "#### Part 1", "#### Case n = 2 holds:",
+])  # fmt: skip
+def test_t9_a_heading_is_no_answer_mark(heading):
+    assert final_number(f"{heading}\nso \\boxed{{42}}") == 42
+    assert final_number(f"{heading}\nso it is 42") == 42
+    assert final_number(f"{heading}\nso it is 42", strict=True) is None
+
+
+@pytest.mark.parametrize("mark", ["#### 42", "####42", "####\n42", "#### **42**", "#### Answer: 42", "#### $42$", r"#### \boxed{42}", "#### x = 42"])
+def test_t9_an_answer_mark_has_priority(mark):
+    assert final_number(f"\\boxed{{1}} {mark}", strict=True) == 42
+
+
+THOUGHT = "<think>so #### 3</think> The answer is 4."
+
+
+def test_t10_the_answer_may_stand_in_the_reasoning_unless_a_key_forbids_it():
+    assert correct_answer([THOUGHT], answer=["3"]) == [1.0]
+    outside = REWARDS.build("correct_answer", {"outside_thinking": True})
+    assert outside([THOUGHT, THOUGHT], answer=["3", "4"]) == [0.0, 1.0]
+    assert outside(["<think>it is 3", "it is 3"], answer=["3", "3"]) == [0.0, 1.0]
+    assert outside(["it is 3", "4</think>3"], ["Q <think>\n", "Q <think>\n"], answer=["3", "3"]) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("text, number", [
+    (r"\boxed{10,\!000}", 10_000),
+    (r"1\,000", 1000),
+    ("1 000 000".replace(" ", "\u202f"), 1_000_000),
+    ("12,34,567", 1_234_567),
+    ("1.234,50 €", Fraction(2469, 2)),
+    (r"\boxed{50\%}", 50),
+    ("50 ％", 50),
+    (r"\$12.50", Fraction(25, 2)),
+])  # fmt: skip
+def test_t1_commas_and_percent_signs_of_all_kinds(text, number):
+    assert final_number(text) == number and read_gold(text) == {number}
+
+
+def test_t1_a_comma_that_may_be_decimal_is_no_number():
+    assert final_number("it is 0,75") is None and final_number("1,2,3") == 3
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("It is in Paris.\n#### The Louvre", "the louvre"),
+    (r"so \boxed{\text{The Louvre}}", "the louvre"),
+    ("The answer is: **The  Louvre**.", "the louvre"),
+    ("First.\nThe Louvre!", "the louvre"),
+    ("#### Step 1: look\nThe answer is The Louvre", "the louvre"),
+    ("", None),
+    ("?!", None),
+])  # fmt: skip
+def test_final_text(text, answer):
+    assert final_text(text) == answer
+
+
+def test_text_match_accepts_several_answers():
+    match = REWARDS.build("text_match")
+    gold = ["The Louvre", ["Louvre", "the louvre"], None, "", "#### the Louvre", 18]
+    assert match(["#### the louvre"] * 5 + ["18"], answer=gold) == [1.0, 1.0, None, None, 1.0, 1.0]
+    assert match(["<think>Louvre</think>Orsay", "<think>Louvre"], answer=["Louvre"] * 2) == [0.0, 0.0]
+    assert REWARDS.build("text_match", {"strict": True})(["the Louvre"], answer=["the louvre"]) == [0.0]
+    assert REWARDS.build("text_match", {"outside_thinking": False})(["<think>\nLouvre"], answer=["Louvre"]) == [1.0]
+
+
+@pytest.mark.parametrize("text, letter", [
+    ("The answer is (B).", "B"),
+    ("Answer: B", "B"),
+    ("the correct answer is **b**", "B"),
+    ("I choose option C.", "C"),
+    ("#### D", "D"),
+    (r"\boxed{\text{(D)}}", "D"),
+    (r"\boxed{D}", "D"),
+    ("(A) is wrong, so (C)", "C"),
+    ("B", "B"),
+    ("B.", "B"),
+    ("reasons\n**B**\n", "B"),
+    ("the answer is a number", None),
+    ("A dog barked. I left.", None),
+    ("The answer is Z", None),
+    ("", None),
+])  # fmt: skip
+def test_final_choice(text, letter):
+    assert final_choice(text) == letter
+
+
+def test_choice_match():
+    match = REWARDS.build("choice_match")
+    gold = ["B", "(B)", "B) Paris", "#### B", ["A", "B"], "Paris", 1]
+    assert match(["answer: B"] * 7, answer=gold) == [1.0, 1.0, 1.0, 1.0, 1.0, None, None]
+    assert match(["A", "<think>B</think>A"], answer=["B", "B"]) == [0.0, 0.0]
+    assert accepted_choices("Z", "XYZ") == {"Z"} and accepted_choices("A dog") is None
+
+
+PIECES = ["answer is ", "answer: ", "A", "(B)", "**", "\n", " ", "####", "\\boxed{", "{", "}", ":", "\\text{", "<think>", "</think>", "."]
+
+
+@pytest.mark.parametrize("name", ["text_match", "choice_match", "correct_answer"])
+def test_no_text_takes_long_to_match(name):
+    """100 kB of any two pieces in turn: twice the text takes about twice as long."""
+    draw, reward = random.Random(name), REWARDS.build(name)
+
+    def seconds(text):
+        start = time.process_time()
+        reward([text], answer=[text])
+        return time.process_time() - start
+
+    for piece in PIECES:
+        text = (piece + draw.choice(PIECES)) * 10
+        text *= 100_000 // len(text)
+        took = seconds(text)
+        assert took < 0.5 or took < 3 * seconds(text[: len(text) // 2]), text[:30]

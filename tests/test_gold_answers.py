@@ -1,0 +1,58 @@
+"""Gold answers that a reward cannot judge are counted before training (FAULTS T7, N10, 17)."""
+
+from dataclasses import replace
+
+import pytest
+
+from grpo_core.batch import Task
+from grpo_core.config.sections import DataConfig, EvaluationConfig, RewardConfig, RunConfig
+from grpo_core.schema import ConfigError
+from grpo_core.training.gold_answers import check_gold_answers
+
+
+def tasks_of(answers):
+    return [Task(i, "p", [1], {"answer": answer}) for i, answer in enumerate(answers)]
+
+
+MOSTLY_NUMBERS = ["1"] * 96 + [r"2\sqrt{3}", "a dozen", "3, 4", "10:30"]
+
+
+def test_t7_answers_that_cannot_be_judged_are_counted_and_three_are_shown():
+    (sentence,) = check_gold_answers(RunConfig(), tasks_of(MOSTLY_NUMBERS), [])
+    assert sentence == (
+        "reward correct_answer cannot judge 4 of 100 values of the column 'answer' in the training data: row 97 "
+        r"'2\\sqrt{3}', row 98 'a dozen', row 99 '3, 4'; they are left out of this reward"
+    )
+    assert check_gold_answers(RunConfig(), tasks_of(["1", "#### 2"]), tasks_of(["3"])) == []
+
+
+def test_t7_above_the_share_the_run_is_refused_unless_a_key_accepts_it():
+    tasks = tasks_of(["1"] * 9 + ["a dozen"])
+    with pytest.raises(ConfigError, match=r"cannot judge 1 of 10 .* row 10 'a dozen'; use a reward that can .*data.max_unjudged \(0.05\)"):
+        check_gold_answers(RunConfig(), tasks, [])
+    assert check_gold_answers(RunConfig(data=DataConfig(max_unjudged=0.1)), tasks, [])
+    assert check_gold_answers(RunConfig(rewards=[RewardConfig("text_match")]), tasks, []) == []
+
+
+def test_t7_a_reward_is_asked_with_its_arguments_and_a_users_reward_too(tmp_path):
+    config = RunConfig(rewards=[RewardConfig("choice_match", args={"letters": "XY"})])
+    assert check_gold_answers(config, tasks_of(["X", "Y"]), []) == []
+    with pytest.raises(ConfigError, match="reward choice_match cannot judge 1 of 2"):
+        check_gold_answers(config, tasks_of(["X", "A"]), [])
+    (tmp_path / "mine.py").write_text(
+        "def mine(completions, answer):\n    return [1.0] * len(completions)\n"
+        "mine.gold = {'answer': lambda value: value if value.isupper() else None}\n"
+    )
+    config = RunConfig(rewards=[RewardConfig(f"{tmp_path}/mine.py:mine")])
+    assert check_gold_answers(config, tasks_of(["A"]), []) == []
+    with pytest.raises(ConfigError, match="mine cannot judge 1 of 1"):
+        check_gold_answers(config, tasks_of(["a"]), [])
+
+
+def test_n10_an_evaluation_that_cannot_judge_is_refused_before_training():
+    config = RunConfig(rewards=[RewardConfig("think_format")])
+    texts = tasks_of(["Paris", "Rome"])
+    with pytest.raises(ConfigError, match="evaluation.reward correct_answer cannot judge 2 of 2 .*set evaluation.reward to one that can, such as think_format"):
+        check_gold_answers(config, texts, texts)
+    assert check_gold_answers(replace(config, evaluation=EvaluationConfig(reward="text_match")), texts, texts) == []
+    assert check_gold_answers(config, texts, []) == []
