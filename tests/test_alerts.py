@@ -57,22 +57,33 @@ def test_a_run_that_is_well_has_none():
     (lambda step: {"entropy": 0.4 if step < 10 else 1.5}, 14, "the entropy has tripled since the run began"),
     (lambda step: {"entropy": 0.4 if step < 10 else 1e-5}, 15, "the entropy is below 0.001 nats"),
     (lambda step: {"ratio": 1.01 if step == 3 else 1.0}, 4, "the ratio is not 1"),
-    (lambda step: {"logprob_gap": 0.5}, 5, "sampler and trainer disagree by more than 0.3"),
+    (lambda step: {"logprob_gap": 0.5}, 5, "sampler and trainer disagree by more than 0.01"),
 ], ids=["adapter", "learning_rate", "tied", "truncated", "kl", "entropy_high", "entropy_low", "ratio", "gap"])  # fmt: skip
 def test_each_comes_at_its_time_and_once(change, step, sentence):
     (said,) = seen(change)
     assert said[0] == step and said[1].startswith(sentence) and len(said[1].splitlines()) == 1
 
 
-def test_the_ratio_may_move_off_policy_and_the_gap_is_narrower_in_float32():
+def test_the_ratio_may_move_off_policy():
     assert seen(lambda step: {"ratio": 1.1}, config=RunConfig(trainer=TrainerConfig(num_minibatches=2))) == []
-    ((step, sentence),) = seen(
-        lambda step: {"logprob_gap": 0.02}, config=RunConfig(model=ModelConfig(precision="fp32"))
-    )
-    assert step == 5 and "0.01 nats" in sentence
 
 
-LOGGED = RunConfig(rewards=[RewardConfig("combined"), RewardConfig("correct_answer", weight=0.0)])
+@pytest.mark.parametrize("precision, has_bf16, limit", [
+    ("fp32", False, 0.01), ("bf16", False, 0.3), ("auto", False, 0.01), ("auto", True, 0.3),
+])  # fmt: skip
+def test_fault_5_the_bound_of_the_gap_is_that_of_the_resolved_precision(precision, has_bf16, limit, monkeypatch):
+    """FAULTS #5: auto is float32 on a CPU, and bf16 on a GPU that has it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_bf16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: has_bf16)
+    config = RunConfig(model=ModelConfig(precision=precision))
+    assert seen(lambda step: {"logprob_gap": 0.9 * limit}, config=config) == []
+    ((step, sentence),) = seen(lambda step: {"logprob_gap": 2 * limit}, config=config)
+    assert step == 5 and f"more than {limit} nats" in sentence
+
+
+LOGGED = RunConfig(  # on a GPU
+    model=ModelConfig(precision="bf16"), rewards=[RewardConfig("combined"), RewardConfig("correct_answer", weight=0.0)]
+)
 
 
 @pytest.mark.parametrize("correct, reward, step", [

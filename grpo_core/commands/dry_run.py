@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core.batch import Task
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.formula import render
+from grpo_core.config.precision import dtype_name, resolve_dtype
 from grpo_core.config.sections import RunConfig
 from grpo_core.data.stream import TaskStream
 from grpo_core.distributed import ranks
 from grpo_core.model.families import head_dim
-from grpo_core.model.loading import dtype_name, resolve_dtype
 from grpo_core.model.memory import find_budgets
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.quieten import quieten

@@ -23,8 +23,8 @@ from grpo_core.commands.errors import print_error
 from grpo_core.commands.evaluate import load_problems
 from grpo_core.commands.model_card import base_name, make_card
 from grpo_core.commands.open_policy import ADAPTER_CONFIG, OpenedPolicy, open_source
+from grpo_core.config.precision import DTYPES
 from grpo_core.data.word_problems import make_word_problems
-from grpo_core.model.loading import DTYPES
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.report.run_reader import locate_completions, read_rows
 from grpo_core.schema import ConfigError, first_line, printable

@@ -10,8 +10,8 @@ from typing import Any
 from grpo_core.commands.evaluate import format_figure, shorten_name
 from grpo_core.commands.open_policy import OpenedPolicy
 from grpo_core.config.formula import render
+from grpo_core.config.precision import DTYPES, dtype_name
 from grpo_core.config.sections import RunConfig
-from grpo_core.model.loading import DTYPES, dtype_name
 from grpo_core.monitor.run_log import describe_evaluation
 from grpo_core.report.run_reader import RunFolder, read_run
 

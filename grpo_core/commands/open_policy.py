@@ -11,9 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.config.files import load, load_overrides, load_run_config
+from grpo_core.config.precision import resolve_dtype
 from grpo_core.config.sections import LoraConfig, RunConfig
 from grpo_core.distributed import ranks
-from grpo_core.model.loading import describe_missing_folder, load_tokenizer, resolve_dtype
+from grpo_core.model.loading import describe_missing_folder, load_tokenizer
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.quieten import quieten
 from grpo_core.monitor.progress import show_elapsed

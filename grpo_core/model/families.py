@@ -40,4 +40,6 @@ FAMILIES = {
 
 def head_dim(config: Any) -> int:
     """Return the dimension of an attention head, which not every model's configuration states."""
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

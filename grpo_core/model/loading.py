@@ -10,30 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from grpo_core.config.sections import LoraConfig, ModelConfig
+from grpo_core.model.rotation import find_rotations
 from grpo_core.schema import ConfigError, first_line, list_known
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by their names in the configuration
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """Return the dtype of `model.precision`; auto is bf16 on GPUs that have it, fp16 on older ones, fp32 on the CPU.
-
-    Raises:
-        ConfigError: `name` is fp16 and there is no GPU; DeepSpeed refuses fp16 on the CPU.
-    """
-    if name == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("model.precision is fp16, which needs a GPU; use auto, fp32 or bf16")
-    if name != "auto":
-        return DTYPES[name]
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of `dtype` without its module, such as "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def resolve_model_path(path: str) -> str:
@@ -121,7 +101,10 @@ def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: PretrainedConfig) -> None:
-    """Raise ConfigError if a prompt is empty, or too long for `max_new_tokens` to follow it."""
+    """Raise ConfigError if a prompt is empty, or `max_new_tokens` cannot follow it.
+
+    They cannot if both are together longer than the model's positions, or if its rotary embedding changes on the way.
+    """
     if not all(prompts):
         raise ConfigError("a prompt is empty; it must have at least one token")
     longest = max(len(prompt) for prompt in prompts)
@@ -131,6 +114,7 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, config:
             f"a prompt of {longest} tokens and sampling.max_new_tokens {max_new_tokens} are together more than the "
             f"model's {positions} positions"
         )
+    find_rotations(config).check_lengths(prompts, max_new_tokens)
 
 
 def check_targets(config: PretrainedConfig, lora: LoraConfig, trust_remote_code: bool = False) -> None:

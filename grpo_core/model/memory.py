@@ -89,7 +89,7 @@ class _Trial:
         ids = torch.ones(1, 1, dtype=torch.long, device=device)
         groups = torch.arange(math.ceil(rows / self.group_size), device=device)
         prompts = groups.repeat_interleave(self.group_size)[:rows]
-        prompt_ids = prompts[:, None].expand(-1, longest_prompt) % policy.causal_lm.config.vocab_size
+        prompt_ids = prompts[:, None].expand(-1, longest_prompt) % policy.causal_lm.config.get_text_config().vocab_size
         completion_ids = ids.expand(rows, self.width)
         self.rollouts = Rollouts(
             prompt_ids,

@@ -1,7 +1,8 @@
 """Attention over a packed forward (packing.py), for every model that uses transformers' attention interface.
 
-`install` replaces a model's sdpa attention. Calls without a packing still compute sdpa, so sampling and all other users
-of the model are not affected. Attention is causal, so rows padded on the right need no mask.
+`attend` takes the place of "sdpa" in that interface. The name in a model's configuration stays, because models compare
+it: another name would lead them into other code. Calls without a packing compute what sdpa computes. Attention is
+causal, so rows padded on the right need no mask.
 """
 
 from __future__ import annotations
@@ -15,37 +16,35 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from grpo_core.batch import Rollouts
 from grpo_core.model.families import FAMILIES, head_dim
 from grpo_core.model.packing import AttentionRows, Budget, Layout, Packing, Segments, plan
+from grpo_core.model.trial import is_same, without_trace
 
-ATTENTION_NAME = "sdpa_packed"  # in transformers' attention interface
 MAX_HEAD_DIM = 192  # that flash attention's backward supports on every GPU
 WIDE_HEAD_CAPABILITIES = {(8, 0), (9, 0), (10, 0)}  # compute capabilities of GPUs where it supports wider heads
+# arguments of an attention function that change the scores or the tokens that are seen
+UNSUPPORTED = ("position_bias", "softcap", "s_aux", "indices", "block_table", "cache")
 # without cuDNN, which plans a kernel for every new shape: hardly two micro-batches have the same
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def install(model: PreTrainedModel) -> bool:
-    """Let the model's forward accept `packing`. Return False, and change nothing, if its attention is not sdpa."""
-    if model.config._attn_implementation == "sdpa":
-        model.config._attn_implementation = ATTENTION_NAME
-    return model.config._attn_implementation == ATTENTION_NAME
-
-
 def find_layout(model: PreTrainedModel, hidden: Callable[[Rollouts, Packing], Tensor]) -> Layout:
-    """Return the fastest layout in which `hidden` gives the same hidden states as in the layout "grid"."""
-    config = model.config
+    """Return the fastest layout in which `hidden` gives the same hidden states as in the layout "grid".
+
+    The model is not changed.
+    """
+    config = model.config.get_text_config()
     has_window = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     family = FAMILIES.get(config.model_type)
     if has_window and not (family and family.passes_window):
         return "grid"
-    if not install(model):
+    if config._attn_implementation != "sdpa":
         return "grid"
     candidates: list[Layout] = ["segments", "rows"] if supports_segments(model) else ["rows"]
-    return next((layout for layout in candidates if _matches_grid(model, hidden, layout)), "grid")
+    with without_trace(model):
+        return next((layout for layout in candidates if _matches_grid(model, hidden, layout)), "grid")
 
 
 def supports_segments(model: PreTrainedModel) -> bool:
@@ -60,7 +59,7 @@ def supports_segments(model: PreTrainedModel) -> bool:
 
 def _matches_grid(model: PreTrainedModel, hidden: Callable[[Rollouts, Packing], Tensor], layout: Layout) -> bool:
     """Return whether two rows have the same hidden states in `layout` as in a grid; False if either fails."""
-    ids = torch.arange(12, device=model.device).view(2, 6) % model.config.vocab_size
+    ids = torch.arange(12, device=model.device).view(2, 6) % model.config.get_text_config().vocab_size
     mask = torch.tensor([[True] * 3, [True, True, False]], device=ids.device)
     rollouts = Rollouts(ids[:, :3], mask, ids[:, 3:], mask, torch.zeros(2, 3, device=ids.device), mask[:, 2])
     try:
@@ -70,8 +69,7 @@ def _matches_grid(model: PreTrainedModel, hidden: Callable[[Rollouts, Packing], 
         )
     except Exception:  # the model does not accept the arguments of a packed forward
         return False
-    tolerance = 1e-3 if packed.dtype == torch.float32 else 0.05
-    return bool((packed - grid).float().norm() <= tolerance * grid.float().norm())
+    return is_same(packed, grid)
 
 
 def attend(
@@ -86,11 +84,21 @@ def attend(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Return the attention of every token to the tokens of its row up to itself, [1, T, heads, D]."""
+    """Return the attention of every token to the tokens of its row up to itself, [1, T, heads, D].
+
+    Raises:
+        NotImplementedError: the model does not attend causally to all tokens of the row, or adds something to the
+            scores: it changed the mask of a packed forward, or passes what sdpa would have used.
+    """
     if packing is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **kwargs
         )
+    if attention_mask is None or attention_mask.shape != (1, 1, 1, 1) or attention_mask.dtype != torch.bool:
+        raise NotImplementedError("the model computes its own attention mask")
+    is_causal = getattr(module, "is_causal", True) and kwargs.get("is_causal") in (None, True)
+    if any(kwargs.get(name) is not None for name in UNSUPPORTED) or not is_causal:
+        raise NotImplementedError("the model's attention is not causal attention to all tokens of a row")
     if isinstance(packing, Segments):
         tokens = (x[0].transpose(0, 1) for x in (query, key, value))
         return _attend_in_segments(*tokens, packing, dropout, scaling, sliding_window)[None], None
@@ -157,5 +165,4 @@ def _flash(
     )[0]  # fmt: skip
 
 
-AttentionInterface.register(ATTENTION_NAME, attend)
-AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+AttentionInterface.register("sdpa", attend)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.batch import Rollouts
+from grpo_core.model.rotation import Rotations, split_by_rotation
 
 Layout = Literal["segments", "rows", "grid"]
 MIN_LENGTH_SHARE = 0.6  # rows shorter than this share of their bucket's longest row start another bucket
@@ -141,10 +142,20 @@ class Plan:
         return (pack(self.rollouts, self.shapes, rows, self.layout) for rows in self.forwards)
 
 
-def plan(rollouts: Rollouts, budget: Budget, rows: Sequence[int] | None = None, layout: Layout = "rows") -> Plan:
-    """Divide `rows` (default: all) into as few forwards as `budget` allows. Reads the device once."""
-    shapes = measure_rows(rollouts)
-    forwards = divide_rows(shapes, range(len(rollouts)) if rows is None else rows, budget, layout)
+def plan(
+    rollouts: Rollouts,
+    budget: Budget,
+    rows: Sequence[int] | None = None,
+    layout: Layout = "rows",
+    rotations: Rotations | None = None,
+) -> Plan:
+    """Divide `rows` (default: all) into as few forwards as `budget` allows. Reads the device once.
+
+    Rows with different `rotations` never share a forward.
+    """
+    shapes, rows = measure_rows(rollouts), range(len(rollouts)) if rows is None else rows
+    parts = split_by_rotation(rows, shapes.length, rotations.key) if rotations else [rows]
+    forwards = [forward for part in parts for forward in divide_rows(shapes, part, budget, layout)]
     return Plan(rollouts, shapes, forwards, layout)
 
 

@@ -6,6 +6,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
+
+from grpo_core.config.precision import resolve_dtype
 from grpo_core.config.sections import RunConfig
 
 Row = dict[str, float]
@@ -110,7 +113,7 @@ class Alerts:
         self._pending = list(ALERTS)
         if trainer.num_minibatches * trainer.num_passes == 1:
             self._pending.append(ON_POLICY)
-        precision = "fp32" if config.model.precision == "fp32" else "other"
+        precision = "fp32" if resolve_dtype(config.model.precision) is torch.float32 else "other"
         self._pending.append(_make_gap_alert(MAX_LOGPROB_GAP[precision]))
         if any(reward.name == config.evaluation.reward for reward in config.rewards):
             self._pending.append(_make_hacking_alert(config.evaluation.reward))

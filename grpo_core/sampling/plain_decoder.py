@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from grpo_core.model.rotation import find_rotations, split_by_rotation
 from grpo_core.sampling.draw import draw, restrict
 from grpo_core.sampling.request import DecodeRequest, Draws
 
@@ -37,9 +38,10 @@ class PlainDecoder:
             ended=torch.zeros(shape[0], dtype=torch.bool, device=device),
         )
         uniforms = None if request.noise is None else request.noise().to(device)
-        for first in range(0, shape[0], max_rows):
-            rows = torch.arange(first, min(first + max_rows, shape[0]), device=device)
-            self._decode_rows(request, rows, uniforms, draws)
+        lengths = [len(request.prompts[row // request.group_size]) for row in range(shape[0])]
+        for part in split_by_rotation(range(shape[0]), lengths, find_rotations(self.model.config).key):
+            for rows in torch.tensor(part, device=device).split(max_rows):
+                self._decode_rows(request, rows, uniforms, draws)
         used = int(draws.lengths.max())
         return Draws(draws.ids[:, :used], draws.logprobs[:, :used], draws.lengths, draws.ended)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from grpo_core.config.precision import DTYPES
 from grpo_core.config.sections import RunConfig
-from grpo_core.model.loading import DTYPES
 from grpo_core.schema import ConfigError
 
 

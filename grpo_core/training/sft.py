@@ -15,10 +15,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_core.batch import Rollouts, Task, TrainBatch
+from grpo_core.config.precision import DTYPES, dtype_name
 from grpo_core.config.sections import AdvantageConfig, LossConfig, ReferenceConfig, RunConfig
 from grpo_core.data.rows import load_splits
 from grpo_core.distributed import ranks, signals
-from grpo_core.model.loading import DTYPES, dtype_name
 from grpo_core.model.new_model import new_model
 from grpo_core.model.policy import load_policy, wrap
 from grpo_core.monitor.aggregates import Stats

@@ -1,0 +1,392 @@
+"""Faults of models, kernels and layers: probes without a trace, base dropout, rotations, caches, adapters."""
+
+import copy
+import math
+
+import pytest
+import torch
+from fakes import EOS, Alphabet, tiny_policy
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from test_packing import forwards, grouped_rollouts
+from test_policy import naive_logprobs
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from grpo_core.batch import Rollouts, Task, take
+from grpo_core.config.sections import LoraConfig, ModelConfig
+from grpo_core.model import fast_layers, trial
+from grpo_core.model.packing import Budget
+from grpo_core.model.policy import Policy, enable_gradient_checkpointing, wrap
+from grpo_core.sampling.sampler import Sampler
+
+VOCAB = 32
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "initializer_range": 0.2, "eos_token_id": EOS, "bos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
+FALCON = {
+    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2,
+    "eos_token_id": EOS, "bos_token_id": None,
+}  # fmt: skip
+BY_NAME = {  # models whose code compares the attention's name
+    "falcon": lambda: FalconForCausalLM(FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2, alibi=False)),
+    "falcon, alibi": lambda: FalconForCausalLM(FalconConfig(**FALCON, alibi=True)),
+    "gpt2": lambda: gpt2(),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2)),
+}
+
+
+def gpt2(dropout=0.0):
+    rates = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), dropout)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3, eos_token_id=EOS,
+        bos_token_id=None, **rates,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def llama(**options):
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, **options))
+
+
+def long_rows(lengths, seed=0):
+    """Rows with a prompt of half their length, in one batch."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths) // 2
+    prompt_lengths = torch.tensor([[n // 2] for n in lengths])
+    completion_lengths = torch.tensor([[n - n // 2] for n in lengths])
+    prompt_mask = torch.arange(width) >= width - prompt_lengths
+    mask = torch.arange(int(completion_lengths.max())) < completion_lengths
+    ids, completions = (torch.randint(2, VOCAB, m.shape, generator=generator).masked_fill(~m, 0) for m in (prompt_mask, mask))
+    return Rollouts(ids, prompt_mask, completions, mask, torch.zeros(mask.shape), torch.zeros(len(lengths), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_fault_1_a_layout_that_is_tried_leaves_the_model_as_it_was(name):
+    """FAULTS #1: Falcon adds its mask instead of passing it to sdpa once the attention has another name."""
+    torch.manual_seed(0)
+    model = BY_NAME[name]()
+    model.config._attn_implementation = "sdpa"
+    targets = {"gpt2": ["c_attn"], "qwen2": ["q_proj"]}.get(name, ["query_key_value"])
+    policy = wrap(model, ModelConfig(attention="sdpa"), LoraConfig(target_modules=targets), temperature=1.0)
+    ids = torch.arange(2, 22).view(2, 10)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0  # padded on the left, as the sampler does
+    with torch.no_grad():
+        before = [policy.model(ids).logits, policy.model(ids, attention_mask=mask).logits]
+        assert policy.layout in ("rows", "grid")
+        after = [policy.model(ids).logits, policy.model(ids, attention_mask=mask).logits]
+    assert model.config._attn_implementation == "sdpa"
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    rollouts = grouped_rollouts(vocabulary=VOCAB)
+    torch.testing.assert_close(forwards(policy, rollouts), naive_logprobs(policy, rollouts), atol=1e-4, rtol=1e-4)
+
+
+def test_fault_1_attention_that_changes_its_mask_is_not_packed():
+    """FAULTS #1: sparse attention looks the same on short rows, but the mask that it makes would be dropped."""
+    policy = tiny_policy(lora_noise=0.1)
+    layer = policy.causal_lm.model.layers[0].self_attn
+    own = layer.forward
+
+    def forward(hidden_states, position_embeddings, attention_mask, **kwargs):
+        if attention_mask is not None and attention_mask.shape[-1] == 1:  # the mask of a packed forward
+            attention_mask = attention_mask.expand(1, 1, hidden_states.shape[1], hidden_states.shape[1])
+        return own(hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **kwargs)
+
+    layer.forward = forward
+    assert policy.layout == "grid"
+
+
+def test_fault_1_a_trial_restores_attributes_buffers_modes_and_generators():
+    """FAULTS #1: law 13, a probe leaves no trace."""
+    model = tiny_policy().causal_lm
+    layer, rotary = model.model.layers[0], model.model.rotary_emb
+    layer.mlp.train()
+    state, buffer = {name: dict(vars(m)) for name, m in model.named_modules()}, rotary.inv_freq.clone()
+    torch.manual_seed(3)
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    with trial.without_trace(model):
+        model.config._attn_implementation = "other"
+        layer.mlp.forward, layer.new = (lambda x: x), 1
+        layer.register_forward_hook(lambda *args: None)
+        rotary.inv_freq.mul_(2)
+        rotary.register_buffer("inv_freq", torch.zeros(1), persistent=False)
+        model.eval()
+        torch.rand(1)
+    assert torch.equal(torch.rand(3), drawn)
+    assert {name: dict(vars(m)) for name, m in model.named_modules()}.keys() == state.keys()
+    for name, module in model.named_modules():
+        assert vars(module).keys() == state[name].keys() and module.training == state[name]["training"], name
+        assert not module._forward_hooks
+    assert model.config._attn_implementation == "sdpa" and torch.equal(rotary.inv_freq, buffer)
+
+
+def test_fault_1_layers_are_compared_with_the_model_as_it_was_loaded():
+    """FAULTS #1: one module of a class may compute something else, and a forward may already be replaced."""
+    torch.manual_seed(0)
+    model, ids = llama(), torch.arange(2, 12)[None]
+    own = model.model.layers[1].mlp
+    own.forward = lambda x: -type(own).forward(own, x)  # by another library
+    model.model.layers[0].input_layernorm.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    model.model.layers[1].mlp.down_proj.weight.requires_grad_(False)
+    with torch.no_grad():
+        before = model(ids).logits
+        fast_layers.install(model)
+        torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-4)
+    assert own.forward.__name__ == "<lambda>"
+
+
+def test_fault_1_a_replacement_that_is_wrong_in_one_layer_is_taken_back():
+    """FAULTS #1: the comparison of a kind sees one layer; that of the whole model sees all."""
+    torch.manual_seed(0)
+    model = llama()
+    model.model.layers[1].mlp.act_fn = torch.nn.GELU()
+    ids, training = torch.arange(2, 12)[None], model.training
+    with torch.no_grad():
+        before = model.eval()(ids).logits
+        fast_layers.install(model.train(training))
+        assert torch.equal(model.eval()(ids).logits, before)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+DROPOUT = {
+    "gpt2": (lambda: gpt2(0.3), ["c_attn"]),
+    "opt": (
+        lambda: OPTForCausalLM(OPTConfig(
+            vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, dropout=0.3,
+            attention_dropout=0.3, layerdrop=0.5, word_embed_proj_dim=32, max_position_embeddings=64,
+        )), ["q_proj"]),
+    "mixtral": (
+        lambda: MixtralForCausalLM(MixtralConfig(
+            **SIZES, num_key_value_heads=2, num_local_experts=4, router_jitter_noise=0.5, attention_dropout=0.3,
+        )), ["q_proj"]),
+    "falcon": (
+        lambda: FalconForCausalLM(FalconConfig(**FALCON, alibi=True, hidden_dropout=0.3, attention_dropout=0.3)),
+        ["query_key_value"]),
+    "bloom": (
+        lambda: BloomForCausalLM(BloomConfig(
+            vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.3, attention_dropout=0.3)),
+        ["query_key_value"]),
+    "phi3": (
+        lambda: Phi3ForCausalLM(Phi3Config(
+            **SIZES, num_key_value_heads=2, resid_pdrop=0.3, embd_pdrop=0.3, attention_dropout=0.3)), ["qkv_proj"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", DROPOUT)
+def test_fault_4_the_base_models_randomness_is_off_in_the_update(name, checkpointing):
+    """FAULTS #4: dropout of every kind, skipped layers and router jitter; only LoRA's dropout acts."""
+    make, targets = DROPOUT[name]
+    torch.manual_seed(0)
+    model = make()
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+    policy = wrap(model, ModelConfig(), LoraConfig(target_modules=targets, dropout=0.0), temperature=1.0)
+    rollouts = grouped_rollouts(vocabulary=VOCAB)
+    with torch.no_grad():
+        quiet = policy.logprobs(rollouts)
+    results = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        with policy.training():
+            logprobs = policy.logprobs(rollouts)
+            results.append(torch.autograd.grad(logprobs.sum(), policy.parameters(), allow_unused=True))
+        torch.testing.assert_close(logprobs.detach(), quiet, atol=1e-6, rtol=1e-6)
+    assert any(x is not None and x.abs().max() > 1e-4 for x in results[0])
+    for one, two in zip(*results, strict=True):
+        assert one is None or torch.equal(one, two)
+    assert not any(module.training for module in policy.model.modules())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fault_4_loras_dropout_still_acts_and_checkpointing_stores_less(checkpointing):
+    """FAULTS #4: the adapter's own dropout is the one that lora.dropout names."""
+    torch.manual_seed(0)
+    model = gpt2(0.3)
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+    policy = wrap(model, ModelConfig(), LoraConfig(target_modules=["c_attn"], dropout=0.5), temperature=1.0)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.normal_(0, 0.3)
+    rollouts, saved = grouped_rollouts(vocabulary=VOCAB), []
+    with policy.training():
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+            one = policy.logprobs(rollouts)
+        assert not torch.allclose(one, policy.logprobs(rollouts), atol=1e-3)
+        grads = torch.autograd.grad(one.sum(), policy.parameters())
+    assert all(x.isfinite().all() for x in grads) and sum(saved) < 40_000 if checkpointing else sum(saved) > 80_000
+    with torch.no_grad():
+        assert torch.equal(policy.logprobs(rollouts), policy.logprobs(rollouts))
+
+
+def test_fault_10_the_gradient_of_gpt2_is_that_of_plain_peft_row_by_row():
+    """FAULTS #10: to 1e-5 relative in float32, against eager attention and PEFT's own layers."""
+    torch.manual_seed(0)
+    base = gpt2(0.1)
+    plain = get_peft_model(copy.deepcopy(base), PeftLoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_proj", "c_fc"]))
+    plain.get_base_model().set_attn_implementation("eager")
+    lora = LoraConfig(r=4, alpha=8, dropout=0.0, target_modules=["c_attn", "c_proj", "c_fc"])
+    policy = wrap(base, ModelConfig(), lora, temperature=1.0)
+    trained = [p for p in plain.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for mine, theirs in zip(policy.parameters(), trained, strict=True):
+            theirs.copy_(mine.normal_(0, 0.1))
+    plain.eval()
+    rollouts = grouped_rollouts(vocabulary=VOCAB)
+    mask = rollouts.completion_mask
+    with policy.training():
+        ours = torch.autograd.grad((forwards(policy, rollouts, Budget(60)) * mask).sum(), policy.parameters())
+    theirs = [torch.zeros_like(p) for p in trained]
+    naive = naive_logprobs(Policy(plain), rollouts)
+    theirs = torch.autograd.grad((naive * mask).sum(), trained)
+    for mine, want in zip(ours, theirs, strict=True):
+        assert (mine - want).norm() <= 1e-5 * want.norm()
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, "factor": 4.0,
+    "short_factor": [1.0] * 4, "long_factor": [4.0, 8.0, 16.0, 32.0],
+}  # fmt: skip
+ROTATIONS = {
+    "longrope": lambda: Phi3ForCausalLM(Phi3Config(
+        **SIZES, num_key_value_heads=2, max_position_embeddings=256, original_max_position_embeddings=64, rope_parameters=LONGROPE)),
+    "longrope, llama": lambda: llama(max_position_embeddings=256, rope_parameters=LONGROPE),
+    "dynamic": lambda: llama(
+        max_position_embeddings=64, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_fault_2_a_rows_log_probs_do_not_depend_on_its_neighbours(name):
+    """FAULTS #2: the rotation is that of the row's own length, whichever rows share its batch or came before."""
+    torch.manual_seed(0)
+    policy = Policy(ROTATIONS[name]())
+    rollouts = long_rows([20, 100, 64, 66, 100, 82, 20])
+    with torch.no_grad():
+        together = policy.logprobs(rollouts)
+        budgeted = forwards(policy, rollouts, Budget(150))
+        alone = []
+        for row in range(len(rollouts)):
+            fresh = Policy(ROTATIONS[name]())
+            fresh.causal_lm.load_state_dict(policy.causal_lm.state_dict())
+            alone.append(fresh.logprobs(take(rollouts, torch.tensor([row])))[0])
+        short = take(rollouts, torch.tensor([0]))
+        ids = torch.cat([short.prompt_ids[short.prompt_mask], short.completion_ids[short.completion_mask]])[None, :-1]
+        plain = fresh.causal_lm(ids).logits[0, 9:].log_softmax(-1).gather(1, short.completion_ids[0, :10, None])[:, 0]
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(budgeted, together, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together[0, :10], plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["longrope", "longrope, llama"])
+def test_fault_2_sampling_does_not_depend_on_neighbours_and_agrees_with_the_trainer(name):
+    """FAULTS #2: in the sampler rows of both rotations are decoded apart."""
+    torch.manual_seed(0)
+    policy = Policy(ROTATIONS[name]())
+    generator = torch.Generator().manual_seed(1)
+    tasks = [
+        Task(i, "p", torch.randint(2, VOCAB, (n,), generator=generator).tolist(), {}, seed=(0, 0, i))
+        for i, n in enumerate([20, 90, 40, 65])
+    ]
+    sampler = Sampler(policy.causal_lm, Alphabet(), max_new_tokens=12, notify=lambda message: None)
+    sampler._decode_texts = lambda draws: ("",) * len(draws.lengths)
+    together = sampler.generate(tasks, 2)
+    torch.testing.assert_close(policy.logprobs(together), together.rollout_logprobs, atol=1e-4, rtol=0)
+    for i, task in enumerate(tasks):
+        alone = sampler.generate([task], 2)
+        width = alone.completion_ids.shape[1]
+        assert torch.equal(alone.completion_ids, together.completion_ids[2 * i : 2 * i + 2, :width])
+        torch.testing.assert_close(
+            alone.rollout_logprobs, together.rollout_logprobs[2 * i : 2 * i + 2, :width], atol=1e-4, rtol=0
+        )
+
+
+def test_fault_2_completions_whose_rotation_would_change_are_refused():
+    """FAULTS #2: they would be drawn with one rotation and trained with another."""
+    from grpo_core.model.loading import check_lengths
+    from grpo_core.schema import ConfigError
+
+    config = ROTATIONS["longrope"]().config
+    check_lengths([[1] * 60, [1] * 65], 5, config)
+    with pytest.raises(ConfigError, match="sampling.max_new_tokens is 6, and a prompt has 60 tokens, but .* above 64 tokens"):
+        check_lengths([[1] * 60], 6, config)
+
+
+def test_fault_9_a_moving_reference_arrives_in_bf16():
+    """FAULTS #9: with mixing 0.01 the rest of the way after n moves is 0.99^n, not where 16 bits stop."""
+    policy = tiny_policy(lora_noise=0.1)
+    policy.model.to(torch.bfloat16)
+    with torch.no_grad():
+        own = [p.detach().clone().float() for p in policy.parameters()]
+        for p in policy.parameters():
+            p.zero_()
+        policy.move_reference()
+        for p, value in zip(policy.parameters(), own, strict=True):
+            p.copy_(value)
+        for _ in range(1000):
+            policy.move_reference(0.01)
+    left = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(policy.reference_state(), own, strict=True)))
+    assert left <= 1e-3 * math.sqrt(sum(float(x.square().sum()) for x in own))
+    before = [p.data for p in policy.parameters()]
+    with policy.reference():
+        assert all(p.dtype == torch.bfloat16 and p.data is not b for p, b in zip(policy.parameters(), before, strict=True))
+
+
+LAYER_INPUTS = {"no rows": (0, 32), "no rows of many": (0, 3, 32), "one dimension": (32,), "three": (2, 3, 32)}
+
+
+@pytest.mark.parametrize("name", LAYER_INPUTS)
+def test_fault_14_the_lora_layer_takes_what_pefts_takes(name):
+    """FAULTS #14: zero rows, 1-D input, and an output that is changed in place."""
+    torch.manual_seed(0)
+    policy = tiny_policy(lora_noise=0.1)
+    layer = policy.causal_lm.model.layers[0].self_attn.q_proj
+    fast_layers.install(policy.model)
+    assert "forward" in vars(layer)
+    x = torch.randn(LAYER_INPUTS[name])
+    results = []
+    for forward in (layer.forward, lambda x: type(layer).forward(layer, x)):
+        own = x.clone().requires_grad_()
+        out = forward(own)
+        out += 1
+        out.mul_(2)
+        weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        results.append((out, *torch.autograd.grad(out.square().sum(), [own, *weights])))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+
+def test_fault_14_norms_and_mlps_take_no_rows_and_other_dtypes():
+    """FAULTS #14: the other replaced layers likewise."""
+    torch.manual_seed(0)
+    model = llama()
+    theirs = copy.deepcopy(model)
+    fast_layers.install(model)
+    for name in ("input_layernorm", "mlp"):
+        mine, want = getattr(model.model.layers[0], name), getattr(theirs.model.layers[0], name)
+        assert "forward" in vars(mine)
+        for shape in LAYER_INPUTS.values():
+            x = torch.randn(shape)
+            torch.testing.assert_close(mine(x), want(x), atol=1e-5, rtol=1e-4)
+    norm, want = model.model.norm, theirs.model.norm
+    x = torch.randn(3, 32, dtype=torch.bfloat16)
+    assert norm(x).dtype == want(x).dtype and torch.equal(norm(x), want(x))
