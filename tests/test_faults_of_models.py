@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,26 +16,55 @@ from transformers import (
     BloomForCausalLM,
     FalconConfig,
     FalconForCausalLM,
+    FalconH1Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    GraniteMoeHybridConfig,
+    JambaConfig,
+    Lfm2Config,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
     MixtralConfig,
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from grpo_core.batch import Rollouts, Task, take
-from grpo_core.config.sections import LoraConfig, ModelConfig
+from grpo_core.commands.export import untie_adapted_embeddings
+from grpo_core.config.sections import LoraConfig, ModelConfig, RunConfig
 from grpo_core.model import fast_layers, trial
+from grpo_core.model.loading import check_can_be_sampled, check_lengths
+from grpo_core.model.lora_targets import describe_frozen_experts
 from grpo_core.model.packing import Budget
-from grpo_core.model.policy import Policy, enable_gradient_checkpointing, wrap
+from grpo_core.model.policy import Policy, check_targets, enable_gradient_checkpointing, load_policy, wrap
+from grpo_core.sampling.cache_check import check_cache
+from grpo_core.sampling.plain_decoder import PlainDecoder
 from grpo_core.sampling.sampler import Sampler
+from grpo_core.schema import ConfigError
+from grpo_core.training.prepare import prepare
 
 VOCAB = 32
 SIZES = {
@@ -323,9 +353,6 @@ def test_fault_2_sampling_does_not_depend_on_neighbours_and_agrees_with_the_trai
 
 def test_fault_2_completions_whose_rotation_would_change_are_refused():
     """FAULTS #2: they would be drawn with one rotation and trained with another."""
-    from grpo_core.model.loading import check_lengths
-    from grpo_core.schema import ConfigError
-
     config = ROTATIONS["longrope"]().config
     check_lengths([[1] * 60, [1] * 65], 5, config)
     with pytest.raises(ConfigError, match="sampling.max_new_tokens is 6, and a prompt has 60 tokens, but .* above 64 tokens"):
@@ -390,3 +417,199 @@ def test_fault_14_norms_and_mlps_take_no_rows_and_other_dtypes():
     norm, want = model.model.norm, theirs.model.norm
     x = torch.randn(3, 32, dtype=torch.bfloat16)
     assert norm(x).dtype == want(x).dtype and torch.equal(norm(x), want(x))
+
+
+def rwkv():
+    return RwkvForCausalLM(RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, context_length=64))
+
+
+def tasks_of(lengths):
+    return [Task(i, "p", [*range(2, 2 + n)], {}, seed=(0, 0, i)) for i, n in enumerate(lengths)]
+
+
+class Padless(Alphabet):
+    def batch_decode(self, rows, skip_special_tokens=True):
+        return ["" for _ in rows]
+
+
+def test_fault_3_a_model_that_ignores_its_cache_is_refused_before_its_first_completion():
+    """FAULTS #3: RWKV saw only the token before each."""
+    torch.manual_seed(0)
+    model = rwkv().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    sampler = Sampler(model, Padless(), max_new_tokens=4, notify=lambda message: None)
+    for act in (sampler.check_model, lambda: sampler.generate(tasks_of([3, 5]), 2)):
+        with pytest.raises(ConfigError, match="the rwkv model at model.path cannot be sampled: "):
+            act()
+
+
+@pytest.mark.parametrize("ignored", ["past_key_values", "attention_mask", "position_ids"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fault_3_what_a_model_ignores_is_noticed(ignored, dtype):
+    """FAULTS #3: the cache, the padding on the left, or the positions after it."""
+    torch.manual_seed(0)
+    model = gpt2().eval().to(dtype)
+    check_cache(PlainDecoder(model, 0, [EOS]))
+    own = model.forward
+    model.forward = lambda *args, **kwargs: own(*args, **{k: v for k, v in kwargs.items() if k != ignored})
+    if dtype == torch.float32 or ignored == "past_key_values":
+        with pytest.raises(ConfigError, match="the gpt2 model at model.path cannot be sampled: with its cache"):
+            check_cache(PlainDecoder(model, 0, [EOS]))
+
+
+@pytest.mark.parametrize("config", [
+    lambda: Qwen3_5TextConfig(), lambda: Qwen3NextConfig(), lambda: JambaConfig(), lambda: Mamba2Config(),
+    lambda: FalconH1Config(), lambda: GraniteMoeHybridConfig(),
+    lambda: Lfm2Config(layer_types=["conv", "full_attention"], num_hidden_layers=2),
+], ids=["qwen3_5_text", "qwen3_next", "jamba", "mamba2", "falcon_h1", "granitemoehybrid", "lfm2"])  # fmt: skip
+def test_fault_11_recurrent_layers_are_refused_before_the_weights_load(config):
+    """FAULTS #11: one sentence from the configuration alone."""
+    with pytest.raises(ConfigError, match="model at model.path is not supported: some of its layers keep a recurrent state"):
+        check_can_be_sampled(config())
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, GPT2Config, Phi3Config, FalconConfig, BloomConfig, MixtralConfig])
+def test_fault_11_attention_is_not_refused(config):
+    """FAULTS #11: the check is of the layers' cache."""
+    check_can_be_sampled(config())
+
+
+def test_fault_11_a_run_ends_with_the_sentence(tmp_path):
+    """FAULTS #11: prepare is called before the weights load."""
+    config = Mamba2Config(vocab_size=1000)
+    run = RunConfig(model=ModelConfig(path="builtin:tiny"))
+    with pytest.raises(ConfigError, match="the mamba2 model at model.path is not supported"):
+        prepare(run, model_config=config)
+
+
+MOE = {**SIZES, "num_key_value_heads": 2}
+EXPERTS = {
+    "llama4": lambda: Llama4ForCausalLM(Llama4TextConfig(**MOE, intermediate_size_mlp=48, num_local_experts=4, head_dim=8)),
+    "phimoe": lambda: PhimoeForCausalLM(PhimoeConfig(**MOE, num_local_experts=4)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(
+        **MOE, num_experts=4, moe_intermediate_size=16, num_experts_per_tok=2, head_dim=8)),
+    "qwen2_moe": lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(
+        **MOE, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16)),
+    "granitemoe": lambda: GraniteMoeForCausalLM(GraniteMoeConfig(**MOE, num_local_experts=4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama4", "phimoe"])
+def test_fault_13_a_router_that_returns_a_tuple_is_left_out(name):
+    """FAULTS #13: all-linear leaves it out; a list that names it is refused before the weights load."""
+    torch.manual_seed(0)
+    model = EXPERTS[name]()
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    policy = wrap(model, ModelConfig(), lora, temperature=1.0)
+    names = [name for name, p in policy.model.named_parameters() if p.requires_grad]
+    assert names and not any("router" in name for name in names)
+    rollouts = grouped_rollouts(vocabulary=VOCAB)
+    with policy.training():
+        policy.logprobs(rollouts).sum().backward()
+    for targets in (["q_proj", "router"], r".*\.router"):
+        with pytest.raises(ConfigError, match="lora.target_modules names .*router.*does not return one tensor"):
+            check_targets(model.config, replace(lora, target_modules=targets))
+    check_targets(model.config, replace(lora, target_modules=["q_proj"]))
+
+
+def test_fault_15_targets_that_peft_finds_in_packed_experts_are_not_refused():
+    """FAULTS #15: PEFT adapts gate_proj, up_proj and down_proj of Qwen3-MoE in the packed weights."""
+    config = EXPERTS["qwen3_moe"]().config
+    targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    check_targets(config, LoraConfig(target_modules=targets))
+    with pytest.raises(ConfigError, match="lora.target_modules names 'gates_proj', which the model does not have"):
+        check_targets(config, LoraConfig(target_modules=["q_proj", "gates_proj"]))
+    policy = wrap(EXPERTS["qwen3_moe"](), ModelConfig(), LoraConfig(r=4, target_modules=targets), temperature=1.0)
+    assert describe_frozen_experts(policy.model) is None
+    with policy.training():
+        policy.logprobs(grouped_rollouts(vocabulary=VOCAB)).sum().backward()
+    grads = [p.grad for name, p in policy.model.named_parameters() if p.requires_grad and "experts" in name]
+    assert grads and any(grad.abs().max() > 0 for grad in grads)
+
+
+@pytest.mark.parametrize("name, targets, place", [
+    ("granitemoe", "all-linear", "model.layers.0.block_sparse_moe.experts and 1 more"),
+    ("qwen2_moe", "all-linear", "model.layers.0.mlp.experts and 1 more"),
+    ("qwen3_moe", ["q_proj"], "model.layers.0.mlp.experts and 1 more"),
+    ("phimoe", "all-linear", "model.layers.0.mlp.experts and 1 more"),
+])  # fmt: skip
+def test_fault_s7_experts_that_stay_frozen_are_said_once(name, targets, place):
+    """FAULTS S7: also 15, all-linear on Qwen2-MoE."""
+    policy = wrap(EXPERTS[name](), ModelConfig(), LoraConfig(r=4, target_modules=targets), temperature=1.0)
+    sentence = describe_frozen_experts(policy.model)
+    assert sentence.endswith(f"so they stay frozen: {place}")
+
+
+def test_fault_s7_nothing_is_said_where_there_are_no_experts():
+    """FAULTS S7: nor where all weights are trained."""
+    assert describe_frozen_experts(tiny_policy().model) is None
+    assert describe_frozen_experts(EXPERTS["granitemoe"]()) is None
+
+
+def gemma3():
+    text = Gemma3TextConfig(**{**MOE, "head_dim": 8}, sliding_window=6, final_logit_softcapping=2.0)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    return Gemma3ForConditionalGeneration(Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=1, image_token_index=30, boi_token_index=29, eoi_token_index=28,
+    ))  # fmt: skip
+
+
+def test_fault_12_a_nested_text_configuration_is_read_everywhere():
+    """FAULTS #12: the vocabulary, the sliding window and the cap of the logits are those of the text model."""
+    torch.manual_seed(0)
+    policy = wrap(gemma3(), ModelConfig(), LoraConfig(r=4, target_modules=["q_proj"]), temperature=1.0)
+    assert policy.layout == "grid"
+    rollouts = grouped_rollouts(vocabulary=20)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.normal_(0, 0.1)
+        torch.testing.assert_close(policy.logprobs(rollouts), naive_logprobs(policy, rollouts), atol=1e-4, rtol=1e-4)
+    sampler = Sampler(policy.causal_lm, Padless(), max_new_tokens=6, notify=lambda message: None)
+    drawn = sampler.generate(tasks_of([3, 5]), 2)
+    torch.testing.assert_close(policy.logprobs(drawn), drawn.rollout_logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_fault_26_tied_embeddings_with_an_adapter_are_untied_when_merged(target):
+    """FAULTS #26: the merged model computes what base and adapter computed."""
+    torch.manual_seed(0)
+    base = Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True))
+    model = get_peft_model(base, PeftLoraConfig(r=4, target_modules=["q_proj", target]))
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.normal_(0, 0.2)
+        before = model.eval()(ids).logits
+        untie_adapted_embeddings(model.get_base_model())
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, before, atol=1e-4, rtol=1e-4)
+    assert not merged.config.tie_word_embeddings
+
+
+def test_fault_26_embeddings_without_an_adapter_stay_tied():
+    """FAULTS #26: only what has an adapter is untied."""
+    base = Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True))
+    model = get_peft_model(base, PeftLoraConfig(r=4, target_modules=["q_proj"]))
+    untie_adapted_embeddings(model.get_base_model())
+    assert base.lm_head.weight is base.model.embed_tokens.weight and base.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("rows, rank", [(40, 4), (VOCAB, 8)])
+def test_fault_27_an_adapter_of_other_sizes_is_refused_with_both(tmp_path, rows, rank):
+    """FAULTS #27: resized embeddings, or another rank than adapter_config.json says."""
+    config = Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=False)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    config.vocab_size = rows
+    model = get_peft_model(Qwen2ForCausalLM(config), PeftLoraConfig(r=rank, target_modules=["q_proj", "embed_tokens"]))
+    model.save_pretrained(tmp_path / "adapter")
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    settings.write_text(settings.read_text().replace(f'"r": {rank}', '"r": 4'))
+    own, theirs = (rf"\[{rows}, 32\]", rf"\[{VOCAB}, 32\]") if rank == 4 else (r"\[8, ", r"\[4, ")
+    with pytest.raises(ConfigError, match=f"its weight .* has the size {own}.*that of the model {theirs}"):
+        load_policy(
+            ModelConfig(path=str(tmp_path / "base")), LoraConfig(), dtype=torch.float32, temperature=1.0,
+            adapter=tmp_path / "adapter",
+        )  # fmt: skip

@@ -111,6 +111,7 @@ def write_merged(opened: OpenedPolicy, folder: Path, dtype: str, texts: Sequence
     Returns the gaps after merging and after loading the written model.
     """
     expected = compute_logits(opened.policy.causal_lm, opened, texts)
+    untie_adapted_embeddings(opened.policy.causal_lm)
     model = opened.policy.model.merge_and_unload() if opened.has_adapter else opened.policy.model
     merge_gap = compare(expected, compute_logits(model, opened, texts))
     model.to(DTYPES[dtype])
@@ -118,6 +119,22 @@ def write_merged(opened: OpenedPolicy, folder: Path, dtype: str, texts: Sequence
     model.save_pretrained(folder)
     written = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(opened.sampler.device).eval()
     return merge_gap, compare(expected, compute_logits(written, opened, texts))
+
+
+def untie_adapted_embeddings(model: PreTrainedModel) -> None:
+    """Give the head its own weight where it shares that of the embeddings and one of the two has an adapter.
+
+    Merging would otherwise change both.
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or embeddings is None or not any(hasattr(x, "get_base_layer") for x in (embeddings, head)):
+        return
+    bases = [getattr(x, "get_base_layer", lambda x=x: x)() for x in (embeddings, head)]
+    if bases[0].weight is not bases[1].weight:
+        return
+    bases[1].weight = torch.nn.Parameter(bases[1].weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    model.config.get_text_config().tie_word_embeddings = False
 
 
 def _check_gaps(merge_gap: Gap, written_gap: Gap, dtype: str) -> bool:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
-from grpo_core.config.sections import LoraConfig, ModelConfig
+from grpo_core.config.sections import ModelConfig
 from grpo_core.model.rotation import find_rotations
 from grpo_core.schema import ConfigError, first_line, list_known
 
@@ -90,6 +94,23 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
         ) from error
 
 
+def check_can_be_sampled(config: PretrainedConfig) -> None:
+    """Raise ConfigError if layers of the model keep a recurrent state, which the sampler cannot copy to other rows."""
+    try:
+        layers = DynamicCache(config=config).layers
+    except Exception:  # a cache that transformers cannot make; the sampler checks the loaded model
+        return
+    for layer in layers:
+        classes = [base.__name__ for base in type(layer).__mro__]
+        is_recurrent = any(name.startswith("LinearAttention") for name in classes)
+        if is_recurrent or not hasattr(layer, "batch_select_indices"):
+            raise ConfigError(
+                f"the {config.model_type} model at model.path is not supported: some of its layers keep a recurrent "
+                f"state ({type(layer).__name__}), which the sampler cannot use yet; choose a model whose layers all "
+                f"have attention"
+            )
+
+
 def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ConfigError if the tokenizer has token ids for which the model has no embedding."""
     size, highest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
@@ -115,28 +136,6 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, config:
             f"model's {positions} positions"
         )
     find_rotations(config).check_lengths(prompts, max_new_tokens)
-
-
-def check_targets(config: PretrainedConfig, lora: LoraConfig, trust_remote_code: bool = False) -> None:
-    """Raise ConfigError if lora.target_modules names a module that the model does not have."""
-    if not lora.r or lora.target_modules == "all-linear":
-        return
-    try:
-        with torch.device("meta"):  # shapes without weights
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception:  # loading the weights will raise the same error
-        return
-    names = [name for name, _ in model.named_modules()]
-    if isinstance(lora.target_modules, str):
-        if not any(re.fullmatch(lora.target_modules, name) for name in names):
-            raise ConfigError(f"lora.target_modules is {lora.target_modules!r}, which matches no module of the model")
-        return
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    for target in lora.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise ConfigError(
-                f"lora.target_modules names {target!r}, which the model does not have; {list_known(target, linear)}"
-            )
 
 
 def _hub_hint(path: str) -> str:

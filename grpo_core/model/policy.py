@@ -6,6 +6,7 @@ The reference is the same model with the adapter off, or with an earlier state o
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,17 +19,18 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from grpo_core.batch import Rollouts, take
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model import fast_layers, packed_attention
 from grpo_core.model.loading import resolve_model_path
 from grpo_core.model.logprobs import Statistics, is_frozen_linear, softmax_statistics, token_divergence, token_logprobs
+from grpo_core.model.lora_targets import find_unadaptable
 from grpo_core.model.packing import Budget, Layout, Packing, Plan, plan
 from grpo_core.model.rotation import find_rotations, forget_lengths
 from grpo_core.model.update_mode import evaluation_mode, update_mode
-from grpo_core.schema import ConfigError, first_line
+from grpo_core.schema import ConfigError, first_line, list_known
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Policy:
     def _hidden(self, rollouts: Rollouts, packing: Packing) -> Tensor:
         """Return the hidden states that predict the completion tokens, [n, H] in the order of `packing.predicted`."""
         ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1).flatten()[packing.source]
-        base, positions = self.causal_lm.base_model, packing.positions
+        base, positions = self._body, packing.positions
         if packing.mask is not None:
             shape, mask = packing.mask.shape, packing.mask.long()
             out = base(ids.view(shape), attention_mask=mask, position_ids=positions.view(shape), use_cache=False)
@@ -244,11 +246,8 @@ class Policy:
         Raises:
             ConfigError: the logits are not a multiple of the head's output.
         """
-        vocabulary = self.causal_lm.config.get_text_config().vocab_size
-        ids = torch.arange(8, device=self.causal_lm.device)[None] % vocabulary
-        with torch.no_grad(), evaluation_mode(self._modules):
-            logits = self.causal_lm(ids, use_cache=False).logits.double()
-            output = self._head(self.causal_lm.base_model(ids, use_cache=False).last_hidden_state).double()
+        logits, hidden = self._measure_logits()
+        output = self._head(hidden).double()
         scale = float((logits * output).sum() / output.square().sum())
         tolerance = 1e-3 if self.causal_lm.dtype == torch.float32 else 0.05
         if not (logits - scale * output).norm() <= tolerance * logits.norm():
@@ -262,11 +261,37 @@ class Policy:
     def _logprob_options(self) -> dict[str, Any]:
         return {"temperature": self.temperature / self._logit_scale, "chunk_size": self.chunk_size}
 
+    def _measure_logits(self) -> tuple[Tensor, Tensor]:
+        """Return the model's logits of a few tokens, in float64, and the final hidden states that they come from."""
+        vocabulary = self.causal_lm.config.get_text_config().vocab_size
+        ids = torch.arange(8, device=self.causal_lm.device)[None] % vocabulary
+        with torch.no_grad(), evaluation_mode(self._modules):
+            logits = self.causal_lm(ids, use_cache=False).logits.double()
+            return logits, self._body(ids, use_cache=False).last_hidden_state
+
+    @cached_property
+    def _body(self) -> nn.Module:
+        """The model without its head."""
+        model = self.causal_lm
+        candidates = [model.base_model, model.get_decoder(), getattr(model, "model", model)]
+        return next((body for body in candidates if body is not model), model)
+
+    @cached_property
+    def _logit_cap(self) -> float | None:
+        """The bound of the logits, tanh(x / cap) * cap; None for a model that has none, or does not apply it."""
+        cap = getattr(self.causal_lm.config.get_text_config(), "final_logit_softcapping", None)
+        if cap is None:
+            return None
+        logits, hidden = self._measure_logits()
+        with torch.no_grad():
+            plain = self.causal_lm.get_output_embeddings()(hidden).double()
+        capped = torch.tanh(plain / cap) * cap
+        return cap if (logits - capped).norm() <= (logits - plain).norm() else None
+
     @property
     def _head(self) -> Callable[[Tensor], Tensor]:
         """The function from hidden states to logits, before `_logit_scale`."""
-        head = self.causal_lm.get_output_embeddings()
-        cap = getattr(self.causal_lm.config.get_text_config(), "final_logit_softcapping", None)
+        head, cap = self.causal_lm.get_output_embeddings(), self._logit_cap
         return head if cap is None else lambda hidden: torch.tanh(head(hidden) / cap) * cap
 
     @property
@@ -347,14 +372,26 @@ def load_policy(
         base = PeftModel.from_pretrained(base, adapter, is_trainable=True, autocast_adapter_dtype=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"the adapter in {adapter} does not fit the model {model.path}: {first_line(error)}"
+            f"the adapter in {adapter} does not fit the model {model.path}: {_describe_misfit(error)}"
         ) from error
     fast_layers.install(base)
     return Policy(base, temperature=temperature)
 
 
+def _describe_misfit(error: Exception) -> str:
+    """Return a clause about an adapter that cannot be loaded, with both sizes where a weight's shape differs."""
+    pattern = r"size mismatch for (\S+): copying a param with shape torch.Size\((.*?)\).* torch.Size\((.*?)\)"
+    if match := re.search(pattern, str(error)):
+        name, own, models = match.groups()
+        return f"its weight {name.removeprefix('base_model.model.')} has the size {own}, that of the model {models}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines and lines[0].endswith(":") else first_line(error)
+
+
 def wrap(base: PreTrainedModel, model: ModelConfig, lora: LoraConfig, *, temperature: float) -> Policy:
     """Return a policy of `base` with a fresh adapter, and gradient checkpointing as configured; auto leaves it off.
+
+    With all-linear, linear layers that do not return one tensor are left out.
 
     Raises:
         ConfigError: the model does not have the modules of lora.target_modules.
@@ -362,11 +399,13 @@ def wrap(base: PreTrainedModel, model: ModelConfig, lora: LoraConfig, *, tempera
     if model.gradient_checkpointing is True:
         enable_gradient_checkpointing(base)
     if lora.r:
+        unadaptable = find_unadaptable(base) if lora.target_modules == "all-linear" else None
         adapter = PeftLoraConfig(
             r=lora.r,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=lora.target_modules,
+            exclude_modules=unadaptable or None,
             task_type="CAUSAL_LM",
         )
         try:
@@ -375,3 +414,72 @@ def wrap(base: PreTrainedModel, model: ModelConfig, lora: LoraConfig, *, tempera
             raise ConfigError(f"lora.target_modules is {lora.target_modules!r}: {first_line(error)}") from error
     fast_layers.install(base)
     return Policy(base, temperature=temperature)
+
+
+def check_targets(config: PretrainedConfig, lora: LoraConfig, trust_remote_code: bool = False) -> None:
+    """Check that the model has every module that lora.target_modules names, and that LoRA can adapt it.
+
+    Raises:
+        ConfigError: names the module.
+    """
+    if not lora.r or lora.target_modules == "all-linear":
+        return
+    try:
+        model = _make_without_weights(config, trust_remote_code)
+    except Exception:  # loading the weights will raise the same error
+        return
+    names = [name for name, _ in model.named_modules()]
+    unadaptable = find_unadaptable(model)
+    if isinstance(lora.target_modules, str):
+        targeted = [name for name in names if re.fullmatch(lora.target_modules, name)]
+        if not targeted:
+            raise ConfigError(f"lora.target_modules is {lora.target_modules!r}, which matches no module of the model")
+        _check_adaptable(lora.target_modules, targeted, unadaptable)
+        return
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    doubtful = [target for target in lora.target_modules if not any(_ends_in(name, target) for name in names)]
+    known = bool(doubtful) and _peft_has_targets(config, doubtful, trust_remote_code)
+    for target in lora.target_modules:
+        targeted = [name for name in names if _ends_in(name, target)]
+        if target in doubtful and not known:
+            raise ConfigError(
+                f"lora.target_modules names {target!r}, which the model does not have; {list_known(target, linear)}"
+            )
+        _check_adaptable(target, targeted, unadaptable)
+
+
+def _check_adaptable(target: str, targeted: Sequence[str], unadaptable: Sequence[str]) -> None:
+    if wrong := [name for name in targeted if name in unadaptable]:
+        raise ConfigError(
+            f"lora.target_modules names {target!r}, but {wrong[0]} does not return one tensor, so LoRA cannot adapt "
+            f"it; leave it out"
+        )
+
+
+def _make_without_weights(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    with torch.device("meta"):  # shapes without weights
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _ends_in(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _peft_has_targets(config: PretrainedConfig, targets: Sequence[str], trust_remote_code: bool) -> bool:
+    """Return whether PEFT finds all `targets` where the model has no such modules, as in packed weights of experts.
+
+    Taking one away must change what is adapted, or make PEFT fail, as it does for one half of a joined weight.
+    """
+
+    def adapt(names: Sequence[str]) -> list[str] | None:
+        model = _make_without_weights(config, trust_remote_code)
+        try:
+            with torch.device("meta"):
+                adapter = PeftLoraConfig(target_modules=[*names], task_type="CAUSAL_LM")
+                adapted = get_peft_model(model, adapter)
+        except Exception:  # PEFT raises errors of many types
+            return None
+        return sorted(f"{name} {[*p.shape]}" for name, p in adapted.named_parameters() if "lora_" in name) or None
+
+    whole = adapt(targets)
+    return whole is not None and all(adapt([x for x in targets if x != target]) != whole for target in targets)

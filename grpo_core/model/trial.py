@@ -23,7 +23,7 @@ class Snapshot:
         modules = [*model.modules()]
         configs = {id(config): config for module in modules for config in _configs(module)}
         self._states = [(owner, _copy(vars(owner))) for owner in (*modules, *configs.values())]
-        self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
 
     @torch.no_grad()
     def restore(self) -> None:

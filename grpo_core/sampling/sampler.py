@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo_core.batch import Rollouts, SamplingParams, Task
 from grpo_core.distributed.ranks import draw_uniforms
 from grpo_core.model.loading import check_lengths
+from grpo_core.sampling.cache_check import check_cache
 from grpo_core.sampling.end_of_sequence import find_eos_ids
 from grpo_core.sampling.fused_decoder import FusedDecoder
 from grpo_core.sampling.fused_model import Unsupported
@@ -63,7 +64,18 @@ class Sampler:
         self.eos_ids = sorted(find_eos_ids(model, tokenizer))
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
         self._plain = PlainDecoder(model, self.pad_id, self.eos_ids)
+        self._is_checked = False
         self._decoder: PlainDecoder | FusedDecoder | None = self._plain if decoder == "plain" else None
+
+    def check_model(self) -> None:
+        """Check once that the model can be sampled with a cache. `generate` does it before its first completion.
+
+        Raises:
+            ConfigError: the model does not use its cache, or not the padding of shorter prompts.
+        """
+        if not self._is_checked:
+            check_cache(self._plain)
+            self._is_checked = True
 
     def generate(
         self,
@@ -82,8 +94,9 @@ class Sampler:
         plain decoder. The log-probs are those of the drawn tokens at the sampling temperature, greedy or not.
 
         Raises:
-            ConfigError: a prompt is empty, or too long for max_new_tokens to follow it.
+            ConfigError: a prompt is empty, or too long for max_new_tokens to follow it; see also `check_model`.
         """
+        self.check_model()
         settings = settings or SamplingParams(self.temperature, greedy)
         prompts = [task.prompt_ids for task in tasks]
         check_lengths(prompts, self.max_new_tokens, self.model.config)

@@ -11,13 +11,13 @@ from grpo_core.batch import Task
 from grpo_core.config.sections import RunConfig, SamplingConfig
 from grpo_core.data.tasks import find_offered_tasks, read_tasks
 from grpo_core.model.loading import (
+    check_can_be_sampled,
     check_lengths,
-    check_targets,
     check_vocabulary,
     load_model_config,
     load_tokenizer,
 )
-from grpo_core.model.policy import Policy
+from grpo_core.model.policy import Policy, check_targets
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
 from grpo_core.objective.kl import KLS
@@ -48,13 +48,14 @@ def prepare(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,  # default: loaded from model.path
     model_config: PretrainedConfig | None = None,  # default: loaded from model.path
-    scores_training_tasks: bool = True,  # False: only evaluation.reward is used
+    scores_training_tasks: bool = True,  # False: they are not sampled, and only evaluation.reward is used
 ) -> Prepared:
     """Load and check everything that a run needs except the weights.
 
     Raises:
-        ConfigError: a file cannot be loaded; a reward needs a column that the data does not have; the tokenizer or
-            lora.target_modules do not fit the model; a prompt and its completion exceed the model's positions.
+        ConfigError: a file cannot be loaded; the model's layers cannot be sampled; a reward needs a column that the
+            data does not have; the tokenizer or lora.target_modules do not fit the model; a prompt and its completion
+            exceed the model's positions.
     """
     offered = find_offered_tasks(config) if tokenizer is None else None
     if tokenizer is None:
@@ -63,6 +64,8 @@ def prepare(
     check_columns(config, tasks if scores_training_tasks else [], eval_tasks)
     if model_config is None:
         model_config = load_model_config(config.model)
+    if scores_training_tasks:
+        check_can_be_sampled(model_config)
     check_vocabulary(model_config, tokenizer)
     prompts = [task.prompt_ids for task in (*tasks, *eval_tasks)]
     check_lengths(prompts, config.sampling.max_new_tokens, model_config)

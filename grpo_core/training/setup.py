@@ -13,6 +13,7 @@ from grpo_core.config.precision import dtype_name, resolve_dtype
 from grpo_core.config.sections import RunConfig
 from grpo_core.data.stream import TaskStream
 from grpo_core.distributed import ranks
+from grpo_core.model.lora_targets import describe_frozen_experts
 from grpo_core.model.memory import find_budgets
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.quieten import quieten
@@ -41,6 +42,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     with show_elapsed("loading the model"):
         policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
     run = assemble(config, start, policy, prepared, config.prompts_per_step, dtype)
+    run.sampler.check_model()
     if config.reference.every:
         policy.move_reference()  # the adapter is new, so the reference starts as the base model
     load_start(run, start)
@@ -92,6 +94,8 @@ def assemble(
     log.flops_per_token = policy.flops_per_token()
     if sentence := describe_eos_mismatch(policy.causal_lm, tokenizer):
         log.info(f"warning: {sentence}")
+    if sentence := describe_frozen_experts(policy.model):
+        log.info(f"note: {sentence}")
     longest = (max(len(task.prompt_ids) for task in tasks), longest_completion or config.sampling.max_new_tokens)
     rows = trainer.completions_per_step // world_size // trainer.num_minibatches
     return Run(

@@ -1,0 +1,62 @@
+"""The modules that LoRA can adapt, and those that it leaves frozen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from grpo_core.model.trial import without_trace
+
+
+@torch.no_grad()
+def find_unadaptable(model: nn.Module) -> list[str]:
+    """Return the names of linear layers that do not return one tensor, such as routers that return a tuple.
+
+    LoRA adds its product to the output, so it cannot adapt them.
+    """
+    names = []
+    with without_trace(model):
+        model.eval()
+        for name, module in model.named_modules():
+            if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+                continue
+            weight = module.weight
+            try:
+                out = module(torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device))
+            except Exception:  # a layer that takes other inputs, or a quantised one
+                continue
+            if not isinstance(out, Tensor):
+                names.append(name)
+    return names
+
+
+def describe_frozen_experts(model: nn.Module) -> str | None:
+    """Return a sentence if the model has an adapter that does not reach its experts; otherwise None.
+
+    Experts are modules that own a packed weight [experts, ..., ...], and modules whose name ends in "experts".
+    """
+    frozen = []
+    for name, module in model.named_modules():
+        is_packed = any(p.dim() == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
+        if not (is_packed or name.endswith("experts")) or any(name.startswith(f"{other}.") for other in frozen):
+            continue
+        weights = [*module.parameters()]
+        is_frozen = bool(weights) and not any(p.requires_grad for p in weights)
+        if is_frozen and not _has_trained_wrapper(model, name):
+            frozen.append(name)
+    if not frozen or not any("lora_" in name for name, p in model.named_parameters() if p.requires_grad):
+        return None
+    first = frozen[0].removeprefix("base_model.model.")
+    return (
+        f"lora.target_modules does not reach the experts of this model, so they stay frozen: {first}"
+        f"{f' and {len(frozen) - 1} more' if len(frozen) > 1 else ''}"
+    )
+
+
+def _has_trained_wrapper(model: nn.Module, name: str) -> bool:
+    """Return whether a layer around the module `name`, of which it is the base layer, is trained."""
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+        if any(p.requires_grad for p in model.get_submodule(name).parameters()):
+            return True
+    return False
