@@ -60,6 +60,7 @@ from grpo_core.model.loading import check_can_be_sampled, check_lengths
 from grpo_core.model.lora_targets import describe_frozen_experts
 from grpo_core.model.packing import Budget
 from grpo_core.model.policy import Policy, check_targets, enable_gradient_checkpointing, load_policy, wrap
+from grpo_core.model.update_mode import update_mode
 from grpo_core.sampling.cache_check import check_cache
 from grpo_core.sampling.plain_decoder import PlainDecoder
 from grpo_core.sampling.sampler import Sampler
@@ -613,3 +614,27 @@ def test_fault_27_an_adapter_of_other_sizes_is_refused_with_both(tmp_path, rows,
             ModelConfig(path=str(tmp_path / "base")), LoraConfig(), dtype=torch.float32, temperature=1.0,
             adapter=tmp_path / "adapter",
         )  # fmt: skip
+
+
+class SkipsLayers(torch.nn.Module):
+    """A stack in the older style: it checkpoints by itself, and drops a layer at random while it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.gradient_checkpointing, self.layerdrop = True, 1.0
+        self._gradient_checkpointing_func = lambda function, x: function(x)
+        self.layer = torch.nn.Linear(2, 2)
+
+    def forward(self, x):
+        if self.training and torch.rand(()) < self.layerdrop:
+            return x
+        return self._gradient_checkpointing_func(self.layer, x) if self.training else self.layer(x)
+
+
+def test_fault_4_a_module_that_checkpoints_by_itself_drops_no_layer_in_the_update():
+    model, x = SkipsLayers().eval(), torch.ones(1, 2)
+    expected = model(x)
+    with update_mode([*model.modules()], []):
+        assert model.training
+        torch.testing.assert_close(model(x), expected, atol=0, rtol=0)
+    assert model.layerdrop == 1.0 and not model.training

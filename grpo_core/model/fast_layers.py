@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from grpo_core.model.families import FAMILIES
 from grpo_core.model.trial import is_same, keep_if_same, without_trace
 
+TOLERANCE, ROUGH_TOLERANCE = 1e-4, 0.03  # relative, of one layer: tighter than those of a whole model in trial.py
 MLP_CLASSES = {family.mlp_class for family in FAMILIES.values()}
 
 
@@ -176,6 +177,6 @@ def _computes_the_same(module: nn.Module, forward: Callable[[Tensor], Tensor]) -
     generator = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(3, weight.shape[-1], generator=generator, device="cpu").to(weight.device, weight.dtype)
     try:
-        return is_same(forward(x), module.forward(x))
+        return is_same(forward(x), module.forward(x), TOLERANCE, ROUGH_TOLERANCE)
     except Exception:  # a module of another kind with the same names
         return False

@@ -72,6 +72,10 @@ def _matches_grid(model: PreTrainedModel, hidden: Callable[[Rollouts, Packing], 
     return is_same(packed, grid)
 
 
+class CannotPack(Exception):
+    """A model's attention is not causal attention to all tokens of a row; its rows are computed in a grid."""
+
+
 def attend(
     module: nn.Module,
     query: Tensor,  # [1, heads, T, D]
@@ -87,7 +91,7 @@ def attend(
     """Return the attention of every token to the tokens of its row up to itself, [1, T, heads, D].
 
     Raises:
-        NotImplementedError: the model does not attend causally to all tokens of the row, or adds something to the
+        CannotPack: the model does not attend causally to all tokens of the row, or adds something to the
             scores: it changed the mask of a packed forward, or passes what sdpa would have used.
     """
     if packing is None:
@@ -95,10 +99,10 @@ def attend(
             module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **kwargs
         )
     if attention_mask is None or attention_mask.shape != (1, 1, 1, 1) or attention_mask.dtype != torch.bool:
-        raise NotImplementedError("the model computes its own attention mask")
+        raise CannotPack("the model computes its own attention mask")
     is_causal = getattr(module, "is_causal", True) and kwargs.get("is_causal") in (None, True)
     if any(kwargs.get(name) is not None for name in UNSUPPORTED) or not is_causal:
-        raise NotImplementedError("the model's attention is not causal attention to all tokens of a row")
+        raise CannotPack("the model's attention is not causal attention to all tokens of a row")
     if isinstance(packing, Segments):
         tokens = (x[0].transpose(0, 1) for x in (query, key, value))
         return _attend_in_segments(*tokens, packing, dropout, scaling, sliding_window)[None], None
