@@ -80,7 +80,7 @@ def test_the_control_loads(train):
     (["sampling.temperature=0"], "sampling.temperature is 0.0; it must be above 0"),
     (["alerts=loud"], "alerts is 'loud'; it must be one of warn, stop"),
     (["name=../x"], "name is '../x'; it must be the name of one folder"),
-    (["name=''"], "name is ''; it must be the name of one folder"),
+    (["name="], "name is ''; it must be the name of one folder"),
     (["data.subset=main"], "data.subset is 'main', but builtin:word_problems has no subsets"),
     (["resume=auto", "overwrite=true"], "a run is continued or removed, not both"),
     (["resume=runs/none"], "resume is 'runs/none'; it must be auto, force, null, or the folder of a run"),

@@ -67,7 +67,7 @@ def run_evaluate(
     settings = _check_settings(temperature, top_k, top_p, min_p)
     overrides = [*overrides, *([f"sampling.max_new_tokens={max_new_tokens}"] if max_new_tokens else [])]
     if rewards:
-        overrides.append(f"rewards={json.dumps([{'name': name} for name in rewards])}")
+        overrides.append(f"rewards={json.dumps([{'name': name} for name in rewards], ensure_ascii=False)}")
     if "RANK" in os.environ:
         ranks.setup()
     opened = open_source(source, overrides, config=config, notify=print)

@@ -15,7 +15,7 @@ def run_sft(config: Path, overrides: Sequence[str] = ()) -> int:
     Raises:
         ConfigError: the configuration is wrong, or the run cannot be set up with it.
     """
-    loaded = load(config, overrides)
+    loaded = load(config, overrides, supervised=True)
     from grpo_core.training import sft  # takes seconds, so a mistake in the configuration is reported before it
 
     return run_job(sft.run_sft, loaded)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -75,6 +78,13 @@ def render_prompt(row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBa
         raise ConfigError(f"the model's chat template cannot be filled in: {summarize_error(error)}") from error
 
 
+def is_text(value: Any) -> bool:
+    """Return True if a column's value can be a part of a prompt or a target: text, or a number that is one."""
+    if isinstance(value, (float, Decimal)):
+        return math.isfinite(value)
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
+
+
 def list_template_fields(template: str) -> list[str]:
     """Return the column names in a template.
 
@@ -101,13 +111,14 @@ def _rename_columns(rows: Sequence[Row], columns: dict[str, str]) -> list[Row]:
 
 
 def _check_template_columns(rows: Sequence[Row], template: str) -> None:
-    """Check that the columns that the template uses hold text in every row."""
+    """Check that the columns that the template uses hold text or a number in every row."""
     for name in list_template_fields(template):
         if name not in rows[0]:
             raise ConfigError(f"data.template uses {{{name}}}, but the data has the columns {', '.join(rows[0])}")
         for number, row in enumerate(rows, 1):
-            if not isinstance(row[name], str):
+            if not is_text(row[name]):
                 value = "null" if row[name] is None else repr(str(row[name])[:40])
                 raise ConfigError(
-                    f"row {number} of the data: column {name!r}, which data.template uses, is {value}; it must be text"
+                    f"row {number} of the data: column {name!r}, which data.template uses, is {value}; it must be text "
+                    f"or a number"
                 )

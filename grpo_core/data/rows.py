@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def _read_rows(path: str, subset: str | None, split: str, limit: int | None) -> 
             )
         count = BUILTIN_ROWS[split]
         return make_word_problems(split, count if limit is None else max(1, min(limit, count)))
+    if os.path.isfile(local / "config.yaml") and os.path.isfile(local / "metrics.jsonl"):
+        raise ConfigError(f"data: {path} is the folder of a run; did you mean {local / 'completions.jsonl'}?")
     if local.suffix in FORMATS and not local.exists():
         raise ConfigError(f"data: there is no file {path}")
     if local.is_file() and split != "train":

@@ -22,7 +22,7 @@ from grpo_core.monitor.run_log import RunLog
 from grpo_core.sampling.end_of_sequence import describe_eos_mismatch
 from grpo_core.scoring.scoring import build_reward
 from grpo_core.training.deepspeed_config import deepspeed_config
-from grpo_core.training.engine import Engine
+from grpo_core.training.engine import Engine, check_deepspeed
 from grpo_core.training.prepare import Prepared, build_objective, make_rewards, make_sampler, prepare
 from grpo_core.training.resume import RunStart, find_start, load_start
 from grpo_core.training.run import Run
@@ -122,5 +122,5 @@ def initialise_process(config: RunConfig) -> torch.dtype:
     ranks.setup(config.trainer.hang_timeout)
     ranks.seed_all(config.seed)
     dtype = resolve_dtype(config.model.precision)
-    deepspeed_config(config, dtype, ranks.world_size())
+    check_deepspeed(deepspeed_config(config, dtype, ranks.world_size()))
     return dtype

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_core.batch import Rollouts, Task, TrainBatch
-from grpo_core.config.sections import AdvantageConfig, LossConfig, ReferenceConfig, RunConfig
+from grpo_core.config.sections import RunConfig, use_supervised_objective
 from grpo_core.data.rows import load_splits
 from grpo_core.distributed import ranks, signals
 from grpo_core.model.loading import DTYPES, dtype_name
@@ -129,8 +129,7 @@ def use_supervised_loss(config: RunConfig) -> RunConfig:
         )
     if config.sft.new_model and config.lora.r:
         raise ConfigError(f"lora.r is {config.lora.r}; it must be 0 with sft.new_model, which trains all weights")
-    loss = LossConfig(name="reinforce", average="token", kl_coef=0.0)
-    return replace(config, loss=loss, advantage=AdvantageConfig("dr_grpo"), reference=ReferenceConfig())
+    return use_supervised_objective(config)
 
 
 def train(run: Run, make_targets: MakeTargets) -> None:
