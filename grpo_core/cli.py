@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -53,7 +54,9 @@ class Bash(ShellComplete):
             file,*) compopt -o default ;;
             plain,*) COMPREPLY+=("${line#plain,}") ;;
         esac
-    done < <(COMP_WORDS="$(printf '%%s\\n' "${COMP_WORDS[@]}")" COMP_CWORD=$COMP_CWORD %(complete_var)s=bash_complete "$1")
+    done < <(
+        COMP_WORDS="$(printf '%%s\\n' "${COMP_WORDS[@]}")" COMP_CWORD=$COMP_CWORD %(complete_var)s=bash_complete "$1"
+    )
     [ ${#COMPREPLY[@]} -ne 1 ] || [ "${COMPREPLY[0]%%=}" = "${COMPREPLY[0]}" ] || compopt -o nospace 2>/dev/null
 }
 complete -F %(complete_func)s %(prog_name)s
@@ -65,7 +68,7 @@ complete -F %(complete_func)s %(prog_name)s
         pieces = text.split("\n" if "\n" in text else " ")[: index + 1]
         pieces += [""] * (index + 1 - len(pieces))
         words: list[str] = []
-        for before, piece in zip(pieces, pieces[1:], strict=False):
+        for before, piece in pairwise(pieces):
             if words and piece and (before in ("=", ":") or piece in ("=", ":")):
                 words[-1] += piece
             else:

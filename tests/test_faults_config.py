@@ -4,23 +4,30 @@ import functools
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from grpo_core.batch import Task
+from grpo_core.commands.model_card import _describe_accuracy
 from grpo_core.config.checks import check_inputs
 from grpo_core.config.files import dump, load, load_run_config
 from grpo_core.config.sections import DataConfig
 from grpo_core.config.words import parse_arguments
 from grpo_core.data.prompts import make_tasks
+from grpo_core.data.rows import describe_eval_source, load_splits
+from grpo_core.data.stream import TaskStream
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.scoring.reward_call import attempt, find_missing_columns
 from grpo_core.scoring.scoring import Reward, score
 from grpo_core.training.deepspeed_config import deepspeed_config
+from grpo_core.training.resume import RunStart, check_num_steps
+from grpo_core.training.trainer import is_due
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 TEXTS = ["a ####.", "a # b", "key: value", "- item", "first\nsecond\n\n third", "{question}", "[x] y", "'tis", '"all"', "1:30", "007"]
@@ -404,3 +411,66 @@ def test_fault_23_a_partial_has_the_formula_of_its_function():
     from grpo_core.config.formula import get_formula
 
     assert get_formula(functools.partial(LOSSES.get("grpo"))) == get_formula(LOSSES.get("grpo"))
+
+
+# --- S2, N4, N16 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows, per_step, epochs, ends", [
+    (100, 64, [0.64, 1.28, 1.92, 2.56], [2, 4]), (8, 4, [0.5, 1.0, 1.5, 2.0], [2, 4]), (2, 4, [2.0, 4.0, 6.0, 8.0], [1, 2, 3, 4]),
+    (3, 1, [1 / 3, 2 / 3, 1.0, 4 / 3], [3]),
+])  # fmt: skip
+def test_s2_an_epoch_is_rows_seen_over_rows_and_ends_with_its_last_row(rows, per_step, epochs, ends):
+    tasks = [Task(i, "p", [1], {}) for i in range(rows)]
+    run = SimpleNamespace(steps_per_epoch=TaskStream(tasks, per_step, 0).steps_per_epoch)
+    assert [float(step / run.steps_per_epoch) for step in (1, 2, 3, 4)] == epochs
+    assert [step for step in (1, 2, 3, 4) if is_due("epoch", step, run)] == ends
+    assert [step for step in (1, 2, 3, 4) if is_due(2, step, run)] == [2, 4] and not is_due(0, 1, run)
+
+
+def test_n4_the_evaluation_data_is_called_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("test.jsonl").touch()
+    Path("train.jsonl").touch()
+    for config, source in (
+        (DataConfig(path="train.jsonl", eval_path="test.jsonl"), ("test.jsonl", "the whole file")),
+        (DataConfig(path="train.jsonl"), ("train.jsonl", "held out of train")),
+        (DataConfig(path="a/b", eval_path="c/d"), ("c/d", "train")),
+        (DataConfig(path="a/b", eval_split="validation"), ("a/b", "validation")),
+        (DataConfig(path="a/b"), ("a/b", "held out of train")),
+        (DataConfig(), ("builtin:word_problems", "test")),
+    ):
+        assert describe_eval_source(config) == source
+    card = _describe_accuracy(
+        replace(load(TINY), data=DataConfig(path="train.jsonl", eval_path="test.jsonl")), tmp_path,
+        SimpleNamespace(evaluation=[{"step": 0, "accuracy": 0.5, "correct": 1, "n": 2, "ci_low": 0.1, "ci_high": 0.9, "failed": 0}]),
+    )  # fmt: skip
+    assert "On test.jsonl (the whole file):" in card
+
+
+@pytest.mark.parametrize("rates, num_steps, refused", [([0.0], 14, True), ([0.0], 10, False), ([1e-4], 14, False)])
+def test_n16_a_finished_run_does_not_go_on_at_learning_rate_0(rates, num_steps, refused):
+    meta = {"next_step": 10, "engine": {"schedule": {"_last_lr": rates}}}
+    start = RunStart(Path("runs/a"), Path("runs/a/checkpoints/step-000010"), meta, [], [])
+    if not refused:
+        return check_num_steps(start, num_steps)
+    with pytest.raises(ValueError, match="trainer.num_steps is 14, but the run in runs/a has finished its 10 steps"):
+        check_num_steps(start, num_steps)
+
+
+# --- N3 ------------------------------------------------------------------------------------------------------------
+
+
+def test_n3_a_task_and_a_message_have_the_row_of_the_file(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"question": f"q{i}", "answer": "1"} for i in range(70)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(path=str(file), template="{question}", max_prompt_tokens=9)
+    for part in load_splits(config, 6):
+        tasks, _ = make_tasks(part, config, Characters())
+        assert [task.prompt for task in tasks] == [f"q{task.index}" for task in tasks]
+    rows[60]["question"] = None
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, held_out = load_splits(config, 6)
+    with pytest.raises(ValueError, match="row 61 of the data: column 'question'"):
+        make_tasks(train if 60 in train.numbers else held_out, config, Characters())

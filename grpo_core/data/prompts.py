@@ -12,14 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
 from grpo_core.config.sections import DataConfig
-from grpo_core.data.rows import Row
+from grpo_core.data.rows import Row, Rows
 from grpo_core.schema import ConfigError, list_known, summarize_error
 
 
 def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Task], int]:
     """Return the rows as tasks, and the number of prompts longer than max_prompt_tokens.
 
-    long_prompts decides whether such a prompt is dropped, truncated or an error.
+    long_prompts decides whether such a prompt is dropped, truncated or an error. The number of a row, in messages and in
+    the task, is that in its split, also where only a part of the split was taken (`rows.Rows`).
 
     Raises:
         ConfigError: a column that the template or `columns` names is missing or holds no text, a prompt is empty or too
@@ -27,8 +28,9 @@ def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTok
     """
     if not rows:
         return [], 0
+    numbers = rows.numbers if isinstance(rows, Rows) else range(len(rows))
     rows = _rename_columns(rows, config.columns)
-    _check_template_columns(rows, config.template)
+    _check_template_columns(rows, numbers, config.template)
     if config.prompt == "chat" and not tokenizer.chat_template:
         raise ConfigError(
             "data.prompt is chat, but the model's tokenizer has no chat template; use data.prompt: template"
@@ -36,12 +38,14 @@ def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTok
     prompts = [render_prompt(row, config, tokenizer) for row in rows]
     ids = tokenizer(prompts, add_special_tokens=config.prompt != "chat", return_attention_mask=False)["input_ids"]
     if [] in ids:
-        raise ConfigError(f"row {ids.index([]) + 1} of the data: the prompt is empty; it needs at least one token")
+        raise ConfigError(
+            f"row {numbers[ids.index([])] + 1} of the data: the prompt is empty; it needs at least one token"
+        )
     limit = config.max_prompt_tokens
     too_long = [index for index, prompt_ids in enumerate(ids) if len(prompt_ids) > limit]
     if too_long and config.long_prompts == "error":
         raise ConfigError(
-            f"row {too_long[0] + 1} of the data: the prompt has {len(ids[too_long[0]])} tokens, more than "
+            f"row {numbers[too_long[0]] + 1} of the data: the prompt has {len(ids[too_long[0]])} tokens, more than "
             f"data.max_prompt_tokens ({limit}), as have {len(too_long)} of {len(ids)} prompts; raise it, or set "
             f"data.long_prompts to drop or truncate_left"
         )
@@ -49,8 +53,8 @@ def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTok
         ids[index] = ids[index][-limit:]
         prompts[index] = tokenizer.decode(ids[index])
     tasks = [
-        Task(index, prompt, prompt_ids, row)
-        for index, (prompt, prompt_ids, row) in enumerate(zip(prompts, ids, rows, strict=True))
+        Task(number, prompt, prompt_ids, row)
+        for number, prompt, prompt_ids, row in zip(numbers, prompts, ids, rows, strict=True)
         if len(prompt_ids) <= limit
     ]
     if not tasks:
@@ -110,15 +114,15 @@ def _rename_columns(rows: Sequence[Row], columns: dict[str, str]) -> list[Row]:
     return [{new_names.get(name, name): value for name, value in row.items()} for row in rows]
 
 
-def _check_template_columns(rows: Sequence[Row], template: str) -> None:
+def _check_template_columns(rows: Sequence[Row], numbers: Sequence[int], template: str) -> None:
     """Check that the columns that the template uses hold text or a number in every row."""
     for name in list_template_fields(template):
         if name not in rows[0]:
             raise ConfigError(f"data.template uses {{{name}}}, but the data has the columns {', '.join(rows[0])}")
-        for number, row in enumerate(rows, 1):
+        for number, row in zip(numbers, rows, strict=True):
             if not is_text(row[name]):
                 value = "null" if row[name] is None else repr(str(row[name])[:40])
                 raise ConfigError(
-                    f"row {number} of the data: column {name!r}, which data.template uses, is {value}; it must be text "
+                    f"row {number + 1} of the data: column {name!r}, which data.template uses, is {value}; it must be text "
                     f"or a number"
                 )

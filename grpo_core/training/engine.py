@@ -197,7 +197,7 @@ class Engine:
 
 
 def check_deepspeed(filled: dict[str, Any]) -> None:
-    """Raise ConfigError if DeepSpeed refuses a filled-in configuration, or if it has a key that DeepSpeed never reads."""
+    """Raise ConfigError if DeepSpeed refuses a filled-in configuration, or has a key that it never reads."""
     for key in READ_BY_KEY:
         if not isinstance(filled.get(key, {}), dict):
             raise ConfigError(f"the DeepSpeed JSON's {key} is {filled[key]!r}; it must be a mapping, or be left out")
