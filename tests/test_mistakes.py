@@ -180,7 +180,7 @@ def test_fp16_without_a_gpu(train):
     (json.dumps([ROW, 3]), "rows.jsonl, item 2, is 3; it must be an object"),
     (json.dumps({**ROW, "question": None}), "row 1 of the data: column 'question', which data.template uses, is null"),
     ("\n".join(map(json.dumps, [ROW, ROW, {"answer": "2"}])), "row 3 of the data: column 'question', which data.template uses, is null"),
-    (json.dumps({**ROW, "question": 5}), "row 1 of the data: column 'question', which data.template uses, is '5'; it must be text"),
+    (json.dumps({**ROW, "question": True}), "row 1 of the data: column 'question', which data.template uses, is 'True'; it must be text"),
     (json.dumps({**ROW, "question": ["a"]}), "it must be text"),
     (json.dumps({"question": "What?"}), "reward correct_answer needs the column 'answer', but the data has only the columns question"),
     ("\n".join(map(json.dumps, [ROW, {**ROW, "answer": None}])), "reward correct_answer needs a value in the column 'answer', which is null in row 2 of the data"),

@@ -19,7 +19,7 @@ from grpo_core.batch import SamplingParams, Task
 from grpo_core.commands.open_policy import OpenedPolicy, open_source
 from grpo_core.config.sections import RunConfig
 from grpo_core.data.prompts import make_tasks
-from grpo_core.data.rows import Rows, describe_eval_source, describe_split, load_rows, load_splits
+from grpo_core.data.rows import Rows, describe_eval_source, load_rows, load_splits
 from grpo_core.distributed import ranks
 from grpo_core.monitor.completion_rows import completion_rows
 from grpo_core.monitor.progress import progress_bar
@@ -124,7 +124,6 @@ def load_problems(
         split = split or ("train" if Path(data).is_file() else "test")
         data = os.path.expanduser(data)
         rows, path = load_rows(data, config.subset if data == config.path else None, split, limit), data
-        split = describe_split(path, split)
     else:
         # rows held out of the training data depend on their number, so `limit` must not change it
         count = (limit or ALL_ROWS) if has_eval_data else opened.config.evaluation.num_tasks

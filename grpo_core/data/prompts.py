@@ -19,8 +19,8 @@ from grpo_core.schema import ConfigError, list_known, summarize_error
 def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Task], int]:
     """Return the rows as tasks, and the number of prompts longer than max_prompt_tokens.
 
-    long_prompts decides whether such a prompt is dropped, truncated or an error. The number of a row, in messages and in
-    the task, is that in its split, also where only a part of the split was taken (`rows.Rows`).
+    long_prompts decides whether such a prompt is dropped, truncated or an error. The number of a row, in messages and
+    in the task, is that in its split, also where only a part of the split was taken (`rows.Rows`).
 
     Raises:
         ConfigError: a column that the template or `columns` names is missing or holds no text, a prompt is empty or too
@@ -123,6 +123,6 @@ def _check_template_columns(rows: Sequence[Row], numbers: Sequence[int], templat
             if not is_text(row[name]):
                 value = "null" if row[name] is None else repr(str(row[name])[:40])
                 raise ConfigError(
-                    f"row {number + 1} of the data: column {name!r}, which data.template uses, is {value}; it must be text "
-                    f"or a number"
+                    f"row {number + 1} of the data: column {name!r}, which data.template uses, is {value}; it must be "
+                    f"text or a number"
                 )

@@ -73,7 +73,7 @@ def shuffle_indices(count: int, *key: int) -> np.ndarray:
 
 
 def load_rows(path: str, subset: str | None, split: str, limit: int | None) -> Rows:
-    """Return at most `limit` rows of a split, from its start, each with every column, with None where the data has no value.
+    """Return at most `limit` first rows of a split, each with every column, with None where the data has no value.
 
     Raises:
         ConfigError: the data cannot be loaded, or has no rows.
