@@ -9,10 +9,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import click
+from click.shell_completion import CompletionItem, ShellComplete, add_completion_class
 
 from grpo_core import __version__
 from grpo_core.commands.errors import print_error
@@ -20,6 +22,7 @@ from grpo_core.commands.gc_pause import pause_gc
 from grpo_core.schema import ConfigError
 
 PROGRAM = "python -m grpo_core"
+COMPLETE_VARIABLE = "_GRPO_CORE_COMPLETE"  # in docs/commands.md
 EXAMPLES = "\b\nExamples:\n  "  # click keeps the line breaks of a paragraph that begins with \b
 
 
@@ -29,12 +32,65 @@ class Override(click.ParamType):
     name = "section.key=value"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-        from click.shell_completion import CompletionItem
-
         from grpo_core.config.sections import RunConfig
 
         words = [f"{key}={value}" for key, values in _list_keys(RunConfig, "") for value in (values or [""])]
         return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+
+
+class Bash(ShellComplete):
+    """Completion for bash, which takes `=` and `:` for ends of words and replaces only the part after them."""
+
+    name = "bash"
+    source_template = """\
+%(complete_func)s() {
+    local line
+    COMPREPLY=()
+    while IFS= read -r line; do
+        case $line in
+            dir,*) compopt -o dirnames ;;
+            file,*) compopt -o default ;;
+            plain,*) COMPREPLY+=("${line#plain,}") ;;
+        esac
+    done < <(
+        COMP_WORDS="$(printf '%%s\\n' "${COMP_WORDS[@]}")" COMP_CWORD=$COMP_CWORD %(complete_var)s=bash_complete "$1"
+    )
+    [ ${#COMPREPLY[@]} -ne 1 ] || [ "${COMPREPLY[0]%%=}" = "${COMPREPLY[0]}" ] || compopt -o nospace 2>/dev/null
+}
+complete -F %(complete_func)s %(prog_name)s
+"""
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        """Return the words before the cursor and the word at it, joined where bash has cut them at = and :."""
+        text, index = os.environ["COMP_WORDS"], int(os.environ["COMP_CWORD"])
+        pieces = text.split("\n" if "\n" in text else " ")[: index + 1]
+        pieces += [""] * (index + 1 - len(pieces))
+        words: list[str] = []
+        for before, piece in pairwise(pieces):
+            if words and piece and (before in ("=", ":") or piece in ("=", ":")):
+                words[-1] += piece
+            else:
+                words.append(piece)
+        *complete, last = words
+        self.cut = len(last) - len(pieces[-1].strip("=:"))
+        return complete, last
+
+    def format_completion(self, item: CompletionItem[Any]) -> str:
+        """Return a completion without what stands before bash's last word."""
+        return f"{item.type},{item.value[self.cut :]}"
+
+
+add_completion_class(Bash)
+
+
+class FilePath(click.Path):
+    """A path, in which `~` is the home folder also where the shell does not replace it, as in --config=~/a.yaml."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
 
 
 def _list_keys(section: type, prefix: str) -> Iterator[tuple[str, list[str]]]:
@@ -65,15 +121,22 @@ def _list_literals(hint: Any) -> list[str]:
     return [text for part in get_args(hint) for text in _list_literals(part)]
 
 
+def find_program_name() -> str:
+    """Return how this program was called: `grpo_core`, or with `python -m`. A shell completes only the former."""
+    name = Path(sys.argv[0]).name
+    return name if name == "grpo_core" or COMPLETE_VARIABLE in os.environ else PROGRAM
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code. A user's mistake prints one sentence to stderr and returns 2."""
+    program = find_program_name()
     try:
-        return commands.main(arguments, prog_name=PROGRAM, standalone_mode=False) or 0
+        return commands.main(arguments, program, COMPLETE_VARIABLE, standalone_mode=False) or 0
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message(), file=sys.stderr)
         return 2
     except click.UsageError as error:
-        command_path = error.ctx.command_path if error.ctx else PROGRAM
+        command_path = error.ctx.command_path if error.ctx else program
         print_error(f"{error.format_message().rstrip('.')}; see {command_path} --help")
         return 2
     except ConfigError as error:
@@ -95,7 +158,7 @@ def commands(local_rank: str | None) -> None:
 
 config_option = click.option(
     "--config",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="YAML file, or the name of a shipped one, such as dapo.  "
     "[default: configs/gsm8k_qwen2.5_1.5b.yaml with a GPU, configs/tiny.yaml without]",
 )
@@ -140,7 +203,7 @@ def train(config: Path | None, dry_run: bool, overrides: tuple[str, ...]) -> int
 
 
 @command("sft", "python -m grpo_core sft --config configs/tiny_sft.yaml; python -m grpo_core sft lora.r=16 name=warm")
-@click.option("--config", type=click.Path(path_type=Path), help="YAML file.  [default: configs/tiny_sft.yaml]")
+@click.option("--config", type=FilePath(), help="YAML file.  [default: configs/tiny_sft.yaml]")
 @overrides_argument
 def sft(config: Path | None, overrides: tuple[str, ...]) -> int:
     """Fine-tune on the data's own answers (supervised), as a warm-up before GRPO. Trains LoRA or all weights."""
@@ -194,10 +257,10 @@ def launch(config: Path | None, processes: int | None, dry_run: bool, overrides:
     help="Report the mean of this reward. Repeat for several.  [default: rewards of the run]",
 )
 @click.option("--base/--no-base", default=True, help="Compare with the base model on the same problems.")
-@click.option("--config", type=click.Path(path_type=Path), help="YAML file with prompts and data, for a model.")
+@click.option("--config", type=FilePath(), help="YAML file with prompts and data, for a model.")
 @click.option(
     "--output",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Output folder.  [default: RUN/evaluate, or ./evaluate for a model; evaluate-NAME with --data]",
 )
 @overrides_argument
@@ -232,7 +295,7 @@ def evaluate(source: str, config: Path | None, overrides: tuple[str, ...], **opt
 @click.option("--base", is_flag=True, help="Switch the adapter off, so that the base model answers.")
 @click.option("--raw", is_flag=True, help="Use the question as the whole prompt, without the run's template.")
 @click.option("--seed", type=int, default=0, help="Seed of the sampling.")
-@click.option("--config", type=click.Path(path_type=Path), help="YAML file with the prompt template, for a model.")
+@click.option("--config", type=FilePath(), help="YAML file with the prompt template, for a model.")
 @overrides_argument
 def sample(source: str, question: str | None, config: Path | None, overrides: tuple[str, ...], **options: Any) -> int:
     """Answer a question with a run or a model. Without a question, read questions from an interactive prompt."""
@@ -244,10 +307,10 @@ def sample(source: str, question: str | None, config: Path | None, overrides: tu
 
 
 @command("report", "python -m grpo_core report runs/tiny; python -m grpo_core report runs/a runs/b --output ab.html")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=FilePath())
 @click.option(
     "--output",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="HTML file.  [default: RUN/report.html for one run, ./report.html for several]",
 )
 @click.option("--png", is_flag=True, help="Also write the curves as PNG files (needs: pip install -e '.[report]').")
@@ -263,14 +326,14 @@ def report(runs: tuple[Path, ...], output: Path | None, png: bool) -> int:
     "python -m grpo_core replay runs/tiny/batches/step-000012 --loss gspo --loss cispo; "
     "python -m grpo_core replay runs/tiny/batches/step-000012 loss.average=token advantage.name=dr_grpo",
 )
-@click.argument("batch", type=click.Path(path_type=Path))
+@click.argument("batch", type=FilePath())
 @click.option(
     "--loss", multiple=True, help="Objective to compare: a loss, file.py:function or a preset. Repeat for several."
 )
 @click.option(
     "--model", metavar="SOURCE", help="Use other weights, e.g. a checkpoint.  [default: the weights before the step]"
 )
-@click.option("--output", type=click.Path(path_type=Path), help="Also write all numbers, per token, to this JSON file.")
+@click.option("--output", type=FilePath(), help="Also write all numbers, per token, to this JSON file.")
 @overrides_argument
 def replay(batch: Path, overrides: tuple[str, ...], **options: Any) -> int:
     """Compare the gradients of several objectives on one batch that a run saved (debug.dump_batches)."""
@@ -285,7 +348,7 @@ def replay(batch: Path, overrides: tuple[str, ...], **options: Any) -> int:
 @click.argument("run", metavar="RUN")
 @click.option(
     "--output",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Output folder.  [default: RUN/export, or RUN/export-adapter with --adapter]",
 )
 @click.option("--merged/--adapter", default=True, help="Write the merged model, or the adapter alone.")
@@ -339,9 +402,10 @@ def check_loss(name: str, arguments: tuple[str, ...]) -> int:
     NAME is one that `losses` lists, or my_file.py:my_loss.
     """
     from grpo_core.commands.check_loss import run_check_loss
-    from grpo_core.config.files import parse_arguments
+    from grpo_core.config.words import parse_arguments
+    from grpo_core.objective.losses import LOSSES
 
-    return run_check_loss(name, parse_arguments(arguments))
+    return run_check_loss(name, parse_arguments(arguments, LOSSES, name))
 
 
 @command("check-advantage", "python -m grpo_core check-advantage rloo")
@@ -353,9 +417,10 @@ def check_advantage(name: str, arguments: tuple[str, ...]) -> int:
     NAME is one that `losses` lists, or my_file.py:my_advantage.
     """
     from grpo_core.commands.check_advantage import run_check_advantage
-    from grpo_core.config.files import parse_arguments
+    from grpo_core.config.words import parse_arguments
+    from grpo_core.objective.advantages import ADVANTAGES
 
-    return run_check_advantage(name, parse_arguments(arguments))
+    return run_check_advantage(name, parse_arguments(arguments, ADVANTAGES, name))
 
 
 def _dry_run(config: Path | None, overrides: tuple[str, ...], processes: int) -> int:

@@ -7,15 +7,21 @@ it, which a user's function may set too:
     others     documented in the module of the registry
 """
 
+import contextlib
 import functools
+import importlib.machinery
 import importlib.util
+import inspect
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from grpo_core import moved, trl_names
-from grpo_core.schema import ConfigError, check_arguments, list_known
+from grpo_core.schema import ConfigError, check_arguments, list_known, unwrap
+
+_folders: list[str] = []  # of users' files that were loaded
 
 
 class Registry:
@@ -51,13 +57,35 @@ class Registry:
             ConfigError: there is no such name, file or function, or the file cannot be imported.
         """
         if ".py:" in name:
-            return self._load(name)
+            return self._check(name, self._load(name))
         if name.endswith(".py"):
             raise ConfigError(f"{self.kind} {name!r} is a file; name a function in it: {name}:function")
         if name not in self.functions:
             hint = trl_names.value_hint(self.kind, name) or f"{list_known(name, self.functions)}, or file.py:function"
             raise ConfigError(f"unknown {self.kind} {name!r}; {hint}")
-        return self.functions[name]
+        return self._check(name, self.functions[name])
+
+    def _check(self, name: str, function: Callable) -> Callable:
+        """Return `function`, which may be a function, a partial or a callable object.
+
+        Raises:
+            ConfigError: it is a class, is asynchronous, or has no signature.
+        """
+        inner = unwrap(function)
+        if inspect.isclass(inner):
+            raise ConfigError(f"{self.kind} {name!r} is a class; name a function, or an object of the class")
+        if inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner):
+            raise ConfigError(
+                f"{self.kind} {name!r} is an async function, which is not supported; define it with def, and run what "
+                f"it awaits with asyncio.run"
+            )
+        try:
+            inspect.signature(function)
+        except (ValueError, TypeError):
+            raise ConfigError(
+                f"{self.kind} {name!r} has no signature that can be read; wrap it in a function defined with def"
+            ) from None
+        return function
 
     def build(self, name: str, args: dict[str, Any] | None = None, key: str | None = None) -> Callable:
         """Return the function `name` with `args` bound to its keyword-only arguments.
@@ -71,7 +99,7 @@ class Registry:
 
     def _load(self, name: str) -> Callable:
         """Import `path/to/file.py` and return its function."""
-        path, _, attribute = name.rpartition(":")
+        path, _, attribute = os.path.expanduser(name).rpartition(":")
         if not Path(path).is_file():
             raise ConfigError(f"{self.kind} {name!r}: there is no file {path}")
         spec = importlib.util.spec_from_file_location(f"grpo_core_user_{Path(path).stem}", path)
@@ -79,7 +107,8 @@ class Registry:
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look up their module there
         try:
-            spec.loader.exec_module(module)
+            with _importing_neighbours(Path(path).resolve().parent):
+                spec.loader.exec_module(module)
         except Exception as error:
             old_import = moved.describe_old_import(error)
             reason = f"imports {old_import}" if old_import else f"cannot be loaded: {type(error).__name__}: {error}"
@@ -87,6 +116,47 @@ class Registry:
         if not callable(getattr(module, attribute, None)):
             raise ConfigError(f"{self.kind} {name!r}: {path} has no function {attribute}")
         return getattr(module, attribute)
+
+
+@contextlib.contextmanager
+def _importing_neighbours(folder: Path) -> Iterator[None]:
+    """Inside, a user's file can import the files beside it, as a script can; a later import finds them last.
+
+    A module of the same name from another user's folder is forgotten first, so that each file gets its own neighbours.
+    A neighbour that has the name of an installed module is forgotten afterwards, so that others get the installed one.
+    """
+    own, others = str(folder), {place for place in _folders if place != str(folder)}
+    for name, module in [*sys.modules.items()]:
+        if _folder_of(module) in others and _find_spec(name.partition(".")[0], [own]):
+            del sys.modules[name]
+    before, path = set(sys.modules), [place for place in sys.path if place not in _folders]
+    sys.path.insert(0, own)
+    try:
+        yield
+    finally:
+        sys.path.remove(own)
+        if own not in _folders:
+            _folders.append(own)
+            sys.path.append(own)
+        for name in set(sys.modules) - before:
+            if _folder_of(sys.modules[name]) == own and _find_spec(name.partition(".")[0], path):
+                del sys.modules[name]
+
+
+def _folder_of(module: Any) -> str | None:
+    """Return the folder in which the file of a module is, or that holds its top-level package."""
+    file = getattr(module, "__file__", None)
+    name = getattr(module, "__name__", "") or ""
+    if not isinstance(file, str) or name.startswith("grpo_core_user_"):
+        return None
+    depth = name.count(".") + (1 if Path(file).stem == "__init__" else 0)
+    parents = Path(file).resolve().parents
+    return str(parents[depth]) if depth < len(parents) else None
+
+
+def _find_spec(name: str, path: list[str]) -> Any:
+    """Return the specification of a top-level module that is found in `path`, or None."""
+    return importlib.machinery.PathFinder.find_spec(name, path)
 
 
 def get_fact(function: Callable, name: str, default: Any = None) -> Any:

@@ -1,6 +1,8 @@
 """Check values that a user wrote against types, and report a wrong one in one sentence."""
 
+import datetime
 import difflib
+import functools
 import inspect
 import math
 import sys
@@ -71,21 +73,42 @@ def keyword_arguments(function: Callable) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
 
+def argument_types(function: Callable) -> dict[str, Any]:
+    """Return the types of the keyword arguments of `function`, which may be a partial or a callable object.
+
+    The type of an argument without an annotation is that of its default.
+    """
+    try:
+        hints = get_type_hints(unwrap(function))
+    except Exception:  # an annotation may name a type that exists for a type checker only
+        hints = {}
+    return {
+        name: hints.get(name, Any if p.default is None else type(p.default))
+        for name, p in keyword_arguments(function).items()
+    }
+
+
+def unwrap(function: Callable) -> Callable:
+    """Return the function of a `functools.partial` or of a callable object, which has the annotations."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function if inspect.isroutine(function) or inspect.isclass(function) else type(function).__call__
+
+
 def check_arguments(function: Callable, args: dict[str, Any], key: str) -> dict[str, Any]:
     """Check `args` against the schema of `function`, and return them with converted values.
 
     Raises:
         ConfigError: `function` does not take an argument, or a value has the wrong type; `key`.argument is named.
     """
-    schema = keyword_arguments(function)
-    hints = get_type_hints(function)
+    schema = argument_types(function)
     for name in args:
         if name not in schema:
             hint = trl_names.key_hint(f"{key}.{name}") or list_known(name, schema)
             if name in inspect.signature(function).parameters:
                 hint += f"; a configuration can set {name} only if it stands after a * and has a default"
             raise ConfigError(f"unknown key {key}.{name}; {hint}")
-    return {name: coerce(value, _type_of(schema[name], hints), f"{key}.{name}") for name, value in args.items()}
+    return {name: coerce(value, schema[name], f"{key}.{name}") for name, value in args.items()}
 
 
 def list_known(name: str, names: Iterable[str]) -> str:
@@ -134,7 +157,14 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
     elif isinstance(value, origin or kind):
         return value
     hint = trl_names.value_hint(key, value) or f"it must be {describe(kind)}"
+    if str in list_options(kind) and isinstance(value, (bool, int, float, datetime.date)):
+        hint += ", so put quotes around it"
     raise ConfigError(f"{key} is {value!r}; {hint}")
+
+
+def list_options(kind: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the type itself."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def describe(kind: Any) -> str:
@@ -148,10 +178,3 @@ def describe(kind: Any) -> str:
         return f"a list of {describe(options[0])}"
     names = {bool: "true or false", int: "an integer", float: "a number", str: "text", dict: "a mapping"}
     return "null" if kind in (None, type(None)) else names.get(origin or kind, getattr(kind, "__name__", str(kind)))
-
-
-def _type_of(parameter: inspect.Parameter, hints: dict[str, Any]) -> Any:
-    """Return the annotation of a parameter, or the type of its default where it has no annotation."""
-    if parameter.name in hints:
-        return hints[parameter.name]
-    return Any if parameter.default is None else type(parameter.default)

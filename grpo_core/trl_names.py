@@ -72,6 +72,7 @@ OPTION_HINTS = {  # TRL option -> what to use here
 }
 NO_COUNTERPART = {  # TRL option -> why there is no such option here
     "use_vllm": "the sampler draws from the live weights in the training process",
+    "optim": "the optimizer is AdamW; engine.learning_rate, engine.beta1 and the other keys of engine set it",
     "gradient_accumulation_steps": "a step has as many micro-batches as it needs; the completions of a step, over all "
     "processes, are trainer.completions_per_step",
 }

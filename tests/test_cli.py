@@ -2,6 +2,8 @@
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -46,25 +48,63 @@ def test_nothing_heavy_is_loaded_for_help(environment):
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
-def test_a_shell_completes_commands_options_and_keys(environment):
-    def completed(*words):
-        given = {
-            "_GRPO_CORE_COMPLETE": "bash_complete",
-            "COMP_WORDS": " ".join(["grpo_core", *words]),
-            "COMP_CWORD": str(len(words)),
-        }
-        code = "from grpo_core.cli import commands; commands.main(prog_name='grpo_core', complete_var='_GRPO_CORE_COMPLETE')"
-        done = subprocess.run(
-            [sys.executable, "-c", code], env={**environment, **given}, capture_output=True, text=True
-        )
-        return [line.partition(",")[2] for line in done.stdout.splitlines()]
-
-    assert completed("eva") == ["evaluate"] and "--max-new-tokens" in completed("evaluate", "--m")
-    assert completed("train", "sampling.max") == ["sampling.max_new_tokens="]
-    assert completed("train", "engine.schedule=") == [f"engine.schedule={x}" for x in ("cosine", "linear", "constant")]
-    assert completed("train", "overwrite=t") == ["overwrite=true"] and "trainer.num_steps=" in completed(
-        "train", "trainer."
+@pytest.fixture
+def bash(environment, tmp_path):
+    """The completions that bash offers for a line, with docs/commands.md's line in its ~/.bashrc."""
+    folder = tmp_path
+    (folder / "grpo_core").write_text(f"#!{sys.executable}\nfrom grpo_core.__main__ import run\nrun()\n")
+    (folder / "grpo_core").chmod(0o755)
+    path = {**environment, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    (setup,) = re.findall(r'eval "\$\(_GRPO_CORE_COMPLETE=.*?\)"', (ROOT / "docs" / "commands.md").read_text())
+    source = subprocess.run(
+        ["bash", "-c", setup[len('eval "$(') : -2]], env=path, capture_output=True, text=True, check=True
     )
+    (folder / "completion.sh").write_text(source.stdout)
+
+    def complete(line):
+        """What a shell does at Tab: it cuts the line at spaces, = and :, and calls the function of the command."""
+        words = [word for word in re.split(r"\s+|([=:])", line) if word] + ([""] if line.endswith(" ") else [])
+        code = f"source {folder}/completion.sh\nf=$(complete -p grpo_core | sed 's/.*-F \\([^ ]*\\) .*/\\1/')\n"
+        code += f"COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}\n"
+        code += "$f grpo_core; printf '%s\\n' \"${COMPREPLY[@]}\""
+        done = subprocess.run(["bash", "-c", code], env=path, capture_output=True, text=True)
+        return done.stdout.split()
+
+    return complete
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize("line, words", [
+    ("grpo_core eva", ["evaluate"]),
+    ("grpo_core evaluate --max-n", ["--max-new-tokens"]),
+    ("grpo_core train sampling.max", ["sampling.max_new_tokens="]),
+    ("grpo_core train engine.schedule=", ["cosine", "linear", "constant"]),  # bash replaces what is after the =
+    ("grpo_core train engine.schedule=co", ["cosine", "constant"]),
+    ("grpo_core train name=a overwrite=t", ["true"]),
+    ("grpo_core train --config=x.yaml alerts=", ["warn", "stop"]),
+])  # fmt: skip
+def test_n5_bash_completes_as_the_docs_write_it(bash, line, words):
+    assert bash(line) == words
+
+
+@pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
+def test_n5_the_completion_of_every_shell_is_for_the_command_grpo_core(name, monkeypatch, capsys):
+    monkeypatch.setenv("_GRPO_CORE_COMPLETE", f"{name}_source")
+    monkeypatch.setattr("shutil.which", lambda *args: None)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/grpo_core"])
+    with pytest.raises(SystemExit):
+        main([])
+    out = capsys.readouterr().out
+    assert f"_GRPO_CORE_COMPLETE={name}_complete" in out and "Usage" not in out and "python -m" not in out
+
+
+def test_n5_help_names_the_command_as_it_was_called(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/grpo_core"])
+    assert main(["evaluate"]) == 2
+    assert "see grpo_core evaluate --help" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["/some/grpo_core/__main__.py"])
+    assert main(["evaluate"]) == 2
+    assert "see python -m grpo_core evaluate --help" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, sentence", [

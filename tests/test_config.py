@@ -169,10 +169,10 @@ def test_a_missing_or_broken_file_is_one_sentence(tmp_path):
 
 
 def test_text_stays_text_on_the_command_line():
-    c = load(TINY, ["data.template={question}", "name=1", "data.system=yes", "data.eval_path=null", 'model.path="a b"'])
+    c = load(TINY, ["data.template={question}", "name=1", "data.system=yes", "data.eval_path=null", "model.path=a b"])
     assert (c.data.template, c.name, c.data.system) == ("{question}", "1", "yes")
     assert c.data.eval_path is None and c.model.path == "a b"
-    assert load(TINY, ['data.template="{question}\\n"']).data.template == "{question}\n"
+    assert load(TINY, ["data.template={question}\n"]).data.template == "{question}\n"
 
 
 def test_shorthands():

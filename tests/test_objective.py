@@ -17,9 +17,10 @@ from grpo_core.commands.check_loss import run_check_loss
 from grpo_core.commands.list_entry import find_sources
 from grpo_core.commands.losses import REGISTRIES, list_losses
 from grpo_core.commands.presets import list_presets
-from grpo_core.config.files import dump, load, parse_arguments
+from grpo_core.config.files import dump, load
 from grpo_core.config.formula import get_formula, list_remarks, render
 from grpo_core.config.presets import PRESETS, get_preset, merge
+from grpo_core.config.words import parse_arguments
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rewards import REWARDS

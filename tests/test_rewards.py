@@ -186,7 +186,7 @@ def test_what_a_function_may_take():
     (1.0, [True, True], "reward bad returned 1.0; it must return a list"),
     ("ab", [True, True], "reward bad returned 'ab'; it must return a list"),
     (None, [True, True], "reward bad returned None; it must return a list"),
-    ({"a": 1.0}, [True, True], "reward bad returned 1 values for 2"),
+    ({"a": 1.0}, [True, True], "reward bad returned a dict, "),
 ])  # fmt: skip
 def test_what_is_no_reward_is_none_counted_and_told_in_one_sentence(values, failed, message):
     rewards = [Reward("bad", 1.0, lambda completions: values), Reward("good", 1.0, lambda completions: [2.0, 3.0])]

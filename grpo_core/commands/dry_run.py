@@ -23,6 +23,7 @@ from grpo_core.monitor.progress import show_elapsed
 from grpo_core.random_keys import make_key
 from grpo_core.schema import printable
 from grpo_core.scoring.scoring import score
+from grpo_core.training.deepspeed_config import deepspeed_config
 from grpo_core.training.prepare import Prepared, make_rewards, make_sampler, prepare
 from grpo_core.training.run_dir import holds_run
 
@@ -116,7 +117,8 @@ def describe_memory(config: RunConfig, policy: Policy, tasks: list[Task], per_ra
     rows, longest = per_rank * config.sampling.group_size, max(len(task.prompt_ids) for task in tasks)
     rows_at_once = min(rows, config.sampling.rows_at_once or rows)
     cache = rows_at_once * (longest + config.sampling.max_new_tokens) * cache_bytes_per_token(policy)
-    offload = config.engine.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {}).get("device")
+    zero = deepspeed_config(config, policy.causal_lm.dtype, 1)["zero_optimization"]
+    offload = (zero.get("offload_optimizer") or {}).get("device")
     device = f"in {offload} memory" if offload not in (None, "none") else "on the device of the weights"
     dtype = dtype_name(policy.causal_lm.dtype)
     lines = [

@@ -20,7 +20,7 @@ from grpo_core.commands.open_policy import OpenedPolicy, open_source
 from grpo_core.config.sections import RunConfig
 from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.prompts import make_tasks
-from grpo_core.data.rows import load_rows, load_splits
+from grpo_core.data.rows import Rows, describe_eval_source, load_rows, load_splits
 from grpo_core.distributed import ranks
 from grpo_core.monitor import run_lock
 from grpo_core.monitor.completion_rows import completion_rows
@@ -71,7 +71,7 @@ def run_evaluate(
     settings = _check_settings(temperature, top_k, top_p, min_p)
     overrides = [*overrides, *([f"sampling.max_new_tokens={max_new_tokens}"] if max_new_tokens else [])]
     if rewards:
-        overrides.append(f"rewards={json.dumps([{'name': name} for name in rewards])}")
+        overrides.append(f"rewards={json.dumps([{'name': name} for name in rewards], ensure_ascii=False)}")
     if "RANK" in os.environ:
         ranks.setup()
     opened = open_source(source, overrides, config=config, notify=print)
@@ -130,13 +130,14 @@ def load_problems(
     has_eval_data = config.eval_path is not None or config.eval_split is not None or config.path.startswith("builtin:")
     if data is not None:
         split = split or ("train" if Path(data).is_file() else "test")
+        data = os.path.expanduser(data)
         rows, path = load_rows(data, config.subset if data == config.path else None, split, limit), data
     else:
         # rows held out of the training data depend on their number, so `limit` must not change it
         count = (limit or ALL_ROWS) if has_eval_data else opened.config.evaluation.num_tasks
-        rows = load_splits(config, count)[1][:limit]
-        path = config.eval_path or config.path
-        split = config.eval_split or ("test" if path.startswith("builtin:") else f"held out of {config.split}")
+        rows = load_splits(config, count)[1]
+        rows = Rows(rows[:limit], rows.numbers[:limit])
+        path, split = describe_eval_source(config)
     if not rows:
         raise ConfigError("the run has held out no problems (evaluation.num_tasks is 0); name a data set with --data")
     tasks, left_out = make_tasks(rows, config, opened.tokenizer)

@@ -12,6 +12,7 @@ from grpo_core.commands.open_policy import OpenedPolicy
 from grpo_core.config.formula import render
 from grpo_core.config.precision import DTYPES, dtype_name
 from grpo_core.config.sections import RunConfig
+from grpo_core.data.rows import describe_eval_source
 from grpo_core.monitor.run_log import describe_evaluation
 from grpo_core.report.run_reader import RunFolder, read_run
 
@@ -125,6 +126,9 @@ def _describe_accuracy(config: RunConfig, folder: Path, run: RunFolder) -> str:
     """Return the accuracy before and after training, and the result of the `evaluate` command if there is one."""
     lines = []
     rows = [row for row in run.evaluation if row.get("accuracy") is not None]
+    if rows:
+        path, split = describe_eval_source(config.data)
+        lines.append(f"On {_hide_folders(path)} ({split}):\n")
     for name, row in (("before", rows[0]), ("after", rows[-1])) if rows else ():
         lines.append(f"- {name} ({row['step']:.0f} steps): {describe_evaluation(_counts_to_int(row))}")
     if result := _read_evaluation(config, folder):

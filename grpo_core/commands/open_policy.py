@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +73,9 @@ def open_source(
         ConfigError: there is no such source, or it cannot be loaded.
     """
     quieten()
+    source = os.path.expanduser(source)
+    if not os.path.exists(source) and os.path.isfile(Path("runs") / source / "config.yaml"):
+        raise ConfigError(f"there is no folder {source}; did you mean the run {Path('runs') / source}?")
     if missing := describe_missing_folder(source):
         raise ConfigError(missing)
     try:

@@ -17,7 +17,8 @@ def run_sft(config: Path | None, overrides: Sequence[str] = ()) -> int:
     Raises:
         ConfigError: the configuration is wrong, or the run cannot be set up with it.
     """
-    loaded = load_job(config, overrides, default=find_configs() / "tiny_sft.yaml", notify=print_note)
+    default = find_configs() / "tiny_sft.yaml"
+    loaded = load_job(config, overrides, default=default, notify=print_note, supervised=True)
     announce(loaded)
     from grpo_core.training import sft  # takes seconds, so a mistake in the configuration is reported before it
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from grpo_core.objective.rewards import REWARDS
 from grpo_core.objective.token_weights import AVERAGES
 from grpo_core.objective.truncation import TRUNCATIONS
 from grpo_core.registry import get_fact
-from grpo_core.schema import ConfigError, summarize_error
+from grpo_core.schema import ConfigError, first_line, summarize_error
 
 
 def check(config: RunConfig) -> None:
@@ -32,6 +33,9 @@ def check(config: RunConfig) -> None:
         ConfigError: describes the first error.
     """
     _check_secrets(asdict(config), "")
+    for key in NOT_EMPTY:
+        if attrgetter(key)(config) == "":
+            raise ConfigError(f"{key} is ''; it must not be empty")
     with torch.device("cpu"):  # whatever torch's default device is: the batches of two are made here
         _check_functions(config)
     _check_rewards(config)
@@ -45,6 +49,11 @@ def check(config: RunConfig) -> None:
     if config.resume not in (None, "auto", "force") and not (Path(config.resume) / "config.yaml").exists():
         raise ConfigError(f"resume is {config.resume!r}; it must be auto, force, null, or the folder of a run")
 
+
+NOT_EMPTY = (  # an empty one would mean the shell's folder, or would be taken for another key's value
+    *("model.path", "data.path", "data.subset", "data.split", "data.eval_path", "data.eval_split"),
+    *("output_dir", "sft.output"),
+)
 
 SECRET = re.compile(
     r"""://[^/@\s]+:[^/@\s]+@ | \b(?:hf|ghp|gho)_[A-Za-z0-9]{30,} | \bgithub_pat_\w{30,}
@@ -70,7 +79,7 @@ def _check_secrets(value: Any, key: str) -> None:
 def _check_functions(config: RunConfig) -> None:
     """Check that every function of the objective exists, takes its arguments, and works on a batch of two."""
     loss = config.loss
-    KLS.get(loss.kl)
+    check_inputs("loss.kl", loss.kl, KLS.get(loss.kl))
     AVERAGES.get(loss.average)
     try_loss(loss.name, loss.args)
     try_advantage(config.advantage.name, config.advantage.args)
@@ -110,8 +119,43 @@ def try_advantage(name: str, args: dict[str, Any]) -> Callable:
     return function
 
 
+INPUTS = {  # section -> what its function is called with, in this order
+    "loss": ("logprobs", "old_logprobs", "advantages", "completion_mask"),
+    "loss.kl": ("logprobs", "ref_logprobs", "old_logprobs"),
+    "loss.rollout_correction": ("old_logprobs", "rollout_logprobs", "completion_mask"),
+    "advantage": ("rewards",),
+    "truncation": ("rewards", "lengths", "truncated", "max_new_tokens"),
+}
+ADVANTAGE_INPUTS = ("lengths", "components", "weights")  # passed by name to an advantage that has such a parameter
+
+
+def check_inputs(key: str, name: str, function: Callable) -> None:
+    """Raise ConfigError if a function of the objective cannot be called with the inputs of its section."""
+    inputs, signature = INPUTS[key], inspect.signature(function)
+    by_name = {x: None for x in ADVANTAGE_INPUTS if key == "advantage" and x in signature.parameters}
+    try:
+        signature.bind(*inputs, **by_name)
+        return
+    except TypeError as error:
+        problem = first_line(error)
+    known = f"{', '.join(inputs)}" + (f", and by name {', '.join(ADVANTAGE_INPUTS)}" if key == "advantage" else "")
+    needed = [
+        p for p in signature.parameters.values() if p.default is p.empty and p.kind.name.startswith(("POS", "KEY"))
+    ]
+    surplus = [p.name for p in needed if p.kind is p.KEYWORD_ONLY] + [
+        p.name for p in [p for p in needed if p.kind is not p.KEYWORD_ONLY][len(inputs) :]
+    ]
+    surplus = [x for x in surplus if x not in by_name]
+    asked = f"asks for {', '.join(surplus)}" if surplus else f"cannot be called: {problem}"
+    raise ConfigError(
+        f"{key} {name} {asked}; it is called with {known}, in this order, and any other argument must be keyword-only "
+        f"with a default"
+    )
+
+
 def _try(key: str, name: str, function: Callable, *inputs: Any) -> Any:
     """Call a function, and turn what it raises into a ConfigError that names the key and the function."""
+    check_inputs(key, name, inputs[0] if function is compute_advantages else function)
     try:
         return function(*inputs)
     except ConfigError as error:
@@ -122,13 +166,21 @@ def _try(key: str, name: str, function: Callable, *inputs: Any) -> Any:
 
 
 def _check_rewards(config: RunConfig) -> None:
-    REWARDS.get(config.evaluation.reward)
+    _check_takes_completions(config.evaluation.reward, REWARDS.get(config.evaluation.reward))
     for i, reward in enumerate(config.rewards):
-        REWARDS.build(reward.name, reward.args, f"rewards[{i}].args")
+        function = REWARDS.build(reward.name, reward.args, f"rewards[{i}].args")
+        _check_takes_completions(reward.name, function)
     if len({reward.name for reward in config.rewards}) < len(config.rewards) or not config.rewards:
         raise ConfigError("rewards must name at least one reward, and none of them twice")
     if all(reward.weight == 0 for reward in config.rewards):
         raise ConfigError("rewards: every weight is 0, so there is nothing to learn; at least one must differ from 0")
+
+
+def _check_takes_completions(name: str, function: Callable) -> None:
+    parameters = inspect.signature(function).parameters
+    positional = ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD", "VAR_POSITIONAL")
+    if "completions" not in parameters and not any(p.kind.name in positional for p in parameters.values()):
+        raise ConfigError(f"reward {name} takes no completions; its first parameter must be the list of completions")
 
 
 def _check_objective(config: RunConfig) -> None:

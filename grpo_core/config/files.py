@@ -4,47 +4,51 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 import yaml
 
-from grpo_core import trl_names
 from grpo_core.config.checks import check
 from grpo_core.config.formula import LETTERS, render
+from grpo_core.config.nearest import describe_unknown_key
+from grpo_core.config.paths import resolve_paths
 from grpo_core.config.presets import get_preset, merge
-from grpo_core.config.sections import RunConfig
+from grpo_core.config.sections import RunConfig, SftConfig, use_supervised_objective
 from grpo_core.config.shipped import find_default, find_file, list_shipped
+from grpo_core.config.words import ITEM, find_type, get_in, parse_value, split_word, type_hints
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.schema import ConfigError, coerce, list_known
 
+RESOLVED = "# The whole configuration of a run; paths are relative to the folder in which the run was started."
 WORDS_OF_A_START = {"name", "output_dir", "resume", "overwrite"}  # keys that say which run is started, and how
 MAX_NAMED_KEYS = 8  # in a sentence about keys that differ
 
-_type_hints = cache(get_type_hints)  # a third of the time that a configuration takes
 
-
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply `section.key=value` overrides, whose values are YAML, and check the result.
+def load(path: str | Path, overrides: Sequence[str] = (), *, supervised: bool = False) -> RunConfig:
+    """Read a YAML file, apply `section.key=value` overrides (config/words.py), and check the result.
 
     `path` may be the name of a shipped configuration, such as `tiny` or `tiny.yaml`. `base: FILE` in a file names
-    another file, beside it or shipped, whose keys the file overrides.
+    another file, beside it or shipped, whose keys the file overrides. `supervised` is for the command `sft`: it
+    replaces the objective by the supervised one before the check.
 
     Raises:
         ConfigError: a missing file, an unknown key, a value of the wrong type, or values that exclude each other.
     """
     path = find_file(path, Path())
+    if os.path.isfile(path / "config.yaml"):
+        raise ConfigError(f"--config {path} is the folder of a run; did you mean {path / 'config.yaml'}?")
     if not os.path.exists(path):
         raise ConfigError(
             f"cannot read {path}: No such file or directory; a shipped configuration is named without a folder, "
             f"{list_known(path.stem, list_shipped())}"
         )
-    return _resolve(_layers(path, ()), overrides, path.parent)
+    return _resolve(_layers(path, ()), overrides, supervised)
 
 
 def load_job(
@@ -53,13 +57,14 @@ def load_job(
     *,
     default: Path | None = None,
     notify: Callable[[str], object] = lambda sentence: None,
+    supervised: bool = False,
 ) -> RunConfig:
     """Return the configuration of a training job: that of `load`; with `resume` that of the run which it continues.
 
     A run continues from its own config.yaml, with the overrides on top. `path` then only says, by name and output_dir,
     which run auto and force mean; `notify` gets a sentence about its other keys that differ. Without `path` the file
     is `default`, or the shipped one for this machine. A run without a checkpoint has nothing to continue, so auto and
-    force start it anew.
+    force start it anew. `supervised` is as for `load`.
 
     Raises:
         ConfigError: as `load`.
@@ -67,16 +72,14 @@ def load_job(
     file = path or default or find_default()
     folder, by_name = _find_resumed(file, overrides)
     if folder is None:
-        return load(file, overrides)
+        return load(file, overrides, supervised=supervised)
     file_data, words = _layers(find_file(file, Path()), ()), [*overrides]
-    for word in words:
-        if word.partition("=")[0] in WORDS_OF_A_START:
-            _apply(file_data, word)
+    _apply_start(file_data, words)
     data = _layers(folder / "config.yaml", ()) | {"resume": file_data["resume"]}
     if by_name:  # the folder may have been moved or renamed since its config.yaml was written
         data |= {"name": folder.name, "output_dir": str(folder.parent)}
-        words = [word for word in words if word.partition("=")[0] not in ("name", "output_dir")]
-    config = _resolve(data, words, folder)
+        words = [word for word in words if split_word(word)[0] not in ("name", "output_dir")]
+    config = _resolve(data, words, supervised)
     if path and (keys := _list_differing(file_data, words, config)):
         more = f" and {len(keys) - MAX_NAMED_KEYS} more keys" if len(keys) > MAX_NAMED_KEYS else ""
         notify(
@@ -92,9 +95,7 @@ def _find_resumed(file: Path, overrides: Sequence[str]) -> tuple[Path | None, bo
     if not path.is_file():
         return None, False  # `load` names the mistake, as for all others here
     data = _layers(path, ())
-    for word in overrides:
-        if word.partition("=")[0] in WORDS_OF_A_START:
-            _apply(data, word)
+    _apply_start(data, overrides)
     resume, name, output_dir = (data.get(key, getattr(RunConfig, key)) for key in ("resume", "name", "output_dir"))
     if not all(isinstance(value, str) for value in (resume, name, output_dir)) or data.get("overwrite"):
         return None, False
@@ -104,10 +105,17 @@ def _find_resumed(file: Path, overrides: Sequence[str]) -> tuple[Path | None, bo
     return (folder if (folder / "config.yaml").is_file() and (has_checkpoint or not by_name) else None), by_name
 
 
+def _apply_start(data: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set the keys of `WORDS_OF_A_START` that the overrides name."""
+    for key, text in map(split_word, overrides):
+        if key in WORDS_OF_A_START:
+            _apply(data, key, parse_value(text, find_type(key, data, overrides), key))
+
+
 def _list_differing(data: dict[str, Any], words: list[str], config: RunConfig) -> list[str]:
     """Return the keys of a file whose values the run does not have, without those of `words` and of the start."""
     values, own = flatten(asdict(build(RunConfig, data, ""))), flatten(asdict(config))
-    ignored = WORDS_OF_A_START | {"preset"} | {word.partition("=")[0] for word in words}
+    ignored = WORDS_OF_A_START | {"preset"} | {split_word(word)[0] for word in words}
     return [
         key
         for key in sorted(values.keys() & flatten(data).keys())
@@ -131,7 +139,7 @@ def load_run_config(
     if notify is not None:
         for name in _remove_unknown_functions(data):
             notify(f"{folder}: {name} is not registered here and is left out")
-    return _resolve(data, overrides, folder)
+    return _resolve(data, overrides)
 
 
 def _replace_missing_files(value: Any, copies: Path) -> Any:
@@ -168,7 +176,7 @@ def load_overrides(overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: as `load`.
     """
-    return _resolve({}, overrides, Path())
+    return _resolve({}, overrides)
 
 
 def _layers(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -187,20 +195,30 @@ def _layers(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         under = _layers(find_file(str(base), path.parent), (*above, path.resolve()))
     if data.get("preset") is not None:
         under = merge(under, get_preset(str(data["preset"])))
-    return _read_deepspeed(merge(under, data), path.parent)
+    folder = Path() if _is_resolved(path) else path.parent
+    return _read_deepspeed(merge(under, resolve_paths(data, folder)), folder)
 
 
-def _resolve(data: dict[str, Any], overrides: Sequence[str], folder: Path) -> RunConfig:
-    """Apply the overrides to the keys of a file in `folder`, and return the checked configuration."""
-    for override in overrides:
-        if override.startswith("preset=") and (name := _parse(override.removeprefix("preset="))) is not None:
-            data = merge(data, get_preset(str(name)))
-    for override in overrides:
-        _drop_arguments(data, override)
-    for override in overrides:
-        _apply(data, override)
+def _is_resolved(path: Path) -> bool:
+    """Return True if a file was written by `dump`, so that its paths do not depend on where it is."""
+    with path.open(encoding="utf-8") as file:
+        return file.readline().rstrip() == RESOLVED
+
+
+def _resolve(data: dict[str, Any], overrides: Sequence[str], supervised: bool = False) -> RunConfig:
+    """Apply the overrides to the keys of a file, and return the checked configuration."""
+    words = [split_word(override) for override in overrides]
+    for key, text in words:
+        if key == "preset" and (name := parse_value(text, str | None, key)) is not None:
+            data = merge(data, get_preset(name))
+    for key, text in words:
+        _drop_arguments(data, key, text)
+    for key, text in words:
+        _apply(data, key, parse_value(text, find_type(key, data, overrides), key))
+    data = resolve_paths(data, Path())
     build(RunConfig, data, "")  # so that a value of the wrong type is reported before a missing file
-    config = build(RunConfig, _read_deepspeed(data, folder), "")
+    config = build(RunConfig, _read_deepspeed(data, Path()), "")
+    config = use_supervised_objective(config) if supervised else config
     check(config)
     return config
 
@@ -214,26 +232,11 @@ def _read_deepspeed(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**data, "engine": {**engine, "deepspeed": _read(file, json.loads, "JSON")}}
 
 
-def parse_arguments(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments of a function from words `name=value`, whose values are YAML.
-
-    Raises:
-        ConfigError: a word has no equals sign.
-    """
-    arguments = {}
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{override!r} is not an argument; write name=value")
-        arguments[name] = _parse(text)
-    return arguments
-
-
 def dump(config: RunConfig) -> str:
     """Return the whole configuration as YAML that `load` reads to an equal one, with the objective as a comment."""
     lines = [*render(config).splitlines(), "", *LETTERS.splitlines()]
     objective = "".join(f"#   {line}".rstrip() + "\n" for line in lines)
-    return f"# What is minimised:\n#\n{objective}\n" + yaml.dump(
+    return f"{RESOLVED}\n#\n# What is minimised:\n#\n{objective}\n" + yaml.dump(
         asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
     )
 
@@ -259,11 +262,11 @@ def build(cls: type, data: Any, key: str) -> Any:
     """
     if not isinstance(data, dict):
         raise ConfigError(f"{key or 'the configuration'} is {data!r}; it must be a mapping")
-    hints, values = _type_hints(cls), {}
+    hints, values = type_hints(cls), {}
     names = {f.name for f in fields(cls)}
     for name, value in data.items():
         if name not in names:
-            hint = trl_names.key_hint(_join(key, name), value) or list_known(name, names)
+            hint = describe_unknown_key(key, str(name), names, value)
             raise ConfigError(f"unknown key {_join(key, name)}; {hint}")
         values[name] = _build_value(hints[name], value, _join(key, name))
     for f in fields(cls):
@@ -284,43 +287,45 @@ def _build_value(kind: Any, value: Any, key: str) -> Any:
     return coerce(value, kind, key)
 
 
-def _parse(text: str) -> Any:
-    """Return the value of a word on the command line: parsed as YAML, or the text itself where that fails."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def _apply(data: dict, override: str) -> None:
-    """Set the key of `section.key=value` in the nested mapping `data`."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        is_file = override.endswith((".yaml", ".yml", ".json"))
-        advice = f"to use a config file, write --config {override}" if is_file else "write section.key=value"
-        raise ConfigError(f"{override!r} is not an override; {advice}")
+def _apply(data: dict, key: str, value: Any) -> None:
+    """Set a dotted key in the nested mapping `data`."""
     *sections, last = key.split(".")
-    kind: Any = RunConfig
-    for name in (*sections, last):
-        kind = _type_hints(kind).get(name) if is_dataclass(kind) else None
     for section in sections:
+        if item := ITEM.fullmatch(section):
+            data = _find_item(data, item[1], int(item[2]))
+            continue
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
-            raise ConfigError(f"unknown key {key}; {section} is a value and has no keys")
-    value = _parse(text)
-    if kind in (str, str | None) and not isinstance(value, (str, type(None))):
-        value = text  # the key takes text, so {question} is a template and not a mapping
+            advice = f"; write {section}[0] for its first item" if isinstance(data, list) else ""
+            raise ConfigError(f"unknown key {key}; {section} is a value and has no keys{advice}")
     data[last] = value
 
 
-def _drop_arguments(data: dict, override: str) -> None:
+def _find_item(data: dict, name: str, index: int) -> dict:
+    """Return the item of a list of sections, such as rewards[0], as a mapping that can be changed."""
+    kind = type_hints(RunConfig).get(name) or type_hints(SftConfig).get(name)
+    item = get_args(kind)[0] if get_origin(kind) is list else None
+    if not is_dataclass(item):
+        raise ConfigError(f"unknown key {name}[{index}]; {name} is no list of sections")
+    values = data.get(name)
+    if values is None:
+        values = asdict(RunConfig())["rewards" if name == "rewards" else "sft"]
+        values = values if isinstance(values, list) else values[name]
+    first = fields(item)[0].name
+    items = [{first: x} if isinstance(x, str) else x for x in (values if isinstance(values, list) else [values])]
+    if index >= len(items) or not isinstance(items[index], dict):
+        raise ConfigError(f"{name}[{index}] does not exist; {name} has the items 0 to {len(items) - 1}")
+    items[index] = dict(items[index])
+    data[name] = items
+    return items[index]
+
+
+def _drop_arguments(data: dict, key: str, text: str) -> None:
     """Drop the `args` of the old function where an override `section.name=...` names another one."""
-    key, _, text = override.partition("=")
-    *sections, last = key.split(".")
-    for section in sections:
-        data = data.get(section) if isinstance(data, dict) else None
-    if last == "name" and sections and isinstance(data, dict) and data.get("name") != text:
-        data.pop("args", None)
+    section, _, last = key.rpartition(".")
+    named = get_in(data, section, None) if section else None
+    if last == "name" and isinstance(named, dict) and named.get("name") != text:
+        named.pop("args", None)
 
 
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -335,6 +340,15 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             if key in keys[:i]:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _construct_integer(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    """Return a decimal integer; 010, 0x10 and 1:30, which are integers in YAML 1.1, stay text."""
+    text = loader.construct_scalar(node)
+    return int(text) if re.fullmatch(r"[+-]?(0|[1-9]\d*(_\d+)*)", text) else text
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_integer)
 
 
 def _read(path: Path, parse: Any, kind: str) -> Any:

@@ -134,7 +134,8 @@ def merge_arguments(function: Callable, args: dict[str, Any]) -> dict[str, Any]:
 
 def get_formula(function: Callable) -> str:
     """Return the first line of a function's docstring, or its name where it has none."""
-    text = inspect.getdoc(function) or function.__name__
+    function = getattr(function, "func", function)  # of a partial
+    text: str = inspect.getdoc(function) or getattr(function, "__name__", "") or type(function).__name__
     return text.splitlines()[0]
 
 

@@ -7,7 +7,7 @@ configurations.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -248,3 +248,15 @@ class RunConfig:
     def prompts_per_step(self) -> int:
         """Return the number of prompts of one step over all ranks."""
         return self.trainer.completions_per_step // self.sampling.group_size
+
+
+def use_supervised_objective(config: RunConfig) -> RunConfig:
+    """Return `config` with the objective of the command `sft` instead of its own: the mean cross-entropy per token."""
+    return replace(
+        config,
+        loss=LossConfig(name="reinforce", average="token", kl_coef=0.0),
+        advantage=AdvantageConfig("dr_grpo"),
+        truncation=FunctionConfig("keep"),
+        reference=ReferenceConfig(),
+        log=replace(config.log, exact_kl_every=0),
+    )

@@ -18,6 +18,7 @@ def find_file(path: str | Path, *folders: Path) -> Path:
     A shipped YAML file may be named without its ending: `tiny` is configs/tiny.yaml. A file that is nowhere is returned
     as it would be in the last folder, so that the error of reading it names that place.
     """
+    path = os.path.expanduser(path)
     candidates = [folder / path for folder in folders]
     if len(Path(path).parts) == 1:
         candidates += [find_configs() / path, find_configs() / f"{path}.yaml"]
@@ -29,6 +30,29 @@ def find_default() -> Path:
     import torch
 
     return find_configs() / ("gsm8k_qwen2.5_1.5b.yaml" if torch.cuda.device_count() else "tiny.yaml")
+
+
+def describe_run(folder: str | Path) -> str | None:
+    """Return a sentence's end for a folder that is a run or one of its checkpoints: what to name instead; else None.
+
+    A name without a folder is also looked for in runs/.
+    """
+    path = Path(folder)
+    if os.path.isfile(path / "meta.json") and path.parent.name == "checkpoints":
+        return f"which is a checkpoint of the run {path.parents[1]}; {_describe_weights(path.parents[1])}"
+    if os.path.isfile(path / "config.yaml") and not os.path.isfile(path / "config.json"):
+        return f"which is a run; {_describe_weights(path)}"
+    if len(path.parts) == 1 and not os.path.exists(path) and os.path.isfile(Path("runs") / path / "config.yaml"):
+        return f"which is the name of a run; {_describe_weights(Path('runs') / path)}"
+    return None
+
+
+def _describe_weights(run: Path) -> str:
+    """Return the folder of a run's weights, as a question."""
+    for name in ("export", "model", "adapter"):
+        if (run / name / "config.json").is_file():
+            return f"did you mean {run / name}?"
+    return f"did you mean {run / 'adapter'}, which python -m grpo_core export {run} merges into {run / 'export'}?"
 
 
 def list_shipped() -> list[str]:

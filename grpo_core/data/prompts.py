@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core.batch import Task
 from grpo_core.config.sections import DataConfig
 from grpo_core.data.encoding import cut_left, encode_prompts
-from grpo_core.data.rows import Row
+from grpo_core.data.rows import Row, Rows
 from grpo_core.schema import ConfigError, list_known, summarize_error
 
 RESERVED_COLUMNS = ("completions", "prompts")  # rewards receive them beside the columns of the data
@@ -20,7 +22,8 @@ RESERVED_COLUMNS = ("completions", "prompts")  # rewards receive them beside the
 def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Task], int]:
     """Return the rows as tasks, and the number of prompts longer than max_prompt_tokens.
 
-    long_prompts decides whether such a prompt is dropped, truncated or an error.
+    long_prompts decides whether such a prompt is dropped, truncated or an error. The number of a row, in messages and
+    in the task, is that in its split, also where only a part of the split was taken (`rows.Rows`).
 
     Raises:
         ConfigError: a column that the template or `columns` names is missing or holds no text, a prompt is empty or too
@@ -28,23 +31,26 @@ def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTok
     """
     if not rows:
         return [], 0
+    numbers = rows.numbers if isinstance(rows, Rows) else range(len(rows))
     rows = _rename_columns(rows, config.columns)
-    _check_columns(rows)
-    _check_template_columns(rows, config.template)
+    _check_columns(rows, numbers)
+    _check_template_columns(rows, numbers, config.template)
     if config.prompt == "chat" and not tokenizer.chat_template:
         raise ConfigError(
             "data.prompt is chat, but the model's tokenizer has no chat template; use data.prompt: template"
         )
     prompts = [render_prompt(row, config, tokenizer) for row in rows]
-    _check_characters(prompts, "the prompt made from it with data.template and data.system")
+    _check_characters(prompts, numbers, "the prompt made from it with data.template and data.system")
     ids = encode_prompts(tokenizer, prompts, add_special_tokens=config.prompt != "chat")
     if [] in ids:
-        raise ConfigError(f"row {ids.index([]) + 1} of the data: the prompt is empty; it needs at least one token")
+        raise ConfigError(
+            f"row {numbers[ids.index([])] + 1} of the data: the prompt is empty; it needs at least one token"
+        )
     limit = config.max_prompt_tokens
     too_long = [index for index, prompt_ids in enumerate(ids) if len(prompt_ids) > limit]
     if too_long and config.long_prompts == "error":
         raise ConfigError(
-            f"row {too_long[0] + 1} of the data: the prompt has {len(ids[too_long[0]])} tokens, more than "
+            f"row {numbers[too_long[0]] + 1} of the data: the prompt has {len(ids[too_long[0]])} tokens, more than "
             f"data.max_prompt_tokens ({limit}), as have {len(too_long)} of {len(ids)} prompts; raise it, or set "
             f"data.long_prompts to drop or truncate_left"
         )
@@ -52,8 +58,8 @@ def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTok
         ids[index] = cut_left(tokenizer, ids[index], limit)
         prompts[index] = tokenizer.decode(ids[index])
     tasks = [
-        Task(index, prompt, prompt_ids, row)
-        for index, (prompt, prompt_ids, row) in enumerate(zip(prompts, ids, rows, strict=True))
+        Task(number, prompt, prompt_ids, row)
+        for number, prompt, prompt_ids, row in zip(numbers, prompts, ids, rows, strict=True)
         if len(prompt_ids) <= limit
     ]
     if not tasks:
@@ -81,6 +87,13 @@ def render_prompt(row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBa
         raise ConfigError(f"the model's chat template cannot be filled in: {summarize_error(error)}") from error
 
 
+def is_text(value: Any) -> bool:
+    """Return True if a column's value can be a part of a prompt or a target: text, or a number that is one."""
+    if isinstance(value, (float, Decimal)):
+        return math.isfinite(value)
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
+
+
 def list_template_fields(template: str) -> list[str]:
     """Return the column names in a template.
 
@@ -106,7 +119,7 @@ def _rename_columns(rows: Sequence[Row], columns: dict[str, str]) -> list[Row]:
     return [{new_names.get(name, name): value for name, value in row.items()} for row in rows]
 
 
-def _check_columns(rows: Sequence[Row]) -> None:
+def _check_columns(rows: Sequence[Row], numbers: Sequence[int]) -> None:
     """Refuse columns whose names the rewards' arguments have, and text that cannot be encoded."""
     for name in RESERVED_COLUMNS:
         if name in rows[0]:
@@ -115,15 +128,15 @@ def _check_columns(rows: Sequence[Row]) -> None:
                 f"data.columns={{NEW: {name}}}"
             )
     for name in rows[0]:
-        _check_characters([row[name] for row in rows], f"column {name!r}")
+        _check_characters([row[name] for row in rows], numbers, f"column {name!r}")
 
 
-def _check_characters(values: Sequence[Any], place: str) -> None:
+def _check_characters(values: Sequence[Any], numbers: Sequence[int], place: str) -> None:
     """Raise ConfigError if a text, or a text in a list or mapping, has a lone surrogate, which no tokenizer encodes."""
-    for number, value in enumerate(values, 1):
+    for number, value in zip(numbers, values, strict=True):
         if (character := _find_surrogate(value)) is not None:
             raise ConfigError(
-                f"row {number} of the data: {place} has the lone surrogate {character!a}, half of a character; "
+                f"row {number + 1} of the data: {place} has the lone surrogate {character!a}, half of a character; "
                 f"correct it or remove the row"
             )
 
@@ -143,14 +156,15 @@ def _find_surrogate(value: Any) -> str | None:
     return None
 
 
-def _check_template_columns(rows: Sequence[Row], template: str) -> None:
-    """Check that the columns that the template uses hold text in every row."""
+def _check_template_columns(rows: Sequence[Row], numbers: Sequence[int], template: str) -> None:
+    """Check that the columns that the template uses hold text or a number in every row."""
     for name in list_template_fields(template):
         if name not in rows[0]:
             raise ConfigError(f"data.template uses {{{name}}}, but the data has the columns {', '.join(rows[0])}")
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row[name], str):
+        for number, row in zip(numbers, rows, strict=True):
+            if not is_text(row[name]):
                 value = "null" if row[name] is None else repr(str(row[name])[:40])
                 raise ConfigError(
-                    f"row {number} of the data: column {name!r}, which data.template uses, is {value}; it must be text"
+                    f"row {number + 1} of the data: column {name!r}, which data.template uses, is {value}; it must be "
+                    f"text or a number"
                 )

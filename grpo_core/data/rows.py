@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,15 @@ FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 BUILTIN_ROWS = {"train": 20_000, "test": 1_000}  # rows of builtin:word_problems by split
 
 
-def load_splits(config: DataConfig, num_eval: int) -> tuple[list[Row], list[Row]]:
+class Rows(list[Row]):
+    """Some rows of a split, with `numbers`, their places in the split, from 0."""
+
+    def __init__(self, rows: Iterable[Row], numbers: Iterable[int] | None = None) -> None:
+        super().__init__(rows)
+        self.numbers = list(range(len(self)) if numbers is None else numbers)
+
+
+def load_splits(config: DataConfig, num_eval: int) -> tuple[Rows, Rows]:
     """Return the training rows and at most `num_eval` evaluation rows; if both come from one split, they are disjoint.
 
     Every row has every column of its split, with None where the data has no value.
@@ -38,12 +48,26 @@ def load_splits(config: DataConfig, num_eval: int) -> tuple[list[Row], list[Row]
             )
         # independent of the run's seed: no run may train on rows that another is evaluated on
         order = make_generator(make_key("held_out")).permutation(len(train))
-        train, held_out = ([train[i] for i in sorted(part)] for part in (order[num_eval:], order[:num_eval]))
+        parts = (sorted(part.tolist()) for part in (order[num_eval:], order[:num_eval]))
+        train, held_out = (Rows((train[i] for i in part), part) for part in parts)
     return train, held_out
 
 
-def load_rows(path: str, subset: str | None, split: str, limit: int | None) -> list[Row]:
-    """Return at most `limit` rows of a split, each with every column, with None where the data has no value.
+def describe_eval_source(config: DataConfig) -> tuple[str, str]:
+    """Return the path of the evaluation rows, and which of its rows they are, as `load_splits` reads them."""
+    path = config.eval_path or config.path
+    if config.eval_path is not None or config.eval_split is not None:
+        return path, describe_split(path, config.eval_split or "train")
+    return path, "test" if path.startswith("builtin:") else f"held out of {config.split}"
+
+
+def describe_split(path: str, split: str) -> str:
+    """Return the name of a split; a file has no splits, and its only one is the whole file."""
+    return "the whole file" if Path(path).is_file() else split
+
+
+def load_rows(path: str, subset: str | None, split: str, limit: int | None) -> Rows:
+    """Return at most `limit` first rows of a split, each with every column, with None where the data has no value.
 
     Raises:
         ConfigError: the data cannot be loaded, or has no rows.
@@ -52,7 +76,7 @@ def load_rows(path: str, subset: str | None, split: str, limit: int | None) -> l
     if not rows:
         raise ConfigError(f"data.path is {path!r} (split {split!r}), and it has no rows")
     columns = dict.fromkeys(name for row in rows for name in row)
-    return [{name: row.get(name) for name in columns} for row in rows[:limit]]
+    return Rows({name: row.get(name) for name in columns} for row in rows[:limit])
 
 
 def _read_rows(path: str, subset: str | None, split: str, limit: int | None) -> list[Row]:
@@ -67,6 +91,8 @@ def _read_rows(path: str, subset: str | None, split: str, limit: int | None) -> 
             )
         count = BUILTIN_ROWS[split]
         return make_word_problems(split, count if limit is None else max(1, min(limit, count)))
+    if os.path.isfile(local / "config.yaml") and os.path.isfile(local / "metrics.jsonl"):
+        raise ConfigError(f"data: {path} is the folder of a run; did you mean {local / 'completions.jsonl'}?")
     if local.suffix in FORMATS and not local.exists():
         raise ConfigError(f"data: there is no file {path}")
     if local.is_file() and split != "train":

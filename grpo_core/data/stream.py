@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 
@@ -28,9 +29,9 @@ class TaskStream:
         self._epoch, self._order = -1, np.empty(0, dtype=int)
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Whole steps in one epoch, at least 1."""
-        return max(1, len(self.tasks) // self.prompts_per_step)
+    def steps_per_epoch(self) -> Fraction:
+        """Steps in one epoch, which need not be a whole number: 100 tasks at 64 a step are 25/16 steps."""
+        return Fraction(len(self.tasks), self.prompts_per_step)
 
     def batch(self, step: int) -> list[Task]:
         """Return this rank's N tasks of `step`, each with the key of its completions."""

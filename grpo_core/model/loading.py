@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    DynamicCache,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from grpo_core.config.sections import ModelConfig
+from grpo_core.config.shipped import describe_run
 from grpo_core.model.rotation import find_rotations
 from grpo_core.schema import ConfigError, first_line, list_known
 
@@ -27,6 +23,8 @@ def resolve_model_path(path: str) -> str:
         ConfigError: no such built-in model exists, or `path` can only be a folder and does not exist.
     """
     if not path.startswith("builtin:"):
+        if run := describe_run(path):
+            raise ConfigError(f"model.path is {path!r}, {run}")
         if problem := describe_missing_folder(path):
             raise ConfigError(f"model.path is {path!r}: {problem}")
         return path
@@ -138,7 +136,17 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, config:
     find_rotations(config).check_lengths(prompts, max_new_tokens)
 
 
+def _is_hub_run(path: str) -> bool:
+    """Return True if a hub id is a run folder that someone has uploaded."""
+    try:
+        return cached_file(path, "config.yaml") is not None
+    except Exception:  # the hub cannot be reached, or has no such repository or file
+        return False
+
+
 def _hub_hint(path: str) -> str:
     """Return the end of an error message for a `path` that may be a hub id; empty for a folder."""
     is_folder = path.startswith(("builtin:", ".", "/")) or Path(path).exists()
+    if not is_folder and _is_hub_run(path):
+        return f"; {path} is a run; did you mean {path}/adapter, downloaded into a folder?"
     return "" if is_folder else "; if the hub cannot be reached, set model.path to a folder that holds the model"

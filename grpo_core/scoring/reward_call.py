@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Set, ValuesView
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +32,10 @@ def attempt(function: Callable, completions: list[str], columns: dict[str, Any])
     """
     count = len(completions)
     try:
-        values = _call(function, completions, columns)
-        if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
-            return failed_outcome(count, f"returned {repr(values)[:40]}; it must return a list with a number for each")
+        own = {name: [_copy(value) for value in values] for name, values in columns.items()}
+        values = _call(function, list(completions), own)  # copies, which the reward may change
+        if problem := _describe_wrong_result(values):
+            return failed_outcome(count, problem)
         values = list(values)
     except (Exception, SystemExit) as error:
         return failed_outcome(count, f"raised {summarize_error(error)}")
@@ -62,8 +64,10 @@ def find_missing_columns(function: Callable, columns: Collection[str]) -> list[s
 
 
 def list_needed_columns(function: Callable) -> list[str]:
-    """Return the names of the parameters of `function` without a default, except the first (the completions)."""
-    _, *others = inspect.signature(function).parameters.values()
+    """Return the names of the parameters of `function` without a default, except that of the completions."""
+    parameters = [*inspect.signature(function).parameters.values()]
+    first = next((p for p in parameters if p.name == "completions"), *parameters[:1])
+    others = [p for p in parameters if p is not first]
     return [p.name for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
 
 
@@ -83,6 +87,24 @@ def _call(function: Callable, completions: list[str], available: dict[str, Any])
     if "completions" in parameters:
         return function(completions=completions, **columns)
     return function(completions, **columns)
+
+
+def _copy(value: Any) -> Any:
+    """Return a value of a column that can be changed without changing the task."""
+    return copy.deepcopy(value) if isinstance(value, (list, dict)) else value
+
+
+def _describe_wrong_result(values: Any) -> str | None:
+    """Return why the result of a reward cannot be a value for each completion, as a verb phrase, or None."""
+    if inspect.isawaitable(values) or hasattr(values, "__aiter__"):
+        if inspect.iscoroutine(values):
+            values.close()  # otherwise Python warns that it was never awaited
+        return "is asynchronous, which is not supported; it must return a list with a number for each"
+    ordered = hasattr(values, "__iter__") and not isinstance(values, (str, bytes, bytearray, memoryview, Mapping, Set))
+    if ordered or isinstance(values, ValuesView):
+        return None
+    kind = f"a {type(values).__name__}, " if isinstance(values, (Mapping, Set)) else ""
+    return f"returned {kind}{repr(values)[:40]}; it must return a list with a number for each"
 
 
 def _to_number(value: Any) -> float | None:

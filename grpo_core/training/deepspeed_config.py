@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from grpo_core.config.precision import DTYPES
 from grpo_core.config.sections import RunConfig
 from grpo_core.schema import ConfigError
 
+BLOCKS = ("zero_optimization", "fp16", "bf16")  # that are read and filled in here
+EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+
 
 def deepspeed_config(config: RunConfig, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration: the user's JSON with every "auto" replaced by the run configuration's value.
@@ -18,7 +22,8 @@ def deepspeed_config(config: RunConfig, dtype: torch.dtype, world_size: int) -> 
     Raises:
         ConfigError: the JSON contradicts the run configuration, or sets something that belongs in the latter.
     """
-    filled = copy.deepcopy(config.engine.deepspeed)
+    filled = _read_numbers(copy.deepcopy(config.engine.deepspeed))
+    _check_blocks(filled)
     trainer = config.trainer
     for block, instead in (("optimizer", "engine.learning_rate, engine.beta1, ..."), ("scheduler", "engine.schedule")):
         if block in filled:
@@ -54,7 +59,7 @@ def deepspeed_config(config: RunConfig, dtype: torch.dtype, world_size: int) -> 
     _agree(filled["bf16"], "check_grad_overflow", True, skips, "bf16.check_grad_overflow")
     # The checked value counts completions per optimizer step; DeepSpeed's counts rows per micro-batch.
     filled.pop("train_batch_size")
-    if filled["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+    if (filled["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none":
         filled.setdefault("zero_force_ds_cpu_optimizer", False)
     return filled | {
         "train_micro_batch_size_per_gpu": 1,  # required, but unused
@@ -62,6 +67,32 @@ def deepspeed_config(config: RunConfig, dtype: torch.dtype, world_size: int) -> 
         "managed_gradient_accumulation": False,
         "steps_per_print": 10**9,
     }
+
+
+def _read_numbers(value: Any) -> Any:
+    """Return the JSON with text such as 2e8, which YAML 1.1 does not read as a number, as a number."""
+    if isinstance(value, dict):
+        return {key: _read_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_read_numbers(inner) for inner in value]
+    if not isinstance(value, str) or not EXPONENT.fullmatch(value):
+        return value
+    number = float(value)
+    return int(number) if number.is_integer() else number
+
+
+def _check_blocks(filled: dict[str, Any]) -> None:
+    """Raise ConfigError if a block that is read here is no mapping."""
+    zero = filled.get("zero_optimization", {})
+    blocks = {name: filled.get(name, {}) for name in BLOCKS}
+    if isinstance(zero, dict):
+        offload = zero.get("offload_optimizer")
+        blocks["zero_optimization.offload_optimizer"] = {} if offload is None else offload
+    for name, block in blocks.items():
+        if not isinstance(block, dict):
+            raise ConfigError(
+                f"the DeepSpeed JSON's {name} is {block!r}; it must be a mapping of DeepSpeed's keys, or be left out"
+            )
 
 
 def _agree(filled: dict[str, Any], key: str, value: Any, run_key: str, json_key: str | None = None) -> None:

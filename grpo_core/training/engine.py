@@ -37,7 +37,7 @@ from deepspeed.utils import (
 
 from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import watchdog
-from grpo_core.schema import ConfigError
+from grpo_core.schema import ConfigError, first_line, list_known
 from grpo_core.training.deepspeed_config import deepspeed_config
 from grpo_core.training.lr_schedule import learning_rate_schedule
 
@@ -45,6 +45,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 MAX_FLAT_ELEMENTS = 2**26  # of one flat parameter: LoRA fits into one; a whole model is gathered in parts
 ALIGNMENT = 64  # elements: every view begins where wide loads may
+READ_BY_KEY = ("activation_checkpointing", "data_types", "checkpoint")  # blocks whose unknown keys DeepSpeed ignores
+READ_LATER = ("flops_profiler",)  # keys that deepspeed.initialize reads, not DeepSpeed's configuration
 MAX_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default, for which it would allocate 1 GB
 
 
@@ -193,6 +195,70 @@ class Engine:
 
     def _adam_steps(self) -> int:
         return max((int(state["step"]) for state in self.optimizer.optimizer.state.values()), default=0)
+
+
+def check_deepspeed(filled: dict[str, Any]) -> None:
+    """Raise ConfigError if DeepSpeed refuses a filled-in configuration, or has a key that it never reads."""
+    for key in READ_BY_KEY:
+        if not isinstance(filled.get(key, {}), dict):
+            raise ConfigError(f"the DeepSpeed JSON's {key} is {filled[key]!r}; it must be a mapping, or be left out")
+    recorder = _Recorder({key: _Recorder(value) if key in READ_BY_KEY else value for key, value in filled.items()})
+    try:
+        with _quiet():
+            deepspeed.DeepSpeedConfig(recorder)
+    except Exception as error:  # of many types: pydantic's, DeepSpeed's own, and those of values of a wrong type
+        raise ConfigError(f"the DeepSpeed JSON's {_describe_refusal(recorder.last, error)}") from error
+    for prefix, block in (("", recorder), *((f"{key}.", recorder.get(key)) for key in READ_BY_KEY)):
+        for key in block if isinstance(block, _Recorder) else ():
+            if key not in block.read and (prefix or key in filled) and key not in READ_LATER:
+                known = list_known(key, block.read).rpartition(" (")[2].rstrip(")")
+                hint = f" ({known})" if known.startswith("did you") else ""
+                raise ConfigError(
+                    f"the DeepSpeed JSON has {prefix}{key}, which DeepSpeed does not read{hint}; remove it"
+                )
+
+
+def _describe_refusal(block: str, error: Exception) -> str:
+    """Return the key of a DeepSpeed configuration that `error` is about, its value, and what is wrong with it."""
+    details = getattr(error, "errors", None)  # of pydantic
+    if not callable(details):
+        return f"{block} is refused by DeepSpeed: {first_line(error)}"
+    first = details()[0]
+    key = ".".join(map(str, (block, *first["loc"])))
+    if first["type"] == "extra_forbidden":
+        return f"{key} is no key of DeepSpeed's {block}; correct its spelling or remove it"
+    return f"{key} is {first['input']!r}; {first['msg'][:1].lower()}{first['msg'][1:]}"
+
+
+class _Recorder(dict):
+    """A mapping that records which keys are read."""
+
+    def __init__(self, values: Any) -> None:
+        super().__init__(values)
+        self.read: set[str] = set()
+        self.last = ""  # the key that was read last
+
+    def _record(self, key: Any) -> None:
+        self.read.add(key)
+        self.last = key
+
+    def __getitem__(self, key: Any) -> Any:
+        self._record(key)
+        return super().__getitem__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self._record(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: Any) -> bool:
+        self._record(key)
+        return super().__contains__(key)
+
+    def keys(self) -> Any:
+        return self  # DeepSpeed asks `key in config.keys()`
+
+    def __copy__(self) -> _Recorder:
+        return self
 
 
 class _FlatParameters:

@@ -12,6 +12,7 @@ from typing import Any
 
 from grpo_core.config.sections import RunConfig
 from grpo_core.monitor import run_lock
+from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, run_dir
 from grpo_core.training.control import Control, first_control
 from grpo_core.training.run import Run
@@ -49,6 +50,17 @@ def find_start(config: RunConfig, job: str = "train") -> RunStart:
     meta, overridden = checkpoint.read_meta(latest, config, job) if latest else ({}, [])
     run_lock.acquire(folder)
     return RunStart(folder, latest, meta, overridden, warnings)
+
+
+def check_num_steps(start: RunStart, num_steps: int) -> None:
+    """Raise ConfigError if a run is to go on after its schedule has brought the learning rate to 0."""
+    rates = start.meta.get("engine", {}).get("schedule", {}).get("_last_lr", [])
+    if start.checkpoint and num_steps > start.step and rates and not any(rates):
+        raise ConfigError(
+            f"trainer.num_steps is {num_steps}, but the run in {start.folder} has finished its {start.step} steps, and "
+            f"its learning rate is 0; start a new run from its exported model (python -m grpo_core export "
+            f"{start.folder}), or train a longer run from the start under another name"
+        )
 
 
 def load_start(run: Run, start: RunStart) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,6 @@ class Run:
     objective: Objective
     budgets: Budgets
     log: RunLog
-    steps_per_epoch: int
+    steps_per_epoch: Fraction | int
     job: str = "train"  # the command: train or sft
     held_out: Callable[[], dict[str, float]] = dict  # further numbers of an evaluation; a collective

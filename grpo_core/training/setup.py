@@ -24,9 +24,9 @@ from grpo_core.random_keys import make_key
 from grpo_core.sampling.end_of_sequence import describe_eos_mismatch
 from grpo_core.scoring.scoring import build_reward
 from grpo_core.training.deepspeed_config import deepspeed_config
-from grpo_core.training.engine import Engine
+from grpo_core.training.engine import Engine, check_deepspeed
 from grpo_core.training.prepare import Prepared, build_objective, make_rewards, make_sampler, prepare
-from grpo_core.training.resume import RunStart, find_start, load_start
+from grpo_core.training.resume import RunStart, check_num_steps, find_start, load_start
 from grpo_core.training.run import Run
 
 
@@ -40,6 +40,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     per_rank = prompts_per_rank(config, ranks.world_size())
     start = find_start(config)
     prepared = prepare(config)
+    check_num_steps(start, count_steps(config, len(prepared.tasks), config.prompts_per_step))
     with show_elapsed("loading the model"):
         policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
     run = assemble(config, start, policy, prepared, config.prompts_per_step, dtype)
@@ -78,6 +79,11 @@ def describe_tasks(config: RunConfig, prepared: Prepared) -> str:
     )
 
 
+def count_steps(config: RunConfig, num_tasks: int, tasks_per_step: int) -> int:
+    """Return the number of steps of the run."""
+    return config.trainer.num_steps or max(1, int(config.trainer.epochs * num_tasks / tasks_per_step))
+
+
 def assemble(
     config: RunConfig,
     start: RunStart,
@@ -91,7 +97,7 @@ def assemble(
     trainer, world_size = config.trainer, ranks.world_size()
     tokenizer, tasks = prepared.tokenizer, prepared.tasks
     stream = TaskStream(tasks, tasks_per_step, config.seed, ranks.rank(), world_size)
-    num_steps = trainer.num_steps or max(1, int(trainer.epochs * len(tasks) / tasks_per_step))
+    num_steps = count_steps(config, len(tasks), tasks_per_step)
     total_steps = num_steps * trainer.num_minibatches * trainer.num_passes
     engine = Engine(policy.model, config, dtype=dtype, total_steps=total_steps, world_size=world_size)
     policy.model.eval()  # DeepSpeed switches it to training mode
@@ -133,5 +139,5 @@ def initialise_process(config: RunConfig) -> torch.dtype:
     ranks.setup(config.trainer.hang_timeout)
     ranks.seed_all(make_key("new_weights", config.seed))
     dtype = resolve_dtype(config.model.precision)
-    deepspeed_config(config, dtype, ranks.world_size())
+    check_deepspeed(deepspeed_config(config, dtype, ranks.world_size()))
     return dtype

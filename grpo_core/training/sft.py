@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_core.batch import Rollouts, Task, TrainBatch
 from grpo_core.config.precision import DTYPES, dtype_name
-from grpo_core.config.sections import AdvantageConfig, LossConfig, ReferenceConfig, RunConfig
+from grpo_core.config.sections import RunConfig, use_supervised_objective
 from grpo_core.data.rows import load_splits
 from grpo_core.distributed import ranks, signals
 from grpo_core.model.new_model import new_model
@@ -32,9 +32,9 @@ from grpo_core.training import checkpoint, run_dir
 from grpo_core.training.freeze import forward_all
 from grpo_core.training.job import close_at_end
 from grpo_core.training.prepare import prepare
-from grpo_core.training.resume import find_start, load_start
+from grpo_core.training.resume import check_num_steps, find_start, load_start
 from grpo_core.training.run import Run
-from grpo_core.training.setup import assemble, describe_tasks, initialise_process
+from grpo_core.training.setup import assemble, count_steps, describe_tasks, initialise_process
 from grpo_core.training.sft_targets import build_target_rollouts, find_longest_target
 from grpo_core.training.skipped_steps import SkippedSteps
 from grpo_core.training.trainer import begin, finish_step
@@ -85,6 +85,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
     prepared = prepare(
         config, tokenizer=tokenizer, model_config=base.config if base else None, scores_training_tasks=False
     )
+    check_num_steps(run_start, count_steps(config, len(prepared.tasks), config.trainer.completions_per_step))
     tokenizer, model_config = prepared.tokenizer, prepared.model_config
     longest = max(
         find_longest_target(config.sft, prepared.tasks, tokenizer, model_config),
@@ -131,8 +132,7 @@ def use_supervised_loss(config: RunConfig) -> RunConfig:
         )
     if config.sft.new_model and config.lora.r:
         raise ConfigError(f"lora.r is {config.lora.r}; it must be 0 with sft.new_model, which trains all weights")
-    loss = LossConfig(name="reinforce", average="token", kl_coef=0.0)
-    return replace(config, loss=loss, advantage=AdvantageConfig("dr_grpo"), reference=ReferenceConfig())
+    return use_supervised_objective(config)
 
 
 def train(run: Run, make_targets: MakeTargets) -> None:

@@ -102,6 +102,10 @@ def finish_step(
 
 
 def is_due(every: int | str, steps_taken: int, run: Run) -> bool:
-    """Return whether something that happens every so many steps, or every "epoch", happens after `steps_taken`."""
-    period = run.steps_per_epoch if every == "epoch" else every
-    return bool(period) and steps_taken % period == 0
+    """Return whether something that happens every so many steps, or every "epoch", happens after `steps_taken`.
+
+    An epoch ends in the step that reaches the last of its tasks.
+    """
+    if isinstance(every, str):
+        return steps_taken // run.steps_per_epoch > (steps_taken - 1) // run.steps_per_epoch
+    return bool(every) and steps_taken % every == 0

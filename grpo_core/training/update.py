@@ -52,7 +52,7 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
         "learning_rate": results[-1].learning_rate,
         "skipped": sum(not result.applied for result in results),
         "adapter_norm": float(run.policy.norm()),
-        "epoch": (step + 1) / run.steps_per_epoch,
+        "epoch": float((step + 1) / run.steps_per_epoch),  # tasks seen / tasks
         "kl_coef": control.kl_coef,
         "entropy_coef": control.entropy_bonus,
     }

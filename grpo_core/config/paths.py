@@ -1,0 +1,66 @@
+"""The rule for paths: a file named in a configuration file is looked for beside that file, then in the shell's folder.
+
+A path on the command line is relative to the shell's folder. `~` is the home folder in both. A path that is written to
+(output_dir, sft.output) and the folder of `resume` are relative to the shell's folder wherever they are named.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+READ = (("model", "path"), ("data", "path"), ("data", "eval_path"))  # beside the file, or in the shell's folder
+WRITTEN = (("output_dir",), ("resume",), ("sft", "output"))  # in the shell's folder
+FUNCTIONS = (  # file.py:function
+    *(("loss", "name"), ("loss", "kl"), ("loss", "average"), ("loss", "rollout_correction", "name")),
+    *(("advantage", "name"), ("truncation", "name"), ("evaluation", "reward")),
+)
+
+
+def resolve_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the keys of a configuration file in `folder` with their paths as seen from the shell's folder."""
+    for keys in READ:
+        data = _change(data, keys, lambda text: resolve_path(text, folder))
+    for keys in WRITTEN:
+        data = _change(data, keys, os.path.expanduser)
+    for keys in FUNCTIONS:
+        data = _change(data, keys, lambda text: resolve_function(text, folder))
+    rewards = data.get("rewards")
+    if isinstance(rewards, (str, dict)):
+        rewards = [rewards]
+    if isinstance(rewards, list):
+        data = {**data, "rewards": [_resolve_reward(reward, folder) for reward in rewards]}
+    return data
+
+
+def resolve_path(text: str, folder: Path) -> str:
+    """Return a path, or the name of something that is no file, as seen from the shell's folder."""
+    text = os.path.expanduser(text)
+    if folder == Path() or not text or os.path.isabs(text) or not os.path.exists(folder / text):
+        return text
+    return str(folder / text)
+
+
+def resolve_function(name: str, folder: Path) -> str:
+    """Return `file.py:function` with the file as seen from the shell's folder, and any other name as it is."""
+    file, colon, function = name.rpartition(":")
+    return f"{resolve_path(file, folder)}:{function}" if colon and file.endswith(".py") else name
+
+
+def _resolve_reward(reward: Any, folder: Path) -> Any:
+    if isinstance(reward, str):
+        return resolve_function(reward, folder)
+    return (
+        _change(reward, ("name",), lambda name: resolve_function(name, folder)) if isinstance(reward, dict) else reward
+    )
+
+
+def _change(data: dict[str, Any], keys: tuple[str, ...], function: Callable[[str], str]) -> dict[str, Any]:
+    """Return nested mappings with the text at `keys` replaced by `function` of it, if there is one."""
+    key, *inner = keys
+    value = data.get(key)
+    if inner and isinstance(value, dict):
+        return {**data, key: _change(value, tuple(inner), function)}
+    return {**data, key: function(value)} if not inner and isinstance(value, str) else data
