@@ -47,6 +47,18 @@ def child_environment():
     }
 
 
+@pytest.fixture(autouse=True)
+def end_clocks(monkeypatch):
+    """A run that a test builds and leaves keeps a thread that prints its progress, into the output of later tests."""
+    from grpo_core.monitor import progress
+
+    stops, start = [], progress._start
+    monkeypatch.setattr(progress, "_start", lambda *words: stops.append(start(*words)) or stops[-1])
+    yield
+    for stop in stops:
+        stop()
+
+
 @pytest.fixture
 def environment():
     return child_environment()

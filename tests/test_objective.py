@@ -241,7 +241,7 @@ def test_rewards_and_presets_are_listed_with_what_they_take(capsys):
     text = capsys.readouterr().out
     for name, function in REWARDS.functions.items():
         assert f"  {name} " in text and inspect.getdoc(function).splitlines()[0] in text
-    assert "args: strict = false\n" in text and "reads: answer\n" in text and "think_weight = 0.7" in text
+    assert "args: strict = false" in text and "reads: answer\n" in text and "think_weight = 0.7" in text
     assert all(f"  {name} " in text for name in PRESETS)
 
 

@@ -363,7 +363,7 @@ def test_what_cannot_be_replayed_is_one_sentence(plain, capsys, words, said):
 def test_two_processes_and_a_later_checkpoint(tmp_path, environment):
     """The row's loss and norm over both ranks; at the weights after the step, clipping is where its ratios say."""
     more = {"trainer__num_steps": 2, "debug__dump_batches": 1, "checkpoint__every": 1, "evaluation__num_tasks": 0}
-    more |= {"engine__learning_rate": 0.02, "engine__warmup_steps": 0, "engine__deepspeed": "{}"}
+    more |= {"engine__learning_rate": 0.02, "engine__warmup_steps": 0, "engine__deepspeed": "{}", "rewards": "num_unique_chars"}
     done = launch(2, *overrides(tmp_path, **more), environment=environment)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "tiny"

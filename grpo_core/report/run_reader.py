@@ -188,8 +188,8 @@ def _extract_objective(config: str) -> str:
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").removeprefix("   "))
-    has_heading = len(lines) > 1 and lines[0].endswith(":") and not lines[1]
-    return "\n".join(lines[2:] if has_heading else lines).strip("\n")
+    heading = next((i for i, line in enumerate(lines) if line.endswith(":") and not any(lines[i + 1 : i + 2])), -1)
+    return "\n".join(lines[heading + 1 :]).strip("\n")
 
 
 def _open_file(path: Path) -> Any:

@@ -55,7 +55,7 @@ class RewardWorker:
 
         Returns whether it can. A start that has failed is not repeated here, but by `result`.
         """
-        if self._start_problem is None and self._process.poll() is not None and self._is_ready:
+        if self._start_problem is None and self._is_ready and self._has_ended():
             self.close()
             self._start()
         if self._start_problem is None and not self._is_ready:
@@ -115,6 +115,21 @@ class RewardWorker:
         child_socket.close()
         self._is_ready, self._started = False, time.monotonic()
         self._start_problem: str | None = None  # why this start has failed
+
+    def _has_ended(self) -> bool:
+        """Return whether the process has ended or closed its connection. It must owe no reply.
+
+        The connection tells it first: the supervisor ends later, after all that the reward started.
+        """
+        if self._process.poll() is not None:
+            return True
+        self._socket.settimeout(0)
+        try:
+            return self._socket.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _send(self, request: bytes) -> None:
         try:
