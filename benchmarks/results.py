@@ -27,6 +27,7 @@ from grpo_core.training.eval_statistics import mcnemar, wilson_interval
 
 RESULTS = ROOT / "docs" / "results"
 DATA = ROOT / "benchmarks" / "results" / "runs"
+SOAK = ROOT / "benchmarks" / "results" / "soak.json"
 COLUMNS = (
     "step", "reward", "rewards/correct_answer", "first_draw/reward", "first_draw/tied_groups", "tied_groups", "resampled_groups",
     "length", "truncated", "tokens", "tokens_sampled", "micro_batches",
@@ -542,10 +543,24 @@ TABLES = {  # a table's mark in a page -> the function that renders it
     "gsm8k_earlier": gsm8k_earlier_table, "gsm8k_operations": gsm8k_operations_table, "against_trl": against_trl_table, "variants": variants_table,
     "variants_pairs": variants_pairs_table, "two_gpus": two_gpus_table, "peers": peers.table,
 }  # fmt: skip
+def draw_soak():
+    """Draw resident memory over the steps of the last long trace of the embedded job."""
+    rows = {row["workload"].partition(", MiB")[0].partition(": ")[2]: row for row in read(SOAK) if row["workload"].startswith("the embedded job")}
+    figure, axes = make_figure()
+    for colour, (name, label) in zip(COLOURS, (("resident memory", "training process"), ("resident memory of the children", "process of the reward")), strict=False):
+        steps, values = zip(*rows[name]["trace"], strict=True)
+        axes.plot(steps, values, color=colour, label=f"{label}: {rows[name]['ours']:+.2f} MiB per 1,000 steps after step 200")
+    axes.set(xlabel="step", ylabel="resident memory, MiB", ylim=(0, None))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_title("The embedded job over 5,000 steps", loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8, loc="center left")
+    figure.savefig(RESULTS / "soak.png")
+
+
 PICTURES = {  # function that draws a picture -> the runs in it
     draw_word_problems: ["word_problems"], draw_gsm8k: [*GSM8K_TRIED, "gsm8k_base"], draw_against_trl: [f"against_trl_{seed}" for seed in SEEDS_BESIDE_TRL],
     draw_variants: [variant(name, seed) for name in VARIANTS for seed in SEEDS], draw_two_gpus: ["one_gpu", "two_gpus"],
-    draw_reward_hacking: ["reward_hacking"],
+    draw_reward_hacking: ["reward_hacking"], draw_soak: [],
 }  # fmt: skip
 
 

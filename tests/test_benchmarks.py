@@ -32,7 +32,7 @@ def test_the_benchmark_beside_peers_checks_what_a_cpu_can(environment):
 SMALL_FORMS = {  # script -> the words that start it in a small form, in which it records nothing
     "decode_parts": ["--check"], "losses": ["--check"], "smollm2": ["--check"], "trl_parity": ["--check"],
     "sampling": ["--check"], "layouts": ["--check"], "precision": ["--check"], "embedded": ["--check"],
-    "results": ["check"], "experiments": ["--list"], "variants": ["--check"],
+    "results": ["check"], "experiments": ["--list"], "variants": ["--check"], "soak": ["--check"],
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """ZeRO-2 on two processes against plain AdamW on one, written out by hand: same weights, any micro-batch split."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from workers.zero2 import CLIP, PASSES, ROWS, STEPS, TIES, run_config, step_data
 from grpo_core.distributed import ranks
 from grpo_core.schema import ConfigError
 from grpo_core.training.engine import Engine
+from grpo_core.training.lr_schedule import learning_rate_schedule
 
 WORKERS = Path(__file__).parent / "workers"
 
@@ -114,6 +116,35 @@ def test_deepspeed_wraps_the_lora_model_itself(tmp_path, group):
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     trained = [p for p in after.values() if p.requires_grad]
     assert len({p.untyped_storage().data_ptr() for p in trained}) == 1 < len(trained)
+
+
+def test_n16_a_resumed_run_follows_the_schedule_of_its_own_length(group):
+    """FAULTS N16: the first step after a resume took the learning rate of the schedule of the old number of steps."""
+    ranks.setup()
+
+    def make(total_steps, **settings):
+        policy, config = tiny_policy(lora_noise=0.1), run_config("token", 30)
+        config = replace(config, engine=replace(config.engine, schedule="cosine", warmup_steps=2, **settings))
+        return policy, Engine(policy.model, config, dtype=torch.float32, total_steps=total_steps, world_size=1)
+
+    def rates(policy, engine, steps):
+        taken = []
+        for _ in range(steps):
+            engine.backward(sum(p.sum() for p in policy.parameters()))
+            taken.append(engine.step().learning_rate)
+        return taken
+
+    policy, engine = make(8)
+    rates(policy, engine, 3)
+    tensors, numbers = dict(engine.tensors()), engine.numbers()
+    on_and_on = rates(policy, engine, 5)
+    for total_steps, settings in ((8, {}), (16, {}), (5, {}), (8, {"learning_rate": 3e-2})):
+        policy, engine = make(total_steps, **settings)
+        engine.load(tensors, numbers)
+        factor = learning_rate_schedule("cosine", 2, total_steps)
+        expected = [settings.get("learning_rate", 1e-2) * factor(step) for step in range(3, min(total_steps, 8))]
+        assert rates(policy, engine, len(expected)) == expected, total_steps
+        assert (expected == on_and_on) == (total_steps == 8 and not settings)
 
 
 def test_state_of_other_weights_is_refused():

@@ -448,13 +448,17 @@ def test_n4_the_evaluation_data_is_called_what_it_is(tmp_path, monkeypatch):
     assert "On test.jsonl (the whole file):" in card
 
 
-@pytest.mark.parametrize("rates, num_steps, refused", [([0.0], 14, True), ([0.0], 10, False), ([1e-4], 14, False)])
-def test_n16_a_finished_run_does_not_go_on_at_learning_rate_0(rates, num_steps, refused):
-    meta = {"next_step": 10, "engine": {"schedule": {"_last_lr": rates}}}
+@pytest.mark.parametrize("rates, base, num_steps, refused", [
+    ([0.0], [1e-4], 14, "14, but the run in runs/a has finished its 10 steps"), ([0.0], [1e-4], 10, None), ([1e-4], [1e-4], 14, None),
+    ([1e-4], [1e-4], 10, None), ([0.0], [0.0], 14, None),  # engine.learning_rate is 0, and the schedule has not ended
+    ([1e-4], [1e-4], 9, "9, but the run in runs/a has taken 10 steps; it must be at least 10"),
+])  # fmt: skip
+def test_n16_a_finished_run_does_not_go_on_at_learning_rate_0(rates, base, num_steps, refused):
+    meta = {"next_step": 10, "engine": {"schedule": {"_last_lr": rates, "base_lrs": base}}}
     start = RunStart(Path("runs/a"), Path("runs/a/checkpoints/step-000010"), meta, [], [])
     if not refused:
         return check_num_steps(start, num_steps)
-    with pytest.raises(ValueError, match="trainer.num_steps is 14, but the run in runs/a has finished its 10 steps"):
+    with pytest.raises(ValueError, match=f"trainer.num_steps is {refused}"):
         check_num_steps(start, num_steps)
 
 

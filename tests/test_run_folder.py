@@ -1,7 +1,10 @@
 """Who writes a run folder, what a run continues from, and what stays in the folder."""
 
+import errno
 import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -119,6 +122,94 @@ def test_n2_two_starts_at_once_have_one_winner_and_a_refused_start_leaves_no_fol
         assert (tmp_path / "runs" / "fresh" / "lock.json").exists()
         1 / 0  # noqa: B018  as where the data turn out to be missing
     assert not (tmp_path / "runs" / "fresh").exists()
+
+
+class Other:
+    """A process that calls `work` when it is started, and answers with what it returned, or with its ConfigError."""
+
+    def __init__(self, work):
+        start, self._start = os.pipe()
+        answer, sender = os.pipe()
+        self.number, self.answer = os.fork(), os.fdopen(answer)
+        if self.number == 0:
+            os.close(self._start)
+            os.read(start, 1)
+            try:
+                text = str(work())
+            except ConfigError as error:
+                text = str(error)
+            os.write(sender, f"{text}\n".encode())
+            os._exit(0)  # without the exit handlers of pytest
+        os.close(sender)
+        os.close(start)
+
+    def start(self):
+        os.write(self._start, b".")
+
+    def read(self, seconds=20.0):
+        """Return its answer; empty if there is none after this time."""
+        return self.answer.readline() if select.select([self.answer], [], [], seconds)[0] else ""
+
+    def wait(self):
+        os.close(self._start)
+        os.waitpid(self.number, 0)
+
+
+def test_n2_the_choice_and_the_writing_of_the_lock_are_one_step(tmp_path, monkeypatch):
+    """FAULTS N2: a process that starts between another's look at the folder and its lock waits, and is refused."""
+    own_check, here, folder = run_lock.check_not_written, os.getpid(), tmp_path / "run"
+    other = Other(lambda: run_lock.acquire(folder))  # before the lock, whose handle it would inherit
+
+    def check_while_another_starts(folder):
+        own_check(folder)
+        if os.getpid() == here:
+            other.start()
+            assert other.read(0.4) == ""
+
+    monkeypatch.setattr(run_lock, "check_not_written", check_while_another_starts)
+    try:
+        run_lock.acquire(folder)
+        assert f"{folder} is being written by process {here} on {socket.gethostname()} since" in other.read()
+    finally:
+        other.wait()
+    assert json.loads((folder / "lock.json").read_text())["process"] == here
+
+
+def test_n2_the_lock_of_a_process_that_was_killed_is_taken_over(tmp_path):
+    """FAULTS N2: a killed process holds neither the file system's lock nor the right to the folder."""
+    other = Other(lambda: [run_lock.acquire(tmp_path / "run"), os.kill(os.getpid(), signal.SIGKILL)])
+    other.start()
+    other.wait()
+    assert other.read() == "" and json.loads((tmp_path / "run" / "lock.json").read_text())["process"] == other.number
+    run_lock.acquire(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "lock.json").read_text())["process"] == os.getpid()
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS])
+def test_n2_a_file_system_that_cannot_lock_is_said_and_the_run_is_locked_all_the_same(tmp_path, monkeypatch, capsys, living, number):
+    def refuse(handle, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", refuse)
+    run_lock.acquire(tmp_path / "run")
+    printed = "".join(capsys.readouterr())
+    assert f"the file system of {tmp_path}/run cannot lock files ({os.strerror(number)}); do not start two runs" in printed
+    assert json.loads((tmp_path / "run" / "lock.json").read_text())["process"] == os.getpid()
+    run_lock.release()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock.json").write_text(lock_of(living.pid))
+    with pytest.raises(ConfigError, match=f"is being written by process {living.pid}"):
+        run_lock.acquire(tmp_path / "run")
+
+
+def test_n2_a_folder_that_cannot_be_locked_or_written_is_a_sentence(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for place in (run_lock.os, "open"), (run_lock.os, "replace"):
+        with monkeypatch.context() as patch, pytest.raises(ConfigError, match=f"the run folder {tmp_path}/run .* cannot be written: Read-only"):
+            patch.setattr(*place, refuse)
+            run_lock.acquire(tmp_path / "run")
 
 
 def test_n2_every_writer_of_a_run_folder_respects_the_lock(run, living, tmp_path):

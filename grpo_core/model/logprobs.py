@@ -1,12 +1,15 @@
 """Log-probs, entropies and divergences of tokens from hidden states, without a tensor of logits [B, C, V]."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from grpo_core.model.trial import is_same
 
 MAX_LOGIT_BYTES = 160e6  # logits, and tensors computed from them, that exist at once
 
@@ -38,6 +41,37 @@ def softmax_statistics(
         return logprobs, entropy, None
     p = p.neg_().scatter_add_(1, token_ids[:, None], torch.ones_like(p[:, :1]))
     return logprobs, entropy, p.div_(temperature).to(logits.dtype)
+
+
+@cache
+def find_statistics(device: torch.device, dtype: torch.dtype, vocabulary: int) -> Statistics:
+    """Return the fastest function for the statistics of such logits: on a GPU the kernel, if it computes the same."""
+    if device.type != "cuda":
+        return softmax_statistics
+    from grpo_core.model.kernels import softmax_statistics as kernel  # needs triton
+
+    return kernel if computes_the_same(kernel, device, dtype, vocabulary) else softmax_statistics
+
+
+def computes_the_same(statistics: Statistics, device: torch.device, dtype: torch.dtype, vocabulary: int) -> bool:
+    """Return whether `statistics` equals `softmax_statistics` on made-up logits; False if it fails.
+
+    The logits come from a generator of their own, so that the random generators stay as they are.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    logits = 3 * torch.randn(3, vocabulary, generator=generator, device="cpu")
+    logits = logits.to(device, dtype)
+    ids = torch.tensor([0, vocabulary // 2, vocabulary - 1], device=device)
+    try:
+        for temperature, with_gradient in ((1.0, False), (0.7, True)):
+            expected = softmax_statistics(logits.clone(), ids, temperature, with_gradient)
+            values = statistics(logits.clone(), ids, temperature, with_gradient)
+            for value, right in zip(values, expected, strict=True):
+                if right is not None and (value is None or not is_same(value, right)):
+                    return False
+    except Exception:  # a kernel that does not compile on this GPU
+        return False
+    return True
 
 
 def token_logprobs(

@@ -2,7 +2,7 @@
 
 The result bounds every later micro-batch: it holds at most as many tokens, and at most as many tokens of attention's
 padded rows, as the largest trial that fitted. No collective runs during a trial, so a rank that runs out of memory does
-not block the others.
+not block the others. A trial leaves the model and the random generators as they were (trial.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import ranks
 from grpo_core.model.packing import Budget, Packing
 from grpo_core.model.policy import Policy, enable_gradient_checkpointing
+from grpo_core.model.trial import Snapshot, without_trace
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.objective.kl import KLS
 from grpo_core.registry import get_fact
@@ -54,7 +55,9 @@ def find_budgets(
     if not torch.cuda.is_available():
         tokens = MAX_CPU_TOKENS if fixed == "auto" else fixed
         return Budgets(Budget(tokens), Budget(max(tokens, MAX_CPU_TOKENS)))
-    trial = _Trial(config, policy, longest, rows)
+    if policy.kernel_differs:
+        notify("the log-prob kernel of this GPU computes other values than torch, so log-probs are computed without it")
+    trial, as_loaded = _Trial(config, policy, longest, rows), Snapshot(policy.model)
     with show_elapsed("trying what fits into memory"):
         update_rows = trial.find_max_rows(backward=True)
     if ranks.all_max(torch.tensor(float(update_rows == 0), device="cpu")) and checkpointing == "auto":
@@ -64,6 +67,7 @@ def find_budgets(
     smallest = -ranks.all_max(torch.tensor([-update_rows, -forward_rows], device="cpu"))
     update_rows, forward_rows = (int(count) for count in smallest.tolist())
     if update_rows == 0:
+        as_loaded.restore()  # gradient checkpointing did not help
         raise ConfigError(
             f"not even one completion of {longest[1]} tokens after a prompt of {longest[0]} tokens fits into the GPU's "
             f"memory; lower sampling.max_new_tokens or data.max_prompt_tokens"
@@ -142,15 +146,16 @@ class _Trial:
     def _measure_peak(self, rows: int, backward: bool) -> int | None:
         """Return the bytes that a forward (and backward) over `rows` rows adds at its peak; None if it does not fit."""
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        try:
-            self._compute(rows, backward)
-        except torch.OutOfMemoryError:
-            return None
-        finally:
-            torch.cuda.empty_cache()
-        return torch.cuda.max_memory_allocated() - before
+        with without_trace(self.policy.model):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            try:
+                self._compute(rows, backward)
+            except torch.OutOfMemoryError:
+                return None
+            finally:
+                torch.cuda.empty_cache()
+            return torch.cuda.max_memory_allocated() - before
 
     def _compute(self, rows: int, backward: bool) -> None:
         packing = self._pack(rows)

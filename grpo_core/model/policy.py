@@ -25,7 +25,14 @@ from grpo_core.batch import Rollouts, take
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model import fast_layers, packed_attention
 from grpo_core.model.loading import resolve_model_path
-from grpo_core.model.logprobs import Statistics, is_frozen_linear, softmax_statistics, token_divergence, token_logprobs
+from grpo_core.model.logprobs import (
+    Statistics,
+    find_statistics,
+    is_frozen_linear,
+    softmax_statistics,
+    token_divergence,
+    token_logprobs,
+)
 from grpo_core.model.lora_targets import find_unadaptable
 from grpo_core.model.packing import Budget, Layout, Packing, Plan, plan
 from grpo_core.model.rotation import find_rotations, forget_lengths
@@ -309,11 +316,16 @@ class Policy:
 
     @property
     def _statistics(self) -> Statistics:
-        if self.causal_lm.device.type != "cuda":
-            return softmax_statistics
-        from grpo_core.model.kernels import softmax_statistics as softmax_statistics_on_gpu  # needs triton
+        head = self.causal_lm.get_output_embeddings()
+        if not is_frozen_linear(head):
+            return softmax_statistics  # not used
+        return find_statistics(head.weight.device, head.weight.dtype, head.out_features)
 
-        return softmax_statistics_on_gpu
+    @property
+    def kernel_differs(self) -> bool:
+        """True if the kernel for log-probs is not used on this GPU, because it computes other values than torch."""
+        is_used = self.causal_lm.device.type == "cuda" and is_frozen_linear(self.causal_lm.get_output_embeddings())
+        return is_used and self._statistics is softmax_statistics
 
 
 def _join(parts: list[tuple[Tensor, TokenStats]]) -> TokenStats:

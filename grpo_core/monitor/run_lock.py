@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from grpo_core.distributed import ranks
+from grpo_core.monitor.progress import print_note
 from grpo_core.schema import ConfigError
 
 LOCK = "lock.json"
@@ -155,11 +156,16 @@ def empty_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
-    """Let one process at a time into the block, on file systems that can."""
+    """Let one process at a time into the block; on a file system that cannot lock, say so and go on."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            print_note(
+                f"the file system of {folder} cannot lock files ({error.strerror}); do not start two runs of "
+                f"this name at the same moment"
+            )
         yield
     finally:
         os.close(handle)

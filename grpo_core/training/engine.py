@@ -165,12 +165,25 @@ class Engine:
                 else:
                     safe_set_full_optimizer_state(flat, values, kind)
         torch._foreach_zero_(self._sums)
-        self.engine.lr_scheduler.load_state_dict({**numbers["schedule"], "lr_lambdas": [None]})
-        for group, rate in zip(adam.param_groups, numbers["schedule"]["_last_lr"], strict=True):
-            group["lr"] = rate
+        self._restore_schedule(numbers["schedule"])
         for key, value in numbers["loss_scale"].items():
             if value is not None:
                 setattr(self.optimizer.loss_scaler, key, value)
+
+    def _restore_schedule(self, saved: dict[str, Any]) -> None:
+        """Go on at the saved step of the schedule, with the learning rate that this run's schedule has there.
+
+        The saved rate is that of a run that may have had another number of steps, or another engine.learning_rate.
+        """
+        schedule = self.engine.lr_scheduler
+        schedule.load_state_dict({**saved, "base_lrs": schedule.base_lrs, "lr_lambdas": [None]})
+        rates = [
+            base * factor(schedule.last_epoch)
+            for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        schedule._last_lr = rates
+        for group, rate in zip(self.optimizer.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def _check_shapes(self, tensors: Mapping[str, Tensor]) -> None:
         shapes = {f"weight/{name}": p.shape for name, p in zip(self.trained, self.parameters, strict=True)}

@@ -53,9 +53,19 @@ def find_start(config: RunConfig, job: str = "train") -> RunStart:
 
 
 def check_num_steps(start: RunStart, num_steps: int) -> None:
-    """Raise ConfigError if a run is to go on after its schedule has brought the learning rate to 0."""
-    rates = start.meta.get("engine", {}).get("schedule", {}).get("_last_lr", [])
-    if start.checkpoint and num_steps > start.step and rates and not any(rates):
+    """Check that the run can go on to `num_steps` steps, with the schedule of the learning rate for that number.
+
+    Raises:
+        ConfigError: it has taken more steps, or its schedule has brought the learning rate to 0.
+    """
+    if start.checkpoint and num_steps < start.step:
+        raise ConfigError(
+            f"trainer.num_steps is {num_steps}, but the run in {start.folder} has taken {start.step} steps; it must be "
+            f"at least {start.step}, or train a shorter run from the start under another name"
+        )
+    schedule = start.meta.get("engine", {}).get("schedule", {})
+    has_ended = any(schedule.get("base_lrs", [1.0])) and not any(schedule.get("_last_lr", [1.0]))
+    if start.checkpoint and num_steps > start.step and has_ended:
         raise ConfigError(
             f"trainer.num_steps is {num_steps}, but the run in {start.folder} has finished its {start.step} steps, and "
             f"its learning rate is 0; start a new run from its exported model (python -m grpo_core export "
