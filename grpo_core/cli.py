@@ -234,6 +234,7 @@ def launch(config: Path | None, processes: int | None, dry_run: bool, overrides:
 @source_argument
 @click.option("--data", help="Other problems: a file, a folder or a hub id.  [default: the run's held-out problems]")
 @click.option("--split", help="Split of --data.  [default: train for a file, otherwise test]")
+@click.option("--set", "eval_set", help="One of the run's evaluation.sets.  [default: the first that does not select]")
 @click.option("--limit", type=click.IntRange(min=1), help="Evaluate at most this many problems.  [default: all]")
 @click.option(
     "--samples",

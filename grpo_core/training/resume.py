@@ -55,7 +55,7 @@ def find_start(config: RunConfig, job: str = "train") -> RunStart:
 def check_num_steps(start: RunStart, num_steps: int) -> None:
     """Raise ConfigError if a run is to go on after its schedule has brought the learning rate to 0."""
     rates = start.meta.get("engine", {}).get("schedule", {}).get("_last_lr", [])
-    if start.checkpoint and num_steps > start.step and rates and not any(rates):
+    if start.step and num_steps > start.step and rates and not any(rates):
         raise ConfigError(
             f"trainer.num_steps is {num_steps}, but the run in {start.folder} has finished its {start.step} steps, and "
             f"its learning rate is 0; start a new run from its exported model (python -m grpo_core export "
@@ -70,6 +70,7 @@ def load_start(run: Run, start: RunStart) -> None:
         ConfigError: see `checkpoint.load`.
     """
     config, latest = run.config, start.checkpoint
+    run.selection.restore(start.meta.get("selection"), config)
     if config.model.trust_remote_code:
         run.log.info(
             f"model.trust_remote_code is on: this process runs Python code that belongs to {config.model.path}"
