@@ -17,7 +17,7 @@ from grpo_core.report.run_reader import read_run
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint
 from grpo_core.training.job import describe_best
-from grpo_core.training.resume import RunStart, check_num_steps
+from grpo_core.training.resume import RunStart, check_num_steps, load_start
 from grpo_core.training.selection import Selection
 from grpo_core.training.trainer import train
 
@@ -259,3 +259,17 @@ def test_long_runs_a_real_run_that_was_resumed_is_bitwise_that_of_one_piece(here
     assert "dev (selects)" in done.stdout and "best:   accuracy" in done.stdout
     opened = open_source(str(tmp_path / "whole" / "checkpoints" / "best"))
     assert opened.steps == best(tmp_path / "whole") and opened.weights.endswith(f"step-{opened.steps:06d}")
+
+
+def test_long_runs_the_state_of_the_selection_comes_from_the_checkpoint(tmp_path, monkeypatch):
+    run = judged_run(tmp_path, [1, 5, 2], 2, every=1, keep=3)
+    train(run)
+    newest = tmp_path / "checkpoints" / "step-000002"
+    meta = json.loads((newest / "meta.json").read_text())
+    resumed = replace(run, selection=Selection(), start_step=2)
+    monkeypatch.setattr(checkpoint, "load", lambda *args: [])
+    load_start(resumed, RunStart(tmp_path, newest, meta, [], []))
+    assert resumed.selection == run.selection and resumed.selection.best_step == 1
+    new = replace(run, selection=Selection())
+    load_start(new, RunStart(tmp_path, None, {}, [], []))
+    assert new.selection == Selection(measure="correct_answer")

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def _extract_objective(config: str) -> str:
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").removeprefix("   "))
-    pairs = enumerate(zip(lines[:MAX_HEADING_LINES], lines[1:], strict=False))
+    pairs = enumerate(pairwise(lines[:MAX_HEADING_LINES]))
     start = next((i + 2 for i, (line, after) in pairs if line.endswith(":") and not after), 0)
     return "\n".join(lines[start:]).strip("\n")
 

@@ -46,7 +46,8 @@ def evaluate(
     mine = sorted(indexed[ranks.rank() :: ranks.world_size()], key=lambda pair: len(pair[1].prompt_ids))
     counts = torch.zeros(2, device="cpu")  # correct, failed
     failures, rows = [], []
-    with progress_bar(len(mine), "evaluating", "task") as progress:
+    name = tasks[0].eval_set if tasks else ""
+    with progress_bar(len(tasks), f"evaluating{f' {name}' if name else ''}", "task") as progress:
         for start in range(0, len(mine), batch_size):
             indices, part = zip(*mine[start : start + batch_size], strict=True)
             rollouts = sampler.generate(part, 1, settings=settings)
@@ -56,7 +57,8 @@ def evaluate(
             counts += torch.stack([correct.sum(), scores.failed[REWARD_NAME].sum()])
             part_rows = completion_rows(part, rollouts, {"correct": correct.tolist()}, first_sample=None)
             rows += [(i, row) for i, row in zip(indices, part_rows, strict=True) if i < num_rows]
-            progress.update(len(part))
+            seen = min(start + batch_size, len(mine))
+            progress.update(len(tasks) * seen // len(mine) - progress.count)  # as if the other ranks were as fast
     warn(failures)
     right, failed = map(int, ranks.all_sum(counts).tolist())
     low, high = wilson_interval(right, len(tasks))
