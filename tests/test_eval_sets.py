@@ -194,7 +194,7 @@ def test_long_runs_evaluate_takes_the_set_that_does_not_select(file):
     words = [f"data.path={file}", "evaluation.num_tasks=4", "evaluation.sets=[dev, {name: test, num_tasks: 6}]"]
     opened = SimpleNamespace(config=of(*words), tokenizer=load_tokenizer("builtin:tiny"))
     tasks, what = evaluate_command.load_problems(opened, None, None, None)
-    assert len(tasks) == 6 and what["split"] == "held out of train, evaluation set test (reported)"
+    assert len(tasks) == 6 and what["split"] == "held out of train, in part, evaluation set test (reported)"
     tasks, what = evaluate_command.load_problems(opened, None, None, 2, "dev")
     assert len(tasks) == 2 and what["split"].endswith("evaluation set dev (selects)")
     with pytest.raises(ConfigError, match="--set is 'tests'; .*did you mean test"):

@@ -273,3 +273,26 @@ def test_long_runs_the_state_of_the_selection_comes_from_the_checkpoint(tmp_path
     new = replace(run, selection=Selection())
     load_start(new, RunStart(tmp_path, None, {}, [], []))
     assert new.selection == Selection(measure="correct_answer")
+
+
+def test_long_runs_a_run_killed_between_the_best_checkpoint_and_its_link_has_the_link_after_resume(
+    tmp_path, monkeypatch
+):
+    run = judged_run(tmp_path, [1, 3, 5], 2, every=1, keep=3)
+
+    def die(folder, name):
+        raise KeyboardInterrupt
+
+    link = checkpoint._link_best
+    monkeypatch.setattr(
+        checkpoint, "_link_best", lambda folder, name: die(folder, name) if name.endswith("2") else link(folder, name)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train(run)
+    monkeypatch.undo()
+    newest = tmp_path / "checkpoints" / "step-000002"
+    assert best(tmp_path) == 1 and newest.exists()
+    monkeypatch.setattr(checkpoint, "load", lambda *args: [])
+    meta = json.loads((newest / "meta.json").read_text())
+    load_start(replace(run, selection=Selection(), start_step=2), RunStart(tmp_path, newest, meta, [], []))
+    assert best(tmp_path) == 2

@@ -65,7 +65,8 @@ def describe_set(config: RunConfig, name: str) -> tuple[str, str]:
     """Return the path of the set `name`, and which of its rows the set has."""
     part = next((x for x in config.evaluation.sets if x.name == name), None)
     if part is None or is_share(part):
-        return describe_eval_source(config.data)
+        path, split = describe_eval_source(config.data)
+        return path, f"{split}, in part" if sum(map(is_share, config.evaluation.sets)) > 1 else split
     path, _, split = _source(config.data, part)
     return path, describe_split(path, split)
 

@@ -139,6 +139,15 @@ def prune(folder: Path, keep: int, written: int, good_step: int) -> str | None:
     return problem
 
 
+def restore_best(run: Run) -> None:
+    """Let the link `best` name the best checkpoint, where a run was ended between writing that and the link."""
+    folder, step = run.folder / "checkpoints", run.selection.best_step
+    if ranks.is_main() and run.config.checkpoint.keep_best and step is not None and find_best_step(folder) != step:
+        name = f"step-{step:06d}"
+        if (folder / name).exists():
+            _link_best(folder, name)
+
+
 def _link_best(folder: Path, name: str) -> None:
     """Let the link `best` name a checkpoint; the link is complete or as before."""
     working = folder / f".{BEST}.part"

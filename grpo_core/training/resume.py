@@ -79,6 +79,7 @@ def load_start(run: Run, start: RunStart) -> None:
         run.log.info(f"warning: {sentence}")
     if latest:
         overridden = start.overridden + checkpoint.load(latest, start.meta, run)
+        checkpoint.restore_best(run)
         run.log.info(f"resumed from {latest} after {run.start_step} steps")
         if overridden:
             run.log.info(

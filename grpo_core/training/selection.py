@@ -62,8 +62,9 @@ def describe_measure(config: RunConfig) -> str:
 def describe_stall(selection: Selection, config: RunConfig, steps_taken: int, num_steps: int) -> str:
     """Return the sentence with which a run ends early."""
     name, delta = config.evaluation.selecting_set, config.trainer.early_stopping_delta
+    evaluations = "1 evaluation" if selection.stale == 1 else f"{selection.stale} evaluations"
     return (
         f"early stopping: the accuracy{f' on {name}' if name else ''} has not risen{f' by {delta:g}' if delta else ''} "
-        f"above {selection.mark:.1%} in {selection.stale} evaluations (trainer.early_stopping); the run ends after "
+        f"above {selection.mark:.1%} in {evaluations} (trainer.early_stopping); the run ends after "
         f"{steps_taken} of {num_steps} steps"
     )
