@@ -5,6 +5,7 @@
 # FILE is configs/gsm8k_qwen2.5_1.5b.yaml on a machine with a GPU, and configs/tiny.yaml without one. To use several
 # machines, set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT in the environment of each.
 set -euo pipefail
+trap 'printf "\ngrpo_core: SIGINT received before the run has started; nothing was started\n" >&2; exit 130' INT
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)

@@ -20,6 +20,9 @@ def run() -> None:
             file=sys.stderr,
         )
         code = 2
+    except KeyboardInterrupt:  # while the first modules are imported
+        print("grpo_core: SIGINT received before the command has started", file=sys.stderr)
+        code = 130
     if code:  # at a normal exit, threads of a process group that is still open can abort the process
         sys.stdout.flush()
         sys.stderr.flush()

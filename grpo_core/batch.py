@@ -32,6 +32,7 @@ class Task:
     prompt_ids: list[int]
     columns: dict[str, Any]  # the data columns, which the rewards may read
     seed: Key = UNSEEDED  # key of the completions; in training (purpose, run seed, step, position)
+    eval_set: str = ""  # name of its set in evaluation.sets
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from click.shell_completion import CompletionItem, ShellComplete, add_completion
 from grpo_core import __version__
 from grpo_core.commands.errors import print_error
 from grpo_core.commands.gc_pause import pause_gc
+from grpo_core.distributed.notices import answer_early_interrupt
 from grpo_core.schema import ConfigError
 
 PROGRAM = "python -m grpo_core"
@@ -196,10 +197,11 @@ def train(config: Path | None, dry_run: bool, overrides: tuple[str, ...]) -> int
     """Train with GRPO in this process, or in the processes that a launcher such as torchrun has started."""
     if dry_run:
         return _dry_run(config, overrides, int(os.environ.get("WORLD_SIZE", 1)))
-    with pause_gc():
-        from grpo_core.commands.train import run_train
+    with answer_early_interrupt():
+        with pause_gc():
+            from grpo_core.commands.train import run_train
 
-    return run_train(config, overrides)
+        return run_train(config, overrides)
 
 
 @command("sft", "python -m grpo_core sft --config configs/tiny_sft.yaml; python -m grpo_core sft lora.r=16 name=warm")
@@ -207,9 +209,10 @@ def train(config: Path | None, dry_run: bool, overrides: tuple[str, ...]) -> int
 @overrides_argument
 def sft(config: Path | None, overrides: tuple[str, ...]) -> int:
     """Fine-tune on the data's own answers (supervised), as a warm-up before GRPO. Trains LoRA or all weights."""
-    from grpo_core.commands.sft import run_sft
+    with answer_early_interrupt():
+        from grpo_core.commands.sft import run_sft
 
-    return run_sft(config, overrides)
+        return run_sft(config, overrides)
 
 
 @command("launch", "bash launch.sh 2; python -m grpo_core launch --processes 2 preset=dapo")
@@ -221,19 +224,21 @@ def sft(config: Path | None, overrides: tuple[str, ...]) -> int:
 @overrides_argument
 def launch(config: Path | None, processes: int | None, dry_run: bool, overrides: tuple[str, ...]) -> int:
     """Start `train` in several processes on this machine. `bash launch.sh` calls this command."""
-    processes = processes or _count_gpus() or 1
-    if dry_run:
-        return _dry_run(config, overrides, processes * int(os.environ.get("NNODES", 1)))
-    with pause_gc():
-        from grpo_core.commands.launch import run_launch
+    with answer_early_interrupt():
+        processes = processes or _count_gpus() or 1
+        if dry_run:
+            return _dry_run(config, overrides, processes * int(os.environ.get("NNODES", 1)))
+        with pause_gc():
+            from grpo_core.commands.launch import run_launch
 
-    return run_launch(processes, config, overrides)
+        return run_launch(processes, config, overrides)
 
 
 @command("evaluate", "python -m grpo_core evaluate runs/tiny; python -m grpo_core evaluate builtin:tiny --samples 0")
 @source_argument
 @click.option("--data", help="Other problems: a file, a folder or a hub id.  [default: the run's held-out problems]")
 @click.option("--split", help="Split of --data.  [default: train for a file, otherwise test]")
+@click.option("--set", "eval_set", help="One of the run's evaluation.sets.  [default: the first that does not select]")
 @click.option("--limit", type=click.IntRange(min=1), help="Evaluate at most this many problems.  [default: all]")
 @click.option(
     "--samples",

@@ -13,10 +13,12 @@ import numpy as np
 
 PURPOSES = {  # purpose -> the numbers that follow it in a key
     "train": "seed, step, prompt of the step; the sampler appends the sample",
-    "evaluation": "the task's own key, row; the sampler appends the sample",
+    "evaluation": "the task's own key, its set if that has a name, row; the sampler appends the sample",
     "evaluate": "seed, row; the sampler appends the sample",
     "sample": "seed; the sampler appends the sample",
+    "generate": "seed, number of the prompt; the sampler appends the sample",
     "held_out": "none, or the row: what is held out of the training data, and what is measured on it",
+    "evaluation_sets": "none: which held-out rows belong to which of evaluation.sets",
     "data_order": "seed, epoch",
     "replacement": "seed, step, attempt: the prompts that replace tied ones",
     "target": "the task's own key: which template of sft.targets a row gets",

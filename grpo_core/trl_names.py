@@ -62,6 +62,7 @@ OPTION_HINTS = {  # TRL option -> what to use here
     "save_strategy": "checkpoint.every",
     "save_steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep",
+    "load_best_model_at_end": "checkpoint.keep_best",
     "resume_from_checkpoint": "resume",
     "run_name": "name",
     "logging_steps": "log.every",

@@ -89,7 +89,7 @@ def test_the_held_out_loss_is_the_models_own_whatever_the_order_and_the_seeds():
 
     def measure(tasks):
         budgets = Budgets(Budget(100), Budget(150))
-        return sft.compute_held_out_loss(SimpleNamespace(eval_tasks=tasks, policy=policy, budgets=budgets), answers)
+        return sft.compute_held_out_loss(SimpleNamespace(policy=policy, budgets=budgets), answers, tasks)
 
     tasks = make_tasks(tokenizer, 12)
     chosen = answers([replace(task, seed=make_key("held_out", task.index)) for task in tasks]).completions

@@ -19,6 +19,7 @@ from grpo_core.batch import SamplingParams, Task
 from grpo_core.commands.open_policy import OpenedPolicy, open_source
 from grpo_core.config.sections import RunConfig
 from grpo_core.data.encoding import describe_prompt_changes
+from grpo_core.data.eval_sets import describe_set, load_eval_sets
 from grpo_core.data.prompts import make_tasks
 from grpo_core.data.rows import Rows, describe_eval_source, load_rows, load_splits
 from grpo_core.distributed import ranks
@@ -28,7 +29,8 @@ from grpo_core.monitor.progress import progress_bar
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.random_keys import make_key
 from grpo_core.registry import get_fact
-from grpo_core.schema import ConfigError, finite_or_none, keyword_arguments
+from grpo_core.report.eval_sets import label_set
+from grpo_core.schema import ConfigError, finite_or_none, keyword_arguments, list_known
 from grpo_core.scoring.scoring import Reward, build_reward, score
 from grpo_core.training.eval_statistics import bootstrap_interval, majority_at_k, mcnemar, pass_at_k, wilson_interval
 from grpo_core.training.gold_answers import check_gold_answers
@@ -50,6 +52,7 @@ def run_evaluate(
     *,
     data: str | None = None,
     split: str | None = None,
+    eval_set: str | None = None,
     limit: int | None = None,
     samples: int = 8,
     temperature: float = 1.0,
@@ -75,7 +78,7 @@ def run_evaluate(
     if "RANK" in os.environ:
         ranks.setup()
     opened = open_source(source, overrides, config=config, notify=print)
-    tasks, description = load_problems(opened, data, split, limit)
+    tasks, description = load_problems(opened, data, split, limit, eval_set)
     check_columns(opened.config, tasks, tasks)
     warnings = describe_prompt_changes(opened.tokenizer, opened.config.data, tasks)
     warnings += check_gold_answers(opened.config, [], tasks)
@@ -119,19 +122,28 @@ def _check_settings(temperature: float, top_k: int | None, top_p: float | None, 
 
 
 def load_problems(
-    opened: OpenedPolicy, data: str | None, split: str | None, limit: int | None
+    opened: OpenedPolicy, data: str | None, split: str | None, limit: int | None, eval_set: str | None = None
 ) -> tuple[list[Task], dict]:
     """Return the problems of `data`, or the run's held-out ones without it, and their description for evaluate.json.
 
+    `eval_set` names one of evaluation.sets; None takes the first that does not select.
+
     Raises:
-        ConfigError: the data cannot be loaded, or the run has held out no problems.
+        ConfigError: the data cannot be loaded, the run has no such set, or it has held out no problems.
     """
+    if eval_set is not None and data is not None:
+        raise ConfigError(f"--set is {eval_set!r} and --data is {data!r}; give one of them")
     config = opened.config.data
     has_eval_data = config.eval_path is not None or config.eval_split is not None or config.path.startswith("builtin:")
     if data is not None:
         split = split or ("train" if Path(data).is_file() else "test")
         data = os.path.expanduser(data)
         rows, path = load_rows(data, config.subset if data == config.path else None, split, limit), data
+    elif name := _choose_set(opened.config, eval_set):
+        rows = load_eval_sets(opened.config)[1][name]
+        rows = Rows(rows[:limit], rows.numbers[:limit])
+        path, split = describe_set(opened.config, name)
+        split = f"{split}, evaluation set {label_set(name, opened.config.evaluation.selecting_set)}"
     else:
         # rows held out of the training data depend on their number, so `limit` must not change it
         count = (limit or ALL_ROWS) if has_eval_data else opened.config.evaluation.num_tasks
@@ -142,6 +154,21 @@ def load_problems(
         raise ConfigError("the run has held out no problems (evaluation.num_tasks is 0); name a data set with --data")
     tasks, left_out = make_tasks(rows, config, opened.tokenizer)
     return tasks, {"path": path, "split": split, "problems": len(tasks), "left_out": left_out}
+
+
+def _choose_set(config: RunConfig, wanted: str | None) -> str | None:
+    """Return the name of the evaluation set to answer: `wanted`, or the first that does not select; None without sets.
+
+    Raises:
+        ConfigError: the run has no set of the name.
+    """
+    names = [part.name for part in config.evaluation.sets]
+    if wanted is not None and wanted not in names:
+        raise ConfigError(f"--set is {wanted!r}; {list_known(wanted, names) if names else 'the run has no named sets'}")
+    if not config.evaluation.num_tasks:
+        return None
+    reported = [name for name in names if name != config.evaluation.selecting_set]
+    return wanted or next(iter([*reported, *names]), None)
 
 
 def make_correctness_and_rewards(config: RunConfig) -> list[Reward]:

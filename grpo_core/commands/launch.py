@@ -28,6 +28,7 @@ from grpo_core.commands.read_ahead import ReadAhead
 from grpo_core.commands.train import announce
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.files import load_job
+from grpo_core.distributed.notices import write_notice
 from grpo_core.distributed.ranks import RUN_FOLDER_VARIABLE
 
 PROGRAM = ("-m", "grpo_core")
@@ -133,7 +134,12 @@ class _Ranks:
 
     def _pass_on(self, number: int, frame: object) -> None:
         self.signals += 1
-        self._send(number if self.signals == 1 else signal.SIGKILL)
+        name, is_first = signal.Signals(number).name, self.signals == 1
+        if is_first:
+            write_notice(f"{name} received; it is passed on to the processes of the run ({len(self.ranks)})")
+        else:
+            write_notice(f"{name} received again; the processes are ended at once")
+        self._send(number if is_first else signal.SIGKILL)
 
     def _send(self, number: int) -> None:
         for process in self.ranks.values():

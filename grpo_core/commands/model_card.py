@@ -12,8 +12,9 @@ from grpo_core.commands.open_policy import OpenedPolicy
 from grpo_core.config.formula import render
 from grpo_core.config.precision import DTYPES, dtype_name
 from grpo_core.config.sections import RunConfig
-from grpo_core.data.rows import describe_eval_source
+from grpo_core.data.eval_sets import describe_set
 from grpo_core.monitor.run_log import describe_evaluation
+from grpo_core.report.eval_sets import collect_accuracies, label_set
 from grpo_core.report.run_reader import RunFolder, read_run
 
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed")
@@ -62,11 +63,11 @@ def make_card(opened: OpenedPolicy, adapter: bool, dtype: str, gap: str | None) 
             f"those of the trained policy, {gap}."
         )
     if run:
-        parts.append(f"## Accuracy\n\n{_describe_accuracy(config, opened.folder, run)}")
+        parts.append(f"## Accuracy\n\n{_describe_accuracy(config, opened.folder, run, opened.steps)}")
         parts.append(f"## Training data\n\n{_describe_data(config)}")
         if not run.is_supervised:
             parts.append(f"## Objective\n\n```text\n{render(config)}\n```")
-        parts.append(f"## Training\n\n{_describe_training(config, run)}")
+        parts.append(f"## Training\n\n{_describe_training(config, run, opened.steps)}")
         parts.append(f"## Limits\n\n{_describe_limits(config, run)}")
     return "\n\n".join(parts) + "\n"
 
@@ -122,15 +123,27 @@ def _loading_code(opened: OpenedPolicy, adapter: bool, dtype: str) -> str:
     return load + GENERATE.format(prompt=prompt, special=special, max_new_tokens=config.sampling.max_new_tokens)
 
 
-def _describe_accuracy(config: RunConfig, folder: Path, run: RunFolder) -> str:
-    """Return the accuracy before and after training, and the result of the `evaluate` command if there is one."""
+def _describe_accuracy(config: RunConfig, folder: Path, run: RunFolder, steps: int | None = None) -> str:
+    """Return the accuracy before and after training, and the result of the `evaluate` command if there is one.
+
+    `steps` are those taken before the checkpoint that is described; None stands for the end of the run.
+    """
     lines = []
-    rows = [row for row in run.evaluation if row.get("accuracy") is not None]
-    if rows:
-        path, split = describe_eval_source(config.data)
-        lines.append(f"On {_hide_folders(path)} ({split}):\n")
-    for name, row in (("before", rows[0]), ("after", rows[-1])) if rows else ():
-        lines.append(f"- {name} ({row['step']:.0f} steps): {describe_evaluation(_counts_to_int(row))}")
+    accuracies = collect_accuracies(run.evaluation)
+    for eval_set, rows in accuracies.items():
+        path, split = describe_set(config, eval_set)
+        label = f"{label_set(eval_set, config.evaluation.selecting_set)}: " if eval_set else ""
+        lines.append(f"{label or 'On '}{_hide_folders(path)} ({split}):\n")
+        after = rows[-1:] if steps is None else [row for row in rows if row["step"] == steps]
+        for name, row in (("before", rows[0]), *(("after", row) for row in after)):
+            lines.append(f"- {name} ({row['step']:.0f} steps): {describe_evaluation(_counts_to_int(row))}")
+        if eval_set:
+            lines.append("")
+    if any(accuracies):
+        lines.append(
+            "The set that selects may have chosen the checkpoint and the end of the run, so its accuracy is too high; "
+            "a reported set has chosen nothing.\n"
+        )
     if result := _read_evaluation(config, folder):
         lines += _evaluation_table(result)
     return "\n".join(lines) if lines else "The model was not evaluated."
@@ -197,13 +210,16 @@ def _describe_data(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def _describe_training(config: RunConfig, run: RunFolder) -> str:
+def _describe_training(config: RunConfig, run: RunFolder, checkpoint_steps: int | None) -> str:
     trainer, engine, lora = config.trainer, config.engine, config.lora
     seconds = sum(row.get("seconds") or 0.0 for row in run.metrics)
     tokens = sum(row.get("tokens") or 0.0 for row in run.metrics)
+    steps = f"{len(run.metrics):,}"
+    if checkpoint_steps is not None and checkpoint_steps != len(run.metrics):
+        steps = f"{checkpoint_steps:,} (a checkpoint of a run of {steps})"
     adapter = f"rank {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g} on {lora.target_modules}"
     rows = [
-        ("steps", f"{len(run.metrics):,} of {trainer.completions_per_step} completions"),
+        ("steps", f"{steps} of {trainer.completions_per_step} completions"),
         ("tokens", f"{tokens:,.0f} in {seconds / 3600:.2f} hours"),
         ("optimizer", f"AdamW, learning rate {engine.learning_rate:g}"),
         ("schedule", f"{engine.warmup_steps} warm-up steps, then {engine.schedule}"),

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from grpo_core.batch import SamplingParams, Task
 from grpo_core.config.files import load, load_overrides, load_run_config
 from grpo_core.config.precision import resolve_dtype
 from grpo_core.config.sections import LoraConfig, RunConfig
+from grpo_core.data.encoding import encode_prompts
+from grpo_core.data.prompts import find_surrogate, render_chat
 from grpo_core.distributed import ranks
 from grpo_core.model.loading import describe_missing_folder, load_tokenizer
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.quieten import quieten
 from grpo_core.monitor.progress import show_elapsed
+from grpo_core.random_keys import make_key
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint
 from grpo_core.training.prepare import make_sampler
 
 ADAPTER_CONFIG = "adapter_config.json"  # the file that PEFT writes beside an adapter
+Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a chat
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,43 @@ class OpenedPolicy:
     policy: Policy
     tokenizer: PreTrainedTokenizerBase
     sampler: Sampler
+    steps: int | None = None  # taken before the checkpoint that was opened; None for the end of a run, or no run
 
     @property
     def has_adapter(self) -> bool:
         """Return True if the adapter can be switched off to use the base model."""
         return hasattr(self.policy.model, "disable_adapter")
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int | None = None,  # default: sampling.max_new_tokens
+        temperature: float = 0.0,  # 0: greedy
+        seed: int = 0,
+    ) -> list[str]:
+        """Return one completion of each prompt, without its special tokens.
+
+        A prompt is a text, which is continued as it is, or a chat: a list of messages with `role` and `content`, for
+        the model's chat template. The noise of a completion is a function of the seed and of the prompt's place in the
+        list, so a prompt that stands in the list twice has two samples.
+
+        Raises:
+            ConfigError: a prompt is neither, is empty, or is too long for the completion to follow it; the model has no
+                chat template; or a setting is out of range.
+        """
+        tasks = make_prompt_tasks(prompts, self.tokenizer, seed)
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        try:
+            settings = SamplingParams(temperature) if temperature else SamplingParams(greedy=True)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        size, texts = self.config.evaluation.batch_size, []
+        for start in range(0, len(tasks), size):
+            part = tasks[start : start + size]
+            texts += self.sampler.generate(part, 1, settings=settings, max_new_tokens=max_new_tokens).completions
+        return texts
 
 
 @dataclass(frozen=True)
@@ -76,6 +113,11 @@ def open_source(
     source = os.path.expanduser(source)
     if not os.path.exists(source) and os.path.isfile(Path("runs") / source / "config.yaml"):
         raise ConfigError(f"there is no folder {source}; did you mean the run {Path('runs') / source}?")
+    run_folder = Path(source).parent.parent
+    if Path(source).name == checkpoint.BEST and not os.path.exists(source) and (run_folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"the run {run_folder} has kept no best checkpoint; set checkpoint.keep_best to true for a run"
+        )
     if missing := describe_missing_folder(source):
         raise ConfigError(missing)
     try:
@@ -84,6 +126,38 @@ def open_source(
         if Path(source).exists() or source.startswith("builtin:") or "model.path" not in str(error):
             raise
         raise ConfigError(f"there is no folder {source}, and it cannot be loaded as a hub model: {error}") from error
+
+
+def make_prompt_tasks(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Task]:
+    """Return prompts as tasks, in their order.
+
+    Raises:
+        ConfigError: as `OpenedPolicy.generate`.
+    """
+    if isinstance(prompts, str):
+        raise ConfigError("prompts is one text; it must be a list of texts or of chats, such as [text]")
+    tasks = []
+    for i, prompt in enumerate(prompts):
+        is_text = isinstance(prompt, str)
+        if not is_text and not _is_chat(prompt):
+            raise ConfigError(
+                f"prompts[{i}] is {str(prompt)[:60]!r}; it must be a text, or a list of messages with role and content"
+            )
+        if not is_text and not tokenizer.chat_template:
+            raise ConfigError(f"prompts[{i}] is a chat, but the model's tokenizer has no chat template; give a text")
+        text = prompt if is_text else render_chat(prompt, tokenizer)
+        if (character := find_surrogate(text)) is not None:
+            raise ConfigError(f"prompts[{i}] has the lone surrogate {character!a}, half of a character")
+        (ids,) = encode_prompts(tokenizer, [text], add_special_tokens=is_text)
+        if not ids:
+            raise ConfigError(f"prompts[{i}] is empty; it needs at least one token")
+        tasks.append(Task(i, text, ids, {}, seed=make_key("generate", seed, i)))
+    return tasks
+
+
+def _is_chat(prompt: object) -> bool:
+    is_list = isinstance(prompt, Sequence) and bool(prompt)
+    return is_list and all(isinstance(message, Mapping) and {"role", "content"} <= {*message} for message in prompt)
 
 
 def _load(files: _Source, source: str, notify: Callable[[str], None]) -> OpenedPolicy:
@@ -100,13 +174,15 @@ def _load(files: _Source, source: str, notify: Callable[[str], None]) -> OpenedP
         policy.model.to(ranks.device())
     policy.model.requires_grad_(False)
     sampler = make_sampler(config.sampling, policy, tokenizer, notify)
-    return OpenedPolicy(source, files.folder, config, files.weights, policy, tokenizer, sampler)
+    steps = checkpoint.read_steps(files.checkpoint) if files.checkpoint is not None else None
+    return OpenedPolicy(source, files.folder, config, files.weights, policy, tokenizer, sampler, steps)
 
 
 def _find_source(source: str, overrides: list[str], config_file: Path | None, notify: Callable[[str], None]) -> _Source:
     """Find the files of a source, without loading any weights."""
     path = Path(source)
-    if (path / checkpoint.META).exists():  # <run folder>/checkpoints/step-000040
+    if (path / checkpoint.META).exists():  # <run folder>/checkpoints/step-000040, or the link best beside it
+        path = path.parent / os.readlink(path) if path.name == checkpoint.BEST and path.is_symlink() else path
         if problem := checkpoint.describe_damage(path):
             raise ConfigError(f"the checkpoint {path} is damaged: {problem}")
         return _find_in_run(path.parents[1], overrides, path, notify)

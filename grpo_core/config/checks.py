@@ -41,6 +41,8 @@ def check(config: RunConfig) -> None:
     _check_rewards(config)
     _check_numbers(config)
     _check_sampling(config)
+    _check_eval_sets(config)
+    _check_selection(config)
     _check_objective(config)
     if config.name in ("", ".", "..") or "/" in config.name or "\0" in config.name:
         raise ConfigError(f"name is {config.name!r}; it must be the name of one folder, which is created in output_dir")
@@ -50,6 +52,7 @@ def check(config: RunConfig) -> None:
         raise ConfigError(f"resume is {config.resume!r}; it must be auto, force, null, or the folder of a run")
 
 
+SET_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 NOT_EMPTY = (  # an empty one would mean the shell's folder, or would be taken for another key's value
     *("model.path", "data.path", "data.subset", "data.split", "data.eval_path", "data.eval_split"),
     *("output_dir", "sft.output"),
@@ -238,6 +241,7 @@ MINIMUMS = {  # smallest value -> keys; null, auto and epoch pass where a key al
         *("loss.kl_coef", "loss.entropy_coef", "loss.entropy_delta", "advantage.min_group_std", "reference.every"),
         *("engine.max_grad_norm", "engine.warmup_steps", "sampling.dynamic_attempts", "trainer.max_restarts"),
         *("trainer.hang_timeout", "trainer.max_failed_rewards", "debug.dump_batches"),
+        *("trainer.early_stopping", "trainer.early_stopping_delta"),
         *("log.exact_kl_every", "log.evaluation_completions", "evaluation.num_tasks", "evaluation.every"),
         *("checkpoint.every", "lora.r", "seed"),
     ),
@@ -294,6 +298,52 @@ def _check_sampling(config: RunConfig) -> None:
         SamplingParams(temperature, **truncation)
     except ValueError as error:
         raise ConfigError(f"evaluation.{error}") from None
+
+
+def _check_eval_sets(config: RunConfig) -> None:
+    """Check the names and the numbers of tasks of the evaluation sets, and the name of the one that selects."""
+    names = [part.name for part in config.evaluation.sets]
+    for i, part in enumerate(config.evaluation.sets):
+        if not SET_NAME.fullmatch(part.name):
+            raise ConfigError(
+                f"evaluation.sets[{i}].name is {part.name!r}; it must be letters, digits, points, underscores or "
+                f"hyphens"
+            )
+        if part.name in names[:i]:
+            raise ConfigError(
+                f"evaluation.sets[{i}].name is {part.name!r}, as that of an earlier set; names must differ"
+            )
+        for key in ("path", "subset", "split"):
+            if getattr(part, key) == "":
+                raise ConfigError(f"evaluation.sets[{i}].{key} is ''; it must not be empty")
+        if part.num_tasks is not None:
+            _check_minimum(f"evaluation.sets[{i}].num_tasks", part.num_tasks, 1)
+        if part.subset is not None and part.path is None and part.split is None:
+            raise ConfigError(
+                f"evaluation.sets[{i}].subset is {part.subset!r}, but the set has no path and no split, so it is a "
+                f"part of the run's own held-out rows; set its split, or leave the subset null"
+            )
+    if config.evaluation.select is not None and config.evaluation.select not in names:
+        known = f"one of evaluation.sets: {', '.join(names)}" if names else "null without evaluation.sets"
+        raise ConfigError(f"evaluation.select is {config.evaluation.select!r}; it must be {known}")
+
+
+def _check_selection(config: RunConfig) -> None:
+    """Check that there are evaluations for what is selected by them."""
+    evaluation, patience = config.evaluation, config.trainer.early_stopping
+    if config.checkpoint.keep_best and not evaluation.num_tasks:
+        raise ConfigError("checkpoint.keep_best is true, but evaluation.num_tasks is 0; the best needs evaluations")
+    for key in ("num_tasks", "every"):
+        if patience and not getattr(evaluation, key):
+            raise ConfigError(
+                f"trainer.early_stopping is {patience}, but evaluation.{key} is 0, so there are no evaluations during "
+                f"training; set it above 0"
+            )
+    if config.trainer.early_stopping_delta >= 1:
+        raise ConfigError(
+            f"trainer.early_stopping_delta is {config.trainer.early_stopping_delta:g}; it is a rise of the accuracy, a "
+            f"share, and must be below 1"
+        )
 
 
 def prompts_per_rank(config: RunConfig, world_size: int) -> int:

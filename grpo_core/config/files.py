@@ -17,7 +17,7 @@ from grpo_core.config.formula import LETTERS, render
 from grpo_core.config.nearest import describe_unknown_key
 from grpo_core.config.paths import resolve_paths
 from grpo_core.config.presets import get_preset, merge
-from grpo_core.config.sections import RunConfig, SftConfig, use_supervised_objective
+from grpo_core.config.sections import EvaluationConfig, RunConfig, SftConfig, use_supervised_objective
 from grpo_core.config.shipped import find_default, find_file, list_shipped
 from grpo_core.config.words import ITEM, find_type, get_in, parse_value, split_word, type_hints
 from grpo_core.objective.advantages import ADVANTAGES
@@ -303,18 +303,21 @@ def _apply(data: dict, key: str, value: Any) -> None:
 
 def _find_item(data: dict, name: str, index: int) -> dict:
     """Return the item of a list of sections, such as rewards[0], as a mapping that can be changed."""
-    kind = type_hints(RunConfig).get(name) or type_hints(SftConfig).get(name)
+    sections = {None: RunConfig, "evaluation": EvaluationConfig, "sft": SftConfig}
+    section = next((section for section, x in sections.items() if name in type_hints(x)), None)
+    kind = type_hints(sections[section]).get(name)
     item = get_args(kind)[0] if get_origin(kind) is list else None
     if not is_dataclass(item):
         raise ConfigError(f"unknown key {name}[{index}]; {name} is no list of sections")
     values = data.get(name)
     if values is None:
-        values = asdict(RunConfig())["rewards" if name == "rewards" else "sft"]
-        values = values if isinstance(values, list) else values[name]
+        defaults = asdict(RunConfig())
+        values = (defaults[section] if section else defaults)[name]
     first = fields(item)[0].name
     items = [{first: x} if isinstance(x, str) else x for x in (values if isinstance(values, list) else [values])]
     if index >= len(items) or not isinstance(items[index], dict):
-        raise ConfigError(f"{name}[{index}] does not exist; {name} has the items 0 to {len(items) - 1}")
+        known = f"the items 0 to {len(items) - 1}" if items else "no items"
+        raise ConfigError(f"{name}[{index}] does not exist; {name} has {known}")
     items[index] = dict(items[index])
     data[name] = items
     return items[index]

@@ -32,6 +32,10 @@ def resolve_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         rewards = [rewards]
     if isinstance(rewards, list):
         data = {**data, "rewards": [_resolve_reward(reward, folder) for reward in rewards]}
+    evaluation = data.get("evaluation")
+    if isinstance(evaluation, dict) and isinstance(evaluation.get("sets"), list):
+        sets = [_resolve_set(part, folder) for part in evaluation["sets"]]
+        data = {**data, "evaluation": {**evaluation, "sets": sets}}
     return data
 
 
@@ -55,6 +59,10 @@ def _resolve_reward(reward: Any, folder: Path) -> Any:
     return (
         _change(reward, ("name",), lambda name: resolve_function(name, folder)) if isinstance(reward, dict) else reward
     )
+
+
+def _resolve_set(part: Any, folder: Path) -> Any:
+    return _change(part, ("path",), lambda text: resolve_path(text, folder)) if isinstance(part, dict) else part
 
 
 def _change(data: dict[str, Any], keys: tuple[str, ...], function: Callable[[str], str]) -> dict[str, Any]:

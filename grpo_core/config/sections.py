@@ -136,6 +136,8 @@ class TrainerConfig:
     hang_timeout: float = 1200  # seconds without progress on a rank, after which the run ends; 0: no limit
     reward_timeout: float = 30  # seconds for one call of a user's reward: a step's completions of one rank
     max_failed_rewards: float = 0.5  # the run ends if a reward fails on more of the last 10 steps' completions
+    early_stopping: int = 0  # evaluations in a row without an improvement, after which the run ends; 0: never
+    early_stopping_delta: float = 0.0  # least rise of the accuracy of evaluation.select that is an improvement
     max_restarts: int = 0  # restarts from the last checkpoint by the launcher after a rank has died
 
 
@@ -156,6 +158,17 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationSetConfig:
+    """One of several evaluation sets; without path and split it is a part of the run's own held-out rows."""
+
+    name: str  # its figures are eval/NAME/accuracy and so on
+    path: str | None = None  # null: data.path
+    subset: str | None = None  # null, without a path: data.subset
+    split: str | None = None  # null: train; path and split both null: rows that are held out as without sets
+    num_tasks: int | None = None  # null: evaluation.num_tasks
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """The evaluation on held-out tasks."""
 
@@ -167,6 +180,13 @@ class EvaluationConfig:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    sets: list[EvaluationSetConfig] = field(default_factory=list)  # []: one set without a name
+    select: str | None = None  # name of the set whose accuracy selects; null: the first of sets
+
+    @property
+    def selecting_set(self) -> str:
+        """Return the name of the set whose accuracy selects; "" without named sets."""
+        return self.select or (self.sets[0].name if self.sets else "")
 
 
 @dataclass(frozen=True)
@@ -175,6 +195,7 @@ class CheckpointConfig:
 
     every: int | Literal["epoch"] = "epoch"  # steps between checkpoints; 0: only at the end
     keep: int = 2  # number of checkpoints to keep
+    keep_best: bool = False  # also keep the one with the best accuracy of evaluation.select, as checkpoints/best
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -80,9 +80,17 @@ def render_prompt(row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBa
     if config.prompt == "template":
         return text
     system = [{"role": "system", "content": config.system}] if config.system else []
-    messages = [*system, {"role": "user", "content": text}]
+    return render_chat([*system, {"role": "user", "content": text}], tokenizer)
+
+
+def render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a chat in the model's chat template, up to the place where the assistant's turn begins.
+
+    Raises:
+        ConfigError: the template cannot be filled in.
+    """
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # the template is a Jinja program of the model's author, which may raise anything
         raise ConfigError(f"the model's chat template cannot be filled in: {summarize_error(error)}") from error
 
@@ -134,14 +142,14 @@ def _check_columns(rows: Sequence[Row], numbers: Sequence[int]) -> None:
 def _check_characters(values: Sequence[Any], numbers: Sequence[int], place: str) -> None:
     """Raise ConfigError if a text, or a text in a list or mapping, has a lone surrogate, which no tokenizer encodes."""
     for number, value in zip(numbers, values, strict=True):
-        if (character := _find_surrogate(value)) is not None:
+        if (character := find_surrogate(value)) is not None:
             raise ConfigError(
                 f"row {number + 1} of the data: {place} has the lone surrogate {character!a}, half of a character; "
                 f"correct it or remove the row"
             )
 
 
-def _find_surrogate(value: Any) -> str | None:
+def find_surrogate(value: Any) -> str | None:
     """Return the first lone surrogate in a text, list or mapping, or None."""
     if isinstance(value, str):
         try:
@@ -152,7 +160,7 @@ def _find_surrogate(value: Any) -> str | None:
     if isinstance(value, dict):
         value = [*value, *value.values()]
     if isinstance(value, (list, tuple)):
-        return next((character for item in value if (character := _find_surrogate(item)) is not None), None)
+        return next((character for item in value if (character := find_surrogate(item)) is not None), None)
     return None
 
 

@@ -27,10 +27,10 @@ class Rows(list[Row]):
         self.numbers = list(range(len(self)) if numbers is None else numbers)
 
 
-def load_splits(config: DataConfig, num_eval: int) -> tuple[Rows, Rows]:
+def load_splits(config: DataConfig, num_eval: int, key: str = "evaluation.num_tasks") -> tuple[Rows, Rows]:
     """Return the training rows and at most `num_eval` evaluation rows; if both come from one split, they are disjoint.
 
-    Every row has every column of its split, with None where the data has no value.
+    Every row has every column of its split, with None where the data has no value. `key` names `num_eval` in a message.
 
     Raises:
         ConfigError: the data cannot be loaded, or has too few rows to hold out `num_eval` of them.
@@ -43,7 +43,7 @@ def load_splits(config: DataConfig, num_eval: int) -> tuple[Rows, Rows]:
     else:
         if num_eval >= len(train):
             raise ConfigError(
-                f"evaluation.num_tasks is {num_eval}, but {config.path} has only {len(train)} rows to hold them out "
+                f"{key} is {num_eval}, but {config.path} has only {len(train)} rows to hold them out "
                 f"from; lower it, or set data.eval_path or data.eval_split"
             )
         # independent of the run's seed: no run may train on rows that another is evaluated on

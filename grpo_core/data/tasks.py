@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
 from grpo_core.config.sections import RunConfig
+from grpo_core.data.eval_sets import load_eval_sets
 from grpo_core.data.prompts import make_tasks
-from grpo_core.data.rows import load_splits
 
 Tasks = tuple[list[Task], list[Task], int]  # to train on, to evaluate on, and the number of prompts that were too long
 
@@ -20,12 +21,16 @@ def read_tasks(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tasks:
     """Load the rows of a run and turn them into tasks.
 
     Raises:
-        ConfigError: as `load_splits` and `make_tasks`.
+        ConfigError: as `load_eval_sets` and `make_tasks`.
     """
-    rows, eval_rows = load_splits(config.data, config.evaluation.num_tasks)
+    rows, sets = load_eval_sets(config)
     tasks, num_too_long = make_tasks(rows, config.data, tokenizer)
-    eval_tasks, num_eval_too_long = make_tasks(eval_rows, config.data, tokenizer)
-    return tasks, eval_tasks, num_too_long + num_eval_too_long
+    eval_tasks = []
+    for name, eval_rows in sets.items():
+        set_tasks, num_eval_too_long = make_tasks(eval_rows, config.data, tokenizer)
+        eval_tasks += [replace(task, eval_set=name) for task in set_tasks]
+        num_too_long += num_eval_too_long
+    return tasks, eval_tasks, num_too_long
 
 
 def offer_tasks(config: RunConfig, tasks: Tasks) -> None:
@@ -40,4 +45,5 @@ def find_offered_tasks(config: RunConfig) -> Tasks | None:
 
 
 def _source(config: RunConfig) -> tuple:
-    return config.data, config.evaluation.num_tasks, config.model.path, config.model.trust_remote_code
+    evaluation = config.evaluation
+    return config.data, evaluation.num_tasks, evaluation.sets, config.model.path, config.model.trust_remote_code

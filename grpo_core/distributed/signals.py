@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 
 from grpo_core.distributed import ranks
+from grpo_core.distributed.notices import write_notice
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _received = 0
@@ -51,7 +52,5 @@ def _record(number: int, frame: object) -> None:
         os._exit(128 + number)
     _received = number
     if ranks.is_main():
-        name, start = signal.Signals(number).name, "\n" if os.isatty(2) else ""  # a terminal has written ^C
-        text = f"{start}grpo_core: {name} received; the run stops after this step, with a checkpoint; again: at once\n"
-        with suppress(OSError):
-            os.write(2, text.encode())  # print is not safe in a signal handler
+        name = signal.Signals(number).name
+        write_notice(f"{name} received; the run stops after this step, with a checkpoint; again: at once")

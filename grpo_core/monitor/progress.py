@@ -27,7 +27,7 @@ class ProgressLine(tqdm):
 
     is_displayed = False
     count = 0  # unlike n, also in a log file
-    stop_logging: Callable[[], None] | None = None
+    stop_refreshing: Callable[[], None] | None = None
 
     def update(self, n: float | None = 1) -> bool | None:
         self.count += int(n or 0)
@@ -40,16 +40,15 @@ class ProgressLine(tqdm):
     def close(self) -> None:
         if self.is_displayed and not self.disable:
             self.last_print_t = max(self.last_print_t, self.start_t + self.delay)  # tqdm's condition for erasing
+        if self.stop_refreshing:
+            self.stop_refreshing()  # first, or the thread could display the bar again
         super().close()
-        if self.stop_logging:
-            self.stop_logging()
 
 
-def progress_bar(total: int, title: str, unit: str) -> tqdm:
-    """Return a progress bar of `total` units, which its update() counts."""
+def progress_bar(total: int, title: str, unit: str) -> ProgressLine:
+    """Return a progress bar of `total` units, which its update() counts; its clock also goes on between two updates."""
     line = ProgressLine(total=total, desc=title, unit=unit, **_options())
-    if line.disable:
-        line.stop_logging = log_sparsely(lambda: f"{title}: {line.count} of {total} {unit}s")
+    line.stop_refreshing = keep_refreshing(line, lambda: f"{title}: {line.count} of {total} {unit}s")
     return line
 
 

@@ -27,6 +27,7 @@ from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.completion_rows import completion_rows
 from grpo_core.monitor.progress import LOG_DELAY, keep_refreshing
 from grpo_core.monitor.trackers import Trackers
+from grpo_core.report.eval_sets import label_set, split_sets
 from grpo_core.schema import finite_or_none, printable
 from grpo_core.scoring.scoring import Scores
 
@@ -188,7 +189,9 @@ class RunLog:
             self._append("evaluation_completions", *({"step": step, **row} for row in completions))
         if self.trackers:
             self.trackers.log_evaluation(result, step)
-        self.info(f"evaluation after {step} steps: {describe_evaluation(result)}")
+        for name, row in split_sets(result).items():
+            label = f", {label_set(name, self.config.evaluation.selecting_set)}" if name else ""
+            self.info(f"evaluation after {step} steps{label}: {describe_evaluation(row)}")
 
     def has_evaluation(self, step: int) -> bool:
         """Return whether evaluation.jsonl has a row after `step` steps. A collective."""
@@ -268,7 +271,7 @@ def add_rollout_stats(stats: Stats, rollouts: Rollouts, scores: Scores, advantag
 
 
 def describe_evaluation(result: dict[str, float]) -> str:
-    """Return a row of evaluation.jsonl as text."""
+    """Return the result of one evaluation set as text."""
     sampling = "".join(
         f", {name} {result[name]}" for name in ("temperature", "top_k", "top_p", "min_p") if name in result
     )

@@ -69,8 +69,11 @@ class Trackers:
         self._each(lambda tracker: tracker.log_numbers(numbers, step))
 
     def log_evaluation(self, row: Mapping[str, Any], step: int) -> None:
-        """Send a row of evaluation.jsonl; its names are prefixed with evaluation/."""
-        numbers = {f"evaluation/{name}": value for name, value in _finite_numbers(row).items()}
+        """Send a row of evaluation.jsonl; its names are prefixed with evaluation/, but for those of named sets."""
+        numbers = {
+            name if name.startswith("eval/") else f"evaluation/{name}": value
+            for name, value in _finite_numbers(row).items()
+        }
         self._each(lambda tracker: tracker.log_numbers(numbers, step))
 
     def log_completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:

@@ -19,7 +19,7 @@ def collect_answers(run: RunFolder) -> list[dict[str, Any]]:
     by_step: dict[int, dict[Any, Row]] = {}
     for row in read_json_lines(run.path / "evaluation_completions.jsonl"):
         if isinstance(row.get("step"), int):
-            by_step.setdefault(row["step"], {})[row.get("task")] = row
+            by_step.setdefault(row["step"], {})[_name_task(row)] = row
     if not by_step:
         return []
     steps = list(dict.fromkeys((min(by_step), max(by_step))))
@@ -37,6 +37,11 @@ def collect_answers(run: RunFolder) -> list[dict[str, Any]]:
             }
         )
     return answers
+
+
+def _name_task(row: Row) -> Any:
+    """Return the row of a task in its data, after the name of its evaluation set if that has one."""
+    return f"{row['set']}, {row.get('task')}" if row.get("set") else row.get("task")
 
 
 def describe_evaluations(run: RunFolder) -> dict[str, str]:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from grpo_core.report.eval_sets import label_set
 from grpo_core.report.run_reader import RunFolder
 from grpo_core.report.summary import describe_accuracy
 from grpo_core.schema import printable
@@ -26,9 +27,9 @@ def render_markdown(data: dict[str, Any], runs: list[RunFolder], pictures: list[
         if run.objective:
             parts += [f"## Objective of {name}", _code_block(printable(run.objective))]
     for name, run in zip(names, runs, strict=True):
-        rows = [row for row in run.evaluation if row.get("accuracy") is not None]
-        if rows:
-            parts += [f"## Accuracy of {name}", "\n".join(f"- {describe_accuracy(row)}" for row in rows)]
+        for eval_set, rows in run.evaluations.items():
+            label = f" on {_escape(label_set(eval_set, run.selecting_set))}" if eval_set else ""
+            parts += [f"## Accuracy of {name}{label}", "\n".join(f"- {describe_accuracy(row)}" for row in rows)]
             parts.append("Intervals are of 95 %.")
     for name, run in zip(names, data["runs"], strict=True):
         if run["answers"]:

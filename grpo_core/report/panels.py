@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from grpo_core.report.run_reader import Row, RunFolder
 
@@ -151,13 +151,31 @@ def choose_panels(runs: list[RunFolder]) -> list[tuple[Panel, list[str]]]:
         names = [name for line in panel.lines for name in _matching(line, present)]
         used |= set(names)
         if panel.kind == "accuracy":
-            if any(row.get("accuracy") is not None for run in runs for row in run.evaluation):
-                panels.append((panel, ["accuracy"]))
+            panels += _choose_accuracies(panel, runs)
         elif names and not (panel.id in HIDDEN_WHEN_QUIET and all(_is_quiet(run, panel, names) for run in runs)):
             panels.append((panel, names))
     rest = [name for name in present if name not in used and not name.endswith("_std")]
     other = [Panel(f"other-{i}", name, "", (name,), OTHER.what, OTHER.healthy) for i, name in enumerate(rest)]
     return panels + [(panel, list(panel.lines)) for panel in other]
+
+
+def _choose_accuracies(panel: Panel, runs: list[RunFolder]) -> list[tuple[Panel, list[str]]]:
+    """Return one panel for the runs without named evaluation sets, and one for each named set."""
+    panels = []
+    for name in dict.fromkeys(name for run in runs for name in run.evaluations):
+        if not name:
+            panels.append((panel, ["accuracy"]))
+            continue
+        users = [run for run in runs if name in run.evaluations]
+        selects = any(run.selecting_set == name for run in users)
+        role = (
+            "This set selects the best checkpoint, so its best value is too high." if selects else "It does not select."
+        )
+        own = replace(
+            panel, id=f"accuracy-{name}", title=f"Accuracy on {name}", what=f"{panel.what} {role}",
+        )  # fmt: skip
+        panels.append((own, [f"eval/{name}/accuracy"]))
+    return panels
 
 
 def collect_curves(run: RunFolder) -> dict[str, list[float | None]]:

@@ -54,7 +54,7 @@ def _draw_figure(panel: Panel, metrics: list[str], runs: list[RunFolder], title:
     axes = figure.add_subplot()
     for i, run in enumerate(runs):
         if panel.kind == "accuracy":
-            _draw_accuracy(axes, run, COLOURS[i % len(COLOURS)])
+            _draw_accuracy(axes, run, COLOURS[i % len(COLOURS)], metrics[0])
         elif panel.kind == "stack":
             _draw_stack(axes, run, metrics)
         else:
@@ -89,8 +89,12 @@ def _add_legend(figure: Any, handles: list[Any], labels: list[str]) -> None:
     figure.set_figheight(FIGURE_SIZE[1] + legend.get_window_extent().height / figure.dpi)
 
 
-def _draw_accuracy(axes: Any, run: RunFolder, colour: str) -> None:
-    rows = [r for r in run.evaluation if None not in (r.get("accuracy"), r.get("ci_low"), r.get("ci_high"))]
+def _draw_accuracy(axes: Any, run: RunFolder, colour: str, metric: str) -> None:
+    """Draw the accuracies of an evaluation set with their intervals; `metric` is accuracy or eval/NAME/accuracy."""
+    name = metric.removesuffix("accuracy").removeprefix("eval/").rstrip("/")
+    rows = [
+        r for r in run.evaluations.get(name, []) if None not in (r.get("accuracy"), r.get("ci_low"), r.get("ci_high"))
+    ]
     if rows:
         spread = [[r["accuracy"] - r["ci_low"] for r in rows], [r["ci_high"] - r["accuracy"] for r in rows]]
         steps, shares = [r["step"] for r in rows], [r["accuracy"] for r in rows]

@@ -6,13 +6,16 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from grpo_core.report.eval_sets import collect_accuracies
 from grpo_core.schema import ConfigError
 
 Row = dict[str, Any]
 RUN_FILES = ("metrics.jsonl", "evaluation.jsonl", "completions.jsonl", "config.yaml")  # a run folder has one or more
+MAX_HEADING_LINES = 4  # of the comment above the configuration, one of which is the heading
 MAX_NUMBER = 1e300  # absolute value; JSON may hold integers that no float can
 
 
@@ -28,6 +31,17 @@ class RunFolder:
     settings: dict[str, str]  # section.key -> value as it is written in config.yaml
     objective: str  # the formula in the comment above the configuration
     notes: tuple[str, ...]  # files that are missing or could not be read whole
+
+    @property
+    def evaluations(self) -> dict[str, list[Row]]:
+        """The rows with an accuracy of each evaluation set; the set's name is "" where the sets have none."""
+        return collect_accuracies(self.evaluation)
+
+    @property
+    def selecting_set(self) -> str:
+        """The name of the evaluation set whose accuracy selects; "" where the sets have no names."""
+        chosen = self.settings.get("evaluation.select", "null")
+        return (self.settings.get("evaluation.sets[0].name", "") if chosen == "null" else chosen).strip("'\"")
 
     @property
     def is_supervised(self) -> bool:
@@ -182,14 +196,15 @@ def _parse_row(line: bytes) -> Row | None:
 
 
 def _extract_objective(config: str) -> str:
-    """Return the comment above the configuration without its hash signs and its heading."""
+    """Return the comment above the configuration without its hash signs, from the line after its heading on."""
     lines = []
     for line in config.splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").removeprefix("   "))
-    heading = next((i for i, line in enumerate(lines) if line.endswith(":") and not any(lines[i + 1 : i + 2])), -1)
-    return "\n".join(lines[heading + 1 :]).strip("\n")
+    pairs = enumerate(pairwise(lines[:MAX_HEADING_LINES]))
+    start = next((i + 2 for i, (line, after) in pairs if line.endswith(":") and not after), 0)
+    return "\n".join(lines[start:]).strip("\n")
 
 
 def _open_file(path: Path) -> Any:

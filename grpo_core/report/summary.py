@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from grpo_core.report.eval_sets import label_set
 from grpo_core.report.held_out import describe_evaluations
 from grpo_core.report.run_reader import Row, RunFolder
 
@@ -29,7 +30,12 @@ def summarize_run(run: RunFolder, completions: int) -> dict[str, str]:
 
     `completions` is the number of completions that the run has logged.
     """
-    before, after = find_accuracies(run)
+    accuracies = {}
+    for name in run.evaluations or [""]:
+        label = f", {label_set(name, run.selecting_set)}" if name else ""
+        before, after = find_accuracies(run, name)
+        accuracies |= {f"Accuracy before{label}": describe_accuracy(before)}
+        accuracies |= {f"Accuracy after{label}": describe_accuracy(after)}
     steps, planned = len(run.metrics), run.settings.get("trainer.num_steps", "")
     seconds = sum(row.get("seconds") or 0.0 for row in run.metrics)
     tokens = sum(row.get("tokens") or 0.0 for row in run.metrics)
@@ -37,8 +43,7 @@ def summarize_run(run: RunFolder, completions: int) -> dict[str, str]:
     names = [run.settings.get(key, "") for key in ("model.path", "loss.name", "advantage.name")]
     model, *objective = ("" if name == "null" else name for name in names)
     return {
-        "Accuracy before": describe_accuracy(before),
-        "Accuracy after": describe_accuracy(after),
+        **accuracies,
         **describe_evaluations(run),
         "Steps": f"{steps:,} of {int(planned):,}" if planned.isdecimal() else f"{steps:,}",
         "Completions": f"{completions:,}" if completions else "",
@@ -75,9 +80,9 @@ def title_means(runs: list[RunFolder]) -> str:
     return f"Mean of the last {AVERAGED_STEPS} steps, or of all where there are fewer: {exceptions}"
 
 
-def find_accuracies(run: RunFolder) -> tuple[Row | None, Row | None]:
-    """Return the evaluation before the first step and the last one after it, each None where there is none."""
-    rows = [row for row in run.evaluation if row.get("accuracy") is not None]
+def find_accuracies(run: RunFolder, name: str = "") -> tuple[Row | None, Row | None]:
+    """Return the evaluation of a set before the first step and the last one after it, each None where there is none."""
+    rows = run.evaluations.get(name, [])
     before = rows[0] if rows and rows[0]["step"] == 0 else None
     after = rows[-1] if rows and rows[-1] is not before else None
     return before, after

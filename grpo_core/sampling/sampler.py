@@ -86,29 +86,32 @@ class Sampler:
         *,
         greedy: bool = False,
         settings: SamplingParams | None = None,
+        max_new_tokens: int | None = None,
         limits: Tensor | None = None,
         watch: Watch | None = None,
     ) -> Rollouts:
         """Draw `group_size` completions of every task: B = N * G rows, prompt-major, of at most max_new_tokens tokens.
 
-        `settings` replaces the sampler's temperature and `greedy`. `limits` [B] int64, at least 1, lowers
-        max_new_tokens for single rows. `watch` receives row indices and their tokens as they are drawn, which needs the
-        plain decoder. The log-probs are those of the drawn tokens at the sampling temperature, greedy or not.
+        `settings` replaces the sampler's temperature and `greedy`, and `max_new_tokens` its own. `limits` [B] int64, at
+        least 1, lowers max_new_tokens for single rows. `watch` receives row indices and their tokens as they are drawn,
+        which needs the plain decoder. The log-probs are those of the drawn tokens at the sampling temperature, greedy
+        or not.
 
         Raises:
             ConfigError: a prompt is empty, or too long for max_new_tokens to follow it; see also `check_model`.
         """
         self.check_model()
         settings = settings or SamplingParams(self.temperature, greedy)
+        longest = max_new_tokens or self.max_new_tokens
         prompts = [task.prompt_ids for task in tasks]
-        check_lengths(prompts, self.max_new_tokens, self.model.config)
+        check_lengths(prompts, longest, self.model.config)
         noise = None
         if not settings.greedy:
             keys = [(*task.seed, i) for task in tasks for i in range(group_size)]
-            noise = cache(partial(draw_uniforms, keys, self.max_new_tokens))
+            noise = cache(partial(draw_uniforms, keys, longest))
         if limits is None:
-            limits = torch.full((len(tasks) * group_size,), self.max_new_tokens, device="cpu")
-        assert limits.shape == (len(tasks) * group_size,) and 1 <= limits.min() <= limits.max() <= self.max_new_tokens
+            limits = torch.full((len(tasks) * group_size,), longest, device="cpu")
+        assert limits.shape == (len(tasks) * group_size,) and 1 <= limits.min() <= limits.max() <= longest
         draws = self._decode(DecodeRequest(prompts, group_size, limits, settings, noise, watch))
         prompt_ids, prompt_mask = (
             x.repeat_interleave(group_size, dim=0) for x in pad_left(prompts, self.pad_id, self.device)

@@ -3,7 +3,8 @@
 A checkpoint is a folder step-NNNNNN. The main rank writes it under a temporary name, syncs it to disk and renames it,
 which is atomic: a checkpoint is complete or absent. It holds tensors as safetensors and numbers as JSON, so loading
 unpickles nothing, and SHA256SUMS over both, which `sha256sum -c` checks. Nothing in it depends on the number of
-processes. The batch, the sampling noise and the dropout noise are functions of (seed, step) and need no saving.
+processes. The batch, the sampling noise and the dropout noise are functions of (seed, step) and need no saving. With
+checkpoint.keep_best the link `best` names the checkpoint of the best evaluation, which is kept beside the newest.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ from grpo_core.training.control import Control
 from grpo_core.training.run import Run
 
 TENSORS, META, SUMS = "tensors.safetensors", "meta.json", "SHA256SUMS"
+BEST = "best"  # link to the checkpoint with the best accuracy
 
 # Prefixes of the configuration keys that may differ between a checkpoint and the run that resumes from it, because they
 # change no number of a step. evaluation.num_tasks is not among them: it can change which rows are held out.
 MAY_DIFFER = (
     *("resume", "overwrite", "preset", "name", "output_dir", "log", "checkpoint", "debug", "alerts"),
     *("trainer.num_steps", "trainer.epochs", "trainer.tokens_per_micro_batch"),
-    *("trainer.max_skipped_steps", "trainer.max_restarts", "trainer.max_failed_rewards"),
+    *("trainer.max_skipped_steps", "trainer.max_restarts", "trainer.max_failed_rewards", "trainer.early_stopping"),
     *("trainer.reward_timeout", "trainer.hang_timeout"),
     *("model.gradient_checkpointing", "engine.deepspeed", "sampling.rows_at_once", "sampling.decoder"),
     *("evaluation.every", "evaluation.batch_size", "evaluation.reward", "sft.output", "sft.save_precision"),
@@ -50,6 +52,13 @@ MAY_DIFFER = (
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in `folder`, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
+
+
+def find_best_step(folder: Path) -> int | None:
+    """Return the step of the checkpoint in `folder` that the link `best` names, or None without one."""
+    link = folder / BEST
+    step = os.readlink(link).removeprefix("step-") if link.is_symlink() else ""
+    return int(step) if step.isdecimal() and (folder / f"step-{step}").exists() else None
 
 
 def describe_damage(checkpoint: Path) -> str | None:
@@ -82,6 +91,7 @@ def save(run: Run, next_step: int, control: Control, good_step: int | None = Non
         meta |= {
             "engine": run.engine.numbers(),
             "fingerprints": compute_fingerprints(run),
+            "selection": run.selection.state(),
             "config": asdict(run.config),
         }
         folder = run.folder / "checkpoints"
@@ -89,6 +99,8 @@ def save(run: Run, next_step: int, control: Control, good_step: int | None = Non
             if log_problem := run.log.flush():  # the rows up to a checkpoint must be on disk before it
                 raise OSError(log_problem)
             _write(folder, f"step-{next_step:06d}", tensors, meta)
+            if run.config.checkpoint.keep_best and run.selection.best_step == next_step:
+                _link_best(folder, f"step-{next_step:06d}")
         except (OSError, SafetensorError) as error:
             problem = error_text(error)
         else:
@@ -107,12 +119,14 @@ def prune(folder: Path, keep: int, written: int, good_step: int) -> str | None:
     """Delete checkpoints: those after the one just written at step `written`, and all but the newest `keep`.
 
     Those after it belong to a course that the run has left: they were damaged, or hold the state amid skipped steps.
-    The newest checkpoint up to `good_step` stays, the state before a streak of skipped steps. Return the reason if one
-    cannot be deleted.
+    The newest checkpoint up to `good_step` stays, the state before a streak of skipped steps, and so does the best.
+    Return the reason if one cannot be deleted.
     """
+    best = find_best_step(folder)
     paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(folder)}
     remaining = sorted(step for step in paths if step <= written)[-keep:]
     remaining += [max((step for step in paths if step <= good_step), default=written)]
+    remaining += [best] if best is not None and best <= written else []
     problem = None
     for step, path in paths.items():
         if step not in remaining:
@@ -120,7 +134,26 @@ def prune(folder: Path, keep: int, written: int, good_step: int) -> str | None:
                 path.unlink() if path.is_symlink() else shutil.rmtree(path)
             except OSError as error:
                 problem = error_text(error)
+    if find_best_step(folder) is None:
+        (folder / BEST).unlink(missing_ok=True)
     return problem
+
+
+def restore_best(run: Run) -> None:
+    """Let the link `best` name the best checkpoint, where a run was ended between writing that and the link."""
+    folder, step = run.folder / "checkpoints", run.selection.best_step
+    if ranks.is_main() and run.config.checkpoint.keep_best and step is not None and find_best_step(folder) != step:
+        name = f"step-{step:06d}"
+        if (folder / name).exists():
+            _link_best(folder, name)
+
+
+def _link_best(folder: Path, name: str) -> None:
+    """Let the link `best` name a checkpoint; the link is complete or as before."""
+    working = folder / f".{BEST}.part"
+    working.unlink(missing_ok=True)
+    working.symlink_to(name)
+    os.replace(working, folder / BEST)
 
 
 def _write(folder: Path, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -192,6 +225,11 @@ def load(checkpoint: Path, meta: dict[str, Any], run: Run) -> list[str]:
     if reference and run.policy.reference_state() is not None:
         run.policy.load_reference(reference)
     return differing
+
+
+def read_steps(checkpoint: Path) -> int:
+    """Return the number of steps that were taken before a checkpoint."""
+    return json.loads((checkpoint / META).read_text(encoding="utf-8"))["next_step"]
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:

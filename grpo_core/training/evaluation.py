@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from grpo_core.batch import SamplingParams, Task
+from grpo_core.data.eval_sets import group_by_set
 from grpo_core.distributed import ranks
 from grpo_core.monitor.completion_rows import completion_rows
 from grpo_core.monitor.progress import progress_bar
-from grpo_core.random_keys import make_key
+from grpo_core.random_keys import Key, make_key
+from grpo_core.report.eval_sets import merge_sets
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.scoring.reward_worker import RewardWorker
 from grpo_core.scoring.scoring import Reward, score
@@ -40,11 +42,12 @@ def evaluate(
     be scored counts as wrong. Unless sampling is greedy, the mapping also holds the sampling settings, and
     the noise of a task depends only on its key and row.
     """
-    indexed = [(i, replace(task, seed=make_key("evaluation", *task.seed, task.index))) for i, task in enumerate(tasks)]
+    indexed = [(i, replace(task, seed=_make_task_key(task))) for i, task in enumerate(tasks)]
     mine = sorted(indexed[ranks.rank() :: ranks.world_size()], key=lambda pair: len(pair[1].prompt_ids))
     counts = torch.zeros(2, device="cpu")  # correct, failed
     failures, rows = [], []
-    with progress_bar(len(mine), "evaluating", "task") as progress:
+    name = tasks[0].eval_set if tasks else ""
+    with progress_bar(len(tasks), f"evaluating{f' {name}' if name else ''}", "task") as progress:
         for start in range(0, len(mine), batch_size):
             indices, part = zip(*mine[start : start + batch_size], strict=True)
             rollouts = sampler.generate(part, 1, settings=settings)
@@ -54,7 +57,8 @@ def evaluate(
             counts += torch.stack([correct.sum(), scores.failed[REWARD_NAME].sum()])
             part_rows = completion_rows(part, rollouts, {"correct": correct.tolist()}, first_sample=None)
             rows += [(i, row) for i, row in zip(indices, part_rows, strict=True) if i < num_rows]
-            progress.update(len(part))
+            seen = min(start + batch_size, len(mine))
+            progress.update(len(tasks) * seen // len(mine) - progress.count)  # as if the other ranks were as fast
     warn(failures)
     right, failed = map(int, ranks.all_sum(counts).tolist())
     low, high = wilson_interval(right, len(tasks))
@@ -74,29 +78,40 @@ def evaluate(
     return result, [row for _, row in all_rows]
 
 
+def _make_task_key(task: Task) -> Key:
+    own = (task.eval_set,) if task.eval_set else ()
+    return make_key("evaluation", *task.seed, *own, task.index)
+
+
 def evaluate_now(run: Run, steps_taken: int) -> str | None:
-    """Evaluate the held-out tasks and log the result; return an error message if the reward failed too often."""
+    """Evaluate every set of held-out tasks and log the results; return a sentence if the reward failed too often."""
     if not run.eval_tasks:
         return None
     config, limit = run.config.evaluation, run.config.trainer.max_failed_rewards
     settings = SamplingParams(
         config.temperature or 1.0, not config.temperature, config.top_k, config.top_p, config.min_p
     )
+    results, rows = {}, []
     with run.log.phase("evaluate"):
-        result, rows = evaluate(
-            run.sampler,
-            run.eval_tasks,
-            run.eval_reward,
-            batch_size=config.batch_size,
-            settings=settings,
-            num_rows=run.config.log.evaluation_completions,
-            warn=run.log.warn,
-        )
-        result |= run.held_out()
-    run.log.log_evaluation(steps_taken, result, rows)
-    if result["failed"] <= limit * result["n"]:
-        return None
-    return (
-        f"evaluation.reward {config.reward} failed on {result['failed']} of {result['n']} tasks, "
-        f"more than trainer.max_failed_rewards ({limit:g}) allows"
-    )
+        for name, tasks in group_by_set(run.eval_tasks).items():
+            results[name], set_rows = evaluate(
+                run.sampler,
+                tasks,
+                run.eval_reward,
+                batch_size=config.batch_size,
+                settings=settings,
+                num_rows=run.config.log.evaluation_completions,
+                warn=run.log.warn,
+            )
+            results[name] |= run.held_out(tasks)
+            rows += [{"set": name, **row} if name else row for row in set_rows]
+    run.log.log_evaluation(steps_taken, merge_sets(results), rows)
+    for name, result in results.items():
+        if result["failed"] > limit * result["n"]:
+            return (
+                f"evaluation.reward {config.reward} failed on {result['failed']} of {result['n']} tasks"
+                f"{f' of the set {name}' if name else ''}, more than trainer.max_failed_rewards ({limit:g}) allows"
+            )
+    accuracy = results[config.selecting_set]["accuracy"]
+    run.selection.see(steps_taken, accuracy, run.config.trainer.early_stopping_delta)
+    return None

@@ -8,6 +8,7 @@ from typing import Any
 
 from grpo_core.batch import Task
 from grpo_core.config.sections import RewardConfig, RunConfig
+from grpo_core.data.eval_sets import group_by_set
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.registry import get_fact
 from grpo_core.schema import ConfigError
@@ -25,7 +26,9 @@ def check_gold_answers(config: RunConfig, tasks: Sequence[Task], eval_tasks: Seq
     sentences = []
     uses = [(f"reward {reward.name}", reward, tasks, "training") for reward in config.rewards]
     name = config.evaluation.reward
-    uses.append((f"evaluation.reward {name}", RewardConfig(name), eval_tasks, "evaluation"))
+    for eval_set, set_tasks in group_by_set(eval_tasks).items():
+        title = f"evaluation.reward {name}" + (f" (set {eval_set})" if eval_set else "")
+        uses.append((title, RewardConfig(name), set_tasks, "evaluation"))
     for title, reward, rows, kind in uses:
         for column, unread in find_unjudged(reward, rows).items():
             examples = ", ".join(

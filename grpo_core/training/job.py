@@ -12,6 +12,7 @@ from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import signals, watchdog
 from grpo_core.monitor import run_lock
 from grpo_core.monitor.run_log import describe_evaluation
+from grpo_core.report.eval_sets import label_set, split_sets
 from grpo_core.scoring.scoring import close_workers
 from grpo_core.training import checkpoint
 from grpo_core.training.run import Run
@@ -33,7 +34,7 @@ def train(config: RunConfig) -> Path:
             train_loop(run)
             adapter = run.folder / "adapter"
             checkpoint.export(adapter, run.policy, tokenizer)
-            run.log.info(format_summary(run.folder, adapter))
+            run.log.info(describe_best(run) + format_summary(run.folder, adapter, config.evaluation.selecting_set))
     return run.folder
 
 
@@ -55,11 +56,30 @@ def close_at_end(run: Run) -> Iterator[None]:
         gc.unfreeze()
 
 
-def format_summary(folder: Path, adapter: Path) -> str:
-    """Return the last lines of the log: accuracy before and after training, and the adapter's folder."""
+def describe_best(run: Run) -> str:
+    """Return a line about the checkpoint that checkpoint.keep_best has kept, and "" where none was to be kept."""
+    selection = run.selection
+    if not run.config.checkpoint.keep_best or selection.best_step is None:
+        return ""
+    folder = run.folder / "checkpoints"
+    is_kept = checkpoint.find_best_step(folder) == selection.best_step
+    place = f": {folder / checkpoint.BEST}" if is_kept else ", whose checkpoint could not be kept"
+    name = run.config.evaluation.selecting_set
+    measured = f" on {name}" if name else ""
+    return f"best:   accuracy {selection.best_accuracy:.1%}{measured} after {selection.best_step} steps{place}\n"
+
+
+def format_summary(folder: Path, adapter: Path, selecting: str = "") -> str:
+    """Return the last lines of the log: accuracy before and after training, and the adapter's folder.
+
+    `selecting` names the evaluation set that selects.
+    """
     path, rows, lines = folder / "evaluation.jsonl", [], []
     if path.exists():
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if rows:
-        lines = [f"before: {describe_evaluation(rows[0])}", f"after:  {describe_evaluation(rows[-1])}"]
+        for title, row in (("before:", rows[0]), ("after: ", rows[-1])):
+            for name, result in split_sets(row).items():
+                label = f" {label_set(name, selecting)}:" if name else ""
+                lines.append(f"{title}{label} {describe_evaluation(result)}")
     return "\n".join([*lines, f"adapter: {adapter}"])

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from grpo_core.batch import Task
 from grpo_core.config.sections import RunConfig, SamplingConfig
 from grpo_core.data.encoding import describe_prompt_changes
+from grpo_core.data.eval_sets import group_by_set
 from grpo_core.data.tasks import find_offered_tasks, read_tasks
 from grpo_core.model.loading import (
     check_can_be_sampled,
@@ -82,7 +83,8 @@ def prepare(
 
 def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task]) -> None:
     """Raise ConfigError if a reward needs a column that the data lacks, or that is null where it must not be."""
-    uses = [(reward.name, tasks) for reward in config.rewards] + [(config.evaluation.reward, eval_tasks)]
+    uses = [(reward.name, tasks) for reward in config.rewards]
+    uses += [(config.evaluation.reward, set_tasks) for set_tasks in group_by_set(eval_tasks).values()]
     for name, rows in uses:
         if rows and (missing := find_missing_columns(REWARDS.get(name), rows[0].columns)):
             columns = ", ".join(rows[0].columns)

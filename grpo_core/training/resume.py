@@ -65,7 +65,7 @@ def check_num_steps(start: RunStart, num_steps: int) -> None:
         )
     schedule = start.meta.get("engine", {}).get("schedule", {})
     has_ended = any(schedule.get("base_lrs", [1.0])) and not any(schedule.get("_last_lr", [1.0]))
-    if start.checkpoint and num_steps > start.step and has_ended:
+    if start.step and num_steps > start.step and has_ended:
         raise ConfigError(
             f"trainer.num_steps is {num_steps}, but the run in {start.folder} has finished its {start.step} steps, and "
             f"its learning rate is 0; start a new run from its exported model (python -m grpo_core export "
@@ -80,6 +80,7 @@ def load_start(run: Run, start: RunStart) -> None:
         ConfigError: see `checkpoint.load`.
     """
     config, latest = run.config, start.checkpoint
+    run.selection.restore(start.meta.get("selection"), config)
     if config.model.trust_remote_code:
         run.log.info(
             f"model.trust_remote_code is on: this process runs Python code that belongs to {config.model.path}"
@@ -88,6 +89,7 @@ def load_start(run: Run, start: RunStart) -> None:
         run.log.info(f"warning: {sentence}")
     if latest:
         overridden = start.overridden + checkpoint.load(latest, start.meta, run)
+        checkpoint.restore_best(run)
         run.log.info(f"resumed from {latest} after {run.start_step} steps")
         if overridden:
             run.log.info(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from grpo_core.monitor.run_log import RunLog
 from grpo_core.objective.objective import Objective
 from grpo_core.scoring.scoring import Reward
 from grpo_core.training.control import Control
+from grpo_core.training.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -37,5 +38,7 @@ class Run:
     budgets: Budgets
     log: RunLog
     steps_per_epoch: Fraction | int
+    selection: Selection = field(default_factory=Selection)  # the only state of a run that changes in place
     job: str = "train"  # the command: train or sft
-    held_out: Callable[[], dict[str, float]] = dict  # further numbers of an evaluation; a collective
+    # further numbers of an evaluation of these tasks; a collective
+    held_out: Callable[[list[Task]], dict[str, float]] = field(default=lambda tasks: {})

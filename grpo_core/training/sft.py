@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo_core.batch import Rollouts, Task, TrainBatch
 from grpo_core.config.precision import DTYPES, dtype_name
 from grpo_core.config.sections import RunConfig, use_supervised_objective
-from grpo_core.data.rows import load_splits
+from grpo_core.data.eval_sets import load_eval_sets
 from grpo_core.distributed import ranks, signals
 from grpo_core.model.new_model import new_model
 from grpo_core.model.policy import load_policy, wrap
@@ -30,14 +30,14 @@ from grpo_core.sampling.end_of_sequence import find_eos_ids
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, run_dir
 from grpo_core.training.freeze import forward_all
-from grpo_core.training.job import close_at_end
+from grpo_core.training.job import close_at_end, describe_best
 from grpo_core.training.prepare import prepare
 from grpo_core.training.resume import check_num_steps, find_start, load_start
 from grpo_core.training.run import Run
 from grpo_core.training.setup import assemble, count_steps, describe_tasks, initialise_process
 from grpo_core.training.sft_targets import build_target_rollouts, find_longest_target
 from grpo_core.training.skipped_steps import SkippedSteps
-from grpo_core.training.trainer import begin, finish_step
+from grpo_core.training.trainer import begin, finish_step, remaining_steps
 from grpo_core.training.update import update_policy
 
 MakeTargets = Callable[[Sequence[Task]], Rollouts]  # returns the tasks' targets as rollouts
@@ -66,7 +66,7 @@ def run_sft(config: RunConfig) -> Path:
             if config.sft.save_precision != "auto":
                 run.policy.model.to(DTYPES[config.sft.save_precision])
             checkpoint.export(output, run.policy, tokenizer)
-            run.log.info(f"{kind}: {output}")
+            run.log.info(f"{describe_best(run)}{kind}: {output}")
     return output
 
 
@@ -143,7 +143,7 @@ def train(run: Run, make_targets: MakeTargets) -> None:
     """
     alerts, skipped_steps = Alerts(run.config), SkippedSteps(run)
     begin(run)
-    for step in range(run.start_step, run.num_steps):
+    for step in remaining_steps(run):
         tasks, stats = run.tasks.batch(step), Stats()
         with run.log.phase("update"):
             rollouts = replace(make_targets(tasks), completions=())  # the loss reads no text
@@ -159,12 +159,12 @@ def train(run: Run, make_targets: MakeTargets) -> None:
 
 
 @torch.no_grad()
-def compute_held_out_loss(run: Run, make_targets: MakeTargets) -> dict[str, float]:
-    """Return the cross-entropy of the evaluation targets: `loss`, the mean in nats over `tokens` tokens. A collective.
+def compute_held_out_loss(run: Run, make_targets: MakeTargets, tasks: list[Task]) -> dict[str, float]:
+    """Return the cross-entropy of evaluation targets: `loss`, the mean in nats over `tokens` tokens. A collective.
 
     The template of a task depends only on its row, so it is the same in every evaluation and every run.
     """
-    mine = run.eval_tasks[ranks.rank() :: ranks.world_size()]
+    mine = tasks[ranks.rank() :: ranks.world_size()]
     counts = torch.zeros(2, dtype=torch.double, device="cpu")
     if mine:
         keyed = [replace(task, seed=make_key("held_out", task.index)) for task in mine]
@@ -177,7 +177,7 @@ def compute_held_out_loss(run: Run, make_targets: MakeTargets) -> dict[str, floa
 
 def _new_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a new small model, and a tokenizer that was trained on the training rows."""
-    rows, _ = load_splits(config.data, config.evaluation.num_tasks)
+    rows, _ = load_eval_sets(config)
     return new_model([" ".join(map(str, row.values())) for row in rows], **config.sft.new_model)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from grpo_core.distributed import ranks, signals
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.alerts import Alerts
@@ -11,6 +13,7 @@ from grpo_core.training.evaluation import evaluate_now
 from grpo_core.training.freeze import freeze, measure_exact_kl
 from grpo_core.training.rollouts import collect, compute_step_advantages, shape_rewards
 from grpo_core.training.run import Run
+from grpo_core.training.selection import describe_stall
 from grpo_core.training.skipped_steps import SkippedSteps
 from grpo_core.training.update import update_policy
 
@@ -27,7 +30,7 @@ def train(run: Run) -> None:
     control, objective, policy, log = run.control, run.objective, run.policy, run.log
     budget, alerts, skipped_steps = run.budgets.forward, Alerts(run.config), SkippedSteps(run)
     begin(run)
-    for step in range(run.start_step, run.num_steps):
+    for step in remaining_steps(run):
         stats = Stats()
         tasks, rollouts, scores = ranks.raise_on_all_ranks(collect, run, step, stats)
         with log.phase("freeze"):
@@ -61,6 +64,23 @@ def begin(run: Run) -> None:
     is_missing = step == 0 or (is_evaluation_due(run, step) and not run.log.has_evaluation(step))
     if is_missing and (failure := evaluate_now(run, step)):
         raise signals.RunFailed(failure)
+    if is_missing and is_best(run, step):
+        with run.log.phase("checkpoint"):
+            checkpoint.save(run, step, run.control)
+
+
+def remaining_steps(run: Run) -> Iterator[int]:
+    """Yield the steps to take: all up to the last, or fewer where trainer.early_stopping ends the run."""
+    for step in range(run.start_step, run.num_steps):
+        if run.selection.has_stalled(run.config):
+            run.log.info(describe_stall(run.selection, run.config, step, run.num_steps))
+            return
+        yield step
+
+
+def is_best(run: Run, steps_taken: int) -> bool:
+    """Return whether the policy after `steps_taken` steps is to be kept as the best so far."""
+    return run.config.checkpoint.keep_best and run.selection.best_step == steps_taken
 
 
 def is_evaluation_due(run: Run, steps_taken: int) -> bool:
@@ -89,8 +109,10 @@ def finish_step(
     signal = 0 if is_last else signals.received_signal()
     if is_evaluation_due(run, steps_taken) and not (signal or failure):
         failure = evaluate_now(run, steps_taken)
+    is_last = is_last or run.selection.has_stalled(config)
     saved = True
-    if is_due(config.checkpoint.every, steps_taken, run) or is_last or signal or failure:
+    is_saved_now = is_due(config.checkpoint.every, steps_taken, run) or is_last or is_best(run, steps_taken)
+    if is_saved_now or signal or failure:
         with run.log.phase("checkpoint"):
             saved = checkpoint.save(run, steps_taken, control, good_steps)
     if failure:

@@ -97,7 +97,7 @@ function seriesOf(panel, data, state, only) {
   data.runs.forEach((run, i) => {
     if (!state.runs[i].on || (only !== null && only !== i)) return;
     const runName = several && only === null ? run.name : "";
-    if (panel.kind === "accuracy") return found.push(accuracyOf(run, runName, i % 8));
+    if (panel.kind === "accuracy") return found.push(accuracyOf(run, runName, i % 8, panel.metrics[0]));
     panel.metrics.forEach((metric, k) => {
       const curve = run.curves[metric];
       if (!curve) return;
@@ -116,11 +116,13 @@ function seriesOf(panel, data, state, only) {
   return found;
 }
 
-function accuracyOf(run, label, colour) {
-  const rows = run.evaluation.filter((row) => row.accuracy !== null && row.accuracy !== undefined);
+// `metric` is "accuracy"; that of a named evaluation set has a prefix, and so have the ends of its interval.
+function accuracyOf(run, label, colour, metric) {
+  const rows = run.evaluation.filter((row) => row[metric] !== null && row[metric] !== undefined);
   const column = (name) => rows.map((row) => row[name] ?? null);
-  const y = column("accuracy");
-  return { key: label, label, x: column("step"), y, raw: y, band: [column("ci_low"), column("ci_high")], colour, dash: 0 };
+  const y = column(metric), prefix = metric.slice(0, -"accuracy".length);
+  const band = [column(`${prefix}ci_low`), column(`${prefix}ci_high`)];
+  return { key: label, label, x: column("step"), y, raw: y, band, colour, dash: 0 };
 }
 
 // The value at a step, or the last value if `step` is null, with its interval if it has one.

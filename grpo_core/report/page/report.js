@@ -15,7 +15,7 @@ function fillSummary(data) {
   byId("title").textContent = names.join(", ");
   byId("made").textContent = `Made ${data.made}`;
   if (data.runs.length === 1) byId("headline").append(...headline(data.runs[0]));
-  const omitted = data.runs.length === 1 ? ["Accuracy before", "Accuracy after"] : [];
+  const omitted = data.runs.length === 1 ? accuracies(data.runs[0]) : [];
   byId("summary-table").append(rowsOf(data.runs.map((run) => run.summary), names, omitted));
   if (data.runs.some((run) => Object.keys(run.final).length)) {
     byId("final-title").textContent = visible(data.final);
@@ -25,9 +25,14 @@ function fillSummary(data) {
   }
 }
 
+// The titles of a run's accuracies: before and after training, on each evaluation set.
+function accuracies(run) {
+  return Object.keys(run.summary).filter((name) => /^Accuracy (before|after)/.test(name));
+}
+
 // The accuracies of a single run, in large letters.
 function headline(run) {
-  return ["Accuracy before", "Accuracy after"].flatMap((name) => {
+  return accuracies(run).flatMap((name) => {
     const [value, rest] = run.summary[name].split(/ (?=\()| (?=after)/, 2);
     if (!value) return [];
     const more = run.summary[name].slice(value.length).trim();

@@ -1,0 +1,70 @@
+"""Select by held-out accuracy: keep the best evaluation in mind, and end a run whose accuracy no longer rises.
+
+The state is a function of the evaluations so far, and part of every checkpoint. A resumed run therefore keeps the same
+checkpoint as best and stops at the same step as a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from grpo_core.config.sections import RunConfig
+
+ROUNDING = 1e-9  # of a difference of two accuracies
+
+
+@dataclass
+class Selection:
+    """The best evaluation of the selecting set, and the number of evaluations since an improvement."""
+
+    measure: str = ""  # the set and the reward; another measure cannot be compared
+    last_step: int = -1  # of the last evaluation
+    best_step: int | None = None
+    best_accuracy: float = -1.0  # the highest; of equal ones the earliest counts
+    mark: float = -1.0  # accuracy at the last improvement of at least trainer.early_stopping_delta
+    stale: int = 0  # evaluations since then
+
+    def see(self, step: int, accuracy: float, delta: float) -> None:
+        """Note the accuracy after `step` steps; one that was noted before, of a resumed run, counts once."""
+        if step <= self.last_step:
+            return
+        self.last_step = step
+        if accuracy > self.best_accuracy:
+            self.best_step, self.best_accuracy = step, accuracy
+        gain = accuracy - self.mark
+        if gain > 0 and gain >= delta - ROUNDING:
+            self.mark, self.stale = accuracy, 0
+        else:
+            self.stale += 1
+
+    def has_stalled(self, config: RunConfig) -> bool:
+        """Return whether trainer.early_stopping evaluations in a row were no improvement."""
+        return 0 < config.trainer.early_stopping <= self.stale
+
+    def restore(self, state: dict[str, Any] | None, config: RunConfig) -> None:
+        """Take over the state in a checkpoint; it is left out where another set or reward measures now."""
+        self.measure = describe_measure(config)
+        if state and state["measure"] == self.measure:
+            vars(self).update(state)
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` takes."""
+        return asdict(self)
+
+
+def describe_measure(config: RunConfig) -> str:
+    """Return what the accuracy that selects is measured with."""
+    name = config.evaluation.selecting_set
+    return f"{config.evaluation.reward}{f' on {name}' if name else ''}"
+
+
+def describe_stall(selection: Selection, config: RunConfig, steps_taken: int, num_steps: int) -> str:
+    """Return the sentence with which a run ends early."""
+    name, delta = config.evaluation.selecting_set, config.trainer.early_stopping_delta
+    evaluations = "1 evaluation" if selection.stale == 1 else f"{selection.stale} evaluations"
+    return (
+        f"early stopping: the accuracy{f' on {name}' if name else ''} has not risen{f' by {delta:g}' if delta else ''} "
+        f"above {selection.mark:.1%} in {evaluations} (trainer.early_stopping); the run ends after "
+        f"{steps_taken} of {num_steps} steps"
+    )
