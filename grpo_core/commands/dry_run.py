@@ -13,6 +13,7 @@ from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.formula import render
 from grpo_core.config.precision import dtype_name, resolve_dtype
 from grpo_core.config.sections import RunConfig
+from grpo_core.data.rows import describe_eval_source
 from grpo_core.data.stream import TaskStream
 from grpo_core.distributed import ranks
 from grpo_core.model.families import head_dim
@@ -86,9 +87,15 @@ def describe_sizes(config: RunConfig, prepared: Prepared, processes: int, per_ra
         f"{steps} steps = {steps * per_step / len(tasks):.3g} epochs of {len(tasks):,} prompts{dropped}",
         f"{steps * updates:,} optimizer steps in total; the learning rate rises to {engine.learning_rate:g} in the "
         f"first {engine.warmup_steps}, then follows engine.schedule {engine.schedule}",
-        f"{len(eval_tasks)} held-out problems, evaluated {_describe_evaluation(config, eval_tasks)}",
+        f"{len(eval_tasks)} evaluation problems{_describe_source(config, eval_tasks)}, evaluated "
+        f"{_describe_evaluation(config, eval_tasks)}",
     ]
     return "\n".join(lines)
+
+
+def _describe_source(config: RunConfig, eval_tasks: list[Task]) -> str:
+    path, rows = describe_eval_source(config.data)
+    return f" from {path} ({rows})" if eval_tasks else ""
 
 
 def _describe_evaluation(config: RunConfig, eval_tasks: list[Task]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from grpo_core.report.held_out import describe_evaluations
+from grpo_core.report.held_out import describe_evaluations, describe_source
 from grpo_core.report.run_reader import Row, RunFolder
 
 AVERAGED_STEPS = 10  # last steps whose mean is reported as a final number
@@ -39,6 +39,7 @@ def summarize_run(run: RunFolder, completions: int) -> dict[str, str]:
     return {
         "Accuracy before": describe_accuracy(before),
         "Accuracy after": describe_accuracy(after),
+        "Evaluated on": describe_source(run) if before or after else "",
         **describe_evaluations(run),
         "Steps": f"{steps:,} of {int(planned):,}" if planned.isdecimal() else f"{steps:,}",
         "Completions": f"{completions:,}" if completions else "",

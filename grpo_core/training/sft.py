@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo_core.batch import Rollouts, Task, TrainBatch
 from grpo_core.config.precision import DTYPES, dtype_name
 from grpo_core.config.sections import RunConfig, use_supervised_objective
-from grpo_core.data.rows import load_splits
+from grpo_core.data.rows import load_splits, name_eval_split, name_split
 from grpo_core.distributed import ranks, signals
 from grpo_core.model.new_model import new_model
 from grpo_core.model.policy import load_policy, wrap
@@ -88,8 +88,11 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
     check_num_steps(run_start, count_steps(config, len(prepared.tasks), config.trainer.completions_per_step))
     tokenizer, model_config = prepared.tokenizer, prepared.model_config
     longest = max(
-        find_longest_target(config.sft, prepared.tasks, tokenizer, model_config),
-        find_longest_target(config.sft, prepared.eval_tasks, tokenizer, model_config, "the evaluation data"),
+        find_longest_target(config.sft, tasks, tokenizer, model_config, source)
+        for tasks, source in (
+            (prepared.tasks, f"the data, {name_split(config.data.path, config.data.split)}"),
+            (prepared.eval_tasks, f"the evaluation data, {name_eval_split(config.data)}"),
+        )
     )
     if base:
         policy = wrap(base.to(dtype), config.model, config.lora, temperature=TEMPERATURE)
