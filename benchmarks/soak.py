@@ -45,7 +45,7 @@ JOB = (
     "log.every=100", "engine.learning_rate=1e-5", "engine.schedule=constant",
 )  # fmt: skip
 GPU_JOB = (
-    "lora.r=32", "data.prompt=chat", "sampling.max_new_tokens=64", "trainer.completions_per_step=64", "sampling.group_size=8",
+    "lora.r=32", "data.prompt=chat", "data.max_prompt_tokens=256", "sampling.max_new_tokens=64", "trainer.completions_per_step=64", "sampling.group_size=8",
 )  # fmt: skip
 CHECK = ("evaluation.every=3", "evaluation.num_tasks=2", "checkpoint.every=2", "sampling.max_new_tokens=8")
 MEBIBYTE = 2**20
@@ -130,17 +130,20 @@ def run_job(words: list[str], every: int, seconds: float | None, trace: Path | N
                 with open(trace, "a") as file:
                     file.write(json.dumps(samples[-1]) + "\n")
 
+    timer = threading.Timer(seconds or 0, os.kill, (os.getpid(), signal.SIGTERM))
     if seconds is not None:
-        timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
         timer.daemon = True
         timer.start()
     trainer.finish_step = finish_and_sample
     try:
         code = run_train(ROOT / "configs" / "tiny.yaml", words)
     finally:
+        timer.cancel()
         trainer.finish_step = finish_step
     if code not in (0, 128 + signal.SIGTERM if seconds is not None else 0):
         sys.exit(code)
+    if len(samples) < 4:
+        sys.exit(f"{len(samples)} samples are too few to judge; raise --seconds or --steps")
     return samples
 
 

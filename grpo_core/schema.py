@@ -49,6 +49,19 @@ def summarize_error(error: BaseException) -> str:
     return f"{description} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
+def describe_eval_rows(path: str, split: str, eval_path: str | None, eval_split: str | None) -> tuple[str, str]:
+    """Return the path of a run's evaluation rows, and which of its rows they are, from the keys of `data`."""
+    if eval_path is None and eval_split is None:
+        return path, "test" if path.startswith("builtin:") else f"held out of {split}"
+    path = eval_path or path
+    return path, describe_split(path, eval_split or "train")
+
+
+def describe_split(path: str, split: str) -> str:
+    """Return the name of a split; a file has no splits, and its only one is the whole file."""
+    return "the whole file" if Path(path).is_file() else split
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or the name of its type where the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

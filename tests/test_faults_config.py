@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from grpo_core.batch import Task
+from grpo_core.commands.dry_run import describe_sizes
 from grpo_core.commands.model_card import _describe_accuracy
 from grpo_core.config.checks import check_inputs
 from grpo_core.config.files import dump, load, load_run_config
@@ -23,9 +24,12 @@ from grpo_core.data.rows import describe_eval_source, load_splits
 from grpo_core.data.stream import TaskStream
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rewards import REWARDS
+from grpo_core.report.run_reader import read_run
+from grpo_core.report.summary import summarize_run
 from grpo_core.scoring.reward_call import attempt, find_missing_columns
 from grpo_core.scoring.scoring import Reward, score
 from grpo_core.training.deepspeed_config import deepspeed_config
+from grpo_core.training.prepare import check_columns
 from grpo_core.training.resume import RunStart, check_num_steps
 from grpo_core.training.trainer import is_due
 
@@ -476,5 +480,51 @@ def test_n3_a_task_and_a_message_have_the_row_of_the_file(tmp_path):
     rows[60]["question"] = None
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     train, held_out = load_splits(config, 6)
-    with pytest.raises(ValueError, match="row 61 of the data: column 'question'"):
+    with pytest.raises(ValueError, match=f"{file}, row 61 of the data: column 'question'"):
         make_tasks(train if 60 in train.numbers else held_out, config, Characters())
+
+
+def test_n3_every_message_about_a_row_names_its_file(tmp_path):
+    """FAULTS N3, N4: with data.eval_path a row's number alone does not say in which file it is."""
+    files = [tmp_path / name for name in ("train.jsonl", "test.jsonl")]
+    files[0].write_text("".join(json.dumps({"question": f"q{i}", "answer": "1"}) + "\n" for i in range(5)))
+    config = DataConfig(path=str(files[0]), eval_path=str(files[1]), template="{question}", max_prompt_tokens=9, long_prompts="error")
+    for question, problem in ((None, "column 'question'"), ("", "the prompt is empty"), ("long" * 9, "the prompt has 36"), ("\ud83d", "column")):
+        files[1].write_text(json.dumps({"question": "q"}) + "\n" + json.dumps({"question": question}) + "\n")
+        train, held_out = load_splits(config, 6)
+        make_tasks(train, config, Characters())
+        with pytest.raises(ValueError, match=f"^{files[1]}, row 2 of the data: {problem}"):
+            make_tasks(held_out, config, Characters())
+    assert load_splits(replace(config, path="builtin:word_problems", eval_path=None), 3)[1].source == "builtin:word_problems (test)"
+    assert load_splits(replace(config, eval_path=None), 2)[1].source == str(files[0])  # held out, and numbered as in the file
+
+
+@pytest.mark.parametrize("reward", ["rewards", "evaluation.reward"])
+def test_n3_a_null_answer_is_named_with_its_file(tmp_path, reward):
+    tasks = [Task(index, "q", [1], {"answer": "1" if index else None}) for index in (4, 0)]
+    config = replace(load(TINY), data=DataConfig(path="a/b", eval_path="c/d", eval_split="dev"))
+    arguments, source = ((tasks, []), r"a/b \(train\)") if reward == "rewards" else ((tasks[:1], tasks), r"c/d \(dev\)")
+    with pytest.raises(ValueError, match=f"'answer', which is null in row 1 of the data, {source}$"):
+        check_columns(config, *arguments)
+
+
+@pytest.mark.parametrize("data, source", [
+    ({"path": "train.jsonl", "eval_path": "test.jsonl"}, "test.jsonl (the whole file)"),
+    ({"path": "train.jsonl"}, "train.jsonl (held out of train)"), ({}, "builtin:word_problems (test)"),
+    ({"path": "a/b", "split": "dev", "eval_split": "test"}, "a/b (test)"), ({"path": "a: b.jsonl"}, "a: b.jsonl (held out of train)"),
+])  # fmt: skip
+def test_n4_dry_run_and_report_name_the_evaluation_rows(tmp_path, monkeypatch, data, source):
+    """FAULTS N4: the rows that the accuracy is measured on, in the same words as the model card's."""
+    monkeypatch.chdir(tmp_path)
+    Path("test.jsonl").touch()
+    config = load(TINY)
+    config = replace(config, data=replace(config.data, **data))
+    tasks = [Task(0, "q", [1], {})]
+    sizes = describe_sizes(config, SimpleNamespace(tasks=tasks, eval_tasks=7 * tasks, num_too_long=0), 1, 16)
+    assert f"7 evaluation problems from {source}, evaluated before and after training" in sizes
+    assert "0 evaluation problems, evaluated never" in describe_sizes(config, SimpleNamespace(tasks=tasks, eval_tasks=[], num_too_long=0), 1, 16)
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text(dump(config))
+    assert "Evaluated on" not in {key for key, text in summarize_run(read_run(Path("run")), 0).items() if text}
+    Path("run/evaluation.jsonl").write_text('{"step": 0, "accuracy": 0.5, "correct": 1, "n": 2}\n')
+    assert summarize_run(read_run(Path("run")), 0)["Evaluated on"] == source

@@ -14,6 +14,7 @@ from grpo_core.config.formula import render
 from grpo_core.config.precision import dtype_name, resolve_dtype
 from grpo_core.config.sections import RunConfig
 from grpo_core.data.eval_sets import group_by_set
+from grpo_core.data.rows import describe_eval_source
 from grpo_core.data.stream import TaskStream
 from grpo_core.distributed import ranks
 from grpo_core.model.families import head_dim
@@ -88,16 +89,17 @@ def describe_sizes(config: RunConfig, prepared: Prepared, processes: int, per_ra
         f"{steps} steps = {steps * per_step / len(tasks):.3g} epochs of {len(tasks):,} prompts{dropped}",
         f"{steps * updates:,} optimizer steps in total; the learning rate rises to {engine.learning_rate:g} in the "
         f"first {engine.warmup_steps}, then follows engine.schedule {engine.schedule}",
-        f"{len(eval_tasks)} held-out problems{_describe_sets(config, eval_tasks)}, evaluated "
+        f"{len(eval_tasks)} evaluation problems{_describe_source(config, eval_tasks)}, evaluated "
         f"{_describe_evaluation(config, eval_tasks)}",
     ]
     return "\n".join(lines)
 
 
-def _describe_sets(config: RunConfig, eval_tasks: list[Task]) -> str:
+def _describe_source(config: RunConfig, eval_tasks: list[Task]) -> str:
     sets, selecting = group_by_set(eval_tasks), config.evaluation.selecting_set
     parts = [f"{len(tasks)} in {label_set(name, selecting)}" for name, tasks in sets.items() if name]
-    return f" ({', '.join(parts)})" if parts else ""
+    path, rows = describe_eval_source(config.data)
+    return f" ({', '.join(parts)})" if parts else f" from {path} ({rows})" if eval_tasks else ""
 
 
 def _describe_evaluation(config: RunConfig, eval_tasks: list[Task]) -> str:

@@ -148,7 +148,7 @@ def load_problems(
         # rows held out of the training data depend on their number, so `limit` must not change it
         count = (limit or ALL_ROWS) if has_eval_data else opened.config.evaluation.num_tasks
         rows = load_splits(config, count)[1]
-        rows = Rows(rows[:limit], rows.numbers[:limit])
+        rows = Rows(rows[:limit], rows.numbers[:limit], rows.source)
         path, split = describe_eval_source(config)
     if not rows:
         raise ConfigError("the run has held out no problems (evaluation.num_tasks is 0); name a data set with --data")

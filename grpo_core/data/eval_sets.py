@@ -14,9 +14,16 @@ from pathlib import Path
 
 from grpo_core.batch import Task
 from grpo_core.config.sections import DataConfig, EvaluationSetConfig, RunConfig
-from grpo_core.data.rows import Rows, describe_eval_source, describe_split, load_rows, load_splits
+from grpo_core.data.rows import (
+    Rows,
+    describe_eval_source,
+    load_rows,
+    load_splits,
+    name_eval_split,
+    name_split,
+)
 from grpo_core.random_keys import make_generator, make_key
-from grpo_core.schema import ConfigError
+from grpo_core.schema import ConfigError, describe_split
 
 
 def load_eval_sets(config: RunConfig) -> tuple[Rows, dict[str, Rows]]:
@@ -71,13 +78,22 @@ def describe_set(config: RunConfig, name: str) -> tuple[str, str]:
     return path, describe_split(path, split)
 
 
+def name_set(config: RunConfig, name: str) -> str:
+    """Return the name of the split that holds the rows of the set `name`, with its path."""
+    part = next((x for x in config.evaluation.sets if x.name == name), None)
+    if part is None or is_share(part):
+        return name_eval_split(config.data)
+    path, _, split = _source(config.data, part)
+    return name_split(path, split)
+
+
 def _divide(pool: Rows, shares: dict[str, int]) -> dict[str, Rows]:
     """Divide held-out rows at random into parts of the given sizes; the last parts are smaller where rows lack."""
     order = make_generator(make_key("evaluation_sets")).permutation(len(pool)).tolist()
     parts, start = {}, 0
     for name, size in shares.items():
         chosen = sorted(order[start : start + size])
-        parts[name] = Rows((pool[i] for i in chosen), (pool.numbers[i] for i in chosen))
+        parts[name] = Rows((pool[i] for i in chosen), (pool.numbers[i] for i in chosen), pool.source)
         start += size
     return parts
 

@@ -32,25 +32,24 @@ def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTok
     if not rows:
         return [], 0
     numbers = rows.numbers if isinstance(rows, Rows) else range(len(rows))
+    places = _name_rows(numbers, rows.source if isinstance(rows, Rows) else "")
     rows = _rename_columns(rows, config.columns)
-    _check_columns(rows, numbers)
-    _check_template_columns(rows, numbers, config.template)
+    _check_columns(rows, places)
+    _check_template_columns(rows, places, config.template)
     if config.prompt == "chat" and not tokenizer.chat_template:
         raise ConfigError(
             "data.prompt is chat, but the model's tokenizer has no chat template; use data.prompt: template"
         )
     prompts = [render_prompt(row, config, tokenizer) for row in rows]
-    _check_characters(prompts, numbers, "the prompt made from it with data.template and data.system")
+    _check_characters(prompts, places, "the prompt made from it with data.template and data.system")
     ids = encode_prompts(tokenizer, prompts, add_special_tokens=config.prompt != "chat")
     if [] in ids:
-        raise ConfigError(
-            f"row {numbers[ids.index([])] + 1} of the data: the prompt is empty; it needs at least one token"
-        )
+        raise ConfigError(f"{places[ids.index([])]}: the prompt is empty; it needs at least one token")
     limit = config.max_prompt_tokens
     too_long = [index for index, prompt_ids in enumerate(ids) if len(prompt_ids) > limit]
     if too_long and config.long_prompts == "error":
         raise ConfigError(
-            f"row {numbers[too_long[0]] + 1} of the data: the prompt has {len(ids[too_long[0]])} tokens, more than "
+            f"{places[too_long[0]]}: the prompt has {len(ids[too_long[0]])} tokens, more than "
             f"data.max_prompt_tokens ({limit}), as have {len(too_long)} of {len(ids)} prompts; raise it, or set "
             f"data.long_prompts to drop or truncate_left"
         )
@@ -127,7 +126,13 @@ def _rename_columns(rows: Sequence[Row], columns: dict[str, str]) -> list[Row]:
     return [{new_names.get(name, name): value for name, value in row.items()} for row in rows]
 
 
-def _check_columns(rows: Sequence[Row], numbers: Sequence[int]) -> None:
+def _name_rows(numbers: Sequence[int], source: str) -> list[str]:
+    """Return the names of rows in messages, with the file or split that they come from where it is known."""
+    prefix = f"{source}, " if source else ""
+    return [f"{prefix}row {number + 1} of the data" for number in numbers]
+
+
+def _check_columns(rows: Sequence[Row], places: Sequence[str]) -> None:
     """Refuse columns whose names the rewards' arguments have, and text that cannot be encoded."""
     for name in RESERVED_COLUMNS:
         if name in rows[0]:
@@ -136,15 +141,15 @@ def _check_columns(rows: Sequence[Row], numbers: Sequence[int]) -> None:
                 f"data.columns={{NEW: {name}}}"
             )
     for name in rows[0]:
-        _check_characters([row[name] for row in rows], numbers, f"column {name!r}")
+        _check_characters([row[name] for row in rows], places, f"column {name!r}")
 
 
-def _check_characters(values: Sequence[Any], numbers: Sequence[int], place: str) -> None:
+def _check_characters(values: Sequence[Any], places: Sequence[str], part: str) -> None:
     """Raise ConfigError if a text, or a text in a list or mapping, has a lone surrogate, which no tokenizer encodes."""
-    for number, value in zip(numbers, values, strict=True):
+    for place, value in zip(places, values, strict=True):
         if (character := find_surrogate(value)) is not None:
             raise ConfigError(
-                f"row {number + 1} of the data: {place} has the lone surrogate {character!a}, half of a character; "
+                f"{place}: {part} has the lone surrogate {character!a}, half of a character; "
                 f"correct it or remove the row"
             )
 
@@ -164,15 +169,14 @@ def find_surrogate(value: Any) -> str | None:
     return None
 
 
-def _check_template_columns(rows: Sequence[Row], numbers: Sequence[int], template: str) -> None:
+def _check_template_columns(rows: Sequence[Row], places: Sequence[str], template: str) -> None:
     """Check that the columns that the template uses hold text or a number in every row."""
     for name in list_template_fields(template):
         if name not in rows[0]:
             raise ConfigError(f"data.template uses {{{name}}}, but the data has the columns {', '.join(rows[0])}")
-        for number, row in zip(numbers, rows, strict=True):
+        for place, row in zip(places, rows, strict=True):
             if not is_text(row[name]):
                 value = "null" if row[name] is None else repr(str(row[name])[:40])
                 raise ConfigError(
-                    f"row {number + 1} of the data: column {name!r}, which data.template uses, is {value}; it must be "
-                    f"text or a number"
+                    f"{place}: column {name!r}, which data.template uses, is {value}; it must be text or a number"
                 )

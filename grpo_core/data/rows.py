@@ -11,7 +11,7 @@ from typing import Any
 from grpo_core.config.sections import DataConfig
 from grpo_core.data.word_problems import make_word_problems
 from grpo_core.random_keys import make_generator, make_key
-from grpo_core.schema import ConfigError, first_line
+from grpo_core.schema import ConfigError, describe_eval_rows, first_line
 
 Row = dict[str, Any]
 
@@ -20,11 +20,12 @@ BUILTIN_ROWS = {"train": 20_000, "test": 1_000}  # rows of builtin:word_problems
 
 
 class Rows(list[Row]):
-    """Some rows of a split, with `numbers`, their places in the split, from 0."""
+    """Some rows of a split, with `numbers`, their places in the split, from 0, and `source`, the name of the split."""
 
-    def __init__(self, rows: Iterable[Row], numbers: Iterable[int] | None = None) -> None:
+    def __init__(self, rows: Iterable[Row], numbers: Iterable[int] | None = None, source: str = "") -> None:
         super().__init__(rows)
         self.numbers = list(range(len(self)) if numbers is None else numbers)
+        self.source = source
 
 
 def load_splits(config: DataConfig, num_eval: int, key: str = "evaluation.num_tasks") -> tuple[Rows, Rows]:
@@ -49,21 +50,25 @@ def load_splits(config: DataConfig, num_eval: int, key: str = "evaluation.num_ta
         # independent of the run's seed: no run may train on rows that another is evaluated on
         order = make_generator(make_key("held_out")).permutation(len(train))
         parts = (sorted(part.tolist()) for part in (order[num_eval:], order[:num_eval]))
-        train, held_out = (Rows((train[i] for i in part), part) for part in parts)
+        train, held_out = (Rows((train[i] for i in part), part, train.source) for part in parts)
     return train, held_out
 
 
 def describe_eval_source(config: DataConfig) -> tuple[str, str]:
     """Return the path of the evaluation rows, and which of its rows they are, as `load_splits` reads them."""
-    path = config.eval_path or config.path
+    return describe_eval_rows(config.path, config.split, config.eval_path, config.eval_split)
+
+
+def name_split(path: str, split: str) -> str:
+    """Return the name of a split with its path; a file has no splits."""
+    return path if Path(path).is_file() else f"{path} ({split})"
+
+
+def name_eval_split(config: DataConfig) -> str:
+    """Return the name of the split that holds the evaluation rows."""
     if config.eval_path is not None or config.eval_split is not None:
-        return path, describe_split(path, config.eval_split or "train")
-    return path, "test" if path.startswith("builtin:") else f"held out of {config.split}"
-
-
-def describe_split(path: str, split: str) -> str:
-    """Return the name of a split; a file has no splits, and its only one is the whole file."""
-    return "the whole file" if Path(path).is_file() else split
+        return name_split(config.eval_path or config.path, config.eval_split or "train")
+    return name_split(config.path, "test" if config.path.startswith("builtin:") else config.split)
 
 
 def load_rows(path: str, subset: str | None, split: str, limit: int | None) -> Rows:
@@ -76,7 +81,7 @@ def load_rows(path: str, subset: str | None, split: str, limit: int | None) -> R
     if not rows:
         raise ConfigError(f"data.path is {path!r} (split {split!r}), and it has no rows")
     columns = dict.fromkeys(name for row in rows for name in row)
-    return Rows({name: row.get(name) for name in columns} for row in rows[:limit])
+    return Rows(({name: row.get(name) for name in columns} for row in rows[:limit]), source=name_split(path, split))
 
 
 def _read_rows(path: str, subset: str | None, split: str, limit: int | None) -> list[Row]:

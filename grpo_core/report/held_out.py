@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from grpo_core.report.run_reader import Row, RunFolder, finite_number, read_json, read_json_lines
+from grpo_core.schema import describe_eval_rows
 
 MAX_ANSWERS = 10  # problems of a run whose answers are in the report
 MAX_CHARACTERS = 2_000  # of a text in the report
@@ -42,6 +43,17 @@ def collect_answers(run: RunFolder) -> list[dict[str, Any]]:
 def _name_task(row: Row) -> Any:
     """Return the row of a task in its data, after the name of its evaluation set if that has one."""
     return f"{row['set']}, {row.get('task')}" if row.get("set") else row.get("task")
+
+
+def describe_source(run: RunFolder) -> str:
+    """Return the data of the run's only evaluation set, and which of its rows it has; "" if there are several."""
+    if any(run.evaluations):
+        return ""
+    values = [run.settings.get(f"data.{key}", "null") for key in ("path", "split", "eval_path", "eval_split")]
+    path, split, *evaluation = (None if value == "null" else value.strip("'\"") for value in values)
+    if path is None:
+        return ""
+    return "{} ({})".format(*describe_eval_rows(path, split or "train", *evaluation))
 
 
 def describe_evaluations(run: RunFolder) -> dict[str, str]:

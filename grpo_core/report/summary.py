@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from grpo_core.report.eval_sets import label_set
-from grpo_core.report.held_out import describe_evaluations
+from grpo_core.report.held_out import describe_evaluations, describe_source
 from grpo_core.report.run_reader import Row, RunFolder
 
 AVERAGED_STEPS = 10  # last steps whose mean is reported as a final number
@@ -44,6 +44,7 @@ def summarize_run(run: RunFolder, completions: int) -> dict[str, str]:
     model, *objective = ("" if name == "null" else name for name in names)
     return {
         **accuracies,
+        "Evaluated on": describe_source(run) if any(accuracies.values()) else "",
         **describe_evaluations(run),
         "Steps": f"{steps:,} of {int(planned):,}" if planned.isdecimal() else f"{steps:,}",
         "Completions": f"{completions:,}" if completions else "",

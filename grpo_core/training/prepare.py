@@ -10,7 +10,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from grpo_core.batch import Task
 from grpo_core.config.sections import RunConfig, SamplingConfig
 from grpo_core.data.encoding import describe_prompt_changes
-from grpo_core.data.eval_sets import group_by_set
+from grpo_core.data.eval_sets import group_by_set, name_set
+from grpo_core.data.rows import name_split
 from grpo_core.data.tasks import find_offered_tasks, read_tasks
 from grpo_core.model.loading import (
     check_can_be_sampled,
@@ -83,9 +84,11 @@ def prepare(
 
 def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task]) -> None:
     """Raise ConfigError if a reward needs a column that the data lacks, or that is null where it must not be."""
-    uses = [(reward.name, tasks) for reward in config.rewards]
-    uses += [(config.evaluation.reward, set_tasks) for set_tasks in group_by_set(eval_tasks).values()]
-    for name, rows in uses:
+    data = config.data
+    uses = [(reward.name, tasks, name_split(data.path, data.split)) for reward in config.rewards]
+    sets = group_by_set(eval_tasks).items()
+    uses += [(config.evaluation.reward, set_tasks, name_set(config, name)) for name, set_tasks in sets]
+    for name, rows, source in uses:
         if rows and (missing := find_missing_columns(REWARDS.get(name), rows[0].columns)):
             columns = ", ".join(rows[0].columns)
             raise ConfigError(
@@ -96,7 +99,7 @@ def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task]) 
                 if task.columns[column] is None:
                     raise ConfigError(
                         f"reward {name} needs a value in the column {column!r}, which is null in row "
-                        f"{task.index + 1} of the data"
+                        f"{task.index + 1} of the data, {source}"
                     )
 
 

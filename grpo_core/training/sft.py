@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo_core.batch import Rollouts, Task, TrainBatch
 from grpo_core.config.precision import DTYPES, dtype_name
 from grpo_core.config.sections import RunConfig, use_supervised_objective
-from grpo_core.data.eval_sets import load_eval_sets
+from grpo_core.data.eval_sets import group_by_set, load_eval_sets, name_set
+from grpo_core.data.rows import name_split
 from grpo_core.distributed import ranks, signals
 from grpo_core.model.new_model import new_model
 from grpo_core.model.policy import load_policy, wrap
@@ -88,8 +89,14 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
     check_num_steps(run_start, count_steps(config, len(prepared.tasks), config.trainer.completions_per_step))
     tokenizer, model_config = prepared.tokenizer, prepared.model_config
     longest = max(
-        find_longest_target(config.sft, prepared.tasks, tokenizer, model_config),
-        find_longest_target(config.sft, prepared.eval_tasks, tokenizer, model_config, "the evaluation data"),
+        find_longest_target(config.sft, tasks, tokenizer, model_config, source)
+        for tasks, source in (
+            (prepared.tasks, f"the data, {name_split(config.data.path, config.data.split)}"),
+            *(
+                (tasks, f"the evaluation data, {name_set(config, name)}")
+                for name, tasks in group_by_set(prepared.eval_tasks).items()
+            ),
+        )
     )
     if base:
         policy = wrap(base.to(dtype), config.model, config.lora, temperature=TEMPERATURE)
