@@ -57,7 +57,7 @@ def test_the_control_loads(train):
 
 
 @pytest.mark.parametrize("overrides, sentence", [
-    (["trainer.num_step=3"], "unknown key trainer.num_step; known: completions_per_step, epochs"),
+    (["trainer.num_step=3"], "unknown key trainer.num_step; known: completions_per_step, early_stopping"),
     (["trainr.num_steps=3"], "(did you mean trainer?)"),
     (["sampling.top_p=0.9"], "unknown key sampling.top_p; training samples from the whole distribution"),
     (["seed"], "'seed' is not an override; write section.key=value"),
