@@ -22,18 +22,23 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from grpo_core.commands.errors import print_error
 from grpo_core.commands.forked_rank import STOP_SIGNALS, ForkedRank, can_fork, prepare_ranks
 from grpo_core.commands.read_ahead import ReadAhead
 from grpo_core.commands.train import announce
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.files import load_job
-from grpo_core.distributed.ranks import RUN_FOLDER_VARIABLE
+from grpo_core.counts import count
+from grpo_core.distributed.ranks import RUN_FOLDER_VARIABLE, read_count
+from grpo_core.schema import ConfigError
 
 PROGRAM = ("-m", "grpo_core")
 GRACE_SECONDS = 5.0  # from the first failure until the other ranks are killed: time to print their errors
 NO_RESTART_CODES = (0, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # success, a user's mistake, a signal
 EXPLAINED_CODES = (2, 3)  # the rank has printed its error
+MAX_PROCESSES_PER_CORE = 8  # without GPUs; each takes about half a gigabyte of memory
 
 
 def run_launch(processes: int, config: Path | None, overrides: Sequence[str]) -> int:
@@ -47,7 +52,9 @@ def run_launch(processes: int, config: Path | None, overrides: Sequence[str]) ->
     """
     ahead = ReadAhead(config, overrides) if can_fork() else None
     loaded = ahead.config() if ahead else load_job(config, overrides)
-    prompts_per_rank(loaded, processes * int(os.environ.get("NNODES", 1)))
+    nodes, _ = read_nodes()
+    prompts_per_rank(loaded, processes * nodes)
+    check_processes(processes)
     announce(loaded)
     if ahead:
         prepare_ranks(loaded, ahead)
@@ -67,11 +74,41 @@ def run_launch(processes: int, config: Path | None, overrides: Sequence[str]) ->
     raise AssertionError
 
 
+def check_processes(processes: int) -> None:
+    """Refuse more processes than this machine can run.
+
+    Raises:
+        ConfigError: there are more processes than GPUs, or without GPUs more than MAX_PROCESSES_PER_CORE on each core.
+    """
+    if gpus := torch.cuda.device_count():
+        limit, reason = gpus, "one for each GPU"
+    else:
+        cores = os.cpu_count() or 1
+        limit, reason = MAX_PROCESSES_PER_CORE * cores, f"{MAX_PROCESSES_PER_CORE} for each of {count(cores, 'core')}"
+    if processes > limit:
+        raise ConfigError(
+            f"{count(processes, 'process', 'processes')} were asked for on this machine; at most {limit:,} are "
+            f"possible, {reason}"
+        )
+
+
+def read_nodes() -> tuple[int, int]:
+    """Return NNODES and NODE_RANK of the environment: the number of machines, and the number of this one.
+
+    Raises:
+        ConfigError: one of them is not a whole number in its range.
+    """
+    nodes, node = read_count("NNODES", default=1, minimum=1), read_count("NODE_RANK", default=0, minimum=0)
+    if node >= nodes:
+        raise ConfigError(f"NODE_RANK is {node} in the environment; it must be below NNODES, which is {nodes}")
+    return nodes, node
+
+
 class _Ranks:
     """The processes of one start, one per rank of this machine."""
 
     def __init__(self, processes: int, config: Path | None, overrides: Sequence[str], note: Path) -> None:
-        nodes, node = int(os.environ.get("NNODES", 1)), int(os.environ.get("NODE_RANK", 0))
+        nodes, node = read_nodes()
         address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
         if nodes == 1:
             address, port = "127.0.0.1", str(_free_port())

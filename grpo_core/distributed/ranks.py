@@ -63,6 +63,18 @@ def setup(hang_timeout: float = 0) -> None:
     watchdog.start(hang_timeout, rank())
 
 
+def read_count(variable: str, default: int, minimum: int) -> int:
+    """Return the number in a variable of the environment, or `default` where it is not set.
+
+    Raises:
+        ConfigError: the variable is not a whole number of at least `minimum`.
+    """
+    text = os.environ.get(variable, str(default))
+    if not text.strip().isdecimal() or int(text) < minimum:
+        raise ConfigError(f"{variable} is {text!r} in the environment; it must be a whole number of at least {minimum}")
+    return int(text)
+
+
 def die_with_launcher() -> None:
     """Let the kernel kill this rank when its launcher ends for any reason, so that no orphan continues training.
 
