@@ -5,6 +5,7 @@ import difflib
 import functools
 import inspect
 import math
+import signal
 import sys
 import traceback
 import types
@@ -47,6 +48,14 @@ def summarize_error(error: BaseException) -> str:
     kind, message = type(error).__name__, first_line(error)
     description = kind if message == kind else f"{kind}: {message}"
     return f"{description} ({Path(frame.filename).name}, line {frame.lineno})"
+
+
+def describe_exit(code: int) -> str:
+    """Return the exit code of a process, or -n for signal n, as a verb phrase."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"was ended by {names.get(-code, f'signal {-code}')}"
 
 
 def first_line(error: BaseException) -> str:
