@@ -1,13 +1,17 @@
 """The launcher refuses what this machine cannot run, and one sentence says why a rank ended."""
 
 import os
+import queue
 
 import pytest
+import torch
 from test_launch import TINY, started  # noqa: F401
 
 from grpo_core.cli import main
 from grpo_core.commands import launch
 from grpo_core.commands.read_ahead import ReadAhead
+from grpo_core.commands.train import run_job
+from grpo_core.config.sections import LogConfig, RunConfig
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rewards import REWARDS
@@ -93,3 +97,66 @@ def test_a_file_that_kills_its_process_at_its_import_is_one_sentence(tmp_path, n
     path.write_text(f"import os, signal\nos.kill(os.getpid(), signal.{number})\ndef f(rewards):\n    return rewards\n")
     with pytest.raises(ConfigError, match=f"^the process that imported {path} was ended by {number}$"):
         ReadAhead(TINY, [f"advantage.name={path}:f"]).config()
+
+
+def wait_for(ends):
+    """What the launcher returns after the ranks have ended with these (rank, exit code), in this order."""
+    ranks = object.__new__(launch._Ranks)
+    ranks.ended, ranks.ranks, ranks.threads, ranks.signals = queue.Queue(), dict(ends), [], 0
+    for end in ends:
+        ranks.ended.put(end)
+    return ranks.wait()
+
+
+@pytest.mark.parametrize("ends, code, sentence", [
+    ([(1, -9), (0, 5)], 137, "rank 1 was ended by SIGKILL"),
+    ([(0, 5), (1, -9)], 137, "rank 1 was ended by SIGKILL"),
+    ([(0, 5), (2, 5), (1, -11)], 139, "rank 1 was ended by SIGSEGV"),
+    ([(0, 5), (1, 4)], 4, "rank 1 failed with exit code 4"),
+    ([(0, 5), (1, 0)], 5, "rank 0 lost its connection to another rank"),
+    ([(1, 143), (0, 143)], 143, None),
+    ([(1, 130), (0, 130)], 130, None),
+    ([(1, -15), (0, 5)], 143, "rank 1 was ended by SIGTERM"),
+    ([(1, 3), (0, 5)], 3, None),
+    ([(0, 0), (1, 0)], 0, None),
+])  # fmt: skip
+def test_one_sentence_says_which_rank_ended_the_run(capsys, ends, code, sentence):
+    assert wait_for(ends) == code
+    assert capsys.readouterr().err == (f"grpo_core: {sentence}\n" if sentence else "")
+
+
+LOST = [
+    "[../third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:56484: Connection reset by peer. This is",
+    "[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3421",
+    "[../gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete",
+    "[../gloo/gloo/transport/tcp/pair.cc:144] Write error: Broken pipe",
+]
+
+
+@pytest.mark.parametrize("message", LOST)
+def test_a_rank_that_lost_another_one_leaves_the_sentence_to_the_launcher(monkeypatch, capsys, message):
+    def job(config):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr("grpo_core.distributed.ranks.die_with_launcher", lambda: None)
+    monkeypatch.setenv("GRPO_CORE_FOLDER_NOTE", "note")
+    assert run_job(job, RunConfig()) == 5 and capsys.readouterr().err == ""
+    assert run_job(job, RunConfig(log=LogConfig(verbose=True))) == 5 and "Traceback" in capsys.readouterr().err
+    monkeypatch.delenv("GRPO_CORE_FOLDER_NOTE")
+    assert run_job(job, RunConfig()) == 5
+    assert capsys.readouterr().err == "grpo_core: rank 0 lost its connection to another rank\n"
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    RuntimeError("the judge's server timed out"),
+    torch.distributed.DistBackendError("ncclUnhandledCudaError: Call to CUDA function failed: out of memory"),
+    ValueError("gloo: connection reset"),
+], ids=lambda error: str(error)[:20])  # fmt: skip
+def test_an_error_of_the_ranks_own_is_shown(monkeypatch, error):
+    def job(config):
+        raise error
+
+    monkeypatch.setattr("grpo_core.distributed.ranks.die_with_launcher", lambda: None)
+    with pytest.raises(type(error)):
+        run_job(job, RunConfig())

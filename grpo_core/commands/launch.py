@@ -31,13 +31,13 @@ from grpo_core.commands.train import announce
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.files import load_job
 from grpo_core.counts import count
-from grpo_core.distributed.ranks import RUN_FOLDER_VARIABLE, read_count
-from grpo_core.schema import ConfigError
+from grpo_core.distributed.ranks import LOST_RANK_CODE, RUN_FOLDER_VARIABLE, read_count
+from grpo_core.schema import ConfigError, describe_exit
 
 PROGRAM = ("-m", "grpo_core")
 GRACE_SECONDS = 5.0  # from the first failure until the other ranks are killed: time to print their errors
 NO_RESTART_CODES = (0, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # success, a user's mistake, a signal
-EXPLAINED_CODES = (2, 3)  # the rank has printed its error
+EXPLAINED_CODES = (*NO_RESTART_CODES, 3)  # the rank has printed why it ended, or after a signal where it stopped
 MAX_PROCESSES_PER_CORE = 8  # without GPUs; each takes about half a gigabyte of memory
 
 
@@ -104,6 +104,18 @@ def read_nodes() -> tuple[int, int]:
     return nodes, node
 
 
+def find_cause(failures: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the first (rank, exit code) that is not a consequence of another rank's end, if there is one."""
+    return next((failure for failure in failures if failure[1] != LOST_RANK_CODE), failures[0])
+
+
+def describe_failure(code: int) -> str:
+    """Return as a verb phrase how a rank failed; `code` is its exit code, or -n for signal n."""
+    if code == LOST_RANK_CODE:
+        return "lost its connection to another rank"
+    return f"failed with exit code {code}" if code > 0 else describe_exit(code)
+
+
 class _Ranks:
     """The processes of one start, one per rank of this machine."""
 
@@ -142,7 +154,7 @@ class _Ranks:
 
     def wait(self) -> int:
         """Wait until all ranks have ended. Return 0 or the exit code of the first that failed; 128 + n for signal n."""
-        failure: tuple[int, int] | None = None
+        failures: list[tuple[int, int]] = []  # (rank, exit code), in the order in which they ended
         deadline, running = None, set(self.ranks)
         while running:
             try:
@@ -152,17 +164,16 @@ class _Ranks:
                     self._send(signal.SIGKILL)
                 continue
             running.remove(rank)
-            if code != 0 and failure is None:
-                failure, deadline = (rank, code), time.monotonic() + GRACE_SECONDS
+            if code != 0 and (deadline is None or time.monotonic() < deadline):
+                failures.append((rank, code))
+                deadline = deadline or time.monotonic() + GRACE_SECONDS
         for thread in self.threads:
             thread.join()
-        if failure is None:
+        if not failures:
             return 0
-        rank, code = failure
-        stopped = self.signals and code in NO_RESTART_CODES
-        if code not in EXPLAINED_CODES and not stopped:
-            reason = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-            print_error(f"rank {rank} {reason}")
+        rank, code = find_cause(failures)
+        if code not in EXPLAINED_CODES:
+            print_error(f"rank {rank} {describe_failure(code)}")
         return code if code > 0 else 128 - code
 
     def _wait_for(self, rank: int) -> None:

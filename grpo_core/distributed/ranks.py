@@ -3,6 +3,7 @@
 import atexit
 import ctypes
 import os
+import re
 import signal
 import socket
 import sys
@@ -21,6 +22,10 @@ from grpo_core.random_keys import Key, make_generator, torch_seed
 from grpo_core.schema import ConfigError
 
 MIN_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+LOST_RANK_CODE = 5  # exit code of a rank whose collective failed because another rank ended or cannot be reached
+LOST_RANK = re.compile(
+    r"connection (was )?(reset|closed|refused|aborted)|broken pipe|timed out|remote ?error|remote process exited", re.I
+)
 RUN_FOLDER_VARIABLE = "GRPO_CORE_FOLDER_NOTE"  # names a file, into which the run writes its folder for the launcher
 PEAK_TERAFLOPS = {  # part of a GPU's name -> dense 16-bit products, by its data sheet
     "H200": 989,
@@ -94,6 +99,12 @@ def report_run_folder(folder: Path) -> None:
     """Write the run folder into the launcher's file, so that a restart continues from its checkpoints."""
     if file := os.environ.get(RUN_FOLDER_VARIABLE):
         Path(file).write_text(str(folder.resolve()), encoding="utf-8")
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Return whether a collective failed because another rank has ended or cannot be reached."""
+    is_collective = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return is_collective and LOST_RANK.search(str(error)) is not None
 
 
 def shutdown() -> None:
