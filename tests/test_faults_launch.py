@@ -2,6 +2,7 @@
 
 import os
 import queue
+import socket
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from grpo_core.commands import launch
 from grpo_core.commands.read_ahead import ReadAhead
 from grpo_core.commands.train import run_job
 from grpo_core.config.sections import LogConfig, RunConfig
+from grpo_core.distributed import ranks
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rewards import REWARDS
@@ -101,11 +103,11 @@ def test_a_file_that_kills_its_process_at_its_import_is_one_sentence(tmp_path, n
 
 def wait_for(ends):
     """What the launcher returns after the ranks have ended with these (rank, exit code), in this order."""
-    ranks = object.__new__(launch._Ranks)
-    ranks.ended, ranks.ranks, ranks.threads, ranks.signals = queue.Queue(), dict(ends), [], 0
+    start = object.__new__(launch._Ranks)
+    start.ended, start.ranks, start.threads, start.signals = queue.Queue(), dict(ends), [], 0
     for end in ends:
-        ranks.ended.put(end)
-    return ranks.wait()
+        start.ended.put(end)
+    return start.wait()
 
 
 @pytest.mark.parametrize("ends, code, sentence", [
@@ -160,3 +162,47 @@ def test_an_error_of_the_ranks_own_is_shown(monkeypatch, error):
     monkeypatch.setattr("grpo_core.distributed.ranks.die_with_launcher", lambda: None)
     with pytest.raises(type(error)):
         run_job(job, RunConfig())
+
+
+def test_two_starts_at_the_same_moment_meet_in_places_of_their_own(tmp_path, monkeypatch):
+    environments = []
+
+    class Process:
+        def __init__(self, command, env, **options):
+            environments.append(env)
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(launch.subprocess, "Popen", Process)
+    monkeypatch.setattr(launch, "can_fork", lambda: False)
+    monkeypatch.setattr(launch.signal, "signal", lambda number, handler: None)
+    for _ in range(2):  # of two runs, or of a run and its restart
+        assert launch._Ranks(2, None, [], tmp_path / "folder").wait() == 0
+    stores = [env["GRPO_CORE_STORE"] for env in environments]
+    assert stores[0] == stores[1] != stores[2] == stores[3] and not any(os.path.exists(store) for store in stores)
+    assert {env["MASTER_PORT"] for env in environments} == {"0"}, "a port that is free now may be another run's later"
+    for env, rank in zip(environments, (0, 1, 0, 1), strict=True):
+        monkeypatch.setattr(ranks.os, "environ", env)
+        made = ranks._make_store()
+        assert made["rank"] == rank and made["world_size"] == 2 and isinstance(made["store"], torch.distributed.FileStore)
+
+
+def test_a_single_process_and_other_launchers_ranks_meet_as_they_should(monkeypatch):
+    monkeypatch.setattr(ranks.os, "environ", {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"})
+    assert isinstance(ranks._make_store()["store"], torch.distributed.HashStore)
+    monkeypatch.setattr(ranks.os, "environ", {"RANK": "0", "WORLD_SIZE": "4", "MASTER_PORT": "29500", "GRPO_CORE_STORE": "x"})
+    assert ranks._make_store() == {}
+
+
+def test_a_port_that_is_taken_is_one_sentence(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        given = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
+        with pytest.raises(ConfigError, match=f"^rank 0 cannot join the others at 127.0.0.1:{port}, MASTER_ADDR:.*(in use|EADDRINUSE)"):
+            ranks.setup()

@@ -26,6 +26,7 @@ from grpo_core.scoring.scoring import score
 from grpo_core.training.deepspeed_config import deepspeed_config
 from grpo_core.training.prepare import Prepared, make_rewards, make_sampler, prepare
 from grpo_core.training.run_dir import holds_run
+from grpo_core.training.setup import count_steps
 
 MAX_SHOWN_CHARACTERS = 400  # of each completion
 
@@ -72,7 +73,7 @@ def describe_sizes(config: RunConfig, prepared: Prepared, processes: int, per_ra
     sampling, trainer, engine = config.sampling, config.trainer, config.engine
     tasks, eval_tasks, left_out = prepared.tasks, prepared.eval_tasks, prepared.num_too_long
     per_step, lengths = config.prompts_per_step, [len(task.prompt_ids) for task in tasks]
-    steps = trainer.num_steps or max(1, int(trainer.epochs * len(tasks) / per_step))
+    steps = count_steps(config, len(tasks), per_step)
     updates = trainer.num_minibatches * trainer.num_passes
     dropped = f" ({left_out} more prompts are too long and left out)" if left_out else ""
     lines = [

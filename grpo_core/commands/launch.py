@@ -13,7 +13,6 @@ import os
 import queue
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from grpo_core.commands.train import announce
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.files import load_job
 from grpo_core.counts import count
-from grpo_core.distributed.ranks import LOST_RANK_CODE, RUN_FOLDER_VARIABLE, read_count
+from grpo_core.distributed.ranks import LOST_RANK_CODE, NO_PORT, RUN_FOLDER_VARIABLE, STORE_VARIABLE, read_count
 from grpo_core.schema import ConfigError, describe_exit
 
 PROGRAM = ("-m", "grpo_core")
@@ -123,9 +122,10 @@ class _Ranks:
         nodes, node = read_nodes()
         address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
         if nodes == 1:
-            address, port = "127.0.0.1", str(_free_port())
+            address, port = "127.0.0.1", NO_PORT
         shared = {"WORLD_SIZE": processes * nodes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": address}
-        shared |= {"MASTER_PORT": port, RUN_FOLDER_VARIABLE: note}
+        store = Path(tempfile.mkdtemp(dir=note.parent)) / "store"  # of this start
+        shared |= {"MASTER_PORT": port, RUN_FOLDER_VARIABLE: note, STORE_VARIABLE: store}
         threads = max(1, (os.cpu_count() or 1) // (2 * processes))
         self.ended: queue.Queue[tuple[int, int]] = queue.Queue()  # (rank, exit code)
         self.ranks: dict[int, subprocess.Popen | ForkedRank] = {}
@@ -187,9 +187,3 @@ class _Ranks:
         for process in self.ranks.values():
             if process.poll() is None:
                 process.send_signal(number)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

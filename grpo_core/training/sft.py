@@ -34,7 +34,7 @@ from grpo_core.training.job import close_at_end
 from grpo_core.training.prepare import prepare
 from grpo_core.training.resume import check_num_steps, find_start, load_start
 from grpo_core.training.run import Run
-from grpo_core.training.setup import assemble, count_steps, describe_tasks, initialise_process
+from grpo_core.training.setup import assemble, count_steps, describe_tasks, initialise_process, note_steps
 from grpo_core.training.sft_targets import build_target_rollouts, find_longest_target
 from grpo_core.training.skipped_steps import SkippedSteps
 from grpo_core.training.trainer import begin, finish_step
@@ -86,6 +86,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
         config, tokenizer=tokenizer, model_config=base.config if base else None, scores_training_tasks=False
     )
     check_num_steps(run_start, count_steps(config, len(prepared.tasks), config.trainer.completions_per_step))
+    note_steps(config, len(prepared.tasks), config.trainer.completions_per_step)
     tokenizer, model_config = prepared.tokenizer, prepared.model_config
     longest = max(
         find_longest_target(config.sft, prepared.tasks, tokenizer, model_config),
