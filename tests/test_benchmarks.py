@@ -33,6 +33,7 @@ SMALL_FORMS = {  # script -> the words that start it in a small form, in which i
     "decode_parts": ["--check"], "losses": ["--check"], "smollm2": ["--check"], "trl_parity": ["--check"],
     "sampling": ["--check"], "layouts": ["--check"], "precision": ["--check"], "embedded": ["--check"],
     "results": ["check"], "experiments": ["--list"], "variants": ["--check"],
+    "learning": ["--check"], "update": ["--check"], "update_parts": ["--check"],
 }  # fmt: skip
 
 
