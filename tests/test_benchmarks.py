@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from doc_commands import SMALL_FORMS
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -29,16 +30,8 @@ def test_the_benchmark_beside_peers_checks_what_a_cpu_can(environment):
     assert {row["side"] for row in rows} >= {"decode_ours", "step_ours", "decode_vllm"}
 
 
-SMALL_FORMS = {  # script -> the words that start it in a small form, in which it records nothing
-    "decode_parts": ["--check"], "losses": ["--check"], "smollm2": ["--check"], "trl_parity": ["--check"],
-    "sampling": ["--check"], "layouts": ["--check"], "precision": ["--check"], "embedded": ["--check"],
-    "results": ["check"], "experiments": ["--list"], "variants": ["--check"],
-    "learning": ["--check"], "update": ["--check"], "update_parts": ["--check"],
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.soak] if name in ("variants", "precision", "embedded") else []) for name in SMALL_FORMS
+    pytest.param(name, marks=[pytest.mark.soak] if name in ("variants", "precision", "embedded", "peers") else []) for name in SMALL_FORMS
 ])  # fmt: skip
 def test_fault_28_a_benchmark_starts_in_its_small_form(name, environment):
     """FAULTS #28: benchmarks/sampling.py had been broken on GPUs, and nobody had started it."""
