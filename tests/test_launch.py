@@ -1,6 +1,5 @@
 """What the launcher starts, and starts again."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path

@@ -234,7 +234,7 @@ def test_all_weights_over_a_full_disk_and_a_death_are_bitwise_those_of_a_run_lef
         with pytest.raises(KeyboardInterrupt):
             sft.run_sft(config("cut"))
     assert (
-        "the checkpoint after 1 steps could not be written (No space left on device); the run continues"
+        "the checkpoint after 1 step could not be written (No space left on device); the run continues"
         in capsys.readouterr().out
     )
     with pytest.raises(ConfigError, match="sft.targets .* in the checkpoint"):

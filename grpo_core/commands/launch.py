@@ -29,7 +29,7 @@ from grpo_core.commands.read_ahead import ReadAhead
 from grpo_core.commands.train import announce
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.files import load_job
-from grpo_core.counts import count
+from grpo_core.counts import quantify
 from grpo_core.distributed.ranks import LOST_RANK_CODE, NO_PORT, RUN_FOLDER_VARIABLE, STORE_VARIABLE, read_count
 from grpo_core.schema import ConfigError, describe_exit
 
@@ -83,10 +83,13 @@ def check_processes(processes: int) -> None:
         limit, reason = gpus, "one for each GPU"
     else:
         cores = os.cpu_count() or 1
-        limit, reason = MAX_PROCESSES_PER_CORE * cores, f"{MAX_PROCESSES_PER_CORE} for each of {count(cores, 'core')}"
+        limit, reason = (
+            MAX_PROCESSES_PER_CORE * cores,
+            f"{MAX_PROCESSES_PER_CORE} for each of {quantify(cores, 'core')}",
+        )
     if processes > limit:
         raise ConfigError(
-            f"{count(processes, 'process', 'processes')} were asked for on this machine; at most {limit:,} are "
+            f"{quantify(processes, 'process', 'processes')} were asked for on this machine; at most {limit:,} are "
             f"possible, {reason}"
         )
 

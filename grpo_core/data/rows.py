@@ -10,6 +10,7 @@ from typing import Any
 
 from grpo_core.config.sections import DataConfig
 from grpo_core.config.text_files import parse_json, read_text
+from grpo_core.counts import quantify
 from grpo_core.data.word_problems import make_word_problems
 from grpo_core.random_keys import make_generator, make_key
 from grpo_core.schema import ConfigError, first_line
@@ -44,7 +45,8 @@ def load_splits(config: DataConfig, num_eval: int) -> tuple[Rows, Rows]:
     else:
         if num_eval >= len(train):
             raise ConfigError(
-                f"evaluation.num_tasks is {num_eval}, but {config.path} has only {len(train)} rows to hold them out "
+                f"evaluation.num_tasks is {num_eval}, but {config.path} has only {quantify(len(train), 'row')} to "
+                "hold them out "
                 f"from; lower it, or set data.eval_path or data.eval_split"
             )
         # independent of the run's seed: no run may train on rows that another is evaluated on

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_core.counts import quantify
 from grpo_core.distributed import watchdog
 from grpo_core.random_keys import Key, make_generator, torch_seed
 from grpo_core.schema import ConfigError, first_line
@@ -55,7 +56,8 @@ def setup(hang_timeout: float = 0) -> None:
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if processes > gpus:
             raise ConfigError(
-                f"{processes} processes were started on this machine; at most {gpus} are possible, one for each GPU"
+                f"{quantify(processes, 'process', 'processes')} were started on this machine; at most {gpus} are "
+                "possible, one for each GPU"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from grpo_core.counts import quantify
 from grpo_core.distributed import ranks
 
 DELAY = 2.0  # seconds of work before anything is displayed
@@ -49,7 +50,7 @@ def progress_bar(total: int, title: str, unit: str) -> tqdm:
     """Return a progress bar of `total` units, which its update() counts."""
     line = ProgressLine(total=total, desc=title, unit=unit, **_options())
     if line.disable:
-        line.stop_logging = log_sparsely(lambda: f"{title}: {line.count} of {total} {unit}s")
+        line.stop_logging = log_sparsely(lambda: f"{title}: {line.count:,} of {quantify(total, unit)}")
     return line
 
 

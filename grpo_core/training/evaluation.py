@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from grpo_core.batch import SamplingParams, Task
+from grpo_core.counts import quantify
 from grpo_core.distributed import ranks
 from grpo_core.monitor.completion_rows import completion_rows
 from grpo_core.monitor.progress import progress_bar
@@ -97,6 +98,6 @@ def evaluate_now(run: Run, steps_taken: int) -> str | None:
     if result["failed"] <= limit * result["n"]:
         return None
     return (
-        f"evaluation.reward {config.reward} failed on {result['failed']} of {result['n']} tasks, "
+        f"evaluation.reward {config.reward} failed on {result['failed']:,} of {quantify(result['n'], 'task')}, "
         f"more than trainer.max_failed_rewards ({limit:g}) allows"
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_core.config.sections import RunConfig
+from grpo_core.counts import quantify
 from grpo_core.monitor import run_lock
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, run_dir
@@ -57,7 +58,8 @@ def check_num_steps(start: RunStart, num_steps: int) -> None:
     rates = start.meta.get("engine", {}).get("schedule", {}).get("_last_lr", [])
     if start.checkpoint and num_steps > start.step and rates and not any(rates):
         raise ConfigError(
-            f"trainer.num_steps is {num_steps}, but the run in {start.folder} has finished its {start.step} steps, and "
+            f"trainer.num_steps is {num_steps}, but the run in {start.folder} has finished its "
+            f"{quantify(start.step, 'step')}, and "
             f"its learning rate is 0; start a new run from its exported model (python -m grpo_core export "
             f"{start.folder}), or train a longer run from the start under another name"
         )
@@ -78,7 +80,7 @@ def load_start(run: Run, start: RunStart) -> None:
         run.log.info(f"warning: {sentence}")
     if latest:
         overridden = start.overridden + checkpoint.load(latest, start.meta, run)
-        run.log.info(f"resumed from {latest} after {run.start_step} steps")
+        run.log.info(f"resumed from {latest} after {quantify(run.start_step, 'step')}")
         if overridden:
             run.log.info(
                 f"warning: resume=force ignored these differences from the checkpoint: {', '.join(overridden)}"

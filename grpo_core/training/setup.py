@@ -11,7 +11,7 @@ from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.formula import list_remarks
 from grpo_core.config.precision import dtype_name, resolve_dtype
 from grpo_core.config.sections import RunConfig, TrainerConfig
-from grpo_core.counts import count
+from grpo_core.counts import quantify
 from grpo_core.data.stream import TaskStream
 from grpo_core.distributed import ranks
 from grpo_core.model.lora_targets import describe_frozen_experts
@@ -53,8 +53,9 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     sampling, trainer = config.sampling, config.trainer
     run.log.info(
         f"{describe_tasks(config, prepared)}, "
-        f"{run.num_steps} steps of {trainer.completions_per_step} completions = {ranks.world_size()} processes "
-        f"× {per_rank} prompts × {sampling.group_size}, "
+        f"{quantify(run.num_steps, 'step')} of {quantify(trainer.completions_per_step, 'completion')} = "
+        f"{quantify(ranks.world_size(), 'process', 'processes')} "
+        f"× {quantify(per_rank, 'prompt')} × {sampling.group_size}, "
         f"{dtype_name(dtype)}"
     )
     for remark in list_remarks(config):
@@ -76,8 +77,9 @@ def describe_tasks(config: RunConfig, prepared: Prepared) -> str:
         if bos := getattr(prepared.tokenizer, "bos_token", None):
             treatment += f", behind the begin token {bos}"
     return (
-        f"{len(prepared.tasks)} tasks ({prepared.num_too_long} {treatment}, because the prompt has more than "
-        f"{config.data.max_prompt_tokens} tokens)"
+        f"{quantify(len(prepared.tasks), 'task')} ({prepared.num_too_long:,} {treatment}, because the prompt has "
+        "more than "
+        f"{quantify(config.data.max_prompt_tokens, 'token')})"
     )
 
 
@@ -92,8 +94,9 @@ def note_steps(config: RunConfig, num_tasks: int, tasks_per_step: int) -> None:
         epochs, steps = config.trainer.epochs, count_steps(config, num_tasks, tasks_per_step)
         origin = ", the default" if epochs == TrainerConfig.epochs else ""
         print_note(
-            f"trainer.num_steps is not set, so the run has {count(steps, 'step')}: trainer.epochs ({epochs:g}{origin}) "
-            f"× {count(num_tasks, 'task')} / {tasks_per_step:,} in each step"
+            f"trainer.num_steps is not set, so the run has {quantify(steps, 'step')}: trainer.epochs "
+            f"({epochs:g}{origin}) "
+            f"× {quantify(num_tasks, 'task')} / {tasks_per_step:,} in each step"
         )
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo_core.batch import Rollouts, Task, TrainBatch
 from grpo_core.config.precision import DTYPES, dtype_name
 from grpo_core.config.sections import RunConfig, use_supervised_objective
+from grpo_core.counts import quantify
 from grpo_core.data.rows import load_splits
 from grpo_core.distributed import ranks, signals
 from grpo_core.model.new_model import new_model
@@ -108,8 +109,9 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
     run = replace(run, job="sft", held_out=partial(compute_held_out_loss, run, make_targets))
     load_start(run, run_start)
     run.log.info(
-        f"{describe_tasks(config, prepared)}, {run.num_steps} steps of {per_step} targets of up to "
-        f"{longest} tokens on {ranks.world_size()} processes, {dtype_name(dtype)}"
+        f"{describe_tasks(config, prepared)}, {quantify(run.num_steps, 'step')} of {quantify(per_step, 'target')} of "
+        "up to "
+        f"{quantify(longest, 'token')} on {quantify(ranks.world_size(), 'process', 'processes')}, {dtype_name(dtype)}"
     )
     return run, tokenizer, make_targets
 
