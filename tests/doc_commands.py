@@ -136,6 +136,8 @@ def job(environment, words):
             wanted = {name for word in extras for name in re.fullmatch(r"\.\[([\w,]+)\]", word)[1].split(",")}
             assert wanted <= set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)), rest
             return []
+        case ["pip", "wheel", "--no-deps", "."]:  # test_wheel.py builds, installs and uses it
+            return []
         case ["uv", "venv", ".venv"] | ["source", ".venv/bin/activate"]:
             assert "$root/.venv/bin/python" in (ROOT / "environment.sh").read_text()
             return []

@@ -217,6 +217,25 @@ def test_the_readme_is_short_and_begins_with_the_two_commands():
     ]
 
 
+def test_the_readme_says_how_shipped_configurations_and_an_installed_wheel_are_used():
+    codes = inline(PAGES["README.md"])
+    names = {name for code in codes for name in re.findall(r"--config (\w+)$", code)}
+    assert names >= {"tiny", "dapo"} and all(load(name) for name in names)
+    (installed,) = [code for code in codes if code.startswith("grpo_core launch")]
+    _, name, *words = installed.split()
+    assert cli.commands.commands[name].make_context(name, words).params["processes"] == 2
+    assert "pip wheel --no-deps ." in codes and "pip install FILE.whl" in codes
+
+
+def test_the_time_of_the_first_command_is_the_same_everywhere():
+    for name in ("README.md", "configs/tiny.yaml", "docs/loss.md"):
+        text = " ".join((ROOT / name).read_text().replace("\n# ", " ").split())
+        assert re.findall(r"[^.,;]*minutes?\b[^.,;]*on 2 cores|a few minutes", text) == re.findall(
+            r"[^.,;]*about a minute and a half on 2 cores", text
+        )
+        assert text.count("about a minute and a half on 2 cores") == 1, name
+
+
 def test_the_readme_shows_twelve_lines_of_the_loop():
     (excerpt,) = [code for language, code in blocks(PAGES["README.md"]) if language == "python" and is_excerpt(code)]
     assert len(excerpt.splitlines()) == 12
