@@ -2,6 +2,7 @@
 
     pip install --no-deps trl==1.16.0
     python benchmarks/learning.py OUT.jsonl [--config FILE] [--micro-batch ROWS] [--steps N] [--every N] [section.key=value ...]
+    python benchmarks/learning.py --check      one short step with the built-in model, without TRL's where TRL is missing
 
 The configuration sets model, LoRA, prompts, rewards, group size, completions per step, learning rate, warm-up, temperature
 and loss. Every --every steps TRL's policy answers the held-out problems greedily; the seconds leave this time out. For
@@ -9,6 +10,7 @@ grpo_core, `python -m grpo_core train --config FILE` writes the same numbers to 
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -21,10 +23,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("WANDB_DISABLED", "true")
 
 import torch
-from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from grpo_core.config.files import load
 from grpo_core.data.word_problems import make_word_problems
@@ -32,6 +31,11 @@ from grpo_core.objective.rewards import REWARDS, correct_answer
 from grpo_core.scoring.reward_call import list_needed_columns
 
 GPU = torch.cuda.is_available()
+BUILTIN = ROOT / "grpo_core" / "builtin" / "tiny"
+SHORT = [
+    f"model.path={BUILTIN}", "data.prompt=template", "trainer.num_steps=1", "trainer.completions_per_step=8", "sampling.group_size=4",
+    "sampling.max_new_tokens=8", "evaluation.num_tasks=4",
+]  # fmt: skip
 
 
 def make_rows(config, split, count):
@@ -119,27 +123,58 @@ class Clock(TrainerCallback):
             file.write(json.dumps(row) + "\n")
 
 
+def check():
+    """Take one short step where TRL is installed; elsewhere measure the accuracy and the rewards of this side."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, config = Path(folder) / "out.jsonl", load(ROOT / "configs" / "experiments" / "word_problems.yaml", SHORT)
+        if importlib.util.find_spec("trl"):
+            train(config, out, micro_batch=8, steps=1, every=1)
+        else:
+            clock = Clock(config, AutoTokenizer.from_pretrained(config.model.path), 1, out)
+            clock.record(0, AutoModelForCausalLM.from_pretrained(config.model.path))
+        assert json.loads(out.read_text().splitlines()[0])["n"] == 4
+        rows = make_rows(config, "train", 2)
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        reward = build_reward(config, end_ids={1})
+        assert len(reward(["a", "b"], [[3, 1], [3, 4]], **columns)) == 2
+
+
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--check", action="store_true", help="a small form, which records nothing")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "experiments" / "word_problems.yaml")
     parser.add_argument("--micro-batch", type=int, default=64)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
+    if options.check:
+        check()
+        return
+    if options.out is None:
+        parser.error("OUT.jsonl is missing")
     options.out.unlink(missing_ok=True)
     config = load(options.config, options.overrides)
+    train(config, options.out, options.micro_batch, options.steps, options.every)
+
+
+def train(config, out, micro_batch, steps, every):
+    """Train with TRL as the configuration says, and add a row to `out` every `every` steps."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import GRPOConfig, GRPOTrainer
+
     loss, engine, trainer_config = config.loss, config.engine, config.trainer
     assert (loss.name, loss.average, loss.kl_coef, config.advantage.name) == ("grpo", "token", 0.0, "grpo"), loss
     assert (trainer_config.num_minibatches, trainer_config.num_passes, engine.schedule) == (1, 1, "constant")
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     end_ids = set()  # of end-of-sequence tokens; filled below, because the trainer determines them
-    steps = options.steps or trainer_config.num_steps
+    steps = steps or trainer_config.num_steps
     arguments = GRPOConfig(
         output_dir=tempfile.mkdtemp(), seed=config.seed, use_cpu=not GPU, bf16=GPU, report_to=[], disable_tqdm=True,
-        save_strategy="no", logging_steps=1, max_steps=steps, per_device_train_batch_size=options.micro_batch,
-        gradient_accumulation_steps=trainer_config.completions_per_step // options.micro_batch, gradient_checkpointing=False,
+        save_strategy="no", logging_steps=1, max_steps=steps, per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=trainer_config.completions_per_step // micro_batch, gradient_checkpointing=False,
         num_generations=config.sampling.group_size, max_completion_length=config.sampling.max_new_tokens,
         temperature=config.sampling.temperature, beta=0.0, loss_type="dapo", scale_rewards="group", epsilon=0.2,
         learning_rate=engine.learning_rate,
@@ -150,7 +185,7 @@ def main():
     lora = config.lora
     trainer = GRPOTrainer(
         model=config.model.path, reward_funcs=build_reward(config, end_ids), args=arguments, processing_class=tokenizer,
-        train_dataset=Dataset.from_list(make_rows(config, "train", 20_000)), callbacks=[Clock(config, tokenizer, options.every, options.out)],
+        train_dataset=Dataset.from_list(make_rows(config, "train", 20_000)), callbacks=[Clock(config, tokenizer, every, out)],
         peft_config=LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"),
     )  # fmt: skip
     end_ids.update(trainer.eos_token_ids)

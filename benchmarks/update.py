@@ -1,6 +1,7 @@
 """Compare a whole training step with TRL's in the same run: same model, LoRA, prompts, completions, precision and rewards.
 
     python benchmarks/update.py [--out FILE] [WORKLOAD ...]     on a GPU: step, large, memory, memory_4, card; on a CPU: cpu
+    python benchmarks/update.py --check                         one short step of grpo_core with the built-in policy; records nothing
     python benchmarks/update.py one SIDE JOB.json               one side of one job in this process; the other commands start it
 
 The model is a folder with random weights of Qwen2.5-1.5B's shape (on a CPU the built-in policy). All prompts of a job have
@@ -284,6 +285,17 @@ def cpu_job(folder, steps=20):
     }  # fmt: skip
 
 
+def short_job(folder):
+    """Return the job of `cpu_job` with a step of 8 short completions."""
+    job = cpu_job(folder, steps=1)
+    short = ["trainer.completions_per_step=8", "sampling.group_size=4", "sampling.max_new_tokens=8"]
+    return job | {"overrides": [*job["overrides"], *short]}
+
+
+def check(folder):
+    return compare("update/check", "tiny.yaml: 8 completions of up to 8 tokens", short_job(folder), "runs", lambda a, b: a > 0, with_peer=False)
+
+
 def cpu(folder):
     job = cpu_job(folder)
     return compare("update/cpu", "tiny.yaml: 128 completions of up to 48 tokens, 2 threads, one process", job, ">= 3 times TRL",
@@ -327,7 +339,7 @@ def stamp() -> dict:
 
 def record(file: Path, row: dict) -> None:
     """Write a row to the file; it replaces the row with the same name and hardware."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     others = [other for other in rows if (other["bench"], other["hardware"]) != (row["bench"], row["hardware"])]
     file.write_text("".join(json.dumps(each_row) + "\n" for each_row in [*others, row]))
 
@@ -344,8 +356,11 @@ if __name__ == "__main__":
         os._exit(0)  # at a normal exit, process groups and engines may wait for each other
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--check", action="store_true", help="take one short step of grpo_core and record nothing")
     parser.add_argument("workloads", nargs="*", choices=[*WORKLOADS, []])
     options = parser.parse_args()
+    if options.check:
+        options.workloads, WORKLOADS["check"], options.out = ["check"], check, Path(os.devnull)
     for name in options.workloads or WORKLOADS:
         with tempfile.TemporaryDirectory() as folder:
             row = WORKLOADS[name](Path(os.environ.get("BENCH_FOLDER", folder))) | stamp()

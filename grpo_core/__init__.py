@@ -17,6 +17,8 @@ A name loads its module when it is first used, so `import grpo_core` loads nothi
 from importlib import import_module
 from typing import Any
 
+from grpo_core import moved
+
 __version__ = "0.1.0"
 _EXPORTS = {
     "ADVANTAGES": "objective.advantages",
@@ -36,6 +38,8 @@ __all__ = [*_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:
+    if name in moved.MOVED:
+        raise AttributeError(moved.describe_old_module(name))
     if name not in _EXPORTS:
         raise AttributeError(f"module 'grpo_core' has no attribute {name!r}")
     return getattr(import_module(f"grpo_core.{_EXPORTS[name]}"), _RENAMED.get(name, name))
@@ -43,3 +47,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*globals(), *__all__]
+
+
+moved.install()

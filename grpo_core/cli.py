@@ -196,7 +196,7 @@ def command(name: str, examples: str) -> Callable:
 def train(config: Path | None, dry_run: bool, overrides: tuple[str, ...]) -> int:
     """Train with GRPO in this process, or in the processes that a launcher such as torchrun has started."""
     if dry_run:
-        return _dry_run(config, overrides, int(os.environ.get("WORLD_SIZE", 1)))
+        return _dry_run(config, overrides, 1, "WORLD_SIZE")
     with answer_early_interrupt():
         with pause_gc():
             from grpo_core.commands.train import run_train
@@ -227,7 +227,7 @@ def launch(config: Path | None, processes: int | None, dry_run: bool, overrides:
     with answer_early_interrupt():
         processes = processes or _count_gpus() or 1
         if dry_run:
-            return _dry_run(config, overrides, processes * int(os.environ.get("NNODES", 1)))
+            return _dry_run(config, overrides, processes, "NNODES")
         with pause_gc():
             from grpo_core.commands.launch import run_launch
 
@@ -428,14 +428,16 @@ def check_advantage(name: str, arguments: tuple[str, ...]) -> int:
     return run_check_advantage(name, parse_arguments(arguments, ADVANTAGES, name))
 
 
-def _dry_run(config: Path | None, overrides: tuple[str, ...], processes: int) -> int:
+def _dry_run(config: Path | None, overrides: tuple[str, ...], processes: int, factor: str) -> int:
+    """Show what a run would do in `processes` times as many processes as the variable `factor` of the environment."""
     from grpo_core.config.files import load_job
 
     # first, so that a mistake is reported before transformers is imported
     loaded = load_job(config, overrides, notify=lambda sentence: print(f"note: {sentence}"))
     from grpo_core.commands.dry_run import run_dry_run
+    from grpo_core.distributed.ranks import read_count
 
-    return run_dry_run(loaded, processes)
+    return run_dry_run(loaded, processes * read_count(factor, default=1, minimum=1))
 
 
 def _count_gpus() -> int:

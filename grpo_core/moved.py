@@ -1,10 +1,12 @@
-"""Old module names: where the flat modules of earlier versions are now.
+"""Old module names: where the modules of earlier versions are now.
 
-A user's file that still imports an old module gets a sentence with the new module, instead of a bare ImportError.
+Whoever still imports an old module gets an ImportError whose sentence names the new module.
 """
 
 import re
+import sys
 from types import ModuleType
+from typing import Any
 
 PACKAGE = "grpo_core"
 
@@ -22,6 +24,8 @@ MOVED = {  # old module -> the modules that its contents are in now
     "check": ("commands.check_loss", "commands.check_advantage"),
     "checkpoint": ("training.checkpoint", "training.run_dir"),
     "collect": ("training.rollouts",),
+    "commands.check_function": ("commands.check_loss", "commands.check_advantage", "commands.law_table"),
+    "commands.list_names": ("commands.losses", "commands.rewards", "commands.presets"),
     "config": ("config.sections",),
     "config_check": ("config.checks",),
     "config_file": ("config.files",),
@@ -101,15 +105,40 @@ STABLE_IMPORTS = {  # old module -> its names that `from grpo_core import ...` p
 }
 
 
-def describe_old_import(error: Exception) -> str | None:
-    """Describe the old module that was imported and where it is now, or return None if `error` has another cause."""
-    name = _find_old_module(error)
-    if name is None:
-        return None
+class OldModules:
+    """A finder at the end of sys.meta_path: importing an old module raises an ImportError that names the new one."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        package, _, module = name.partition(".")
+        folder = module.partition(".")[0]
+        if package != PACKAGE:
+            return
+        if module in MOVED:
+            raise ImportError(describe_old_module(module), name=name)
+        if folder in MOVED and "." in module:  # from grpo_core.config import RunConfig
+            sentence = f"there is no {name}; of earlier versions, {describe_old_module(folder)}"
+            raise ImportError(sentence, name=f"{PACKAGE}.{folder}")
+
+
+def install() -> None:
+    """Let imports of old modules name the new ones."""
+    if OldModules not in sys.meta_path:
+        sys.meta_path.append(OldModules)
+
+
+def describe_old_module(name: str, verb: str = " is now") -> str:
+    """Return a sentence about where an old module is now; `name` is without the package."""
     targets = " and ".join(f"{PACKAGE}.{module}" for module in MOVED[name])
     stable = STABLE_IMPORTS.get(name)
     advice = f"; from {PACKAGE} import {', '.join(stable)} is the stable import" if stable else ""
-    return f"{PACKAGE}.{name}, which is now {targets}{advice}"
+    return f"{PACKAGE}.{name}{verb} {targets}{advice}"
+
+
+def describe_old_import(error: Exception) -> str | None:
+    """Describe the old module that was imported and where it is now, or return None if `error` has another cause."""
+    name = _find_old_module(error)
+    return None if name is None else describe_old_module(name, ", which is now")
 
 
 def _find_old_module(error: Exception) -> str | None:

@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from grpo_core import moved, trl_names
 from grpo_core.schema import ConfigError, check_arguments, list_known, unwrap
 
 _folders: list[str] = []  # of users' files that were loaded
+_observers: list[Callable[[str], object]] = []  # called with the path of a user's file before it is imported
 
 
 class Registry:
@@ -107,8 +109,12 @@ class Registry:
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look up their module there
         try:
-            with _importing_neighbours(Path(path).resolve().parent):
+            for observe in _observers:
+                observe(path)
+            with exits_as_errors(), _importing_neighbours(Path(path).resolve().parent):
                 spec.loader.exec_module(module)
+        except ProcessExit as error:
+            raise ConfigError(f"{self.kind} {name!r}: {path} {error} while it was imported") from None
         except Exception as error:
             old_import = moved.describe_old_import(error)
             reason = f"imports {old_import}" if old_import else f"cannot be loaded: {type(error).__name__}: {error}"
@@ -116,6 +122,39 @@ class Registry:
         if not callable(getattr(module, attribute, None)):
             raise ConfigError(f"{self.kind} {name!r}: {path} has no function {attribute}")
         return getattr(module, attribute)
+
+
+def observe_imports(observer: Callable[[str], object]) -> None:
+    """Call `observer` with the path of every user's file before it is imported, from now on."""
+    _observers.append(observer)
+
+
+class ProcessExit(Exception):
+    """A user's code asked for the end of this process. The message is a verb phrase that says by what call."""
+
+
+@contextlib.contextmanager
+def exits_as_errors() -> Iterator[None]:
+    """Inside, raise ProcessExit where the user's code would end this process by sys.exit or os._exit.
+
+    Processes that it forks, other threads and this package end the process as ever.
+    """
+    exit_process, pid, thread = os._exit, os.getpid(), threading.get_ident()
+
+    def raise_instead(status: int) -> None:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        is_ours = caller.partition(".")[0] == __package__
+        if is_ours or os.getpid() != pid or threading.get_ident() != thread:
+            exit_process(status)
+        raise ProcessExit(f"called os._exit({status})")
+
+    os._exit = raise_instead  # type: ignore[assignment]
+    try:
+        yield
+    except SystemExit as error:
+        raise ProcessExit(f"called sys.exit({'' if error.code is None else repr(error.code)})") from None
+    finally:
+        os._exit = exit_process
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import difflib
 import functools
 import inspect
 import math
+import signal
 import sys
 import traceback
 import types
@@ -60,6 +61,14 @@ def describe_eval_rows(path: str, split: str, eval_path: str | None, eval_split:
 def describe_split(path: str, split: str) -> str:
     """Return the name of a split; a file has no splits, and its only one is the whole file."""
     return "the whole file" if Path(path).is_file() else split
+
+
+def describe_exit(code: int) -> str:
+    """Return the exit code of a process, or -n for signal n, as a verb phrase."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"was ended by {names.get(-code, f'signal {-code}')}"
 
 
 def first_line(error: BaseException) -> str:

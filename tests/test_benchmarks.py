@@ -6,10 +6,12 @@ import sys
 
 import pytest
 from conftest import ROOT
+from doc_commands import SMALL_FORMS
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("part", ["tiny", pytest.param("cpu", marks=pytest.mark.soak)])
 def test_sampling_on_two_cores_against_generate(tmp_path, environment, part):
     environment = {**environment, "OMP_NUM_THREADS": "2"}
@@ -29,15 +31,8 @@ def test_the_benchmark_beside_peers_checks_what_a_cpu_can(environment):
     assert {row["side"] for row in rows} >= {"decode_ours", "step_ours", "decode_vllm"}
 
 
-SMALL_FORMS = {  # script -> the words that start it in a small form, in which it records nothing
-    "decode_parts": ["--check"], "losses": ["--check"], "smollm2": ["--check"], "trl_parity": ["--check"],
-    "sampling": ["--check"], "layouts": ["--check"], "precision": ["--check"], "embedded": ["--check"],
-    "results": ["check"], "experiments": ["--list"], "variants": ["--check"], "soak": ["--check"],
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.soak] if name in ("variants", "precision", "embedded") else []) for name in SMALL_FORMS
+    pytest.param(name, marks=[pytest.mark.soak] if name in ("variants", "precision", "embedded", "peers", "soak") else []) for name in SMALL_FORMS
 ])  # fmt: skip
 def test_fault_28_a_benchmark_starts_in_its_small_form(name, environment):
     """FAULTS #28: benchmarks/sampling.py had been broken on GPUs, and nobody had started it."""

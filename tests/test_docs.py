@@ -11,12 +11,12 @@ from typing import get_type_hints
 
 import pytest
 from conftest import RANK
-from doc_commands import FENCE, ROOT, TRL, Unknown, blocks, is_excerpt, job, jobs_of, simple_commands
+from doc_commands import FENCE, ROOT, SMALL_FORMS, TRL, Unknown, blocks, is_excerpt, job, jobs_of, simple_commands
 from forkserver import interpreter
 from peft import LoraConfig
 from transformers.trainer_utils import SchedulerType
 
-from grpo_core import trl_names
+from grpo_core import cli, trl_names
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.files import load
 from grpo_core.config.presets import PRESETS
@@ -117,6 +117,30 @@ def test_what_is_found_in_a_page(tmp_path):
     assert found[1][1]["processes"] == 8 and found[1][1]["overrides"] == ["a=b; c"]
 
 
+def test_fault_28_every_command_of_the_published_results_loads():
+    """FAULTS #28: their models and data are not here, so configurations load and options are read."""
+    text, number = (ROOT / "docs" / "results" / "README.md").read_text(), 0
+    for line in [line for language, content in blocks(text) if language == "bash" for line in content.splitlines()]:
+        for environment, words in simple_commands(line):
+            number += 1
+            match words:
+                case ["python3", script, *_] if script.startswith("configs/experiments/"):
+                    compile((ROOT / script).read_text(), script, "exec")
+                case ["python3", "-m", "grpo_core", "evaluate" | "export" as name, *rest]:
+                    cli.commands.commands[name].make_context(name, rest)
+                case _:
+                    for one in job(environment, words):
+                        load(ROOT / one["config"], one["overrides"], supervised="sft" in one.get("command", ()))
+    assert number >= 20
+
+
+def test_fault_28_every_benchmark_is_started_by_a_test():
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert set(re.findall(r"python benchmarks/(\w+)\.py", page)) <= names
+    assert names - {"compare_times"} == set(SMALL_FORMS), "compare_times starts the tests of two clones"
+
+
 # --- words in backticks --------------------------------------------------------------------------------------------
 
 
@@ -191,6 +215,25 @@ def test_the_readme_is_short_and_begins_with_the_two_commands():
         "bash launch.sh 2",
         "bash tests/run.sh",
     ]
+
+
+def test_the_readme_says_how_shipped_configurations_and_an_installed_wheel_are_used():
+    codes = inline(PAGES["README.md"])
+    names = {name for code in codes for name in re.findall(r"--config (\w+)$", code)}
+    assert names >= {"tiny", "dapo"} and all(load(name) for name in names)
+    (installed,) = [code for code in codes if code.startswith("grpo_core launch")]
+    _, name, *words = installed.split()
+    assert cli.commands.commands[name].make_context(name, words).params["processes"] == 2
+    assert "pip wheel --no-deps ." in codes and "pip install FILE.whl" in codes
+
+
+def test_the_time_of_the_first_command_is_the_same_everywhere():
+    for name in ("README.md", "configs/tiny.yaml", "docs/loss.md"):
+        text = " ".join((ROOT / name).read_text().replace("\n# ", " ").split())
+        assert re.findall(r"[^.,;]*minutes?\b[^.,;]*on 2 cores|a few minutes", text) == re.findall(
+            r"[^.,;]*about a minute and a half on 2 cores", text
+        )
+        assert text.count("about a minute and a half on 2 cores") == 1, name
 
 
 def test_the_readme_shows_twelve_lines_of_the_loop():

@@ -81,7 +81,7 @@ def test_memory_that_runs_out_for_real_is_halved_with_the_same_gradient(tmp_path
         and capped["memory_gb/update"] < 0.9 * free["memory_gb/update"]
     )
     assert capped["grad_norm"] == pytest.approx(free["grad_norm"], rel=1e-4)
-    assert "step 1: memory ran out; 1 micro-batches were split into halves" in done.stdout
+    assert "step 1: memory ran out; 1 micro-batch was split into halves" in done.stdout
     never = overrides(
         tmp_path / "never", **settings
     )  # half of eight times as much is too much: a sentence, a checkpoint

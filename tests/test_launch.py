@@ -1,6 +1,5 @@
 """What the launcher starts, and starts again."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -110,8 +109,5 @@ def test_what_is_read_ahead_is_what_a_rank_reads(tmp_path, monkeypatch):
 def test_what_cannot_be_read_ahead_is_told_as_ever_or_left_to_the_ranks(tmp_path):
     with pytest.raises(ConfigError, match="unknown key trainer.num_step"):
         ReadAhead(TINY, ["trainer.num_step=3"]).config()
-    code = f"import os\n\nif os.getpid() != {os.getpid()}:\n    os._exit(7)\n\n\ndef f(rewards):\n    return rewards\n"
-    (tmp_path / "ends.py").write_text(code)
-    assert ReadAhead(TINY, [f"advantage.name={tmp_path}/ends.py:f"]).config().advantage.name.endswith("ends.py:f")
     ahead = ReadAhead(TINY, [f"data.path={tmp_path}/nowhere.jsonl"])
     assert ahead.config().data.path and ahead.tasks() is None

@@ -42,7 +42,7 @@ def test_a_micro_batch_is_computed_in_halves_with_the_same_gradient(tmp_path, wh
     one, other = rows(tmp_path / "cut"), rows(tmp_path / "whole")
     if where == "backward":  # a forward before the update is no micro-batch of it
         assert sum(row.pop("memory_retries") for row in one) == len(calls)
-        assert "step 1: memory ran out; 1 micro-batches were split into halves" in capsys.readouterr().out
+        assert "step 1: memory ran out; 1 micro-batch was split into halves" in capsys.readouterr().out
     for row, row_ in zip(one, other, strict=True):
         for name in (
             "loss",

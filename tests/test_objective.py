@@ -99,7 +99,7 @@ def test_the_formula_has_the_values_in_it():
     ])  # fmt: skip
     text = render(config)
     for part in (
-        "min(r, 4.5)", "1 - 0.1, 1 + 0.37", "0.021 KL", "a KL of 0.08, with a horizon of 10000 completions", "correct_answer(strict=True)", "completions * 48", "0.003 H", "top 15%", "<= 0.7", "min(v, 1.9)",
+        "min(r, 4.5)", "1 - 0.1, 1 + 0.37", "0.021 KL", "a KL of 0.08, with a horizon of 10,000 completions", "correct_answer(strict=True)", "completions * 48", "0.003 H", "top 15%", "<= 0.7", "min(v, 1.9)",
         "std + 0.005", "std < 0.06", "mask_loss", "up to 7 times", "every 11 steps, 0.65 of the way", "1 correct_answer",
     ):  # fmt: skip
         assert part in text, (part, text)

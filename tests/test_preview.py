@@ -53,7 +53,7 @@ def test_what_it_says_is_what_the_run_does(tiny_run, capsys):
     assert [(int(i), float(reward), int(length)) for i, reward, length in shown] == [
         (row["sample"] + 1, row["reward"], row["length"]) for row in group
     ]
-    assert group[0]["prompt"].strip() in out and "64 completions per step = 1 processes × 8 prompts × 8" in out
+    assert group[0]["prompt"].strip() in out and "64 completions per step = 1 process × 8 prompts × 8" in out
     assert "12 steps = 0.0048 epochs of 20,000 prompts" in out and "12 optimizer steps in total" in out
     assert "which already holds a run (set resume=auto" in out
     assert "116,736 trained parameters" in out and "0.47 MB gradients" in out  # 4 bytes each

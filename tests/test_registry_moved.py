@@ -1,6 +1,7 @@
 """A user's file that imports an old module gets a sentence with the new one; the stable imports work."""
 
 import importlib.util
+import pkgutil
 
 import pytest
 
@@ -22,6 +23,35 @@ def test_the_stable_imports_are_those_of_the_package():
     names = [name for names in STABLE_IMPORTS.values() for name in names]
     assert sorted([*names, "ConfigError"]) == sorted(grpo_core.__all__)  # schema, which has ConfigError, did not move
     assert all(hasattr(grpo_core, name) for name in names)
+
+
+FOLDERS = ("config", "data", "distributed", "objective", "report", "scoring")  # which are also old modules
+
+
+@pytest.mark.parametrize("name", [name for name in MOVED if name not in FOLDERS])
+def test_importing_an_old_module_is_an_import_error_that_names_the_new_one(name):
+    folder, _, module = f"grpo_core.{name}".rpartition(".")
+    for line in (f"import grpo_core.{name}", f"from grpo_core.{name} import thing", f"from {folder} import {module}"):
+        with pytest.raises(ImportError) as error:
+            exec(line, {})
+        assert str(error.value).startswith(f"grpo_core.{name} is now grpo_core.{MOVED[name][0]}"), line
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_name_that_an_old_module_had_is_an_import_error_that_names_the_new_one(name):
+    with pytest.raises(ImportError) as error:
+        exec(f"from grpo_core.{name} import Thing", {})
+    sentence = f"there is no grpo_core.{name}.Thing; of earlier versions, grpo_core.{name} is now grpo_core.{MOVED[name][0]}"
+    assert str(error.value).startswith(sentence)
+
+
+def test_every_module_that_is_there_is_imported_as_ever():
+    for info in pkgutil.walk_packages(grpo_core.__path__, "grpo_core."):
+        assert importlib.util.find_spec(info.name), info.name
+    with pytest.raises(ModuleNotFoundError, match="No module named 'grpo_core.nowhere'"):
+        importlib.import_module("grpo_core.nowhere")
+    with pytest.raises(AttributeError, match="grpo_core.losses is now grpo_core.objective.losses"):
+        grpo_core.losses  # noqa: B018
 
 
 def load(folder, text):

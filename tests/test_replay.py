@@ -266,7 +266,7 @@ def test_the_classes_of_a_batch_made_by_hand():
     }
     first, second, third = [[0, t] for t in range(6)], [[1, 0]], [[2, 0], [2, 1], [2, 2]]
     assert places["advantage"] == {"A > 0": first, "A < 0": third, "A = 0": second}
-    assert places["length"] == {"1 tokens": second, "2 to 3 tokens": third, "4 to 6 tokens": first}
+    assert places["length"] == {"1 token": second, "2 to 3 tokens": third, "4 to 6 tokens": first}
     assert places["clip"] == {
         "kept": first[2:5] + third,
         "clipped": first[:2],

@@ -234,7 +234,7 @@ def test_all_weights_over_a_full_disk_and_a_death_are_bitwise_those_of_a_run_lef
         with pytest.raises(KeyboardInterrupt):
             sft.run_sft(config("cut"))
     assert (
-        "the checkpoint after 1 steps could not be written (No space left on device); the run continues"
+        "the checkpoint after 1 step could not be written (No space left on device); the run continues"
         in capsys.readouterr().out
     )
     with pytest.raises(ConfigError, match="sft.targets .* in the checkpoint"):
@@ -264,7 +264,7 @@ def test_data_without_a_chain_of_thought_and_going_on_from_a_model(tmp_path, gro
 
 @pytest.mark.parametrize("column, given, message", [
     ("cot", None, "sft.targets uses the column 'cot', which is null in row 3 of {}"),
-    ("cot", "1 + " * 2000, r"row 3 of {}: the target .* has \d{{4}} tokens and the longest prompt \d+ .* only 1024 positions"),
+    ("cot", "1 + " * 2000, r"row 3 of {}: the target .* has \d,\d{{3}} tokens and the longest prompt \d+ .* only 1024 positions"),
 ])  # fmt: skip
 @pytest.mark.parametrize("where", ["the data", "the evaluation data"])
 def test_a_target_that_cannot_be_is_one_sentence_before_the_model_loads(

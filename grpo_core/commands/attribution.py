@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.batch import TrainBatch, take
+from grpo_core.counts import quantify
 from grpo_core.model.packing import Budget, Packing
 from grpo_core.model.policy import Policy, TokenStats
 from grpo_core.monitor.aggregates import Stats
@@ -178,7 +179,7 @@ def _split_at_deciles(trained: Tensor, lengths: Tensor) -> dict[str, Tensor]:
     longest_of_each = sorted({int(ordered[(i * len(ordered) + 9) // 10 - 1]) for i in range(1, 11)})
     classes, shortest = {}, int(ordered[0])
     for longest in longest_of_each:
-        label = f"{longest} tokens" if longest == shortest else f"{shortest} to {longest} tokens"
+        label = quantify(longest, "token") if longest == shortest else f"{shortest:,} to {quantify(longest, 'token')}"
         classes[label] = (lengths >= shortest) & (lengths <= longest)
         shortest = longest + 1
     return classes

@@ -13,6 +13,7 @@ from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.formula import render
 from grpo_core.config.precision import dtype_name, resolve_dtype
 from grpo_core.config.sections import RunConfig
+from grpo_core.counts import name_interval, quantify
 from grpo_core.data.eval_sets import group_by_set
 from grpo_core.data.rows import describe_eval_source
 from grpo_core.data.stream import TaskStream
@@ -29,6 +30,7 @@ from grpo_core.scoring.scoring import score
 from grpo_core.training.deepspeed_config import deepspeed_config
 from grpo_core.training.prepare import Prepared, make_rewards, make_sampler, prepare
 from grpo_core.training.run_dir import holds_run
+from grpo_core.training.setup import count_steps
 
 MAX_SHOWN_CHARACTERS = 400  # of each completion
 
@@ -75,21 +77,27 @@ def describe_sizes(config: RunConfig, prepared: Prepared, processes: int, per_ra
     sampling, trainer, engine = config.sampling, config.trainer, config.engine
     tasks, eval_tasks, left_out = prepared.tasks, prepared.eval_tasks, prepared.num_too_long
     per_step, lengths = config.prompts_per_step, [len(task.prompt_ids) for task in tasks]
-    steps = trainer.num_steps or max(1, int(trainer.epochs * len(tasks) / per_step))
+    steps = count_steps(config, len(tasks), per_step)
     updates = trainer.num_minibatches * trainer.num_passes
-    dropped = f" ({left_out} more prompts are too long and left out)" if left_out else ""
+    dropped = f" ({quantify(left_out, 'more prompt is', 'more prompts are')} too long and left out)" if left_out else ""
     lines = [
-        f"{trainer.completions_per_step} completions per step = {processes} processes × {per_rank} prompts × "
+        f"{quantify(trainer.completions_per_step, 'completion')} per step = "
+        f"{quantify(processes, 'process', 'processes')} × "
+        f"{quantify(per_rank, 'prompt')} × "
         f"{sampling.group_size} (sampling.group_size)",
-        f"at most {trainer.completions_per_step * sampling.max_new_tokens:,} new tokens per step = "
+        f"at most {quantify(trainer.completions_per_step * sampling.max_new_tokens, 'new token')} per step = "
         f"{trainer.completions_per_step} × {sampling.max_new_tokens} (sampling.max_new_tokens)",
-        f"prompts of {sum(lengths) / len(lengths):.0f} tokens on average and {max(lengths)} at most",
-        f"{updates} optimizer steps per step = {trainer.num_minibatches} minibatches × {trainer.num_passes} passes, "
-        f"with {trainer.completions_per_step // trainer.num_minibatches} completions each",
-        f"{steps} steps = {steps * per_step / len(tasks):.3g} epochs of {len(tasks):,} prompts{dropped}",
-        f"{steps * updates:,} optimizer steps in total; the learning rate rises to {engine.learning_rate:g} in the "
+        f"prompts of {quantify(round(sum(lengths) / len(lengths)), 'token')} on average and {max(lengths):,} at most",
+        f"{quantify(updates, 'optimizer step')} per step = "
+        f"{quantify(trainer.num_minibatches, 'minibatch', 'minibatches')} × "
+        f"{quantify(trainer.num_passes, 'pass', 'passes')}, "
+        f"with {quantify(trainer.completions_per_step // trainer.num_minibatches, 'completion')} each",
+        f"{quantify(steps, 'step')} = {quantify(steps * per_step / len(tasks), 'epoch')} of "
+        f"{quantify(len(tasks), 'prompt')}{dropped}",
+        f"{quantify(steps * updates, 'optimizer step')} in total; the learning rate rises to "
+        f"{engine.learning_rate:g} in the "
         f"first {engine.warmup_steps}, then follows engine.schedule {engine.schedule}",
-        f"{len(eval_tasks)} evaluation problems{_describe_source(config, eval_tasks)}, evaluated "
+        f"{quantify(len(eval_tasks), 'evaluation problem')}{_describe_source(config, eval_tasks)}, evaluated "
         f"{_describe_evaluation(config, eval_tasks)}",
     ]
     return "\n".join(lines)
@@ -108,13 +116,13 @@ def _describe_evaluation(config: RunConfig, eval_tasks: list[Task]) -> str:
         return "never"
     if not every:
         return "before and after training"
-    interval = "epoch" if every == "epoch" else f"{every} steps"
+    interval = "epoch" if every == "epoch" else name_interval(int(every), "step")
     return f"before and after training and every {interval}"
 
 
 def describe_prompt(task: Task, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the prompt's text with its special tokens, and its length in tokens."""
-    return f"{printable(tokenizer.decode(task.prompt_ids))}\n[{len(task.prompt_ids)} tokens]"
+    return f"{printable(tokenizer.decode(task.prompt_ids))}\n[{quantify(len(task.prompt_ids), 'token')}]"
 
 
 def describe_memory(config: RunConfig, policy: Policy, tasks: list[Task], per_rank: int) -> str:
@@ -137,8 +145,9 @@ def describe_memory(config: RunConfig, policy: Policy, tasks: list[Task], per_ra
         f"{_format_bytes(trained * 4)} gradients of {trained:,} trained parameters, summed in float32",
         f"{_format_bytes(trained * 12)} float32 copy of the trained parameters and Adam's two moments, {device}, "
         f"divided among the processes",
-        f"at most {_format_bytes(cache)} keys and values while sampling {rows_at_once} completions of {longest} + "
-        f"{config.sampling.max_new_tokens} tokens; fewer are sampled at once if they do not fit",
+        f"at most {_format_bytes(cache)} keys and values while sampling {quantify(rows_at_once, 'completion')} of "
+        f"{longest} + "
+        f"{quantify(config.sampling.max_new_tokens, 'token')}; fewer are sampled at once if they do not fit",
     ]
     if not torch.cuda.is_available():
         return "\n".join([*lines, "the activations of an update are not included: they are measured on a GPU only"])
@@ -168,7 +177,9 @@ def describe_group(config: RunConfig, policy: Policy, tokenizer: PreTrainedToken
         by_name = ", ".join(f"{name} {float(values[0, i]):.4g}" for name, values in scores.by_name.items())
         truncated = ", truncated" if rollouts.truncated[i] else ""
         ellipsis = " ..." if len(text) > MAX_SHOWN_CHARACTERS else ""
-        lines += [f"({i + 1})  reward {float(scores.rewards[0, i]):.4g} ({by_name}), {length} tokens{truncated}"]
+        lines += [
+            f"({i + 1})  reward {float(scores.rewards[0, i]):.4g} ({by_name}), {quantify(length, 'token')}{truncated}"
+        ]
         lines += [f"     {line}" for line in f"{printable(text[:MAX_SHOWN_CHARACTERS])}{ellipsis}".splitlines()]
     scored = scores.rewards[~scores.rewards.isnan()]
     if len(scored) and scored.max() == scored.min():

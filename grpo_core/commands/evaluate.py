@@ -18,6 +18,7 @@ from typing import Any
 from grpo_core.batch import SamplingParams, Task
 from grpo_core.commands.open_policy import OpenedPolicy, open_source
 from grpo_core.config.sections import RunConfig
+from grpo_core.counts import quantify
 from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.eval_sets import describe_set, load_eval_sets
 from grpo_core.data.prompts import make_tasks
@@ -306,7 +307,8 @@ def format_table(result: dict[str, Any]) -> str:
         paired = result["paired"]
         lines += [
             "",
-            f"greedy answers: {paired['won']} problems won and {paired['lost']} lost against the base model, "
+            f"greedy answers: {quantify(paired['won'], 'problem')} won and {paired['lost']} lost against the base "
+            "model, "
             f"McNemar's p = {paired['p']:.2g}",
         ]
     return "\n".join(lines)
@@ -316,12 +318,14 @@ def _format_head(result: dict[str, Any]) -> list[str]:
     """Return lines that name the weights, the problems and the settings of the samples."""
     data, sampling = result["data"], result["sampling"]
     lines = [f"{result['weights']}" + (", compared with its base model" if "base" in result else "")]
-    lines.append(f"{data['problems']} problems of {data['path']} ({data['split']})")
+    lines.append(f"{quantify(data['problems'], 'problem')} of {data['path']} ({data['split']})")
     if data["left_out"]:
         lines[-1] += f"; {data['left_out']} more are left out because their prompts are too long"
     if sampling["samples"]:
         cuts = "".join(f", {name} {sampling[name]:g}" for name in ("top_k", "top_p", "min_p") if name in sampling)
-        lines[-1] += f"; {sampling['samples']} samples per problem at temperature {sampling['temperature']:g}{cuts}"
+        lines[-1] += (
+            f"; {quantify(sampling['samples'], 'sample')} per problem at temperature {sampling['temperature']:g}{cuts}"
+        )
     return lines
 
 
@@ -367,7 +371,10 @@ def _keep_earlier_samples(folder: Path, result: dict[str, Any]) -> None:
         old = folder / name
         if old.exists():
             os.replace(old, old.with_name(f"{old.stem}-{samples}-samples{old.suffix}"))
-    print(f"\nthe earlier evaluation with {samples} samples is kept in {folder / f'evaluate-{samples}-samples.json'}")
+    print(
+        f"\nthe earlier evaluation with {quantify(samples, 'sample')} is kept in "
+        f"{folder / f'evaluate-{samples}-samples.json'}"
+    )
 
 
 def _write_files(folder: Path, result: dict[str, Any], table: str, rows: Sequence[Row]) -> None:

@@ -25,6 +25,7 @@ from grpo_core.commands.evaluate import load_problems
 from grpo_core.commands.model_card import base_name, make_card
 from grpo_core.commands.open_policy import ADAPTER_CONFIG, OpenedPolicy, open_source
 from grpo_core.config.precision import DTYPES
+from grpo_core.counts import format_significant, quantify
 from grpo_core.data.word_problems import make_word_problems
 from grpo_core.monitor import run_lock
 from grpo_core.monitor.file_modes import apply_umask
@@ -52,7 +53,8 @@ class Gap:
 
     def __str__(self) -> str:
         return (
-            f"over {self.tokens} tokens: largest {self.largest:.2g}, relative {self.relative:.2g}, KL {self.kl:.2g} "
+            f"over {quantify(self.tokens, 'token')}: largest {self.largest:.2g}, relative {self.relative:.2g}, KL "
+            f"{format_significant(self.kl, 2)} "
             f"nats per token, the same most probable token at {self.same_token:.2%}"
         )
 

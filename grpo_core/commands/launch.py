@@ -13,7 +13,6 @@ import os
 import queue
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,19 +21,24 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from grpo_core.commands.errors import print_error
 from grpo_core.commands.forked_rank import STOP_SIGNALS, ForkedRank, can_fork, prepare_ranks
 from grpo_core.commands.read_ahead import ReadAhead
 from grpo_core.commands.train import announce
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.files import load_job
+from grpo_core.counts import quantify
 from grpo_core.distributed.notices import write_notice
-from grpo_core.distributed.ranks import RUN_FOLDER_VARIABLE
+from grpo_core.distributed.ranks import LOST_RANK_CODE, NO_PORT, RUN_FOLDER_VARIABLE, STORE_VARIABLE, read_count
+from grpo_core.schema import ConfigError, describe_exit
 
 PROGRAM = ("-m", "grpo_core")
 GRACE_SECONDS = 5.0  # from the first failure until the other ranks are killed: time to print their errors
 NO_RESTART_CODES = (0, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # success, a user's mistake, a signal
-EXPLAINED_CODES = (2, 3)  # the rank has printed its error
+EXPLAINED_CODES = (*NO_RESTART_CODES, 3)  # the rank has printed why it ended, or after a signal where it stopped
+MAX_PROCESSES_PER_CORE = 8  # without GPUs; each takes about half a gigabyte of memory
 
 
 def run_launch(processes: int, config: Path | None, overrides: Sequence[str]) -> int:
@@ -48,7 +52,9 @@ def run_launch(processes: int, config: Path | None, overrides: Sequence[str]) ->
     """
     ahead = ReadAhead(config, overrides) if can_fork() else None
     loaded = ahead.config() if ahead else load_job(config, overrides)
-    prompts_per_rank(loaded, processes * int(os.environ.get("NNODES", 1)))
+    nodes, _ = read_nodes()
+    prompts_per_rank(loaded, processes * nodes)
+    check_processes(processes)
     announce(loaded)
     if ahead:
         prepare_ranks(loaded, ahead)
@@ -68,16 +74,62 @@ def run_launch(processes: int, config: Path | None, overrides: Sequence[str]) ->
     raise AssertionError
 
 
+def check_processes(processes: int) -> None:
+    """Refuse more processes than this machine can run.
+
+    Raises:
+        ConfigError: there are more processes than GPUs, or without GPUs more than MAX_PROCESSES_PER_CORE on each core.
+    """
+    if gpus := torch.cuda.device_count():
+        limit, reason = gpus, "one for each GPU"
+    else:
+        cores = os.cpu_count() or 1
+        limit, reason = (
+            MAX_PROCESSES_PER_CORE * cores,
+            f"{MAX_PROCESSES_PER_CORE} for each of {quantify(cores, 'core')}",
+        )
+    if processes > limit:
+        raise ConfigError(
+            f"{quantify(processes, 'process', 'processes')} were asked for on this machine; at most {limit:,} are "
+            f"possible, {reason}"
+        )
+
+
+def read_nodes() -> tuple[int, int]:
+    """Return NNODES and NODE_RANK of the environment: the number of machines, and the number of this one.
+
+    Raises:
+        ConfigError: one of them is not a whole number in its range.
+    """
+    nodes, node = read_count("NNODES", default=1, minimum=1), read_count("NODE_RANK", default=0, minimum=0)
+    if node >= nodes:
+        raise ConfigError(f"NODE_RANK is {node} in the environment; it must be below NNODES, which is {nodes}")
+    return nodes, node
+
+
+def find_cause(failures: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the first (rank, exit code) that is not a consequence of another rank's end, if there is one."""
+    return next((failure for failure in failures if failure[1] != LOST_RANK_CODE), failures[0])
+
+
+def describe_failure(code: int) -> str:
+    """Return as a verb phrase how a rank failed; `code` is its exit code, or -n for signal n."""
+    if code == LOST_RANK_CODE:
+        return "lost its connection to another rank"
+    return f"failed with exit code {code}" if code > 0 else describe_exit(code)
+
+
 class _Ranks:
     """The processes of one start, one per rank of this machine."""
 
     def __init__(self, processes: int, config: Path | None, overrides: Sequence[str], note: Path) -> None:
-        nodes, node = int(os.environ.get("NNODES", 1)), int(os.environ.get("NODE_RANK", 0))
+        nodes, node = read_nodes()
         address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
         if nodes == 1:
-            address, port = "127.0.0.1", str(_free_port())
+            address, port = "127.0.0.1", NO_PORT
         shared = {"WORLD_SIZE": processes * nodes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": address}
-        shared |= {"MASTER_PORT": port, RUN_FOLDER_VARIABLE: note}
+        store = Path(tempfile.mkdtemp(dir=note.parent)) / "store"  # of this start
+        shared |= {"MASTER_PORT": port, RUN_FOLDER_VARIABLE: note, STORE_VARIABLE: store}
         threads = max(1, (os.cpu_count() or 1) // (2 * processes))
         self.ended: queue.Queue[tuple[int, int]] = queue.Queue()  # (rank, exit code)
         self.ranks: dict[int, subprocess.Popen | ForkedRank] = {}
@@ -106,7 +158,7 @@ class _Ranks:
 
     def wait(self) -> int:
         """Wait until all ranks have ended. Return 0 or the exit code of the first that failed; 128 + n for signal n."""
-        failure: tuple[int, int] | None = None
+        failures: list[tuple[int, int]] = []  # (rank, exit code), in the order in which they ended
         deadline, running = None, set(self.ranks)
         while running:
             try:
@@ -116,17 +168,16 @@ class _Ranks:
                     self._send(signal.SIGKILL)
                 continue
             running.remove(rank)
-            if code != 0 and failure is None:
-                failure, deadline = (rank, code), time.monotonic() + GRACE_SECONDS
+            if code != 0 and (deadline is None or time.monotonic() < deadline):
+                failures.append((rank, code))
+                deadline = deadline or time.monotonic() + GRACE_SECONDS
         for thread in self.threads:
             thread.join()
-        if failure is None:
+        if not failures:
             return 0
-        rank, code = failure
-        stopped = self.signals and code in NO_RESTART_CODES
-        if code not in EXPLAINED_CODES and not stopped:
-            reason = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-            print_error(f"rank {rank} {reason}")
+        rank, code = find_cause(failures)
+        if code not in EXPLAINED_CODES:
+            print_error(f"rank {rank} {describe_failure(code)}")
         return code if code > 0 else 128 - code
 
     def _wait_for(self, rank: int) -> None:
@@ -145,9 +196,3 @@ class _Ranks:
         for process in self.ranks.values():
             if process.poll() is None:
                 process.send_signal(number)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

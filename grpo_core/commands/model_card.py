@@ -12,6 +12,7 @@ from grpo_core.commands.open_policy import OpenedPolicy
 from grpo_core.config.formula import render
 from grpo_core.config.precision import DTYPES, dtype_name
 from grpo_core.config.sections import RunConfig
+from grpo_core.counts import quantify
 from grpo_core.data.eval_sets import describe_set
 from grpo_core.monitor.run_log import describe_evaluation
 from grpo_core.report.eval_sets import collect_accuracies, label_set
@@ -136,7 +137,7 @@ def _describe_accuracy(config: RunConfig, folder: Path, run: RunFolder, steps: i
         lines.append(f"{label or 'On '}{_hide_folders(path)} ({split}):\n")
         after = rows[-1:] if steps is None else [row for row in rows if row["step"] == steps]
         for name, row in (("before", rows[0]), *(("after", row) for row in after)):
-            lines.append(f"- {name} ({row['step']:.0f} steps): {describe_evaluation(_counts_to_int(row))}")
+            lines.append(f"- {name} ({quantify(int(row['step']), 'step')}): {describe_evaluation(_counts_to_int(row))}")
         if eval_set:
             lines.append("")
     if any(accuracies):
@@ -155,11 +156,14 @@ def _evaluation_table(result: dict[str, Any]) -> list[str]:
     data, sampling = result["data"], result["sampling"]
     samples = ""
     if sampling["samples"]:
-        samples = f", and {sampling['samples']} samples per problem at temperature {sampling['temperature']:g}"
+        samples = (
+            f", and {quantify(sampling['samples'], 'sample')} per problem at temperature {sampling['temperature']:g}"
+        )
     lines = [
         "",
-        f"On {data['problems']} problems of {_hide_folders(data['path'])} ({data['split']}), answers of up to "
-        f"{sampling['max_new_tokens']} tokens{samples}, with 95 % intervals:",
+        f"On {quantify(data['problems'], 'problem')} of {_hide_folders(data['path'])} ({data['split']}), answers of "
+        "up to "
+        f"{quantify(sampling['max_new_tokens'], 'token')}{samples}, with 95 % intervals:",
         "",
         f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}",
     ]
@@ -170,7 +174,7 @@ def _evaluation_table(result: dict[str, Any]) -> list[str]:
         paired = result["paired"]
         lines += [
             "",
-            f"Greedy answers against the base model: {paired['won']} problems won, {paired['lost']} lost, "
+            f"Greedy answers against the base model: {quantify(paired['won'], 'problem')} won, {paired['lost']} lost, "
             f"McNemar's p = {paired['p']:.2g}.",
         ]
     return lines
@@ -219,18 +223,22 @@ def _describe_training(config: RunConfig, run: RunFolder, checkpoint_steps: int 
         steps = f"{checkpoint_steps:,} (a checkpoint of a run of {steps})"
     adapter = f"rank {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g} on {lora.target_modules}"
     rows = [
-        ("steps", f"{steps} of {trainer.completions_per_step} completions"),
+        ("steps", f"{steps} of {quantify(trainer.completions_per_step, 'completion')}"),
         ("tokens", f"{tokens:,.0f} in {seconds / 3600:.2f} hours"),
         ("optimizer", f"AdamW, learning rate {engine.learning_rate:g}"),
-        ("schedule", f"{engine.warmup_steps} warm-up steps, then {engine.schedule}"),
-        ("optimizer steps per step", f"{trainer.num_minibatches} minibatches × {trainer.num_passes} passes"),
+        ("schedule", f"{quantify(engine.warmup_steps, 'warm-up step')}, then {engine.schedule}"),
+        (
+            "optimizer steps per step",
+            f"{quantify(trainer.num_minibatches, 'minibatch', 'minibatches')} × "
+            f"{quantify(trainer.num_passes, 'pass', 'passes')}",
+        ),
         ("LoRA", adapter if lora.r else "none: all weights are trained"),
         ("versions", ", ".join(f"{name} {version(name)}" for name in LIBRARIES)),
     ]
     if not run.is_supervised:
         sampling = config.sampling
         groups = f"groups of {sampling.group_size} at temperature {sampling.temperature:g}"
-        rows.insert(2, ("sampling", f"{groups}, up to {sampling.max_new_tokens} tokens"))
+        rows.insert(2, ("sampling", f"{groups}, up to {quantify(sampling.max_new_tokens, 'token')}"))
     return "\n".join(f"- {name}: {text}" for name, text in rows)
 
 

@@ -17,7 +17,8 @@ from grpo_core.commands.gc_pause import pause_gc
 from grpo_core.config.files import load_job
 from grpo_core.config.sections import RunConfig
 from grpo_core.distributed.ranks import die_with_parent
-from grpo_core.schema import ConfigError
+from grpo_core.registry import observe_imports
+from grpo_core.schema import ConfigError, describe_exit
 
 
 class ReadAhead:
@@ -25,6 +26,7 @@ class ReadAhead:
 
     def __init__(self, config: Path | None, overrides: Sequence[str]) -> None:
         self._arguments = (config, overrides)
+        self._file: str | None = None  # the user's file that was imported last
         context = get_context("fork")
         self._receiver, sender = context.Pipe(duplex=False)
         self._process = context.Process(target=_read, args=(self._receiver, sender, *self._arguments))
@@ -38,9 +40,13 @@ class ReadAhead:
             ConfigError: as `load_job`.
         """
         try:
-            outcome = self._receiver.recv()
-        except EOFError:  # something other than a ConfigError ended the process, and is raised here
-            return load_job(*self._arguments)
+            outcome = self._receive()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            if code in (0, 1) or self._file is None:  # an exception other than a ConfigError, which is raised here
+                return load_job(*self._arguments)
+            raise ConfigError(f"the process that imported {self._file} {describe_exit(code)}") from None
         if isinstance(outcome, ConfigError):
             raise outcome
         return outcome
@@ -49,17 +55,24 @@ class ReadAhead:
         """Return what `read_tasks` returns, or None if it failed; the ranks then read the tasks and report why."""
         try:
             with pause_gc():
-                return self._receiver.recv()
+                return self._receive()
         except EOFError:
             return None
         finally:
             self._process.join()
+
+    def _receive(self) -> Any:
+        """Return the next result; the names of the files that are imported are sent before it."""
+        while isinstance(message := self._receiver.recv(), str):
+            self._file = message
+        return message
 
 
 def _read(receiver: Connection, sender: Connection, config: Path | None, overrides: Sequence[str]) -> None:
     die_with_parent()
     receiver.close()  # or sending to a launcher that has ended would wait instead of failing
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher
+    observe_imports(sender.send)
     try:
         loaded = load_job(config, overrides)
     except ConfigError as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from grpo_core.counts import quantify
+
 TOP_TOKENS = 8  # printed of each objective
 MAX_NAME_WIDTH = 40  # characters of an objective's name
 SAME_GRADIENT = 1e-5  # distance of cosine and norm ratio from 1, up to which two gradients count as equal
@@ -27,8 +29,8 @@ def _format_head(summary: dict[str, Any]) -> str:
     tokens = sum(len(completion["tokens"]) for completion in summary["completions"])
     steps, gap = summary["optimizer_steps"], summary["logprob_gap_max"]
     lines = [
-        f"batch: {summary['run']}, step {summary['step']}, {len(summary['completions'])} completions, {tokens:,} "
-        f"tokens, sampled by {summary['ranks']} processes",
+        f"batch: {summary['run']}, step {summary['step']}, {quantify(len(summary['completions']), 'completion')}, "
+        f"{quantify(tokens, 'token')}, sampled by {quantify(summary['ranks'], 'process', 'processes')}",
         f"weights: {summary['weights']}",
     ]
     if summary["ratio_is_1"]:
@@ -44,7 +46,8 @@ def _format_head(summary: dict[str, Any]) -> str:
         )
     if steps > 1:
         lines.append(
-            f"The run took {steps} optimizer steps on this batch, each on one minibatch; metrics.jsonl has their means."
+            f"The run took {quantify(steps, 'optimizer step')} on this batch, each on one minibatch; metrics.jsonl "
+            "has their means."
         )
     if summary["dropout"]:
         lines.append(

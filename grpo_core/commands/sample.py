@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import SamplingParams, Task
 from grpo_core.commands.open_policy import OpenedPolicy, open_source
+from grpo_core.counts import quantify
 from grpo_core.data.encoding import encode_prompts
 from grpo_core.data.prompts import list_template_fields, render_prompt
 from grpo_core.monitor.progress import show_elapsed
@@ -170,7 +171,7 @@ def answer_question(opened: OpenedPolicy, rewards: Sequence[Reward], question: s
                 rollouts = opened.sampler.generate([task], settings.samples, settings=settings.sampling)
     reward_notes = describe_rewards(rewards, task, rollouts.completions, settings.samples)
     notes = [
-        [f"{length} tokens{', truncated' if truncated else ''}", *reward_notes[i]]
+        [f"{quantify(length, 'token')}{', truncated' if truncated else ''}", *reward_notes[i]]
         for i, (length, truncated) in enumerate(
             zip(rollouts.lengths().tolist(), rollouts.truncated.tolist(), strict=True)
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,11 @@ def announce(config: RunConfig) -> None:
 
 
 def run_job(job: Callable[[RunConfig], Any], config: RunConfig) -> int:
-    """Run `job(config)`. Return 0, 3 if the run could not go on, or 128 + n if signal n stopped it."""
+    """Run `job(config)`. Return 0, 3 if the run could not go on, or 128 + n if signal n stopped it.
+
+    If a collective fails because another rank has ended, LOST_RANK_CODE is returned. That rank's launcher names it, and
+    the traceback of this rank, a consequence, is printed with log.verbose only.
+    """
     ranks.die_with_launcher()
     try:
         job(config)
@@ -47,5 +53,13 @@ def run_job(job: Callable[[RunConfig], Any], config: RunConfig) -> int:
     except signals.RunFailed as error:
         print_error(str(error))
         return 3
+    except RuntimeError as error:
+        if not ranks.is_lost_rank(error):
+            raise
+        if config.log.verbose:
+            traceback.print_exc()
+        if ranks.RUN_FOLDER_VARIABLE not in os.environ:
+            print(f"grpo_core: rank {ranks.rank()} lost its connection to another rank", file=sys.stderr)
+        return ranks.LOST_RANK_CODE
     ranks.shutdown()
     return 0

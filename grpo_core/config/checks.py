@@ -22,7 +22,7 @@ from grpo_core.objective.losses import LOSSES, PolicyLoss
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.objective.token_weights import AVERAGES
 from grpo_core.objective.truncation import TRUNCATIONS
-from grpo_core.registry import get_fact
+from grpo_core.registry import ProcessExit, exits_as_errors, get_fact
 from grpo_core.schema import ConfigError, first_line, summarize_error
 
 
@@ -160,7 +160,10 @@ def _try(key: str, name: str, function: Callable, *inputs: Any) -> Any:
     """Call a function, and turn what it raises into a ConfigError that names the key and the function."""
     check_inputs(key, name, inputs[0] if function is compute_advantages else function)
     try:
-        return function(*inputs)
+        with exits_as_errors():
+            return function(*inputs)
+    except ProcessExit as error:
+        raise ConfigError(f"{key} {name} {error} on a batch of two") from None
     except ConfigError as error:
         has_key = str(error).startswith(key)
         raise ConfigError(str(error) if has_key else f"{key} {name}: {error}") from None

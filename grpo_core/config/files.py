@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -19,14 +18,16 @@ from grpo_core.config.paths import resolve_paths
 from grpo_core.config.presets import get_preset, merge
 from grpo_core.config.sections import EvaluationConfig, RunConfig, SftConfig, use_supervised_objective
 from grpo_core.config.shipped import find_default, find_file, list_shipped
+from grpo_core.config.text_files import describe_place, parse_json, read_text
 from grpo_core.config.words import ITEM, find_type, get_in, parse_value, split_word, type_hints
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rewards import REWARDS
-from grpo_core.schema import ConfigError, coerce, list_known
+from grpo_core.schema import ConfigError, coerce, first_line, list_known
 
 RESOLVED = "# The whole configuration of a run; paths are relative to the folder in which the run was started."
 WORDS_OF_A_START = {"name", "output_dir", "resume", "overwrite"}  # keys that say which run is started, and how
+MAX_DEPTH = 50  # of lists and mappings in a file
 MAX_NAMED_KEYS = 8  # in a sentence about keys that differ
 
 
@@ -184,7 +185,7 @@ def _layers(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
     `above` are the files that led to this one through `base`.
     """
-    data = _read(path, lambda text: yaml.load(text, _Loader), "YAML") or {}
+    data = _parse_yaml(read_text(path), str(path)) or {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is not a mapping of sections and keys")
     under: dict[str, Any] = {}
@@ -229,7 +230,7 @@ def _read_deepspeed(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     if not isinstance(engine, dict) or not isinstance(engine.get("deepspeed"), str):
         return data
     file = find_file(engine["deepspeed"], folder, Path())
-    return {**data, "engine": {**engine, "deepspeed": _read(file, json.loads, "JSON")}}
+    return {**data, "engine": {**engine, "deepspeed": parse_json(read_text(file), str(file))}}
 
 
 def dump(config: RunConfig) -> str:
@@ -354,18 +355,32 @@ def _construct_integer(loader: _Loader, node: yaml.ScalarNode) -> Any:
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_integer)
 
 
-def _read(path: Path, parse: Any, kind: str) -> Any:
-    """Read a file and parse it as `kind`, YAML or JSON."""
+def _parse_yaml(text: str, source: str) -> Any:
+    """Parse YAML; `source` begins the message of an error."""
+    depth = 0
     try:
-        return parse(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError includes UnicodeDecodeError and JSONDecodeError
-        raise ConfigError(f"{path} is not {kind}: {' '.join(str(error).split())}") from None
+        for event in yaml.parse(text, _Loader):  # first, because the loader's recursion may crash the process
+            depth += {yaml.CollectionStartEvent: 1, yaml.CollectionEndEvent: -1}.get(type(event).__base__, 0)
+            if depth > MAX_DEPTH:
+                raise RecursionError
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source} is not YAML: {_describe_yaml_error(error, text)}") from None
+
+
+def _describe_yaml_error(error: Exception, text: str) -> str:
+    """Return the problem of a YAML text, with its line and column where they are known."""
+    problem, index = first_line(error), None
+    if isinstance(error, yaml.MarkedYAMLError):
+        problem, mark = error.problem or problem, error.problem_mark or error.context_mark
+        problem = f"{error.context} {problem}" if problem.startswith("but ") else problem
+        if mark is not None:
+            return f"{' '.join(problem.split())} (line {mark.line + 1}, column {mark.column + 1})"
+    elif isinstance(error, yaml.reader.ReaderError) and (bad := yaml.reader.Reader.NON_PRINTABLE.search(text)):
+        index, problem = bad.start(), f"it has the control character {ascii(bad[0])[1:-1]}"
+    elif isinstance(error, RecursionError):
+        problem = f"its lists and mappings are nested more than {MAX_DEPTH} deep"
+    return problem if index is None else f"{problem} ({describe_place(text, index)})"
 
 
 def _join(section: str, name: Any) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_core.config.sections import RunConfig
+from grpo_core.counts import name_interval, quantify
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
 from grpo_core.objective.kl import KLS
@@ -43,7 +44,7 @@ def render(config: RunConfig) -> str:
     if loss.kl_coef:
         rows.append(("KL", f"{_fill_formula(KLS, loss.kl, {})}    ({loss.kl}; {_describe_reference(config)})"))
         if loss.kl_target is not None:
-            target = f"{_format_number(loss.kl_target)}, with a horizon of {loss.kl_horizon} completions"
+            target = f"{_format_number(loss.kl_target)}, with a horizon of {quantify(loss.kl_horizon, 'completion')}"
             rows.append(
                 ("", f"its coefficient starts at {_format_number(loss.kl_coef)} and adapts to a KL of {target}")
             )
@@ -68,7 +69,8 @@ def render(config: RunConfig) -> str:
     )
     rows.append(("truncated", f"{truncation}    ({config.truncation.name})"))
     if attempts := config.sampling.dynamic_attempts:
-        rows.append(("tied", f"groups with equal rewards are replaced by new prompts, up to {attempts} times a step"))
+        most = quantify(attempts, "time")
+        rows.append(("tied", f"groups with equal rewards are replaced by new prompts, up to {most} a step"))
     rows += [("note", remark) for remark in list_remarks(config)]
     return "\n".join(f"{name:<9}  {text}" for name, text in rows)
 
@@ -170,8 +172,9 @@ def _render_arguments(args: dict[str, Any]) -> str:
 
 def _describe_reference(config: RunConfig) -> str:
     every, mixing = config.reference.every, config.reference.mixing
+    interval = name_interval(every, "step")
     if not every:
         return "the reference is the base model"
     if mixing == 1:
-        return f"the reference is set to the policy every {every} steps"
-    return f"the reference moves towards the policy every {every} steps, {_format_number(mixing)} of the way"
+        return f"the reference is set to the policy every {interval}"
+    return f"the reference moves towards the policy every {interval}, {_format_number(mixing)} of the way"

@@ -30,6 +30,7 @@ INTEGER = re.compile(r"[+-]?\d+(_\d+)*")
 ITEM = re.compile(r"(\w+)\[(\d+)\]")  # one item of a list: rewards[0]
 TOKEN = re.compile(r"\"(?:\\.|[^\"\\])*\"|(?<![^\s\[{,:])'(?:''|[^'])*'|(?<!\S)#.*|[\[\]{}]")  # of YAML
 CLOSING = {"[": "]", "{": "}"}
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: a date such as 2024-13-45
 REGISTRIES = {  # section with `name` and `args` -> the registry of its functions; rewards stands for its items
     "loss": LOSSES,
     "loss.rollout_correction": CORRECTIONS,
@@ -169,7 +170,7 @@ def _parse_structure(text: str, takes_text: bool, item: Any, key: str) -> Any:
         return text if takes_text else _parse_yaml(text)
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         unclosed, is_whole = _read_brackets(text)
         if unclosed:
             comment = "; ' #' begins a comment, so put quotes around a text with it" if " #" in text else ""
@@ -202,5 +203,5 @@ def _parse_yaml(text: str) -> Any:
     """Return a text parsed as YAML, or the text itself where that fails."""
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except YAML_ERRORS:
         return text

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
 from grpo_core.config.sections import DataConfig
+from grpo_core.counts import quantify
 from grpo_core.data.encoding import cut_left, encode_prompts
 from grpo_core.data.rows import Row, Rows
 from grpo_core.schema import ConfigError, list_known, summarize_error
@@ -49,9 +50,9 @@ def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTok
     too_long = [index for index, prompt_ids in enumerate(ids) if len(prompt_ids) > limit]
     if too_long and config.long_prompts == "error":
         raise ConfigError(
-            f"{places[too_long[0]]}: the prompt has {len(ids[too_long[0]])} tokens, more than "
-            f"data.max_prompt_tokens ({limit}), as have {len(too_long)} of {len(ids)} prompts; raise it, or set "
-            f"data.long_prompts to drop or truncate_left"
+            f"{places[too_long[0]]}: the prompt has {quantify(len(ids[too_long[0]]), 'token')}, more than "
+            f"data.max_prompt_tokens ({limit}), as have {len(too_long):,} of {quantify(len(ids), 'prompt')}; raise it, "
+            f"or set data.long_prompts to drop or truncate_left"
         )
     for index in too_long if config.long_prompts == "truncate_left" else ():
         ids[index] = cut_left(tokenizer, ids[index], limit)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_core.config.sections import DataConfig
+from grpo_core.config.text_files import parse_json, read_text
+from grpo_core.counts import quantify
 from grpo_core.data.word_problems import make_word_problems
 from grpo_core.random_keys import make_generator, make_key
 from grpo_core.schema import ConfigError, describe_eval_rows, first_line
@@ -44,7 +46,7 @@ def load_splits(config: DataConfig, num_eval: int, key: str = "evaluation.num_ta
     else:
         if num_eval >= len(train):
             raise ConfigError(
-                f"{key} is {num_eval}, but {config.path} has only {len(train)} rows to hold them out "
+                f"{key} is {num_eval}, but {config.path} has only {quantify(len(train), 'row')} to hold them out "
                 f"from; lower it, or set data.eval_path or data.eval_split"
             )
         # independent of the run's seed: no run may train on rows that another is evaluated on
@@ -118,34 +120,18 @@ def _read_json_rows(path: Path) -> list[Row]:
     Raises:
         ConfigError: the file is neither; the message names the line.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    text = read_text(path)
     if text.lstrip().startswith("["):
-        rows = [(f"item {i}", row) for i, row in enumerate(_parse_json(text, str(path)), 1)]
+        rows = [(f"item {i}", row) for i, row in enumerate(parse_json(text, str(path)), 1)]
     else:
         lines = enumerate(text.split("\n"), 1)
-        rows = [(f"line {i}", _parse_json(line, f"{path}, line {i},")) for i, line in lines if line.strip()]
+        rows = [(f"line {i}", parse_json(line, f"{path}, line {i},")) for i, line in lines if line.strip()]
     for place, row in rows:
         if not isinstance(row, dict):
             raise ConfigError(
                 f"{path}, {place}, is {json.dumps(row)[:40]}; it must be an object whose keys are the columns"
             )
     return [row for _, row in rows]
-
-
-def _parse_json(text: str, source: str) -> Any:
-    """Parse JSON; `source` begins the message of an error."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno} " if "\n" in text.strip() else ""
-        raise ConfigError(f"{source} is not JSON: {error.msg} ({place}column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a number with thousands of digits, brackets nested too deep
-        raise ConfigError(f"{source} is not JSON that can be read: {first_line(error)}") from None
 
 
 def _read_with_datasets(path: str, subset: str | None, split: str) -> list[Row]:
@@ -158,6 +144,8 @@ def _read_with_datasets(path: str, subset: str | None, split: str) -> list[Row]:
             return list(load_dataset(FORMATS[local.suffix], data_files=str(local), split="train"))
         return list(load_dataset(path, subset, split=split))
     except Exception as error:  # datasets raises many types, all for data that cannot be loaded
+        if local.is_file() and FORMATS[local.suffix] == "csv":
+            read_text(local)  # raises if the file is not text
         hint = "" if local.exists() else "; without a network, set data.path to a file or folder of this machine"
         raise ConfigError(
             f"data.path is {path!r} (split {split!r}), and it cannot be loaded: {_describe_cause(error)}{hint}"

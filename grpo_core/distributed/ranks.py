@@ -3,8 +3,8 @@
 import atexit
 import ctypes
 import os
+import re
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -16,12 +16,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_core.counts import quantify
 from grpo_core.distributed import watchdog
 from grpo_core.random_keys import Key, make_generator, torch_seed
-from grpo_core.schema import ConfigError
+from grpo_core.schema import ConfigError, first_line
 
 MIN_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+LOST_RANK_CODE = 5  # exit code of a rank whose collective failed because another rank ended or cannot be reached
+LOST_RANK = re.compile(
+    r"connection (was )?(reset|closed|refused|aborted)|broken pipe|timed out|remote ?error|remote process exited", re.I
+)
 RUN_FOLDER_VARIABLE = "GRPO_CORE_FOLDER_NOTE"  # names a file, into which the run writes its folder for the launcher
+STORE_VARIABLE = "GRPO_CORE_STORE"  # names the file by which the ranks of one machine meet
+NO_PORT = "0"  # MASTER_PORT of ranks that meet without one; DeepSpeed wants the variable to be set
 PEAK_TERAFLOPS = {  # part of a GPU's name -> dense 16-bit products, by its data sheet
     "H200": 989,
     "H100 PCIe": 756,
@@ -40,27 +47,56 @@ def setup(hang_timeout: float = 0) -> None:
     A rank that makes no progress for `hang_timeout` seconds ends (0: never); until then the other ranks wait for it.
 
     Raises:
-        ConfigError: this machine has GPUs, but fewer than processes.
+        ConfigError: this machine has GPUs, but fewer than processes; or the other ranks cannot be reached.
     """
     if "RANK" not in os.environ:
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))
-            port = unused.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=NO_PORT)
     if torch.cuda.is_available():
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if processes > gpus:
             raise ConfigError(
-                f"{processes} processes were started on this machine; at most {gpus} are possible, one for each GPU"
+                f"{quantify(processes, 'process', 'processes')} were started on this machine; at most {gpus} are "
+                "possible, one for each GPU"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         timeout = max(MIN_COLLECTIVE_TIMEOUT, timedelta(seconds=2 * hang_timeout))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+        try:
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout, **_make_store())
+        except (dist.DistError, ValueError) as error:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ConfigError(
+                f"rank {os.environ['RANK']} cannot join the others at {place}, MASTER_ADDR:MASTER_PORT in the "
+                f"environment: {first_line(error)}"
+            ) from error
         if world_size() == 1:
             atexit.register(shutdown)  # or NCCL warns when a run ends with an error
     watchdog.start(hang_timeout, rank())
+
+
+def _make_store() -> dict[str, Any]:
+    """Return the arguments of `init_process_group` for ranks that meet without a port, which another run might take.
+
+    They are empty where another launcher has given the ranks an address and a port.
+    """
+    if os.environ.get("MASTER_PORT") != NO_PORT:
+        return {}
+    path, size = os.environ.get(STORE_VARIABLE), int(os.environ["WORLD_SIZE"])
+    store = dist.FileStore(path, size) if path else dist.HashStore()
+    return {"store": store, "rank": int(os.environ["RANK"]), "world_size": size}
+
+
+def read_count(variable: str, default: int, minimum: int) -> int:
+    """Return the number in a variable of the environment, or `default` where it is not set.
+
+    Raises:
+        ConfigError: the variable is not a whole number of at least `minimum`.
+    """
+    text = os.environ.get(variable, str(default))
+    if not text.strip().isdecimal() or int(text) < minimum:
+        raise ConfigError(f"{variable} is {text!r} in the environment; it must be a whole number of at least {minimum}")
+    return int(text)
 
 
 def die_with_launcher() -> None:
@@ -82,6 +118,12 @@ def report_run_folder(folder: Path) -> None:
     """Write the run folder into the launcher's file, so that a restart continues from its checkpoints."""
     if file := os.environ.get(RUN_FOLDER_VARIABLE):
         Path(file).write_text(str(folder.resolve()), encoding="utf-8")
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Return whether a collective failed because another rank has ended or cannot be reached."""
+    is_collective = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return is_collective and LOST_RANK.search(str(error)) is not None
 
 
 def shutdown() -> None:

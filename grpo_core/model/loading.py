@@ -10,6 +10,7 @@ from transformers.utils import cached_file
 
 from grpo_core.config.sections import ModelConfig
 from grpo_core.config.shipped import describe_run
+from grpo_core.counts import quantify
 from grpo_core.model.rotation import find_rotations
 from grpo_core.schema import ConfigError, first_line, list_known
 
@@ -130,7 +131,8 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, config:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest + max_new_tokens > positions:
         raise ConfigError(
-            f"a prompt of {longest} tokens and sampling.max_new_tokens {max_new_tokens} are together more than the "
+            f"a prompt of {quantify(longest, 'token')} and sampling.max_new_tokens {max_new_tokens} are together "
+            "more than the "
             f"model's {positions} positions"
         )
     find_rotations(config).check_lengths(prompts, max_new_tokens)

@@ -15,6 +15,7 @@ import torch
 
 from grpo_core.batch import Rollouts, take
 from grpo_core.config.sections import RunConfig
+from grpo_core.counts import quantify
 from grpo_core.distributed import ranks
 from grpo_core.model.packing import Budget, Packing
 from grpo_core.model.policy import Policy, enable_gradient_checkpointing
@@ -69,7 +70,8 @@ def find_budgets(
     if update_rows == 0:
         as_loaded.restore()  # gradient checkpointing did not help
         raise ConfigError(
-            f"not even one completion of {longest[1]} tokens after a prompt of {longest[0]} tokens fits into the GPU's "
+            f"not even one completion of {quantify(longest[1], 'token')} after a prompt of "
+            f"{quantify(longest[0], 'token')} fits into the GPU's "
             f"memory; lower sampling.max_new_tokens or data.max_prompt_tokens"
         )
     budgets = Budgets(trial.budget_of(update_rows), trial.budget_of(forward_rows))
@@ -77,9 +79,9 @@ def find_budgets(
         budgets = Budgets(Budget(fixed), budgets.forward)
     reason = "what fits" if fixed == "auto" else "trainer.tokens_per_micro_batch"
     notify(
-        f"micro-batches of up to {budgets.update.tokens:,} tokens ({reason}), "
+        f"micro-batches of up to {quantify(budgets.update.tokens, 'token')} ({reason}), "
         f"gradient checkpointing {'on' if checkpointing is True else 'off'}, "
-        f"forwards without backward of up to {budgets.forward.tokens:,} tokens"
+        f"forwards without backward of up to {quantify(budgets.forward.tokens, 'token')}"
     )
     return budgets
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from grpo_core.counts import quantify
 from grpo_core.schema import ConfigError
 
 
@@ -57,10 +58,10 @@ class Rotations:
             if self.key(length) != self.key(longest):
                 limit = min(rule.limit for rule in self.rules if rule.key(length) != rule.key(longest))
                 raise ConfigError(
-                    f"sampling.max_new_tokens is {max_new_tokens}, and a prompt has {length} tokens, but the model's "
-                    f"rotary embedding changes above {limit} tokens, so the log-probs of a completion that grows past "
-                    f"them would change with its length; prompt and completion must have at most {limit + 1} tokens "
-                    f"together"
+                    f"sampling.max_new_tokens is {max_new_tokens}, and a prompt has {quantify(length, 'token')}, but "
+                    f"the model's rotary embedding changes above {quantify(limit, 'token')}, so the log-probs of a "
+                    f"completion that grows past them would change with its length; prompt and completion must "
+                    f"have at most {quantify(limit + 1, 'token')} together"
                 )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from grpo_core.config.precision import resolve_dtype
 from grpo_core.config.sections import RunConfig
+from grpo_core.counts import name_interval
 
 Row = dict[str, float]
 Condition = Callable[[list[Row], list[Row]], bool]  # of the last WINDOW_STEPS and the first FIRST_STEPS rows
@@ -148,8 +149,8 @@ class Alerts:
             if share > self._max_failed_rewards and (len(self._rows) >= MIN_FAILED_REWARD_STEPS or share == 1):
                 return (
                     f"reward {key.removeprefix('failed/')} failed on {share:.0%} of the completions of the last "
-                    f"{len(self._rows)} steps, more than trainer.max_failed_rewards ({self._max_failed_rewards:g}) "
-                    f"allows"
+                    f"{name_interval(len(self._rows), 'step')}, more than trainer.max_failed_rewards "
+                    f"({self._max_failed_rewards:g}) allows"
                 )
         return None
 

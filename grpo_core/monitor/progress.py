@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from grpo_core.counts import quantify
 from grpo_core.distributed import ranks
 
 DELAY = 2.0  # seconds of work before anything is displayed
@@ -48,7 +49,7 @@ class ProgressLine(tqdm):
 def progress_bar(total: int, title: str, unit: str) -> ProgressLine:
     """Return a progress bar of `total` units, which its update() counts; its clock also goes on between two updates."""
     line = ProgressLine(total=total, desc=title, unit=unit, **_options())
-    line.stop_refreshing = keep_refreshing(line, lambda: f"{title}: {line.count} of {total} {unit}s")
+    line.stop_refreshing = keep_refreshing(line, lambda: f"{title}: {line.count:,} of {quantify(total, unit)}")
     return line
 
 

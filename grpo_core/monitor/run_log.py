@@ -21,6 +21,7 @@ from tqdm import tqdm
 from grpo_core.batch import Rollouts, Task
 from grpo_core.config.files import dump
 from grpo_core.config.sections import RunConfig
+from grpo_core.counts import format_fixed, quantify
 from grpo_core.distributed import ranks, watchdog
 from grpo_core.monitor import run_lock
 from grpo_core.monitor.aggregates import Stats
@@ -126,9 +127,8 @@ class RunLog:
             if self.trackers and (step + 1) % self.config.log.every == 0:
                 self.trackers.log_completions(rows, step)
         if row.get("memory_retries"):
-            self.info(
-                f"step {step + 1}: memory ran out; {row['memory_retries']:.0f} micro-batches were split into halves"
-            )
+            micro_batches = quantify(int(row["memory_retries"]), "micro-batch was", "micro-batches were")
+            self.info(f"step {step + 1}: memory ran out; {micro_batches} split into halves")
         self.log_row(step, row, lambda row: _format_step(row, list(scores.by_name)))
         return row
 
@@ -167,7 +167,9 @@ class RunLog:
         if self.bar is not None:
             by_name = [name for name in row if name.startswith("rewards/") and not name.endswith("_std")]
             names = ["reward", *by_name] if by_name else ["loss"]
-            self.bar.set_postfix({name.removeprefix("rewards/"): f"{row[name]:.3f}" for name in names}, refresh=False)
+            self.bar.set_postfix(
+                {name.removeprefix("rewards/"): format_fixed(row[name], 3) for name in names}, refresh=False
+            )
             self.bar.update()
         if (step + 1) % self.config.log.every == 0 or step + 1 == self.num_steps:
             self.info(f"step {step + 1:>{len(str(self.num_steps))}}/{self.num_steps}  {line(row)}")
@@ -191,7 +193,7 @@ class RunLog:
             self.trackers.log_evaluation(result, step)
         for name, row in split_sets(result).items():
             label = f", {label_set(name, self.config.evaluation.selecting_set)}" if name else ""
-            self.info(f"evaluation after {step} steps{label}: {describe_evaluation(row)}")
+            self.info(f"evaluation after {quantify(step, 'step')}{label}: {describe_evaluation(row)}")
 
     def has_evaluation(self, step: int) -> bool:
         """Return whether evaluation.jsonl has a row after `step` steps. A collective."""
@@ -278,7 +280,7 @@ def describe_evaluation(result: dict[str, float]) -> str:
     loss = f", loss {result['loss']:.4f} nats a token" if result.get("loss") is not None else ""
     failed = f"; the reward failed on {result['failed']}" if result.get("failed") else ""
     return (
-        f"accuracy {result['accuracy']:.1%} ({result['correct']} of {result['n']}, "
+        f"accuracy {result['accuracy']:.1%} ({result['correct']:,} of {result['n']:,}, "
         f"95 % interval {result['ci_low']:.1%} to {result['ci_high']:.1%}{sampling}{failed}){loss}"
     )
 
@@ -302,10 +304,12 @@ def _completion_columns(scores: Scores, shaped: Tensor | None, advantages: Tenso
 
 
 def _format_step(row: dict[str, float], rewards: list[str]) -> str:
-    by_name = "".join(f"  {name} {row[f'rewards/{name}']:.3f}" for name in rewards) if len(rewards) > 1 else ""
+    by_name = (
+        "".join(f"  {name} {format_fixed(row[f'rewards/{name}'], 3)}" for name in rewards) if len(rewards) > 1 else ""
+    )
     return (
-        f"reward {row['reward']:.3f}{by_name}  tied {row['tied_groups']:.0%}  length {row['length']:.0f}"
-        + (f"  kl {row['kl']:.4f}" if "kl" in row else "")
+        f"reward {format_fixed(row['reward'], 3)}{by_name}  tied {row['tied_groups']:.0%}  length {row['length']:.0f}"
+        + (f"  kl {format_fixed(row['kl'], 4)}" if "kl" in row else "")
         + f"  grad {row['grad_norm']:.3f}  {row['seconds']:.1f} s"
         + ("  update skipped: gradient not finite" if row["skipped"] else "")
     )

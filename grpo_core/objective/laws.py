@@ -26,7 +26,7 @@ from grpo_core.distributed.ranks import all_sum
 from grpo_core.objective.advantages import grpo_advantages
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.token_weights import Totals, token_weights
-from grpo_core.registry import get_fact
+from grpo_core.registry import exits_as_errors, get_fact
 from grpo_core.schema import first_line
 
 B, C = 6, 7
@@ -62,7 +62,7 @@ def run_laws(function: Callable, laws: dict[str, Callable[[Callable], tuple[bool
     outcomes = []
     for name, law in laws.items():
         try:
-            with torch.device("cpu"):
+            with torch.device("cpu"), exits_as_errors():
                 holds, result = law(function)
         except Exception as error:
             holds, result = False, f"{type(error).__name__}: {first_line(error)}"

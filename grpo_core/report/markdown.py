@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from grpo_core.counts import quantify
 from grpo_core.report.eval_sets import label_set
 from grpo_core.report.run_reader import RunFolder
 from grpo_core.report.summary import describe_accuracy
@@ -54,7 +55,10 @@ def _render_answers(answers: list[dict[str, Any]]) -> list[str]:
     for answer in answers:
         parts += [f"Problem {answer['task']}", _code_block(printable(answer["prompt"]))]
         for steps, text, correct in zip(answer["steps"], answer["texts"], answer["correct"], strict=True):
-            parts += [f"After {steps:,} steps, {'correct' if correct else 'wrong'}:", _code_block(printable(text))]
+            parts += [
+                f"After {quantify(steps, 'step')}, {'correct' if correct else 'wrong'}:",
+                _code_block(printable(text)),
+            ]
     return parts
 
 

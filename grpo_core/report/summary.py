@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from grpo_core.counts import ROUNDING, quantify
 from grpo_core.report.eval_sets import label_set
 from grpo_core.report.held_out import describe_evaluations, describe_source
 from grpo_core.report.run_reader import Row, RunFolder
@@ -64,7 +65,9 @@ def average_last_steps(run: RunFolder) -> dict[str, str]:
     for metric, title, form in FINAL_METRICS:
         values = [row[metric] for row in run.metrics[-AVERAGED_STEPS:] if row.get(metric) is not None]
         if values and not (run.is_supervised and metric in ("clip_frac", "logprob_gap")):
-            means[title] = form.format(sum(values) / len(values)).replace("%", " %")
+            mean = sum(values) / len(values)
+            rounded = 0.0 if abs(mean) < ROUNDING and metric != "logprob_gap" else mean
+            means[title] = form.format(rounded).replace("%", " %")
     return means
 
 
@@ -76,7 +79,7 @@ def title_means(runs: list[RunFolder]) -> str:
         return f"Mean of the last {AVERAGED_STEPS} steps"
     if len(set(counts.values())) == 1:
         count = next(iter(short_runs.values()))
-        return f"Mean of all {count} steps" if count > 1 else "The only step"
+        return f"Mean of all {quantify(count, 'step')}" if count > 1 else "The only step"
     exceptions = ", ".join(f"{name} has {count}" for name, count in short_runs.items())
     return f"Mean of the last {AVERAGED_STEPS} steps, or of all where there are fewer: {exceptions}"
 
@@ -96,7 +99,7 @@ def describe_accuracy(row: Row | None) -> str:
     low, high = row.get("ci_low"), row.get("ci_high")
     interval = "" if low is None or high is None else f" ({100 * low:.1f} to {100 * high:.1f})"
     count = "" if row.get("n") is None or row.get("correct") is None else f"; {row['correct']:,.0f} of {row['n']:,.0f}"
-    return f"{100 * row['accuracy']:.1f} %{interval} after {row['step']:,} steps{count}"
+    return f"{100 * row['accuracy']:.1f} %{interval} after {quantify(row['step'], 'step')}{count}"
 
 
 def format_duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_core.counts import quantify
 from grpo_core.sampling.decode_ops import DONE, DRAWN, FIELDS, LIMIT, PROMPT, ROW, SLOT, START, TOKEN, Tables, TorchOps
 from grpo_core.sampling.draw import restrict
 from grpo_core.sampling.fused_model import FusedModel, Unsupported, check_model, sliding_window
@@ -76,7 +77,9 @@ class FusedDecoder:
         width, slots = max(len(prompt) for prompt in prompts), min(max_rows, rows)
         window = sliding_window(self.causal_lm.config)
         if window is not None and width + longest > window:
-            raise Unsupported(f"prompts and completions could become longer than its sliding window of {window} tokens")
+            raise Unsupported(
+                f"prompts and completions could become longer than its sliding window of {quantify(window, 'token')}"
+            )
         self._settings, self._group_size = request.settings, request.group_size
         self._prepare(width + longest, slots, rows, longest)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu").repeat_interleave(request.group_size)

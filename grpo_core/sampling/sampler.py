@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_core.batch import Rollouts, SamplingParams, Task
+from grpo_core.counts import quantify
 from grpo_core.distributed.ranks import draw_uniforms
 from grpo_core.model.loading import check_lengths
 from grpo_core.sampling.cache_check import check_cache
@@ -154,7 +155,8 @@ class Sampler:
             torch.cuda.empty_cache()
             self.rows_at_once = (rows + 1) // 2
             self.notify(
-                f"{rows} completions at once do not fit into the GPU's memory; continuing with {self.rows_at_once}"
+                f"{quantify(rows, 'completion')} at once do not fit into the GPU's memory; continuing with "
+                f"{self.rows_at_once}"
             )
 
     def _decode_texts(self, draws: Draws) -> tuple[str, ...]:

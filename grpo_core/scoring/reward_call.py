@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Set, ValuesView
 from dataclasses import dataclass
 from typing import Any
 
+from grpo_core.counts import quantify
 from grpo_core.schema import keyword_arguments, summarize_error
 
 MAX_REWARD = 1e6  # absolute value; beyond it a reward is a mistake, and float32 cannot resolve differences
@@ -40,7 +41,7 @@ def attempt(function: Callable, completions: list[str], columns: dict[str, Any])
     except (Exception, SystemExit) as error:
         return failed_outcome(count, f"raised {summarize_error(error)}")
     if len(values) != count:
-        return failed_outcome(count, f"returned {len(values)} values for {count} completions")
+        return failed_outcome(count, f"returned {quantify(len(values), 'value')} for {quantify(count, 'completion')}")
     numbers = [_to_number(value) for value in values]
     failed = [number is not None and math.isnan(number) for number in numbers]
     why = None

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_core.objective.rewards import REWARDS
-from grpo_core.schema import ConfigError
+from grpo_core.schema import ConfigError, describe_exit
 from grpo_core.scoring.reward_call import RewardOutcome, attempt, failed_outcome
 from grpo_core.scoring.supervise import run_supervised
 
@@ -175,10 +175,9 @@ class RewardWorker:
         if isinstance(error, TimeoutError):
             return f"took more than {self.timeout:g} s" if self._is_ready else "was not ready in time"
         try:
-            code = self._process.wait(timeout=END_TIMEOUT)
+            return describe_exit(self._process.wait(timeout=END_TIMEOUT))
         except subprocess.TimeoutExpired:
             return "closed its connection"
-        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 def serve(connection: socket.socket, name: str, args: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_core.config.files import flatten
 from grpo_core.config.sections import RunConfig
+from grpo_core.counts import quantify
 from grpo_core.distributed import ranks
 from grpo_core.model.policy import Policy
 from grpo_core.monitor.file_modes import apply_umask
@@ -110,7 +111,8 @@ def save(run: Run, next_step: int, control: Control, good_step: int | None = Non
     problem = ranks.broadcast_from_main(problem)
     if problem:
         run.log.info(
-            f"warning: the checkpoint after {next_step} steps could not be written ({problem}); the run continues"
+            f"warning: the checkpoint after {quantify(next_step, 'step')} could not be written ({problem}); the run "
+            "continues"
         )
     return problem is None
 

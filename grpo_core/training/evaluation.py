@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from grpo_core.batch import SamplingParams, Task
+from grpo_core.counts import quantify
 from grpo_core.data.eval_sets import group_by_set
 from grpo_core.distributed import ranks
 from grpo_core.monitor.completion_rows import completion_rows
@@ -109,7 +110,7 @@ def evaluate_now(run: Run, steps_taken: int) -> str | None:
     for name, result in results.items():
         if result["failed"] > limit * result["n"]:
             return (
-                f"evaluation.reward {config.reward} failed on {result['failed']} of {result['n']} tasks"
+                f"evaluation.reward {config.reward} failed on {result['failed']:,} of {quantify(result['n'], 'task')}"
                 f"{f' of the set {name}' if name else ''}, more than trainer.max_failed_rewards ({limit:g}) allows"
             )
     accuracy = results[config.selecting_set]["accuracy"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from grpo_core.batch import Task
 from grpo_core.config.sections import RewardConfig, RunConfig
+from grpo_core.counts import quantify
 from grpo_core.data.eval_sets import group_by_set
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.registry import get_fact
@@ -35,7 +36,8 @@ def check_gold_answers(config: RunConfig, tasks: Sequence[Task], eval_tasks: Seq
                 f"row {task.index + 1} {_shorten(task.columns[column])}" for task in unread[:MAX_EXAMPLES]
             )
             sentence = (
-                f"{title} cannot judge {len(unread)} of {len(rows)} values of the column {column!r} in the {kind} "
+                f"{title} cannot judge {len(unread):,} of {quantify(len(rows), 'value')} of the column {column!r} in "
+                f"the {kind} "
                 f"data: {examples}"
             )
             if len(unread) > config.data.max_unjudged * len(rows):

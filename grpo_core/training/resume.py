@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_core.config.sections import RunConfig
+from grpo_core.counts import quantify
 from grpo_core.monitor import run_lock
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, run_dir
@@ -60,14 +61,15 @@ def check_num_steps(start: RunStart, num_steps: int) -> None:
     """
     if start.checkpoint and num_steps < start.step:
         raise ConfigError(
-            f"trainer.num_steps is {num_steps}, but the run in {start.folder} has taken {start.step} steps; it must be "
-            f"at least {start.step}, or train a shorter run from the start under another name"
+            f"trainer.num_steps is {num_steps}, but the run in {start.folder} has taken {quantify(start.step, 'step')}; it "
+            f"must be at least {start.step}, or train a shorter run from the start under another name"
         )
     schedule = start.meta.get("engine", {}).get("schedule", {})
     has_ended = any(schedule.get("base_lrs", [1.0])) and not any(schedule.get("_last_lr", [1.0]))
     if start.step and num_steps > start.step and has_ended:
         raise ConfigError(
-            f"trainer.num_steps is {num_steps}, but the run in {start.folder} has finished its {start.step} steps, and "
+            f"trainer.num_steps is {num_steps}, but the run in {start.folder} has finished its "
+            f"{quantify(start.step, 'step')}, and "
             f"its learning rate is 0; start a new run from its exported model (python -m grpo_core export "
             f"{start.folder}), or train a longer run from the start under another name"
         )
@@ -90,7 +92,7 @@ def load_start(run: Run, start: RunStart) -> None:
     if latest:
         overridden = start.overridden + checkpoint.load(latest, start.meta, run)
         checkpoint.restore_best(run)
-        run.log.info(f"resumed from {latest} after {run.start_step} steps")
+        run.log.info(f"resumed from {latest} after {quantify(run.start_step, 'step')}")
         if overridden:
             run.log.info(
                 f"warning: resume=force ignored these differences from the checkpoint: {', '.join(overridden)}"

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.formula import list_remarks
 from grpo_core.config.precision import dtype_name, resolve_dtype
-from grpo_core.config.sections import RunConfig
+from grpo_core.config.sections import RunConfig, TrainerConfig
+from grpo_core.counts import quantify
 from grpo_core.data.stream import TaskStream
 from grpo_core.distributed import ranks
 from grpo_core.model.lora_targets import describe_frozen_experts
@@ -18,7 +19,7 @@ from grpo_core.model.memory import find_budgets
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.quieten import quieten
 from grpo_core.monitor import trackers
-from grpo_core.monitor.progress import show_elapsed
+from grpo_core.monitor.progress import print_note, show_elapsed
 from grpo_core.monitor.run_log import RunLog
 from grpo_core.random_keys import make_key
 from grpo_core.sampling.end_of_sequence import describe_eos_mismatch
@@ -41,6 +42,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     start = find_start(config)
     prepared = prepare(config)
     check_num_steps(start, count_steps(config, len(prepared.tasks), config.prompts_per_step))
+    note_steps(config, len(prepared.tasks), config.prompts_per_step)
     with show_elapsed("loading the model"):
         policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
     run = assemble(config, start, policy, prepared, config.prompts_per_step, dtype)
@@ -51,8 +53,9 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     sampling, trainer = config.sampling, config.trainer
     run.log.info(
         f"{describe_tasks(config, prepared)}, "
-        f"{run.num_steps} steps of {trainer.completions_per_step} completions = {ranks.world_size()} processes "
-        f"× {per_rank} prompts × {sampling.group_size}, "
+        f"{quantify(run.num_steps, 'step')} of {quantify(trainer.completions_per_step, 'completion')} = "
+        f"{quantify(ranks.world_size(), 'process', 'processes')} "
+        f"× {quantify(per_rank, 'prompt')} × {sampling.group_size}, "
         f"{dtype_name(dtype)}"
     )
     for remark in list_remarks(config):
@@ -74,14 +77,27 @@ def describe_tasks(config: RunConfig, prepared: Prepared) -> str:
         if bos := getattr(prepared.tokenizer, "bos_token", None):
             treatment += f", behind the begin token {bos}"
     return (
-        f"{len(prepared.tasks)} tasks ({prepared.num_too_long} {treatment}, because the prompt has more than "
-        f"{config.data.max_prompt_tokens} tokens)"
+        f"{quantify(len(prepared.tasks), 'task')} ({prepared.num_too_long:,} {treatment}, because the prompt has "
+        "more than "
+        f"{quantify(config.data.max_prompt_tokens, 'token')})"
     )
 
 
 def count_steps(config: RunConfig, num_tasks: int, tasks_per_step: int) -> int:
     """Return the number of steps of the run."""
     return config.trainer.num_steps or max(1, int(config.trainer.epochs * num_tasks / tasks_per_step))
+
+
+def note_steps(config: RunConfig, num_tasks: int, tasks_per_step: int) -> None:
+    """Print how many steps the run has and why, if no key sets their number."""
+    if config.trainer.num_steps is None:
+        epochs, steps = config.trainer.epochs, count_steps(config, num_tasks, tasks_per_step)
+        origin = ", the default" if epochs == TrainerConfig.epochs else ""
+        print_note(
+            f"trainer.num_steps is not set, so the run has {quantify(steps, 'step')}: trainer.epochs "
+            f"({epochs:g}{origin}) "
+            f"× {quantify(num_tasks, 'task')} / {tasks_per_step:,} in each step"
+        )
 
 
 def assemble(

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo_core.batch import Rollouts, Task, TrainBatch
 from grpo_core.config.precision import DTYPES, dtype_name
 from grpo_core.config.sections import RunConfig, use_supervised_objective
+from grpo_core.counts import quantify
 from grpo_core.data.eval_sets import group_by_set, load_eval_sets, name_set
 from grpo_core.data.rows import name_split
 from grpo_core.distributed import ranks, signals
@@ -35,7 +36,7 @@ from grpo_core.training.job import close_at_end, describe_best
 from grpo_core.training.prepare import prepare
 from grpo_core.training.resume import check_num_steps, find_start, load_start
 from grpo_core.training.run import Run
-from grpo_core.training.setup import assemble, count_steps, describe_tasks, initialise_process
+from grpo_core.training.setup import assemble, count_steps, describe_tasks, initialise_process, note_steps
 from grpo_core.training.sft_targets import build_target_rollouts, find_longest_target
 from grpo_core.training.skipped_steps import SkippedSteps
 from grpo_core.training.trainer import begin, finish_step, remaining_steps
@@ -87,6 +88,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
         config, tokenizer=tokenizer, model_config=base.config if base else None, scores_training_tasks=False
     )
     check_num_steps(run_start, count_steps(config, len(prepared.tasks), config.trainer.completions_per_step))
+    note_steps(config, len(prepared.tasks), config.trainer.completions_per_step)
     tokenizer, model_config = prepared.tokenizer, prepared.model_config
     longest = max(
         find_longest_target(config.sft, tasks, tokenizer, model_config, source)
@@ -114,8 +116,9 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
     run = replace(run, job="sft", held_out=partial(compute_held_out_loss, run, make_targets))
     load_start(run, run_start)
     run.log.info(
-        f"{describe_tasks(config, prepared)}, {run.num_steps} steps of {per_step} targets of up to "
-        f"{longest} tokens on {ranks.world_size()} processes, {dtype_name(dtype)}"
+        f"{describe_tasks(config, prepared)}, {quantify(run.num_steps, 'step')} of {quantify(per_step, 'target')} of "
+        "up to "
+        f"{quantify(longest, 'token')} on {quantify(ranks.world_size(), 'process', 'processes')}, {dtype_name(dtype)}"
     )
     return run, tokenizer, make_targets
 

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from grpo_core.batch import Rollouts, Task
 from grpo_core.config.sections import SftConfig
+from grpo_core.counts import quantify
 from grpo_core.data.encoding import encode_targets
 from grpo_core.data.prompts import list_template_fields
 from grpo_core.random_keys import make_generator, make_key
@@ -67,8 +68,8 @@ def find_longest_target(
         if longest_prompt + lengths[row] > positions:
             raise ConfigError(
                 f"row {tasks[row].index + 1} of {source}: the target {target.template!r} (sft.targets) has "
-                f"{lengths[row]} tokens and the longest prompt {longest_prompt} (data.max_prompt_tokens), but the "
-                f"model has only {positions} positions"
+                f"{quantify(lengths[row], 'token')} and the longest prompt {longest_prompt} (data.max_prompt_tokens), "
+                f"but the model has only {positions} positions"
             )
         longest = max(longest, lengths[row])
     return longest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from grpo_core.batch import Task, TrainBatch
+from grpo_core.counts import quantify
 from grpo_core.distributed import signals
 from grpo_core.training import checkpoint, saved_batches
 from grpo_core.training.control import Control
@@ -38,6 +39,7 @@ class SkippedSteps:
         is_saved = checkpoint.save(self.run, self.start, self.control)
         place = f"in {self.run.folder / 'checkpoints'}" if is_saved else "not written, for lack of room"
         raise signals.RunFailed(
-            f"the gradient was not finite in {streak} steps in a row, from step {self.start} on; they changed nothing, "
+            f"the gradient was not finite in {quantify(streak, 'step')} in a row, from step {self.start} on; they "
+            "changed nothing, "
             f"and a checkpoint of the state before them is {place}"
         )

@@ -33,14 +33,16 @@ def main(arguments, codes=(0,)):
         raise RuntimeError(f"exit code {code}: {said.getvalue()[-600:]}")
 
 
-def local_job(config, overrides, processes):
+def local_job(config, overrides, processes, command=("train",)):
     """As written it must load; if its model and data are here it must run, in its short form, in one process."""
-    load_only(config, overrides, processes)
-    loaded = load(config, overrides)
+    supervised = "sft" in command
+    loaded = load(config, overrides, supervised=supervised)
+    if not supervised:
+        prompts_per_rank(loaded, processes)
     data = loaded.data.path
     if loaded.model.path.startswith("builtin:") and (data.startswith("builtin:") or Path(data).is_file()):
         again = [] if loaded.resume else ["overwrite=true"]
-        main(["train", "--config", str(config), *overrides, *short_form(loaded), *again])
+        main([*command, "--config", str(config), *overrides, *short_form(loaded), *again])
 
 
 def short_form(config):

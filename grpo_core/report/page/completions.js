@@ -38,7 +38,7 @@ function createBrowser(root, runs, completions) {
     const pages = Math.max(1, Math.ceil(shown.length / PAGE_SIZE));
     page = Math.min(page, pages - 1);
     const part = shown.slice(page * PAGE_SIZE, (page + 1) * PAGE_SIZE);
-    said.textContent = shown.length === records.length ? `${count(shown.length)} completions` : `${count(shown.length)} of ${count(records.length)} completions match`;
+    said.textContent = shown.length === records.length ? counted(shown.length, "completion") : `${count(shown.length)} of ${counted(records.length, "completion")} match`;
     list.replaceChildren(...part.map((record) => item(record, runs, wanted.query, only)));
     if (!part.length) list.append(el("p", { class: "nothing" }, "No completion matches. Clear a filter."));
     turnPages(pager, page, pages, (to) => {
@@ -85,8 +85,8 @@ function howMany(completions, records) {
   const here = new Set(records.map((record) => `${record.run} ${record.step}`)).size;
   const dumped = records.filter((record) => record.tokens).length;
   const share = records.length === total
-    ? `All ${count(total)} completions of ${count(steps)} ${steps === 1 ? "step" : "steps"} are in this page.`
-    : `${count(records.length)} of ${count(total)} completions are in this page, those of ${count(here)} of ${count(steps)} steps: ` +
+    ? `All ${counted(total, "completion")} of ${counted(steps, "step")} are in this page.`
+    : `${count(records.length)} of ${counted(total, "completion")} are in this page, those of ${count(here)} of ${counted(steps, "step")}: ` +
       "the first, the last, evenly spaced ones and those with dumped tokens. All are in completions.jsonl.";
   return share + (dumped ? ` ${count(dumped)} have their tokens.` : "") + " They are the unchecked output of a model.";
 }

@@ -68,6 +68,11 @@ function count(value) {
   return value.toLocaleString("en");
 }
 
+// A number with its noun, which is plural unless the number is 1.
+function counted(value, noun) {
+  return count(value) + " " + noun + (value === 1 ? "" : "s");
+}
+
 // A table of text; the first column and the first row are headings.
 function table(head, rows, className = "") {
   const heading = el("tr", {}, ...head.map((text) => el("th", { scope: "col" }, text)));

@@ -73,7 +73,7 @@ function fillAnswers(data) {
     if (data.runs.length > 1) byId("answers").append(el("h3", {}, visible(run.name)));
     for (const answer of run.answers) {
       const both = answer.texts.flatMap((text, i) => [
-        el("p", { class: "lead" }, `After ${count(answer.steps[i])} steps, ${answer.correct[i] ? "correct" : "wrong"}`),
+        el("p", { class: "lead" }, `After ${counted(answer.steps[i], "step")}, ${answer.correct[i] ? "correct" : "wrong"}`),
         el("pre", { class: "text", tabindex: "0" }, visible(text)),
       ]);
       const title = `Problem ${answer.task}: ${answer.correct.map((right) => (right ? "correct" : "wrong")).join(", then ")}`;
