@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from grpo_core.config.sections import RunConfig
+from grpo_core.counts import quantify
 from grpo_core.distributed import signals, watchdog
 from grpo_core.monitor import run_lock
 from grpo_core.monitor.run_log import describe_evaluation
@@ -66,7 +67,7 @@ def describe_best(run: Run) -> str:
     place = f": {folder / checkpoint.BEST}" if is_kept else ", whose checkpoint could not be kept"
     name = run.config.evaluation.selecting_set
     measured = f" on {name}" if name else ""
-    return f"best:   accuracy {selection.best_accuracy:.1%}{measured} after {selection.best_step} steps{place}\n"
+    return f"best:   accuracy {selection.best_accuracy:.1%}{measured} after {quantify(selection.best_step, 'step')}{place}\n"
 
 
 def format_summary(folder: Path, adapter: Path, selecting: str = "") -> str:

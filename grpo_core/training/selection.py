@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from grpo_core.config.sections import RunConfig
+from grpo_core.counts import quantify
 
 ROUNDING = 1e-9  # of a difference of two accuracies
 
@@ -62,9 +63,8 @@ def describe_measure(config: RunConfig) -> str:
 def describe_stall(selection: Selection, config: RunConfig, steps_taken: int, num_steps: int) -> str:
     """Return the sentence with which a run ends early."""
     name, delta = config.evaluation.selecting_set, config.trainer.early_stopping_delta
-    evaluations = "1 evaluation" if selection.stale == 1 else f"{selection.stale} evaluations"
     return (
         f"early stopping: the accuracy{f' on {name}' if name else ''} has not risen{f' by {delta:g}' if delta else ''} "
-        f"above {selection.mark:.1%} in {evaluations} (trainer.early_stopping); the run ends after "
-        f"{steps_taken} of {num_steps} steps"
+        f"above {selection.mark:.1%} in {quantify(selection.stale, 'evaluation')} (trainer.early_stopping); the run ends after "
+        f"{steps_taken:,} of {quantify(num_steps, 'step')}"
     )
