@@ -12,6 +12,7 @@ from grpo_core.commands.model_card import _describe_accuracy, _describe_training
 from grpo_core.commands.open_policy import open_source
 from grpo_core.config.files import load_overrides
 from grpo_core.config.sections import CheckpointConfig, EvaluationConfig, EvaluationSetConfig, RunConfig
+from grpo_core.counts import quantify
 from grpo_core.distributed import signals
 from grpo_core.report.run_reader import read_run
 from grpo_core.schema import ConfigError
@@ -71,7 +72,7 @@ def test_long_runs_the_best_checkpoint_is_kept_beside_the_newest_and_ties_keep_t
     assert (tmp_path / "checkpoints" / "best" / "meta.json").exists()
     assert checkpoint.read_steps(tmp_path / "checkpoints" / "best") == step
     assert describe_best(run) == (
-        f"best:   accuracy {correct[step] / 10:.1%} after {step} steps: {tmp_path}/checkpoints/best\n"
+        f"best:   accuracy {correct[step] / 10:.1%} after {quantify(step, 'step')}: {tmp_path}/checkpoints/best\n"
     )
 
 
@@ -217,7 +218,7 @@ def test_long_runs_a_checkpoint_before_the_first_step_has_not_finished_its_sched
 def test_long_runs_the_card_of_a_checkpoint_has_the_accuracy_of_its_step(tmp_path):
     train(judged_run(tmp_path, [1, 5, 2, 2], 3))
     run, config = read_run(tmp_path), RunConfig()
-    assert "- after (1 steps): accuracy 50.0%" in _describe_accuracy(config, tmp_path, run, 1)
+    assert "- after (1 step): accuracy 50.0%" in _describe_accuracy(config, tmp_path, run, 1)
     assert "- after (3 steps): accuracy 20.0%" in _describe_accuracy(config, tmp_path, run)
     assert "- steps: 1 (a checkpoint of a run of 3) of" in _describe_training(config, run, 1)
 

@@ -67,7 +67,8 @@ def describe_best(run: Run) -> str:
     place = f": {folder / checkpoint.BEST}" if is_kept else ", whose checkpoint could not be kept"
     name = run.config.evaluation.selecting_set
     measured = f" on {name}" if name else ""
-    return f"best:   accuracy {selection.best_accuracy:.1%}{measured} after {quantify(selection.best_step, 'step')}{place}\n"
+    after = quantify(selection.best_step, "step")
+    return f"best:   accuracy {selection.best_accuracy:.1%}{measured} after {after}{place}\n"
 
 
 def format_summary(folder: Path, adapter: Path, selecting: str = "") -> str:

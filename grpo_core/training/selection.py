@@ -63,8 +63,9 @@ def describe_measure(config: RunConfig) -> str:
 def describe_stall(selection: Selection, config: RunConfig, steps_taken: int, num_steps: int) -> str:
     """Return the sentence with which a run ends early."""
     name, delta = config.evaluation.selecting_set, config.trainer.early_stopping_delta
+    measured, least = f" on {name}" if name else "", f" by {delta:g}" if delta else ""
     return (
-        f"early stopping: the accuracy{f' on {name}' if name else ''} has not risen{f' by {delta:g}' if delta else ''} "
-        f"above {selection.mark:.1%} in {quantify(selection.stale, 'evaluation')} (trainer.early_stopping); the run ends after "
-        f"{steps_taken:,} of {quantify(num_steps, 'step')}"
+        f"early stopping: the accuracy{measured} has not risen{least} above {selection.mark:.1%} in "
+        f"{quantify(selection.stale, 'evaluation')} (trainer.early_stopping); the run ends after {steps_taken:,} of "
+        f"{quantify(num_steps, 'step')}"
     )
