@@ -2,7 +2,6 @@
 
 import os
 import queue
-import socket
 
 import pytest
 import torch
@@ -196,13 +195,13 @@ def test_a_single_process_and_other_launchers_ranks_meet_as_they_should(monkeypa
 
 
 def test_a_port_that_is_taken_is_one_sentence(monkeypatch):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        given = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        for name, value in given.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
-        with pytest.raises(ConfigError, match=f"^rank 0 cannot join the others at 127.0.0.1:{port}, MASTER_ADDR:.*(in use|EADDRINUSE)"):
-            ranks.setup()
+    def fail(*words, **settings):
+        raise ranks.dist.DistNetworkError("The server socket has failed to listen on port 29500: EADDRINUSE\nException raised from")
+
+    given = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(ranks.dist, "init_process_group", fail)
+    with pytest.raises(ConfigError, match="^rank 0 cannot join the others at 127.0.0.1:29500, MASTER_ADDR:.*EADDRINUSE$"):
+        ranks.setup()

@@ -30,7 +30,7 @@ def test_every_shipped_configuration_is_loaded_and_shown(path, tmp_path, monkeyp
     trainer, sampling = config.trainer, config.sampling
     prompts = trainer.completions_per_step // 2 // sampling.group_size
     assert (
-        f"{trainer.completions_per_step} completions per step = 2 processes × {prompts} prompts × {sampling.group_size}" in out
+        f"{trainer.completions_per_step:,} completions per step = 2 processes × {prompts} prompts × {sampling.group_size}" in out
     )
     assert f"    ({config.loss.name})" in out and f"({config.advantage.name})" in out
     assert f"({sampling.group_size})  reward " in out and f"({sampling.group_size + 1})" not in out

@@ -182,7 +182,7 @@ def test_what_a_function_may_take():
     ([0.0, -1000001], [False, True], "reward bad returned -1000001 for completion 1"),
     ([0.0, "1.0"], [False, True], "reward bad returned '1.0' for completion 1"),
     ([0.0, [1.0, 2.0]], [False, True], "reward bad returned [1.0, 2.0] for completion 1"),
-    ([1.0], [True, True], "reward bad returned 1 values for 2"),
+    ([1.0], [True, True], "reward bad returned 1 value for 2"),
     (1.0, [True, True], "reward bad returned 1.0; it must return a list"),
     ("ab", [True, True], "reward bad returned 'ab'; it must return a list"),
     (None, [True, True], "reward bad returned None; it must return a list"),

@@ -264,7 +264,7 @@ def test_data_without_a_chain_of_thought_and_going_on_from_a_model(tmp_path, gro
 
 @pytest.mark.parametrize("column, given, message", [
     ("cot", None, "sft.targets uses the column 'cot', which is null in row 3 of {}"),
-    ("cot", "1 + " * 2000, r"row 3 of {}: the target .* has \d,\d{{3}} tokens and the longest prompt \d+ .* only 1024 positions"),
+    ("cot", "1 + " * 2000, r"row 3 of {}.*: the target .* has \d,\d{{3}} tokens and the longest prompt \d+ .* only 1024 positions"),
 ])  # fmt: skip
 @pytest.mark.parametrize("where", ["the data", "the evaluation data"])
 def test_a_target_that_cannot_be_is_one_sentence_before_the_model_loads(

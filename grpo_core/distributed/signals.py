@@ -37,6 +37,7 @@ def handle_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        _received = 0  # it has ended this run, and ends no other of this process
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -62,7 +62,8 @@ def check_num_steps(start: RunStart, num_steps: int) -> None:
     if start.checkpoint and num_steps < start.step:
         raise ConfigError(
             f"trainer.num_steps is {num_steps}, but the run in {start.folder} has taken "
-            f"{quantify(start.step, 'step')}; it must be at least {start.step}, or train a shorter run from the start under another name"
+            f"{quantify(start.step, 'step')}; it must be at least {start.step}, or train a shorter run from the start "
+            f"under another name"
         )
     schedule = start.meta.get("engine", {}).get("schedule", {})
     has_ended = any(schedule.get("base_lrs", [1.0])) and not any(schedule.get("_last_lr", [1.0]))
