@@ -9,6 +9,7 @@ from conftest import ROOT
 from doc_commands import SMALL_FORMS
 
 pytestmark = pytest.mark.slow
+QUICK = ("decode_parts", "losses", "results", "experiments")  # the others take 10 to 60 s each
 
 
 @pytest.mark.alone
@@ -32,7 +33,7 @@ def test_the_benchmark_beside_peers_checks_what_a_cpu_can(environment):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.soak] if name in ("variants", "precision", "embedded", "peers", "soak") else []) for name in SMALL_FORMS
+    pytest.param(name, marks=[] if name in QUICK else [pytest.mark.soak]) for name in SMALL_FORMS
 ])  # fmt: skip
 def test_fault_28_a_benchmark_starts_in_its_small_form(name, environment):
     """FAULTS #28: benchmarks/sampling.py had been broken on GPUs, and nobody had started it."""

@@ -237,6 +237,7 @@ SMALL = [
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_long_runs_a_real_run_that_was_resumed_is_bitwise_that_of_one_piece(here, tmp_path):
     def files(name):
         folder = tmp_path / name
