@@ -85,11 +85,9 @@ def correct_answer(
     `outside_thinking` is set. A list of gold answers accepts any of them.
     """
     texts = cut_all_thinking(completions, prompts) if outside_thinking else completions
-    scores: list[float | None] = []
-    for text, gold in zip(texts, answer, strict=True):
-        accepted = read_gold(gold)
-        scores.append(None if accepted is None else float(final_number(text, strict=strict) in accepted))
-    return scores
+    accepted = [read_gold(gold) for gold in answer]
+    finals = [final_number(text, strict=strict) for text in texts]
+    return _compare(finals, accepted)
 
 
 @REWARDS.register("text_match", never_null=("answer",), gold={"answer": accepted_texts}, answer=final_text)
@@ -108,11 +106,9 @@ def text_match(
     if the column is empty.
     """
     texts = cut_all_thinking(completions, prompts) if outside_thinking else completions
-    scores: list[float | None] = []
-    for text, gold in zip(texts, answer, strict=True):
-        accepted = accepted_texts(gold)
-        scores.append(None if accepted is None else float(final_text(text, strict=strict) in accepted))
-    return scores
+    accepted = [accepted_texts(gold) for gold in answer]
+    finals = [final_text(text, strict=strict) for text in texts]
+    return _compare(finals, accepted)
 
 
 @REWARDS.register("choice_match", never_null=("answer",), gold={"answer": accepted_choices}, answer=final_choice)
@@ -131,11 +127,9 @@ def choice_match(
     `strict`) the last letter in brackets, in bold or alone on a line. None if the column has none of `letters`.
     """
     texts = cut_all_thinking(completions, prompts) if outside_thinking else completions
-    scores: list[float | None] = []
-    for text, gold in zip(texts, answer, strict=True):
-        accepted = accepted_choices(gold, letters)
-        scores.append(None if accepted is None else float(final_choice(text, letters, strict=strict) in accepted))
-    return scores
+    accepted = [accepted_choices(gold, letters) for gold in answer]
+    finals = [final_choice(text, letters, strict=strict) for text in texts]
+    return _compare(finals, accepted)
 
 
 def cut_all_thinking(completions: Sequence[str], prompts: Sequence[str] | None) -> list[str]:
@@ -143,6 +137,12 @@ def cut_all_thinking(completions: Sequence[str], prompts: Sequence[str] | None) 
     if prompts is None:
         return [cut_thinking(text) for text in completions]
     return [cut_thinking(text, prompt) for text, prompt in zip(completions, prompts, strict=True)]
+
+
+def _compare(finals: Sequence[Any], accepted: Sequence[Any]) -> list[float | None]:
+    """Return 1.0 for each final answer that is among those accepted for it, else 0.0; None where none can be judged."""
+    pairs = zip(finals, accepted, strict=True)
+    return [None if right is None else float(final in right) for final, right in pairs]
 
 
 def _with_opened_block(completions: Sequence[str], prompts: Sequence[str]) -> list[str]:
