@@ -154,3 +154,10 @@ def test_n18_an_evaluation_counts_the_tasks_of_all_processes(tmp_path, monkeypat
     monkeypatch.setattr(evaluation.ranks, "gather", lambda value: [value])
     evaluation.evaluate(run.sampler, tasks, run.eval_reward, batch_size=4)
     assert lines == [(10, "evaluating dev", "task")] and seen == totals
+
+
+def test_n18_a_signal_that_ended_one_run_ends_no_other_of_the_process():
+    with signals.handle_signals():
+        signal.raise_signal(signal.SIGINT)
+        assert signals._received == signal.SIGINT
+    assert signals._received == 0

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -288,3 +289,13 @@ def test_n6_a_worker_whose_rank_is_gone_ends_in_silence(mine, capfd):
     serve(theirs, f"{mine}:count", {})  # before it is ready
     theirs.close()
     assert capfd.readouterr().err == ""
+
+
+def test_fault_22_a_closed_connection_says_that_the_process_has_ended_before_its_supervisor_does():
+    worker = RewardWorker.__new__(RewardWorker)
+    worker._socket, other = socket.socketpair()
+    worker._process = SimpleNamespace(poll=lambda: None)
+    assert not worker._has_ended()
+    other.close()
+    assert worker._has_ended()
+    worker._socket.close()
