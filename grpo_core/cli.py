@@ -266,7 +266,8 @@ def launch(config: Path | None, processes: int | None, dry_run: bool, overrides:
 @click.option(
     "--output",
     type=FilePath(),
-    help="Output folder.  [default: RUN/evaluate, or ./evaluate for a model; evaluate-NAME with --data]",
+    help="Output folder.  [default: RUN/evaluate, or ./evaluate for a model; evaluate-NAME with --data; "
+    "evaluate-step-N for a checkpoint]",
 )
 @overrides_argument
 def evaluate(source: str, config: Path | None, overrides: tuple[str, ...], **options: Any) -> int:

@@ -132,7 +132,7 @@ def tiny_run(tmp_path_factory):
 
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    given = ["trainer.num_steps=12", "checkpoint.every=6", "evaluation.num_tasks=16", "trainer.completions_per_step=64"]
+    given = ["trainer.num_steps=12", "checkpoint.every=6", "evaluation.num_tasks=16", "trainer.completions_per_step=32"]
     with open(folder / "tiny_run.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "runs" / "tiny" / "adapter").exists():

@@ -26,6 +26,7 @@ import threading
 import traceback
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[1]
 ADDRESS = "TEST_FORKSERVER"  # in the environment: the path of the server's socket
@@ -131,6 +132,10 @@ def load_everything() -> None:
         warnings.simplefilter("always")  # what is shown once is shown in the children still
         load_policy(ModelConfig(), LoraConfig(), dtype=torch.float32, temperature=1.0)
         load_tokenizer(ModelConfig.path)
+    from grpo_core.training import setup
+
+    # A run ends with gc.unfreeze(), after which a collection before the next run would go through all that is loaded here.
+    setup.gc = SimpleNamespace(collect=lambda: gc.collect(1), freeze=gc.freeze)
     gc.collect()
     gc.freeze()  # the children's garbage collectors leave these memory pages alone
 

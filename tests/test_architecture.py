@@ -1,6 +1,7 @@
 """Imports between folders point one way, each heavy dependency has one place, and files and functions stay short."""
 
 import ast
+import functools
 import subprocess
 import sys
 
@@ -55,7 +56,11 @@ def folder_of(name):
 
 
 MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+@functools.cache
+def tree_of(name):
+    return ast.parse(MODULES[name].read_text())
 
 
 def imports(tree):
@@ -107,8 +112,8 @@ def circle(graph):
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_point_down_and_every_dependency_has_its_place(name):
     assert folder_of(name) in HEIGHT, f"{folder_of(name)} has no layer"
-    assert [*upwards(name, TREES[name])] == []
-    for module in imports(TREES[name]):
+    assert [*upwards(name, tree_of(name))] == []
+    for module in imports(tree_of(name)):
         assert name in PLACES.get(module, {name}), f"{name} must not import {module}"
         assert module != "transformers" or folder_of(name) in TRANSFORMERS, f"{name} must not import transformers"
         if folder_of(name) == "objective":
@@ -116,7 +121,7 @@ def test_imports_point_down_and_every_dependency_has_its_place(name):
 
 
 def test_no_circle():
-    assert circle({name: {m for m in imports(tree) if m in MODULES} for name, tree in TREES.items()}) is None
+    assert circle({name: {m for m in imports(tree_of(name)) if m in MODULES} for name in MODULES}) is None
 
 
 def test_these_checks_see_what_they_look_for():
@@ -136,7 +141,7 @@ def test_the_folders_are_packages_with_empty_init_files():
 def test_files_and_functions_are_short():
     for name, path in MODULES.items():
         assert len(path.read_text().splitlines()) <= 500, f"{name} is too long: split it by concept"
-        for node in ast.walk(TREES[name]):
+        for node in ast.walk(tree_of(name)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno <= 50, f"{name}: {node.name} is too long"
     assert len(MODULES["training/trainer"].read_text().splitlines()) <= 160  # the loop and nothing else

@@ -162,7 +162,10 @@ for _ in range(2):  # a cell that is run again
         return [float(len(text) < limit) for text in completions]
 
 for name in ("a", "b"):
-    words = ["rewards=[{{name: brief, args: {{limit: 30}}}}]", "trainer.num_steps=2", "evaluation.num_tasks=4", "output_dir={tmp_path}", f"name={{name}}"]
+    words = [
+        "rewards=[{{name: brief, args: {{limit: 30}}}}]", "trainer.num_steps=2", "trainer.completions_per_step=16",
+        "evaluation.num_tasks=4", "output_dir={tmp_path}", f"name={{name}}",
+    ]
     folder = train(load_config("configs/tiny.yaml", words))
 opened = open_source(str(folder))
 print(folder, opened.has_adapter)

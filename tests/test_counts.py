@@ -7,7 +7,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-from test_architecture import MODULES, TREES
+from test_architecture import MODULES, tree_of
 
 from grpo_core.config.sections import DataConfig, RunConfig, SamplingConfig, TrainerConfig
 from grpo_core.counts import format_fixed, format_significant, name_interval, quantify
@@ -57,7 +57,7 @@ def plurals_without_a_singular(tree):
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in SENTENCES_OF_DATA])
 def test_counts_in_messages_are_written_by_one_function(name):
-    assert [*plurals_without_a_singular(TREES[name])] == []
+    assert [*plurals_without_a_singular(tree_of(name))] == []
 
 
 def test_a_plural_without_a_singular_is_seen():

@@ -144,7 +144,7 @@ def test_the_card_tells_what_the_run_was(run):
     assert f"| greedy | {result['base']['greedy']['value']:.1%}"[:-1] + " % (" in card
     assert f"{result['paired']['won']} problems won" in card
     assert "answers of up to 48 tokens, and 2 samples per problem at temperature 1, with 95 % intervals" in card
-    assert "- steps: 12 of 64 completions" in card and "-min(r A, clip(r, 1 - 0.2, 1 + 0.2) A)" in card
+    assert "- steps: 12 of 32 completions" in card and "-min(r A, clip(r, 1 - 0.2, 1 + 0.2) A)" in card
     assert card.startswith("---\n") and "library_name: transformers\n" in card and "base_model:" not in card
 
 
@@ -157,6 +157,15 @@ def test_an_evaluation_of_another_kind_is_not_on_the_card(run):
     assert main(["export", str(run), "--adapter"]) == 0
     card = (run / "export-adapter" / "README.md").read_text()
     assert "- after (12 steps): accuracy" in card and "| greedy |" not in card
+
+
+def test_an_evaluation_of_a_checkpoint_is_on_its_card_and_no_other(run):
+    assert main(["evaluate", str(run / "checkpoints" / "step-000006"), "--samples", "0", "--limit", "4", "--no-base"]) == 0
+    assert (run / "evaluate-step-000006" / "evaluate.json").exists() and not (run / "evaluate").exists()
+    for source, on_card in ((run / "checkpoints" / "step-000006", True), (run, False)):
+        folder = run.parent / f"card-{on_card}"
+        assert main(["export", str(source), "--adapter", "--output", str(folder)]) == 0
+        assert ("| greedy |" in (folder / "README.md").read_text()) is on_card
 
 
 def test_nothing_is_written_by_a_dry_run_and_nothing_else_is_overwritten(run, capsys):

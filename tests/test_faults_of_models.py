@@ -6,51 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from fakes import EOS, Alphabet, tiny_policy
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from test_packing import forwards, grouped_rollouts
 from test_policy import naive_logprobs
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    FalconConfig,
-    FalconForCausalLM,
-    FalconH1Config,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GraniteMoeConfig,
-    GraniteMoeForCausalLM,
-    GraniteMoeHybridConfig,
-    JambaConfig,
-    Lfm2Config,
-    Llama4ForCausalLM,
-    Llama4TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Mamba2Config,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PhimoeConfig,
-    PhimoeForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    Qwen3_5TextConfig,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    Qwen3NextConfig,
-    RwkvConfig,
-    RwkvForCausalLM,
-)
 
 from grpo_core.batch import Rollouts, Task, take
 from grpo_core.commands.export import untie_adapted_embeddings
@@ -77,24 +38,24 @@ FALCON = {
     "eos_token_id": EOS, "bos_token_id": None,
 }  # fmt: skip
 BY_NAME = {  # models whose code compares the attention's name
-    "falcon": lambda: FalconForCausalLM(FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2, alibi=False)),
-    "falcon, alibi": lambda: FalconForCausalLM(FalconConfig(**FALCON, alibi=True)),
+    "falcon": lambda: transformers.FalconForCausalLM(transformers.FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2, alibi=False)),
+    "falcon, alibi": lambda: transformers.FalconForCausalLM(transformers.FalconConfig(**FALCON, alibi=True)),
     "gpt2": lambda: gpt2(),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, num_key_value_heads=2)),
 }
 
 
 def gpt2(dropout=0.0):
     rates = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), dropout)
-    config = GPT2Config(
+    config = transformers.GPT2Config(
         vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3, eos_token_id=EOS,
         bos_token_id=None, **rates,
     )  # fmt: skip
-    return GPT2LMHeadModel(config)
+    return transformers.GPT2LMHeadModel(config)
 
 
 def llama(**options):
-    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, **options))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2, **options))
 
 
 def long_rows(lengths, seed=0):
@@ -201,23 +162,23 @@ def test_fault_1_a_replacement_that_is_wrong_in_one_layer_is_taken_back():
 DROPOUT = {
     "gpt2": (lambda: gpt2(0.3), ["c_attn"]),
     "opt": (
-        lambda: OPTForCausalLM(OPTConfig(
+        lambda: transformers.OPTForCausalLM(transformers.OPTConfig(
             vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, dropout=0.3,
             attention_dropout=0.3, layerdrop=0.5, word_embed_proj_dim=32, max_position_embeddings=64,
         )), ["q_proj"]),
     "mixtral": (
-        lambda: MixtralForCausalLM(MixtralConfig(
+        lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(
             **SIZES, num_key_value_heads=2, num_local_experts=4, router_jitter_noise=0.5, attention_dropout=0.3,
         )), ["q_proj"]),
     "falcon": (
-        lambda: FalconForCausalLM(FalconConfig(**FALCON, alibi=True, hidden_dropout=0.3, attention_dropout=0.3)),
+        lambda: transformers.FalconForCausalLM(transformers.FalconConfig(**FALCON, alibi=True, hidden_dropout=0.3, attention_dropout=0.3)),
         ["query_key_value"]),
     "bloom": (
-        lambda: BloomForCausalLM(BloomConfig(
+        lambda: transformers.BloomForCausalLM(transformers.BloomConfig(
             vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.3, attention_dropout=0.3)),
         ["query_key_value"]),
     "phi3": (
-        lambda: Phi3ForCausalLM(Phi3Config(
+        lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(
             **SIZES, num_key_value_heads=2, resid_pdrop=0.3, embd_pdrop=0.3, attention_dropout=0.3)), ["qkv_proj"]),
 }  # fmt: skip
 
@@ -299,7 +260,7 @@ LONGROPE = {
     "short_factor": [1.0] * 4, "long_factor": [4.0, 8.0, 16.0, 32.0],
 }  # fmt: skip
 ROTATIONS = {
-    "longrope": lambda: Phi3ForCausalLM(Phi3Config(
+    "longrope": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(
         **SIZES, num_key_value_heads=2, max_position_embeddings=256, original_max_position_embeddings=64, rope_parameters=LONGROPE)),
     "longrope, llama": lambda: llama(max_position_embeddings=256, rope_parameters=LONGROPE),
     "dynamic": lambda: llama(
@@ -421,7 +382,7 @@ def test_fault_14_norms_and_mlps_take_no_rows_and_other_dtypes():
 
 
 def rwkv():
-    return RwkvForCausalLM(RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, context_length=64))
+    return transformers.RwkvForCausalLM(transformers.RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, context_length=64))
 
 
 def tasks_of(lengths):
@@ -461,9 +422,9 @@ def test_fault_3_what_a_model_ignores_is_noticed(ignored, dtype):
 
 
 @pytest.mark.parametrize("config", [
-    lambda: Qwen3_5TextConfig(), lambda: Qwen3NextConfig(), lambda: JambaConfig(), lambda: Mamba2Config(),
-    lambda: FalconH1Config(), lambda: GraniteMoeHybridConfig(),
-    lambda: Lfm2Config(layer_types=["conv", "full_attention"], num_hidden_layers=2),
+    lambda: transformers.Qwen3_5TextConfig(), lambda: transformers.Qwen3NextConfig(), lambda: transformers.JambaConfig(),
+    lambda: transformers.Mamba2Config(), lambda: transformers.FalconH1Config(), lambda: transformers.GraniteMoeHybridConfig(),
+    lambda: transformers.Lfm2Config(layer_types=["conv", "full_attention"], num_hidden_layers=2),
 ], ids=["qwen3_5_text", "qwen3_next", "jamba", "mamba2", "falcon_h1", "granitemoehybrid", "lfm2"])  # fmt: skip
 def test_fault_11_recurrent_layers_are_refused_before_the_weights_load(config):
     """FAULTS #11: one sentence from the configuration alone."""
@@ -471,15 +432,15 @@ def test_fault_11_recurrent_layers_are_refused_before_the_weights_load(config):
         check_can_be_sampled(config())
 
 
-@pytest.mark.parametrize("config", [LlamaConfig, GPT2Config, Phi3Config, FalconConfig, BloomConfig, MixtralConfig])
+@pytest.mark.parametrize("config", ["LlamaConfig", "GPT2Config", "Phi3Config", "FalconConfig", "BloomConfig", "MixtralConfig"])
 def test_fault_11_attention_is_not_refused(config):
     """FAULTS #11: the check is of the layers' cache."""
-    check_can_be_sampled(config())
+    check_can_be_sampled(getattr(transformers, config)())
 
 
 def test_fault_11_a_run_ends_with_the_sentence(tmp_path):
     """FAULTS #11: prepare is called before the weights load."""
-    config = Mamba2Config(vocab_size=1000)
+    config = transformers.Mamba2Config(vocab_size=1000)
     run = RunConfig(model=ModelConfig(path="builtin:tiny"))
     with pytest.raises(ConfigError, match="the mamba2 model at model.path is not supported"):
         prepare(run, model_config=config)
@@ -487,13 +448,13 @@ def test_fault_11_a_run_ends_with_the_sentence(tmp_path):
 
 MOE = {**SIZES, "num_key_value_heads": 2}
 EXPERTS = {
-    "llama4": lambda: Llama4ForCausalLM(Llama4TextConfig(**MOE, intermediate_size_mlp=48, num_local_experts=4, head_dim=8)),
-    "phimoe": lambda: PhimoeForCausalLM(PhimoeConfig(**MOE, num_local_experts=4)),
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(
+    "llama4": lambda: transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**MOE, intermediate_size_mlp=48, num_local_experts=4, head_dim=8)),
+    "phimoe": lambda: transformers.PhimoeForCausalLM(transformers.PhimoeConfig(**MOE, num_local_experts=4)),
+    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
         **MOE, num_experts=4, moe_intermediate_size=16, num_experts_per_tok=2, head_dim=8)),
-    "qwen2_moe": lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(
+    "qwen2_moe": lambda: transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(
         **MOE, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16)),
-    "granitemoe": lambda: GraniteMoeForCausalLM(GraniteMoeConfig(**MOE, num_local_experts=4)),
+    "granitemoe": lambda: transformers.GraniteMoeForCausalLM(transformers.GraniteMoeConfig(**MOE, num_local_experts=4)),
 }  # fmt: skip
 
 
@@ -550,9 +511,9 @@ def test_fault_s7_nothing_is_said_where_there_are_no_experts():
 
 
 def gemma3():
-    text = Gemma3TextConfig(**{**MOE, "head_dim": 8}, sliding_window=6, final_logit_softcapping=2.0)
+    text = transformers.Gemma3TextConfig(**{**MOE, "head_dim": 8}, sliding_window=6, final_logit_softcapping=2.0)
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    return Gemma3ForConditionalGeneration(Gemma3Config(
+    return transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(
         text_config=text, vision_config=vision, mm_tokens_per_image=1, image_token_index=30, boi_token_index=29, eoi_token_index=28,
     ))  # fmt: skip
 
@@ -576,7 +537,7 @@ def test_fault_12_a_nested_text_configuration_is_read_everywhere():
 def test_fault_26_tied_embeddings_with_an_adapter_are_untied_when_merged(target):
     """FAULTS #26: the merged model computes what base and adapter computed."""
     torch.manual_seed(0)
-    base = Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True))
+    base = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True))
     model = get_peft_model(base, PeftLoraConfig(r=4, target_modules=["q_proj", target]))
     ids = torch.arange(2, 12)[None]
     with torch.no_grad():
@@ -592,7 +553,7 @@ def test_fault_26_tied_embeddings_with_an_adapter_are_untied_when_merged(target)
 
 def test_fault_26_embeddings_without_an_adapter_stay_tied():
     """FAULTS #26: only what has an adapter is untied."""
-    base = Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True))
+    base = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True))
     model = get_peft_model(base, PeftLoraConfig(r=4, target_modules=["q_proj"]))
     untie_adapted_embeddings(model.get_base_model())
     assert base.lm_head.weight is base.model.embed_tokens.weight and base.config.tie_word_embeddings
@@ -601,10 +562,10 @@ def test_fault_26_embeddings_without_an_adapter_stay_tied():
 @pytest.mark.parametrize("rows, rank", [(40, 4), (VOCAB, 8)])
 def test_fault_27_an_adapter_of_other_sizes_is_refused_with_both(tmp_path, rows, rank):
     """FAULTS #27: resized embeddings, or another rank than adapter_config.json says."""
-    config = Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=False)
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    config = transformers.Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=False)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
     config.vocab_size = rows
-    model = get_peft_model(Qwen2ForCausalLM(config), PeftLoraConfig(r=rank, target_modules=["q_proj", "embed_tokens"]))
+    model = get_peft_model(transformers.Qwen2ForCausalLM(config), PeftLoraConfig(r=rank, target_modules=["q_proj", "embed_tokens"]))
     model.save_pretrained(tmp_path / "adapter")
     settings = tmp_path / "adapter" / "adapter_config.json"
     settings.write_text(settings.read_text().replace(f'"r": {rank}', '"r": 4'))

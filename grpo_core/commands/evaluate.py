@@ -83,7 +83,7 @@ def run_evaluate(
     check_columns(opened.config, tasks, tasks)
     warnings = describe_prompt_changes(opened.tokenizer, opened.config.data, tasks)
     warnings += check_gold_answers(opened.config, [], tasks)
-    folder = output or (opened.folder or Path()) / (f"evaluate-{Path(data).stem}" if data else "evaluate")
+    folder = output or (opened.folder or Path()) / name_folder(opened.steps, data)
     _make_folder(folder)
     parts = ranks.gather(answer_with_policies(opened, tasks, samples, settings, base=base))
     if not parts:  # only the main rank receives the rows, and writes them
@@ -97,6 +97,12 @@ def run_evaluate(
     print(table := format_table(result))
     _write_files(folder, result, table, rows)
     return 0
+
+
+def name_folder(steps: int | None, data: str | None = None) -> str:
+    """Return the name of the output folder: "evaluate", with the data and the checkpoint's steps where they are given."""
+    parts = ["evaluate", *([Path(data).stem] if data else []), *([f"step-{steps:06d}"] if steps is not None else [])]
+    return "-".join(parts)
 
 
 def answer_with_policies(

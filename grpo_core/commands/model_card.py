@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from grpo_core.commands.evaluate import format_figure, shorten_name
+from grpo_core.commands.evaluate import format_figure, name_folder, shorten_name
 from grpo_core.commands.open_policy import OpenedPolicy
 from grpo_core.config.formula import render
 from grpo_core.config.precision import DTYPES, dtype_name
@@ -145,7 +145,7 @@ def _describe_accuracy(config: RunConfig, folder: Path, run: RunFolder, steps: i
             "The set that selects may have chosen the checkpoint and the end of the run, so its accuracy is too high; "
             "a reported set has chosen nothing.\n"
         )
-    if result := _read_evaluation(config, folder):
+    if result := _read_evaluation(config, folder, steps):
         lines += _evaluation_table(result)
     return "\n".join(lines) if lines else "The model was not evaluated."
 
@@ -180,12 +180,12 @@ def _evaluation_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _read_evaluation(config: RunConfig, folder: Path) -> dict[str, Any] | None:
-    """Read evaluate/evaluate.json. None if it is missing, or its completions had another limit than the run's.
+def _read_evaluation(config: RunConfig, folder: Path, steps: int | None) -> dict[str, Any] | None:
+    """Read what `evaluate` wrote on the weights after `steps`, or at the end. None if it is missing, or its completions had another limit than the run's.
 
     The command writes it for the run's own problems only; results on other data have a folder of another name.
     """
-    file = folder / "evaluate" / "evaluate.json"
+    file = folder / name_folder(steps) / "evaluate.json"
     if not file.exists():
         return None
     result = json.loads(file.read_text(encoding="utf-8"))
