@@ -17,7 +17,7 @@ from grpo_core.commands import launch
 from grpo_core.config.sections import EvaluationConfig
 from grpo_core.distributed import notices, ranks, signals
 from grpo_core.monitor import progress
-from grpo_core.training import evaluation
+from grpo_core.training import evaluation, trainer
 
 
 class Ended(BaseException):
@@ -55,7 +55,7 @@ def test_n18_a_run_has_its_own_line_inside(ends, capfd, monkeypatch):
     with notices.answer_early_interrupt(), signals.handle_signals():
         signal.raise_signal(signal.SIGINT)
         assert capfd.readouterr().err == (
-            "grpo_core: SIGINT received; the run stops after this step, with a checkpoint; again: at once\n"
+            "grpo_core: SIGINT received; the run stops before its next step, with a checkpoint; again: at once\n"
         )
 
 
@@ -161,3 +161,18 @@ def test_n18_a_signal_that_ended_one_run_ends_no_other_of_the_process():
         signal.raise_signal(signal.SIGINT)
         assert signals._received == signal.SIGINT
     assert signals._received == 0
+
+
+@pytest.mark.parametrize("moment", ["while the model loads", "in the evaluation"])
+def test_n18_a_signal_before_the_first_step_ends_the_run_before_it(tmp_path, monkeypatch, moment):
+    """FAULTS #N18: the run evaluated and took a whole step first, which may take minutes."""
+    run, evaluated = make_run(tmp_path, num_steps=2), []
+    end = lambda: monkeypatch.setattr(signals, "_received", int(signal.SIGINT))  # noqa: E731
+    monkeypatch.setattr(trainer, "evaluate_now", lambda run, step: evaluated.append(step) or end())
+    if moment == "while the model loads":
+        end()
+    with pytest.raises(signals.Interrupted):
+        trainer.train(run)
+    assert evaluated == ([] if moment == "while the model loads" else [0])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000"]
+    assert not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text()

@@ -331,7 +331,7 @@ def test_fault_18_an_evaluation_missed_at_an_interrupt_is_made_up_for(tmp_path, 
 
     run, steps = evaluated_run(tmp_path), []
     if event == "signal":
-        monkeypatch.setattr(signals, "received_signal", lambda: steps.append(0) or 15 * (len(steps) == 4))
+        monkeypatch.setattr(signals, "received_signal", lambda: steps.append(0) or 15 * (len(steps) == 2 + 4))  # 2 before the loop
     else:
         monkeypatch.setattr(Alerts, "check_failed_rewards", lambda self: steps.append(0) or ("it failed" if len(steps) == 4 else None))
     with pytest.raises((signals.Interrupted, signals.RunFailed)):
@@ -364,7 +364,8 @@ def test_fault_19_the_good_checkpoint_stays_and_is_what_resume_takes(tmp_path, k
 
 
 def test_fault_19_amid_skipped_steps_the_newest_good_one_is_not_pruned(tmp_path, monkeypatch):
-    monkeypatch.setattr(signals, "received_signal", lambda: 15 * (len(rows(tmp_path)) == 5))
+    file = tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(signals, "received_signal", lambda: 15 * (file.exists() and len(rows(tmp_path)) == 5))
     with pytest.raises(signals.Interrupted):
         train(skipping_run(tmp_path, keep=1))
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == ["step-000002", "step-000005"]
@@ -536,7 +537,7 @@ def test_n18_a_signal_is_acknowledged_at_once(monkeypatch):
         os.kill(os.getpid(), 2)
         assert signals.received_signal() == 2
     ((file, text),) = written
-    assert file == 2 and "SIGINT received; the run stops after this step, with a checkpoint" in text
+    assert file == 2 and "SIGINT received; the run stops before its next step, with a checkpoint" in text
 
 
 def test_n18_progress_in_a_log_file_is_sparse(monkeypatch, capsys):

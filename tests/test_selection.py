@@ -116,8 +116,8 @@ def test_long_runs_a_run_resumed_keeps_the_same_best_and_stops_at_the_same_step(
         interrupted = judged_run(folder, correct, 8, early=4)
         if stop < 5:
             monkeypatch.setattr(
-                signals, "received_signal", lambda steps=steps, stop=stop: steps.append(0) or 15 * (len(steps) == stop)
-            )
+                signals, "received_signal", lambda steps=steps, stop=stop: steps.append(0) or 15 * (len(steps) == 2 + stop)
+            )  # 2 before the loop
             with pytest.raises(signals.Interrupted):
                 train(interrupted)
             monkeypatch.undo()

@@ -54,4 +54,4 @@ def _record(number: int, frame: object) -> None:
     _received = number
     if ranks.is_main():
         name = signal.Signals(number).name
-        write_notice(f"{name} received; the run stops after this step, with a checkpoint; again: at once")
+        write_notice(f"{name} received; the run stops before its next step, with a checkpoint; again: at once")

@@ -57,16 +57,23 @@ def train(run: Run) -> None:
 def begin(run: Run) -> None:
     """Evaluate the policy that a new run starts from, or make up for an evaluation that an interrupt has prevented.
 
+    A signal that came before ends the run here, with a checkpoint.
+
     Raises:
+        Interrupted: a signal asked for an end.
         RunFailed: the evaluation's reward failed on too many tasks.
     """
     step = run.start_step
-    is_missing = step == 0 or (is_evaluation_due(run, step) and not run.log.has_evaluation(step))
-    if is_missing and (failure := evaluate_now(run, step)):
+    is_missing = (step == 0 or is_evaluation_due(run, step)) and not run.log.has_evaluation(step)
+    signal = signals.received_signal()
+    if is_missing and not signal and (failure := evaluate_now(run, step)):
         raise signals.RunFailed(failure)
-    if is_missing and is_best(run, step):
+    signal = signal or signals.received_signal()
+    if signal or (is_missing and is_best(run, step)):
         with run.log.phase("checkpoint"):
             checkpoint.save(run, step, run.control)
+    if signal:
+        raise signals.Interrupted(signal)
 
 
 def remaining_steps(run: Run) -> Iterator[int]:
