@@ -59,6 +59,19 @@ GROWING = {  # quantity -> what is measured, in MiB
 }  # fmt: skip
 
 
+LIBC = ctypes.CDLL(None)
+
+
+class MallInfo(ctypes.Structure):
+    """What glibc's mallinfo2 returns, in bytes; `uordblks` is in use, and `hblkhd` in blocks of their own."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t) for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
 def find_descendants(process: int) -> list[int]:
     """Return the processes that `process` and its descendants have started and that still run."""
     children = []
@@ -78,13 +91,11 @@ def read_heap() -> float:
 
     Resident memory that grows while this stays the same is fragmentation, and no leak.
     """
-    names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-    info = type("MallInfo", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in names]})
     try:
-        read = ctypes.CDLL(None).mallinfo2
-    except (OSError, AttributeError):
+        read = LIBC.mallinfo2
+    except AttributeError:
         return math.nan
-    read.restype = info
+    read.restype = MallInfo
     figures = read()
     return (figures.uordblks + figures.hblkhd) / MEBIBYTE
 
