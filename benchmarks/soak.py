@@ -63,7 +63,7 @@ LIBC = ctypes.CDLL(None)
 
 
 class MallInfo(ctypes.Structure):
-    """What glibc's mallinfo2 returns, in bytes; `uordblks` is in use, and `hblkhd` in blocks of their own."""
+    """The record that glibc's mallinfo2 returns, in bytes; `uordblks` and `hblkhd` are in use."""
 
     _fields_ = [
         (name, ctypes.c_size_t) for name in (

@@ -1,5 +1,6 @@
 """Check values that a user wrote against types, and report a wrong one in one sentence."""
 
+import contextlib
 import datetime
 import difflib
 import functools
@@ -144,7 +145,7 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
     """Check that `value` has the type `kind`, and return it.
 
     `kind` may be bool, int, float, str, None, Literal, a union, list[...], dict or Any. For a float, an integer and
-    text such as 5e-5, which YAML 1.1 reads as text, are converted. Nothing else is converted.
+    text such as 5e-5, which YAML 1.1 reads as text, are converted; NaN is refused. Nothing else is converted.
 
     Raises:
         ConfigError: the value has another type; the message names the key, the value and the type.
@@ -166,10 +167,10 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
             return [coerce(item, options[0], f"{key}[{i}]") for i, item in enumerate(value)]
     elif kind is float:
         if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except ValueError:
-                pass
+            with contextlib.suppress(ValueError, OverflowError):
+                number = float(value)
+                if not math.isnan(number):
+                    return number
     elif kind is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value

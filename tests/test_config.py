@@ -146,7 +146,7 @@ def test_the_real_job_is_the_published_recipe():
         ("trainer.num_minibatches=3", r"num_minibatches is 3; it must divide sampling.group_size \(8\)"),
         ("trainer.num_steps=-3", r"trainer.num_steps is -3; it must be at least 1"),
         ("trainer.epochs=0", r"trainer.epochs is 0.0; it must be above 0"),
-        ("engine.learning_rate=.nan", r"engine.learning_rate is nan; it must be above 0"),
+        ("engine.learning_rate=.nan", r"engine.learning_rate is nan; it must be a number"),
         ("engine.warmup_steps=-1", r"engine.warmup_steps is -1; it must be at least 0"),
         ("lora.dropout=1", r"lora.dropout is 1.0"),
         ("data.limit=0", r"data.limit is 0; it must be at least 1"),

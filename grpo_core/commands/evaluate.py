@@ -100,7 +100,7 @@ def run_evaluate(
 
 
 def name_folder(steps: int | None, data: str | None = None) -> str:
-    """Return the name of the output folder: "evaluate", with the data and the checkpoint's steps where they are given."""
+    """Return the output folder's name: "evaluate", and the data's name and a checkpoint's steps if there are any."""
     parts = ["evaluate", *([Path(data).stem] if data else []), *([f"step-{steps:06d}"] if steps is not None else [])]
     return "-".join(parts)
 

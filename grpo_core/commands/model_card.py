@@ -181,7 +181,9 @@ def _evaluation_table(result: dict[str, Any]) -> list[str]:
 
 
 def _read_evaluation(config: RunConfig, folder: Path, steps: int | None) -> dict[str, Any] | None:
-    """Read what `evaluate` wrote on the weights after `steps`, or at the end. None if it is missing, or its completions had another limit than the run's.
+    """Read what `evaluate` wrote for the weights after `steps`, or at the end of the run.
+
+    None if it is missing, or its completions had another limit than the run's.
 
     The command writes it for the run's own problems only; results on other data have a folder of another name.
     """

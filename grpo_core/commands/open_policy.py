@@ -18,6 +18,7 @@ from grpo_core.config.sections import LoraConfig, RunConfig
 from grpo_core.data.encoding import encode_prompts
 from grpo_core.data.prompts import find_surrogate, render_chat
 from grpo_core.distributed import ranks
+from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.loading import describe_missing_folder, load_tokenizer
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.quieten import quieten
@@ -235,7 +236,8 @@ def _load_checkpoint(policy: Policy, path: Path) -> None:
     """Copy the weights of a checkpoint into the policy.
 
     Raises:
-        ConfigError: the checkpoint has other names or shapes than the policy's trained parameters.
+        ConfigError: the checkpoint has other names or shapes than the policy's trained parameters, or holds a value
+            that is not finite.
     """
     tensors = checkpoint.load_weights(path)
     parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
@@ -245,3 +247,4 @@ def _load_checkpoint(policy: Policy, path: Path) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+    check_finite(policy.model, f"the checkpoint {path}")

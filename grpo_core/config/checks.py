@@ -33,6 +33,7 @@ def check(config: RunConfig) -> None:
         ConfigError: describes the first error.
     """
     _check_secrets(asdict(config), "")
+    _check_finite(asdict(config), "")
     for key in NOT_EMPTY:
         if attrgetter(key)(config) == "":
             raise ConfigError(f"{key} is ''; it must not be empty")
@@ -232,6 +233,7 @@ def _check_objective(config: RunConfig) -> None:
             )
 
 
+MIN_ADAM_EPS = 1e-30  # float32 still holds it
 MINIMUMS = {  # smallest value -> keys; null, auto and epoch pass where a key allows them
     2: ("sampling.group_size",),
     1: (
@@ -242,7 +244,13 @@ MINIMUMS = {  # smallest value -> keys; null, auto and epoch pass where a key al
     ),
     0: (
         *("loss.kl_coef", "loss.entropy_coef", "loss.entropy_delta", "advantage.min_group_std", "reference.every"),
-        *("engine.max_grad_norm", "engine.warmup_steps", "sampling.dynamic_attempts", "trainer.max_restarts"),
+        *(
+            "engine.max_grad_norm",
+            "engine.warmup_steps",
+            "engine.weight_decay",
+            "sampling.dynamic_attempts",
+            "trainer.max_restarts",
+        ),
         *("trainer.hang_timeout", "trainer.max_failed_rewards", "debug.dump_batches"),
         *("trainer.early_stopping", "trainer.early_stopping_delta"),
         *("log.exact_kl_every", "log.evaluation_completions", "evaluation.num_tasks", "evaluation.every"),
@@ -270,13 +278,38 @@ def _check_numbers(config: RunConfig) -> None:
         raise ConfigError(f"data.max_unjudged is {config.data.max_unjudged}; it is a share, from 0 to 1")
     if not 0 <= config.lora.dropout < 1:
         raise ConfigError(f"lora.dropout is {config.lora.dropout}; it must be at least 0 and below 1")
-    for name, value in (
-        ("engine.learning_rate", config.engine.learning_rate),
-        ("trainer.reward_timeout", config.trainer.reward_timeout),
-        ("trainer.epochs", config.trainer.epochs),
-    ):
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{name} is {value}; it must be above 0")
+    for key in ("trainer.reward_timeout", "trainer.epochs", "lora.alpha"):
+        if not attrgetter(key)(config) > 0:
+            raise ConfigError(f"{key} is {attrgetter(key)(config)}; it must be above 0")
+    _check_optimizer(config)
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    """Check the numbers of AdamW."""
+    engine = config.engine
+    if not 0 < engine.learning_rate <= 1:
+        raise ConfigError(f"engine.learning_rate is {engine.learning_rate}; it must be above 0 and at most 1")
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(engine, key) < 1:
+            raise ConfigError(f"engine.{key} is {getattr(engine, key)}; it must be at least 0 and below 1")
+    if not engine.adam_eps >= MIN_ADAM_EPS:
+        raise ConfigError(
+            f"engine.adam_eps is {engine.adam_eps}; it must be at least {MIN_ADAM_EPS:g}, because a weight whose "
+            "gradient is 0 would become NaN"
+        )
+
+
+def _check_finite(value: Any, key: str) -> None:
+    """Refuse infinite numbers, which are no setting; functions may take them as arguments."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name != "args":
+                _check_finite(inner, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _check_finite(inner, f"{key}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} is {value}; it must be a finite number")
 
 
 def _check_sampling(config: RunConfig) -> None:

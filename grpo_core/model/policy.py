@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from grpo_core.batch import Rollouts, take
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model import fast_layers, packed_attention
+from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.loading import resolve_model_path
 from grpo_core.model.logprobs import (
     Statistics,
@@ -368,18 +369,15 @@ def load_policy(
     """
     folder = resolve_model_path(model.path)
     try:
-        base = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=model.attention,
-            trust_remote_code=model.trust_remote_code,
-        )
+        options = {"attn_implementation": model.attention, "trust_remote_code": model.trust_remote_code}
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     except (OSError, ValueError, ImportError) as error:
         if "attention implementation" in str(error):
             raise ConfigError(
                 f"model.attention is {model.attention}, which the model at model.path does not support; use eager"
             ) from error
         raise ConfigError(f"model.path is {model.path!r}, and it cannot be loaded: {first_line(error)}") from error
+    check_finite(base, f"the model {model.path}")
     if adapter is None:
         return wrap(base, model, lora, temperature=temperature)
     try:
@@ -388,6 +386,7 @@ def load_policy(
         raise ConfigError(
             f"the adapter in {adapter} does not fit the model {model.path}: {_describe_misfit(error)}"
         ) from error
+    check_finite(base, f"the adapter in {adapter}")
     fast_layers.install(base)
     return Policy(base, temperature=temperature)
 

@@ -17,6 +17,7 @@ All functions raise ConfigError unless rewards are [N, G] with G >= 2.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 
 import torch
@@ -38,7 +39,7 @@ def grpo_advantages(rewards: Tensor, *, eps: float = 1e-4, std_ddof: int = 1) ->
     """
     centered, counts = center(rewards)
     variance = centered.square().sum(dim=1, keepdim=True) / (counts - std_ddof).clamp(min=1)
-    return centered / (variance.sqrt() + eps)
+    return _divide_by_std(centered, variance.sqrt(), eps, std_ddof)
 
 
 @ADVANTAGES.register("dr_grpo")
@@ -61,7 +62,7 @@ def batch_std_advantages(rewards: Tensor, *, eps: float = 1e-4, std_ddof: int = 
     arXiv:2508.08221 (Lite PPO).
     """
     centered, _ = center(rewards)
-    return centered / (_batch_std(rewards, std_ddof) + eps)
+    return _divide_by_std(centered, _batch_std(rewards, std_ddof), eps, std_ddof)
 
 
 @ADVANTAGES.register("rloo")
@@ -250,4 +251,19 @@ def _whiten(values: Tensor, rewards: Tensor, signal: Tensor, eps: float, ddof: i
     """Standardise over the batch's scored completions; the result is exactly 0 where `signal` is false."""
     scored = torch.where(rewards.isnan(), torch.nan, values)
     centered = values - scored.nanmean().nan_to_num()
-    return torch.where(signal, centered / (_batch_std(scored, ddof) + eps), 0.0)
+    return torch.where(signal, _divide_by_std(centered, _batch_std(scored, ddof), eps, ddof), 0.0)
+
+
+def _divide_by_std(values: Tensor, std: Tensor, eps: float, ddof: int) -> Tensor:
+    """Return values / (std + eps), and 0 where the divisor is 0.
+
+    Raises:
+        ConfigError: eps is negative, which would reverse the sign in groups of small spread, or infinite; or std_ddof
+            is neither 0 nor 1.
+    """
+    if not 0 <= eps < math.inf:
+        raise ConfigError(f"eps is {eps}; it must be at least 0")
+    if ddof not in (0, 1):
+        raise ConfigError(f"std_ddof is {ddof}; it must be 0 or 1")
+    divisor = std + eps
+    return torch.where(divisor == 0, 0.0, values / divisor)

@@ -28,6 +28,7 @@ from grpo_core.config.files import flatten
 from grpo_core.config.sections import RunConfig
 from grpo_core.counts import quantify
 from grpo_core.distributed import ranks
+from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.policy import Policy
 from grpo_core.monitor.file_modes import apply_umask
 from grpo_core.schema import ConfigError
@@ -211,7 +212,7 @@ def load(checkpoint: Path, meta: dict[str, Any], run: Run) -> list[str]:
 
     Raises:
         ConfigError: data.path or model.path has other content than when the checkpoint was written (and resume is not
-            force), or the weights have other shapes.
+            force), or the weights have other shapes or values that are not finite.
     """
     saved, current = meta["fingerprints"], compute_fingerprints(run)
     differing = [key for key in current if saved.get(key) != current[key]]
@@ -224,6 +225,7 @@ def load(checkpoint: Path, meta: dict[str, Any], run: Run) -> list[str]:
     num_reference = sum(name.startswith("reference/") for name in tensors)
     reference = [tensors.pop(f"reference/{i}") for i in range(num_reference)]
     run.engine.load(tensors, meta["engine"])
+    check_finite(run.policy.model, f"the checkpoint {checkpoint}")
     if reference and run.policy.reference_state() is not None:
         run.policy.load_reference(reference)
     return differing

@@ -1,8 +1,12 @@
-"""Steps whose gradient is not finite change nothing; their batches are kept, and too many in a row end the run."""
+"""Steps whose gradient is not finite change nothing; their batches are kept, and too many in a row end the run.
+
+Weights that are not finite end it at once.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
 from grpo_core.batch import Task, TrainBatch
 from grpo_core.counts import quantify
@@ -26,8 +30,11 @@ class SkippedSteps:
 
         Raises:
             RunFailed: every optimizer step of `trainer.max_skipped_steps` steps in a row was skipped. A checkpoint of
-                the state before them is there.
+                the state before them is there. Or the weights are not finite after this step; the checkpoints are
+                those written before.
         """
+        if not math.isfinite(row["adapter_norm"]):
+            self.fail_not_finite(step)
         if row["skipped"] and (not self.run.engine.scales_loss or not math.isfinite(row["loss"])):
             saved_batches.write_incident(self.run.folder, step, tasks, batch, row)
         if row["skipped"] < self.run.objective.steps_per_batch:
@@ -42,4 +49,13 @@ class SkippedSteps:
             f"the gradient was not finite in {quantify(streak, 'step')} in a row, from step {self.start} on; they "
             "changed nothing, "
             f"and a checkpoint of the state before them is {place}"
+        )
+
+    def fail_not_finite(self, step: int) -> NoReturn:
+        """Raise RunFailed for weights that `step` made NaN or infinite, though its gradient was finite."""
+        earlier = checkpoint.list_checkpoints(self.run.folder / "checkpoints")
+        advice = f"; {earlier[-1]} was written before" if earlier else ", and no checkpoint was written before"
+        raise signals.RunFailed(
+            f"step {step} made weights NaN or infinite (adapter_norm), though its gradient was finite{advice}; "
+            "lower engine.learning_rate"
         )
