@@ -33,11 +33,11 @@ class SkippedSteps:
                 the state before them is there. Or the weights are not finite after this step; the checkpoints are
                 those written before.
         """
-        if not math.isfinite(row["adapter_norm"]):
-            self.fail_not_finite(step)
         if row["skipped"] and (not self.run.engine.scales_loss or not math.isfinite(row["loss"])):
             saved_batches.write_incident(self.run.folder, step, tasks, batch, row)
         if row["skipped"] < self.run.objective.steps_per_batch:
+            if not math.isfinite(row["adapter_norm"]):
+                self.fail_not_finite(step)
             self.start, self.control = step + 1, control
             return
         streak = step + 1 - self.start
