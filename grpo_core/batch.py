@@ -102,13 +102,24 @@ class Frozen:
     loss_mask: Tensor  # [B, C] bool, completion tokens that are trained
     surrogate_mask: Tensor | None = None  # [B, C] bool, those of them that the surrogate acts on; None: all
     old_logprobs: Tensor | None = None  # [B, C]; None when the batch is used once, where they equal the policy's own
-    ref_logprobs: Tensor | None = None  # [B, C]; None when the loss has no KL that reads them
+    ref_logprobs: Tensor | None = None  # [B, C]; None when nothing reads them
+    logprobs: Tensor | None = None  # [B, C] before the first update; these three are for advantages that ask for them
+    entropy: Tensor | None = None  # [B, C]
+    sum_p_squared: Tensor | None = None  # [B, C]
 
-    def with_advantages(self, advantages: Tensor) -> TrainBatch:
-        """Return the batch of the update; `advantages` [N, G] or [B, 1]."""
-        column = advantages.reshape(-1, 1).to(self.loss_mask.device)
+    def with_advantages(self, advantages: Tensor, rewards: Tensor | None = None) -> TrainBatch:
+        """Return the batch of the update; `advantages` [N, G], [N, G, C], [B, 1] or [B, C], `rewards` [N, G]."""
+        advantages = advantages.reshape(len(self.loss_mask), -1).to(self.loss_mask.device)
+        if rewards is not None:
+            rewards = rewards.reshape(-1, 1).to(self.loss_mask.device, torch.float32)
         return TrainBatch(
-            self.rollouts, column, self.loss_mask, self.surrogate_mask, self.old_logprobs, self.ref_logprobs
+            self.rollouts,
+            advantages,
+            self.loss_mask,
+            self.surrogate_mask,
+            self.old_logprobs,
+            self.ref_logprobs,
+            rewards,
         )
 
 
@@ -117,20 +128,27 @@ class TrainBatch:
     """Rollouts with everything that the loss needs, fixed before the first gradient of the step."""
 
     rollouts: Rollouts
-    advantages: Tensor  # [B, 1]
+    advantages: Tensor  # [B, 1], or [B, C] with a value for each token
     loss_mask: Tensor  # [B, C] bool, completion tokens that are trained
     surrogate_mask: Tensor | None = None  # [B, C] bool, tokens of loss_mask that the surrogate acts on; None: all
     old_logprobs: Tensor | None = None  # [B, C]; None if the batch is used once: they equal the policy's
-    ref_logprobs: Tensor | None = None  # [B, C]; None if the loss has no KL term from log-probs
+    ref_logprobs: Tensor | None = None  # [B, C]; None if nothing reads them
+    shaped_rewards: Tensor | None = None  # [B, 1], from which the advantages were computed; NaN: none
 
     def __post_init__(self) -> None:
         shape = self.rollouts.completion_ids.shape
-        assert self.advantages.shape == (len(self.rollouts), 1) and self.loss_mask.shape == shape
+        assert self.advantages.shape in ((len(self.rollouts), 1), shape) and self.loss_mask.shape == shape
         rest = (self.surrogate_mask, self.old_logprobs, self.ref_logprobs)
         assert all(x is None or x.shape == shape for x in rest)
 
     def __len__(self) -> int:
         return len(self.rollouts)
+
+    def mean_advantages(self) -> Tensor:
+        """Return one advantage for each completion, [B]: the mean over its trained tokens, 0 without any."""
+        if self.advantages.shape[1] == 1:
+            return self.advantages.squeeze(1)
+        return (self.advantages * self.loss_mask).sum(dim=1) / self.loss_mask.sum(dim=1).clamp(min=1)
 
     def minibatches(self, count: int, passes: int, group_size: int, generator: torch.Generator) -> Iterator[TrainBatch]:
         """Yield `count` equal minibatches for each of `passes` passes over the rows; each is one optimizer step.

@@ -15,10 +15,11 @@ def test_chunking_changes_nothing(chunk_size, temperature, frozen):
     ids = torch.randint(11, (3, 5))
     table = (lm_head(hidden) / temperature).log_softmax(-1)
     naive = table.gather(-1, ids[..., None]).squeeze(-1)
-    chunked, entropy = token_logprobs(hidden, lm_head, ids, temperature=temperature, chunk_size=chunk_size)
+    chunked, entropy, squares = token_logprobs(hidden, lm_head, ids, temperature=temperature, chunk_size=chunk_size)
     torch.testing.assert_close(chunked, naive)
     torch.testing.assert_close(entropy, -(table.exp() * table).sum(-1).detach())
-    assert not entropy.requires_grad
+    torch.testing.assert_close(squares, table.exp().square().sum(-1).detach())
+    assert not entropy.requires_grad and not squares.requires_grad
     upstream = torch.randn(3, 5)
     parameters = [hidden] if frozen else [hidden, lm_head.weight]
     for a, b in zip(
@@ -50,7 +51,9 @@ def test_the_entropy_has_a_gradient_where_asked_to(frozen):
     lm_head = torch.nn.Linear(8, 11, bias=False).requires_grad_(not frozen)
     hidden, ids = torch.randn(3, 5, 8, requires_grad=True), torch.zeros(3, 5, dtype=torch.long)
     table = (lm_head(hidden) / 0.7).log_softmax(-1)
-    _, entropy = token_logprobs(hidden, lm_head, ids, temperature=0.7, chunk_size=4, entropy_gradient=True)
+    _, entropy, squares = token_logprobs(hidden, lm_head, ids, temperature=0.7, chunk_size=4, entropy_gradient=True)
+    torch.testing.assert_close(squares, table.exp().square().sum(-1).detach())
+    assert not squares.requires_grad
     ours, naive = (torch.autograd.grad(e.sum(), hidden)[0] for e in (entropy, -(table.exp() * table).sum(-1)))
     torch.testing.assert_close(ours, naive)
     assert ours.abs().max() > 1e-3
@@ -78,7 +81,7 @@ def test_a_frozen_head_gives_a_confident_token_its_small_gradient(dtype):
     lm_head = torch.nn.Linear(2, 3, bias=False).requires_grad_(False).to(dtype)
     lm_head.weight.copy_(torch.tensor([[4.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
     hidden = torch.tensor([[2.0, 0.5]], dtype=dtype, requires_grad=True)
-    logprobs, _ = token_logprobs(hidden, lm_head, torch.tensor([0]))
+    logprobs, *_ = token_logprobs(hidden, lm_head, torch.tensor([0]))
     logprobs.sum().backward()
     p = torch.tensor([8.0, 0.5, -0.5], dtype=torch.double).softmax(0)
     want = torch.stack([4 * (1 - p[0]), p[2] - p[1]])
@@ -91,7 +94,7 @@ def test_memory_is_bounded_whatever_the_length_and_vocabulary():
 
     def statistics(logits, ids, temperature, with_gradient):
         largest.append(logits.numel() * 12)  # float32 logits, their exponentials, one temporary
-        return torch.zeros(len(ids)), torch.zeros(len(ids)), torch.zeros_like(logits)
+        return *(torch.zeros(len(ids)) for _ in range(3)), torch.zeros_like(logits)
 
     lm_head = torch.nn.Linear(2, 151_936, bias=False).requires_grad_(False)
     hidden = torch.randn(300, 2, requires_grad=True)

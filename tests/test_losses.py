@@ -34,7 +34,7 @@ def test_it_holds_the_laws_or_says_which_it_breaks(name):
     outcomes = check_loss(LOSSES.get(name))
     assert [o for o in outcomes if not o.ok] == []
     assert {o.law for o in outcomes if not o.holds} == (get_fact(LOSSES.get(name), "breaks") or {}).keys()
-    assert len(outcomes) == 10
+    assert len(outcomes) == 12
     assert {"ratio", "clip_frac"} <= LOSSES.get(name)(*batch()).diagnostics.keys()
 
 

@@ -280,7 +280,7 @@ def test_check_loss_tells_sound_from_unsound_within_15_seconds(own, capsys):
     assert run_check_loss(f"{own}:soft", {"power": 0.25}) == 0
     assert time.perf_counter() - start < 15
     text = capsys.readouterr().out
-    assert "11 laws, all passed" in text and "FAILS" not in text and "power = 0.25" in text
+    assert "13 laws, all passed" in text and "FAILS" not in text and "power = 0.25" in text
     assert "A > 0" in text and "A < 0" in text and "nonzero everywhere" in text
     assert run_check_loss(f"{own}:crooked", {}) == 1
     text = capsys.readouterr().out

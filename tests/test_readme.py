@@ -48,7 +48,7 @@ def test_they_do_what_is_said(tmp_path, environment):
     first = run(COMMANDS[1])
     assert first.returncode == 1 and re.findall(r"^FAILS +(\w+) +(\S+)", first.stdout, re.M) == [("on_policy", "0.08")]
     again = run(COMMANDS[2])
-    assert again.returncode == 0 and "11 laws, all passed" in again.stdout, again.stdout
+    assert again.returncode == 0 and "13 laws, all passed" in again.stdout, again.stdout
     assert re.search(r"^A > 0 +0.123 +0.616 +1 +1.62 +8.14 +nonzero everywhere$", again.stdout, re.M), again.stdout
     short = " ".join([*SHORT, "trainer.num_steps=2", "output_dir=runs"])
     trained = run(f"{COMMANDS[3]} {short}")

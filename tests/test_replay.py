@@ -91,7 +91,7 @@ def test_a_dump_says_what_the_update_did_to_every_token(plain):
     config = load_run_config(plain.parent)
     policy = open_weights(later, config, None).policy
     with torch.no_grad():
-        ratio = (forward_all(policy, _choose_budget(config), first.batch.rollouts)[0] - tensors["old_logprobs"]).exp()
+        ratio = (forward_all(policy, _choose_budget(config), first.batch.rollouts).logprobs - tensors["old_logprobs"]).exp()
     assert told["step"] == told["rank"] == 0 and len(told["completions"]) == 32
     written = rows(plain.parent)[0]
     assert told["row"] == {name: written[name] for name in told["row"]} and told["row"].keys() == written.keys()

@@ -223,15 +223,15 @@ def _rebuild_batch(
     if _select_batch_settings(config) == _select_batch_settings(own):
         frozen = freeze(policy, objective, budget, stored.rollouts)  # for the reference's log-probs
         frozen = replace(frozen, loss_mask=stored.loss_mask, surrogate_mask=stored.surrogate_mask)
-        advantages = stored.advantages
+        advantages, rewards = stored.advantages, stored.shaped_rewards
     else:
         kl_coef = _make_control(dumped, config, own).kl_coef
         scores = replace(dumped.scores, weights=tuple(reward.weight for reward in config.rewards))
         rewards, trained = shape_rewards(objective, policy, budget, stored.rollouts, scores, kl_coef, stats)
         frozen = freeze(policy, objective, budget, stored.rollouts, trained)
-        advantages = compute_step_advantages(objective, rewards, stored.rollouts, scores, stats)
+        advantages = compute_step_advantages(objective, rewards, stored.rollouts, scores, stats, frozen)
     frozen = replace(frozen, old_logprobs=None if weights.are_before_step else stored.old_logprobs)
-    return frozen.with_advantages(advantages)
+    return frozen.with_advantages(advantages, rewards)
 
 
 def _select_batch_settings(config: RunConfig) -> tuple:
@@ -301,7 +301,7 @@ def _summarise_objective(replayed: Replayed, run_attribution: Attribution, mask:
         "cosine": inner / (norm * run_norm) if norm and run_norm else None,
         "norm_ratio": norm / run_norm if run_norm else None,
         "classes": replayed.classes,
-        "advantages": replayed.batch.advantages.flatten().tolist(),
+        "advantages": replayed.batch.mean_advantages().tolist(),
         "tokens": {
             name: [row[is_token].tolist() for row, is_token in zip(values.cpu(), mask, strict=True)]
             for name, values in tokens.items()

@@ -5,25 +5,34 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from grpo_core.batch import SamplingParams
 from grpo_core.config.sections import RunConfig
 from grpo_core.objective.advantages import ADVANTAGES, compute_advantages
 from grpo_core.objective.corrections import CORRECTIONS
+from grpo_core.objective.inputs import (
+    ADVANTAGE_INPUTS,
+    CORRECTION_INPUTS,
+    KL_INPUTS,
+    LOSS_INPUTS,
+    OF_TOKENS,
+    TRUNCATION_INPUTS,
+)
 from grpo_core.objective.kl import KLS
 from grpo_core.objective.losses import LOSSES, PolicyLoss
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.objective.token_weights import AVERAGES
 from grpo_core.objective.truncation import TRUNCATIONS
 from grpo_core.registry import ProcessExit, exits_as_errors, get_fact
-from grpo_core.schema import ConfigError, first_line, summarize_error
+from grpo_core.schema import ConfigError, summarize_error
 
 
 def check(config: RunConfig) -> None:
@@ -87,13 +96,29 @@ def _check_functions(config: RunConfig) -> None:
     AVERAGES.get(loss.average)
     try_loss(loss.name, loss.args)
     try_advantage(config.advantage.name, config.advantage.args)
-    old, mask, rewards = torch.full((2, 3), -1.0), torch.ones(2, 3, dtype=torch.bool), torch.eye(2)
     correction = loss.rollout_correction
     function = CORRECTIONS.build(correction.name, correction.args, "loss.rollout_correction.args")
-    _try("loss.rollout_correction", correction.name, function, old, old, mask)
+    _try("loss.rollout_correction", correction.name, function, _batch_of_two())
     truncation = config.truncation
     function = TRUNCATIONS.build(truncation.name, truncation.args, "truncation.args")
-    _try("truncation", truncation.name, function, rewards, torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool), 8)
+    inputs = {"rewards": torch.eye(2), "lengths": torch.ones(2, 2), "truncated": torch.zeros(2, 2, dtype=torch.bool)}
+    _try("truncation", truncation.name, function, {**inputs, "max_new_tokens": 8})
+
+
+def _batch_of_two() -> dict[str, Tensor]:
+    """Return the inputs of a loss and of a correction for two completions of up to three tokens."""
+    old = torch.tensor([[-1.0, -2.0, -0.5], [-0.1, -3.0, -1.0]])
+    return {
+        "logprobs": (old + 0.1).requires_grad_(),
+        "old_logprobs": old,
+        "advantages": torch.tensor([[1.0], [-0.5]]),
+        "completion_mask": torch.tensor([[True, True, True], [True, False, False]]),
+        "rollout_logprobs": old - 0.01,
+        "ref_logprobs": old - 0.2,
+        "entropy": torch.tensor([[0.5, 1.0, 0.1], [2.0, 0.0, 0.0]]),
+        "sum_p_squared": torch.tensor([[0.7, 0.4, 0.9], [0.3, 1.0, 1.0]]),
+        "rewards": torch.tensor([[1.0], [0.0]]),
+    }
 
 
 def try_loss(name: str, args: dict[str, Any]) -> Callable:
@@ -104,13 +129,11 @@ def try_loss(name: str, args: dict[str, Any]) -> Callable:
             per_token_loss [B, C].
     """
     function = LOSSES.build(name, args, "loss.args")
-    old = torch.tensor([[-1.0, -2.0, -0.5], [-0.1, -3.0, -1.0]])
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    advantages = torch.tensor([[1.0], [-0.5]])
-    out = _try("loss", name, function, (old + 0.1).requires_grad_(), old, advantages, mask)
+    inputs = _batch_of_two()
+    out = _try("loss", name, function, inputs)
     if not isinstance(out, PolicyLoss):
         raise ConfigError(f"loss {name} returned {type(out).__name__}; it must return a PolicyLoss")
-    if out.per_token_loss.shape != old.shape:
+    if out.per_token_loss.shape != inputs["old_logprobs"].shape:
         shape = list(out.per_token_loss.shape)
         raise ConfigError(f"loss {name} returned per_token_loss {shape}; it must be [B, C] = [2, 3], unreduced")
     return function
@@ -119,50 +142,33 @@ def try_loss(name: str, args: dict[str, Any]) -> Callable:
 def try_advantage(name: str, args: dict[str, Any]) -> Callable:
     """Build the advantage `name` with `args`, call it on a batch of two groups, and return it; errors as `try_loss`."""
     function = ADVANTAGES.build(name, args, "advantage.args")
-    _try("advantage", name, compute_advantages, function, torch.tensor([[1.0, 0.0], [0.5, 1.0]]))
+    tokens = {x: value.expand(2, 2, 3) for x, value in _batch_of_two().items() if x in OF_TOKENS}
+    _try("advantage", name, function, {"rewards": torch.tensor([[1.0, 0.0], [0.5, 1.0]]), **tokens})
     return function
 
 
-INPUTS = {  # section -> what its function is called with, in this order
-    "loss": ("logprobs", "old_logprobs", "advantages", "completion_mask"),
-    "loss.kl": ("logprobs", "ref_logprobs", "old_logprobs"),
-    "loss.rollout_correction": ("old_logprobs", "rollout_logprobs", "completion_mask"),
-    "advantage": ("rewards",),
-    "truncation": ("rewards", "lengths", "truncated", "max_new_tokens"),
+INPUTS = {
+    "loss": LOSS_INPUTS,
+    "loss.kl": KL_INPUTS,
+    "loss.rollout_correction": CORRECTION_INPUTS,
+    "advantage": ADVANTAGE_INPUTS,
+    "truncation": TRUNCATION_INPUTS,
 }
-ADVANTAGE_INPUTS = ("lengths", "components", "weights")  # passed by name to an advantage that has such a parameter
 
 
 def check_inputs(key: str, name: str, function: Callable) -> None:
     """Raise ConfigError if a function of the objective cannot be called with the inputs of its section."""
-    inputs, signature = INPUTS[key], inspect.signature(function)
-    by_name = {x: None for x in ADVANTAGE_INPUTS if key == "advantage" and x in signature.parameters}
-    try:
-        signature.bind(*inputs, **by_name)
-        return
-    except TypeError as error:
-        problem = first_line(error)
-    known = f"{', '.join(inputs)}" + (f", and by name {', '.join(ADVANTAGE_INPUTS)}" if key == "advantage" else "")
-    needed = [
-        p for p in signature.parameters.values() if p.default is p.empty and p.kind.name.startswith(("POS", "KEY"))
-    ]
-    surplus = [p.name for p in needed if p.kind is p.KEYWORD_ONLY] + [
-        p.name for p in [p for p in needed if p.kind is not p.KEYWORD_ONLY][len(inputs) :]
-    ]
-    surplus = [x for x in surplus if x not in by_name]
-    asked = f"asks for {', '.join(surplus)}" if surplus else f"cannot be called: {problem}"
-    raise ConfigError(
-        f"{key} {name} {asked}; it is called with {known}, in this order, and any other argument must be keyword-only "
-        f"with a default"
-    )
+    INPUTS[key].check(function, f"{key} {name}")
 
 
-def _try(key: str, name: str, function: Callable, *inputs: Any) -> Any:
-    """Call a function, and turn what it raises into a ConfigError that names the key and the function."""
-    check_inputs(key, name, inputs[0] if function is compute_advantages else function)
+def _try(key: str, name: str, function: Callable, inputs: Mapping[str, Any]) -> Any:
+    """Call a function with its inputs; turn what it raises into a ConfigError that names the key and the function."""
+    check_inputs(key, name, function)
     try:
         with exits_as_errors():
-            return function(*inputs)
+            if key == "advantage":
+                return compute_advantages(function, **inputs)
+            return INPUTS[key].call(function, inputs)
     except ProcessExit as error:
         raise ConfigError(f"{key} {name} {error} on a batch of two") from None
     except ConfigError as error:

@@ -13,34 +13,37 @@ COLUMNS_PER_BLOCK = 4096  # logits of a row that are loaded at once
 
 def softmax_statistics(
     logits: Tensor, token_ids: Tensor, temperature: float, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Compute the same as `logprobs.softmax_statistics` for contiguous logits [n, V].
 
     The gradient overwrites the logits.
     """
     rows, width = logits.shape
     assert logits.is_contiguous()
-    logprobs, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    logprobs, entropy, sum_p_squared = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
     if rows:
         _statistics[(rows,)](
-            logits, token_ids, logprobs, entropy, 1.0 / temperature, width, with_gradient, COLUMNS_PER_BLOCK,
-            num_warps=8,
+            logits, token_ids, logprobs, entropy, sum_p_squared, 1.0 / temperature, width, with_gradient,
+            COLUMNS_PER_BLOCK, num_warps=8,
         )  # fmt: skip
-    return logprobs, entropy, logits if with_gradient else None
+    return logprobs, entropy, sum_p_squared, logits if with_gradient else None
 
 
 softmax_statistics.bytes_per_logit = 4  # memory that a call needs for each logit of 16 or 32 bits
 
 
 @triton.jit(do_not_specialize=["scale"])
-def _statistics(logits, token_ids, logprobs, entropy, scale, width, with_gradient: tl.constexpr, block: tl.constexpr):
+def _statistics(
+    logits, token_ids, logprobs, entropy, sum_p_squared, scale, width, with_gradient: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
     """Process one row of logits [width]: store its statistics, and with `with_gradient` its gradient."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * width
     columns = tl.arange(0, block)
-    # each lane keeps the maximum of its columns, sum exp(x - maximum) and sum exp(x - maximum) x
+    # each lane keeps the maximum of its columns, sum exp(x - maximum), and the same sum of its squares and times x
     maximum = tl.full((block,), float("-inf"), tl.float32)
     total = tl.zeros((block,), tl.float32)
+    squares = tl.zeros((block,), tl.float32)
     weighted = tl.zeros((block,), tl.float32)
     for start in range(0, width, block):
         inside = start + columns < width
@@ -50,6 +53,7 @@ def _statistics(logits, token_ids, logprobs, entropy, scale, width, with_gradien
         old = tl.where(is_finite, tl.exp(maximum - new_maximum), 0.0)
         new = tl.where(is_finite, tl.exp(x - new_maximum), 0.0)
         total = total * old + new
+        squares = squares * old * old + new * new
         weighted = weighted * old + tl.where(new > 0, new * x, 0.0)
         maximum = new_maximum
     row_maximum = tl.max(maximum, 0)
@@ -60,6 +64,7 @@ def _statistics(logits, token_ids, logprobs, entropy, scale, width, with_gradien
     token_logit = tl.load(logits + token).to(tl.float32) * scale
     tl.store(logprobs + row, token_logit - normaliser)
     tl.store(entropy + row, normaliser - tl.sum(weighted * share, 0) / row_total)
+    tl.store(sum_p_squared + row, tl.sum(squares * share * share, 0) / (row_total * row_total))
     if with_gradient:
         for start in range(0, width, block):
             inside = start + columns < width

@@ -1,4 +1,7 @@
-"""Log-probs, entropies and divergences of tokens from hidden states, without a tensor of logits [B, C, V]."""
+"""Log-probs and other statistics of tokens from hidden states, without a tensor of logits [B, C, V].
+
+The statistics are the entropy, the sum of the squared probabilities, and divergences from another model.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -13,8 +16,8 @@ from grpo_core.model.trial import is_same
 
 MAX_LOGIT_BYTES = 160e6  # logits, and tensors computed from them, that exist at once
 
-# (logits, token_ids, temperature, with_gradient) -> (logprobs, entropy, gradient); see softmax_statistics
-Statistics = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor, Tensor | None]]
+# (logits, token_ids, temperature, with_gradient) -> (logprobs, entropy, sum_p_squared, gradient) of softmax_statistics
+Statistics = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor, Tensor, Tensor | None]]
 
 
 def softmax_statistics(
@@ -22,10 +25,10 @@ def softmax_statistics(
     token_ids: Tensor,  # [n]
     temperature: float,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the tokens' log-probs and the entropy of softmax(logits / temperature), and the gradient of the log-probs.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the tokens' log-probs, entropy and sum of p**2 under p = softmax(logits / temperature), and a gradient.
 
-    Log-probs and entropy (in nats) are [n] float32. The gradient d log-prob / d logits is
+    The first three are [n] float32, the entropy in nats. The gradient d log-prob / d logits is
     (one-hot - softmax) / temperature, [n, V] in the logits' dtype, or None without `with_gradient`.
     kernels.py has the same function for a GPU.
     """
@@ -36,11 +39,11 @@ def softmax_statistics(
     x = x.sub_(normaliser[:, None])
     logprobs = x.gather(1, token_ids[:, None]).squeeze(1)
     p = x.exp()
-    entropy = -torch.linalg.vecdot(p, x)
+    entropy, sum_p_squared = -torch.linalg.vecdot(p, x), torch.linalg.vecdot(p, p)
     if not with_gradient:
-        return logprobs, entropy, None
+        return logprobs, entropy, sum_p_squared, None
     p = p.neg_().scatter_add_(1, token_ids[:, None], torch.ones_like(p[:, :1]))
-    return logprobs, entropy, p.div_(temperature).to(logits.dtype)
+    return logprobs, entropy, sum_p_squared, p.div_(temperature).to(logits.dtype)
 
 
 @cache
@@ -83,8 +86,10 @@ def token_logprobs(
     chunk_size: int | None = None,  # tokens whose logits exist at once; None: as many as MAX_LOGIT_BYTES allows
     entropy_gradient: bool = False,
     statistics: Statistics = softmax_statistics,
-) -> tuple[Tensor, Tensor]:
-    """Return log softmax(lm_head(hidden) / temperature)[token] and the entropy in nats, both [...] float32.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log p[token], the entropy in nats, and the sum of p**2, p = softmax(lm_head(hidden) / temperature).
+
+    Each is [...] float32; the last has no gradient.
 
     If `lm_head` is a frozen nn.Linear, the gradient d log-prob / d hidden of every token is computed together with the
     log-prob, so the backward pass neither stores logits nor recomputes them. Otherwise, and with `entropy_gradient`,
@@ -94,20 +99,22 @@ def token_logprobs(
     if is_frozen_linear(lm_head) and not entropy_gradient:
         bytes_per_logit = getattr(statistics, "bytes_per_logit", 12)
         size = chunk_size or _max_tokens(lm_head.out_features, bytes_per_logit)
-        logprobs, entropy = _FrozenHead.apply(flat, lm_head.weight, ids, temperature, size, statistics)
-        return logprobs.view(token_ids.shape), entropy.view(token_ids.shape)
+        values = _FrozenHead.apply(flat, lm_head.weight, ids, temperature, size, statistics)
+        logprobs, entropy, sum_p_squared = (x.view(token_ids.shape) for x in values)
+        return logprobs, entropy, sum_p_squared
 
-    def compute_chunk(h: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def compute_chunk(h: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = lm_head(h).float() / temperature
         normaliser = logits.logsumexp(dim=-1)
         logprobs = logits.gather(-1, ids[:, None]).squeeze(-1) - normaliser
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            entropy = normaliser - (logits.softmax(dim=-1) * logits).sum(dim=-1)
-        return logprobs, entropy
+            p = logits.softmax(dim=-1)
+            entropy = normaliser - (p * logits).sum(dim=-1)
+        return logprobs, entropy, p.detach().square().sum(dim=-1)
 
     size = chunk_size or _checkpointed_chunk_size(lm_head, flat)
-    logprobs, entropy = _compute_in_chunks(compute_chunk, size, token_ids.shape, flat, ids)
-    return logprobs, entropy
+    logprobs, entropy, sum_p_squared = _compute_in_chunks(compute_chunk, size, token_ids.shape, flat, ids)
+    return logprobs, entropy, sum_p_squared
 
 
 def token_divergence(
@@ -139,7 +146,7 @@ def is_frozen_linear(lm_head: object) -> TypeGuard[nn.Linear]:
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Log-probs and entropies whose forward already computes d log-prob / d hidden, [n, H]."""
+    """Log-probs and other statistics whose forward already computes d log-prob / d hidden, [n, H]."""
 
     @staticmethod
     def forward(
@@ -150,23 +157,23 @@ class _FrozenHead(torch.autograd.Function):
         temperature: float,
         size: int,
         statistics: Statistics,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with_gradient = context.needs_input_grad[0]
         gradients = torch.empty_like(hidden) if with_gradient else None
-        logprobs, entropy = [hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2)]
+        logprobs, entropy, sum_p_squared = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            logprobs[part], entropy[part], logit_gradient = statistics(
+            logprobs[part], entropy[part], sum_p_squared[part], logit_gradient = statistics(
                 F.linear(hidden[part], weight), ids[part], temperature, with_gradient
             )
             if gradients is not None and logit_gradient is not None:
                 torch.mm(logit_gradient, weight, out=gradients[part])
         context.save_for_backward(gradients)
-        context.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        context.mark_non_differentiable(entropy, sum_p_squared)
+        return logprobs, entropy, sum_p_squared
 
     @staticmethod
-    def backward(context: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(context: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradients,) = context.saved_tensors
         return (gradients * grad[:, None]).to(gradients.dtype), None, None, None, None, None
 

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class TokenStats:
     logprobs: Tensor  # with gradient
     entropy: Tensor  # nats
     divergence: Tensor | None = None  # from the reference; None if not asked for
+    sum_p_squared: Tensor | None = None  # sum over the vocabulary of the squared probabilities, without gradient
 
 
 class Policy:
@@ -105,20 +106,22 @@ class Policy:
         hidden = self._hidden(rollouts, packing)
         ids = rollouts.completion_ids.flatten()[packing.predicted]
         options = self._logprob_options
-        logprobs, entropy = token_logprobs(
+        logprobs, entropy, sum_p_squared = token_logprobs(
             hidden, self._head, ids, entropy_gradient=entropy_gradient, statistics=self._statistics, **options
         )
-        values = [logprobs, entropy]
+        values = {"logprobs": logprobs, "entropy": entropy, "sum_p_squared": sum_p_squared}
         if divergence is not None:
             with torch.no_grad(), self.reference(), evaluation_mode(self._modules):
                 ref_hidden = self._hidden(rollouts, packing)
-            values.append(
-                token_divergence(
-                    hidden, ref_hidden, self._head, divergence, ref_lm_head=self._reference_head, **options
-                )
+            values["divergence"] = token_divergence(
+                hidden, ref_hidden, self._head, divergence, ref_lm_head=self._reference_head, **options
             )
         shape = rollouts.completion_ids.shape
-        return TokenStats(*(x.new_zeros(shape.numel()).index_copy(0, packing.predicted, x).view(shape) for x in values))
+        spread = {
+            name: x.new_zeros(shape.numel()).index_copy(0, packing.predicted, x).view(shape)
+            for name, x in values.items()
+        }
+        return TokenStats(**spread)
 
     @torch.no_grad()
     def divergence(self, rollouts: Rollouts, packing: Packing, function: Callable, keep: Tensor) -> Tensor:
@@ -331,14 +334,11 @@ class Policy:
 
 def _join(parts: list[tuple[Tensor, TokenStats]]) -> TokenStats:
     """Return the statistics of all rows from those of parts of their rows, which are given as indices [b]."""
-    values = []
-    for name in ("logprobs", "entropy", "divergence"):
-        columns = [(rows, getattr(stats, name)) for rows, stats in parts]
-        if any(column is None for _, column in columns):
-            continue
-        rows = torch.cat([rows for rows, _ in columns])
-        values.append(torch.cat([column for _, column in columns])[rows.argsort()])
-    return TokenStats(*values)
+    order, values = torch.cat([rows for rows, _ in parts]).argsort(), {}
+    for field in fields(TokenStats):
+        columns = [getattr(stats, field.name) for _, stats in parts]
+        values[field.name] = None if columns[0] is None else torch.cat(columns)[order]
+    return TokenStats(**values)
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:

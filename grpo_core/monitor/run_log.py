@@ -105,7 +105,7 @@ class RunLog:
         rollouts: Rollouts,
         scores: Scores,
         rewards: Tensor,  # [N, G], after truncation and a KL in the reward: what the advantages are computed from
-        advantages: Tensor,
+        advantages: Tensor,  # [B], of each completion the mean over its tokens
         stats: Stats,
         numbers: dict[str, float],
     ) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from grpo_core.objective.advantages import compute_advantages, tied_groups
 from grpo_core.objective.laws import Outcome, run_laws
 
-N, G = 5, 8
+N, G, C = 5, 8, 6
 NAN = float("nan")
 
 
@@ -24,9 +24,9 @@ def check_advantage(advantage_fn: Callable) -> list[Outcome]:
 
 
 def shape(advantage_fn: Callable) -> tuple[bool, str]:
-    """rewards [N, G] give finite advantages [N, G]"""
-    values = call(advantage_fn, rewards())
-    return values.shape == (N, G) and bool(values.isfinite().all()), str(list(values.shape))
+    """rewards [N, G] give finite advantages [N, G], or [N, G, C] with a value for each token"""
+    values = call(advantage_fn, rewards(), per_token=True)
+    return values.shape in ((N, G), (N, G, C)) and bool(values.isfinite().all()), str(list(values.shape))
 
 
 def ties(advantage_fn: Callable) -> tuple[bool, str]:
@@ -37,7 +37,7 @@ def ties(advantage_fn: Callable) -> tuple[bool, str]:
             tied = torch.full((3, size), value)
             mixed = torch.cat([tied, rewards(size).float()])
             for case in (tied, mixed):
-                largest = max(largest, float(call(advantage_fn, case)[:3].abs().max()))
+                largest = max(largest, float(call(advantage_fn, case, per_token=True)[:3].abs().max()))
     return largest == 0, f"{largest:.1g}"
 
 
@@ -109,8 +109,25 @@ def call(
     rewards: Tensor,  # [N, G]
     positions: Tensor | None = None,  # [G]; the completion in column i has positions[i] + 1 tokens; default: 0, 1, ...
     components: Tensor | None = None,
+    per_token: bool = False,
 ) -> Tensor:
-    """Return the advantages, [N, G], of completions of different lengths."""
+    """Return the advantages, [N, G], of completions of different lengths.
+
+    What a function asks for by name is made up from the positions. Of advantages of tokens the sum over each completion
+    is returned, or with `per_token` the advantages as they are, [N, G, C].
+    """
     positions = torch.arange(rewards.shape[1]) if positions is None else positions
     lengths = (positions + 1).expand(rewards.shape)
-    return compute_advantages(advantage_fn, rewards, lengths=lengths, components=components)
+    shape, place = (*rewards.shape, C), torch.arange(C)
+    p = (0.2 + 0.6 * torch.sin(positions[:, None] + 2.0 * place).square()).to(rewards.dtype)  # [G, C]
+    tokens = {
+        "completion_mask": place < (positions + 1).clamp(max=C)[:, None],
+        "logprobs": p.log(),
+        "rollout_logprobs": p.log(),
+        "ref_logprobs": (0.9 * p).log(),
+        "entropy": 2 * (1 - p),
+        "sum_p_squared": p**2,
+    }
+    expanded = {name: values.expand(shape) for name, values in tokens.items()}
+    values = compute_advantages(advantage_fn, rewards, lengths=lengths, components=components, **expanded)
+    return values if per_token or values.dim() == 2 else (values * expanded["completion_mask"]).sum(dim=2)

@@ -9,20 +9,21 @@ and its advantage is 0. A group whose rewards are all equal (a tied group) has a
 because the mean of equal floats is not always that float, and dividing the rounding error by a small eps makes it
 large.
 
-A function may also take arguments of these names: `lengths` [N, G] (tokens of each completion), `components` [K, N, G]
-(the K rewards before they are summed) and `weights` [K]. Where a function has the attribute `reads_components`, a group
-is tied only if it is tied in every component.
+A function may also ask by name for the inputs of inputs.py: `lengths` [N, G] (tokens of each completion), `components`
+[K, N, G] (the K rewards before they are summed), `weights` [K], and log-probs and other statistics of tokens
+[N, G, C]. One that asks for the latter may return a value for each token, [N, G, C]. Where a function has the attribute
+`reads_components`, a group is tied only if it is tied in every component.
 
 All functions raise ConfigError unless rewards are [N, G] with G >= 2.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from grpo_core.objective.inputs import ADVANTAGE_INPUTS, OF_TOKENS
 from grpo_core.registry import Registry
 from grpo_core.schema import ConfigError
 
@@ -160,34 +161,29 @@ def gpg_advantages(rewards: Tensor) -> Tensor:
 def compute_advantages(
     function: Callable,
     rewards: Tensor,  # [N, G]
-    *,
-    lengths: Tensor | None = None,  # [N, G]
-    components: Tensor | None = None,  # [K, N, G]
-    weights: Tensor | None = None,  # [K]
+    **inputs: Tensor | None,  # by the names of ADVANTAGE_INPUTS.by_name; None stands for one that is not there
 ) -> Tensor:
-    """Call an advantage function with the arguments that it declares, and return the advantages, [N, G].
+    """Call an advantage function with the inputs that it asks for, and return the advantages, [N, G] or [N, G, C].
 
-    Without `lengths` all completions have length 1; without `components` the rewards are the only component, and
-    without `weights` every weight is 1.
+    Without "lengths" all completions have length 1; without "components" the rewards are the only component, and
+    without "weights" every weight is 1.
 
     Raises:
-        ConfigError: the function returned another shape than [N, G], or a value that is not finite.
+        ConfigError: the function returned another shape, or a value that is not finite.
     """
-    if weights is None:
-        weights = torch.ones(1 if components is None else len(components), device=rewards.device)
-    optional = {
-        "lengths": torch.ones_like(rewards) if lengths is None else lengths,
-        "components": rewards[None] if components is None else components,
-        "weights": weights,
-    }
-    parameters = inspect.signature(function).parameters
-    values = function(rewards, **{name: value for name, value in optional.items() if name in parameters})
+    given = {name: value for name, value in inputs.items() if value is not None}
+    given = {"lengths": torch.ones_like(rewards), "components": rewards[None], **given}
+    given.setdefault("weights", torch.ones(len(given["components"]), device=rewards.device))
+    values = ADVANTAGE_INPUTS.call(function, {"rewards": rewards, **given})
     name = getattr(getattr(function, "func", function), "__name__", "function")
     if not isinstance(values, Tensor):
         raise ConfigError(f"advantage {name} returned {type(values).__name__}; it must return a tensor [N, G]")
-    if values.shape != rewards.shape:
-        shape, expected = tuple(values.shape), tuple(rewards.shape)
-        raise ConfigError(f"advantage {name} returned shape {shape}; it must return [N, G] = {expected}")
+    tokens = next((given[token] for token in OF_TOKENS if token in given), None)  # [N, G, C]
+    if values.shape != rewards.shape and (tokens is None or values.shape != tokens.shape):
+        expected = f"[N, G] = {tuple(rewards.shape)}"
+        if tokens is not None:
+            expected += f", or [N, G, C] = {tuple(tokens.shape)}"
+        raise ConfigError(f"advantage {name} returned shape {tuple(values.shape)}; it must return {expected}")
     if not values.isfinite().all():
         raise ConfigError(f"advantage {name} returned a value that is not finite; it must return finite values")
     return values

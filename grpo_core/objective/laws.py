@@ -24,7 +24,8 @@ from torch import Tensor
 
 from grpo_core.distributed.ranks import all_sum
 from grpo_core.objective.advantages import grpo_advantages
-from grpo_core.objective.losses import LOSSES
+from grpo_core.objective.inputs import LOSS_INPUTS
+from grpo_core.objective.losses import LOSSES, PolicyLoss
 from grpo_core.objective.token_weights import Totals, token_weights
 from grpo_core.registry import exits_as_errors, get_fact
 from grpo_core.schema import first_line
@@ -73,7 +74,7 @@ def run_laws(function: Callable, laws: dict[str, Callable[[Callable], tuple[bool
 def shape(loss_fn: Callable) -> tuple[bool, str]:
     """the loss is unreduced, [B, C]; its diagnostics, if any, are [B, C] and detached"""
     logprobs, old, advantages, mask = batch()
-    out = loss_fn(logprobs.requires_grad_(), old, advantages, mask)
+    out = call(loss_fn, logprobs.requires_grad_(), old, advantages, mask)
     for name, values in out.diagnostics.items():
         if values.shape != (B, C) or values.requires_grad:
             return False, f"{name} {'has a gradient' if values.requires_grad else list(values.shape)}"
@@ -84,7 +85,7 @@ def pure(loss_fn: Callable) -> tuple[bool, str]:
     """two calls return the same, and the inputs are not changed"""
     inputs = batch()
     copies = [x.clone() for x in inputs]
-    first, second = (loss_fn(*inputs).per_token_loss for _ in range(2))
+    first, second = (call(loss_fn, *inputs).per_token_loss for _ in range(2))
     gap = float((first - second).abs().max())
     return gap == 0 and all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True)), f"{gap:.1g}"
 
@@ -96,7 +97,8 @@ def finite(loss_fn: Callable) -> tuple[bool, str]:
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0], [1, 0, 0]]).bool()
     bad = 0
     for sign in (1.0, -1.0):
-        out = loss_fn(logprobs, old, torch.tensor([[sign], [-sign], [sign], [sign]]), mask).per_token_loss
+        advantages = torch.tensor([[sign], [-sign], [sign], [sign]])
+        out = call(loss_fn, logprobs, old, advantages, mask).per_token_loss
         (gradient,) = torch.autograd.grad((out * weights(mask)).sum(), logprobs)
         bad += int((~out.isfinite()).sum() + (~gradient.isfinite()).sum())
     return bad == 0, f"{bad} not finite"
@@ -143,13 +145,33 @@ def on_policy(loss_fn: Callable) -> tuple[bool, str]:
     return gap < 1e-12, f"{gap:.1g}"
 
 
+def sampler(loss_fn: Callable) -> tuple[bool, str]:
+    """where sampler and trainer agree, the first update's gradient is that of REINFORCE for any advantage of a token"""
+    logprobs, _, _, mask = batch()
+    advantages = torch.randn(B, C, generator=torch.Generator().manual_seed(2), dtype=torch.double)
+    if (get_fact(loss_fn, "ratio") or "token") == "sequence":  # its advantage is one for the completion
+        advantages = advantages[:, :1].expand(B, C)
+    w = weights(mask, default_average(loss_fn))
+    gradient = loss_gradient(loss_fn, logprobs, logprobs.clone(), advantages, mask, w=w)
+    gap = float((gradient + advantages * w).abs().max())
+    return gap < 1e-12, f"{gap:.1g}"
+
+
+def spread(loss_fn: Callable) -> tuple[bool, str]:
+    """an advantage for each token, equal in a row, gives the gradient of one advantage for the row"""
+    logprobs, old, advantages, mask = batch()
+    whole = loss_gradient(loss_fn, logprobs, old, advantages, mask)
+    gap = float((loss_gradient(loss_fn, logprobs, old, advantages.expand(B, C), mask) - whole).abs().max())
+    return gap == 0, f"{gap:.1g}"
+
+
 def gradcheck(loss_fn: Callable) -> tuple[bool, str]:
     """the gradient is the derivative of the value, by finite differences in float64"""
     logprobs, old, advantages, mask = batch()
     w = mask * torch.rand(B, C, generator=torch.Generator().manual_seed(1), dtype=torch.double)
 
     def value(x: Tensor) -> Tensor:
-        return (loss_fn(x, old, advantages, mask).per_token_loss * w).sum()
+        return (call(loss_fn, x, old, advantages, mask).per_token_loss * w).sum()
 
     gradient, step, gap = loss_gradient(loss_fn, logprobs, old, advantages, mask, w=w), 1e-6, 0.0
     for i, j in mask.nonzero().tolist():
@@ -183,7 +205,7 @@ def learns(loss_fn: Callable) -> tuple[bool, str]:
         for _ in range(2):
             logprobs = logits.log_softmax(dim=-1).expand(64, C, 8).gather(2, drawn[..., None]).squeeze(2)
             optimizer.zero_grad()
-            (loss_fn(logprobs, old, advantages, mask).per_token_loss * w).sum().backward()
+            (call(loss_fn, logprobs, old, advantages, mask).per_token_loss * w).sum().backward()
             optimizer.step()
     first, last = (float(torch.cat(part).mean()) for part in (rewards[:5], rewards[-5:]))
     return last > 0.6 > 3 * first, f"{first:.2f} -> {last:.2f}"
@@ -191,7 +213,20 @@ def learns(loss_fn: Callable) -> tuple[bool, str]:
 
 LOSS_LAWS: dict[str, Callable[[Callable], tuple[bool, str]]] = {
     law.__name__: law
-    for law in (shape, pure, finite, zero_advantage, padding, splits, on_policy, gradcheck, clip, learns)
+    for law in (
+        shape,
+        pure,
+        finite,
+        zero_advantage,
+        padding,
+        splits,
+        on_policy,
+        sampler,
+        spread,
+        gradcheck,
+        clip,
+        learns,
+    )
 }
 
 
@@ -255,6 +290,19 @@ def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return logprobs, old, torch.randn(B, 1, generator=generator, dtype=torch.double), mask
 
 
+def call(loss_fn: Callable, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
+    """Call a loss; what it asks for by name is made up of these, and sampler and trainer agree: l_roll = l_old."""
+    made_up = {
+        "rollout_logprobs": old,
+        "ref_logprobs": old - 0.1,
+        "entropy": -old.detach(),
+        "sum_p_squared": old.detach().exp(),
+        "rewards": (advantages[:, :1] > 0).to(old.dtype),
+    }
+    inputs = {"logprobs": logprobs, "old_logprobs": old, "advantages": advantages, "completion_mask": mask}
+    return LOSS_INPUTS.call(loss_fn, {**inputs, **made_up})
+
+
 def weights(mask: Tensor, average: str = "sequence", of: Tensor | None = None, scale: int = 1) -> Tensor:
     """Return the token weights for `mask`, which is a part of the step's mask `of`, [b, C] and [B, C].
 
@@ -276,7 +324,8 @@ def loss_gradient(
 ) -> Tensor:
     """Return d (per_token_loss * w).sum() / d logprobs, [B, C]; by default w is that of the average "sequence"."""
     x = logprobs.clone().requires_grad_()
-    loss = (loss_fn(x, old, advantages, mask).per_token_loss * (weights(mask) if w is None else w)).sum()
+    loss = call(loss_fn, x, old, advantages, mask).per_token_loss
+    loss = (loss * (weights(mask) if w is None else w)).sum()
     return torch.autograd.grad(loss, x)[0] if loss.requires_grad else torch.zeros_like(logprobs)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from grpo_core.objective.inputs import ADVANTAGE_INPUTS, CORRECTION_INPUTS, LOSS_INPUTS
 from grpo_core.objective.laws import zero_advantage
 from grpo_core.objective.token_weights import AVERAGES
 from grpo_core.registry import get_fact
@@ -44,6 +46,23 @@ class Objective:
     max_new_tokens: int = 256  # length limit of a completion
     steps_per_batch: int = 1  # optimizer steps on one batch: minibatches × passes
     learns_from_ties: bool = False  # rows with advantage 0 have a part in the gradient
+
+    @cached_property
+    def loss_needs(self) -> frozenset[str]:
+        """The inputs that the loss or the correction asks for by name."""
+        asked = LOSS_INPUTS.requested(self.loss_fn) + CORRECTION_INPUTS.requested(self.correction_fn)
+        return frozenset(asked)
+
+    @cached_property
+    def advantage_needs(self) -> frozenset[str]:
+        """The inputs that the advantage function asks for by name."""
+        return frozenset(ADVANTAGE_INPUTS.requested(self.advantage_fn))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Return whether something reads the reference's log-probs of the drawn tokens."""
+        has_kl = self.has_kl and self.kl_in == "loss" and not self.kl_needs_vocabulary
+        return has_kl or "ref_logprobs" in self.loss_needs | self.advantage_needs
 
     @property
     def kl_needs_vocabulary(self) -> bool:

@@ -11,7 +11,7 @@ from grpo_core.batch import Frozen, Rollouts, random_order, take
 from grpo_core.distributed import ranks
 from grpo_core.model.memory import retry_in_halves
 from grpo_core.model.packing import Budget, Packing
-from grpo_core.model.policy import Policy
+from grpo_core.model.policy import Policy, TokenStats
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.corrections import quantile
 from grpo_core.objective.kl import kl_exact
@@ -19,6 +19,7 @@ from grpo_core.objective.objective import Objective
 from grpo_core.random_keys import make_key, torch_seed
 from grpo_core.training.run import Run
 
+OF_THE_POLICY = {"logprobs", "entropy", "sum_p_squared"}  # statistics of a forward of the policy
 EQUAL_ENTROPY = 1e-5  # nats: tokens after the same prefix differ by rounding alone, and are kept or left out together
 EXACT_KL_ROWS = 8  # completions of each rank at which the exact KL is measured
 
@@ -29,37 +30,40 @@ def freeze(
 ) -> Frozen:
     """Return the rollouts with their masks and log-probs; `trained` [N, G] bool are the completions to train (all).
 
-    Old log-probs cost a forward only where several optimizer steps share the batch: with one, the ratio is 1. Reference
-    log-probs cost one only where the loss has a KL that reads them.
+    Old log-probs cost a forward only where several optimizer steps share the batch (with one, the ratio is 1), or where
+    the advantages ask for something of the policy. Reference log-probs cost one only where something reads them.
     """
     rollouts = replace(rollouts, completions=())  # the loss reads no text
     mask = rollouts.completion_mask
     if trained is not None:
         mask = mask & trained.reshape(-1, 1).to(mask.device)
     reused = objective.steps_per_batch > 1
-    old_logprobs = surrogate_mask = ref_logprobs = None
-    if reused or objective.top_entropy < 1:
-        old_logprobs, entropy = forward_all(policy, budget, rollouts)
+    own = surrogate_mask = ref_logprobs = None
+    asked = OF_THE_POLICY & objective.advantage_needs
+    if reused or objective.top_entropy < 1 or asked:
+        own = forward_all(policy, budget, rollouts)
         if objective.top_entropy < 1:
-            surrogate_mask = top_entropy_mask(entropy, mask, objective.top_entropy)
-    if objective.has_kl and objective.kl_in == "loss" and not objective.kl_needs_vocabulary:
+            surrogate_mask = top_entropy_mask(own.entropy, mask, objective.top_entropy)
+    if objective.needs_reference:
         with policy.reference():
-            ref_logprobs, _ = forward_all(policy, budget, rollouts)
-    return Frozen(rollouts, mask, surrogate_mask, old_logprobs if reused else None, ref_logprobs)
+            ref_logprobs = forward_all(policy, budget, rollouts).logprobs
+    old_logprobs = own.logprobs if own is not None and reused else None
+    for_advantages = {name: getattr(own, name) for name in asked}
+    return Frozen(rollouts, mask, surrogate_mask, old_logprobs, ref_logprobs, **for_advantages)
 
 
-def forward_all(policy: Policy, budget: Budget, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-    """Return log-probs and entropies of all completion tokens, [B, C] each, in forwards of at most `budget`."""
-    logprobs, entropy = (torch.zeros_like(rollouts.rollout_logprobs) for _ in range(2))
+def forward_all(policy: Policy, budget: Budget, rollouts: Rollouts) -> TokenStats:
+    """Return the statistics of all completion tokens, [B, C] each, in forwards of at most `budget`."""
+    stats = TokenStats(**{name: torch.zeros_like(rollouts.rollout_logprobs) for name in OF_THE_POLICY})
 
     def forward(packing: Packing) -> None:
         part = policy.forward(take(rollouts, packing.rows), packing)
-        logprobs.index_copy_(0, packing.rows, part.logprobs)
-        entropy.index_copy_(0, packing.rows, part.entropy)
+        for name in OF_THE_POLICY:
+            getattr(stats, name).index_copy_(0, packing.rows, getattr(part, name))
 
     for packing in policy.plan(rollouts, budget):
         retry_in_halves(policy, rollouts, packing, forward)
-    return logprobs, entropy
+    return stats
 
 
 def top_entropy_mask(entropy: Tensor, mask: Tensor, share: float) -> Tensor:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from grpo_core.batch import Rollouts, Task, replace_rows, take
+from grpo_core.batch import Frozen, Rollouts, Task, replace_rows, take
 from grpo_core.distributed import ranks
 from grpo_core.model.packing import Budget
 from grpo_core.model.policy import Policy
@@ -86,11 +87,18 @@ def shape_rewards(
 
 
 def compute_step_advantages(
-    objective: Objective, rewards: Tensor, rollouts: Rollouts, scores: Scores, stats: Stats
+    objective: Objective,
+    rewards: Tensor,
+    rollouts: Rollouts,
+    scores: Scores,
+    stats: Stats,
+    frozen: Frozen | None = None,
 ) -> Tensor:
-    """Return this rank's advantages, [N, G]; the advantage function sees the groups of all ranks. A collective.
+    """Return this rank's advantages, [N, G], or [N, G, C] where the function returns a value for each token.
 
-    Where no completion of the step has a reward, they are all 0, and the metric `no_reward` is 1.
+    The advantage function sees the groups of all ranks. `frozen` has the log-probs that it may ask for. Where no
+    completion of the step has a reward, the advantages of the rewards are all 0, and the metric `no_reward` is 1.
+    A collective.
 
     Raises:
         ConfigError: the function returned a wrong shape or a value that is not finite.
@@ -104,12 +112,32 @@ def compute_step_advantages(
     whole = ranks.all_rows(own.transpose(0, 1)).cpu().transpose(0, 1)  # [2 + K, N of all ranks, G]
     if whole[0].isnan().all():  # every one was cut off and is left out, or cannot be judged, or the reward failed
         stats.add_max("no_reward", torch.tensor(1.0, device="cpu"))
-    weights = torch.tensor(scores.weights, device="cpu")
-    values = compute_advantages(
-        objective.advantage_fn, whole[0], lengths=whole[1], components=whole[2:], weights=weights
-    )
+    inputs = {"lengths": whole[1], "components": whole[2:], "weights": torch.tensor(scores.weights, device="cpu")}
+    if frozen is not None:
+        inputs |= _gather_tokens(frozen, objective.advantage_needs, rewards.shape[1])
+    values = compute_advantages(objective.advantage_fn, whole[0], **inputs)
     first = ranks.rank() * len(rewards)
-    return values[first : first + len(rewards)].to(torch.float32)
+    own_values = values[first : first + len(rewards)].to(torch.float32)
+    return own_values if own_values.dim() == 2 else own_values[..., : rollouts.completion_ids.shape[1]]
+
+
+def _gather_tokens(frozen: Frozen, names: frozenset[str], group_size: int) -> dict[str, Tensor]:
+    """Return the inputs of tokens among `names`, each [N of all ranks, G, C of the widest rank]. A collective."""
+    tokens = {
+        "completion_mask": frozen.loss_mask,
+        "rollout_logprobs": frozen.rollouts.rollout_logprobs,
+        "ref_logprobs": frozen.ref_logprobs,
+        "logprobs": frozen.logprobs,
+        "entropy": frozen.entropy,
+        "sum_p_squared": frozen.sum_p_squared,
+    }
+    asked = {name: values for name, values in tokens.items() if name in names and values is not None}
+    if not asked:
+        return {}
+    columns = frozen.loss_mask.shape[1]
+    width = int(ranks.all_max(torch.tensor(float(columns), device="cpu")))
+    padded = {name: F.pad(values, (0, width - columns)) for name, values in asked.items()}
+    return {name: ranks.all_rows(x).cpu().unflatten(0, (-1, group_size)) for name, x in sorted(padded.items())}
 
 
 def groups_without_signal(objective: Objective, rollouts: Rollouts, scores: Scores) -> Tensor:

@@ -147,7 +147,7 @@ def start_dump(run: Run, step: int, batch: TrainBatch, scores: Scores) -> dict[s
     with run.log.phase("dump"):
         old_logprobs = batch.old_logprobs
         if old_logprobs is None:
-            old_logprobs, _ = forward_all(run.policy, run.budgets.forward, batch.rollouts)
+            old_logprobs = forward_all(run.policy, run.budgets.forward, batch.rollouts).logprobs
         tensors = collect_tensors(batch.rollouts) | collect_tensors(replace(batch, old_logprobs=old_logprobs))
         tensors |= {f"rewards/{name}": values.clone() for name, values in scores.by_name.items()}
         tensors["rewards"] = scores.rewards.clone()
@@ -172,30 +172,30 @@ def finish_dump(
     if tensors is None:
         return
     with run.log.phase("dump"):
-        logprobs, _ = forward_all(run.policy, run.budgets.forward, batch.rollouts)
+        logprobs = forward_all(run.policy, run.budgets.forward, batch.rollouts).logprobs
         contents = {
             "step": step,
             "rank": ranks.rank(),
             "ranks": ranks.world_size(),
             "row": finite_or_none(row),
-            "completions": _describe_completions(run.sampler.tokenizer, tasks, tensors, logprobs.cpu()),
+            "completions": _describe_completions(run.sampler.tokenizer, tasks, batch, tensors, logprobs.cpu()),
         }
         problem = write_files(run.folder / "batches", step, tensors, contents)
     run.log.warn([f"a batch could not be written to {run.folder / 'batches'} ({problem})"] if problem else [])
 
 
 def _describe_completions(
-    tokenizer: Any, tasks: list[Task], tensors: dict[str, Tensor], logprobs: Tensor
+    tokenizer: Any, tasks: list[Task], batch: TrainBatch, tensors: dict[str, Tensor], logprobs: Tensor
 ) -> list[dict[str, Any]]:
     """Return each completion's advantage and its tokens, with their log-probs before the update and their ratios."""
     mask, ids, old = tensors["completion_mask"], tensors["completion_ids"], tensors["old_logprobs"]
-    ratio = (logprobs - old).exp()
+    ratio, advantages = (logprobs - old).exp(), batch.mean_advantages()
     text = {i: tokenizer.decode([i]) for i in ids[mask].unique().tolist()}
     keys = completion_keys(tasks, len(mask) // len(tasks))
     return [
         {
             **key,
-            "advantage": round(tensors["advantages"][i].item(), DECIMALS),
+            "advantage": round(advantages[i].item(), DECIMALS),
             "tokens": [text[token] for token in ids[i][tokens].tolist()],
             "logprobs": _round(old[i][tokens]),
             "ratio": _round(ratio[i][tokens]),

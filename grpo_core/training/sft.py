@@ -179,7 +179,7 @@ def compute_held_out_loss(run: Run, make_targets: MakeTargets, tasks: list[Task]
     if mine:
         keyed = [replace(task, seed=make_key("held_out", task.index)) for task in mine]
         rollouts = replace(make_targets(keyed), completions=())
-        logprobs, _ = forward_all(run.policy, run.budgets.forward, rollouts)
+        logprobs = forward_all(run.policy, run.budgets.forward, rollouts).logprobs
         counts = torch.stack([-logprobs.double().sum(), rollouts.lengths().sum()]).cpu()
     nats, tokens = ranks.all_sum(counts).tolist()
     return {"loss": nats / tokens, "tokens": int(tokens)}

@@ -36,13 +36,13 @@ def train(run: Run) -> None:
         with log.phase("freeze"):
             rewards, trained = shape_rewards(objective, policy, budget, rollouts, scores, control.kl_coef, stats)
             frozen = freeze(policy, objective, budget, rollouts, trained)  # old and reference log-probs, [B, C]
-            advantages = compute_step_advantages(objective, rewards, rollouts, scores, stats)  # [N, G]
-            batch = frozen.with_advantages(advantages)
+            advantages = compute_step_advantages(objective, rewards, rollouts, scores, stats, frozen)  # [N, G(, C)]
+            batch = frozen.with_advantages(advantages, rewards)
             measure_exact_kl(run, rollouts, step, stats)
         dump = saved_batches.start_dump(run, step, batch, scores)
         with log.phase("update"):
             numbers = update_policy(run, batch, step, control, stats)
-        row = log.log_step(step, tasks, rollouts, scores, rewards, advantages, stats, numbers)
+        row = log.log_step(step, tasks, rollouts, scores, rewards, batch.mean_advantages(), stats, numbers)
         saved_batches.finish_dump(run, step, tasks, batch, dump, row)
         log.warn(scores.failures)
         control = next_control(control, run.config, row)

@@ -14,6 +14,7 @@ from grpo_core.model.packing import Packing, Plan
 from grpo_core.model.policy import Policy, TokenStats
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.corrections import corrected_old_logprobs, off_policy_mask
+from grpo_core.objective.inputs import CORRECTION_INPUTS, LOSS_INPUTS
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.token_weights import Totals, entropy_weights, token_weights
 from grpo_core.random_keys import make_key, torch_seed
@@ -86,7 +87,7 @@ def rows_to_train(objective: Objective, minibatch: TrainBatch, control: Control)
     """Return the rows that the gradient depends on: where only the surrogate learns, not those with advantage 0."""
     rows = minibatch.loss_mask.any(dim=1)
     if not objective.trains_ties(control.kl_coef, control.entropy_bonus):
-        rows = rows & (minibatch.advantages.squeeze(1) != 0)
+        rows = rows & (minibatch.advantages != 0).any(dim=1)
     return rows.nonzero().squeeze(1).tolist()
 
 
@@ -148,13 +149,13 @@ def token_loss(
     surrogate, * off-policy mask, * top-entropy mask, * rollout correction, + kl_coef KL.
     """
     mask, rollout_logprobs = micro.loss_mask, micro.rollouts.rollout_logprobs
-    correction = objective.correction_fn(old_logprobs, rollout_logprobs, mask)  # [b, C] or [b, 1], or None
+    inputs = collect_inputs(micro, tokens, old_logprobs)
+    correction = CORRECTION_INPUTS.call(objective.correction_fn, inputs)  # [b, C] or [b, 1], or None
     corrects_itself = bool(get_fact(objective.loss_fn, "corrects_rollout"))  # takes the correction through old_logprobs
-    compared = old_logprobs
     if correction is not None and corrects_itself:
-        compared = corrected_old_logprobs(old_logprobs, correction, mask)
+        inputs["old_logprobs"] = corrected_old_logprobs(old_logprobs, correction, mask)
 
-    surrogate = objective.loss_fn(tokens.logprobs, compared, micro.advantages, mask)
+    surrogate = LOSS_INPUTS.call(objective.loss_fn, inputs)
     loss = surrogate.per_token_loss
     if objective.off_policy_mask is not None:
         on_policy = off_policy_mask(
@@ -180,11 +181,26 @@ def token_loss(
     return loss
 
 
+def collect_inputs(micro: TrainBatch, tokens: TokenStats, old_logprobs: Tensor) -> dict[str, Tensor | None]:
+    """Return the inputs of the loss and of the correction by name, [b, C] or [b, 1]; objective/inputs.py lists them."""
+    return {
+        "logprobs": tokens.logprobs,
+        "old_logprobs": old_logprobs,
+        "advantages": micro.advantages,
+        "completion_mask": micro.loss_mask,
+        "rollout_logprobs": micro.rollouts.rollout_logprobs,
+        "ref_logprobs": micro.ref_logprobs,
+        "entropy": tokens.entropy.detach(),
+        "sum_p_squared": tokens.sum_p_squared,
+        "rewards": micro.shaped_rewards,
+    }
+
+
 def untrained_row(minibatch: TrainBatch) -> tuple[TrainBatch, TokenStats]:
     """Return the first row with no token to train."""
     row = take(minibatch, torch.zeros(1, dtype=torch.long, device="cpu"))
     zeros = torch.zeros_like(row.rollouts.rollout_logprobs)
-    return replace(row, loss_mask=torch.zeros_like(row.loss_mask)), TokenStats(zeros, zeros, zeros)
+    return replace(row, loss_mask=torch.zeros_like(row.loss_mask)), TokenStats(zeros, zeros, zeros, zeros)
 
 
 def fail_out_of_memory(run: Run, step: int, control: Control, *, weights_unchanged: bool) -> None:

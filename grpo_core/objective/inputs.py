@@ -1,0 +1,106 @@
+"""Inputs of the objective's functions: those that a function always gets, and those that it may ask for by name.
+
+A function gets the positional inputs of its kind, in this order and whatever its parameters are called. Each further
+parameter asks for the input of its name:
+
+    def my_loss(logprobs, old_logprobs, advantages, completion_mask, rollout_logprobs, *, bound: float = 0.2): ...
+
+Parameters with a default after a `*` are the function's YAML arguments. What costs a forward is computed only if a
+function of the run asks for it.
+
+B completions, C tokens in the longest one, N prompts, G completions of each, V words in the vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_core.schema import ConfigError, first_line, list_known
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of one kind of function."""
+
+    positional: tuple[str, ...]
+    by_name: tuple[str, ...] = ()
+
+    def requested(self, function: Callable) -> tuple[str, ...]:
+        """Return the inputs that `function` asks for by name."""
+        return tuple(p.name for p in self._further(function) if p.name in self.by_name)
+
+    def values_for(self, function: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the entries of `values` that `function` asks for by name."""
+        return {name: values[name] for name in self.requested(function)}
+
+    def call(self, function: Callable, values: Mapping[str, Any]) -> Any:
+        """Call `function` with its inputs; `values` has the positional ones and those that it asks for."""
+        return function(*(values[name] for name in self.positional), **self.values_for(function, values))
+
+    def check(self, function: Callable, title: str) -> None:
+        """Check that `function` can be called so; `title`, such as "loss my.py:f", begins the message.
+
+        Raises:
+            ConfigError: it takes fewer inputs, or asks for one that there is not.
+        """
+        known = f"it is called with {', '.join(self.positional)}, in this order"
+        if self.by_name:
+            known += f", and by name {', '.join(self.by_name)}"
+        known += ", and any other argument must be keyword-only with a default"
+        further = self._further(function)
+        unknown = [p.name for p in further if p.name not in self.by_name and p.default is p.empty]
+        if unknown:
+            hint = list_known(unknown[0], self.by_name).partition(" (")[2] if self.by_name else ""
+            raise ConfigError(f"{title} asks for {', '.join(unknown)}{' (' + hint if hint else ''}; {known}")
+        try:
+            inspect.signature(function).bind(*self.positional, **dict.fromkeys(self.requested(function)))
+        except TypeError as error:
+            raise ConfigError(f"{title} cannot be called: {first_line(error)}; {known}") from None
+
+    def _further(self, function: Callable) -> list[inspect.Parameter]:
+        """Return the parameters that no positional input fills and that are no YAML arguments."""
+        parameters = [*inspect.signature(function).parameters.values()]
+        in_order = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        keyword_only = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+        return [*in_order[len(self.positional) :], *keyword_only]
+
+
+OF_TOKENS = ("completion_mask", "logprobs", "rollout_logprobs", "ref_logprobs", "entropy", "sum_p_squared")
+LOSS_INPUTS = Inputs(
+    (
+        "logprobs",  # [B, C] of the policy, with gradient
+        "old_logprobs",  # [B, C] of the policy before this step's first update
+        "advantages",  # [B, 1], or [B, C] where the advantage function returns a value for each token
+        "completion_mask",  # [B, C] bool, the tokens that are trained
+    ),
+    (
+        "rollout_logprobs",  # [B, C] of the sampler
+        "ref_logprobs",  # [B, C] of the reference; costs a forward
+        "entropy",  # [B, C] of the policy, in nats, without gradient
+        "sum_p_squared",  # [B, C] sum over the vocabulary of the policy's squared probabilities, without gradient
+        "rewards",  # [B, 1] as they enter the advantages; NaN where a completion has none
+    ),
+)
+KL_INPUTS = Inputs(("logprobs", "ref_logprobs", "old_logprobs"))
+CORRECTION_INPUTS = Inputs(
+    ("old_logprobs", "rollout_logprobs", "completion_mask"),
+    ("advantages", "ref_logprobs", "rewards"),
+)
+ADVANTAGE_INPUTS = Inputs(
+    ("rewards",),  # [N, G]
+    (
+        "lengths",  # [N, G] tokens
+        "components",  # [K, N, G] the K rewards before they are summed
+        "weights",  # [K]
+        "completion_mask",  # [N, G, C] bool
+        "logprobs",  # [N, G, C] of the policy before this step's first update; costs a forward, as the rest does
+        "rollout_logprobs",  # [N, G, C]; costs nothing
+        "ref_logprobs",  # [N, G, C]
+        "entropy",  # [N, G, C]
+        "sum_p_squared",  # [N, G, C]
+    ),
+)
+TRUNCATION_INPUTS = Inputs(("rewards", "lengths", "truncated", "max_new_tokens"))
