@@ -288,12 +288,12 @@ def test_n8_sft_is_not_refused_because_of_the_objective_that_it_does_not_use(wor
 
 
 @pytest.mark.parametrize("key, parameters, sentence", [
-    ("loss", "logprobs, old_logprobs, advantages, completion_mask, ref_logprobs", "asks for ref_logprobs; it is called with logprobs, old_logprobs, advantages, completion_mask"),
-    ("loss", "logprobs, old_logprobs, advantages, completion_mask, *, rollout_logprobs", "asks for rollout_logprobs; it"),
+    ("loss", "logprobs, old_logprobs, advantages, completion_mask, ref_logprob", "asks for ref_logprob (did you mean ref_logprobs?); it is called with logprobs, old_logprobs, advantages, completion_mask, in this order, and by name rollout_logprobs, ref_logprobs, entropy, sum_p_squared, rewards,"),
+    ("loss", "logprobs, old_logprobs, advantages, completion_mask, *, sampler", "asks for sampler; it"),
     ("loss", "logprobs, old_logprobs", "cannot be called: too many positional arguments; it is called with logprobs"),
     ("loss.kl", "logprobs, ref_logprobs, old_logprobs, advantages", "asks for advantages; it is called with logprobs, ref_logprobs"),
     ("loss.rollout_correction", "old, rollout, mask, lengths", "asks for lengths; it is called with old_logprobs, rollout_logprobs"),
-    ("advantage", "rewards, lengths, prompts", "asks for prompts; it is called with rewards, and by name lengths, components"),
+    ("advantage", "rewards, lengths, prompts", "asks for prompts; it is called with rewards, in this order, and by name lengths, components"),
     ("truncation", "rewards, lengths, truncated, max_new_tokens, tasks", "asks for tasks; it is called with rewards, lengths"),
 ])  # fmt: skip
 def test_n14_a_function_that_asks_for_more_than_there_is_says_what_there_is(key, parameters, sentence, tmp_path):

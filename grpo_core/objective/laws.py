@@ -146,15 +146,10 @@ def on_policy(loss_fn: Callable) -> tuple[bool, str]:
 
 
 def sampler(loss_fn: Callable) -> tuple[bool, str]:
-    """where sampler and trainer agree, the first update's gradient is that of REINFORCE for any advantage of a token"""
-    logprobs, _, _, mask = batch()
-    advantages = torch.randn(B, C, generator=torch.Generator().manual_seed(2), dtype=torch.double)
-    if (get_fact(loss_fn, "ratio") or "token") == "sequence":  # its advantage is one for the completion
-        advantages = advantages[:, :1].expand(B, C)
-    w = weights(mask, default_average(loss_fn))
-    gradient = loss_gradient(loss_fn, logprobs, logprobs.clone(), advantages, mask, w=w)
-    gap = float((gradient + advantages * w).abs().max())
-    return gap < 1e-12, f"{gap:.1g}"
+    """a loss that reads the sampler's log-probs is exactly REINFORCE where they are the policy's own"""
+    if "rollout_logprobs" not in LOSS_INPUTS.requested(loss_fn):
+        return True, "not read"
+    return on_policy(loss_fn)
 
 
 def spread(loss_fn: Callable) -> tuple[bool, str]:
