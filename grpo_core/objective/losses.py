@@ -23,41 +23,21 @@ The first line of a registered loss's docstring is its formula, written with the
 """
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from grpo_core.registry import Registry
+from grpo_core.objective import sampler_losses  # noqa: F401 - registers its losses
+from grpo_core.objective.policy_loss import (
+    DETACHED,
+    LOSSES,
+    PolicyLoss,
+    row_mean,
+    sequence_ratio,
+    token_ratio,
+    weighted,
+)
 from grpo_core.schema import ConfigError
-
-LOSSES = Registry("loss")
-
-DETACHED = "the ratio is detached, so the gradient is that of -A l times a weight and not that of the value"
-
-
-@dataclass(frozen=True)
-class PolicyLoss:
-    """The return value of a loss: one number for each token, and quantities to log."""
-
-    per_token_loss: Tensor  # [B, C], with gradient
-    diagnostics: dict[str, Tensor] = field(default_factory=dict)  # metric name -> [B, C], detached; logged as the mean
-
-
-def token_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """Return the ratio of each token, r = exp(l - l_old), [B, C], with gradient.
-
-    The difference is clamped to +-20, so that the ratio is finite.
-    """
-    return (logprobs - old_logprobs).clamp(-20, 20).exp()
-
-
-def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, completion_mask: Tensor) -> Tensor:
-    """Return the ratio of each completion, R = exp(mean_t(l - l_old)), repeated in all columns, [B, C], with gradient.
-
-    Each token's difference is clamped to +-20 before the mean is taken.
-    """
-    return _row_mean((logprobs - old_logprobs).clamp(-20, 20), completion_mask).exp().expand_as(logprobs)
 
 
 @LOSSES.register("grpo", ratio="token")
@@ -180,7 +160,7 @@ def gmpo_loss(
     difference = (logprobs - old_logprobs).clamp(-20, 20)
     bounded_below = torch.where(advantages < 0, difference.clamp(min=-clip_low), 0.0)
     bounded = torch.where(advantages > 0, difference.clamp(max=clip_high), bounded_below)
-    ratio = _row_mean(bounded, completion_mask).exp().expand_as(logprobs)
+    ratio = row_mean(bounded, completion_mask).exp().expand_as(logprobs)
     clipped = (bounded != difference) & (advantages != 0)
     return PolicyLoss(-ratio * advantages, {"ratio": difference.exp().detach(), "clip_frac": clipped.float()})
 
@@ -203,7 +183,7 @@ def cispo_loss(
     if not cap > 0:
         raise ConfigError(f"cap is {cap}; it is a bound on the ratio and must be above 0")
     ratio = token_ratio(logprobs, old_logprobs).detach()
-    return _weighted(ratio.clamp(max=cap), ratio, ratio > cap, advantages, logprobs)
+    return weighted(ratio.clamp(max=cap), ratio, ratio > cap, advantages, logprobs)
 
 
 @LOSSES.register("sapo", ratio="token")
@@ -254,7 +234,7 @@ def vespo_loss(
     k = torch.where(advantages >= 0, k_pos, k_neg).to(s.dtype)
     lam = torch.where(advantages >= 0, lambda_pos, lambda_neg).to(s.dtype)
     weight = (lam + k * s - lam * s.exp()).exp().expand_as(logprobs)
-    return _weighted(weight, difference.exp(), torch.zeros_like(difference), advantages, logprobs)
+    return weighted(weight, difference.exp(), torch.zeros_like(difference), advantages, logprobs)
 
 
 @LOSSES.register("reinforce")
@@ -264,7 +244,7 @@ def reinforce_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, c
     Williams 1992. With A = 1 it is the supervised negative log-likelihood.
     """
     ratio = token_ratio(logprobs, old_logprobs).detach()
-    return _weighted(torch.ones_like(ratio), ratio, torch.zeros_like(ratio), advantages, logprobs)
+    return weighted(torch.ones_like(ratio), ratio, torch.zeros_like(ratio), advantages, logprobs)
 
 
 @LOSSES.register("gpg")
@@ -298,16 +278,6 @@ def _clipped(
         surrogate = torch.where(advantages < 0, torch.maximum(surrogate, c * advantages), surrogate)
     clipped = (surrogate != ratio * advantages).float()
     return PolicyLoss(-surrogate, {"ratio": ratio.detach(), "clip_frac": clipped})
-
-
-def _weighted(weight: Tensor, ratio: Tensor, clipped: Tensor, advantages: Tensor, logprobs: Tensor) -> PolicyLoss:
-    """Return the loss -weight A l, where `weight` has no gradient."""
-    return PolicyLoss(-weight * advantages * logprobs, {"ratio": ratio, "clip_frac": clipped.float()})
-
-
-def _row_mean(values: Tensor, completion_mask: Tensor) -> Tensor:
-    """Return the mean over the tokens of each row, [B, 1]; 0 for a row without tokens."""
-    return (values * completion_mask).sum(dim=1, keepdim=True) / completion_mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def _check_bounds(clip_low: float, clip_high: float, max_clip_low: float = math.inf) -> None:

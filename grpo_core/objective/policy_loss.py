@@ -1,0 +1,49 @@
+"""The return value of a policy loss, the registry of losses, and the ratios that losses share.
+
+losses.py has the losses that compare with the policy before the step's first update, sampler_losses.py those that
+compare with the sampler.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from grpo_core.registry import Registry
+
+LOSSES = Registry("loss")
+
+DETACHED = "the ratio is detached, so the gradient is that of -A l times a weight and not that of the value"
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """The return value of a loss: one number for each token, and quantities to log."""
+
+    per_token_loss: Tensor  # [B, C], with gradient
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)  # metric name -> [B, C], detached; logged as the mean
+
+
+def token_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """Return the ratio of each token, r = exp(l - l_old), [B, C], with gradient.
+
+    The difference is clamped to +-20, so that the ratio is finite.
+    """
+    return (logprobs - old_logprobs).clamp(-20, 20).exp()
+
+
+def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, completion_mask: Tensor) -> Tensor:
+    """Return the ratio of each completion, R = exp(mean_t(l - l_old)), repeated in all columns, [B, C], with gradient.
+
+    Each token's difference is clamped to +-20 before the mean is taken.
+    """
+    return row_mean((logprobs - old_logprobs).clamp(-20, 20), completion_mask).exp().expand_as(logprobs)
+
+
+def weighted(weight: Tensor, ratio: Tensor, clipped: Tensor, advantages: Tensor, logprobs: Tensor) -> PolicyLoss:
+    """Return the loss -weight A l, where `weight` has no gradient."""
+    return PolicyLoss(-weight * advantages * logprobs, {"ratio": ratio, "clip_frac": clipped.float()})
+
+
+def row_mean(values: Tensor, completion_mask: Tensor) -> Tensor:
+    """Return the mean over the tokens of each row, [B, 1]; 0 for a row without tokens."""
+    return (values * completion_mask).sum(dim=1, keepdim=True) / completion_mask.sum(dim=1, keepdim=True).clamp(min=1)

@@ -1,0 +1,106 @@
+"""A case of verl's, prime-rl's, open-instruct's, AReaL's or NeMo-RL's functions, computed through the trainer's own.
+
+`compute(source, config, inputs, meta)` returns in float64 every key that the file `source` records for the case; the
+files in tests/fixtures say what the options mean. It raises NotImplementedError for what the product leaves out.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from grpo_core.batch import Rollouts, TrainBatch
+from grpo_core.config.sections import LossConfig, RunConfig, SamplingConfig
+from grpo_core.model.policy import TokenStats
+from grpo_core.monitor.aggregates import Stats
+from grpo_core.objective.losses import LOSSES
+from grpo_core.objective.token_weights import Totals
+from grpo_core.training.control import first_control
+from grpo_core.training.prepare import build_objective
+from grpo_core.training.update import micro_loss
+
+VERL_AVERAGE = {  # loss_agg_mode -> loss.average; token-sum is a token mean over one token
+    "token-mean": "token", "token-sum": "token", "seq-mean-token-sum": "row_sum", "seq-mean-token-mean": "sequence",
+    "seq-mean-token-sum-norm": "constant",
+}  # fmt: skip
+
+
+def compute(source, config, inputs, meta):
+    """Return {key: value} of one case."""
+    t = {name: torch.tensor(values, dtype=torch.double) for name, values in inputs.items() if is_matrix(values)}
+    if source == "verl_0_9_1" and config["kind"] == "policy_loss":
+        return verl_policy_loss(config, t)
+    if source == "prime_rl" and config["kind"] == "loss":
+        return prime_rl_loss(config, t)
+    raise NotImplementedError(config["kind"])
+
+
+def is_matrix(values):
+    """Whether an input is a number, a list, or a list of equal lists."""
+    return not isinstance(values, list) or not values or not isinstance(values[0], list) or len({len(x) for x in values}) == 1
+
+
+def verl_policy_loss(config, t):
+    mode, low, high = config["loss_mode"], config.get("clip_ratio_low", 0.2), config.get("clip_ratio_high", 0.2)
+    c = config.get("clip_ratio_c", 3.0)
+    mask, average = t[config["mask"]].bool(), config.get("loss_agg_mode", "token-mean")
+    if mode == "vanilla":
+        loss_fn = LOSSES.build("dual_clip", {"clip_low": low, "clip_high": high, "c": c})
+    elif mode in ("dppo_tv", "dppo_kl"):
+        loss_fn = LOSSES.build(mode, {"delta_low": low, "delta_high": high, "cap": c})
+    elif mode == "gspo":
+        loss_fn = LOSSES.build("gspo_token", {"clip_low": low, "clip_high": high})
+    elif mode == "sapo":
+        loss_fn = LOSSES.build("sapo", {"tau_pos": config["tau_pos"], "tau_neg": config["tau_neg"]})
+        average = "seq-mean-token-mean"
+    elif mode == "gpg":
+        loss_fn = LOSSES.get("reinforce")
+    else:
+        raise NotImplementedError(mode)
+    info = config.get("global_batch_info", {})
+    tokens = info.get("batch_num_tokens", 1 if average == "token-sum" else int(mask.sum()))
+    completions = info.get("global_batch_size", int(mask.any(dim=1).sum()))
+    width = info.get("loss_scale_factor", mask.shape[1])
+    totals = Totals(torch.tensor(float(tokens)), torch.tensor(float(completions)), width)
+    old = t[config["old"]]
+    weights = t[config["rollout_is_weights"]] if config.get("rollout_is_weights") else None
+    value, gradient = loss_and_gradient(
+        loss_fn, t["logps"], old, old, t[config["advantages"]], mask, VERL_AVERAGE[average], totals, weights=weights
+    )
+    scale = info.get("dp_size", 1)  # verl multiplies by it, because its engine averages over ranks
+    return {"loss": scale * value, "grad": scale * gradient}
+
+
+def prime_rl_loss(config, t):
+    options, mask = config["loss"], t[config["mask"]].bool()
+    if any(config.get(name) for name in ("ce_weights", "ref_kl_weights")):
+        raise NotImplementedError("ref_kl and ce")
+    shared = {"adv_tau": options["adv_tau"], "kl_tau": options["kl_tau"]}
+    if options["type"] == "default":
+        deltas = {"delta_low": options["dppo_mask_low"], "delta_high": options["dppo_mask_high"]}
+        loss_fn = LOSSES.build("prime_rl", {**deltas, **shared})
+    else:
+        loss_fn = LOSSES.build("ipo", {"threshold": options["ipo_threshold"], **shared})
+    weights = None
+    if config.get("rl_weights"):  # a token of weight 0 is not trained
+        weights = t[config["rl_weights"]]
+        mask = mask & (weights != 0)
+    totals = Totals(torch.tensor(float(config["rl_scale"])), torch.tensor(float(len(mask))), mask.shape[1])
+    rollout, logprobs = t["rollout_logps"], t["logps"]
+    value, gradient = loss_and_gradient(
+        loss_fn, logprobs, logprobs.detach(), rollout, t[config["advantages"]], mask, "token", totals, weights=weights
+    )
+    return {"loss": value, "grad": gradient}
+
+
+def loss_and_gradient(loss_fn, logprobs, old, rollout, advantages, mask, average, totals, *, weights=None):
+    """Return a loss and its gradient for the log-probs, by the update's own micro_loss; `weights` multiply the surrogate."""
+    logprobs = logprobs.clone().requires_grad_()
+    rows, width = mask.shape
+    prompt, ended = torch.zeros(rows, 1, dtype=torch.long), torch.zeros(rows, dtype=torch.bool)
+    rollouts = Rollouts(prompt, prompt.bool(), prompt.expand(rows, width), mask, rollout, ended)
+    config = RunConfig(loss=LossConfig(average=average, kl_coef=0.0), sampling=SamplingConfig(max_new_tokens=width))
+    objective = replace(build_objective(config), loss_fn=loss_fn, correction_fn=lambda old, rollout, mask: weights)
+    batch = TrainBatch(rollouts, advantages if advantages.dim() == 2 else advantages[:, None], mask, None, old)
+    value = micro_loss(objective, batch, TokenStats(logprobs, torch.zeros_like(old)), totals, first_control(config.loss), Stats())
+    value.backward()
+    return value.item(), logprobs.grad
