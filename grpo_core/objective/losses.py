@@ -32,6 +32,7 @@ from grpo_core.objective.policy_loss import (
     DETACHED,
     LOSSES,
     PolicyLoss,
+    by_sign,
     row_mean,
     sequence_ratio,
     token_ratio,
@@ -204,7 +205,7 @@ def sapo_loss(
     if not (tau_pos > 0 and tau_neg > 0):
         raise ConfigError(f"tau_pos is {tau_pos} and tau_neg is {tau_neg}; both must be above 0")
     ratio = token_ratio(logprobs, old_logprobs)
-    tau = torch.where(advantages > 0, tau_pos, tau_neg).to(ratio.dtype)
+    tau = by_sign(advantages > 0, tau_pos, tau_neg, ratio)
     gate = 4 / tau * torch.sigmoid(tau * (ratio - 1))
     return PolicyLoss(-gate * advantages, {"ratio": ratio.detach(), "clip_frac": torch.zeros_like(ratio.detach())})
 
@@ -231,8 +232,8 @@ def vespo_loss(
         raise ConfigError(f"lambda_pos is {lambda_pos} and lambda_neg is {lambda_neg}; both must be above 0")
     difference = (logprobs - old_logprobs).detach().clamp(-20, 20)
     s = (difference * completion_mask).sum(dim=1, keepdim=True).clamp(math.log(1e-8), 20)
-    k = torch.where(advantages >= 0, k_pos, k_neg).to(s.dtype)
-    lam = torch.where(advantages >= 0, lambda_pos, lambda_neg).to(s.dtype)
+    k = by_sign(advantages >= 0, k_pos, k_neg, s)
+    lam = by_sign(advantages >= 0, lambda_pos, lambda_neg, s)
     weight = (lam + k * s - lam * s.exp()).exp().expand_as(logprobs)
     return weighted(weight, difference.exp(), torch.zeros_like(difference), advantages, logprobs)
 

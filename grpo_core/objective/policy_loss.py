@@ -6,6 +6,7 @@ compare with the sampler.
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from grpo_core.registry import Registry
@@ -47,3 +48,12 @@ def weighted(weight: Tensor, ratio: Tensor, clipped: Tensor, advantages: Tensor,
 def row_mean(values: Tensor, completion_mask: Tensor) -> Tensor:
     """Return the mean over the tokens of each row, [B, 1]; 0 for a row without tokens."""
     return (values * completion_mask).sum(dim=1, keepdim=True) / completion_mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def by_sign(positive: Tensor, if_positive: float, otherwise: float, like: Tensor) -> Tensor:
+    """Return one of two numbers for each element of `positive`, in the dtype of `like`.
+
+    torch.where of two Python floats would round them to torch's default dtype first.
+    """
+    numbers = [torch.full((), number, dtype=like.dtype, device=like.device) for number in (if_positive, otherwise)]
+    return torch.where(positive, *numbers)
