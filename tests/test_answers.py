@@ -6,7 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from grpo_core.objective.answers import accepted_choices, final_choice, final_text
+from grpo_core.config.files import load
+from grpo_core.objective.answers import accepted_choices, final_choice, final_text, normalise_text
 from grpo_core.objective.numbers import final_number, read_gold
 from grpo_core.objective.rewards import REWARDS, correct_answer
 
@@ -263,6 +264,34 @@ def test_text_match_accepts_several_answers():
     assert match(["<think>Louvre</think>Orsay", "<think>Louvre"], answer=["Louvre"] * 2) == [0.0, 0.0]
     assert REWARDS.build("text_match", {"strict": True})(["the Louvre"], answer=["the louvre"]) == [0.0]
     assert REWARDS.build("text_match", {"outside_thinking": False})(["<think>\nLouvre"], answer=["Louvre"]) == [1.0]
+
+
+@pytest.mark.parametrize("text, normal", [
+    (".5", ".5"), ("**.5**", ".5"), ("$.50", ".50"), ("(.5)", ".5"), ("is .5.", "is .5"), ("-5", "-5"), ("-.5", "-.5"), ("(-5)", "-5"),
+    ("...5", "5"), ("... .5", ".5"), (". 5", "5"), ("5.", "5"), ("«5»", "5"), (".net", "net"), ("..", ""),
+])  # fmt: skip
+def test_attack_3_a_point_or_minus_before_a_digit_is_no_punctuation(text, normal):
+    assert normalise_text(text) == normal
+
+
+def test_attack_3_half_is_not_five():
+    match = REWARDS.build("text_match")
+    assert match([".5", "The answer is .5", "#### -5", "5", "5."], answer=["5", "5", "5", ".5", "5"]) == [0.0, 0.0, 0.0, 0.0, 1.0]
+    assert match([".5", r"\boxed{.5}"], answer=[".5", "#### .5"]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("letters", ["1234", "", "ABCA", "abA", "A B", "A,B", "ABß", "AБ"])
+def test_attack_4_letters_that_can_never_match_are_refused(letters):
+    with pytest.raises(ValueError) as error:
+        load("tiny", ["rewards=[choice_match]", f"rewards[0].args.letters={letters}"])
+    must_be = "it must be letters from A to Z, none of them twice, such as ABCDEFGHIJ"
+    assert str(error.value) == f"rewards[0].args.letters is {letters!r}; {must_be}"
+
+
+def test_attack_4_lower_case_letters_match():
+    match = REWARDS.build("choice_match", {"letters": "abcd"})
+    completions = ["b", "B", "The answer is (b)", "#### B", "so (B)", "**B**", "E", "A"]
+    assert match(completions, answer=["b", "B", "(b)", "b) Paris", ["A", "b"], "#### b", "e", "b"]) == [1.0] * 6 + [None, 0.0]
 
 
 @pytest.mark.parametrize("text, letter", [
