@@ -38,7 +38,7 @@ PLACES = {  # heavy dependency -> the modules that may import it
     "yaml": {"config/files", "config/words", "config/yaml_text", "report/run_reader"},
     "matplotlib": {"report/png"},
     "tokenizers": {"model/new_model"},
-    "huggingface_hub": {"commands/export"},
+    "huggingface_hub": {"commands/export", "data/rows"},
     "safetensors": {"training/saved_batches", "training/checkpoint", "commands/export"},
     "triton": {"sampling/decode_kernels", "sampling/attention_kernels", "model/kernels"},
 }

@@ -273,3 +273,17 @@ def test_attack_1_files_beside_those_of_a_split_do_not_count(tmp_path):
     (tmp_path / "train.csv").write_text("a\n01\n")
     (tmp_path / "notes.json").write_text("{}")
     assert load_rows(str(tmp_path), None, "train", None) == [{"a": "01"}]
+
+
+def test_attack_1_csv_files_of_the_hub_are_found_again_without_a_network(tmp_path, monkeypatch):
+    """The environment of the tests sets HF_HUB_OFFLINE; the files lie where a download has put them."""
+    repository = tmp_path / "datasets--me--set"
+    for name, text in (("refs/main", "abc"), ("snapshots/abc/train.csv", "a\n007\n")):
+        (repository / name).parent.mkdir(parents=True)
+        (repository / name).write_text(text)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert load_rows("me/set", None, "train", None) == [{"a": "007"}]
+    with pytest.raises(ValueError, match="data.path is 'me/other' .*it cannot be loaded"):
+        load_rows("me/other", None, "train", None)

@@ -162,11 +162,27 @@ def _read_with_datasets(path: str, subset: str | None, split: str) -> list[Row]:
     except ConfigError:
         raise
     except Exception as error:  # datasets raises many types, all for data that cannot be loaded
+        is_unreachable = not local.exists() and isinstance(error, (ConnectionError, FileNotFoundError))
+        if is_unreachable and (folder := _find_downloaded(path)):
+            return _read_with_datasets(folder, subset, split)
         cause = _describe_cause(error)
         if any(sentence in cause for sentence in NO_ROWS):
             return []
         hint = "" if local.exists() else "; without a network, set data.path to a file or folder of this machine"
         raise ConfigError(f"data.path is {path!r} (split {split!r}), and it cannot be loaded: {cause}{hint}") from error
+
+
+def _find_downloaded(path: str) -> str | None:
+    """Return the folder of a hub data set's files that were downloaded before, or None.
+
+    Without a network `datasets` finds only what its own reader has prepared, and CSV files are not read by that.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(path, repo_type="dataset", local_files_only=True)
+    except Exception:  # no such download, or no id of a repository
+        return None
 
 
 def _read_csv_split(config: Any, path: str, split: str) -> list[Row]:
