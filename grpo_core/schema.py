@@ -182,7 +182,8 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
     hint = trl_names.value_hint(key, value) or f"it must be {describe(kind)}"
     if str in list_options(kind) and isinstance(value, (bool, int, float, datetime.date)):
         hint += ", so put quotes around it"
-    raise ConfigError(f"{key} is {value!r}; {hint}")
+    text = str(value) if isinstance(value, datetime.date) else repr(value)
+    raise ConfigError(f"{key} is {text}; {hint}")
 
 
 def list_options(kind: Any) -> tuple[Any, ...]:

@@ -41,10 +41,13 @@ def check(config: RunConfig) -> None:
         _check_functions(config)
     _check_rewards(config)
     _check_numbers(config)
+    _check_targets(config.lora.r, config.lora.target_modules)
     _check_sampling(config)
     _check_eval_sets(config)
     _check_selection(config)
     _check_objective(config)
+    if (config.log.wandb or "").lower() in ("true", "false", "yes", "no", "on", "off"):
+        raise ConfigError(f"log.wandb is {config.log.wandb!r}; it must be the name of a project, or null")
     if config.name in ("", ".", "..") or "/" in config.name or "\0" in config.name:
         raise ConfigError(f"name is {config.name!r}; it must be the name of one folder, which is created in output_dir")
     if config.resume is not None and config.overwrite:
@@ -310,6 +313,23 @@ def _check_finite(value: Any, key: str) -> None:
             _check_finite(inner, f"{key}[{i}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key} is {value}; it must be a finite number")
+
+
+def _check_targets(rank: int, targets: list[str] | str) -> None:
+    """Check lora.target_modules as far as that needs no model."""
+    if rank and not targets:
+        raise ConfigError(
+            f"lora.target_modules is {targets!r}; it must name at least one module, such as q_proj, or be all-linear "
+            f"(with lora.r=0 there is no adapter)"
+        )
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ConfigError(
+                f"lora.target_modules is {targets!r}; it must be all-linear, a list, or a regular expression, and as "
+                f"the latter it has the fault: {error}"
+            ) from None
 
 
 def _check_sampling(config: RunConfig) -> None:

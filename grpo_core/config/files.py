@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
@@ -18,16 +17,16 @@ from grpo_core.config.paths import resolve_paths
 from grpo_core.config.presets import get_preset, merge
 from grpo_core.config.sections import EvaluationConfig, RunConfig, SftConfig, use_supervised_objective
 from grpo_core.config.shipped import find_default, find_file, list_shipped
-from grpo_core.config.text_files import describe_place, parse_json, read_text
+from grpo_core.config.text_files import parse_json, read_text
 from grpo_core.config.words import ITEM, find_type, get_in, parse_value, split_word, type_hints
+from grpo_core.config.yaml_text import parse_yaml
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rewards import REWARDS
-from grpo_core.schema import ConfigError, coerce, first_line, list_known
+from grpo_core.schema import ConfigError, coerce, list_known
 
 RESOLVED = "# The whole configuration of a run; paths are relative to the folder in which the run was started."
 WORDS_OF_A_START = {"name", "output_dir", "resume", "overwrite"}  # keys that say which run is started, and how
-MAX_DEPTH = 50  # of lists and mappings in a file
 MAX_NAMED_KEYS = 8  # in a sentence about keys that differ
 
 
@@ -185,7 +184,7 @@ def _layers(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
     `above` are the files that led to this one through `base`.
     """
-    data = _parse_yaml(read_text(path), str(path)) or {}
+    data = parse_yaml(read_text(path), str(path), RunConfig) or {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is not a mapping of sections and keys")
     under: dict[str, Any] = {}
@@ -281,6 +280,8 @@ def _build_value(kind: Any, value: Any, key: str) -> Any:
         return build(kind, value, key)
     item = get_args(kind)[0] if get_origin(kind) is list else None
     if is_dataclass(item):
+        if value is None:
+            raise ConfigError(f"{key} is null; it must be a list, or be left out")
         items = value if isinstance(value, list) else [value]
         first = fields(item)[0].name
         mappings = [{first: x} if isinstance(x, str) else x for x in items]
@@ -295,7 +296,9 @@ def _apply(data: dict, key: str, value: Any) -> None:
         if item := ITEM.fullmatch(section):
             data = _find_item(data, item[1], int(item[2]))
             continue
-        data = data.setdefault(section, {})
+        if data.get(section) is None:
+            data[section] = {}
+        data = data[section]
         if not isinstance(data, dict):
             advice = f"; write {section}[0] for its first item" if isinstance(data, list) else ""
             raise ConfigError(f"unknown key {key}; {section} is a value and has no keys{advice}")
@@ -333,54 +336,6 @@ def _drop_arguments(data: dict, key: str, text: str) -> None:
 
 
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """A safe loader that refuses a key given twice, where YAML would silently use the second."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _construct_integer(loader: _Loader, node: yaml.ScalarNode) -> Any:
-    """Return a decimal integer; 010, 0x10 and 1:30, which are integers in YAML 1.1, stay text."""
-    text = loader.construct_scalar(node)
-    return int(text) if re.fullmatch(r"[+-]?(0|[1-9]\d*(_\d+)*)", text) else text
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_integer)
-
-
-def _parse_yaml(text: str, source: str) -> Any:
-    """Parse YAML; `source` begins the message of an error."""
-    depth = 0
-    try:
-        for event in yaml.parse(text, _Loader):  # first, because the loader's recursion may crash the process
-            depth += {yaml.CollectionStartEvent: 1, yaml.CollectionEndEvent: -1}.get(type(event).__base__, 0)
-            if depth > MAX_DEPTH:
-                raise RecursionError
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{source} is not YAML: {_describe_yaml_error(error, text)}") from None
-
-
-def _describe_yaml_error(error: Exception, text: str) -> str:
-    """Return the problem of a YAML text, with its line and column where they are known."""
-    problem, index = first_line(error), None
-    if isinstance(error, yaml.MarkedYAMLError):
-        problem, mark = error.problem or problem, error.problem_mark or error.context_mark
-        problem = f"{error.context} {problem}" if problem.startswith("but ") else problem
-        if mark is not None:
-            return f"{' '.join(problem.split())} (line {mark.line + 1}, column {mark.column + 1})"
-    elif isinstance(error, yaml.reader.ReaderError) and (bad := yaml.reader.Reader.NON_PRINTABLE.search(text)):
-        index, problem = bad.start(), f"it has the control character {ascii(bad[0])[1:-1]}"
-    elif isinstance(error, RecursionError):
-        problem = f"its lists and mappings are nested more than {MAX_DEPTH} deep"
-    return problem if index is None else f"{problem} ({describe_place(text, index)})"
 
 
 def _join(section: str, name: Any) -> str:
