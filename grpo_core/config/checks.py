@@ -17,6 +17,7 @@ from grpo_core.batch import SamplingParams
 from grpo_core.config.sections import RunConfig
 from grpo_core.objective.advantages import ADVANTAGES, compute_advantages
 from grpo_core.objective.corrections import CORRECTIONS
+from grpo_core.objective.diagnostics import describe_wrong_diagnostics, find_not_finite
 from grpo_core.objective.kl import KLS
 from grpo_core.objective.losses import LOSSES, PolicyLoss
 from grpo_core.objective.rewards import REWARDS
@@ -100,7 +101,7 @@ def try_loss(name: str, args: dict[str, Any]) -> Callable:
 
     Raises:
         ConfigError: the loss does not exist, does not take the arguments, raises, or does not return a PolicyLoss with
-            per_token_loss [B, C].
+            per_token_loss [B, C] and diagnostics [B, C] whose names no metric has.
     """
     function = LOSSES.build(name, args, "loss.args")
     old = torch.tensor([[-1.0, -2.0, -0.5], [-0.1, -3.0, -1.0]])
@@ -109,9 +110,15 @@ def try_loss(name: str, args: dict[str, Any]) -> Callable:
     out = _try("loss", name, function, (old + 0.1).requires_grad_(), old, advantages, mask)
     if not isinstance(out, PolicyLoss):
         raise ConfigError(f"loss {name} returned {type(out).__name__}; it must return a PolicyLoss")
+    if not isinstance(out.per_token_loss, torch.Tensor):
+        kind = type(out.per_token_loss).__name__
+        raise ConfigError(f"loss {name} returned per_token_loss of type {kind}; it must be a tensor [B, C]")
     if out.per_token_loss.shape != old.shape:
         shape = list(out.per_token_loss.shape)
         raise ConfigError(f"loss {name} returned per_token_loss {shape}; it must be [B, C] = [2, 3], unreduced")
+    problem = describe_wrong_diagnostics(out.diagnostics, old.shape) or find_not_finite(out.diagnostics, mask)
+    if problem:
+        raise ConfigError(f"loss {name} {problem}")
     return function
 
 
@@ -178,6 +185,14 @@ def _check_rewards(config: RunConfig) -> None:
         _check_takes_completions(reward.name, function)
     if len({reward.name for reward in config.rewards}) < len(config.rewards) or not config.rewards:
         raise ConfigError("rewards must name at least one reward, and none of them twice")
+    names = {reward.name for reward in config.rewards}
+    for i, reward in enumerate(config.rewards):
+        for suffix in ("_std", "_square"):  # of metrics of the other reward
+            if (other := reward.name.removesuffix(suffix)) != reward.name and other in names:
+                raise ConfigError(
+                    f"rewards[{i}].name is {reward.name!r}, but rewards/{reward.name} is a metric of the reward {other}; "
+                    f"give one of the two functions another name"
+                )
     if all(reward.weight == 0 for reward in config.rewards):
         raise ConfigError("rewards: every weight is 0, so there is nothing to learn; at least one must differ from 0")
 
