@@ -120,7 +120,7 @@ def test_attack_3_a_diagnostic_that_cannot_be_logged_is_refused_before_the_model
 
 
 def test_attack_3_a_per_token_loss_that_is_no_tensor_is_refused(monkeypatch):
-    monkeypatch.setitem(LOSSES.functions, "mine", lambda l, old, A, mask: PolicyLoss(1.0, {}))
+    monkeypatch.setitem(LOSSES.functions, "mine", lambda logprobs, old, A, mask: PolicyLoss(1.0, {}))
     with pytest.raises(ConfigError, match="loss mine returned per_token_loss of type float; it must be a tensor"):
         try_loss("mine", {})
 

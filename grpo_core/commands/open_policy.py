@@ -24,7 +24,7 @@ from grpo_core.model.quieten import quieten
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.random_keys import make_key
 from grpo_core.sampling.sampler import Sampler
-from grpo_core.schema import ConfigError
+from grpo_core.schema import ConfigError, describe_impossible_path
 from grpo_core.training import checkpoint
 from grpo_core.training.prepare import make_sampler
 
@@ -111,6 +111,8 @@ def open_source(
     """
     quieten()
     source = os.path.expanduser(source)
+    if problem := describe_impossible_path(source):
+        raise ConfigError(f"the run or model {problem}")
     if not os.path.exists(source) and os.path.isfile(Path("runs") / source / "config.yaml"):
         raise ConfigError(f"there is no folder {source}; did you mean the run {Path('runs') / source}?")
     run_folder = Path(source).parent.parent

@@ -24,7 +24,7 @@ from grpo_core.objective.rewards import REWARDS
 from grpo_core.objective.token_weights import AVERAGES
 from grpo_core.objective.truncation import TRUNCATIONS
 from grpo_core.registry import ProcessExit, exits_as_errors, get_fact
-from grpo_core.schema import ConfigError, first_line, summarize_error
+from grpo_core.schema import MAX_PATH_BYTES, ConfigError, describe_impossible_path, first_line, summarize_error
 
 
 def check(config: RunConfig) -> None:
@@ -37,6 +37,7 @@ def check(config: RunConfig) -> None:
     for key in NOT_EMPTY:
         if attrgetter(key)(config) == "":
             raise ConfigError(f"{key} is ''; it must not be empty")
+    _check_paths(config)
     with torch.device("cpu"):  # whatever torch's default device is: the batches of two are made here
         _check_functions(config)
     _check_rewards(config)
@@ -45,7 +46,7 @@ def check(config: RunConfig) -> None:
     _check_eval_sets(config)
     _check_selection(config)
     _check_objective(config)
-    if config.name in ("", ".", "..") or "/" in config.name or "\0" in config.name:
+    if config.name in ("", ".", "..") or "/" in config.name:
         raise ConfigError(f"name is {config.name!r}; it must be the name of one folder, which is created in output_dir")
     if config.resume is not None and config.overwrite:
         raise ConfigError(f"resume is {config.resume!r} and overwrite is true; a run is continued or removed, not both")
@@ -59,11 +60,25 @@ NOT_EMPTY = (  # an empty one would mean the shell's folder, or would be taken f
     *("output_dir", "sft.output"),
 )
 
+READ_PATHS = ("model.path", "data.path", "data.eval_path", "resume")
+WRITTEN_PATHS = ("name", "output_dir", "sft.output")
+MAX_WRITTEN_BYTES = MAX_PATH_BYTES - 256  # the folders and files below it have names too
+
 SECRET = re.compile(
     r"""://[^/@\s]+:[^/@\s]+@ | \b(?:hf|ghp|gho)_[A-Za-z0-9]{30,} | \bgithub_pat_\w{30,}
         | \bglpat-[\w-]{20,} | \bsk-(?:\w+-)*[A-Za-z0-9]{32,}""",
     re.X,
 )
+
+
+def _check_paths(config: RunConfig) -> None:
+    """Refuse paths that no file system can have."""
+    paths = [(key, attrgetter(key)(config), MAX_PATH_BYTES) for key in READ_PATHS]
+    paths += [(key, attrgetter(key)(config), MAX_WRITTEN_BYTES) for key in WRITTEN_PATHS]
+    paths += [(f"evaluation.sets[{i}].path", x.path, MAX_PATH_BYTES) for i, x in enumerate(config.evaluation.sets)]
+    for key, path, max_bytes in paths:
+        if path is not None and (problem := describe_impossible_path(path, max_bytes)):
+            raise ConfigError(f"{key} {problem}")
 
 
 def _check_secrets(value: Any, key: str) -> None:
@@ -190,8 +205,8 @@ def _check_rewards(config: RunConfig) -> None:
         for suffix in ("_std", "_square"):  # of metrics of the other reward
             if (other := reward.name.removesuffix(suffix)) != reward.name and other in names:
                 raise ConfigError(
-                    f"rewards[{i}].name is {reward.name!r}, but rewards/{reward.name} is a metric of the reward {other}; "
-                    f"give one of the two functions another name"
+                    f"rewards[{i}].name is {reward.name!r}, but rewards/{reward.name} is a metric of the reward "
+                    f"{other}; give one of the two functions another name"
                 )
     if all(reward.weight == 0 for reward in config.rewards):
         raise ConfigError("rewards: every weight is 0, so there is nothing to learn; at least one must differ from 0")

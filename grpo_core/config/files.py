@@ -93,7 +93,7 @@ def load_job(
 def _find_resumed(file: Path, overrides: Sequence[str]) -> tuple[Path | None, bool]:
     """Return the folder whose config.yaml a job continues from, if any, and whether name and output_dir say which."""
     path = find_file(file, Path())
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None, False  # `load` names the mistake, as for all others here
     data = _layers(path, ())
     _apply_start(data, overrides)
@@ -102,8 +102,10 @@ def _find_resumed(file: Path, overrides: Sequence[str]) -> tuple[Path | None, bo
         return None, False
     by_name = resume in ("auto", "force")
     folder = Path(output_dir) / name if by_name else Path(resume)
+    if not os.path.isfile(folder / "config.yaml"):
+        return None, by_name
     has_checkpoint = any(folder.glob("checkpoints/step-*"))
-    return (folder if (folder / "config.yaml").is_file() and (has_checkpoint or not by_name) else None), by_name
+    return (folder if has_checkpoint or not by_name else None), by_name
 
 
 def _apply_start(data: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,10 +44,10 @@ def describe_missing_folder(path: str) -> str | None:
     anything else may be a hub id.
     """
     folder = Path(path)
-    is_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or ("/" in path and folder.parent.is_dir())
-    if folder.exists() or not is_local:
+    is_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or ("/" in path and os.path.isdir(folder.parent))
+    if os.path.exists(folder) or not is_local:
         return None
-    if not folder.parent.is_dir():
+    if not os.path.isdir(folder.parent):
         return f"there is no folder {path}"
     siblings = [sibling.name for sibling in folder.parent.iterdir() if sibling.is_dir()]
     return f"there is no folder {path}; {list_known(folder.name, siblings)}"
@@ -148,7 +149,7 @@ def _is_hub_run(path: str) -> bool:
 
 def _hub_hint(path: str) -> str:
     """Return the end of an error message for a `path` that may be a hub id; empty for a folder."""
-    is_folder = path.startswith(("builtin:", ".", "/")) or Path(path).exists()
+    is_folder = path.startswith(("builtin:", ".", "/")) or os.path.exists(path)
     if not is_folder and _is_hub_run(path):
         return f"; {path} is a run; did you mean {path}/adapter, downloaded into a folder?"
     return "" if is_folder else "; if the hub cannot be reached, set model.path to a folder that holds the model"
