@@ -63,9 +63,9 @@ def load_job(
     """Return the configuration of a training job: that of `load`; with `resume` that of the run which it continues.
 
     A run continues from its own config.yaml, with the overrides on top. `path` then only says, by name and output_dir,
-    which run auto and force mean, and a resumed run keeps both; `notify` gets a sentence about its other keys that differ. Without `path` the file
-    is `default`, or the shipped one for this machine. A run without a checkpoint has nothing to continue, so auto and
-    force start it anew. `supervised` is as for `load`.
+    which run auto and force mean; a resumed run keeps both. `notify` gets a sentence about its other keys that differ.
+    Without `path` the file is `default`, or the shipped one for this machine. A run without a checkpoint has nothing to
+    continue, so auto and force start it anew. `supervised` is as for `load`.
 
     Raises:
         ConfigError: as `load`, or `resume` names a folder and the overrides another name or output_dir.
@@ -120,8 +120,8 @@ def _check_keeps_name(folder: Path, overrides: Sequence[str]) -> None:
         given = data.get(key, value)
         if (os.path.abspath(os.path.expanduser(str(given))) if key == "output_dir" else given) != value:
             raise ConfigError(
-                f"{key} is {given!r}, but resume is {str(folder)!r}, whose {key} is {value!r}; a resumed run keeps both, "
-                f"so leave {key} out, or move the folder"
+                f"{key} is {given!r}, but resume is {str(folder)!r}, whose {key} is {value!r}; a resumed run keeps "
+                f"both, so leave {key} out, or move the folder"
             )
 
 

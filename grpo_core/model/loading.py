@@ -60,7 +60,10 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         ConfigError: the tokenizer cannot be loaded.
     """
     folder = resolve_model_path(path)
-    no_files = f"model.path is {path!r}, and its tokenizer cannot be loaded: the folder has no tokenizer files"
+    no_files = (
+        f"model.path is {path!r}, and its tokenizer cannot be loaded: the folder has no tokenizer files, such as "
+        f"tokenizer.json"
+    )
     if Path(folder).is_dir() and not [*Path(folder).glob("*token*"), *Path(folder).glob("vocab*")]:
         raise ConfigError(no_files)
     try:
@@ -72,6 +75,12 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     if not tokenizer("one 1", add_special_tokens=False)["input_ids"]:  # it loads without files, but empty
         raise ConfigError(no_files)
     return tokenizer
+
+
+def check_has_config(path: str, folder: str) -> None:
+    """Raise ConfigError if the folder of the model at `path` lacks config.json."""
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
+        raise ConfigError(f"model.path is {path!r}, and it cannot be loaded: config.json is missing")
 
 
 def load_model_config(model: ModelConfig) -> PretrainedConfig:
@@ -86,6 +95,7 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
             f"model.path is {model.path!r}, which holds an adapter and not a model; merge the run that trained it into "
             f"a model with python -m grpo_core export RUN --merged, and set model.path to that"
         )
+    check_has_config(model.path, folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # models raise errors of many types

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from grpo_core.batch import Rollouts, take
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model import fast_layers, packed_attention
-from grpo_core.model.loading import resolve_model_path
+from grpo_core.model.loading import check_has_config, resolve_model_path
 from grpo_core.model.logprobs import (
     Statistics,
     find_statistics,
@@ -367,6 +367,7 @@ def load_policy(
             does not fit.
     """
     folder = resolve_model_path(model.path)
+    check_has_config(model.path, folder)
     try:
         base = AutoModelForCausalLM.from_pretrained(
             folder,
