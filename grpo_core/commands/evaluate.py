@@ -22,7 +22,7 @@ from grpo_core.counts import quantify
 from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.eval_sets import describe_set, load_eval_sets
 from grpo_core.data.prompts import make_tasks
-from grpo_core.data.rows import Rows, describe_eval_source, load_rows, load_splits
+from grpo_core.data.rows import Rows, describe_eval_source, load_rows, load_splits, name_split
 from grpo_core.distributed import ranks
 from grpo_core.monitor.completion_rows import completion_rows
 from grpo_core.monitor.progress import progress_bar
@@ -79,9 +79,10 @@ def run_evaluate(
     _start(data, output)
     opened = open_source(source, overrides, config=config, notify=print)
     tasks, description = load_problems(opened, data, split, limit, eval_set)
-    check_columns(opened.config, tasks, tasks)
+    place = name_split(description["path"], description["split"])
+    check_columns(opened.config, tasks, tasks, place)
     warnings = describe_prompt_changes(opened.tokenizer, opened.config.data, tasks)
-    warnings += check_gold_answers(opened.config, [], tasks)
+    warnings += check_gold_answers(opened.config, [], tasks, place)
     folder = output or (opened.folder or Path()) / name_folder(opened.steps, data)
     _make_folder(folder)
     parts = ranks.gather(answer_with_policies(opened, tasks, samples, settings, base=base))
