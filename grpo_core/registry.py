@@ -107,7 +107,7 @@ class Registry:
     def _load(self, name: str) -> Callable:
         """Import `path/to/file.py` and return its function."""
         path, _, attribute = os.path.expanduser(name).rpartition(":")
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise ConfigError(f"{self.kind} {name!r}: there is no file {path}")
         spec = importlib.util.spec_from_file_location(f"grpo_core_user_{Path(path).stem}", path)
         assert spec is not None and spec.loader is not None  # because the path ends in .py

@@ -62,12 +62,12 @@ def load_job(
     """Return the configuration of a training job: that of `load`; with `resume` that of the run which it continues.
 
     A run continues from its own config.yaml, with the overrides on top. `path` then only says, by name and output_dir,
-    which run auto and force mean; `notify` gets a sentence about its other keys that differ. Without `path` the file
-    is `default`, or the shipped one for this machine. A run without a checkpoint has nothing to continue, so auto and
-    force start it anew. `supervised` is as for `load`.
+    which run auto and force mean; a resumed run keeps both. `notify` gets a sentence about its other keys that differ.
+    Without `path` the file is `default`, or the shipped one for this machine. A run without a checkpoint has nothing to
+    continue, so auto and force start it anew. `supervised` is as for `load`.
 
     Raises:
-        ConfigError: as `load`.
+        ConfigError: as `load`, or `resume` names a folder and the overrides another name or output_dir.
     """
     file = path or default or find_default()
     folder, by_name = _find_resumed(file, overrides)
@@ -76,9 +76,12 @@ def load_job(
     file_data, words = _layers(find_file(file, Path()), ()), [*overrides]
     _apply_start(file_data, words)
     data = _layers(folder / "config.yaml", ()) | {"resume": file_data["resume"]}
-    if by_name:  # the folder may have been moved or renamed since its config.yaml was written
-        data |= {"name": folder.name, "output_dir": str(folder.parent)}
-        words = [word for word in words if split_word(word)[0] not in ("name", "output_dir")]
+    if not by_name:
+        _check_keeps_name(folder, overrides)
+    place = Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder  # resume=.
+    # the folder may have been moved or renamed since its config.yaml was written
+    data |= {"name": place.name, "output_dir": str(place.parent)}
+    words = [word for word in words if split_word(word)[0] not in ("name", "output_dir")]
     config = _resolve(data, words, supervised)
     if path and (keys := _list_differing(file_data, words, config)):
         more = f" and {len(keys) - MAX_NAMED_KEYS} more keys" if len(keys) > MAX_NAMED_KEYS else ""
@@ -92,7 +95,7 @@ def load_job(
 def _find_resumed(file: Path, overrides: Sequence[str]) -> tuple[Path | None, bool]:
     """Return the folder whose config.yaml a job continues from, if any, and whether name and output_dir say which."""
     path = find_file(file, Path())
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None, False  # `load` names the mistake, as for all others here
     data = _layers(path, ())
     _apply_start(data, overrides)
@@ -100,9 +103,25 @@ def _find_resumed(file: Path, overrides: Sequence[str]) -> tuple[Path | None, bo
     if not all(isinstance(value, str) for value in (resume, name, output_dir)) or data.get("overwrite"):
         return None, False
     by_name = resume in ("auto", "force")
-    folder = Path(output_dir) / name if by_name else Path(resume)
+    folder = Path(os.path.expanduser(output_dir)) / name if by_name else Path(os.path.expanduser(resume))
+    if not os.path.isfile(folder / "config.yaml"):
+        return None, by_name
     has_checkpoint = any(folder.glob("checkpoints/step-*"))
-    return (folder if (folder / "config.yaml").is_file() and (has_checkpoint or not by_name) else None), by_name
+    return (folder if has_checkpoint or not by_name else None), by_name
+
+
+def _check_keeps_name(folder: Path, overrides: Sequence[str]) -> None:
+    """Refuse a name or an output_dir that is not that of the run folder which `resume` names."""
+    data: dict[str, Any] = {}
+    _apply_start(data, overrides)
+    own = {"name": os.path.basename(os.path.abspath(folder)), "output_dir": os.path.dirname(os.path.abspath(folder))}
+    for key, value in own.items():
+        given = data.get(key, value)
+        if (os.path.abspath(os.path.expanduser(str(given))) if key == "output_dir" else given) != value:
+            raise ConfigError(
+                f"{key} is {given!r}, but resume is {str(folder)!r}, whose {key} is {value!r}; a resumed run keeps "
+                f"both, so leave {key} out, or move the folder"
+            )
 
 
 def _apply_start(data: dict[str, Any], overrides: Sequence[str]) -> None:
