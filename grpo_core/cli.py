@@ -20,7 +20,7 @@ from grpo_core import __version__
 from grpo_core.commands.errors import print_error
 from grpo_core.commands.gc_pause import pause_gc
 from grpo_core.distributed.notices import answer_early_interrupt
-from grpo_core.schema import ConfigError
+from grpo_core.schema import ConfigError, describe_impossible_path
 
 PROGRAM = "python -m grpo_core"
 COMPLETE_VARIABLE = "_GRPO_CORE_COMPLETE"  # in docs/commands.md
@@ -91,7 +91,11 @@ class FilePath(click.Path):
         super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert(os.path.expanduser(value), param, ctx)
+        path = super().convert(os.path.expanduser(value), param, ctx)
+        if problem := describe_impossible_path(path):
+            is_option = isinstance(param, click.Option)
+            raise ConfigError(f"{param.opts[0] if is_option else 'the path'} {problem}")
+        return path
 
 
 def _list_keys(section: type, prefix: str) -> Iterator[tuple[str, list[str]]]:

@@ -5,6 +5,7 @@ Whoever still imports an old module gets an ImportError whose sentence names the
 
 import re
 import sys
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -121,10 +122,31 @@ class OldModules:
             raise ImportError(sentence, name=f"{PACKAGE}.{folder}")
 
 
+class Package(ModuleType):
+    """The package grpo_core. In a folder of it that was a module, a missing name raises what importing it raises."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in MOVED and isinstance(value, ModuleType):  # the import system sets a folder that it has loaded
+            value.__getattr__ = lambda missing: _raise_missing(value, missing)  # type: ignore[method-assign]
+        super().__setattr__(name, value)
+
+
+def _raise_missing(folder: ModuleType, name: str) -> None:
+    """Raise the AttributeError of a name that a folder does not have, such as grpo_core.config.RunConfig."""
+    sentence = f"module {folder.__name__!r} has no attribute {name!r}"
+    if not name.startswith("__"):
+        try:
+            find_spec(f"{folder.__name__}.{name}")  # finds a module that is not imported yet
+        except ImportError as error:
+            sentence = str(error)
+    raise AttributeError(sentence, name=name, obj=folder)
+
+
 def install() -> None:
-    """Let imports of old modules name the new ones."""
+    """Let imports of old modules, and names in them, name the new ones."""
     if OldModules not in sys.meta_path:
         sys.meta_path.append(OldModules)
+    sys.modules[PACKAGE].__class__ = Package
 
 
 def describe_old_module(name: str, verb: str = " is now") -> str:

@@ -3,8 +3,9 @@
 The keyword-only arguments of a function are its configuration schema. Further facts about a function are attributes of
 it, which a user's function may set too:
 
-    breaks     {law: reason}, the laws that it breaks on purpose (objective/laws.py, objective/advantage_laws.py)
-    others     documented in the module of the registry
+    breaks           {law: reason}, the laws that it breaks on purpose (objective/laws.py, objective/advantage_laws.py)
+    argument_limits  {argument: function}, which returns what a value must be, or None if it is that
+    others           documented in the module of the registry
 """
 
 import contextlib
@@ -93,16 +94,20 @@ class Registry:
         """Return the function `name` with `args` bound to its keyword-only arguments.
 
         Raises:
-            ConfigError: as `get`, or the function does not take an argument, or a value has the wrong type; the message
-                names `key`.argument.
+            ConfigError: as `get`, or the function does not take an argument, or a value has the wrong type or is none
+                that the fact `argument_limits` of the function allows; the message names `key`.argument.
         """
-        function = self.get(name)
-        return functools.partial(function, **check_arguments(function, args or {}, key or f"{self.kind}.args"))
+        function, key = self.get(name), key or f"{self.kind}.args"
+        args = check_arguments(function, args or {}, key)
+        for argument, check in (get_fact(function, "argument_limits") or {}).items():
+            if argument in args and (must_be := check(args[argument])):
+                raise ConfigError(f"{key}.{argument} is {args[argument]!r}; {must_be}")
+        return functools.partial(function, **args)
 
     def _load(self, name: str) -> Callable:
         """Import `path/to/file.py` and return its function."""
         path, _, attribute = os.path.expanduser(name).rpartition(":")
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise ConfigError(f"{self.kind} {name!r}: there is no file {path}")
         spec = importlib.util.spec_from_file_location(f"grpo_core_user_{Path(path).stem}", path)
         assert spec is not None and spec.loader is not None  # because the path ends in .py

@@ -16,6 +16,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from grpo_core import trl_names
 
+MAX_NAME_BYTES = 255  # of one file or folder; the limit of every common file system
+MAX_PATH_BYTES = 4095  # PATH_MAX of Linux without the null byte
+MAX_SHOWN_PATH = 60  # characters of a path that is too long
+
 
 class ConfigError(ValueError):
     """An error in what a user asked for.
@@ -62,6 +66,27 @@ def describe_eval_rows(path: str, split: str, eval_path: str | None, eval_split:
 def describe_split(path: str, split: str) -> str:
     """Return the name of a split; a file has no splits, and its only one is the whole file."""
     return "the whole file" if Path(path).is_file() else split
+
+
+def describe_impossible_path(path: str | Path, max_bytes: int = MAX_PATH_BYTES) -> str | None:
+    """Return why no file system can have `path`, as the end of a sentence that begins with its key, or None."""
+    text = str(path)
+    try:
+        longest = max(len(part.encode()) for part in text.split("/"))
+        size = len(text.encode())
+    except UnicodeEncodeError as error:  # a byte that is not UTF-8, which config.yaml could not hold
+        return f"is {text!a}; a path must not hold {error.object[error.start]!a}, which is not UTF-8"
+    if "\0" in text:
+        return f"is {text!r}; a path must not hold a null character"
+    if longest > MAX_NAME_BYTES:
+        return f"is {_cut(text)}; the name of a file or folder may have {MAX_NAME_BYTES} bytes, not {longest:,}"
+    if size > max_bytes:
+        return f"is {_cut(text)}; a path may have {max_bytes:,} bytes here, not {size:,}"
+    return None
+
+
+def _cut(text: str) -> str:
+    return repr(text if len(text) <= MAX_SHOWN_PATH else f"{text[:MAX_SHOWN_PATH]}...")
 
 
 def describe_exit(code: int) -> str:
@@ -182,7 +207,8 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
     hint = trl_names.value_hint(key, value) or f"it must be {describe(kind)}"
     if str in list_options(kind) and isinstance(value, (bool, int, float, datetime.date)):
         hint += ", so put quotes around it"
-    raise ConfigError(f"{key} is {value!r}; {hint}")
+    text = str(value) if isinstance(value, datetime.date) else repr(value)
+    raise ConfigError(f"{key} is {text}; {hint}")
 
 
 def list_options(kind: Any) -> tuple[Any, ...]:

@@ -6,7 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from grpo_core.objective.answers import accepted_choices, final_choice, final_text
+from grpo_core.config.files import load
+from grpo_core.objective.answers import accepted_choices, final_choice, final_text, normalise_text
 from grpo_core.objective.numbers import final_number, read_gold
 from grpo_core.objective.rewards import REWARDS, correct_answer
 
@@ -169,6 +170,76 @@ def test_t1_commas_and_percent_signs_of_all_kinds(text, number):
     assert final_number(text) == number and read_gold(text) == {number}
 
 
+MARKED_GROUPS = {
+    "1 000 000": 1_000_000, "12 345 km": 12_345, "5 600": 5600, "-1 000": -1000, "$1 234.50": Fraction(2469, 2), "1'234": 1234,
+    "1\u2009234 km": 1234, "1\u00a0234\u00a0567": 1_234_567, r"12\;345": 12_345, "12~345": 12_345, "x = 1 000": 1000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MARKED_GROUPS)
+@pytest.mark.parametrize("mark", ["#### {}", r"\boxed{{{}}}", "He got 3 and 4.\n#### {}", "####\n{}"])
+def test_attack_2_groups_of_three_digits_are_one_number(mark, text):
+    """A completion and a gold answer read an ordinary space alike: as a part of the number, behind a mark and in a box."""
+    marked = mark.format(text)
+    assert read_gold(marked) == {MARKED_GROUPS[text]} and final_number(marked) == MARKED_GROUPS[text]
+
+
+@pytest.mark.parametrize("text", ["1 000", "rows 5 600", "1 000 000", "12 345 km"])
+def test_attack_2_an_ordinary_space_without_a_mark_may_separate_two_numbers(text):
+    assert read_gold(text) is None and final_number(text) is None
+
+
+@pytest.mark.parametrize("text", ["12 345 6789", "12 34", "0 123", "1234 567", "1 000 1/2", "1.5 000", "1 234,50", "1 000 000 000 5"])
+def test_attack_2_other_groups_are_not_one_number(text):
+    assert read_gold(f"#### {text}") is None and read_gold(f"\\boxed{{{text}}}") is None
+
+
+NOT_ONE_NUMBER = [
+    "(3, 4)", "5 hours 30 minutes", "5'6\"", "5 ft 6 in", "5 or 6", "3 : 4", "3:4", "5!", "5 million", "5 Million dollars", "2 thousand",
+    "12 dozen", "5k", "$5M", "5bn", "5e", "5 and a half", "5±1", "10 (or 11)", "3 a 4", "5 to 7", "1010 base 2", "x = 5, y = 6",
+    "x = 5 and y = 6", "5 squared", "12 hundredths", "twice 5", "half of 5", "5, 6 and 7", "5 | 6", r"5\text{ million}", "$5-$6",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NOT_ONE_NUMBER)
+def test_attack_2_a_gold_answer_with_more_than_one_number_is_not_read(text):
+    assert read_gold(f"#### {text}") is None and read_gold(f"so 1 + 1 = 2.\n#### {text}") is None
+    assert read_gold(f"\\boxed{{{text}}}") is None and read_gold(text) is None and read_gold([f"#### {text}"]) is None
+    assert correct_answer(["5", "3", "6"], answer=[f"#### {text}"] * 3) == [None] * 3
+
+
+GSM8K_FORMS = {
+    "72": 72, "1,234": 1234, "$12.50": Fraction(25, 2), "25 apples": 25, "50%": 50, "-5": -5, "42.": 42, "**42**": 42, "3/4 cup": THREE_QUARTERS,
+    "2 1/4 cups": Fraction(9, 4), "5 m": 5, "5m": 5, "5 M": 5, "10 (ten)": 10, "5 = 5.0": 5, "25 m2": 25, "3 quarters": 3, "5 pairs": 5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", GSM8K_FORMS)
+def test_attack_2_a_gold_answer_with_one_number_and_its_unit_is_read(text):
+    assert read_gold(f"He has 3 + 4 = 7.\n#### {text}") == {GSM8K_FORMS[text]} == {final_number(f"#### {text}")}
+
+
+@pytest.mark.parametrize("text", ["minus 5", "negative 5", "Minus 5 degrees", "It is minus 5", "x = minus 5", "#### minus 5", "#### negative 5"])
+def test_attack_2_a_sign_in_words_is_read(text):
+    assert read_gold(text) == {-5} and final_number(text) == -5
+
+
+def test_attack_2_a_subtraction_in_words_has_no_sign():
+    assert final_number("ten minus 5") == 5 and final_number("x minus 5") == 5 and read_gold("#### 10 minus 5") is None
+
+
+@pytest.mark.parametrize("piece", ["1 ", "123 ", "1 234 ", "12 345 6", "1'234'", "5 or ", "x = 5, ", "= 5 and ", "minus ", "5 million "])
+@pytest.mark.parametrize("frame", ["#### {}", "\\boxed{{{}}}", "{}"])
+def test_attack_2_reading_stays_linear(frame, piece):
+    def seconds(length):
+        text, start = frame.format(piece * (length // len(piece))), time.process_time()
+        read_gold(text), final_number(text)
+        return time.process_time() - start
+
+    took = seconds(100_000)
+    assert took < 0.5 or took < 3 * seconds(50_000)
+
+
 def test_t1_a_comma_that_may_be_decimal_is_no_number():
     assert final_number("it is 0,75") is None and final_number("1,2,3") == 3
 
@@ -193,6 +264,34 @@ def test_text_match_accepts_several_answers():
     assert match(["<think>Louvre</think>Orsay", "<think>Louvre"], answer=["Louvre"] * 2) == [0.0, 0.0]
     assert REWARDS.build("text_match", {"strict": True})(["the Louvre"], answer=["the louvre"]) == [0.0]
     assert REWARDS.build("text_match", {"outside_thinking": False})(["<think>\nLouvre"], answer=["Louvre"]) == [1.0]
+
+
+@pytest.mark.parametrize("text, normal", [
+    (".5", ".5"), ("**.5**", ".5"), ("$.50", ".50"), ("(.5)", ".5"), ("is .5.", "is .5"), ("-5", "-5"), ("-.5", "-.5"), ("(-5)", "-5"),
+    ("...5", "5"), ("... .5", ".5"), (". 5", "5"), ("5.", "5"), ("«5»", "5"), (".net", "net"), ("..", ""),
+])  # fmt: skip
+def test_attack_3_a_point_or_minus_before_a_digit_is_no_punctuation(text, normal):
+    assert normalise_text(text) == normal
+
+
+def test_attack_3_half_is_not_five():
+    match = REWARDS.build("text_match")
+    assert match([".5", "The answer is .5", "#### -5", "5", "5."], answer=["5", "5", "5", ".5", "5"]) == [0.0, 0.0, 0.0, 0.0, 1.0]
+    assert match([".5", r"\boxed{.5}"], answer=[".5", "#### .5"]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("letters", ["1234", "", "ABCA", "abA", "A B", "A,B", "ABß", "AБ"])
+def test_attack_4_letters_that_can_never_match_are_refused(letters):
+    with pytest.raises(ValueError) as error:
+        load("tiny", ["rewards=[choice_match]", f"rewards[0].args.letters={letters}"])
+    must_be = "it must be letters from A to Z, none of them twice, such as ABCDEFGHIJ"
+    assert str(error.value) == f"rewards[0].args.letters is {letters!r}; {must_be}"
+
+
+def test_attack_4_lower_case_letters_match():
+    match = REWARDS.build("choice_match", {"letters": "abcd"})
+    completions = ["b", "B", "The answer is (b)", "#### B", "so (B)", "**B**", "E", "A"]
+    assert match(completions, answer=["b", "B", "(b)", "b) Paris", ["A", "b"], "#### b", "e", "b"]) == [1.0] * 6 + [None, 0.0]
 
 
 @pytest.mark.parametrize("text, letter", [

@@ -35,10 +35,10 @@ PLACES = {  # heavy dependency -> the modules that may import it
     "deepspeed": {"training/engine"},
     "peft": {"model/policy"},
     "datasets": {"data/rows"},
-    "yaml": {"config/files", "config/words", "report/run_reader"},
+    "yaml": {"config/files", "config/words", "config/yaml_text", "report/run_reader"},
     "matplotlib": {"report/png"},
     "tokenizers": {"model/new_model"},
-    "huggingface_hub": {"commands/export"},
+    "huggingface_hub": {"commands/export", "data/rows"},
     "safetensors": {"training/saved_batches", "training/checkpoint", "commands/export"},
     "triton": {"sampling/decode_kernels", "sampling/attention_kernels", "model/kernels"},
 }

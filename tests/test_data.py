@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import numpy as np
@@ -7,10 +8,11 @@ from fakes import Alphabet
 from grpo_core.batch import Task
 from grpo_core.config.sections import DataConfig
 from grpo_core.data.prompts import make_tasks, render_prompt
-from grpo_core.data.rows import load_splits
+from grpo_core.data.rows import load_rows, load_splits
 from grpo_core.data.stream import TaskStream
 from grpo_core.distributed import ranks
 from grpo_core.model.loading import load_tokenizer, resolve_model_path
+from grpo_core.objective.rewards import REWARDS
 
 ROWS = [{"question": f"q{i}", "cot": f"c{i}", "answer": str(i)} for i in range(10)]
 
@@ -179,3 +181,109 @@ def test_s3_the_order_of_the_data_shares_no_stream_with_the_completions(monkeypa
     assert len(streams["order"]) == 4 + 16 and len(streams["noise"]) == 3 * len(tasks)
     every = streams["order"] + streams["noise"]
     assert len(set(every)) == len(every)
+
+
+CSV_CELLS = {"007": "007", "5": "5", "5.0": "5.0", "NA": "NA", "null": "null", "nan": "nan", "true": "true", "1e3": "1e3", '"0123"': "0123", "": None}
+
+
+@pytest.mark.parametrize("cell", CSV_CELLS)
+@pytest.mark.parametrize("place", ["rows.csv", "rows.tsv", "folder/train.csv", "folder/rows.csv", "folder/rows.tsv", "folder/train.csv.gz"])
+def test_attack_1_a_cell_of_a_csv_file_stays_as_written(tmp_path, place, cell):
+    """The other cells of the column are numbers and one is missing: pandas would read 7.0, 5.0 and null."""
+    path, separator = tmp_path / place, "\t" if ".tsv" in place else ","
+    path.parent.mkdir(exist_ok=True)
+    lines = [f"{cell}{separator}q", f"12{separator}q", f"{separator}q", f"12{separator}2024-01-05"]
+    data = "".join(line + "\n" for line in [f"answer{separator}question", *lines]).encode()
+    path.write_bytes(gzip.compress(data) if place.endswith("gz") else data)
+    rows = load_rows(str(path.parent if "/" in place else path), None, "train", None)
+    assert [row["answer"] for row in rows] == [CSV_CELLS[cell], "12", None, "12"]
+    assert rows[3]["question"] == "2024-01-05"
+
+
+def test_attack_1_answers_from_a_csv_file_are_judged(tmp_path):
+    (tmp_path / "rows.csv").write_text('question,answer\nq,5\nq,"1,234"\nq,#### 18\nq,"two\nlines"\n')
+    gold = [row["answer"] for row in load_rows(str(tmp_path / "rows.csv"), None, "train", None)]
+    assert REWARDS.build("correct_answer")(["5", "1234", "18", "1"], answer=gold) == [1.0, 1.0, 1.0, None]
+    assert REWARDS.build("text_match")(["5", "1,234", "18", "two lines"], answer=gold) == [1.0, 1.0, 1.0, 1.0]
+    assert render_prompt({"question": "007"}, DataConfig(template="{question}"), Alphabet()) == "007"
+
+
+def test_attack_1_a_split_of_a_folder_may_be_a_slice_or_a_sum(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("a\n" + "".join(f"0{i}{split}\n" for i in range(4)))
+    read = {split: [row["a"] for row in load_rows(str(tmp_path), None, split, None)] for split in ("train[:50%]", "test+train", "all")}
+    assert read["train[:50%]"] == ["00train", "01train"]
+    assert len(read["test+train"]) == len(read["all"]) == 8 and read["test+train"][0] == "00test"
+    with pytest.raises(ValueError, match="Unknown split"):
+        load_rows(str(tmp_path), None, "dev", None)
+
+
+@pytest.mark.parametrize("place", ["rows.csv", "rows.jsonl", "folder/rows.csv", "rows.parquet"])
+def test_attack_1_data_without_a_row_is_the_same_sentence(tmp_path, place):
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    if place.endswith("parquet"):
+        pytest.importorskip("pandas").DataFrame({"answer": []}).to_parquet(path)
+    else:
+        path.write_text("" if place.endswith("jsonl") else "question,answer\n")
+    path = path.parent if "/" in place else path
+    with pytest.raises(ValueError) as error:
+        load_rows(str(path), None, "train", None)
+    assert str(error.value) == f"data.path is {str(path)!r} (split 'train'), and it has no rows"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a,b\n1,2\n1,2,3\n", "line 3, has 3 cells, but there are only 2 columns"),
+        ('a,b\n1,"2\n3,4\n', "is not CSV: a double quote is not closed"),
+        ('a,b\n1,"2"x\n', "line 2, is not CSV"),
+    ],
+)
+def test_attack_1_a_malformed_csv_file_is_named_with_its_line(tmp_path, text, message):
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_rows(str(tmp_path / "rows.csv"), None, "train", None)
+
+
+def test_attack_1_a_long_cell_and_odd_headers_are_read(tmp_path):
+    (tmp_path / "rows.csv").write_bytes(b"\xef\xbb\xbf,a,a\r\n0," + b"x" * 200_000 + b',"1\r\n2"\r\n\r\n1\r\n')
+    first, second = load_rows(str(tmp_path / "rows.csv"), None, "train", None)
+    assert first == {"Unnamed: 0": "0", "a": "x" * 200_000, "a.1": "1\r\n2"}
+    assert second == {"Unnamed: 0": "1", "a": None, "a.1": None}
+
+
+MIXED = {
+    "formats": ({"a.jsonl": '{"a": "1"}', "b.jsonl": '{"a": "1"}', "c.csv": "a\n1\n"}, r"several formats \(a.jsonl, c.csv\); name one"),
+    "columns": ({"a.jsonl": '{"a": "1"}', "b.jsonl": '{"a": 1, "b": [2]}'}, "cannot be loaded: its files differ in their columns"),
+    "csv": ({"a.csv": "a\n1\n", "b.csv": "a,b\n1,2\n"}, "and its files differ in their columns"),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_attack_1_a_folder_of_mixed_files_is_one_sentence(tmp_path, name):
+    files, message = MIXED[name]
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_rows(str(tmp_path), None, "train", None)
+
+
+def test_attack_1_files_beside_those_of_a_split_do_not_count(tmp_path):
+    (tmp_path / "train.csv").write_text("a\n01\n")
+    (tmp_path / "notes.json").write_text("{}")
+    assert load_rows(str(tmp_path), None, "train", None) == [{"a": "01"}]
+
+
+def test_attack_1_csv_files_of_the_hub_are_found_again_without_a_network(tmp_path, monkeypatch):
+    """The environment of the tests sets HF_HUB_OFFLINE; the files lie where a download has put them."""
+    repository = tmp_path / "datasets--me--set"
+    for name, text in (("refs/main", "abc"), ("snapshots/abc/train.csv", "a\n007\n")):
+        (repository / name).parent.mkdir(parents=True)
+        (repository / name).write_text(text)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert load_rows("me/set", None, "train", None) == [{"a": "007"}]
+    with pytest.raises(ValueError, match="data.path is 'me/other' .*it cannot be loaded"):
+        load_rows("me/other", None, "train", None)

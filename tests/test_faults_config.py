@@ -84,13 +84,81 @@ def test_n1_a_number_is_read_as_it_is_written(word, sentence):
     assert load(TINY, ["seed=010", "engine.learning_rate=1e-4"]).seed == 10
 
 
-def test_n1_integers_in_a_file_are_decimal_and_a_text_that_yaml_reads_otherwise_is_refused(tmp_path):
+def test_n1_integers_in_a_file_are_decimal(tmp_path):
     (tmp_path / "a.yaml").write_text("base: tiny\nname: 007\n")
     assert load(tmp_path / "a.yaml").name == "007"
-    for line, sentence in (("seed: 1:30", "seed is '1:30'"), ("name: 2026-01-01", "it must be text, so put quotes around it")):
+    for line, sentence in (("seed: 1:30", "seed is '1:30'"), ("seed: 2026-01-01", "seed is 2026-01-01; it must be an integer")):
         (tmp_path / "a.yaml").write_text(f"base: tiny\n{line}\n")
         with pytest.raises(ValueError, match=sentence):
             load(tmp_path / "a.yaml")
+
+
+# --- attack 5 ------------------------------------------------------------------------------------------------------
+
+
+def load_text(folder, text, words=()):
+    (folder / "a.yaml").write_text(text)
+    return load(folder / "a.yaml", words)
+
+
+@pytest.mark.parametrize("written", ["2024-01-05", "2024-01-05 10:00:00", "123", "007", "0x10", "1e3", "1.50", ".5", "1_000", "1:30", "on", "No", "true", "'true'"])
+def test_attack_5_a_key_of_type_text_takes_what_is_written(tmp_path, written):
+    right, sets = written.strip("'"), "" if ":" in written else f"evaluation: {{sets: [{written}], select: {written}}}\n"
+    text = "name: {0}\nlora: {{target_modules: [{0}]}}\nsft: {{targets: {0}}}\ndata: {{split: {0}, columns: {{answer: {0}}}, system: {0}}}\n"
+    config = load_text(tmp_path, text.format(written) + sets)
+    texts = [config.name, *config.lora.target_modules, config.data.split, config.data.system, config.data.columns["answer"]]
+    texts += [config.sft.targets[0].template, *([config.evaluation.sets[0].name, config.evaluation.select] if sets else [])]
+    assert set(texts) == {right}
+
+
+def test_attack_5_other_types_are_read_as_before(tmp_path):
+    config = load_text(tmp_path, "seed: 5\noverwrite: yes\nresume: null\nengine: {learning_rate: 1e-4}\nlora: {target_modules: all-linear}\n")
+    assert (config.seed, config.overwrite, config.resume, config.engine.learning_rate) == (5, True, None, 1e-4)
+    with pytest.raises(ValueError, match="^seed is 2024-01-05; it must be an integer$"):
+        load_text(tmp_path, "seed: 2024-01-05\n")
+    letters = "rewards: [{name: choice_match, args: {letters: 2024-01-05}}]\n"
+    with pytest.raises(ValueError, match=r"^rewards\[0\].args.letters is 2024-01-05; it must be text, so put quotes around it$"):
+        load_text(tmp_path, letters)
+    for word in ("true", "no"):
+        with pytest.raises(ValueError, match=f"log.wandb is '{word}'; it must be the name of a project, or null"):
+            load_text(tmp_path, f"log: {{wandb: {word}}}\n")
+
+
+EMPTY = ["trainer:\n", "trainer: # nothing\n", "trainer: {}\n", "trainer: null\n", "data: {columns: }\n", "loss: {args: , rollout_correction: }\n",
+         "engine: {deepspeed: }\n"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", EMPTY)
+def test_attack_5_an_empty_section_is_as_if_it_were_not_there(tmp_path, text):
+    words = ["trainer.num_steps=2", "data.columns.answer=b", "loss.rollout_correction.name=none"]
+    assert load_text(tmp_path, text) == load_text(tmp_path, "")
+    assert load_text(tmp_path, text, words) == load_text(tmp_path, "", words)
+    assert load_text(tmp_path, "base: tiny\n" + text, words) == load_text(tmp_path, "base: tiny\n", words)
+
+
+def test_attack_5_an_empty_list_and_a_section_that_is_a_value_are_one_sentence(tmp_path):
+    for text, words, sentence in (
+        ("rewards:\n", [], "rewards is null; it must be a list, or be left out"),
+        ("trainer: 3\n", ["trainer.num_steps=2"], "unknown key trainer.num_steps; trainer is a value and has no keys"),
+        ("name:\n", [], "name is None; it must be text"),
+        ("trainer:\ntrainer: {epochs: 1}\n", [], "the key 'trainer' is given twice"),
+        ("rewards: [{name: correct_answer, args: &a {b: *a}}]\n", [], r"the alias \*a is inside what it stands for \(line 1, column 47\)"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            load_text(tmp_path, text, words)
+
+
+@pytest.mark.parametrize("word, sentence", [
+    ("[]", "is []; it must name at least one module, such as q_proj, or be all-linear (with lora.r=0 there is no adapter)"),
+    ("", "is ''; it must name at least one module, such as q_proj, or be all-linear (with lora.r=0 there is no adapter)"),
+    ("(", "is '('; it must be all-linear, a list, or a regular expression, and as the latter it has the fault: missing ), unterminated "
+          "subpattern at position 0"),
+])  # fmt: skip
+def test_attack_5_target_modules_that_name_nothing_are_one_sentence_of_ours(word, sentence):
+    with pytest.raises(ValueError) as error:
+        load(TINY, [f"lora.target_modules={word}"])
+    assert str(error.value) == f"lora.target_modules {sentence}"
+    assert load(TINY, ["lora.target_modules=[]", "lora.r=0", "loss.kl_coef=0"]).lora.r == 0
 
 
 # --- N11 -----------------------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """Gold answers that a reward cannot judge are counted before training (FAULTS T7, N10, 17)."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from grpo_core.batch import Task
+from grpo_core.commands import evaluate
 from grpo_core.config.sections import DataConfig, EvaluationConfig, RewardConfig, RunConfig
+from grpo_core.model.loading import load_tokenizer
 from grpo_core.schema import ConfigError
 from grpo_core.training.gold_answers import check_gold_answers
 
@@ -20,7 +23,7 @@ MOSTLY_NUMBERS = ["1"] * 96 + [r"2\sqrt{3}", "a dozen", "3, 4", "10:30"]
 def test_t7_answers_that_cannot_be_judged_are_counted_and_three_are_shown():
     (sentence,) = check_gold_answers(RunConfig(), tasks_of(MOSTLY_NUMBERS), [])
     assert sentence == (
-        "reward correct_answer cannot judge 4 of 100 values of the column 'answer' in the training data: row 97 "
+        "reward correct_answer cannot judge 4 of 100 values of the column 'answer' in the training data, builtin:word_problems (train): row 97 "
         r"'2\\sqrt{3}', row 98 'a dozen', row 99 '3, 4'; they are left out of this reward"
     )
     assert check_gold_answers(RunConfig(), tasks_of(["1", "#### 2"]), tasks_of(["3"])) == []
@@ -56,3 +59,36 @@ def test_n10_an_evaluation_that_cannot_judge_is_refused_before_training():
         check_gold_answers(config, texts, texts)
     assert check_gold_answers(replace(config, evaluation=EvaluationConfig(reward="text_match")), texts, texts) == []
     assert check_gold_answers(config, texts, []) == []
+
+
+@pytest.mark.parametrize("eval_path", [None, "eval.jsonl"])
+def test_attack_9_the_sentence_names_the_file(tmp_path, eval_path):
+    train = tmp_path / "train.jsonl"
+    train.write_text("")
+    other = eval_path and str(tmp_path / eval_path)
+    if other:
+        (tmp_path / eval_path).write_text("")
+    texts = tasks_of(["Paris", "Rome"])
+    config = RunConfig(data=DataConfig(path=str(train), eval_path=other))
+    with pytest.raises(ConfigError, match=f"2 of 2 values of the column 'answer' in the training data, {train}: row 1 'Paris'"):
+        check_gold_answers(config, texts, [])
+    for judged in (0.05, 1.0):
+        config = replace(config, data=replace(config.data, max_unjudged=judged))
+        try:
+            (sentence,) = check_gold_answers(config, [], texts)
+        except ConfigError as error:
+            sentence = str(error)
+        assert f"of the column 'answer' in the evaluation data, {other or train}: row 1 'Paris'" in sentence
+
+
+def test_attack_9_evaluate_names_the_data_that_it_was_given(tmp_path, monkeypatch):
+    """The data of --data or --set, and not those of the run."""
+    given = tmp_path / "given.jsonl"
+    given.write_text('{"question": "Where?", "answer": "Paris"}\n' * 3)
+    opened = SimpleNamespace(config=RunConfig(), tokenizer=load_tokenizer("builtin:tiny"), folder=None, steps=None)
+    monkeypatch.setattr(evaluate, "open_source", lambda *arguments, **options: opened)
+    with pytest.raises(ConfigError, match=f"cannot judge 3 of 3 values of the column 'answer' in the evaluation data, {given}: row 1"):
+        evaluate.run_evaluate("builtin:tiny", data=str(given))
+    given.write_text('{"question": "Where?", "town": "Paris"}\n' * 3)
+    with pytest.raises(ConfigError, match=f"needs the column 'answer', but the data has only the columns question, town; the data is {given}"):
+        evaluate.run_evaluate("builtin:tiny", data=str(given))

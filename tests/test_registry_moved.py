@@ -45,6 +45,25 @@ def test_a_name_that_an_old_module_had_is_an_import_error_that_names_the_new_one
     assert str(error.value).startswith(sentence)
 
 
+@pytest.mark.parametrize("name", FOLDERS)
+def test_attack_8_a_name_that_an_old_module_had_is_an_attribute_error_with_the_same_sentence(name):
+    folder = importlib.import_module(f"grpo_core.{name}")
+    sentence = f"there is no grpo_core.{name}.Thing; of earlier versions, grpo_core.{name} is now grpo_core.{MOVED[name][0]}"
+    with pytest.raises(AttributeError) as error:
+        folder.Thing  # noqa: B018
+    assert str(error.value).startswith(sentence) and error.value.obj is folder
+    assert not hasattr(folder, "__wrapped__") and getattr(folder, "Thing", None) is None
+
+
+def test_attack_8_a_module_that_is_not_imported_yet_is_no_old_name(monkeypatch):
+    import grpo_core.report.png
+
+    monkeypatch.delattr(grpo_core.report, "png")
+    with pytest.raises(AttributeError, match="^module 'grpo_core.report' has no attribute 'png'$"):
+        grpo_core.report.png  # noqa: B018
+    from grpo_core.report import png  # noqa: F401
+
+
 def test_every_module_that_is_there_is_imported_as_ever():
     for info in pkgutil.walk_packages(grpo_core.__path__, "grpo_core."):
         assert importlib.util.find_spec(info.name), info.name

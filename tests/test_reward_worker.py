@@ -299,3 +299,72 @@ def test_fault_22_a_closed_connection_says_that_the_process_has_ended_before_its
     other.close()
     assert worker._has_ended()
     worker._socket.close()
+
+
+INTERRUPTS = """
+import os, signal, subprocess, time
+
+def send(completions):
+    what = completions[0]
+    if what == "parent":  # the supervisor
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(0.2)
+    if what == "group":
+        os.killpg(0, signal.SIGINT)
+        time.sleep(1)
+    if what == "self":
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            return [7.0]
+    if what == "raise":
+        raise KeyboardInterrupt
+    if what == "later":
+        subprocess.Popen(["sh", "-c", f"sleep 0.1; kill -INT {os.getpid()} {os.getppid()}"])
+    if what == "child":  # a program that it starts can be interrupted
+        child = subprocess.Popen(["sleep", "5"])
+        child.send_signal(signal.SIGINT)
+        return [float(child.wait())]
+    return [1.0]
+"""
+
+
+@pytest.mark.parametrize("what, value, why", [
+    ("parent", 1.0, None),
+    ("group", None, "was interrupted: KeyboardInterrupt (mine.py, line 1"),
+    ("self", 7.0, None),
+    ("raise", None, "was interrupted: KeyboardInterrupt (mine.py, line 18"),
+    ("later", 1.0, None),
+    ("child", -2.0, None),
+])  # fmt: skip
+def test_attack_4_a_reward_that_sends_sigint_prints_no_traceback(tmp_path, capfd, what, value, why):
+    (tmp_path / "mine.py").write_text(INTERRUPTS)
+    worker = RewardWorker(f"{tmp_path / 'mine.py'}:send", {}, timeout=20)
+    try:
+        process = worker._process
+        outcome = call(worker, [what])
+        assert outcome.values == [value] and (outcome.why or "").startswith(why or "") and (why is None) == (outcome.why is None)
+        time.sleep(0.4 if what == "later" else 0)
+        assert call(worker, ["well"]).values == [1.0]
+        assert worker._process is process and process.poll() is None  # nothing ended it
+    finally:
+        worker.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_attack_4_an_interrupt_while_the_file_is_imported_is_a_sentence(tmp_path, capfd):
+    (tmp_path / "mine.py").write_text("raise KeyboardInterrupt\n\ndef send(completions):\n    return [1.0]\n")
+    with pytest.raises(ConfigError, match="was interrupted: KeyboardInterrupt"):
+        RewardWorker(f"{tmp_path / 'mine.py'}:send", {}, timeout=20)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_attack_4_a_rewards_own_handler_of_sigint_stays(tmp_path):
+    text = "import os, signal\ncount = 0\ndef see(*arguments):\n    global count\n    count += 1\n\nsignal.signal(signal.SIGINT, see)\n"
+    text += "\ndef send(completions):\n    os.kill(os.getpid(), signal.SIGINT)\n    return [float(count)]\n"
+    (tmp_path / "mine.py").write_text(text)
+    worker = RewardWorker(f"{tmp_path / 'mine.py'}:send", {}, timeout=20)
+    try:
+        assert [call(worker, ["a"]).values for _ in range(2)] == [[1.0], [2.0]]
+    finally:
+        worker.close()

@@ -23,6 +23,7 @@ from grpo_core.config.sections import CheckpointConfig, EvaluationConfig
 from grpo_core.distributed import signals
 from grpo_core.monitor import run_lock
 from grpo_core.monitor.file_modes import apply_umask
+from grpo_core.monitor.run_log import RunLog
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, run_dir, saved_batches
 from grpo_core.training.resume import find_start
@@ -286,6 +287,42 @@ def test_n9_a_moved_or_renamed_run_goes_on_where_it_lies(run, tmp_path):
     moved = run.folder.rename(tmp_path / "runs" / "moved")
     start = find_start(load_job(None, ["resume=auto", "name=moved", f"output_dir={tmp_path}/runs"]))
     assert start.folder == moved and start.step == 2
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["name=other"], "name is 'other', but resume is"),
+    (["output_dir=elsewhere"], "output_dir is 'elsewhere', but resume is"),
+    (["name=cc", "output_dir=elsewhere"], "output_dir is 'elsewhere', but resume is"),
+])  # fmt: skip
+@pytest.mark.parametrize("supervised", [False, True])
+def test_attack_5_a_resumed_run_keeps_its_name(run, words, sentence, supervised):
+    with pytest.raises(ConfigError, match=sentence):
+        load_job(None, [f"resume={run.folder}", *words], supervised=supervised)
+    assert load(run.folder / "config.yaml", []).name == "cc"
+
+
+def test_attack_5_the_runs_own_name_is_accepted_and_its_folder_says_it(run, tmp_path, monkeypatch):
+    for words in (["name=cc"], [f"output_dir={tmp_path}/runs"], ["name=cc", f"output_dir={tmp_path}/runs/../runs/"]):
+        config = load_job(None, [f"resume={run.folder}", *words])
+        assert (config.name, config.output_dir) == ("cc", f"{tmp_path}/runs")
+    moved = run.folder.rename(tmp_path / "runs" / "moved")
+    config = load_job(None, [f"resume={moved}"])
+    assert (config.name, config.output_dir) == ("moved", f"{tmp_path}/runs")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_job(None, ["resume=~/runs/moved"]).name == "moved"
+    monkeypatch.chdir(moved)
+    config = load_job(None, ["resume=."])
+    assert (config.name, config.output_dir) == ("moved", f"{tmp_path}/runs")
+
+
+@pytest.mark.parametrize("given", ["folder", "auto", "force"])
+def test_attack_5_config_yaml_never_holds_another_name_than_its_folders(run, given):
+    """A program that builds its configuration with `load_config` does not take that of the run."""
+    words = [f"resume={run.folder}", "name=other"] if given == "folder" else [f"resume={given}", "name=cc", f"output_dir={run.folder.parent}"]
+    config = load(TINY, words)
+    RunLog(run.folder, config, 2, 9).close()
+    written = load(run.folder / "config.yaml", [])
+    assert (written.name, written.output_dir) == ("cc", str(run.folder.parent))
 
 
 def test_n9_values_that_only_fit_the_runs_own_config_are_accepted(run, tmp_path):

@@ -25,11 +25,11 @@ from grpo_core.model.quieten import quieten
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.random_keys import make_key
 from grpo_core.report.eval_sets import label_set
-from grpo_core.schema import printable
+from grpo_core.schema import ConfigError, printable
 from grpo_core.scoring.scoring import score
 from grpo_core.training.deepspeed_config import deepspeed_config
 from grpo_core.training.prepare import Prepared, make_rewards, make_sampler, prepare
-from grpo_core.training.run_dir import holds_run
+from grpo_core.training.run_dir import describe_unwritable, holds_run
 from grpo_core.training.setup import count_steps
 
 MAX_SHOWN_CHARACTERS = 400  # of each completion
@@ -55,6 +55,9 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
     quieten()
     ranks.seed_all(make_key("new_weights", config.seed))
     per_rank, dtype = prompts_per_rank(config, processes), resolve_dtype(config.model.precision)
+    folder = Path(config.output_dir) / config.name
+    if problem := describe_unwritable(folder):
+        raise ConfigError(f"the run folder {folder} (output_dir and name) cannot be written: {problem}")
     yield "Objective\n" + _indent(render(config))
     prepared = prepare(config)
     tokenizer, tasks = prepared.tokenizer, prepared.tasks
@@ -68,7 +71,6 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
         policy.model.to(ranks.device())
     yield "Memory of one process\n" + _indent(describe_memory(config, policy, tasks, per_rank))
     yield "One group, sampled and scored\n" + _indent(describe_group(config, policy, tokenizer, first))
-    folder = Path(config.output_dir) / config.name
     yield f"Nothing was written. Without --dry-run the run folder would be {folder}{_describe_conflict(folder)}."
 
 

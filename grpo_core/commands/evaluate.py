@@ -22,17 +22,17 @@ from grpo_core.counts import quantify
 from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.eval_sets import describe_set, load_eval_sets
 from grpo_core.data.prompts import make_tasks
-from grpo_core.data.rows import Rows, describe_eval_source, load_rows, load_splits
+from grpo_core.data.rows import Rows, describe_eval_source, load_rows, load_splits, name_split
 from grpo_core.distributed import ranks
-from grpo_core.monitor import run_lock
 from grpo_core.monitor.completion_rows import completion_rows
 from grpo_core.monitor.progress import progress_bar
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.random_keys import make_key
 from grpo_core.registry import get_fact
 from grpo_core.report.eval_sets import label_set
-from grpo_core.schema import ConfigError, finite_or_none, keyword_arguments, list_known
+from grpo_core.schema import ConfigError, describe_impossible_path, finite_or_none, keyword_arguments, list_known
 from grpo_core.scoring.scoring import Reward, build_reward, score
+from grpo_core.training import run_dir
 from grpo_core.training.eval_statistics import bootstrap_interval, majority_at_k, mcnemar, pass_at_k, wilson_interval
 from grpo_core.training.gold_answers import check_gold_answers
 from grpo_core.training.prepare import check_columns, make_rewards
@@ -76,13 +76,13 @@ def run_evaluate(
     overrides = [*overrides, *([f"sampling.max_new_tokens={max_new_tokens}"] if max_new_tokens else [])]
     if rewards:
         overrides.append(f"rewards={json.dumps([{'name': name} for name in rewards], ensure_ascii=False)}")
-    if "RANK" in os.environ:
-        ranks.setup()
+    _start(data, output)
     opened = open_source(source, overrides, config=config, notify=print)
     tasks, description = load_problems(opened, data, split, limit, eval_set)
-    check_columns(opened.config, tasks, tasks)
+    place = name_split(description["path"], description["split"])
+    check_columns(opened.config, tasks, tasks, place)
     warnings = describe_prompt_changes(opened.tokenizer, opened.config.data, tasks)
-    warnings += check_gold_answers(opened.config, [], tasks)
+    warnings += check_gold_answers(opened.config, [], tasks, place)
     folder = output or (opened.folder or Path()) / name_folder(opened.steps, data)
     _make_folder(folder)
     parts = ranks.gather(answer_with_policies(opened, tasks, samples, settings, base=base))
@@ -349,15 +349,32 @@ def format_figure(name: str, figure: dict[str, float], *, signed: bool = False) 
     return f"{mean}{unit} ({low} to {high})"
 
 
+def _start(data: str | None, output: Path | None) -> None:
+    """Join the process group, if there is one, and check --data and --output before the model loads."""
+    if "RANK" in os.environ:
+        ranks.setup()
+    if data is not None and (problem := describe_impossible_path(data)):
+        raise ConfigError(f"--data {problem}")
+    if output is not None:
+        _check_folder(output)
+
+
+def _check_folder(folder: Path) -> None:
+    """Check that the output folder can be written, is no run's folder, and lies in no run that is being written."""
+    if problem := describe_impossible_path(folder):
+        raise ConfigError(f"--output {problem}")
+    run_dir.check_writable(folder, "--output")
+    if (folder / "config.yaml").exists():
+        raise ConfigError(f"--output {folder} is the folder of a run, which has files of the same names; name another")
+
+
 def _make_folder(folder: Path) -> None:
     """Create the output folder.
 
     Raises:
         ConfigError: it cannot be created, is a run's folder, or lies in the folder of a run that is being written.
     """
-    run_lock.check_not_written(folder, "--output")
-    if (folder / "config.yaml").exists():
-        raise ConfigError(f"--output {folder} is the folder of a run, which has files of the same names; name another")
+    _check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -8,6 +8,7 @@ where they also differ by rounding.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -31,13 +32,15 @@ from grpo_core.monitor import run_lock
 from grpo_core.monitor.file_modes import apply_umask
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.report.run_reader import locate_completions, read_rows
-from grpo_core.schema import ConfigError, first_line, printable
+from grpo_core.schema import ConfigError, describe_impossible_path, first_line, printable
 from grpo_core.training.checkpoint import error_text
+from grpo_core.training.run_dir import describe_unwritable
 
 MARK = "export.json"  # in every exported folder: dtype and gap; a folder with it may be overwritten
 MAX_MERGE_GAP = 1e-3  # relative gap after merging in float32; a wrong merge is orders of magnitude above it
 # relative gap after rounding to 8 (bf16) or 11 (fp16) bits, which adds up over layers; 0.03 to 0.09 was seen in bf16
 MAX_ROUNDING_GAP = {"fp32": 1e-3, "bf16": 0.3, "fp16": 0.05}
+MAX_REPOSITORY_CHARS = 96  # the hub's own limit
 MAX_COMPARED_TEXTS, MAX_COMPARED_TOKENS = 8, 512  # tokens of each text
 
 
@@ -79,8 +82,9 @@ def run_export(
     Raises:
         ConfigError: the source cannot be opened, written or uploaded, or has no adapter to export.
     """
-    if not dry_run and (output is not None or (Path(source) / "config.yaml").exists()):
-        _check_folder(output or Path(source) / _default_name(adapter))  # before the model loads
+    check_repository(push)
+    if output is not None or os.path.exists(Path(source) / "config.yaml"):
+        _check_output(output or Path(source) / _default_name(adapter), is_written=not dry_run)
     opened = open_source(source, [*overrides, "model.precision=fp32"], notify=partial(print, file=sys.stderr))
     if adapter and not opened.has_adapter:
         raise ConfigError(f"--adapter: {opened.weights} is a whole model and has no adapter")
@@ -105,7 +109,7 @@ def run_export(
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--output {folder} cannot be written: {error_text(error)}") from None
     print(f"{'adapter' if adapter else 'model'}: {folder}")
-    if push:
+    if push is not None:
         upload(folder, push, private=private)
         print(f"uploaded: {push}")
     return 0
@@ -203,6 +207,27 @@ def choose_texts(opened: OpenedPolicy) -> list[str]:
         return [row["question"] for row in make_word_problems("test", MAX_COMPARED_TEXTS)]
 
 
+def check_repository(name: str | None) -> None:
+    """Check the name of a hub repository, if there is one, without the network.
+
+    Raises:
+        ConfigError: the hub accepts no such name.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        is_valid = name is None or name.isascii()
+    except HFValidationError:
+        is_valid = False
+    if not is_valid:
+        raise ConfigError(
+            f"--push is {name!r}; it must be ORG/NAME or NAME, of at most {MAX_REPOSITORY_CHARS} letters, digits, "
+            f"hyphens, underscores and points, with no hyphen or point at either end, no two in a row, and no .git at "
+            f"the end"
+        )
+
+
 def upload(folder: Path, repository: str, *, private: bool) -> None:
     """Upload the folder to a hub repository, which is created if it does not exist.
 
@@ -260,16 +285,27 @@ def _default_name(adapter: bool) -> str:
     return "export-adapter" if adapter else "export"
 
 
-def _check_folder(folder: Path) -> None:
+def _check_output(folder: Path, *, is_written: bool) -> None:
+    """Check the output folder before the model loads: as `_check_folder`, and that it can be written."""
+    _check_folder(folder, is_written=is_written)
+    if problem := describe_unwritable(folder):
+        raise ConfigError(f"--output {folder} cannot be written: {problem}")
+
+
+def _check_folder(folder: Path, *, is_written: bool = True) -> None:
     """Check that the folder may be created, or emptied because it is an earlier export.
 
     Raises:
-        ConfigError: it holds anything else, is a symbolic link, or lies in the folder of a run that is being written.
+        ConfigError: it holds anything else, is a symbolic link, cannot exist, or, if it `is_written` now, lies in
+            the folder of a run that is being written.
     """
-    run_lock.check_not_written(folder, "--output")
+    if problem := describe_impossible_path(folder):
+        raise ConfigError(f"--output {problem}")
+    if is_written:
+        run_lock.check_not_written(folder, "--output")
     if folder.is_symlink():
         raise ConfigError(f"--output {folder} is a symbolic link, which is not replaced; name another folder")
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output {folder} is a file; name a folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
         raise ConfigError(f"--output {folder} holds files that are not an export; name another folder")

@@ -25,11 +25,12 @@ from grpo_core.model.quieten import quieten
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.random_keys import make_key
 from grpo_core.sampling.sampler import Sampler
-from grpo_core.schema import ConfigError
+from grpo_core.schema import ConfigError, describe_impossible_path
 from grpo_core.training import checkpoint
 from grpo_core.training.prepare import make_sampler
 
 ADAPTER_CONFIG = "adapter_config.json"  # the file that PEFT writes beside an adapter
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # one of them
 Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a chat
 
 
@@ -112,6 +113,8 @@ def open_source(
     """
     quieten()
     source = os.path.expanduser(source)
+    if problem := describe_impossible_path(source):
+        raise ConfigError(f"the run or model {problem}")
     if not os.path.exists(source) and os.path.isfile(Path("runs") / source / "config.yaml"):
         raise ConfigError(f"there is no folder {source}; did you mean the run {Path('runs') / source}?")
     run_folder = Path(source).parent.parent
@@ -182,8 +185,9 @@ def _load(files: _Source, source: str, notify: Callable[[str], None]) -> OpenedP
 def _find_source(source: str, overrides: list[str], config_file: Path | None, notify: Callable[[str], None]) -> _Source:
     """Find the files of a source, without loading any weights."""
     path = Path(source)
-    if (path / checkpoint.META).exists():  # <run folder>/checkpoints/step-000040, or the link best beside it
-        path = path.parent / os.readlink(path) if path.name == checkpoint.BEST and path.is_symlink() else path
+    # <run folder>/checkpoints/step-000040, or the link best beside it
+    path = path.parent / os.readlink(path) if path.name == checkpoint.BEST and path.is_symlink() else path
+    if (path / checkpoint.META).exists() or checkpoint.is_checkpoint(path):
         if problem := checkpoint.describe_damage(path):
             raise ConfigError(f"the checkpoint {path} is damaged: {problem}")
         return _find_in_run(path.parents[1], overrides, path, notify)
@@ -195,7 +199,8 @@ def _find_source(source: str, overrides: list[str], config_file: Path | None, no
             f"(it has no JSON or safetensors files)"
         )
     config = load(config_file, overrides) if config_file else None
-    if (path / ADAPTER_CONFIG).exists():
+    if any((path / name).exists() for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)):
+        _check_adapter(path)
         base = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
         config = config or load_overrides([f"model.path={base}", *overrides])
         return _Source(config, None, f"the adapter in {path}", _find_tokenizer(path, config.model.path), adapter=path)
@@ -210,6 +215,7 @@ def _find_in_run(folder: Path, overrides: list[str], chosen: Path | None, notify
     if chosen is None:
         adapter = folder / "adapter"
         if (adapter / ADAPTER_CONFIG).exists():
+            _check_adapter(adapter)
             tokenizer = _find_tokenizer(adapter, config.model.path)
             return _Source(config, folder, f"the adapter in {adapter}", tokenizer, adapter=adapter)
         for model in (folder / "model", adapter):  # with lora.r 0, `train` writes the model into adapter/
@@ -225,6 +231,13 @@ def _find_in_run(folder: Path, overrides: list[str], chosen: Path | None, notify
             raise ConfigError(f"{folder} holds a run that has written neither an adapter nor a checkpoint yet")
         chosen = undamaged[-1]
     return _Source(config, folder, f"the checkpoint {chosen}", config.model.path, checkpoint=chosen)
+
+
+def _check_adapter(folder: Path) -> None:
+    """Raise ConfigError if the folder of an adapter lacks its configuration or its weights."""
+    for names in ((ADAPTER_CONFIG,), ADAPTER_WEIGHTS):
+        if not any((folder / name).exists() for name in names):
+            raise ConfigError(f"the adapter in {folder} is incomplete: {names[0]} is missing")
 
 
 def _find_tokenizer(folder: Path, base: str) -> str | Path:

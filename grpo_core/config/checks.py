@@ -18,6 +18,7 @@ from grpo_core.batch import SamplingParams
 from grpo_core.config.sections import RunConfig
 from grpo_core.objective.advantages import ADVANTAGES, compute_advantages
 from grpo_core.objective.corrections import CORRECTIONS
+from grpo_core.objective.diagnostics import describe_wrong_diagnostics, find_not_finite
 from grpo_core.objective.inputs import (
     ADVANTAGE_INPUTS,
     CORRECTION_INPUTS,
@@ -32,7 +33,7 @@ from grpo_core.objective.rewards import REWARDS
 from grpo_core.objective.token_weights import AVERAGES
 from grpo_core.objective.truncation import TRUNCATIONS
 from grpo_core.registry import ProcessExit, exits_as_errors, get_fact
-from grpo_core.schema import ConfigError, summarize_error
+from grpo_core.schema import MAX_PATH_BYTES, ConfigError, describe_impossible_path, summarize_error
 
 
 def check(config: RunConfig) -> None:
@@ -46,15 +47,19 @@ def check(config: RunConfig) -> None:
     for key in NOT_EMPTY:
         if attrgetter(key)(config) == "":
             raise ConfigError(f"{key} is ''; it must not be empty")
+    _check_paths(config)
     with torch.device("cpu"):  # whatever torch's default device is: the batches of two are made here
         _check_functions(config)
     _check_rewards(config)
     _check_numbers(config)
+    _check_targets(config.lora.r, config.lora.target_modules)
     _check_sampling(config)
     _check_eval_sets(config)
     _check_selection(config)
     _check_objective(config)
-    if config.name in ("", ".", "..") or "/" in config.name or "\0" in config.name:
+    if (config.log.wandb or "").lower() in ("true", "false", "yes", "no", "on", "off"):
+        raise ConfigError(f"log.wandb is {config.log.wandb!r}; it must be the name of a project, or null")
+    if config.name in ("", ".", "..") or "/" in config.name:
         raise ConfigError(f"name is {config.name!r}; it must be the name of one folder, which is created in output_dir")
     if config.resume is not None and config.overwrite:
         raise ConfigError(f"resume is {config.resume!r} and overwrite is true; a run is continued or removed, not both")
@@ -68,11 +73,25 @@ NOT_EMPTY = (  # an empty one would mean the shell's folder, or would be taken f
     *("output_dir", "sft.output"),
 )
 
+READ_PATHS = ("model.path", "data.path", "data.eval_path", "resume")
+WRITTEN_PATHS = ("name", "output_dir", "sft.output")
+MAX_WRITTEN_BYTES = MAX_PATH_BYTES - 256  # the folders and files below it have names too
+
 SECRET = re.compile(
     r"""://[^/@\s]+:[^/@\s]+@ | \b(?:hf|ghp|gho)_[A-Za-z0-9]{30,} | \bgithub_pat_\w{30,}
         | \bglpat-[\w-]{20,} | \bsk-(?:\w+-)*[A-Za-z0-9]{32,}""",
     re.X,
 )
+
+
+def _check_paths(config: RunConfig) -> None:
+    """Refuse paths that no file system can have."""
+    paths = [(key, attrgetter(key)(config), MAX_PATH_BYTES) for key in READ_PATHS]
+    paths += [(key, attrgetter(key)(config), MAX_WRITTEN_BYTES) for key in WRITTEN_PATHS]
+    paths += [(f"evaluation.sets[{i}].path", x.path, MAX_PATH_BYTES) for i, x in enumerate(config.evaluation.sets)]
+    for key, path, max_bytes in paths:
+        if path is not None and (problem := describe_impossible_path(path, max_bytes)):
+            raise ConfigError(f"{key} {problem}")
 
 
 def _check_secrets(value: Any, key: str) -> None:
@@ -126,16 +145,23 @@ def try_loss(name: str, args: dict[str, Any]) -> Callable:
 
     Raises:
         ConfigError: the loss does not exist, does not take the arguments, raises, or does not return a PolicyLoss with
-            per_token_loss [B, C].
+            per_token_loss [B, C] and diagnostics [B, C] whose names no metric has.
     """
     function = LOSSES.build(name, args, "loss.args")
     inputs = _batch_of_two()
     out = _try("loss", name, function, inputs)
+    old, mask = inputs["old_logprobs"], inputs["completion_mask"]
     if not isinstance(out, PolicyLoss):
         raise ConfigError(f"loss {name} returned {type(out).__name__}; it must return a PolicyLoss")
-    if out.per_token_loss.shape != inputs["old_logprobs"].shape:
+    if not isinstance(out.per_token_loss, torch.Tensor):
+        kind = type(out.per_token_loss).__name__
+        raise ConfigError(f"loss {name} returned per_token_loss of type {kind}; it must be a tensor [B, C]")
+    if out.per_token_loss.shape != old.shape:
         shape = list(out.per_token_loss.shape)
         raise ConfigError(f"loss {name} returned per_token_loss {shape}; it must be [B, C] = [2, 3], unreduced")
+    problem = describe_wrong_diagnostics(out.diagnostics, old.shape) or find_not_finite(out.diagnostics, mask)
+    if problem:
+        raise ConfigError(f"loss {name} {problem}")
     return function
 
 
@@ -185,6 +211,14 @@ def _check_rewards(config: RunConfig) -> None:
         _check_takes_completions(reward.name, function)
     if len({reward.name for reward in config.rewards}) < len(config.rewards) or not config.rewards:
         raise ConfigError("rewards must name at least one reward, and none of them twice")
+    names = {reward.name for reward in config.rewards}
+    for i, reward in enumerate(config.rewards):
+        for suffix in ("_std", "_square"):  # of metrics of the other reward
+            if (other := reward.name.removesuffix(suffix)) != reward.name and other in names:
+                raise ConfigError(
+                    f"rewards[{i}].name is {reward.name!r}, but rewards/{reward.name} is a metric of the reward "
+                    f"{other}; give one of the two functions another name"
+                )
     if all(reward.weight == 0 for reward in config.rewards):
         raise ConfigError("rewards: every weight is 0, so there is nothing to learn; at least one must differ from 0")
 
@@ -316,6 +350,23 @@ def _check_finite(value: Any, key: str) -> None:
             _check_finite(inner, f"{key}[{i}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key} is {value}; it must be a finite number")
+
+
+def _check_targets(rank: int, targets: list[str] | str) -> None:
+    """Check lora.target_modules as far as that needs no model."""
+    if rank and not targets:
+        raise ConfigError(
+            f"lora.target_modules is {targets!r}; it must name at least one module, such as q_proj, or be all-linear "
+            f"(with lora.r=0 there is no adapter)"
+        )
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ConfigError(
+                f"lora.target_modules is {targets!r}; it must be all-linear, a list, or a regular expression, and as "
+                f"the latter it has the fault: {error}"
+            ) from None
 
 
 def _check_sampling(config: RunConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
@@ -18,16 +17,16 @@ from grpo_core.config.paths import resolve_paths
 from grpo_core.config.presets import get_preset, merge
 from grpo_core.config.sections import EvaluationConfig, RunConfig, SftConfig, use_supervised_objective
 from grpo_core.config.shipped import find_default, find_file, list_shipped
-from grpo_core.config.text_files import describe_place, parse_json, read_text
+from grpo_core.config.text_files import parse_json, read_text
 from grpo_core.config.words import ITEM, find_type, get_in, parse_value, split_word, type_hints
+from grpo_core.config.yaml_text import parse_yaml
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rewards import REWARDS
-from grpo_core.schema import ConfigError, coerce, first_line, list_known
+from grpo_core.schema import ConfigError, coerce, list_known
 
 RESOLVED = "# The whole configuration of a run; paths are relative to the folder in which the run was started."
 WORDS_OF_A_START = {"name", "output_dir", "resume", "overwrite"}  # keys that say which run is started, and how
-MAX_DEPTH = 50  # of lists and mappings in a file
 MAX_NAMED_KEYS = 8  # in a sentence about keys that differ
 
 
@@ -63,12 +62,12 @@ def load_job(
     """Return the configuration of a training job: that of `load`; with `resume` that of the run which it continues.
 
     A run continues from its own config.yaml, with the overrides on top. `path` then only says, by name and output_dir,
-    which run auto and force mean; `notify` gets a sentence about its other keys that differ. Without `path` the file
-    is `default`, or the shipped one for this machine. A run without a checkpoint has nothing to continue, so auto and
-    force start it anew. `supervised` is as for `load`.
+    which run auto and force mean; a resumed run keeps both. `notify` gets a sentence about its other keys that differ.
+    Without `path` the file is `default`, or the shipped one for this machine. A run without a checkpoint has nothing to
+    continue, so auto and force start it anew. `supervised` is as for `load`.
 
     Raises:
-        ConfigError: as `load`.
+        ConfigError: as `load`, or `resume` names a folder and the overrides another name or output_dir.
     """
     file = path or default or find_default()
     folder, by_name = _find_resumed(file, overrides)
@@ -77,9 +76,12 @@ def load_job(
     file_data, words = _layers(find_file(file, Path()), ()), [*overrides]
     _apply_start(file_data, words)
     data = _layers(folder / "config.yaml", ()) | {"resume": file_data["resume"]}
-    if by_name:  # the folder may have been moved or renamed since its config.yaml was written
-        data |= {"name": folder.name, "output_dir": str(folder.parent)}
-        words = [word for word in words if split_word(word)[0] not in ("name", "output_dir")]
+    if not by_name:
+        _check_keeps_name(folder, overrides)
+    place = Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder  # resume=.
+    # the folder may have been moved or renamed since its config.yaml was written
+    data |= {"name": place.name, "output_dir": str(place.parent)}
+    words = [word for word in words if split_word(word)[0] not in ("name", "output_dir")]
     config = _resolve(data, words, supervised)
     if path and (keys := _list_differing(file_data, words, config)):
         more = f" and {len(keys) - MAX_NAMED_KEYS} more keys" if len(keys) > MAX_NAMED_KEYS else ""
@@ -93,7 +95,7 @@ def load_job(
 def _find_resumed(file: Path, overrides: Sequence[str]) -> tuple[Path | None, bool]:
     """Return the folder whose config.yaml a job continues from, if any, and whether name and output_dir say which."""
     path = find_file(file, Path())
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None, False  # `load` names the mistake, as for all others here
     data = _layers(path, ())
     _apply_start(data, overrides)
@@ -101,9 +103,25 @@ def _find_resumed(file: Path, overrides: Sequence[str]) -> tuple[Path | None, bo
     if not all(isinstance(value, str) for value in (resume, name, output_dir)) or data.get("overwrite"):
         return None, False
     by_name = resume in ("auto", "force")
-    folder = Path(output_dir) / name if by_name else Path(resume)
+    folder = Path(os.path.expanduser(output_dir)) / name if by_name else Path(os.path.expanduser(resume))
+    if not os.path.isfile(folder / "config.yaml"):
+        return None, by_name
     has_checkpoint = any(folder.glob("checkpoints/step-*"))
-    return (folder if (folder / "config.yaml").is_file() and (has_checkpoint or not by_name) else None), by_name
+    return (folder if has_checkpoint or not by_name else None), by_name
+
+
+def _check_keeps_name(folder: Path, overrides: Sequence[str]) -> None:
+    """Refuse a name or an output_dir that is not that of the run folder which `resume` names."""
+    data: dict[str, Any] = {}
+    _apply_start(data, overrides)
+    own = {"name": os.path.basename(os.path.abspath(folder)), "output_dir": os.path.dirname(os.path.abspath(folder))}
+    for key, value in own.items():
+        given = data.get(key, value)
+        if (os.path.abspath(os.path.expanduser(str(given))) if key == "output_dir" else given) != value:
+            raise ConfigError(
+                f"{key} is {given!r}, but resume is {str(folder)!r}, whose {key} is {value!r}; a resumed run keeps "
+                f"both, so leave {key} out, or move the folder"
+            )
 
 
 def _apply_start(data: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -185,7 +203,7 @@ def _layers(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
     `above` are the files that led to this one through `base`.
     """
-    data = _parse_yaml(read_text(path), str(path)) or {}
+    data = parse_yaml(read_text(path), str(path), RunConfig) or {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is not a mapping of sections and keys")
     under: dict[str, Any] = {}
@@ -281,6 +299,8 @@ def _build_value(kind: Any, value: Any, key: str) -> Any:
         return build(kind, value, key)
     item = get_args(kind)[0] if get_origin(kind) is list else None
     if is_dataclass(item):
+        if value is None:
+            raise ConfigError(f"{key} is null; it must be a list, or be left out")
         items = value if isinstance(value, list) else [value]
         first = fields(item)[0].name
         mappings = [{first: x} if isinstance(x, str) else x for x in items]
@@ -295,7 +315,9 @@ def _apply(data: dict, key: str, value: Any) -> None:
         if item := ITEM.fullmatch(section):
             data = _find_item(data, item[1], int(item[2]))
             continue
-        data = data.setdefault(section, {})
+        if data.get(section) is None:
+            data[section] = {}
+        data = data[section]
         if not isinstance(data, dict):
             advice = f"; write {section}[0] for its first item" if isinstance(data, list) else ""
             raise ConfigError(f"unknown key {key}; {section} is a value and has no keys{advice}")
@@ -333,54 +355,6 @@ def _drop_arguments(data: dict, key: str, text: str) -> None:
 
 
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """A safe loader that refuses a key given twice, where YAML would silently use the second."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _construct_integer(loader: _Loader, node: yaml.ScalarNode) -> Any:
-    """Return a decimal integer; 010, 0x10 and 1:30, which are integers in YAML 1.1, stay text."""
-    text = loader.construct_scalar(node)
-    return int(text) if re.fullmatch(r"[+-]?(0|[1-9]\d*(_\d+)*)", text) else text
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_integer)
-
-
-def _parse_yaml(text: str, source: str) -> Any:
-    """Parse YAML; `source` begins the message of an error."""
-    depth = 0
-    try:
-        for event in yaml.parse(text, _Loader):  # first, because the loader's recursion may crash the process
-            depth += {yaml.CollectionStartEvent: 1, yaml.CollectionEndEvent: -1}.get(type(event).__base__, 0)
-            if depth > MAX_DEPTH:
-                raise RecursionError
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{source} is not YAML: {_describe_yaml_error(error, text)}") from None
-
-
-def _describe_yaml_error(error: Exception, text: str) -> str:
-    """Return the problem of a YAML text, with its line and column where they are known."""
-    problem, index = first_line(error), None
-    if isinstance(error, yaml.MarkedYAMLError):
-        problem, mark = error.problem or problem, error.problem_mark or error.context_mark
-        problem = f"{error.context} {problem}" if problem.startswith("but ") else problem
-        if mark is not None:
-            return f"{' '.join(problem.split())} (line {mark.line + 1}, column {mark.column + 1})"
-    elif isinstance(error, yaml.reader.ReaderError) and (bad := yaml.reader.Reader.NON_PRINTABLE.search(text)):
-        index, problem = bad.start(), f"it has the control character {ascii(bad[0])[1:-1]}"
-    elif isinstance(error, RecursionError):
-        problem = f"its lists and mappings are nested more than {MAX_DEPTH} deep"
-    return problem if index is None else f"{problem} ({describe_place(text, index)})"
 
 
 def _join(section: str, name: Any) -> str:

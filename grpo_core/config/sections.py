@@ -36,7 +36,7 @@ class LoraConfig:
 class DataConfig:
     """The training and evaluation data, and how a prompt is made from a row."""
 
-    path: str = "builtin:word_problems"  # hub id; folder or file (json, jsonl, csv, parquet); builtin:word_problems
+    path: str = "builtin:word_problems"  # hub id; folder; file (json, jsonl, csv, tsv, parquet); builtin:word_problems
     subset: str | None = None
     split: str = "train"
     limit: int | None = None  # number of rows to use, from the start; null: all

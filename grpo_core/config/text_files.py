@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,33 @@ def read_text(path: Path) -> str:
     Raises:
         ConfigError: the file cannot be read, or is not UTF-8 text.
     """
+    return io.StringIO(decode_text(read_bytes(path), str(path)), newline=None).read()  # every line end is \n
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the bytes of a file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+        return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+
+
+def decode_text(data: bytes, source: str) -> str:
+    """Return UTF-8 text without a byte order mark; `source` begins the message of an error.
+
+    Raises:
+        ConfigError: the bytes are not UTF-8 text.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{source} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
+        ) from None
 
 
 def parse_json(text: str, source: str) -> Any:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from grpo_core.config.sections import DataConfig
 from grpo_core.config.text_files import parse_json, read_text
 from grpo_core.counts import quantify
+from grpo_core.data.csv_rows import read_csv_rows
 from grpo_core.data.word_problems import make_word_problems
 from grpo_core.random_keys import make_generator, make_key
 from grpo_core.schema import ConfigError, describe_eval_rows, first_line
 
 Row = dict[str, Any]
 
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+SPLIT_WORD = re.compile("train|test|valid|dev|eval")  # a file name with one of them belongs to a split
+NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # how datasets names files without a row
+DIFFERENT_COLUMNS = (
+    "its files differ in their columns or in the types of the values; give all the same, or name one file"
+)
+OWN_FILES = ("dataset_info.json", "dataset_infos.json", "state.json")  # of datasets: no data
 BUILTIN_ROWS = {"train": 20_000, "test": 1_000}  # rows of builtin:word_problems by split
 
 
@@ -111,6 +119,8 @@ def _read_rows(path: str, subset: str | None, split: str, limit: int | None) -> 
         raise ConfigError(f"data.path is {path}; a file must end in {', '.join(FORMATS)}")
     if local.is_file() and FORMATS[local.suffix] == "json":
         return _read_json_rows(local)
+    if local.is_file() and FORMATS[local.suffix] == "csv":
+        return read_csv_rows(local, "\t" if local.suffix == ".tsv" else ",")
     return _read_with_datasets(path, subset, split)
 
 
@@ -135,25 +145,101 @@ def _read_json_rows(path: Path) -> list[Row]:
 
 
 def _read_with_datasets(path: str, subset: str | None, split: str) -> list[Row]:
-    from datasets import disable_progress_bars, load_dataset  # here, because the import takes a third of a second
+    from datasets import disable_progress_bars, load_dataset, load_dataset_builder  # here: it takes a third of a second
+    from datasets.packaged_modules.csv.csv import Csv
 
     disable_progress_bars()
     local = Path(path)
     try:
         if local.is_file():
             return list(load_dataset(FORMATS[local.suffix], data_files=str(local), split="train"))
+        builder = load_dataset_builder(path, subset)
+        if local.is_dir():
+            _refuse_mixed_formats(local, builder.config.data_files or {})
+        if isinstance(builder, Csv):
+            return _read_csv_split(builder.config, path, split)
         return list(load_dataset(path, subset, split=split))
+    except ConfigError:
+        raise
     except Exception as error:  # datasets raises many types, all for data that cannot be loaded
-        if local.is_file() and FORMATS[local.suffix] == "csv":
-            read_text(local)  # raises if the file is not text
+        is_unreachable = not local.exists() and isinstance(error, (ConnectionError, FileNotFoundError))
+        if is_unreachable and (folder := _find_downloaded(path)):
+            return _read_with_datasets(folder, subset, split)
+        cause = _describe_cause(error)
+        if any(sentence in cause for sentence in NO_ROWS):
+            return []
         hint = "" if local.exists() else "; without a network, set data.path to a file or folder of this machine"
+        raise ConfigError(f"data.path is {path!r} (split {split!r}), and it cannot be loaded: {cause}{hint}") from error
+
+
+def _find_downloaded(path: str) -> str | None:
+    """Return the folder of a hub data set's files that were downloaded before, or None.
+
+    Without a network `datasets` finds only what its own reader has prepared, and CSV files are not read by that.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(path, repo_type="dataset", local_files_only=True)
+    except Exception:  # no such download, or no id of a repository
+        return None
+
+
+def _read_csv_split(config: Any, path: str, split: str) -> list[Row]:
+    """Return the rows of a split of CSV files that `datasets` has found; its own reader turns 007 into the number 7.
+
+    `split` may be a slice or a sum, such as train[:10%] or train+test.
+    """
+    from datasets import DownloadManager, ReadInstruction
+
+    given, default = config.pd_read_csv_kwargs, type(config)(sep=config.sep, names=config.names).pd_read_csv_kwargs
+    if options := sorted(key for key in given if given[key] != default.get(key)):
         raise ConfigError(
-            f"data.path is {path!r} (split {split!r}), and it cannot be loaded: {_describe_cause(error)}{hint}"
-        ) from error
+            f"data.path is {path!r}, whose card sets the CSV options {', '.join(options)}; only sep and names are "
+            f"read, so save the data as JSON Lines or Parquet"
+        )
+    rows: dict[str, list[Row]] = {}
+    split = "+".join(map(str, config.data_files)) if split == "all" else split
+    for name, files in config.data_files.items():
+        if str(name) in re.split(r"[^\w.-]+", split):
+            read = [
+                read_csv_rows(Path(file), config.sep, config.names)
+                for file in DownloadManager().download_and_extract(list(files))
+            ]
+            columns = {tuple(part[0]) for part in read if part}
+            if len(columns) > 1:
+                raise ConfigError(f"data.path is {path!r} (split {split!r}), and {DIFFERENT_COLUMNS}")
+            rows[str(name)] = [row for part in read for row in part]
+    lengths = {str(name): len(rows.get(str(name), ())) for name in config.data_files}
+    parts = ReadInstruction.from_spec(split).to_absolute(lengths)
+    return [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
+
+
+def _refuse_mixed_formats(folder: Path, used: Mapping[Any, Sequence[str]]) -> None:
+    """Raise ConfigError if a folder has data files of several formats, of which `datasets` reads only one.
+
+    A data set's card (README.md) may choose among them, and so may file names (train.csv beside notes.json).
+    """
+    names = [Path(file.removesuffix(".gz")) for files in used.values() for file in files]
+    read = {FORMATS.get(name.suffix) for name in names}
+    if (folder / "README.md").exists() or not read or None in read:
+        return
+    has_words = all(SPLIT_WORD.search(name.stem.lower()) for name in names)
+    for path in sorted(folder.iterdir()):
+        name = path.name.removesuffix(".gz")
+        is_other = Path(name).suffix in FORMATS and FORMATS[Path(name).suffix] not in read and name not in OWN_FILES
+        if is_other and path.is_file() and (not has_words or SPLIT_WORD.search(name.lower())):
+            raise ConfigError(
+                f"data.path is {str(folder)!r}, a folder of data files in several formats ({names[0].name}, {name}); "
+                f"name one of the files, or a folder whose files have one format"
+            )
 
 
 def _describe_cause(error: BaseException) -> str:
     """Return the first line of the exception at the start of a chain of causes."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return "the data is empty" if isinstance(error, StopIteration) else first_line(error)
+    sentence = first_line(error)
+    if sentence.startswith(("Couldn't cast", "Schema at index")):
+        return DIFFERENT_COLUMNS
+    return "the data is empty" if isinstance(error, StopIteration) else sentence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,10 +44,10 @@ def describe_missing_folder(path: str) -> str | None:
     anything else may be a hub id.
     """
     folder = Path(path)
-    is_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or ("/" in path and folder.parent.is_dir())
-    if folder.exists() or not is_local:
+    is_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or ("/" in path and os.path.isdir(folder.parent))
+    if os.path.exists(folder) or not is_local:
         return None
-    if not folder.parent.is_dir():
+    if not os.path.isdir(folder.parent):
         return f"there is no folder {path}"
     siblings = [sibling.name for sibling in folder.parent.iterdir() if sibling.is_dir()]
     return f"there is no folder {path}; {list_known(folder.name, siblings)}"
@@ -59,7 +60,10 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         ConfigError: the tokenizer cannot be loaded.
     """
     folder = resolve_model_path(path)
-    no_files = f"model.path is {path!r}, and its tokenizer cannot be loaded: the folder has no tokenizer files"
+    no_files = (
+        f"model.path is {path!r}, and its tokenizer cannot be loaded: the folder has no tokenizer files, such as "
+        f"tokenizer.json"
+    )
     if Path(folder).is_dir() and not [*Path(folder).glob("*token*"), *Path(folder).glob("vocab*")]:
         raise ConfigError(no_files)
     try:
@@ -71,6 +75,12 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     if not tokenizer("one 1", add_special_tokens=False)["input_ids"]:  # it loads without files, but empty
         raise ConfigError(no_files)
     return tokenizer
+
+
+def check_has_config(path: str, folder: str) -> None:
+    """Raise ConfigError if the folder of the model at `path` lacks config.json."""
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
+        raise ConfigError(f"model.path is {path!r}, and it cannot be loaded: config.json is missing")
 
 
 def load_model_config(model: ModelConfig) -> PretrainedConfig:
@@ -85,6 +95,7 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
             f"model.path is {model.path!r}, which holds an adapter and not a model; merge the run that trained it into "
             f"a model with python -m grpo_core export RUN --merged, and set model.path to that"
         )
+    check_has_config(model.path, folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # models raise errors of many types
@@ -148,7 +159,7 @@ def _is_hub_run(path: str) -> bool:
 
 def _hub_hint(path: str) -> str:
     """Return the end of an error message for a `path` that may be a hub id; empty for a folder."""
-    is_folder = path.startswith(("builtin:", ".", "/")) or Path(path).exists()
+    is_folder = path.startswith(("builtin:", ".", "/")) or os.path.exists(path)
     if not is_folder and _is_hub_run(path):
         return f"; {path} is a run; did you mean {path}/adapter, downloaded into a folder?"
     return "" if is_folder else "; if the hub cannot be reached, set model.path to a folder that holds the model"

@@ -25,7 +25,7 @@ from grpo_core.batch import Rollouts, take
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model import fast_layers, packed_attention
 from grpo_core.model.finite_weights import check_finite
-from grpo_core.model.loading import resolve_model_path
+from grpo_core.model.loading import check_has_config, resolve_model_path
 from grpo_core.model.logprobs import (
     Statistics,
     find_statistics,
@@ -368,6 +368,7 @@ def load_policy(
             does not fit.
     """
     folder = resolve_model_path(model.path)
+    check_has_config(model.path, folder)
     try:
         options = {"attn_implementation": model.attention, "trust_remote_code": model.trust_remote_code}
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)

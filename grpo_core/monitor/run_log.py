@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import sys
@@ -60,6 +61,8 @@ class RunLog:
             if config.overwrite and (folder / "config.yaml").exists():
                 run_lock.empty_folder(folder)
             folder.mkdir(parents=True, exist_ok=True)
+            if not _is_same(Path(config.output_dir) / config.name, folder):  # resume: FOLDER with another name
+                config = replace(config, name=folder.name, output_dir=str(folder.parent))
             written = dump(replace(config, resume=None, overwrite=False))
             (folder / "config.yaml").write_text(written, encoding="utf-8")
             ranks.report_run_folder(folder)
@@ -246,6 +249,11 @@ class RunLog:
         if (problem := self.flush()) and not self._cannot_write:
             self.info(f"warning: {name}.jsonl cannot be written ({problem}); its rows are kept and written later")
         self._cannot_write = problem is not None
+
+
+def _is_same(first: Path, second: Path) -> bool:
+    """Return True if two paths are one folder, as far as their texts say."""
+    return os.path.abspath(first) == os.path.abspath(second)
 
 
 def find_user_files(config: RunConfig) -> set[str]:

@@ -32,6 +32,7 @@ _LEADING_LETTER = re.compile(
 )
 _BRACES = re.compile(r"(?P<box>\\f?boxed\s*\{)|\\.|[{}]", re.S)
 _LATEX_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox)\s*\{([^{}]*)\}")
+_LEADING_POINT = re.compile(r"(?:\A|[^.])\.\Z")  # of .5, but not of ...5
 _EDGES = " \t\r\n.,;:!?\"'`*_$()[]{}“”‘’«»"
 
 
@@ -66,11 +67,16 @@ def find_last_box(text: str) -> str | None:
 def normalise_text(text: str) -> str:
     """Return the text for a comparison: Unicode NFKC, no case, single spaces, no punctuation at either end.
 
+    The point of .5 and the minus of -5 are no punctuation.
+
     >>> normalise_text(" **The  Eiffel Tower.** ")
     'the eiffel tower'
     """
     text = _LATEX_TEXT.sub(r"\1", text) if "\\" in text else text
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_EDGES)
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    bare = text.lstrip(_EDGES)
+    is_decimal = bare[:1].isdecimal() and _LEADING_POINT.search(text[: len(text) - len(bare)][-2:])
+    return ("." if is_decimal else "") + bare.rstrip(_EDGES)
 
 
 def final_text(text: str, *, strict: bool = False) -> str | None:
@@ -101,13 +107,19 @@ def accepted_texts(value: Any) -> set[str] | None:
     return {text} if 0 < len(text) <= MAX_ANSWER_CHARS else None
 
 
+def check_letters(letters: str) -> str | None:
+    """Return what the letters of choices must be, or None if they are that."""
+    is_set = re.fullmatch("[A-Za-z]+", letters) and len({*letters.upper()}) == len(letters)
+    return None if is_set else f"it must be letters from A to Z, none of them twice, such as {CHOICE_LETTERS}"
+
+
 def final_choice(text: str, letters: str = CHOICE_LETTERS, *, strict: bool = False) -> str | None:
     r"""Return the letter of the choice that a completion makes, in upper case, or None if it makes none.
 
     It is the letter at the beginning of a marked answer (#### B, \boxed{B}), else the last one said as in "the answer
     is (B)", else (unless `strict`) the last one in brackets, in bold or alone on a line.
     """
-    marked = _marked_text(text)
+    letters, marked = letters.upper(), _marked_text(text)
     if marked is not None:
         return _leading_letter(marked, letters)
     letter = None
@@ -132,7 +144,7 @@ def accepted_choices(value: Any, letters: str = CHOICE_LETTERS) -> set[str] | No
         return None
     marked = _marked_text(value)
     text = value if marked is None else marked
-    letter = _leading_letter(text, letters)
+    letter = _leading_letter(text, letters.upper())
     return None if letter is None else {letter}
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from grpo_core.distributed.ranks import all_sum
 from grpo_core.objective.advantages import grpo_advantages
+from grpo_core.objective.diagnostics import describe_wrong_diagnostics
 from grpo_core.objective.inputs import LOSS_INPUTS
 from grpo_core.objective.losses import LOSSES, PolicyLoss
 from grpo_core.objective.token_weights import Totals, token_weights
@@ -75,9 +76,8 @@ def shape(loss_fn: Callable) -> tuple[bool, str]:
     """the loss is unreduced, [B, C]; its diagnostics, if any, are [B, C] and detached"""
     logprobs, old, advantages, mask = batch()
     out = call(loss_fn, logprobs.requires_grad_(), old, advantages, mask)
-    for name, values in out.diagnostics.items():
-        if values.shape != (B, C) or values.requires_grad:
-            return False, f"{name} {'has a gradient' if values.requires_grad else list(values.shape)}"
+    if problem := describe_wrong_diagnostics(out.diagnostics, (B, C)):
+        return False, problem
     return out.per_token_loss.shape == (B, C), str(list(out.per_token_loss.shape))
 
 

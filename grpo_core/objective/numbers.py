@@ -4,6 +4,9 @@ r"""Read the number that a text states as its answer.
 text. They understand signs, thousands commas, currency signs, units, percent signs, decimals, exponents (1e3,
 1 \times 10^{3}), fractions (3/4, \frac{3}{4}, \tfrac34) and mixed numbers (1 1/2). An expression that is not one
 number, such as 2\sqrt{3}, 3x or 10:30, is none.
+
+Groups of three digits (1'234, and 1 234 with a thin or no-break space) are one number. With an ordinary space they are
+one number behind an answer mark and in a box; elsewhere, as in "rows 5 600", they may be two numbers and are none.
 """
 
 import re
@@ -32,8 +35,10 @@ _CHARACTERS = str.maketrans(
     }
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_GROUPS = r"(?<![\d.,])(?<!\d[{0}])[1-9]\d{{0,2}}(?:[{0}]\d{{3}})++(?!\d|[{0}]\d)"  # begins only where a run does
+_SPACED_GROUPS = re.compile(_GROUPS.format(" "))
 _REPLACEMENTS = [
-    (re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))"), ""),  # spaces between thousands
+    (re.compile(_GROUPS.format("\u00a0\u2009\u202f'’")), lambda match: re.sub(r"\D", "", match[0])),
     (re.compile(r"\\[,!]|\{,\}"), lambda match: "," if match[0] == "{,}" else ""),
     (re.compile(r"\\([$%])"), r"\1"),
     (re.compile(r"\\[;: ]|~|\\q?quad(?![A-Za-z])|[\u00a0\u2009\u202f]"), " "),
@@ -70,7 +75,7 @@ _MARK = re.compile(
     r"""(?<!\#)\#{4}(?!\#)
         (?: \s | \*\*? | \\?[(\[] | [{$€£¥~≈:=] | \\f?boxed | [A-Za-z]{1,3}[ ]?=
           | (?:the\s)?(?:final\s)?answer(?:\s(?:is|was))? )*+
-        (?=[-+]?[ ]{0,2}[$€£¥]?[ ]?-?[ ]?\.?\d | [-+]?\\(?!boxed))""",
+        (?=(?:(?:minus|negative)[ ]{1,2})?[-+]?[ ]{0,2}[$€£¥]?[ ]?-?[ ]?\.?\d | [-+]?\\(?!boxed))""",
     re.X | re.I,
 )
 _HEADING = re.compile(r"\d{1,2}(?:[.):][ \t]+[A-Za-z]|st\b|nd\b|rd\b|th\b)")  # "#### 2. Compute", "#### 2nd step"
@@ -100,6 +105,17 @@ _SUBTRACTION_BEFORE = re.compile(r"(?:[\d)}\]][ ]*|(?<![A-Za-z])[A-Za-z][ ]*|\w)
 _OPEN_END = re.compile(r"!|\.\.|…")  # a factorial, a repeating decimal
 _SIGN_BEFORE = re.compile(r"(?:[=(\[{:≈<>*×·/+,$]|\b(?:is|equals|was|be))\Z", re.I)
 _PLAIN_GOLD = re.compile(r"(?<!#)####[ ]?(-?[0-9]{1,15})\Z|\A(-?[0-9]{1,15})\Z")  # most answers: read at once
+_MINUS_WORD = re.compile(r"(?:(?P<negative>\bnegative)|\bminus)[ ]\Z", re.I)
+_SCALED = re.compile(  # behind a number of a gold answer: its value is another one
+    r"""[ ]?\{?[ ]?(?:tenth|dozen|lakh|crore|half|(?:hundred|thousand|[mbtr]illion|quadrillion)(?:th)?)s?(?![A-Za-z])
+      | [ ](?:squared|cubed|factorial)(?![A-Za-z]) | [ ]and[ ](?:a|one)[ ](?:half|third|quarter|fifth)(?![A-Za-z])
+      | (?-i:[kKMBe]|bn|mn)(?![A-Za-z])""",
+    re.X | re.I,
+)
+_SCALED_BEFORE = re.compile(r"\b(?:half|third|quarter|twice|thrice|double|triple|times|plus)[ ](?:of[ ])?\Z", re.I)
+_TWO_EQUATIONS = re.compile(  # x = 5, y = 6
+    r"(?:\A|=)[ ]?-?[\d./]+[ ]?(?:[,;](?!\d)|and\b|or\b)(?:[ ]?(?:and|or)\b)?[ ]?[A-Za-z](?:_\w{1,9})?[ ]?="
+)
 _SENTENCE_END = re.compile(r"[.!?]\s+(?=[A-Z])|\n")
 
 
@@ -113,14 +129,18 @@ def final_number(text: str, *, strict: bool = False) -> Fraction | None:
     Fraction(2469, 2)
     """
     text = _clean(text)
-    is_marked, number = _read_marked(text)
-    return number if is_marked or strict else _last_number(text)
+    marked = _find_marked(text)
+    if marked is None:
+        return None if strict else _last_number(text)
+    answer, is_box = marked
+    return _only_number(answer) if is_box else _first_number(answer)
 
 
 def read_gold(value: Any) -> set[Fraction] | None:
     """Return the numbers that a gold answer accepts, or None if it cannot be read as a number.
 
-    A text needs an answer mark, a box, or a last sentence with exactly one number. A list accepts any of its items.
+    A text needs an answer mark or a box with exactly one number, or a last sentence with exactly one. "5 million",
+    "3 : 4", "5!" and "5 or 6" are not one number. A list accepts any of its items.
     """
     if isinstance(value, (list, tuple)):
         numbers = [number for item in value for number in read_gold(item) or ()]
@@ -130,13 +150,26 @@ def read_gold(value: Any) -> set[Fraction] | None:
     if plain := _PLAIN_GOLD.search(str(value)):
         return {Fraction(plain[1] or plain[2])}
     text = _clean(str(value))
-    is_marked, number = _read_marked(text)
-    if not is_marked:
-        number = _only_number(text)
+    marked = _find_marked(text)
+    if marked is not None:
+        number = _gold_number(marked[0])
+    else:
+        number = _gold_number(text)
         sentences = [part for part in _SENTENCE_END.split(text) if part.strip()]
         if number is None and len(sentences) > 1:
-            number = _only_number(sentences[-1])
+            number = _gold_number(sentences[-1])
     return None if number is None else {number}
+
+
+def _gold_number(text: str) -> Fraction | None:
+    """Return the number of a gold answer that has exactly one, without a word that changes its value."""
+    if _TWO_EQUATIONS.search(text):
+        return None
+    for match in _standing_alone(text):
+        before = text[max(0, match.start() - WINDOW) : match.start()]
+        if _SCALED.match(text, match.end()) or _SCALED_BEFORE.search(before):
+            return None
+    return _only_number(text)
 
 
 def _clean(text: str) -> str:
@@ -162,21 +195,23 @@ def _write_fraction(match: re.Match) -> str:
     return f"{space}{sign}{top.lstrip('-')}/{under.lstrip('-')}"
 
 
-def _read_marked(text: str) -> tuple[bool, Fraction | None]:
-    """Return whether the text has an answer mark or a box, and the number there, if it is one."""
+def _find_marked(text: str) -> tuple[str, bool] | None:
+    """Return the line behind the last answer mark, else the last box, and whether it is a box; None without either.
+
+    Groups of three digits are joined there.
+    """
     after = None
     for match in _MARK.finditer(text):
         if not _HEADING.match(text, match.end()):
             after = match
-    if after is not None:
-        return True, _first_number(text[after.end() :])
-    box = find_last_box(text)
-    return box is not None, None if box is None else _only_number(box)
+    answer = find_last_box(text) if after is None else text[after.end() :].partition("\n")[0]
+    if answer is None:
+        return None
+    return _SPACED_GROUPS.sub(lambda match: match[0].replace(" ", ""), answer), after is None
 
 
-def _first_number(text: str) -> Fraction | None:
-    """Return the number at the beginning of the text behind an answer mark, or None if that is an expression."""
-    line = text.partition("\n")[0]
+def _first_number(line: str) -> Fraction | None:
+    """Return the number at the beginning of the line behind an answer mark, or None if that is an expression."""
     if re.search(r"\d", result := line.rpartition("=")[2]):
         line = result
     match = _NUMBER.search(line)
@@ -273,7 +308,10 @@ def _is_negative(text: str, match: re.Match, is_start: bool) -> bool:
     """Return True if the minus in front of the number is a sign: not a hyphen, a subtraction or a list's dash."""
     before = text[max(0, match.start() - WINDOW) : match.start()]
     if not match["sign"]:
-        return bool(re.search(r"\bnegative \Z", before, re.I))
+        word = _MINUS_WORD.search(before)
+        ahead = before[: word.start()].rstrip() if word else ""
+        is_sign = word and (word["negative"] or not ahead or _SIGN_BEFORE.search(ahead))
+        return bool(is_sign)  # and not a subtraction, as in "ten minus 5"
     if match["sign"] == "-":
         is_hyphen, is_subtraction = re.match(r"\w", before[-1:]), re.match(r"[\d)\]}]", before.rstrip()[-1:])
         return not is_hyphen and not is_subtraction

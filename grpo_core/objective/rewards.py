@@ -21,6 +21,7 @@ from grpo_core.objective.answers import (
     OPEN,
     accepted_choices,
     accepted_texts,
+    check_letters,
     cut_thinking,
     final_choice,
     final_text,
@@ -111,7 +112,13 @@ def text_match(
     return _compare(finals, accepted)
 
 
-@REWARDS.register("choice_match", never_null=("answer",), gold={"answer": accepted_choices}, answer=final_choice)
+@REWARDS.register(
+    "choice_match",
+    never_null=("answer",),
+    gold={"answer": accepted_choices},
+    argument_limits={"letters": check_letters},
+    answer=final_choice,
+)
 def choice_match(
     completions: Sequence[str],
     prompts: Sequence[str] | None = None,

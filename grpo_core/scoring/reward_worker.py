@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo_core.objective.rewards import REWARDS
-from grpo_core.schema import ConfigError, describe_exit
+from grpo_core.schema import ConfigError, describe_exit, summarize_error
 from grpo_core.scoring.reward_call import RewardOutcome, attempt, failed_outcome
-from grpo_core.scoring.supervise import run_supervised
+from grpo_core.scoring.supervise import interruptible, run_supervised
 
 START_TIMEOUT = 120.0  # seconds for a start, in which the user's file is imported, unless reward_timeout is longer
 END_TIMEOUT = 3.0  # seconds for a process to end those that it started
@@ -182,7 +182,7 @@ class RewardWorker:
 
 def serve(connection: socket.socket, name: str, args: dict[str, Any]) -> None:
     """Reply to batches until the other end of the connection is closed, at whatever moment that is."""
-    with contextlib.suppress(ConnectionError):  # `attempt` catches those of the reward
+    with contextlib.suppress(ConnectionError, KeyboardInterrupt):  # `attempt` catches those of the reward
         _serve(connection, name, args)
 
 
@@ -194,14 +194,22 @@ def _serve(connection: socket.socket, name: str, args: dict[str, Any]) -> None:
 
     own_pid, stream = os.getpid(), connection.makefile("rb")
     try:
-        function = REWARDS.build(name, args)
+        with interruptible():
+            function = REWARDS.build(name, args)
     except ConfigError as error:
         send({"error": str(error)})
+        return
+    except KeyboardInterrupt as error:
+        send({"error": f"was interrupted: {summarize_error(error)}"})
         return
     send({"ready": True})
     while head := stream.read(SIZE.size):
         completions, columns = pickle.loads(stream.read(SIZE.unpack(head)[0]))
-        outcome = attempt(function, completions, columns)
+        try:
+            with interruptible():
+                outcome = attempt(function, completions, columns)
+        except KeyboardInterrupt as error:
+            outcome = failed_outcome(len(completions), f"was interrupted: {summarize_error(error)}")
         if os.getpid() != own_pid:  # a fork that the reward has left running
             os._exit(0)
         send(asdict(outcome))

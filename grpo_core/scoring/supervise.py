@@ -12,7 +12,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ def run_supervised(work: Callable[[], None], release: Callable[[], None]) -> Non
     """Fork; the child calls `work` and returns, this process ends as the child does, after all its descendants.
 
     This process also ends, with all descendants, on SIGTERM and when its own parent ends. It calls `release` first, to
-    give up what only the child uses.
+    give up what only the child uses. Both ignore SIGINT, which is for the run and not for them (`interruptible`).
     """
+    signal.signal(signal.SIGINT, _ignore)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # descendants whose parent ends become children of this process
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     child = os.fork()
@@ -50,6 +51,27 @@ def run_supervised(work: Callable[[], None], release: Callable[[], None]) -> Non
         signal.signal(-code, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the child has written its own core dump
     os.kill(os.getpid(), -code)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt inside, as Python does: a user's code may interrupt itself at a time limit.
+
+    A handler of its own stays.
+    """
+    if signal.getsignal(signal.SIGINT) is not _ignore:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _ignore)
+
+
+def _ignore(number: int, frame: Any) -> None:
+    """Do nothing. Unlike SIG_IGN, a handler is not inherited by the programs that a user's code starts."""
 
 
 def _end_children() -> None:

@@ -73,9 +73,18 @@ def describe_damage(checkpoint: Path) -> str | None:
         for name, digest in digests.items():
             if _digest(checkpoint / name) != digest:
                 return f"{name} does not match its checksum"
-    except (OSError, UnicodeDecodeError) as error:
-        return error_text(error)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or SUMS).name} cannot be read: {error_text(error)}"
+    except UnicodeDecodeError:
+        return f"{SUMS} is not UTF-8 text"
     return None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return True if `path` is the folder of a checkpoint in a run folder, whether or not its files are complete."""
+    return path.is_dir() and (path.parents[1] / "config.yaml").exists() and path in list_checkpoints(path.parent)
 
 
 def save(run: Run, next_step: int, control: Control, good_step: int | None = None) -> bool:

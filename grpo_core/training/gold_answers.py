@@ -9,7 +9,8 @@ from typing import Any
 from grpo_core.batch import Task
 from grpo_core.config.sections import RewardConfig, RunConfig
 from grpo_core.counts import quantify
-from grpo_core.data.eval_sets import group_by_set
+from grpo_core.data.eval_sets import group_by_set, name_set
+from grpo_core.data.rows import name_split
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.registry import get_fact
 from grpo_core.schema import ConfigError
@@ -18,27 +19,32 @@ MAX_EXAMPLES = 3
 MAX_EXAMPLE_CHARS = 40
 
 
-def check_gold_answers(config: RunConfig, tasks: Sequence[Task], eval_tasks: Sequence[Task]) -> list[str]:
+def check_gold_answers(
+    config: RunConfig,
+    tasks: Sequence[Task],
+    eval_tasks: Sequence[Task],
+    source: str | None = None,  # of the evaluation tasks; default: as configured
+) -> list[str]:
     """Return a sentence for each reward that cannot judge some of the gold answers; three of them are shown.
 
     Raises:
         ConfigError: they are more than the share data.max_unjudged of the training or of the evaluation tasks.
     """
     sentences = []
-    uses = [(f"reward {reward.name}", reward, tasks, "training") for reward in config.rewards]
+    train_source = name_split(config.data.path, config.data.split)
+    uses = [(f"reward {reward.name}", reward, tasks, "training", train_source) for reward in config.rewards]
     name = config.evaluation.reward
     for eval_set, set_tasks in group_by_set(eval_tasks).items():
         title = f"evaluation.reward {name}" + (f" (set {eval_set})" if eval_set else "")
-        uses.append((title, RewardConfig(name), set_tasks, "evaluation"))
-    for title, reward, rows, kind in uses:
+        uses.append((title, RewardConfig(name), set_tasks, "evaluation", source or name_set(config, eval_set)))
+    for title, reward, rows, kind, place in uses:
         for column, unread in find_unjudged(reward, rows).items():
             examples = ", ".join(
                 f"row {task.index + 1} {_shorten(task.columns[column])}" for task in unread[:MAX_EXAMPLES]
             )
             sentence = (
                 f"{title} cannot judge {len(unread):,} of {quantify(len(rows), 'value')} of the column {column!r} in "
-                f"the {kind} "
-                f"data: {examples}"
+                f"the {kind} data, {place}: {examples}"
             )
             if len(unread) > config.data.max_unjudged * len(rows):
                 raise ConfigError(

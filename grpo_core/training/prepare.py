@@ -82,24 +82,28 @@ def prepare(
     return Prepared(tokenizer, model_config, tasks, eval_tasks, num_too_long, warnings)
 
 
-def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task]) -> None:
-    """Raise ConfigError if a reward needs a column that the data lacks, or that is null where it must not be."""
+def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task], source: str | None = None) -> None:
+    """Raise ConfigError if a reward needs a column that the data lacks, or that is null where it must not be.
+
+    `source` names the data of all tasks; by default it is as configured.
+    """
     data = config.data
-    uses = [(reward.name, tasks, name_split(data.path, data.split)) for reward in config.rewards]
+    uses = [(reward.name, tasks, source or name_split(data.path, data.split)) for reward in config.rewards]
     sets = group_by_set(eval_tasks).items()
-    uses += [(config.evaluation.reward, set_tasks, name_set(config, name)) for name, set_tasks in sets]
-    for name, rows, source in uses:
+    uses += [(config.evaluation.reward, set_tasks, source or name_set(config, name)) for name, set_tasks in sets]
+    for name, rows, place in uses:
         if rows and (missing := find_missing_columns(REWARDS.get(name), rows[0].columns)):
             columns = ", ".join(rows[0].columns)
             raise ConfigError(
-                f"reward {name} needs the column {missing[0]!r}, but the data has only the columns {columns}"
+                f"reward {name} needs the column {missing[0]!r}, but the data has only the columns {columns}; "
+                f"the data is {place}"
             )
         for column in get_fact(REWARDS.get(name), "never_null", ()):
             for task in rows:
                 if task.columns[column] is None:
                     raise ConfigError(
                         f"reward {name} needs a value in the column {column!r}, which is null in row "
-                        f"{task.index + 1} of the data, {source}"
+                        f"{task.index + 1} of the data, {place}"
                     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from grpo_core.config.sections import RunConfig
 from grpo_core.distributed import ranks
 from grpo_core.monitor import run_lock
 from grpo_core.schema import ConfigError
-from grpo_core.training.checkpoint import describe_damage, list_checkpoints
+from grpo_core.training.checkpoint import describe_damage, error_text, list_checkpoints
 
 
 def find_run_folder(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
@@ -30,6 +32,8 @@ def find_run_folder(config: RunConfig) -> tuple[Path, Path | None, list[str]]:
             _check_writable_on_main(result[0], f"the run folder {result[0]} (output_dir and name)")
         except ConfigError as error:
             result = str(error)
+        except OSError as error:
+            result = f"the run folder {error.filename} (output_dir and name) cannot be read: {error.strerror}"
     result = ranks.broadcast_from_main(result)
     if isinstance(result, str):
         raise ConfigError(result)
@@ -71,7 +75,7 @@ def check_writable(folder: Path, key: str) -> None:
     if ranks.is_main():
         try:
             run_lock.check_not_written(folder, key)
-            _check_writable_on_main(folder, f"{key} is {folder}, which")
+            _check_writable_on_main(folder, f"{key} {folder}" if key.startswith("-") else f"{key} is {folder}, which")
         except ConfigError as error:
             problem = str(error)
     if problem := ranks.broadcast_from_main(problem):
@@ -79,14 +83,26 @@ def check_writable(folder: Path, key: str) -> None:
 
 
 def _check_writable_on_main(folder: Path, subject: str) -> None:
-    new = not folder.exists()
+    if problem := describe_unwritable(folder, keep_parents=True):
+        raise ConfigError(f"{subject} cannot be written: {problem}")
+
+
+def describe_unwritable(folder: Path, *, keep_parents: bool = False) -> str | None:
+    """Return why no file can be written to `folder`, which may not exist yet, or None.
+
+    Leave no trace, or with `keep_parents` the folders above it: several runs that start at once may need them.
+    """
+    new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    problem = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        if new:
-            folder.rmdir()
     except OSError as error:
-        raise ConfigError(f"{subject} cannot be written: {error.strerror}") from None
+        problem = error_text(error)
+    for path in new[:1] if keep_parents and problem is None else new:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+    return problem
 
 
 def holds_run(folder: Path) -> bool:

@@ -113,7 +113,8 @@ def read_dump(path: Path) -> DumpedBatch:
             [completion for part in contents for completion in part["completions"]],
         )
     except OSError as error:
-        raise ConfigError(f"cannot read the batch {path}: {error.strerror or error} ({error.filename})") from None
+        place = f" ({error.filename})" if error.filename else ""  # safetensors names the file in its text
+        raise ConfigError(f"cannot read the batch {path}: {error.strerror or error}{place}") from None
     except (SafetensorError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise ConfigError(f"{path} is damaged, or was not saved by debug.dump_batches: {error!r}") from None
 

@@ -14,11 +14,13 @@ from grpo_core.model.packing import Packing, Plan
 from grpo_core.model.policy import Policy, TokenStats
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.corrections import corrected_old_logprobs, off_policy_mask
+from grpo_core.objective.diagnostics import describe_wrong_diagnostics
 from grpo_core.objective.inputs import CORRECTION_INPUTS, LOSS_INPUTS
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.token_weights import Totals, entropy_weights, token_weights
 from grpo_core.random_keys import make_key, torch_seed
 from grpo_core.registry import get_fact
+from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint
 from grpo_core.training.control import Control
 from grpo_core.training.run import Run
@@ -147,6 +149,9 @@ def token_loss(
     """Return the loss of every token, [b, C]. This function is the order of operations:
 
     surrogate, * off-policy mask, * top-entropy mask, * rollout correction, + kl_coef KL.
+
+    Raises:
+        ConfigError: the loss returned a diagnostic that cannot be logged.
     """
     mask, rollout_logprobs = micro.loss_mask, micro.rollouts.rollout_logprobs
     inputs = collect_inputs(micro, tokens, old_logprobs)
@@ -176,6 +181,8 @@ def token_loss(
             kl = objective.kl_fn(tokens.logprobs, micro.ref_logprobs, old_logprobs)
         loss = loss + control.kl_coef * kl
         stats.add_mean("kl", kl, mask)
+    if problem := describe_wrong_diagnostics(surrogate.diagnostics, mask.shape):  # it may depend on the batch
+        raise ConfigError(f"the loss (loss.name) {problem}")
     for name, values in surrogate.diagnostics.items():
         stats.add_mean(name, values, mask)
     return loss

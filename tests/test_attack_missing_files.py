@@ -1,0 +1,118 @@
+"""A missing file of a checkpoint, an adapter, a model or a saved batch is named."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from test_loop import make_run
+
+from grpo_core.commands.open_policy import _find_source
+from grpo_core.config.files import dump, load
+from grpo_core.config.sections import ModelConfig
+from grpo_core.model.loading import load_model_config, load_tokenizer
+from grpo_core.model.policy import load_policy
+from grpo_core.schema import ConfigError
+from grpo_core.training import checkpoint, run_dir, saved_batches
+
+TINY = ROOT / "configs" / "tiny.yaml"
+BUILTIN = ROOT / "grpo_core" / "builtin" / "tiny"
+FILES = [checkpoint.SUMS, checkpoint.META, checkpoint.TENSORS]
+
+
+@pytest.fixture
+def newest(tmp_path):
+    run = make_run(tmp_path / "runs" / "cc")
+    assert checkpoint.save(run, 1, run.control)
+    config = load(TINY, ["name=cc", f"output_dir={tmp_path}/runs"])
+    (run.folder / "config.yaml").write_text(dump(config))
+    return run.folder / "checkpoints" / "step-000001"
+
+
+def find(path):
+    return _find_source(str(path), [], None, lambda sentence: None)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_attack_6_a_missing_file_of_a_checkpoint_is_named(newest, file):
+    (newest / file).unlink()
+    assert checkpoint.describe_damage(newest) == f"{file} is missing"
+    with pytest.raises(ConfigError, match=f"the checkpoint {newest} is damaged: {file} is missing"):
+        find(newest)
+    with pytest.raises(ConfigError, match=f"every checkpoint in .* is damaged: {file} is missing"):
+        run_dir.find_run_folder(load(TINY, ["name=cc", f"output_dir={newest.parents[2]}", "resume=auto"]))
+
+
+@pytest.mark.parametrize("missing, named", [(FILES, checkpoint.SUMS), (FILES[:2], checkpoint.SUMS), (FILES[1:], checkpoint.TENSORS)])
+def test_attack_6_several_missing_files_are_damage_too(newest, missing, named):
+    for file in missing:
+        (newest / file).unlink()
+    with pytest.raises(ConfigError, match=f"the checkpoint {newest} is damaged: {named} is missing"):
+        find(newest)
+
+
+def test_attack_6_the_link_best_is_a_checkpoint_without_its_metadata(newest):
+    (newest.parent / "best").symlink_to(newest.name)
+    assert find(newest.parent / "best").checkpoint == newest
+    (newest / checkpoint.META).unlink()
+    with pytest.raises(ConfigError, match="is damaged: meta.json is missing"):
+        find(newest.parent / "best")
+
+
+@pytest.mark.parametrize("harm, sentence", [
+    (lambda path: path.mkdir(), "SHA256SUMS cannot be read: Is a directory"),
+    (lambda path: path.write_bytes(b"\xff\xfe"), "SHA256SUMS is not UTF-8 text"),
+])  # fmt: skip
+def test_attack_6_a_file_that_cannot_be_read_is_named(newest, harm, sentence):
+    (newest / checkpoint.SUMS).unlink()
+    harm(newest / checkpoint.SUMS)
+    assert checkpoint.describe_damage(newest) == sentence
+
+
+@pytest.fixture
+def adapter(newest):
+    folder = newest.parents[1] / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(BUILTIN)}))
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    return folder
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_attack_6_a_missing_file_of_an_adapter_is_named(adapter, tmp_path, file):
+    assert find(adapter).adapter == adapter and find(adapter.parent).adapter == adapter
+    (adapter / file).unlink()
+    with pytest.raises(ConfigError, match=f"the adapter in {adapter} is incomplete: {file} is missing"):
+        find(adapter)
+    if file == "adapter_model.safetensors":
+        with pytest.raises(ConfigError, match=f"the adapter in {adapter} is incomplete: {file} is missing"):
+            find(adapter.parent)
+    else:  # the export of the adapter was interrupted; the checkpoint has the weights
+        assert find(adapter.parent).checkpoint is not None
+
+
+def test_attack_6_a_model_without_its_configuration_or_tokenizer(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(BUILTIN, model)
+    (model / "config.json").unlink()
+    sentence = f"model.path is '{model}', and it cannot be loaded: config.json is missing"
+    with pytest.raises(ConfigError, match=sentence):
+        load_model_config(ModelConfig(str(model)))
+    with pytest.raises(ConfigError, match=sentence):
+        load_policy(ModelConfig(str(model)), SimpleNamespace(r=0), dtype=None, temperature=1.0)
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="the folder has no tokenizer files, such as tokenizer.json"):
+        load_tokenizer(str(model))
+
+
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+def test_attack_6_a_missing_file_of_a_saved_batch_is_named_once(tmp_path, suffix):
+    folder = tmp_path / "batches"
+    folder.mkdir()
+    (folder / "step-000001-rank-0.safetensors").write_bytes(b"")
+    (folder / "step-000001-rank-0.json").write_text(json.dumps({"ranks": 1}))
+    (folder / f"step-000001-rank-0.{suffix}").unlink()
+    with pytest.raises(ConfigError, match=f"step-000001-rank-0.{suffix}") as error:
+        saved_batches.read_dump(folder / "step-000001")
+    assert "None" not in str(error.value)
