@@ -40,6 +40,8 @@ from grpo_core.objective.policy_loss import (
 )
 from grpo_core.schema import ConfigError
 
+__all__ = ["LOSSES", "PolicyLoss", "sequence_ratio", "token_ratio"]
+
 
 @LOSSES.register("grpo", ratio="token")
 def grpo_loss(

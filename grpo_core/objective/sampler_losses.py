@@ -28,8 +28,8 @@ def dppo_tv_loss(
 ) -> PolicyLoss:
     """-sg(min(r, cap)) M A l, M = 0 where A > 0 and p - q > delta_high, or A < 0 and q - p > delta_low
 
-    DPPO with the total variation of the drawn token, arXiv:2602.04879. verl compares with l_old where this compares with
-    l_roll, and sets cap to 3 unless its clip_ratio_c is given.
+    DPPO with the total variation of the drawn token, arXiv:2602.04879. verl compares with l_old where this compares
+    with l_roll, and sets cap to 3 unless its clip_ratio_c is given.
     """
     _check_bounds(delta_low=delta_low, delta_high=delta_high, cap=cap)
     change = (logprobs.exp() - rollout_logprobs.exp()).detach()
