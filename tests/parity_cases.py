@@ -12,8 +12,9 @@ from grpo_core.batch import Rollouts, TrainBatch
 from grpo_core.config.sections import LossConfig, RunConfig, SamplingConfig
 from grpo_core.model.policy import TokenStats
 from grpo_core.monitor.aggregates import Stats
+from grpo_core.objective.kl import KLS
 from grpo_core.objective.losses import LOSSES
-from grpo_core.objective.token_weights import Totals
+from grpo_core.objective.token_weights import Totals, token_weights
 from grpo_core.training.control import first_control
 from grpo_core.training.prepare import build_objective
 from grpo_core.training.update import micro_loss
@@ -27,8 +28,8 @@ VERL_AVERAGE = {  # loss_agg_mode -> loss.average; token-sum is a token mean ove
 def compute(source, config, inputs, meta):
     """Return {key: value} of one case."""
     t = {name: torch.tensor(values, dtype=torch.double) for name, values in inputs.items() if is_matrix(values)}
-    if source == "verl_0_9_1" and config["kind"] == "policy_loss":
-        return verl_policy_loss(config, t)
+    if source == "verl_0_9_1" and config["kind"] in VERL:
+        return VERL[config["kind"]](config, t)
     if source == "prime_rl" and config["kind"] == "loss":
         return prime_rl_loss(config, t)
     raise NotImplementedError(config["kind"])
@@ -54,20 +55,42 @@ def verl_policy_loss(config, t):
         average = "seq-mean-token-mean"
     elif mode == "gpg":
         loss_fn = LOSSES.get("reinforce")
+    elif mode == "dro":
+        loss_fn = LOSSES.build("dro", {"beta": config["dro_beta"]})
+    elif mode == "cispo":
+        loss_fn = LOSSES.build("cispo", {"floor": 1 - low, "cap": 1 + high})
+    elif mode == "geo_mean":
+        loss_fn, average = LOSSES.build("gmpo", {"clip_low": low, "clip_high": high}), "seq-mean-token-mean"
     else:
         raise NotImplementedError(mode)
     info = config.get("global_batch_info", {})
     tokens = info.get("batch_num_tokens", 1 if average == "token-sum" else int(mask.sum()))
-    completions = info.get("global_batch_size", int(mask.any(dim=1).sum()))
+    completions = info.get("global_batch_size", len(mask) if mode == "geo_mean" else int(mask.any(dim=1).sum()))
     width = info.get("loss_scale_factor", mask.shape[1])
     totals = Totals(torch.tensor(float(tokens)), torch.tensor(float(completions)), width)
     old = t[config["old"]]
     weights = t[config["rollout_is_weights"]] if config.get("rollout_is_weights") else None
+    if weights is not None and mode == "geo_mean":  # the row's geometric mean
+        weights = (((weights + 1e-10).log() * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).exp()
     value, gradient = loss_and_gradient(
         loss_fn, t["logps"], old, old, t[config["advantages"]], mask, VERL_AVERAGE[average], totals, weights=weights
     )
     scale = info.get("dp_size", 1)  # verl multiplies by it, because its engine averages over ranks
     return {"loss": scale * value, "grad": scale * gradient}
+
+
+def verl_kl(config, t):
+    mask, logprobs = t[config["mask"]].bool(), t["logps"].requires_grad_()
+    name = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}.get(config["kl_penalty"], config["kl_penalty"])
+    per_token = KLS.get(name)(logprobs, t["ref_logps"], logprobs.detach())
+    totals = Totals(mask.sum(), mask.any(dim=1).sum(), mask.shape[1])
+    weights = token_weights(mask, average=VERL_AVERAGE[config["loss_agg_mode"]], totals=totals, dtype=torch.double)
+    loss = (per_token * weights).sum()
+    loss.backward()
+    return {"loss": loss.item(), "grad": logprobs.grad, "per_token": per_token.detach()}
+
+
+VERL = {"policy_loss": verl_policy_loss, "kl_penalty": verl_kl}
 
 
 def prime_rl_loss(config, t):

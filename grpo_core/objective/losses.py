@@ -31,6 +31,7 @@ from grpo_core.objective import sampler_losses  # noqa: F401 - registers its los
 from grpo_core.objective.policy_loss import (
     DETACHED,
     LOSSES,
+    PULLS_BACK,
     PolicyLoss,
     by_sign,
     row_mean,
@@ -176,17 +177,20 @@ def cispo_loss(
     completion_mask: Tensor,
     *,
     cap: float = 5.0,
+    floor: float = 0.0,
 ) -> PolicyLoss:
-    """-sg(min(r, cap)) A l
+    """-sg(clip(r, floor, cap)) A l
 
     REINFORCE weighted by the detached ratio, which is truncated at `cap`; unlike clipping, this leaves every token a
-    gradient. `cap` is a ratio: TRL calls it epsilon_high, open-instruct writes it as 1 + epsilon_high, and verl also
-    has a lower bound. arXiv:2506.13585.
+    gradient. Both bounds are ratios: TRL calls the cap epsilon_high, open-instruct writes it as 1 + epsilon_high, and
+    in verl the bounds are 1 - clip_ratio_low and 1 + clip_ratio_high. arXiv:2506.13585.
     """
     if not cap > 0:
         raise ConfigError(f"cap is {cap}; it is a bound on the ratio and must be above 0")
+    if not 0 <= floor <= cap:
+        raise ConfigError(f"floor is {floor}; it is a bound on the ratio, from 0 to cap ({cap:g})")
     ratio = token_ratio(logprobs, old_logprobs).detach()
-    return weighted(ratio.clamp(max=cap), ratio, ratio > cap, advantages, logprobs)
+    return weighted(ratio.clamp(floor, cap), ratio, (ratio > cap) | (ratio < floor), advantages, logprobs)
 
 
 @LOSSES.register("sapo", ratio="token")
@@ -248,6 +252,28 @@ def reinforce_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, c
     """
     ratio = token_ratio(logprobs, old_logprobs).detach()
     return weighted(torch.ones_like(ratio), ratio, torch.zeros_like(ratio), advantages, logprobs)
+
+
+@LOSSES.register("dro", breaks={"zero_advantage": PULLS_BACK, "clip": "far from the old policy the pull is stronger"})
+def dro_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    *,
+    beta: float = 0.5,
+) -> PolicyLoss:
+    """-A l + beta / 2 (l - l_old)**2
+
+    REINFORCE with a quadratic pull to the policy before the update, in place of a ratio; as in verl and Tinker. Direct
+    reward optimisation, arXiv:2405.19107.
+    """
+    if not beta >= 0:
+        raise ConfigError(f"beta is {beta}; it must be at least 0")
+    difference = logprobs - old_logprobs
+    ratio = token_ratio(logprobs, old_logprobs).detach()
+    loss = -advantages * logprobs + beta / 2 * difference.square()
+    return PolicyLoss(loss, {"ratio": ratio, "clip_frac": torch.zeros_like(ratio)})
 
 
 @LOSSES.register("gpg")

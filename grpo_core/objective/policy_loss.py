@@ -14,6 +14,7 @@ from grpo_core.registry import Registry
 LOSSES = Registry("loss")
 
 DETACHED = "the ratio is detached, so the gradient is that of -A l times a weight and not that of the value"
+PULLS_BACK = "its penalty on the log-ratio acts on every token, whatever the advantage"
 
 
 @dataclass(frozen=True)

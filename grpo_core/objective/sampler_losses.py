@@ -8,10 +8,8 @@ changes. The other symbols are those of losses.py.
 import torch
 from torch import Tensor
 
-from grpo_core.objective.policy_loss import DETACHED, LOSSES, PolicyLoss, token_ratio, weighted
+from grpo_core.objective.policy_loss import DETACHED, LOSSES, PULLS_BACK, PolicyLoss, token_ratio, weighted
 from grpo_core.schema import ConfigError
-
-PULLS_BACK = "the log-ratio penalty acts on every token, whatever its advantage"
 
 
 @LOSSES.register("dppo_tv", breaks={"gradcheck": DETACHED})
