@@ -4,6 +4,7 @@
 files in tests/fixtures say what the options mean. It raises NotImplementedError for what the product leaves out.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from grpo_core.model.policy import TokenStats
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.kl import KLS
 from grpo_core.objective.losses import LOSSES
+from grpo_core.objective.rejections import REJECTIONS
 from grpo_core.objective.token_weights import Totals, token_weights
 from grpo_core.training.control import first_control
 from grpo_core.training.prepare import build_objective
@@ -32,6 +34,8 @@ def compute(source, config, inputs, meta):
         return VERL[config["kind"]](config, t)
     if source == "prime_rl" and config["kind"] == "loss":
         return prime_rl_loss(config, t)
+    if source == "others" and config["kind"] == "areal" and config.get("m2_threshold"):
+        return areal_m2po(config, t)
     raise NotImplementedError(config["kind"])
 
 
@@ -90,7 +94,38 @@ def verl_kl(config, t):
     return {"loss": loss.item(), "grad": logprobs.grad, "per_token": per_token.detach()}
 
 
-VERL = {"policy_loss": verl_policy_loss, "kl_penalty": verl_kl}
+def verl_rejection(config, t):
+    """Every part must hold. verl's bounds of k1 are on 1 / v: log a <= -log v <= log b, and b alone means from 1 / b."""
+    mask, old, rollout = t[config["mask"]].bool(), t[config["old"]], t[config["rollout"]]
+    kept = mask
+    names, bounds = config["rollout_rs"].split(","), str(config["rollout_rs_threshold"]).split(",")
+    for name, bound in zip(names, bounds if len(bounds) == len(names) else bounds * len(names), strict=True):
+        level, *over, estimator = name.split("_")
+        if estimator == "k1":
+            high, low = [float(x) for x in reversed(bound.split("_"))] if "_" in bound else (float(bound), 1 / float(bound))
+            args = {"low": -math.log(high), "high": -math.log(low)}
+        else:
+            args = {"high": float(bound)}
+        args |= {"estimator": estimator} | ({"over": over[0]} if over else {})
+        reject = REJECTIONS.build({"token": "token", "seq": "sequence"}[level], args)
+        kept = kept & reject(old, rollout, t["advantages"][:, None], mask)
+    return {"mask": kept}
+
+
+VERL = {"policy_loss": verl_policy_loss, "kl_penalty": verl_kl, "rollout_rs": verl_rejection}
+
+
+def areal_m2po(config, t):
+    mask, old, rollout = t[config["mask"]].bool(), t[config["proximal"]], t[config["behaviour"]]
+    reject = REJECTIONS.build("m2po", {"threshold": config["m2_threshold"]})
+    mask = mask & reject(old, rollout, t["advantages"][:, None], mask)
+    low, high = config["eps_clip"], config["eps_clip_higher"] or config["eps_clip"]
+    totals = Totals(mask.sum(), torch.tensor(len(mask)), mask.shape[1])
+    value, gradient = loss_and_gradient(
+        LOSSES.build("grpo", {"clip_low": low, "clip_high": high}), t["logps"], old, rollout, t[config["advantages"]],
+        mask, "token", totals,
+    )  # fmt: skip
+    return {"loss": value, "grad": gradient, "mask": mask}
 
 
 def prime_rl_loss(config, t):
