@@ -37,8 +37,10 @@ def loss_case(config, inputs, meta):
     clip_high = config.get("eps_high", clip_low)
     if kind == "cispo":
         loss_fn = LOSSES.build("cispo", {"cap": clip_high})
-    elif kind in ("sapo", "vespo"):
-        loss_fn = LOSSES.build(kind)
+    elif kind == "sapo":
+        loss_fn = LOSSES.build("sapo", {"tau_neg": torch.tensor(1.05).item()})  # TRL rounds it to float32
+    elif kind == "vespo":
+        loss_fn = LOSSES.get("vespo")
     else:
         args = {"clip_low": clip_low, "clip_high": clip_high, "delta": config.get("delta_")}
         loss_fn = LOSSES.build("grpo" if level == "token" else "gspo", args)

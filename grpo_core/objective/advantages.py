@@ -19,6 +19,7 @@ All functions raise ConfigError unless rewards are [N, G] with G >= 2.
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from grpo_core.registry import Registry
 from grpo_core.schema import ConfigError
 
 ADVANTAGES = Registry("advantage")
+
+Over = Literal["completions", "tokens"]  # what the statistics of a batch are taken over
 
 USES_BATCH = "it uses a statistic of the whole batch on purpose"
 
@@ -90,14 +93,40 @@ def opo_advantages(rewards: Tensor, lengths: Tensor) -> Tensor:
 
 
 @ADVANTAGES.register("reinforce_pp_baseline", breaks={"groups": USES_BATCH})
-def reinforce_pp_baseline_advantages(rewards: Tensor, *, eps: float = 1e-4, std_ddof: int = 1) -> Tensor:
+def reinforce_pp_baseline_advantages(
+    rewards: Tensor, lengths: Tensor, *, eps: float = 1e-4, std_ddof: int = 1, over: Over = "completions"
+) -> Tensor:
     """(d - mean(d)) / (std(d) + eps) over the batch (n - std_ddof), d = r - mean of the group
 
     REINFORCE++ with a group baseline, arXiv:2501.03262. Tied groups count in the batch's mean and standard deviation,
-    and their advantages stay 0. Both statistics are over completions; implementations that take them over tokens give
+    and their advantages stay 0. `over` says whether n counts completions or tokens; verl counts tokens, which gives
     long completions more weight.
     """
-    return _whiten(center(rewards)[0], rewards, _has_signal(rewards), eps, std_ddof)
+    weights = _weigh(rewards, lengths, over)
+    return _whiten(center(rewards)[0], rewards, _has_signal(rewards), eps, std_ddof, weights)
+
+
+@ADVANTAGES.register(
+    "reinforce_plus_plus",
+    breaks={
+        "groups": USES_BATCH,
+        "ties": "it has no group: a tied group is compared with the batch",
+        "zero_mean": "it has no group, and the batch's advantages have mean 0",
+    },
+)
+def reinforce_plus_plus_advantages(
+    rewards: Tensor, lengths: Tensor, *, eps: float = 1e-4, std_ddof: int = 1, over: Over = "completions"
+) -> Tensor:
+    """(r - mean(r)) / (std(r) + eps) over the batch (n - std_ddof)
+
+    REINFORCE++, arXiv:2501.03262, whose reward comes at the completion's end without a discount. There is no group, so
+    tied groups are trained. `over` says whether n counts completions or tokens; verl counts tokens.
+    """
+    _check_groups(rewards)
+    return _whiten(rewards.nan_to_num(), rewards, ~rewards.isnan(), eps, std_ddof, _weigh(rewards, lengths, over))
+
+
+reinforce_plus_plus_advantages.learns_from_ties = True  # type: ignore[attr-defined]
 
 
 @ADVANTAGES.register(
@@ -106,19 +135,27 @@ def reinforce_pp_baseline_advantages(rewards: Tensor, *, eps: float = 1e-4, std_
     breaks={"groups": USES_BATCH, "order": "it orders by the sum of normalised rewards, not by r"},
 )
 def gdpo_advantages(
-    rewards: Tensor, components: Tensor, weights: Tensor, *, eps: float = 1e-4, std_ddof: int = 1
+    rewards: Tensor,
+    components: Tensor,
+    weights: Tensor,
+    lengths: Tensor,
+    *,
+    eps: float = 1e-4,
+    std_ddof: int = 1,
+    over: Over = "completions",
 ) -> Tensor:
     """(z - mean(z)) / (std(z) + eps) over the batch, z = sum_k w_k (r_k - mean_k) / (std_k + eps) in the group
 
     Each reward is normalised in its group before the sum, so that a reward of small spread still counts beside one of
     large spread. A group is tied only if it is tied in every reward with a weight: rewards can differ while their sum
-    does not. arXiv:2601.05242.
+    does not. `over` says whether the batch's n counts completions or tokens; verl counts tokens. arXiv:2601.05242.
     """
     _check_groups(rewards)
     normalised = torch.stack([grpo_advantages(component, eps=eps, std_ddof=std_ddof) for component in components])
     z = (normalised * weights.to(rewards.dtype).view(-1, 1, 1)).sum(dim=0)
     tied = torch.stack([tied_groups(component) for component in components[weights != 0]]).all(dim=0)
-    return _whiten(z, rewards, ~rewards.isnan() & ~tied[:, None], eps, std_ddof)
+    signal = ~rewards.isnan() & ~tied[:, None]
+    return _whiten(z, rewards, signal, eps, std_ddof, _weigh(rewards, lengths, over))
 
 
 ONLY_THE_BEST = "only the best completion of the group has an advantage"
@@ -135,6 +172,17 @@ def pass_at_k_advantages(rewards: Tensor) -> Tensor:
     best = rewards.masked_fill(rewards.isnan(), -torch.inf).topk(2, dim=1)
     is_best = torch.arange(rewards.shape[1], device=rewards.device) == best.indices[:, :1]
     return torch.where(signal & is_best, best.values[:, :1] - best.values[:, 1:], 0.0)
+
+
+@ADVANTAGES.register("grpo_passk", breaks={"zero_mean": ONLY_THE_BEST, "order": ONLY_THE_BEST})
+def grpo_passk_advantages(rewards: Tensor, *, eps: float = 1e-6, std_ddof: int = 1) -> Tensor:
+    """(r_max - r_2nd) / (std + eps) for the best of the group, 0 for the others, std (n - std_ddof) of the group
+
+    pass_at_k divided by the group's standard deviation, as in verl. arXiv:2503.19595.
+    """
+    centered, counts = center(rewards)
+    variance = centered.square().sum(dim=1, keepdim=True) / (counts - std_ddof).clamp(min=1)
+    return _divide_by_std(pass_at_k_advantages(rewards), variance.sqrt(), eps, std_ddof)
 
 
 @ADVANTAGES.register("maxrl", breaks={"shift": "it divides by the mean, which fits rewards of 0 and 1 only"})
@@ -243,11 +291,20 @@ def _batch_std(rewards: Tensor, ddof: int) -> Tensor:
     return (scored - scored.mean()).square().sum().div(max(1, scored.numel() - ddof)).sqrt().nan_to_num()
 
 
-def _whiten(values: Tensor, rewards: Tensor, signal: Tensor, eps: float, ddof: int) -> Tensor:
+def _weigh(rewards: Tensor, lengths: Tensor, over: Over) -> Tensor:
+    """Return how often each completion counts in the batch's statistics, [N, G]: once, or once for each token."""
+    counts = torch.ones_like(rewards) if over == "completions" else lengths.to(rewards.dtype)
+    return counts.masked_fill(rewards.isnan(), 0.0)
+
+
+def _whiten(values: Tensor, rewards: Tensor, signal: Tensor, eps: float, ddof: int, weights: Tensor) -> Tensor:
     """Standardise over the batch's scored completions; the result is exactly 0 where `signal` is false."""
-    scored = torch.where(rewards.isnan(), torch.nan, values)
-    centered = values - scored.nanmean().nan_to_num()
-    return torch.where(signal, _divide_by_std(centered, _batch_std(scored, ddof), eps, ddof), 0.0)
+    total = weights.sum()
+    scored = values.masked_fill(rewards.isnan(), 0.0)
+    centered = values - (weights * scored).sum() / total.clamp(min=1)
+    squares = (weights * (scored - (weights * scored).sum() / total.clamp(min=1)).square()).sum()
+    std = (squares / (total - ddof).clamp(min=1)).sqrt()
+    return torch.where(signal, _divide_by_std(centered, std, eps, ddof), 0.0)
 
 
 def _divide_by_std(values: Tensor, std: Tensor, eps: float, ddof: int) -> Tensor:
