@@ -13,6 +13,7 @@ from grpo_core.batch import Rollouts, TrainBatch
 from grpo_core.config.sections import LossConfig, RunConfig, SamplingConfig
 from grpo_core.model.policy import TokenStats
 from grpo_core.monitor.aggregates import Stats
+from grpo_core.objective.advantages import ADVANTAGES, center, compute_advantages
 from grpo_core.objective.kl import KLS
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rejections import REJECTIONS
@@ -112,7 +113,55 @@ def verl_rejection(config, t):
     return {"mask": kept}
 
 
-VERL = {"policy_loss": verl_policy_loss, "kl_penalty": verl_kl, "rollout_rs": verl_rejection}
+def verl_advantage(config, t):
+    """[N, G], or [n] of groups of different sizes: there a row is filled up with NaN, a completion without a reward."""
+    name = config["adv_estimator"]
+    if name == "gpg":
+        raise NotImplementedError("its factor counts completions whose raw reward is not 0")
+    if "index" in config:
+        return {"advantages": uneven_advantages(config, t)}
+    rewards = t[config["rewards"]] if "rewards" in config else t[config["components"]].sum(dim=0)
+    lengths = t[config["mask"]].sum(dim=1).view_as(rewards)
+    if name in ("gdpo", "reinforce_plus_plus_baseline"):
+        # verl whitens all tokens, those of tied groups too, which here have advantage 0: so by the whitening without a group
+        values = center(rewards)[0]
+        if name == "gdpo":
+            normalise = ADVANTAGES.build("grpo", {"eps": 1e-6})
+            parts = [w * normalise(x) for w, x in zip(config["gdpo_reward_weights"], t[config["components"]], strict=True)]
+            values = torch.stack(parts).sum(dim=0)
+        whiten = ADVANTAGES.build("reinforce_plus_plus", {"eps": 1e-8, "over": "tokens"})
+        return {"advantages": compute_advantages(whiten, values, lengths=lengths)}
+    return {"advantages": compute_advantages(verl_function(config), rewards, lengths=lengths)}
+
+
+def verl_function(config):
+    by_std = config.get("norm_adv_by_std_in_grpo", True)
+    return {
+        "grpo": ADVANTAGES.build("grpo", {"eps": 1e-6}) if by_std else ADVANTAGES.get("dr_grpo"),
+        "grpo_vectorized": ADVANTAGES.build("grpo", {"eps": 1e-6}),
+        "rloo": ADVANTAGES.get("rloo"),
+        "rloo_vectorized": ADVANTAGES.get("rloo"),
+        "opo": ADVANTAGES.get("opo"),
+        "grpo_passk": ADVANTAGES.build("grpo_passk", {"eps": 1e-6}) if by_std else ADVANTAGES.get("pass_at_k"),
+    }[config["adv_estimator"]]
+
+
+def uneven_advantages(config, t):
+    """A group of one has advantage r in verl (mean 0, standard deviation 1). Here it is 0: it is compared with nothing."""
+    rewards, groups = t["uneven_rewards"], t["uneven_index"].long()
+    values = torch.empty_like(rewards)
+    for group in groups.unique():
+        own = groups == group
+        padded = torch.cat([rewards[own], torch.full((2,), math.nan).double()])[None]
+        values[own] = compute_advantages(verl_function(config), padded)[0, : int(own.sum())]
+        if own.sum() == 1:
+            values[own] = rewards[own] / (1 + 1e-6 * (config["adv_estimator"] == "grpo"))
+    return values
+
+
+VERL = {
+    "policy_loss": verl_policy_loss, "kl_penalty": verl_kl, "rollout_rs": verl_rejection, "advantage": verl_advantage,
+}  # fmt: skip
 
 
 def areal_m2po(config, t):

@@ -9,6 +9,11 @@ from parity_cases import compute
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FILES = {name: json.loads((FIXTURES / f"{name}.json").read_text()) for name in ("verl_0_9_1", "prime_rl", "others")}
+WITH_EPS, FLOAT32 = 1e-7, 1e-6  # an eps that stands elsewhere; computed in float32 there
+TOLERANCES = {  # 1e-9 otherwise
+    "adv_grpo_vectorized": FLOAT32, "adv_gdpo": FLOAT32, "adv_rloo_vectorized": FLOAT32, "adv_grpo_uneven": FLOAT32,
+    "adv_reinforce_plus_plus_baseline": WITH_EPS,
+}  # fmt: skip
 CASES = [(source, name) for source, content in FILES.items() for name in content["cases"]]
 
 
@@ -22,4 +27,5 @@ def test_equal(source, name):
         pytest.skip("not yet")
     assert found.keys() == case.keys() - {"config"}
     for key, value in found.items():
-        torch.testing.assert_close(torch.as_tensor(value, dtype=torch.double), torch.tensor(case[key], dtype=torch.double), rtol=0, atol=1e-9)
+        values, expected = (torch.as_tensor(x, dtype=torch.double) for x in (value, case[key]))
+        torch.testing.assert_close(values, expected, rtol=0, atol=TOLERANCES.get(name, 1e-9))
