@@ -174,6 +174,33 @@ def pass_at_k_advantages(rewards: Tensor) -> Tensor:
     return torch.where(signal & is_best, best.values[:, :1] - best.values[:, 1:], 0.0)
 
 
+@ADVANTAGES.register(
+    "optimal_token_baseline",
+    breaks={"zero_mean": "its baseline weights the rewards", "order": "the baseline differs from token to token"},
+)
+def optimal_token_baseline_advantages(
+    rewards: Tensor,
+    completion_mask: Tensor,
+    logprobs: Tensor,
+    sum_p_squared: Tensor,
+) -> Tensor:
+    """r - sum_i(r W_t) / sum_i(W_t) for token t, over the completions i of the group that have a token t
+
+    W_t = sum over j <= t of (1 - 2 p_j + sum_v p_v**2), the expected squared norm of the gradient of the logits up to
+    token t: the baseline with the least variance for each token, [N, G, C]. Where only the longest completion has a
+    token t, it has no baseline there, and its advantage is 0. arXiv:2602.07078.
+    """
+    signal = _has_signal(rewards)[..., None] & completion_mask
+    norms = (1 - 2 * logprobs.exp() + sum_p_squared) * completion_mask
+    weights = norms.cumsum(dim=2) * signal  # [N, G, C]
+    values = torch.where(
+        signal, center(rewards)[0][..., None].to(weights.dtype), 0.0
+    )  # a constant shift changes nothing
+    baseline = (weights * values).sum(dim=1, keepdim=True) / (weights.sum(dim=1, keepdim=True) + 1e-8)
+    is_compared = signal.sum(dim=1, keepdim=True) > 1
+    return torch.where(signal & is_compared, values - baseline, 0.0)
+
+
 @ADVANTAGES.register("grpo_passk", breaks={"zero_mean": ONLY_THE_BEST, "order": ONLY_THE_BEST})
 def grpo_passk_advantages(rewards: Tensor, *, eps: float = 1e-6, std_ddof: int = 1) -> Tensor:
     """(r_max - r_2nd) / (std + eps) for the best of the group, 0 for the others, std (n - std_ddof) of the group
