@@ -9,6 +9,7 @@ from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
 from grpo_core.objective.kl import KLS
 from grpo_core.objective.losses import LOSSES
+from grpo_core.objective.rejections import REJECTIONS
 from grpo_core.objective.token_weights import AVERAGES
 from grpo_core.objective.truncation import TRUNCATIONS
 from grpo_core.registry import Registry
@@ -18,6 +19,7 @@ REGISTRIES: dict[str, Registry] = {  # key of the configuration -> the functions
     "loss.average": AVERAGES,
     "loss.kl": KLS,
     "loss.rollout_correction.name": CORRECTIONS,
+    "loss.rejection.name": REJECTIONS,
     "advantage.name": ADVANTAGES,
     "truncation.name": TRUNCATIONS,
 }

@@ -25,10 +25,12 @@ from grpo_core.objective.inputs import (
     KL_INPUTS,
     LOSS_INPUTS,
     OF_TOKENS,
+    REJECTION_INPUTS,
     TRUNCATION_INPUTS,
 )
 from grpo_core.objective.kl import KLS
 from grpo_core.objective.losses import LOSSES, PolicyLoss
+from grpo_core.objective.rejections import REJECTIONS
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.objective.token_weights import AVERAGES
 from grpo_core.objective.truncation import TRUNCATIONS
@@ -118,6 +120,9 @@ def _check_functions(config: RunConfig) -> None:
     correction = loss.rollout_correction
     function = CORRECTIONS.build(correction.name, correction.args, "loss.rollout_correction.args")
     _try("loss.rollout_correction", correction.name, function, _batch_of_two())
+    rejection = loss.rejection
+    function = REJECTIONS.build(rejection.name, rejection.args, "loss.rejection.args")
+    _try("loss.rejection", rejection.name, function, _batch_of_two())
     truncation = config.truncation
     function = TRUNCATIONS.build(truncation.name, truncation.args, "truncation.args")
     inputs = {"rewards": torch.eye(2), "lengths": torch.ones(2, 2), "truncated": torch.zeros(2, 2, dtype=torch.bool)}
@@ -177,6 +182,7 @@ INPUTS = {
     "loss": LOSS_INPUTS,
     "loss.kl": KL_INPUTS,
     "loss.rollout_correction": CORRECTION_INPUTS,
+    "loss.rejection": REJECTION_INPUTS,
     "advantage": ADVANTAGE_INPUTS,
     "truncation": TRUNCATION_INPUTS,
 }

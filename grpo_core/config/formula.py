@@ -16,6 +16,7 @@ from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
 from grpo_core.objective.kl import KLS
 from grpo_core.objective.losses import LOSSES
+from grpo_core.objective.rejections import REJECTIONS
 from grpo_core.objective.token_weights import AVERAGES
 from grpo_core.objective.truncation import TRUNCATIONS
 from grpo_core.registry import Registry, get_fact
@@ -39,6 +40,13 @@ def render(config: RunConfig) -> str:
         weight = _fill_formula(CORRECTIONS, loss.rollout_correction.name, loss.rollout_correction.args)
         inside = "; applied inside L, through l_old" if get_fact(LOSSES.get(loss.name), "corrects_rollout") else ""
         rows.append(("w", f"{weight}    ({loss.rollout_correction.name}{inside})"))
+    if loss.rejection.name != "none":
+        rows.append(
+            (
+                "rejected",
+                f"{_fill_formula(REJECTIONS, loss.rejection.name, loss.rejection.args)}    ({loss.rejection.name})",
+            )
+        )
     average = _fill_formula(AVERAGES, loss.average, {}, config.sampling.max_new_tokens)
     rows.append(("weight", f"{average}    ({loss.average})"))
     if loss.kl_coef:

@@ -15,6 +15,7 @@ READ = (("model", "path"), ("data", "path"), ("data", "eval_path"))  # beside th
 WRITTEN = (("output_dir",), ("resume",), ("sft", "output"))  # in the shell's folder
 FUNCTIONS = (  # file.py:function
     *(("loss", "name"), ("loss", "kl"), ("loss", "average"), ("loss", "rollout_correction", "name")),
+    ("loss", "rejection", "name"),
     *(("advantage", "name"), ("truncation", "name"), ("evaluation", "reward")),
 )
 

@@ -29,6 +29,7 @@ _BASE = {  # grpo without a reference; every preset is this with some changes
         "top_entropy": 1.0,
         "off_policy_mask": None,
         "rollout_correction": {"name": "none", "args": {}},
+        "rejection": {"name": "none", "args": {}},
     },
     "reference": {"every": 0, "mixing": 1.0},
     "sampling": {"dynamic_attempts": 0},

@@ -112,6 +112,7 @@ class LossConfig:
     top_entropy: float = 1.0  # the surrogate acts on this share of the tokens, those of highest entropy
     off_policy_mask: float | None = None  # leaves out completions with A < 0 and mean(l_roll - l) above this
     rollout_correction: FunctionConfig = field(default_factory=lambda: FunctionConfig("none"))
+    rejection: FunctionConfig = field(default_factory=lambda: FunctionConfig("none"))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from grpo_core.config.sections import RunConfig
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
 from grpo_core.objective.losses import LOSSES
+from grpo_core.objective.rejections import REJECTIONS
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.objective.truncation import TRUNCATIONS
 from grpo_core.registry import Registry
@@ -34,6 +35,7 @@ YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: a date
 REGISTRIES = {  # section with `name` and `args` -> the registry of its functions; rewards stands for its items
     "loss": LOSSES,
     "loss.rollout_correction": CORRECTIONS,
+    "loss.rejection": REJECTIONS,
     "advantage": ADVANTAGES,
     "truncation": TRUNCATIONS,
     "rewards": REWARDS,

@@ -259,7 +259,7 @@ def _is_same(first: Path, second: Path) -> bool:
 def find_user_files(config: RunConfig) -> set[str]:
     """Return the user's files that the configuration takes functions from."""
     loss = config.loss
-    names = [loss.name, loss.average, loss.kl, loss.rollout_correction.name, config.advantage.name]
+    names = [loss.name, loss.average, loss.kl, loss.rollout_correction.name, loss.rejection.name, config.advantage.name]
     names += [config.truncation.name, config.evaluation.reward, *(reward.name for reward in config.rewards)]
     return {name.rpartition(":")[0] for name in names if ".py:" in name}
 

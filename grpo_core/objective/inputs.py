@@ -89,6 +89,7 @@ CORRECTION_INPUTS = Inputs(
     ("old_logprobs", "rollout_logprobs", "completion_mask"),
     ("advantages", "ref_logprobs", "rewards"),
 )
+REJECTION_INPUTS = Inputs(("old_logprobs", "rollout_logprobs", "advantages", "completion_mask"))
 ADVANTAGE_INPUTS = Inputs(
     ("rewards",),  # [N, G]
     (

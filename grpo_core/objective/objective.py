@@ -17,8 +17,10 @@ from torch import Tensor
 
 from grpo_core.objective.inputs import ADVANTAGE_INPUTS, CORRECTION_INPUTS, LOSS_INPUTS
 from grpo_core.objective.laws import zero_advantage
+from grpo_core.objective.rejections import keep_all
 from grpo_core.objective.token_weights import AVERAGES
 from grpo_core.registry import get_fact
+from grpo_core.schema import unwrap
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Objective:
     correction_fn: Callable  # objective/corrections.py
     advantage_fn: Callable[..., Tensor]  # objective/advantages.py
     truncation_fn: Callable  # objective/truncation.py
+    rejection_fn: Callable = keep_all  # objective/rejections.py
     average: str = "sequence"  # a name of objective/token_weights.py
     has_kl: bool = False  # kl_coef starts above 0
     kl_in: Literal["loss", "reward"] = "loss"
@@ -57,6 +60,11 @@ class Objective:
     def advantage_needs(self) -> frozenset[str]:
         """The inputs that the advantage function asks for by name."""
         return frozenset(ADVANTAGE_INPUTS.requested(self.advantage_fn))
+
+    @property
+    def rejects(self) -> bool:
+        """Return whether tokens may be left out because sampler and trainer differ, which costs a forward."""
+        return unwrap(self.rejection_fn) is not keep_all
 
     @property
     def needs_reference(self) -> bool:

@@ -26,6 +26,7 @@ from grpo_core.objective.corrections import CORRECTIONS
 from grpo_core.objective.kl import KLS
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.objective import Objective, learns_from_ties
+from grpo_core.objective.rejections import REJECTIONS
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.objective.truncation import TRUNCATIONS
 from grpo_core.registry import get_fact
@@ -115,6 +116,7 @@ def build_objective(config: RunConfig) -> Objective:
         "loss_fn": LOSSES.build(loss.name, loss.args),
         "kl_fn": KLS.get(loss.kl),
         "correction_fn": CORRECTIONS.build(correction.name, correction.args),
+        "rejection_fn": REJECTIONS.build(loss.rejection.name, loss.rejection.args),
         "advantage_fn": ADVANTAGES.build(advantage.name, advantage.args),
         "truncation_fn": TRUNCATIONS.build(truncation.name, truncation.args),
     }
