@@ -237,7 +237,9 @@ def test_attack_2_reading_stays_linear(frame, piece):
         return time.process_time() - start
 
     took = seconds(100_000)
-    assert took < 0.5 or took < 3 * seconds(50_000)
+    if took > 0.5:  # the least of three, because other tests run on the same cores
+        whole, half = (min(seconds(length) for _ in range(3)) for length in (100_000, 50_000))
+        assert whole < 3 * half
 
 
 def test_t1_a_comma_that_may_be_decimal_is_no_number():

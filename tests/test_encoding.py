@@ -37,6 +37,7 @@ def make_tokenizer(before=(), after=(), scheme=None):
 
 
 BOS, EOS = 1, 2
+OPENS_TURN = "{% if add_generation_prompt %}:{% endif %}"
 ROWS = [{"question": "ab"}, {"question": "abcdef"}]
 
 
@@ -61,11 +62,26 @@ def test_fault_7_a_prompt_does_not_end_with_the_end_of_sequence():
 
 def test_fault_7_a_chat_template_that_begins_twice_has_one_begin_token():
     tokenizer = make_tokenizer(before=["<s>"])
-    tokenizer.chat_template = "<s>{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = "<s>{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}" + OPENS_TURN
     config = DataConfig(prompt="chat", template="{question}")
     tasks, _ = make_tasks(ROWS, config, tokenizer)
     assert [task.prompt_ids.count(BOS) for task in tasks] == [1, 1]
     assert len(describe_prompt_changes(tokenizer, config, tasks)) == 1
+
+
+@pytest.mark.parametrize("template, part", [
+    ("{% for m in messages %}{{ m.content }}{% endfor %}" + OPENS_TURN, None),
+    ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}" + OPENS_TURN, "leaves data.system out"),
+    ("{% for m in messages %}{{ m.content }}{% endfor %}", "opens no turn of the assistant"),
+    ("{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}" + OPENS_TURN, "writes the time into"),
+])  # fmt: skip
+def test_attack_a_chat_template_that_does_something_else_is_named(template, part):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    config = DataConfig(prompt="chat", template="{question}", system="be brief")
+    tasks, _ = make_tasks(ROWS, config, tokenizer)
+    sentences = describe_prompt_changes(tokenizer, config, tasks)
+    assert [part in sentence for sentence in sentences] == ([] if part is None else [True])
 
 
 def test_fault_7_an_ordinary_tokenizer_is_left_alone():

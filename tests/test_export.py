@@ -168,6 +168,15 @@ def test_an_evaluation_of_a_checkpoint_is_on_its_card_and_no_other(run):
         assert ("| greedy |" in (folder / "README.md").read_text()) is on_card
 
 
+def test_attack_the_tokens_on_a_checkpoints_card_are_those_until_then(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for source, steps in ((run / "checkpoints" / "step-000006", 6), (run, 12)):
+        folder = run.parent / f"card-{steps}"
+        assert main(["export", str(source), "--adapter", "--output", str(folder)]) == 0
+        tokens = sum(row["tokens"] for row in rows[:steps])
+        assert f"- tokens: {tokens:,.0f} in " in (folder / "README.md").read_text()
+
+
 def test_nothing_is_written_by_a_dry_run_and_nothing_else_is_overwritten(run, capsys):
     before = sorted(run.rglob("*"))
     assert main(["export", str(run), "--dry-run", "--push", "me/tiny"]) == 0

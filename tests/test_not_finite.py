@@ -1,6 +1,7 @@
 """Numbers that are NaN, infinite or out of range: refused as settings, and as weights they end a run."""
 
 import dataclasses
+import json
 import math
 import re
 import shutil
@@ -128,6 +129,20 @@ def test_attack_a_checkpoint_with_nan_is_refused(tiny_run, monkeypatch):
     monkeypatch.setattr(checkpoint, "load_weights", load_spoilt)
     with pytest.raises(ConfigError, match=f"^the checkpoint {folder} cannot be used: "):
         open_source(str(folder))
+
+
+def test_attack_a_run_does_not_go_on_from_a_checkpoint_with_nan(tmp_path):
+    run = make_run(tmp_path, num_steps=2)
+    trainer.train(run)
+    (newest,) = checkpoint.list_checkpoints(tmp_path / "checkpoints")
+    meta = json.loads((newest / "meta.json").read_text())
+    weights = run.policy.parameters()[0].data.view(-1)
+    for value in (0.5, math.nan):
+        run.engine.load = lambda tensors, numbers, value=value: weights.index_fill_(0, torch.tensor([0]), value)
+        if value == 0.5:
+            checkpoint.load(newest, meta, run)
+    with pytest.raises(ConfigError, match=f"^the checkpoint {newest} cannot be used: "):
+        checkpoint.load(newest, meta, run)
 
 
 @pytest.mark.parametrize("command", [["evaluate", "--samples", "0", "--limit", "2"], ["sample", "a"], ["export", "--adapter"]])

@@ -1,6 +1,7 @@
 """The report: what is in it, what does not get into it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from grpo_core.report.panels import PANELS, choose_panels, collect_curves
 from grpo_core.report.report import write_report
 from grpo_core.report.run_reader import find_batches, read_run, read_settings
 from grpo_core.report.summary import compare_settings, find_accuracies, format_duration, summarize_run, title_means
+from grpo_core.report.whole_files import write_whole
 from grpo_core.schema import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -464,3 +466,18 @@ def test_n20_a_run_without_held_out_answers_has_no_such_section(tmp_path):
     """FAULTS N20: only if the files have them."""
     _, markdown = write_report([made_run(tmp_path / "run")])
     assert "Held-out answers" not in markdown.read_text() and "pass@" not in markdown.read_text()
+
+
+def test_attack_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    write_whole(path, b"first")
+
+    def fail(self, content):
+        with open(self, "wb") as file:
+            file.write(content[:1])
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(type(path), "write_bytes", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, b"second")
+    assert path.read_text() == "first" and os.listdir(tmp_path) == ["report.html"]

@@ -30,6 +30,7 @@ from grpo_core.objective.rewards import REWARDS
 from grpo_core.random_keys import make_key
 from grpo_core.registry import get_fact
 from grpo_core.report.eval_sets import label_set
+from grpo_core.report.whole_files import write_whole
 from grpo_core.schema import ConfigError, describe_impossible_path, finite_or_none, keyword_arguments, list_known
 from grpo_core.scoring.scoring import Reward, build_reward, score
 from grpo_core.training import run_dir
@@ -403,10 +404,10 @@ def _keep_earlier_samples(folder: Path, result: dict[str, Any]) -> None:
 def _write_files(folder: Path, result: dict[str, Any], table: str, rows: Sequence[Row]) -> None:
     try:
         _keep_earlier_samples(folder, result)
-        (folder / "evaluate.json").write_text(json.dumps(finite_or_none(result), indent=1) + "\n", encoding="utf-8")
-        (folder / "evaluate.txt").write_text(table + "\n", encoding="utf-8")
+        write_whole(folder / "evaluate.json", (json.dumps(finite_or_none(result), indent=1) + "\n").encode())
+        write_whole(folder / "evaluate.txt", (table + "\n").encode())
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / "completions.jsonl").write_bytes("".join(lines).encode(errors="replace"))
+        write_whole(folder / "completions.jsonl", "".join(lines).encode(errors="replace"))
     except OSError as error:
         raise ConfigError(f"--output {folder} cannot be written: {error.strerror}") from None
     print(f"\nwritten to {folder}: {', '.join(FILES)}")

@@ -215,17 +215,16 @@ def check_repository(name: str | None) -> None:
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    if name is None:
+        return
     try:
         validate_repo_id(name)
-        is_valid = name is None or name.isascii()
     except HFValidationError:
-        is_valid = False
-    if not is_valid:
         raise ConfigError(
             f"--push is {name!r}; it must be ORG/NAME or NAME, of at most {MAX_REPOSITORY_CHARS} letters, digits, "
             f"hyphens, underscores and points, with no hyphen or point at either end, no two in a row, and no .git at "
             f"the end"
-        )
+        ) from None
 
 
 def upload(folder: Path, repository: str, *, private: bool) -> None:

@@ -218,8 +218,9 @@ def _describe_data(config: RunConfig) -> str:
 
 def _describe_training(config: RunConfig, run: RunFolder, checkpoint_steps: int | None) -> str:
     trainer, engine, lora = config.trainer, config.engine, config.lora
-    seconds = sum(row.get("seconds") or 0.0 for row in run.metrics)
-    tokens = sum(row.get("tokens") or 0.0 for row in run.metrics)
+    taken = [row for row in run.metrics if checkpoint_steps is None or row["step"] < checkpoint_steps]
+    seconds = sum(row.get("seconds") or 0.0 for row in taken)
+    tokens = sum(row.get("tokens") or 0.0 for row in taken)
     steps = f"{len(run.metrics):,}"
     if checkpoint_steps is not None and checkpoint_steps != len(run.metrics):
         steps = f"{checkpoint_steps:,} (a checkpoint of a run of {steps})"

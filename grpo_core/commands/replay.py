@@ -40,6 +40,7 @@ from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.objective import Objective
+from grpo_core.report.whole_files import write_whole
 from grpo_core.schema import ConfigError, finite_or_none, printable
 from grpo_core.training import saved_batches
 from grpo_core.training.control import Control
@@ -109,7 +110,7 @@ def run_replay(
     print(printable(format_table(summary)))
     if output is not None:
         try:
-            output.write_text(json.dumps(finite_or_none(summary), allow_nan=False, indent=1), encoding="utf-8")
+            write_whole(output, json.dumps(finite_or_none(summary), allow_nan=False, indent=1).encode())
         except OSError as error:
             raise ConfigError(f"--output {output} cannot be written: {error.strerror}") from None
     return 0

@@ -290,14 +290,8 @@ MINIMUMS = {  # smallest value -> keys; null, auto and epoch pass where a key al
     ),
     0: (
         *("loss.kl_coef", "loss.entropy_coef", "loss.entropy_delta", "advantage.min_group_std", "reference.every"),
-        *(
-            "engine.max_grad_norm",
-            "engine.warmup_steps",
-            "engine.weight_decay",
-            "sampling.dynamic_attempts",
-            "trainer.max_restarts",
-        ),
-        *("trainer.hang_timeout", "trainer.max_failed_rewards", "debug.dump_batches"),
+        *("engine.max_grad_norm", "engine.warmup_steps", "engine.weight_decay", "sampling.dynamic_attempts"),
+        *("trainer.hang_timeout", "trainer.max_failed_rewards", "trainer.max_restarts", "debug.dump_batches"),
         *("trainer.early_stopping", "trainer.early_stopping_delta"),
         *("log.exact_kl_every", "log.evaluation_completions", "evaluation.num_tasks", "evaluation.every"),
         *("checkpoint.every", "lora.r", "seed"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -43,7 +44,11 @@ def cut_left(tokenizer: PreTrainedTokenizerBase, ids: list[int], limit: int) -> 
 
 
 def describe_prompt_changes(tokenizer: PreTrainedTokenizerBase, config: DataConfig, tasks: Sequence[Task]) -> list[str]:
-    """Return a sentence for each kind of token that `encode_prompts` has left out of the prompts."""
+    """Return a sentence for each way in which the prompts differ from what the configuration says.
+
+    `encode_prompts` leaves out tokens, and a chat template may leave out the system's turn, or do what a prompt should
+    not.
+    """
     sentences, bos = [], getattr(tokenizer, "bos_token", None)
     before, after = find_added_tokens(tokenizer) if config.prompt != "chat" else ([], [])
     if after:
@@ -53,6 +58,22 @@ def describe_prompt_changes(tokenizer: PreTrainedTokenizerBase, config: DataConf
     if bos and any((added + task.prompt[: 2 * len(bos)]).startswith(2 * bos) for task in tasks):
         source = "is in the text of the prompts, and the tokenizer adds it" if added else "is there twice"
         sentences.append(f"the begin token {bos} {source}; a prompt gets it once")
+    return sentences + (_describe_chat_template(tokenizer, config, tasks) if config.prompt == "chat" else [])
+
+
+def _describe_chat_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig, tasks: Sequence[Task]) -> list[str]:
+    sentences = []
+    if config.system and any(config.system.strip() not in task.prompt for task in tasks):
+        sentences.append("the model's chat template leaves data.system out of the prompts")
+    turns = [{"role": "user", "content": "x"}]
+    with contextlib.suppress(Exception):  # the template is a program of the model's author
+        texts = [tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=on) for on in (True, False)]
+        if texts[0] == texts[1]:
+            sentences.append("the model's chat template opens no turn of the assistant at the end of a prompt")
+    if "strftime_now" in str(tokenizer.chat_template):
+        sentences.append(
+            "the model's chat template writes the time into the prompts, so they differ from one start to the next"
+        )
     return sentences
 
 

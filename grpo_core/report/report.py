@@ -17,6 +17,7 @@ from grpo_core.report.markdown import render_markdown
 from grpo_core.report.panels import choose_panels, collect_curves, thin_curve, thinning_metric
 from grpo_core.report.run_reader import RunFolder, read_run
 from grpo_core.report.summary import average_last_steps, compare_settings, summarize_run, title_means
+from grpo_core.report.whole_files import write_whole
 from grpo_core.schema import ConfigError
 
 PAGE = Path(__file__).parent / "page"
@@ -48,7 +49,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None, *, png: bo
         pictures = draw_pictures(runs, page.with_suffix("")) if png else []
         contents.append((page.with_suffix(".md"), render_markdown(data, runs, pictures).encode(errors="replace")))
         for path, content in contents:
-            path.write_bytes(content)
+            write_whole(path, content)
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename or page}: {error.strerror}") from None
     return [path for path, _ in contents] + [path for _, path in pictures]

@@ -84,7 +84,7 @@ def describe_damage(checkpoint: Path) -> str | None:
 
 def is_checkpoint(path: Path) -> bool:
     """Return True if `path` is the folder of a checkpoint in a run folder, whether or not its files are complete."""
-    return path.is_dir() and (path.parents[1] / "config.yaml").exists() and path in list_checkpoints(path.parent)
+    return path.is_dir() and (path.parent.parent / "config.yaml").exists() and path in list_checkpoints(path.parent)
 
 
 def save(run: Run, next_step: int, control: Control, good_step: int | None = None) -> bool:

@@ -52,10 +52,9 @@ class SkippedSteps:
         )
 
     def fail_not_finite(self, step: int) -> NoReturn:
-        """Raise RunFailed for weights that `step` made NaN or infinite, though its gradient was finite."""
+        """Raise RunFailed for weights that an update of `step` made NaN or infinite."""
         earlier = checkpoint.list_checkpoints(self.run.folder / "checkpoints")
         advice = f"; {earlier[-1]} was written before" if earlier else ", and no checkpoint was written before"
         raise signals.RunFailed(
-            f"step {step} made weights NaN or infinite (adapter_norm), though its gradient was finite{advice}; "
-            "lower engine.learning_rate"
+            f"step {step} made weights NaN or infinite (adapter_norm){advice}; lower engine.learning_rate"
         )

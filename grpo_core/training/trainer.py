@@ -64,7 +64,7 @@ def begin(run: Run) -> None:
         RunFailed: the evaluation's reward failed on too many tasks.
     """
     step = run.start_step
-    is_missing = (step == 0 or is_evaluation_due(run, step)) and not run.log.has_evaluation(step)
+    is_missing = step == 0 or (is_evaluation_due(run, step) and not run.log.has_evaluation(step))
     signal = signals.received_signal()
     if is_missing and not signal and (failure := evaluate_now(run, step)):
         raise signals.RunFailed(failure)
