@@ -103,7 +103,7 @@ class Frozen:
     surrogate_mask: Tensor | None = None  # [B, C] bool, those of them that the surrogate acts on; None: all
     old_logprobs: Tensor | None = None  # [B, C]; None when the batch is used once, where they equal the policy's own
     ref_logprobs: Tensor | None = None  # [B, C]; None when nothing reads them
-    logprobs: Tensor | None = None  # [B, C] before the first update; these three are for advantages that ask for them
+    logprobs: Tensor | None = None  # [B, C] before the first update; these three are there where something reads them
     entropy: Tensor | None = None  # [B, C]
     sum_p_squared: Tensor | None = None  # [B, C]
 
@@ -120,6 +120,7 @@ class Frozen:
             self.old_logprobs,
             self.ref_logprobs,
             rewards,
+            self.logprobs,
         )
 
 
@@ -134,11 +135,14 @@ class TrainBatch:
     old_logprobs: Tensor | None = None  # [B, C]; None if the batch is used once: they equal the policy's
     ref_logprobs: Tensor | None = None  # [B, C]; None if nothing reads them
     shaped_rewards: Tensor | None = None  # [B, 1], from which the advantages were computed; NaN: none
+    frozen_logprobs: Tensor | None = None  # [B, C] before the first update, where a mask or weight needs them
+    selected: Tensor | None = None  # [B, C] bool, the tokens that the loss chose among those of the optimizer step
+    correction_scale: Tensor | None = None  # [B, 1], factor of the rollout correction's weights; None: 1
 
     def __post_init__(self) -> None:
         shape = self.rollouts.completion_ids.shape
         assert self.advantages.shape in ((len(self.rollouts), 1), shape) and self.loss_mask.shape == shape
-        rest = (self.surrogate_mask, self.old_logprobs, self.ref_logprobs)
+        rest = (self.surrogate_mask, self.old_logprobs, self.ref_logprobs, self.frozen_logprobs, self.selected)
         assert all(x is None or x.shape == shape for x in rest)
 
     def __len__(self) -> int:

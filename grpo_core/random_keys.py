@@ -25,6 +25,7 @@ PURPOSES = {  # purpose -> the numbers that follow it in a key
     "new_weights": "seed: the adapter, or a new model",
     "dropout": "seed, step, rank",
     "minibatches": "seed, step: the order of the completions within their groups",
+    "selection": "seed, step, minibatch: which tokens a loss chooses where there are too many",
     "exact_kl": "seed, step: the tokens of log.exact_kl_every",
     "bootstrap": "seed: the resampling of a confidence interval",
 }

@@ -2,12 +2,14 @@
 
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 
+from grpo_core.batch import Rollouts, TrainBatch
 from grpo_core.commands.check_loss import run_check_loss
 from grpo_core.config.checks import check, try_loss
 from grpo_core.config.files import load
@@ -18,6 +20,7 @@ from grpo_core.objective.laws import shape
 from grpo_core.objective.losses import LOSSES, PolicyLoss
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.schema import ConfigError
+from grpo_core.training.prepare import build_objective
 from grpo_core.training.update import token_loss
 
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -129,9 +132,10 @@ def token_loss_of(loss_fn, rows, columns):
     """The statistics of a micro-batch of [rows, columns]."""
     zeros, mask = torch.zeros(rows, columns), torch.ones(rows, columns, dtype=torch.bool)
     mask[:, -1] = False
-    rollouts = SimpleNamespace(rollout_logprobs=zeros)
-    micro = SimpleNamespace(loss_mask=mask, rollouts=rollouts, advantages=torch.ones(rows, 1), surrogate_mask=None)
-    objective = SimpleNamespace(loss_fn=loss_fn, correction_fn=lambda *_: None, off_policy_mask=None, kl_in="loss")
+    prompt = torch.zeros(rows, 1, dtype=torch.long)
+    rollouts = Rollouts(prompt, prompt.bool(), prompt.expand(rows, columns), mask, zeros, torch.zeros(rows, dtype=torch.bool))
+    micro = TrainBatch(rollouts, torch.ones(rows, 1), mask)
+    objective = replace(build_objective(RunConfig()), loss_fn=loss_fn)
     stats = Stats()
     tokens = TokenStats(zeros.clone().requires_grad_(), zeros, None)
     token_loss(objective, micro, tokens, zeros, SimpleNamespace(kl_coef=0.0), stats)

@@ -87,7 +87,7 @@ def test_users_losses_of_today_keep_working():
             check_inputs("loss", "f", scope["f"])
             assert LOSS_INPUTS.call(scope["f"], dict.fromkeys(LOSS_INPUTS.positional)) == 0
     for fn in LOSSES.functions.values():
-        assert set(LOSS_INPUTS.requested(fn)) <= set(NAMES)
+        assert set(LOSS_INPUTS.requested(fn)) <= {*NAMES, "selected"}
 
 
 def test_an_unknown_input_is_refused_in_a_sentence_that_lists_what_there_is():

@@ -16,23 +16,26 @@ from grpo_core.objective.laws import (
     default_average,
     loss_gradient,
     ranks,
+    select,
     start_rank_gaps,
     weights,
 )
 from grpo_core.objective.losses import LOSSES, PolicyLoss
-from grpo_core.objective.token_weights import AVERAGES, Totals, entropy_weights, token_weights
+from grpo_core.objective.token_weights import AVERAGES, Totals, mean_weights, token_weights
 from grpo_core.registry import get_fact
+
+LAW_ARGS = {"clip_cov": {"share": 0.05, "cov_low": 0.1}, "kl_cov": {"share": 0.3}}  # so that they choose tokens of 42
 
 
 @pytest.fixture(scope="module")
 def rank_gaps():
     names = sorted(LOSSES.functions)
-    return dict(zip(names, start_rank_gaps([(name, {}) for name in names])(), strict=True))
+    return dict(zip(names, start_rank_gaps([(name, LAW_ARGS.get(name, {})) for name in names])(), strict=True))
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES.functions))
 def test_it_holds_the_laws_or_says_which_it_breaks(name):
-    outcomes = check_loss(LOSSES.get(name))
+    outcomes = check_loss(LOSSES.build(name, LAW_ARGS.get(name)))
     assert [o for o in outcomes if not o.ok] == []
     assert {o.law for o in outcomes if not o.holds} == (get_fact(LOSSES.get(name), "breaks") or {}).keys()
     assert len(outcomes) == 12
@@ -49,11 +52,11 @@ def test_two_ranks_have_the_gradient_of_one(name, rank_gaps):
 @pytest.mark.parametrize("name", sorted(LOSSES.functions))
 def test_no_average_depends_on_how_the_step_is_cut(name, average):
     """Any split into micro-batches sums to the one-batch gradient, but with the average that is made to differ."""
-    loss_fn, inputs = LOSSES.get(name), batch()
-    whole = loss_gradient(loss_fn, *inputs, w=weights(inputs[3], average))
+    loss_fn, inputs = LOSSES.build(name, LAW_ARGS.get(name)), batch()
+    whole, selected = loss_gradient(loss_fn, *inputs, w=weights(inputs[3], average)), select(loss_fn, *inputs)
     parts = []
-    for part in zip(*(x.split([1, 3, 2]) for x in inputs), strict=True):
-        parts.append(loss_gradient(loss_fn, *part, w=weights(part[3], average, of=inputs[3])))
+    for *part, chosen in zip(*(x.split([1, 3, 2]) for x in (*inputs, selected)), strict=True):
+        parts.append(loss_gradient(loss_fn, *part, w=weights(part[3], average, of=inputs[3]), selected=chosen))
     same = torch.allclose(torch.cat(parts), whole, atol=1e-14)
     assert same == ("splits" not in (get_fact(AVERAGES.get(average), "breaks") or {}))
 
@@ -224,7 +227,7 @@ def test_weights_by_hand():
     close("constant", [[1 / 40, 1 / 40, 0, 0], [1 / 40] * 4])
     close("row_sum", [[1 / 4, 1 / 4, 0, 0], [1 / 4] * 4])
     close("micro_token", [[1 / 12, 1 / 12, 0, 0], [1 / 12] * 4])  # 6 tokens here, 2 micro-batches
-    torch.testing.assert_close(entropy_weights(mask, totals), mask / 8)
+    torch.testing.assert_close(mean_weights(mask, totals.entropy_tokens), mask / 8)
 
 
 @pytest.mark.parametrize("average", sorted(AVERAGES.functions))

@@ -149,7 +149,7 @@ def test_what_an_author_may_not_have_meant_is_remarked(overrides, remark):
     (["loss.args={clip_low: -0.2}"], "loss grpo: clip_low is -0.2"),
     (["loss.args={delta: 1.0}"], "loss grpo: delta is 1.0"),
     (["loss.rollout_correction={name: token_mask, args: {clip_min: 3.0}}"], "loss.rollout_correction token_mask: clip_min is 3.0"),
-    (["loss.rollout_correction.name=tokens"], "unknown rollout correction 'tokens'; known: none, sequence_mask"),
+    (["loss.rollout_correction.name=tokens"], "unknown rollout correction 'tokens'; known: geometric_mask, geometric_truncate, none"),
     (["loss.kl=k4"], "unknown kl 'k4'"),
     (["truncation.name=cut"], "unknown truncation 'cut'"),
     (["truncation={name: soft_penalty, args: {cache_share: 2.0}}"], "truncation soft_penalty: cache_share is 2.0"),

@@ -40,11 +40,13 @@ from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.objective import Objective
+from grpo_core.random_keys import make_key
 from grpo_core.report.whole_files import write_whole
 from grpo_core.schema import ConfigError, finite_or_none, printable
 from grpo_core.training import saved_batches
+from grpo_core.training.all_rows import look_at_all_rows
 from grpo_core.training.control import Control
-from grpo_core.training.freeze import freeze, reject
+from grpo_core.training.freeze import freeze
 from grpo_core.training.prepare import build_objective
 from grpo_core.training.rollouts import compute_step_advantages, shape_rewards
 from grpo_core.training.saved_batches import DumpedBatch
@@ -221,7 +223,7 @@ def _rebuild_batch(
 ) -> TrainBatch:
     """Return the batch that the run would have trained on with `objective`, from the saved completions and rewards."""
     policy, stored, stats = weights.policy, dumped.batch, Stats()
-    if is_stored := _select_batch_settings(config) == _select_batch_settings(own):
+    if _select_batch_settings(config) == _select_batch_settings(own):
         frozen = freeze(policy, objective, budget, stored.rollouts)  # for the reference's log-probs
         frozen = replace(frozen, loss_mask=stored.loss_mask, surrogate_mask=stored.surrogate_mask)
         advantages, rewards = stored.advantages, stored.shaped_rewards
@@ -232,8 +234,9 @@ def _rebuild_batch(
         frozen = freeze(policy, objective, budget, stored.rollouts, trained)
         advantages = compute_step_advantages(objective, rewards, stored.rollouts, scores, stats, frozen)
     batch = frozen.with_advantages(advantages, rewards)
-    if not is_stored:
-        batch = reject(objective, replace(frozen, logprobs=stored.old_logprobs), batch, stats)
+    batch = replace(batch, old_logprobs=stored.old_logprobs)
+    key = make_key("selection", config.seed, dumped.step, 0)
+    batch = look_at_all_rows(policy, objective, budget, batch, key, stats, is_first=weights.are_before_step)
     return replace(batch, old_logprobs=None if weights.are_before_step else stored.old_logprobs)
 
 
@@ -242,7 +245,7 @@ def _select_batch_settings(config: RunConfig) -> tuple:
     loss = config.loss
     in_reward = (loss.kl, loss.kl_coef) if loss.kl_in == "reward" else None
     limit = config.sampling.max_new_tokens if config.truncation.name != "keep" else None
-    return config.advantage, config.truncation, loss.top_entropy, loss.rejection, in_reward, limit
+    return config.advantage, config.truncation, loss.top_entropy, in_reward, limit
 
 
 def _make_control(dumped: DumpedBatch, config: RunConfig, own: RunConfig) -> Control:

@@ -27,6 +27,7 @@ from grpo_core.objective.inputs import (
     OF_TOKENS,
     REJECTION_INPUTS,
     TRUNCATION_INPUTS,
+    select_tokens,
 )
 from grpo_core.objective.kl import KLS
 from grpo_core.objective.losses import LOSSES, PolicyLoss
@@ -142,6 +143,8 @@ def _batch_of_two() -> dict[str, Tensor]:
         "entropy": torch.tensor([[0.5, 1.0, 0.1], [2.0, 0.0, 0.0]]),
         "sum_p_squared": torch.tensor([[0.7, 0.4, 0.9], [0.3, 1.0, 1.0]]),
         "rewards": torch.tensor([[1.0], [0.0]]),
+        "rollout_weights": torch.ones(2, 3),
+        "draws": torch.full((2, 3), 0.5),
     }
 
 
@@ -154,7 +157,8 @@ def try_loss(name: str, args: dict[str, Any]) -> Callable:
     """
     function = LOSSES.build(name, args, "loss.args")
     inputs = _batch_of_two()
-    out = _try("loss", name, function, inputs)
+    selected = _try_selection(name, function, inputs)
+    out = _try("loss", name, function, {**inputs, "selected": selected})
     old, mask = inputs["old_logprobs"], inputs["completion_mask"]
     if not isinstance(out, PolicyLoss):
         raise ConfigError(f"loss {name} returned {type(out).__name__}; it must return a PolicyLoss")
@@ -168,6 +172,27 @@ def try_loss(name: str, args: dict[str, Any]) -> Callable:
     if problem:
         raise ConfigError(f"loss {name} {problem}")
     return function
+
+
+def _try_selection(name: str, loss_fn: Callable, inputs: Mapping[str, Any]) -> Tensor:
+    """Return what the loss chooses of a batch of two, [B, C] bool; no token if it has no function for that.
+
+    Raises:
+        ConfigError: the loss asks for a choice and has no function for it, or the function returned something else.
+    """
+    mask, selects = inputs["completion_mask"], get_fact(loss_fn, "selects")
+    if selects is None:
+        if "selected" in LOSS_INPUTS.requested(loss_fn):
+            raise ConfigError(
+                f"loss {name} asks for selected, but has no attribute selects, the function that chooses the tokens"
+            )
+        return torch.zeros_like(mask)
+    with torch.no_grad():
+        values = {**inputs, "advantages": inputs["advantages"].expand_as(mask)}
+        selected = _guard("loss", name, lambda: select_tokens(loss_fn, values))
+    if not isinstance(selected, Tensor) or selected.dtype is not torch.bool or selected.shape != mask.shape:
+        raise ConfigError(f"loss {name}: its function selects must return a tensor [B, C] of bool")
+    return selected
 
 
 def try_advantage(name: str, args: dict[str, Any]) -> Callable:
@@ -194,13 +219,18 @@ def check_inputs(key: str, name: str, function: Callable) -> None:
 
 
 def _try(key: str, name: str, function: Callable, inputs: Mapping[str, Any]) -> Any:
-    """Call a function with its inputs; turn what it raises into a ConfigError that names the key and the function."""
+    """Check the function's inputs and call it with them; errors as `_guard`."""
     check_inputs(key, name, function)
+    if key == "advantage":
+        return _guard(key, name, lambda: compute_advantages(function, **inputs))
+    return _guard(key, name, lambda: INPUTS[key].call(function, inputs))
+
+
+def _guard(key: str, name: str, call: Callable[[], Any]) -> Any:
+    """Return what `call` returns; turn what it raises into a ConfigError that names the key and the function."""
     try:
         with exits_as_errors():
-            if key == "advantage":
-                return compute_advantages(function, **inputs)
-            return INPUTS[key].call(function, inputs)
+            return call()
     except ProcessExit as error:
         raise ConfigError(f"{key} {name} {error} on a batch of two") from None
     except ConfigError as error:
@@ -289,7 +319,15 @@ MINIMUMS = {  # smallest value -> keys; null, auto and epoch pass where a key al
         *("log.every", "log.exact_kl_tokens"),
     ),
     0: (
-        *("loss.kl_coef", "loss.entropy_coef", "loss.entropy_delta", "advantage.min_group_std", "reference.every"),
+        *(
+            "loss.kl_coef",
+            "loss.log_ratio_coef",
+            "loss.positive_nll_coef",
+            "loss.entropy_coef",
+            "loss.entropy_delta",
+            "advantage.min_group_std",
+            "reference.every",
+        ),
         *("engine.max_grad_norm", "engine.warmup_steps", "engine.weight_decay", "sampling.dynamic_attempts"),
         *("trainer.hang_timeout", "trainer.max_failed_rewards", "trainer.max_restarts", "debug.dump_batches"),
         *("trainer.early_stopping", "trainer.early_stopping_delta"),

@@ -39,14 +39,12 @@ def render(config: RunConfig) -> str:
     if loss.rollout_correction.name != "none":
         weight = _fill_formula(CORRECTIONS, loss.rollout_correction.name, loss.rollout_correction.args)
         inside = "; applied inside L, through l_old" if get_fact(LOSSES.get(loss.name), "corrects_rollout") else ""
-        rows.append(("w", f"{weight}    ({loss.rollout_correction.name}{inside})"))
+        mean = ", divided by its mean over the step" if loss.normalize_correction else ""
+        rows.append(("w", f"{weight}{mean}    ({loss.rollout_correction.name}{inside})"))
     if loss.rejection.name != "none":
-        rows.append(
-            (
-                "rejected",
-                f"{_fill_formula(REJECTIONS, loss.rejection.name, loss.rejection.args)}    ({loss.rejection.name})",
-            )
-        )
+        rule = _fill_formula(REJECTIONS, loss.rejection.name, loss.rejection.args)
+        place = "" if loss.rejection_in == "loss" else "; from the surrogate alone"
+        rows.append(("rejected", f"{rule}    ({loss.rejection.name}{place})"))
     average = _fill_formula(AVERAGES, loss.average, {}, config.sampling.max_new_tokens)
     rows.append(("weight", f"{average}    ({loss.average})"))
     if loss.kl_coef:
@@ -63,6 +61,9 @@ def render(config: RunConfig) -> str:
             start, target = _format_number(loss.entropy_coef), _format_number(loss.entropy_target)
             change = f"adapts to an entropy of {target}, by {_format_number(loss.entropy_delta)} a step"
             rows.append(("", f"its coefficient starts at {start} and {change}"))
+    if loss.positive_nll_coef:
+        above = _format_number(loss.positive_nll_above)
+        rows.append(("NLL", f"mean -l over the tokens of completions with a reward above {above}"))
     advantage = config.advantage
     tied = f"; 0 where std < {_format_number(advantage.min_group_std)}" if advantage.min_group_std else ""
     rows.append(("A", f"{_fill_formula(ADVANTAGES, advantage.name, advantage.args)}{tied}    ({advantage.name})"))
@@ -93,10 +94,19 @@ def _render_sum(config: RunConfig) -> str:
     if loss.rollout_correction.name != "none" and not get_fact(LOSSES.get(loss.name), "corrects_rollout"):
         factors.append("w")
     token = " ".join(factors)
+    terms = [token]
     if loss.kl_coef and loss.kl_in == "loss":
-        token = f"({token} + {_format_number(loss.kl_coef)} KL)"
-    bonus = loss.entropy_coef or loss.entropy_target is not None
-    return f"sum over tokens of {token} * weight" + (f", - {_format_number(loss.entropy_coef)} H" if bonus else "")
+        terms.append(f"{_format_number(loss.kl_coef)} KL")
+    if loss.log_ratio_coef:
+        terms.append(f"{_format_number(loss.log_ratio_coef)} (l - l_roll)**2")
+    text = f"sum over tokens of {_join(terms)} * weight"
+    if loss.entropy_coef or loss.entropy_target is not None:
+        text += f", - {_format_number(loss.entropy_coef)} H"
+    return text + (f", + {_format_number(loss.positive_nll_coef)} NLL" if loss.positive_nll_coef else "")
+
+
+def _join(terms: list[str]) -> str:
+    return terms[0] if len(terms) == 1 else f"({' + '.join(terms)})"
 
 
 def list_remarks(config: RunConfig) -> list[str]:

@@ -112,7 +112,12 @@ class LossConfig:
     top_entropy: float = 1.0  # the surrogate acts on this share of the tokens, those of highest entropy
     off_policy_mask: float | None = None  # leaves out completions with A < 0 and mean(l_roll - l) above this
     rollout_correction: FunctionConfig = field(default_factory=lambda: FunctionConfig("none"))
+    normalize_correction: bool = False  # divide the weights by their mean over the optimizer step
     rejection: FunctionConfig = field(default_factory=lambda: FunctionConfig("none"))
+    rejection_in: Literal["loss", "surrogate"] = "loss"  # surrogate: rejected tokens still count in the average
+    log_ratio_coef: float = 0.0  # weight of (l - l_roll)^2, on all tokens
+    positive_nll_coef: float = 0.0  # weight of the mean -l over the completions that are positive examples
+    positive_nll_above: float = 0.0  # a completion with a reward above this is one
 
 
 @dataclass(frozen=True)

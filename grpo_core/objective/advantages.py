@@ -25,6 +25,14 @@ import torch
 from torch import Tensor
 
 from grpo_core.objective.inputs import ADVANTAGE_INPUTS, OF_TOKENS
+from grpo_core.objective.returns import (
+    close_gaps,
+    discounted_returns,
+    open_gaps,
+    place_at_end,
+    token_baseline,
+    whiten_tokens,
+)
 from grpo_core.registry import Registry
 from grpo_core.schema import ConfigError
 
@@ -115,15 +123,30 @@ def reinforce_pp_baseline_advantages(
     },
 )
 def reinforce_plus_plus_advantages(
-    rewards: Tensor, lengths: Tensor, *, eps: float = 1e-4, std_ddof: int = 1, over: Over = "completions"
+    rewards: Tensor,
+    lengths: Tensor,
+    completion_mask: Tensor,
+    *,
+    eps: float = 1e-4,
+    std_ddof: int = 1,
+    over: Over = "completions",
+    gamma: float = 1.0,
 ) -> Tensor:
     """(r - mean(r)) / (std(r) + eps) over the batch (n - std_ddof)
 
-    REINFORCE++, arXiv:2501.03262, whose reward comes at the completion's end without a discount. There is no group, so
-    tied groups are trained. `over` says whether n counts completions or tokens; verl counts tokens.
+    REINFORCE++, arXiv:2501.03262. There is no group, so tied groups are trained. `over` says whether n counts
+    completions or tokens; verl counts tokens. With gamma below 1, r is the return of a token, the reward discounted by
+    gamma for each token that follows, and n counts tokens.
     """
+    if not 0 <= gamma <= 1:
+        raise ConfigError(f"gamma is {gamma}; it must be from 0 to 1")
     _check_groups(rewards)
-    return _whiten(rewards.nan_to_num(), rewards, ~rewards.isnan(), eps, std_ddof, _weigh(rewards, lengths, over))
+    scored = ~rewards.isnan()
+    if gamma == 1:
+        return _whiten(rewards.nan_to_num(), rewards, scored, eps, std_ddof, _weigh(rewards, lengths, over))
+    mask = completion_mask & scored[..., None]
+    returns = discounted_returns(place_at_end(rewards.nan_to_num(), mask), mask, gamma)
+    return whiten_tokens(returns, mask, eps=eps**2, std_ddof=std_ddof)
 
 
 reinforce_plus_plus_advantages.learns_from_ties = True  # type: ignore[attr-defined]
@@ -179,26 +202,22 @@ def pass_at_k_advantages(rewards: Tensor) -> Tensor:
     breaks={"zero_mean": "its baseline weights the rewards", "order": "the baseline differs from token to token"},
 )
 def optimal_token_baseline_advantages(
-    rewards: Tensor,
-    completion_mask: Tensor,
-    logprobs: Tensor,
-    sum_p_squared: Tensor,
+    rewards: Tensor, completion_mask: Tensor, logprobs: Tensor, sum_p_squared: Tensor, rollout_weights: Tensor
 ) -> Tensor:
     """r - sum_i(r W_t) / sum_i(W_t) for token t, over the completions i of the group that have a token t
 
-    W_t = sum over j <= t of (1 - 2 p_j + sum_v p_v**2), the expected squared norm of the gradient of the logits up to
-    token t: the baseline with the least variance for each token, [N, G, C]. Where only the longest completion has a
-    token t, it has no baseline there, and its advantage is 0. arXiv:2602.07078.
+    W_t = w**2 times the sum over j <= t of (1 - 2 p_j + sum_v p_v**2), the expected squared norm of the gradient of the
+    logits up to token t, w the weight of the rollout correction: the baseline with the least variance for each token,
+    [N, G, C]. t counts the completion's own tokens. Where only the longest completion has a token t, it is compared
+    with nothing, and its advantage is 0. arXiv:2602.07078.
     """
-    signal = _has_signal(rewards)[..., None] & completion_mask
-    norms = (1 - 2 * logprobs.exp() + sum_p_squared) * completion_mask
-    weights = norms.cumsum(dim=2) * signal  # [N, G, C]
-    values = torch.where(
-        signal, center(rewards)[0][..., None].to(weights.dtype), 0.0
-    )  # a constant shift changes nothing
-    baseline = (weights * values).sum(dim=1, keepdim=True) / (weights.sum(dim=1, keepdim=True) + 1e-8)
-    is_compared = signal.sum(dim=1, keepdim=True) > 1
-    return torch.where(signal & is_compared, values - baseline, 0.0)
+    signal = _has_signal(rewards)
+    trained = completion_mask & signal[..., None]
+    values = center(rewards)[0][..., None].to(logprobs.dtype) * trained  # a constant shift changes nothing
+    closed = [close_gaps(x, trained) for x in (values, logprobs, sum_p_squared, rollout_weights, trained)]
+    is_compared = closed[-1].sum(dim=1, keepdim=True) > 1
+    baseline = token_baseline(*closed)
+    return open_gaps(torch.where(is_compared, closed[0] - baseline, 0.0), trained)
 
 
 @ADVANTAGES.register("grpo_passk", breaks={"zero_mean": ONLY_THE_BEST, "order": ONLY_THE_BEST})
@@ -240,20 +259,24 @@ def compute_advantages(
 ) -> Tensor:
     """Call an advantage function with the inputs that it asks for, and return the advantages, [N, G] or [N, G, C].
 
-    Without "lengths" all completions have length 1; without "components" the rewards are the only component, and
-    without "weights" every weight is 1.
+    Without "lengths" all completions have length 1; without "components" the rewards are the only component; without
+    "weights" and "rollout_weights" every weight is 1; without "completion_mask" a completion is one token.
 
     Raises:
-        ConfigError: the function returned another shape, or a value that is not finite.
+        ConfigError: rewards are not [N, G] with G >= 2; the function returned another shape, or a value that is not
+            finite.
     """
+    _check_groups(rewards)
     given = {name: value for name, value in inputs.items() if value is not None}
     given = {"lengths": torch.ones_like(rewards), "components": rewards[None], **given}
+    given.setdefault("completion_mask", torch.ones_like(rewards, dtype=torch.bool)[..., None])
+    given.setdefault("rollout_weights", torch.ones_like(given["completion_mask"], dtype=rewards.dtype))
     given.setdefault("weights", torch.ones(len(given["components"]), device=rewards.device))
     values = ADVANTAGE_INPUTS.call(function, {"rewards": rewards, **given})
     name = getattr(getattr(function, "func", function), "__name__", "function")
     if not isinstance(values, Tensor):
         raise ConfigError(f"advantage {name} returned {type(values).__name__}; it must return a tensor [N, G]")
-    tokens = next((given[token] for token in OF_TOKENS if token in given), None)  # [N, G, C]
+    tokens = next((given[token] for token in OF_TOKENS if token in inputs), None)  # [N, G, C]
     if values.shape != rewards.shape and (tokens is None or values.shape != tokens.shape):
         expected = f"[N, G] = {tuple(rewards.shape)}"
         if tokens is not None:

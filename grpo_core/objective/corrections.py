@@ -5,7 +5,8 @@ slightly from the trainer's. A rollout correction multiplies the surrogate by th
 l_roll), which it bounds. https://fengyao.notion.site/off-policy-rl.
 
 A correction is fn(old_logprobs, rollout_logprobs, completion_mask) -> weights, or None for no weights. Its arguments
-`clip_min` and `clip_max` are bounds on v or on prod_v; null means no bound.
+`clip_min` and `clip_max` are bounds on v, or on its product or geometric mean over a completion; null means no bound.
+With loss.normalize_correction the weights are divided by their mean over the optimizer step.
 """
 
 import math
@@ -13,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from grpo_core.objective.policy_loss import row_mean
 from grpo_core.registry import Registry
 from grpo_core.schema import ConfigError
 
@@ -77,6 +79,45 @@ def sequence_mask(
     return _mask(_sequence_ratio(old_logprobs, rollout_logprobs, completion_mask), clip_min, clip_max)
 
 
+@CORRECTIONS.register("geometric_truncate")
+def geometric_truncate(
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    completion_mask: Tensor,
+    *,
+    clip_min: float | None = None,
+    clip_max: float | None = 2.0,
+) -> Tensor:
+    """clip(mean_v, clip_min, clip_max), mean_v the geometric mean of a completion's v
+
+    The sequence level of open-instruct and AReaL. arXiv:2507.18071 has the same mean for the policy's ratio.
+    """
+    return _truncate(_geometric_ratio(old_logprobs, rollout_logprobs, completion_mask), clip_min, clip_max)
+
+
+@CORRECTIONS.register("geometric_mask")
+def geometric_mask(
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    completion_mask: Tensor,
+    *,
+    clip_min: float | None = None,
+    clip_max: float | None = 2.0,
+) -> Tensor:
+    """mean_v, the geometric mean of a completion's v, 0 outside [clip_min, clip_max]"""
+    return _mask(_geometric_ratio(old_logprobs, rollout_logprobs, completion_mask), clip_min, clip_max)
+
+
+def sampler_distances(old_logprobs: Tensor, rollout_logprobs: Tensor, completion_mask: Tensor) -> dict[str, Tensor]:
+    """Return two distances between sampler and trainer, as metric -> [B, C] values whose mean over tokens it is.
+
+    `rollout_kl` is v - 1 - log v, whose mean estimates KL(sampler || trainer); `rollout_chi2` is v**2 - 1, whose mean
+    estimates the chi-squared divergence of the trainer's distribution from the sampler's.
+    """
+    v = _token_ratio(old_logprobs, rollout_logprobs, completion_mask)
+    return {"rollout_kl": v - 1 - v.log(), "rollout_chi2": v.square() - 1}
+
+
 def corrected_old_logprobs(old_logprobs: Tensor, weights: Tensor, completion_mask: Tensor) -> Tensor:
     """Return l_old - log w, [B, C], the old log-probs for a loss with the attribute `corrects_rollout`.
 
@@ -126,6 +167,11 @@ def _sequence_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor, completion_m
     """Return the product of v over each completion, [B, 1]; the exponent is clamped to +-20."""
     gap = ((old_logprobs - rollout_logprobs) * completion_mask).sum(dim=1, keepdim=True)
     return gap.clamp(-20, 20).exp().detach()
+
+
+def _geometric_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor, completion_mask: Tensor) -> Tensor:
+    """Return the geometric mean of v over each completion, [B, 1]; the mean of the logs is clamped to +-20."""
+    return row_mean(old_logprobs - rollout_logprobs, completion_mask).clamp(-20, 20).exp().detach()
 
 
 def _truncate(ratio: Tensor, clip_min: float | None, clip_max: float | None) -> Tensor:

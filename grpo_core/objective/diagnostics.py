@@ -13,7 +13,8 @@ METRICS = frozenset(  # what the loop itself writes to metrics.jsonl; ratio and 
         *("step", "epoch", "reward", "reward_std", "reward_square", "tied_groups", "no_reward", "advantage_abs"),
         *("length", "length_max", "truncated", "tokens", "tokens_sampled", "resampled_groups", "resampling_attempts"),
         *("loss", "entropy", "kl", "kl_exact", "kl_coef", "entropy_coef", "logprob_gap", "logprob_gap_max"),
-        *("rollout_weight", "rollout_weight_ess", "rollout_weight_square", "off_policy_kept"),
+        *("rollout_weight", "rollout_weight_ess", "rollout_weight_square", "rollout_kl", "rollout_chi2"),
+        *("off_policy_kept", "rejected", "selected", "positive_nll"),
         *("grad_norm", "learning_rate", "adapter_norm", "skipped", "micro_batches", "memory_retries"),
         *("tokens_updated", "seconds", "tokens_per_second", "update_mfu", "peak_memory_gb", "reserved_memory_gb"),
     )

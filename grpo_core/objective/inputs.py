@@ -13,12 +13,14 @@ B completions, C tokens in the longest one, N prompts, G completions of each, V 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_core.schema import ConfigError, first_line, list_known
+from grpo_core.registry import get_fact
+from grpo_core.schema import ConfigError, first_line, keyword_arguments, list_known
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,15 @@ class Inputs:
         return [*in_order[len(self.positional) :], *keyword_only]
 
 
-OF_TOKENS = ("completion_mask", "logprobs", "rollout_logprobs", "ref_logprobs", "entropy", "sum_p_squared")
+OF_TOKENS = (
+    "completion_mask",
+    "logprobs",
+    "rollout_logprobs",
+    "ref_logprobs",
+    "entropy",
+    "sum_p_squared",
+    "rollout_weights",
+)
 LOSS_INPUTS = Inputs(
     (
         "logprobs",  # [B, C] of the policy, with gradient
@@ -82,8 +92,35 @@ LOSS_INPUTS = Inputs(
         "entropy",  # [B, C] of the policy, in nats, without gradient
         "sum_p_squared",  # [B, C] sum over the vocabulary of the policy's squared probabilities, without gradient
         "rewards",  # [B, 1] as they enter the advantages; NaN where a completion has none
+        "selected",  # [B, C] bool, the choice of the function that the loss has as its attribute `selects`
     ),
 )
+SELECTION_INPUTS = Inputs(
+    (
+        *(
+            "logprobs",
+            "old_logprobs",
+            "advantages",
+            "completion_mask",
+        ),  # of all rows of the optimizer step, on all ranks
+        "draws",  # [B, C] random numbers, uniform from 0 to 1, for a choice among equals
+    )
+)
+
+
+def select_tokens(loss_fn: Callable, values: Mapping[str, Any]) -> Any:
+    """Return the choice of a loss's function `selects`, [B, C] bool, or None where it has none.
+
+    `values` are the SELECTION_INPUTS. The function gets those of the loss's YAML arguments that it has too.
+    """
+    selects = get_fact(loss_fn, "selects")
+    if selects is None:
+        return None
+    names = inspect.signature(selects).parameters
+    arguments = {name: p.default for name, p in keyword_arguments(loss_fn).items() if name in names}
+    return SELECTION_INPUTS.call(functools.partial(selects, **arguments), values)
+
+
 KL_INPUTS = Inputs(("logprobs", "ref_logprobs", "old_logprobs"))
 CORRECTION_INPUTS = Inputs(
     ("old_logprobs", "rollout_logprobs", "completion_mask"),
@@ -102,6 +139,7 @@ ADVANTAGE_INPUTS = Inputs(
         "ref_logprobs",  # [N, G, C]
         "entropy",  # [N, G, C]
         "sum_p_squared",  # [N, G, C]
+        "rollout_weights",  # [N, G, C] of the rollout correction, 1 without one
     ),
 )
 TRUNCATION_INPUTS = Inputs(("rewards", "lengths", "truncated", "max_new_tokens"))

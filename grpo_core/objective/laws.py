@@ -25,7 +25,7 @@ from torch import Tensor
 from grpo_core.distributed.ranks import all_sum
 from grpo_core.objective.advantages import grpo_advantages
 from grpo_core.objective.diagnostics import describe_wrong_diagnostics
-from grpo_core.objective.inputs import LOSS_INPUTS
+from grpo_core.objective.inputs import LOSS_INPUTS, SELECTION_INPUTS, select_tokens
 from grpo_core.objective.losses import LOSSES, PolicyLoss
 from grpo_core.objective.token_weights import Totals, token_weights
 from grpo_core.registry import exits_as_errors, get_fact
@@ -125,11 +125,11 @@ def splits(loss_fn: Callable) -> tuple[bool, str]:
     """the gradient does not depend on how the step is cut into micro-batches"""
     inputs = batch()
     average, gap = default_average(loss_fn), 0.0
-    whole = loss_gradient(loss_fn, *inputs, w=weights(inputs[3], average))
+    whole, selected = loss_gradient(loss_fn, *inputs, w=weights(inputs[3], average)), select(loss_fn, *inputs)
     for sizes in ([1, 5], [2, 2, 2], [1] * B):
         parts = [
-            loss_gradient(loss_fn, *part, w=weights(part[3], average, of=inputs[3]))
-            for part in zip(*(x.split(sizes) for x in inputs), strict=True)
+            loss_gradient(loss_fn, *part, w=weights(part[3], average, of=inputs[3]), selected=chosen)
+            for *part, chosen in zip(*(x.split(sizes) for x in (*inputs, selected)), strict=True)
         ]
         gap = max(gap, float((torch.cat(parts) - whole).abs().max()))
     return gap < 1e-12, f"{gap:.1g}"
@@ -233,7 +233,10 @@ def compute_gradient_weights(loss_fn: Callable, sign: int, log_ratios: Tensor) -
     difference = log_ratios.double()[:, None]
     old, mask = torch.full_like(difference, -6.0), torch.ones_like(difference, dtype=torch.bool)
     advantages = torch.full_like(difference, float(sign))
-    return -loss_gradient(loss_fn, old + difference, old, advantages, mask, w=torch.ones_like(old)).squeeze(1) / sign
+    gradient = loss_gradient(
+        loss_fn, old + difference, old, advantages, mask, w=torch.ones_like(old), selected=torch.zeros_like(mask)
+    )
+    return -gradient.squeeze(1) / sign
 
 
 def clip_table(loss_fn: Callable) -> list[tuple[str, list[float], str]]:
@@ -281,13 +284,25 @@ def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     mask = torch.arange(C) < torch.tensor(LENGTHS)[:, None]
     logprobs = -torch.rand(B, C, generator=generator, dtype=torch.double) * 3 - 0.5
-    old = logprobs + 0.3 * torch.sin(torch.arange(B * C).view(B, C))
+    old = logprobs + 0.3 * torch.sin(torch.arange(1, B * C + 1).view(B, C))
     return logprobs, old, torch.randn(B, 1, generator=generator, dtype=torch.double), mask
 
 
-def call(loss_fn: Callable, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> PolicyLoss:
-    """Call a loss; what it asks for by name is made up of these, and sampler and trainer agree: l_roll = l_old."""
+def call(
+    loss_fn: Callable,
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    selected: Tensor | None = None,
+) -> PolicyLoss:
+    """Call a loss; what it asks for by name is made up of these, and sampler and trainer agree: l_roll = l_old.
+
+    `selected` is what the loss chose among the tokens of the step, of which these rows are a part; by default they are
+    the whole step.
+    """
     made_up = {
+        "selected": select(loss_fn, logprobs.detach(), old, advantages, mask) if selected is None else selected,
         "rollout_logprobs": old,
         "ref_logprobs": old - 0.1,
         "entropy": -old.detach(),
@@ -296,6 +311,15 @@ def call(loss_fn: Callable, logprobs: Tensor, old: Tensor, advantages: Tensor, m
     }
     inputs = {"logprobs": logprobs, "old_logprobs": old, "advantages": advantages, "completion_mask": mask}
     return LOSS_INPUTS.call(loss_fn, {**inputs, **made_up})
+
+
+def select(loss_fn: Callable, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """Return what a loss chooses among the tokens of a step, [B, C] bool; nothing if it has no function for that."""
+    generator = torch.Generator().manual_seed(2)
+    draws = torch.rand(mask.shape, generator=generator, dtype=logprobs.dtype)
+    inputs = (logprobs, old, advantages.expand_as(logprobs), mask, draws)
+    chosen = select_tokens(loss_fn, dict(zip(SELECTION_INPUTS.positional, inputs, strict=True)))
+    return torch.zeros_like(mask) if chosen is None else chosen
 
 
 def weights(mask: Tensor, average: str = "sequence", of: Tensor | None = None, scale: int = 1) -> Tensor:
@@ -315,11 +339,18 @@ def default_average(loss_fn: Callable) -> str:
 
 
 def loss_gradient(
-    loss_fn: Callable, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, w: Tensor | None = None
+    loss_fn: Callable,
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    w: Tensor | None = None,
+    selected: Tensor | None = None,
 ) -> Tensor:
     """Return d (per_token_loss * w).sum() / d logprobs, [B, C]; by default w is that of the average "sequence"."""
     x = logprobs.clone().requires_grad_()
-    loss = call(loss_fn, x, old, advantages, mask).per_token_loss
+    loss = call(loss_fn, x, old, advantages, mask, selected).per_token_loss
     loss = (loss * (weights(mask) if w is None else w)).sum()
     return torch.autograd.grad(loss, x)[0] if loss.requires_grad else torch.zeros_like(logprobs)
 
@@ -367,7 +398,7 @@ def _run_rank(rank: int, folder: str, losses: list[tuple[str, dict[str, Any]]]) 
         tokens, rows = all_sum(torch.tensor([own[3].sum(), len(own[3])]))
         w = token_weights(own[3], average=average, totals=Totals(tokens, rows, C), dtype=torch.double)
         gradient = torch.zeros(B, C, dtype=torch.double)
-        gradient[rank::2] = loss_gradient(loss_fn, *own, w=w)
+        gradient[rank::2] = loss_gradient(loss_fn, *own, w=w, selected=select(loss_fn, *inputs)[rank::2])
         whole = loss_gradient(loss_fn, *inputs, w=weights(inputs[3], average))
         gaps.append(float((all_sum(gradient) - whole).abs().max()))
     if rank == 0:

@@ -20,6 +20,8 @@ The first line of a registered loss's docstring is its formula, written with the
     ratio              "token" or "sequence", the kind of ratio that the gradient passes through; not set without one
     averages           values of loss.average that the loss is defined with; with another value it is another loss
     corrects_rollout   True where the loss applies the rollout correction itself, through l_old
+    selects            a function that chooses tokens among those of the whole optimizer step, from SELECTION_INPUTS
+                       (inputs.py); the loss asks for its choice, [B, C] bool, by the name `selected`
 """
 
 import math
@@ -27,13 +29,15 @@ import math
 import torch
 from torch import Tensor
 
-from grpo_core.objective import sampler_losses  # noqa: F401 - registers its losses
+from grpo_core.objective import covariance_losses, sampler_losses  # noqa: F401 - they register their losses
 from grpo_core.objective.policy_loss import (
     DETACHED,
     LOSSES,
     PULLS_BACK,
     PolicyLoss,
     by_sign,
+    check_clip_bounds,
+    clip_surrogate,
     row_mean,
     sequence_ratio,
     token_ratio,
@@ -160,7 +164,7 @@ def gmpo_loss(
     Differences are clipped in log space and, as in PPO, only on the side where clipping removes an incentive.
     arXiv:2507.20673.
     """
-    _check_bounds(clip_low, clip_high)
+    check_clip_bounds(clip_low, clip_high)
     difference = (logprobs - old_logprobs).clamp(-20, 20)
     bounded_below = torch.where(advantages < 0, difference.clamp(min=-clip_low), 0.0)
     bounded = torch.where(advantages > 0, difference.clamp(max=clip_high), bounded_below)
@@ -294,22 +298,6 @@ def _clipped(
     delta: float | None = None,
     c: float | None = None,
 ) -> PolicyLoss:
-    """Return PPO's clipped surrogate (arXiv:1707.06347), with the optional bounds `delta` (grpo) and `c` (dual_clip).
-
-    The minimum of the two terms means that clipping can remove an incentive but never adds one.
-    """
-    _check_bounds(clip_low, clip_high, max_clip_low=1.0)
-    if delta is not None and not delta > 1 + clip_high:
-        raise ConfigError(f"delta is {delta}; it must be above 1 + clip_high ({1 + clip_high:g}), or null")
-    bounded = ratio if delta is None else ratio.clamp(max=delta)
-    surrogate = torch.minimum(bounded * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    if c is not None:
-        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, c * advantages), surrogate)
-    clipped = (surrogate != ratio * advantages).float()
-    return PolicyLoss(-surrogate, {"ratio": ratio.detach(), "clip_frac": clipped})
-
-
-def _check_bounds(clip_low: float, clip_high: float, max_clip_low: float = math.inf) -> None:
-    if not (0 <= clip_low <= max_clip_low and clip_high >= 0):
-        limit = "" if max_clip_low == math.inf else f", and clip_low at most {max_clip_low:g}"
-        raise ConfigError(f"clip_low is {clip_low} and clip_high is {clip_high}; both must be at least 0{limit}")
+    """Return the loss of PPO's clipped surrogate, with the optional bounds `delta` (grpo) and `c` (dual_clip)."""
+    surrogate, clipped = clip_surrogate(ratio, advantages, clip_low, clip_high, delta, c)
+    return PolicyLoss(-surrogate, {"ratio": ratio.detach(), "clip_frac": clipped.float()})

@@ -45,6 +45,11 @@ class Objective:
     entropy_adapts: bool = False  # entropy_coef may rise above 0 during the run
     top_entropy: float = 1.0  # share of the tokens that the surrogate trains, those of the highest entropy
     off_policy_mask: float | None = None  # bound of corrections.off_policy_mask
+    rejection_in: Literal["loss", "surrogate"] = "loss"  # what the tokens that are rejected leave
+    normalize_correction: bool = False  # the weights of the rollout correction are divided by their mean
+    log_ratio_coef: float = 0.0  # weight of (l - l_roll)**2
+    positive_nll_coef: float = 0.0  # weight of the mean -l over completions with a reward above the next number
+    positive_nll_above: float = 0.0
     min_group_std: float = 0.0  # a group whose rewards spread less counts as tied
     max_new_tokens: int = 256  # length limit of a completion
     steps_per_batch: int = 1  # optimizer steps on one batch: minibatches × passes
@@ -63,8 +68,18 @@ class Objective:
 
     @property
     def rejects(self) -> bool:
-        """Return whether tokens may be left out because sampler and trainer differ, which costs a forward."""
+        """Return whether tokens may be left out because sampler and trainer differ."""
         return unwrap(self.rejection_fn) is not keep_all
+
+    @property
+    def selects(self) -> bool:
+        """Return whether the loss chooses tokens among all of the optimizer step."""
+        return get_fact(self.loss_fn, "selects") is not None
+
+    @property
+    def looks_at_all_rows(self) -> bool:
+        """Return whether a mask or weight depends on other rows of the optimizer step, which costs a forward."""
+        return self.rejects or self.selects or self.normalize_correction
 
     @property
     def needs_reference(self) -> bool:
@@ -80,7 +95,8 @@ class Objective:
     def trains_ties(self, kl_coef: float, entropy_bonus: float) -> bool:
         """Return whether rows with advantage 0 have a part in the gradient under these coefficients."""
         kl_in_loss = kl_coef != 0 and self.kl_in == "loss"
-        return self.learns_from_ties or kl_in_loss or entropy_bonus != 0 or self.entropy_adapts
+        has_term = kl_in_loss or entropy_bonus != 0 or self.log_ratio_coef != 0 or self.positive_nll_coef != 0
+        return self.learns_from_ties or has_term or self.entropy_adapts
 
 
 def learns_from_ties(average: str, loss_fn: Callable, *others: Callable) -> bool:

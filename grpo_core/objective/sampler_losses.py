@@ -99,7 +99,8 @@ def ipo_loss(
 ) -> PolicyLoss:
     """-M adv_tau A r + kl_tau (l - l_roll)**2, r = exp(l - l_roll), M = 0 where abs(p - q) > threshold
 
-    As in prime-rl, whose name it is. A token leaves the trust region whatever the sign of its advantage.
+    As in prime-rl, whose name it is: https://github.com/PrimeIntellect-ai/prime-rl. A token leaves the trust region
+    whatever the sign of its advantage.
     """
     _check_bounds(threshold=threshold)
     keep = (logprobs.exp() - rollout_logprobs.exp()).detach().abs() <= threshold

@@ -24,6 +24,7 @@ class Totals:
     max_new_tokens: int  # sampling.max_new_tokens, not the length of the longest row
     entropy_tokens: Tensor | None = None  # tokens that the entropy bonus acts on; None: `tokens`
     micro_batches: Tensor | int = 1
+    positive_tokens: Tensor | int = 0  # tokens of completions that are positive examples
 
 
 @AVERAGES.register("sequence")
@@ -83,14 +84,13 @@ def token_weights(completion_mask: Tensor, *, average: str, totals: Totals, dtyp
     return AVERAGES.get(average)(completion_mask.to(dtype or torch.float32), totals)
 
 
-def entropy_weights(mask: Tensor, totals: Totals, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the weights of the entropy bonus, [B, C]: 1 / (tokens that it acts on) where `mask`, else 0.
+def mean_weights(mask: Tensor, tokens: Tensor | int, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the weights of a mean over `tokens` tokens, [B, C]: 1 / tokens where `mask`, else 0.
 
-    The bonus is a mean over tokens, whatever loss.average is.
+    The entropy bonus and the likelihood of positive examples are such means, whatever loss.average is.
     """
-    tokens = totals.tokens if totals.entropy_tokens is None else totals.entropy_tokens
     return mask.to(dtype or torch.float32) / _at_least_one(tokens)
 
 
-def _at_least_one(count: Tensor) -> Tensor:
+def _at_least_one(count: Tensor | int) -> Tensor:
     return torch.as_tensor(count).clamp(min=1)

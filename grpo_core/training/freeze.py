@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from grpo_core.batch import Frozen, Rollouts, TrainBatch, random_order, take
+from grpo_core.batch import Frozen, Rollouts, random_order, take
 from grpo_core.distributed import ranks
 from grpo_core.model.memory import retry_in_halves
 from grpo_core.model.packing import Budget, Packing
 from grpo_core.model.policy import Policy, TokenStats
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.corrections import quantile
-from grpo_core.objective.inputs import REJECTION_INPUTS
 from grpo_core.objective.kl import kl_exact
 from grpo_core.objective.objective import Objective
 from grpo_core.random_keys import make_key, torch_seed
@@ -32,8 +30,9 @@ def freeze(
 ) -> Frozen:
     """Return the rollouts with their masks and log-probs; `trained` [N, G] bool are the completions to train (all).
 
-    Old log-probs cost a forward only where several optimizer steps share the batch (with one, the ratio is 1), or where
-    the advantages ask for something of the policy. Reference log-probs cost one only where something reads them.
+    Old log-probs cost a forward only where several optimizer steps share the batch (with one, the ratio is 1), where
+    the advantages ask for something of the policy, or where a mask or weight depends on other rows. Reference log-probs
+    cost one only where something reads them.
     """
     rollouts = replace(rollouts, completions=())  # the loss reads no text
     mask = rollouts.completion_mask
@@ -41,7 +40,8 @@ def freeze(
         mask = mask & trained.reshape(-1, 1).to(mask.device)
     reused = objective.steps_per_batch > 1
     own = surrogate_mask = ref_logprobs = None
-    asked = OF_THE_POLICY & (objective.advantage_needs | ({"logprobs"} if objective.rejects else set()))
+    needs_logprobs = objective.looks_at_all_rows or "rollout_weights" in objective.advantage_needs
+    asked = OF_THE_POLICY & (objective.advantage_needs | ({"logprobs"} if needs_logprobs else set()))
     if reused or objective.top_entropy < 1 or asked:
         own = forward_all(policy, budget, rollouts)
         if objective.top_entropy < 1:
@@ -50,8 +50,8 @@ def freeze(
         with policy.reference():
             ref_logprobs = forward_all(policy, budget, rollouts).logprobs
     old_logprobs = own.logprobs if own is not None and reused else None
-    for_advantages = {name: getattr(own, name) for name in asked}
-    return Frozen(rollouts, mask, surrogate_mask, old_logprobs, ref_logprobs, **for_advantages)
+    before = {name: getattr(own, name) for name in asked}
+    return Frozen(rollouts, mask, surrogate_mask, old_logprobs, ref_logprobs, **before)
 
 
 def forward_all(policy: Policy, budget: Budget, rollouts: Rollouts) -> TokenStats:
@@ -77,31 +77,6 @@ def top_entropy_mask(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
     if len(everywhere) == 0:
         return mask
     return mask & (entropy >= quantile(everywhere, 1 - share) - EQUAL_ENTROPY)
-
-
-@torch.no_grad()
-def reject(objective: Objective, frozen: Frozen, batch: TrainBatch, stats: Stats) -> TrainBatch:
-    """Return the batch without the tokens that loss.rejection leaves out.
-
-    They are chosen among those of all ranks, before micro-batches are cut, so the choice depends on neither. A
-    collective.
-    """
-    if not objective.rejects:
-        return batch
-    width = int(ranks.all_max(torch.tensor(float(batch.loss_mask.shape[1]), device="cpu")))
-    inputs = {
-        "old_logprobs": frozen.logprobs,
-        "rollout_logprobs": batch.rollouts.rollout_logprobs,
-        "advantages": batch.advantages.expand_as(batch.loss_mask),
-        "completion_mask": batch.loss_mask,
-    }
-    padding = width - batch.loss_mask.shape[1]
-    whole = {name: ranks.all_rows(F.pad(values, (0, padding))) for name, values in inputs.items()}
-    kept = REJECTION_INPUTS.call(objective.rejection_fn, whole)
-    rows = slice(ranks.rank() * len(batch), (ranks.rank() + 1) * len(batch))
-    kept = kept.expand_as(whole["completion_mask"])[rows, : batch.loss_mask.shape[1]].to(batch.loss_mask.device)
-    stats.add_mean("rejected", ~kept, batch.loss_mask)
-    return replace(batch, loss_mask=batch.loss_mask & kept)
 
 
 @torch.no_grad()

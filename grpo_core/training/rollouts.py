@@ -18,6 +18,7 @@ from grpo_core.model.packing import Budget
 from grpo_core.model.policy import Policy
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.advantages import compute_advantages, tie_small_spreads, tied_groups
+from grpo_core.objective.inputs import CORRECTION_INPUTS
 from grpo_core.objective.objective import Objective
 from grpo_core.registry import get_fact
 from grpo_core.scoring.scoring import Scores, score
@@ -114,15 +115,19 @@ def compute_step_advantages(
         stats.add_max("no_reward", torch.tensor(1.0, device="cpu"))
     inputs = {"lengths": whole[1], "components": whole[2:], "weights": torch.tensor(scores.weights, device="cpu")}
     if frozen is not None:
-        inputs |= _gather_tokens(frozen, objective.advantage_needs, rewards.shape[1])
+        inputs |= _gather_tokens(frozen, objective, rewards.shape[1])
     values = compute_advantages(objective.advantage_fn, whole[0], **inputs)
     first = ranks.rank() * len(rewards)
     own_values = values[first : first + len(rewards)].to(torch.float32)
     return own_values if own_values.dim() == 2 else own_values[..., : rollouts.completion_ids.shape[1]]
 
 
-def _gather_tokens(frozen: Frozen, names: frozenset[str], group_size: int) -> dict[str, Tensor]:
-    """Return the inputs of tokens among `names`, each [N of all ranks, G, C of the widest rank]. A collective."""
+def _gather_tokens(frozen: Frozen, objective: Objective, group_size: int) -> dict[str, Tensor]:
+    """Return the inputs of tokens that the advantages ask for, [N of all ranks, G, C of the widest rank] each.
+
+    A collective.
+    """
+    names = objective.advantage_needs
     tokens = {
         "completion_mask": frozen.loss_mask,
         "rollout_logprobs": frozen.rollouts.rollout_logprobs,
@@ -130,6 +135,7 @@ def _gather_tokens(frozen: Frozen, names: frozenset[str], group_size: int) -> di
         "logprobs": frozen.logprobs,
         "entropy": frozen.entropy,
         "sum_p_squared": frozen.sum_p_squared,
+        "rollout_weights": _weigh_rollouts(frozen, objective) if "rollout_weights" in names else None,
     }
     asked = {name: values for name, values in tokens.items() if name in names and values is not None}
     if not asked:
@@ -138,6 +144,18 @@ def _gather_tokens(frozen: Frozen, names: frozenset[str], group_size: int) -> di
     width = int(ranks.all_max(torch.tensor(float(columns), device="cpu")))
     padded = {name: F.pad(values, (0, width - columns)) for name, values in asked.items()}
     return {name: ranks.all_rows(x).cpu().unflatten(0, (-1, group_size)) for name, x in sorted(padded.items())}
+
+
+def _weigh_rollouts(frozen: Frozen, objective: Objective) -> Tensor | None:
+    """Return the weights of the rollout correction, [B, C], or None without one."""
+    inputs = {
+        "old_logprobs": frozen.logprobs,
+        "rollout_logprobs": frozen.rollouts.rollout_logprobs,
+        "completion_mask": frozen.loss_mask,
+        "ref_logprobs": frozen.ref_logprobs,
+    }
+    weights = CORRECTION_INPUTS.call(objective.correction_fn, inputs)
+    return None if weights is None else weights.expand_as(frozen.loss_mask)
 
 
 def groups_without_signal(objective: Objective, rollouts: Rollouts, scores: Scores) -> Tensor:

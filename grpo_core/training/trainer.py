@@ -10,7 +10,7 @@ from grpo_core.monitor.alerts import Alerts
 from grpo_core.training import checkpoint, saved_batches
 from grpo_core.training.control import Control, next_control
 from grpo_core.training.evaluation import evaluate_now
-from grpo_core.training.freeze import freeze, measure_exact_kl, reject
+from grpo_core.training.freeze import freeze, measure_exact_kl
 from grpo_core.training.rollouts import collect, compute_step_advantages, shape_rewards
 from grpo_core.training.run import Run
 from grpo_core.training.selection import describe_stall
@@ -37,7 +37,7 @@ def train(run: Run) -> None:
             rewards, trained = shape_rewards(objective, policy, budget, rollouts, scores, control.kl_coef, stats)
             frozen = freeze(policy, objective, budget, rollouts, trained)  # old and reference log-probs, [B, C]
             advantages = compute_step_advantages(objective, rewards, rollouts, scores, stats, frozen)  # [N, G(, C)]
-            batch = reject(objective, frozen, frozen.with_advantages(advantages, rewards), stats)
+            batch = frozen.with_advantages(advantages, rewards)
             measure_exact_kl(run, rollouts, step, stats)
         dump = saved_batches.start_dump(run, step, batch, scores)
         with log.phase("update"):

@@ -13,15 +13,16 @@ from grpo_core.model.memory import retry_in_halves
 from grpo_core.model.packing import Packing, Plan
 from grpo_core.model.policy import Policy, TokenStats
 from grpo_core.monitor.aggregates import Stats
-from grpo_core.objective.corrections import corrected_old_logprobs, off_policy_mask
+from grpo_core.objective.corrections import corrected_old_logprobs, off_policy_mask, sampler_distances
 from grpo_core.objective.diagnostics import describe_wrong_diagnostics
 from grpo_core.objective.inputs import CORRECTION_INPUTS, LOSS_INPUTS
 from grpo_core.objective.objective import Objective
-from grpo_core.objective.token_weights import Totals, entropy_weights, token_weights
+from grpo_core.objective.token_weights import Totals, mean_weights, token_weights
 from grpo_core.random_keys import make_key, torch_seed
 from grpo_core.registry import get_fact
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint
+from grpo_core.training.all_rows import correction_inputs, look_at_all_rows
 from grpo_core.training.control import Control
 from grpo_core.training.run import Run
 
@@ -39,7 +40,12 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
     shuffle = torch.Generator("cpu").manual_seed(torch_seed(make_key("minibatches", config.seed, step)))
     minibatches = batch.minibatches(trainer.num_minibatches, trainer.num_passes, config.sampling.group_size, shuffle)
     with run.policy.training():
-        for minibatch in minibatches:
+        for index, minibatch in enumerate(minibatches):
+            key = make_key("selection", config.seed, step, index)
+            is_first = index == 0
+            minibatch = look_at_all_rows(
+                run.policy, run.objective, run.budgets.forward, minibatch, key, stats, is_first=is_first
+            )
             rows = rows_to_train(run.objective, minibatch, control)
             plan = run.policy.plan(minibatch.rollouts, run.budgets.update, rows)
             totals = count_over_ranks(run.objective, minibatch, len(plan))
@@ -99,11 +105,14 @@ def count_over_ranks(objective: Objective, minibatch: TrainBatch, micro_batches:
     Rows that are left out of the forward count like all others.
     """
     mask = minibatch.loss_mask
-    counts = [mask.sum(), len(mask), _surrogate_mask(minibatch).sum(), micro_batches]
-    tokens, completions, entropy_tokens, all_micro_batches = ranks.all_sum(
+    positive = _positive_mask(objective, minibatch).sum() if objective.positive_nll_coef else 0
+    counts = [mask.sum(), len(mask), _surrogate_mask(minibatch).sum(), micro_batches, positive]
+    tokens, completions, entropy_tokens, all_micro_batches, positive_tokens = ranks.all_sum(
         torch.stack([torch.as_tensor(count, device=mask.device) for count in counts])
     )
-    return Totals(tokens, completions, objective.max_new_tokens, entropy_tokens, all_micro_batches.clamp(min=1))
+    return Totals(
+        tokens, completions, objective.max_new_tokens, entropy_tokens, all_micro_batches.clamp(min=1), positive_tokens
+    )
 
 
 def forward_with_gradient(
@@ -120,20 +129,29 @@ def micro_loss(
 ) -> Tensor:
     """Return a micro-batch's part of its minibatch's loss, a scalar.
 
-    It is (token_loss * token_weights).sum(), less entropy_coef times the mean entropy.
+    It is (token_loss * token_weights).sum(), less entropy_coef times the mean entropy, and with positive_nll_coef times
+    the mean -l of the positive examples. VAPO, arXiv:2504.05118.
     """
     mask = micro.loss_mask
     old_logprobs = tokens.logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
     loss = token_loss(objective, micro, tokens, old_logprobs, control, stats)
     loss = (loss * token_weights(mask, average=objective.average, totals=totals, dtype=loss.dtype)).sum()
     if control.entropy_bonus > 0:
-        weights = entropy_weights(_surrogate_mask(micro), totals, dtype=loss.dtype)
+        counted = totals.tokens if totals.entropy_tokens is None else totals.entropy_tokens
+        weights = mean_weights(_surrogate_mask(micro), counted, dtype=loss.dtype)
         loss = loss - control.entropy_bonus * (tokens.entropy * weights).sum()
+    if objective.positive_nll_coef:
+        positive = _positive_mask(objective, micro)
+        weights = mean_weights(positive, totals.positive_tokens, dtype=loss.dtype)
+        loss = loss - objective.positive_nll_coef * (tokens.logprobs * weights).sum()
+        stats.add_mean("positive_nll", -tokens.logprobs, positive)
 
     gap = (old_logprobs - micro.rollouts.rollout_logprobs).abs()
     stats.add_mean("entropy", tokens.entropy, mask)
     stats.add_mean("logprob_gap", gap, mask)
     stats.add_max("logprob_gap_max", gap * mask)
+    for name, distance in sampler_distances(old_logprobs, micro.rollouts.rollout_logprobs, mask).items():
+        stats.add_mean(name, distance, mask)
     stats.add_total("loss", loss / objective.steps_per_batch)
     return loss
 
@@ -148,14 +166,15 @@ def token_loss(
 ) -> Tensor:
     """Return the loss of every token, [b, C]. This function is the order of operations:
 
-    surrogate, * off-policy mask, * top-entropy mask, * rollout correction, + kl_coef KL.
+    surrogate, * off-policy mask, * top-entropy mask and rejections from the surrogate, * rollout correction,
+    + kl_coef KL, + log_ratio_coef (l - l_roll)**2.
 
     Raises:
         ConfigError: the loss returned a diagnostic that cannot be logged.
     """
     mask, rollout_logprobs = micro.loss_mask, micro.rollouts.rollout_logprobs
     inputs = collect_inputs(micro, tokens, old_logprobs)
-    correction = CORRECTION_INPUTS.call(objective.correction_fn, inputs)  # [b, C] or [b, 1], or None
+    correction = _weigh_rollouts(objective, micro, inputs)
     corrects_itself = bool(get_fact(objective.loss_fn, "corrects_rollout"))  # takes the correction through old_logprobs
     if correction is not None and corrects_itself:
         inputs["old_logprobs"] = corrected_old_logprobs(old_logprobs, correction, mask)
@@ -181,6 +200,8 @@ def token_loss(
             kl = objective.kl_fn(tokens.logprobs, micro.ref_logprobs, old_logprobs)
         loss = loss + control.kl_coef * kl
         stats.add_mean("kl", kl, mask)
+    if objective.log_ratio_coef:  # Kimi K2.5, arXiv:2602.02276
+        loss = loss + objective.log_ratio_coef * (tokens.logprobs - rollout_logprobs).square()
     if problem := describe_wrong_diagnostics(surrogate.diagnostics, mask.shape):  # it may depend on the batch
         raise ConfigError(f"the loss (loss.name) {problem}")
     for name, values in surrogate.diagnostics.items():
@@ -188,18 +209,20 @@ def token_loss(
     return loss
 
 
+def _weigh_rollouts(objective: Objective, micro: TrainBatch, inputs: dict[str, Tensor | None]) -> Tensor | None:
+    """Return the weights of the rollout correction, [b, C] or [b, 1], or None without one."""
+    weights = CORRECTION_INPUTS.call(objective.correction_fn, inputs)
+    return weights if weights is None or micro.correction_scale is None else weights * micro.correction_scale
+
+
 def collect_inputs(micro: TrainBatch, tokens: TokenStats, old_logprobs: Tensor) -> dict[str, Tensor | None]:
     """Return the inputs of the loss and of the correction by name, [b, C] or [b, 1]; objective/inputs.py lists them."""
     return {
+        **correction_inputs(micro, old_logprobs),
         "logprobs": tokens.logprobs,
-        "old_logprobs": old_logprobs,
-        "advantages": micro.advantages,
-        "completion_mask": micro.loss_mask,
-        "rollout_logprobs": micro.rollouts.rollout_logprobs,
-        "ref_logprobs": micro.ref_logprobs,
         "entropy": tokens.entropy.detach(),
         "sum_p_squared": tokens.sum_p_squared,
-        "rewards": micro.shaped_rewards,
+        "selected": micro.selected,
     }
 
 
@@ -224,3 +247,9 @@ def fail_out_of_memory(run: Run, step: int, control: Control, *, weights_unchang
 def _surrogate_mask(batch: TrainBatch) -> Tensor:
     """The trained tokens that surrogate and entropy bonus act on, [B, C] bool."""
     return batch.loss_mask if batch.surrogate_mask is None else batch.loss_mask & batch.surrogate_mask
+
+
+def _positive_mask(objective: Objective, batch: TrainBatch) -> Tensor:
+    """The trained tokens of completions that are positive examples, [B, C] bool."""
+    assert batch.shaped_rewards is not None  # build_objective sets the coefficient, and the loop the rewards
+    return batch.loss_mask & (batch.shaped_rewards > objective.positive_nll_above)
