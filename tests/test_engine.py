@@ -10,7 +10,7 @@ from fakes import tiny_policy
 from safetensors.torch import load_file
 from test_policy import naive_logprobs
 from workers import state
-from workers.zero2 import CLIP, PASSES, ROWS, STEPS, TIES, run_config, step_data
+from workers.zero2 import ALL_ROWS, CHOICE, CLIP, M2, PASSES, ROWS, STEPS, TIES, run_config, step_data
 
 from grpo_core.distributed import ranks
 from grpo_core.schema import ConfigError
@@ -27,7 +27,7 @@ def plain_adamw(average):
     optimizer = torch.optim.AdamW(
         parameters, lr=1e-2, weight_decay=0.1, eps=1e-6
     )  # 1e-8 would magnify rounding where a gradient is 0
-    norms, losses, kl_coef = [], [], 0.0 if average == TIES else 0.5
+    norms, losses, kl_coef = [], [], 0.0 if average in (TIES, ALL_ROWS) else 0.5
     for step in range(STEPS):
         rollouts, advantages = step_data(step, average)
         mask, lengths = rollouts.completion_mask, rollouts.completion_mask.sum(1)
@@ -38,15 +38,17 @@ def plain_adamw(average):
         step_norms, step_losses = [], []
         for _ in range(PASSES):
             new = naive_logprobs(policy, rollouts)
-            terms = []
+            terms, factor, tokens = [], torch.ones_like(new), int(mask.sum())
+            if average == ALL_ROWS:
+                factor, tokens = choose(new.detach(), old, rollouts.rollout_logprobs, advantages, mask)
             for i in range(ROWS):
                 n, a = int(lengths[i]), advantages[i]
                 ratio = (new[i, :n] - old[i, :n]).exp()
                 clipped = ratio.clamp(1 - CLIP["clip_low"], 1 + CLIP["clip_high"])
                 d = ref[i, :n] - new[i, :n]
                 per_token = -torch.min(ratio * a, clipped * a) + kl_coef * (d.exp() - d - 1)
-                over = {"sequence": n * ROWS, "constant": ROWS * 9}.get(average, int(mask.sum()))
-                terms.append(per_token.sum() / over)
+                over = {"sequence": n * ROWS, "constant": ROWS * 9}.get(average, tokens)
+                terms.append((per_token * factor[i, :n]).sum() / over)
             loss = torch.stack(terms).sum()
             loss.backward()
             step_norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 0.1)))
@@ -58,7 +60,26 @@ def plain_adamw(average):
     return torch.cat([p.detach().flatten() for p in parameters]), norms, losses
 
 
-SIZES = {"sequence": (1, 30, 1000), "token": (30,), "constant": (40,), TIES: (1, 50)}
+def choose(new, old, sampled, advantages, mask):
+    """The factor of each token's loss, by m2po, normalised truncated weights and clip_cov, and the tokens that count."""
+    gap, factor = old - sampled, torch.zeros_like(old)
+    weights = gap.exp().clamp(max=2)
+    weights = weights / weights[mask].mean()
+    places = sorted(mask.nonzero().tolist(), key=lambda place: float(gap[*place] ** 2))
+    while sum(float(gap[*place] ** 2) for place in places) / len(places) >= M2:
+        places.pop()
+    assert len(places) < int(mask.sum())
+    level, height = (sum(float(x[i, j]) for i, j in places) / len(places) for x in (advantages[:, None].expand_as(new), new))
+    for i, j in places:
+        ratio, a = float((new[i, j] - old[i, j]).exp()), float(advantages[i])
+        clipped = (a > 0 and ratio > 1 + CLIP["clip_high"]) or (a < 0 and ratio < 1 - CLIP["clip_low"])
+        is_chosen = CHOICE["cov_low"] < (a - level) * (float(new[i, j]) - height) < CHOICE["cov_high"] and not clipped
+        factor[i, j] = 0.0 if is_chosen else weights[i, j]
+    assert 0 < int((factor != 0).sum()) < len(places)
+    return factor, len(places)
+
+
+SIZES = {"sequence": (1, 30, 1000), "token": (30,), "constant": (40,), TIES: (1, 50), ALL_ROWS: (1, 50)}
 
 
 def on_two(worker, *arguments):

@@ -206,8 +206,8 @@ def optimal_token_baseline_advantages(
 ) -> Tensor:
     """r - sum_i(r W_t) / sum_i(W_t) for token t, over the completions i of the group that have a token t
 
-    W_t = w**2 times the sum over j <= t of (1 - 2 p_j + sum_v p_v**2), the expected squared norm of the gradient of the
-    logits up to token t, w the weight of the rollout correction: the baseline with the least variance for each token,
+    W_t = sum over j <= t of w_j**2 (1 - 2 p_j + sum_v p_v**2), the expected squared norm of the gradient of the logits
+    up to token t, w the weights of the rollout correction: the baseline with the least variance for each token,
     [N, G, C]. t counts the completion's own tokens. Where only the longest completion has a token t, it is compared
     with nothing, and its advantage is 0. arXiv:2602.07078.
     """

@@ -133,18 +133,18 @@ def reject_by_total_variation(
     advantages: Tensor,
     completion_mask: Tensor,
     *,
-    bound: float = 0.2,
+    low: float | None = None,
+    high: float = 0.2,
 ) -> Tensor:
-    """where mean_t abs(v - 1) of a completion is above bound, reject its tokens with A log v > 0
+    """where mean_t abs(v - 1) of a completion is not from low to high, reject its tokens with A log v > 0; low null: no bound
 
     The mean estimates twice the total variation. The tokens that are kept pull it down. VACO, arXiv:2603.01365;
-    open-instruct has the bound without the half, as here.
+    open-instruct has the bounds without the half, as here.
     """
-    if not bound >= 0:
-        raise ConfigError(f"bound is {bound}; it must be at least 0")
+    _check_bounds(low, high)
     log_v = _estimate(old_logprobs, rollout_logprobs, completion_mask, "k1")
     variation = row_mean(log_v.expm1().abs(), completion_mask)
-    return (variation <= bound) | (advantages * log_v <= 0)
+    return _is_within(variation, low, high) | (advantages * log_v <= 0)
 
 
 def _estimate(old_logprobs: Tensor, rollout_logprobs: Tensor, completion_mask: Tensor, estimator: Estimator) -> Tensor:

@@ -40,11 +40,11 @@ def token_baseline(
 ) -> Tensor:
     """Return the optimal token baseline, [N, 1, C]: sum_i(R W_t) / sum_i(W_t) over the group's rows with a token t.
 
-    W_t = w**2 times the sum over j <= t of (1 - 2 p_j + sum_v p_v**2), the expected squared norm of the gradient of the
-    logits up to token t. arXiv:2602.07078.
+    W_t = sum over j <= t of w_j**2 (1 - 2 p_j + sum_v p_v**2), the expected squared norm of the gradient of the logits
+    up to token t, weighted. arXiv:2602.07078.
     """
-    norms = (1 - 2 * logprobs.exp() + sum_p_squared) * completion_mask
-    weights = norms.cumsum(dim=2) * rollout_weights.square() * completion_mask
+    norms = (1 - 2 * logprobs.exp() + sum_p_squared) * rollout_weights.square() * completion_mask
+    weights = norms.cumsum(dim=2) * completion_mask
     return (weights * returns).sum(dim=1, keepdim=True) / (weights.sum(dim=1, keepdim=True) + 1e-8)
 
 

@@ -55,6 +55,31 @@ def soft_penalty(
     return rewards + soft_overlong_penalty(lengths, max_new_tokens, cache_share), torch.ones_like(truncated)
 
 
+@TRUNCATIONS.register("length_penalty", changes_reward=True)
+def length_penalty(
+    rewards: Tensor, lengths: Tensor, truncated: Tensor, max_new_tokens: int, *, coef: float = 0.25
+) -> tuple[Tensor, Tensor]:
+    """reward - coef * mean(r) * length / longest, mean and longest of the group; for every completion
+
+    Long completions are penalised where the group mostly succeeds, and left alone where it fails. As in prime-rl,
+    https://github.com/PrimeIntellect-ai/prime-rl. A negative mean rewards length, so rewards should be 0 or above.
+    """
+    return penalize_length(rewards, lengths, coef), torch.ones_like(truncated)
+
+
+def penalize_length(rewards: Tensor, lengths: Tensor, coef: float) -> Tensor:
+    """Return rewards - coef * mean * length / longest, [N, G], mean (of scored completions) and longest of each group.
+
+    Raises:
+        ConfigError: coef is negative.
+    """
+    if not coef >= 0:
+        raise ConfigError(f"coef is {coef}; it must be at least 0")
+    counts = (~rewards.isnan()).sum(dim=1, keepdim=True).clamp(min=1)
+    mean = rewards.nansum(dim=1, keepdim=True) / counts
+    return rewards - coef * mean * lengths / lengths.amax(dim=1, keepdim=True).clamp(min=1)
+
+
 def soft_overlong_penalty(lengths: Tensor, max_new_tokens: int, cache_share: float = 0.2) -> Tensor:
     """Return DAPO's penalty for long completions, in the shape of `lengths` (tokens). arXiv:2503.14476, equation 13.
 

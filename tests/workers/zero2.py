@@ -11,7 +11,7 @@ import torch
 from fakes import frozen_batch, ragged_rollouts, tiny_policy
 
 from grpo_core.batch import take
-from grpo_core.config.sections import EngineConfig, LossConfig, RunConfig, SamplingConfig, TrainerConfig
+from grpo_core.config.sections import EngineConfig, FunctionConfig, LossConfig, RunConfig, SamplingConfig, TrainerConfig
 from grpo_core.distributed import ranks
 from grpo_core.model.memory import Budgets
 from grpo_core.model.packing import Budget
@@ -24,13 +24,22 @@ from grpo_core.training.update import update_policy
 
 STEPS, ROWS, PASSES = 3, 16, 2
 TIES = "ties"  # for an average: no KL, and rows without an advantage
+ALL_ROWS = "all_rows"  # for an average: what is chosen among the rows of both processes
+CHOICE = {"share": 1.0, "cov_low": 0.05, "cov_high": 0.4}
+M2 = 0.1
 CLIP = {"clip_low": 0.05, "clip_high": 0.1}
 
 
 def run_config(average, tokens):
+    loss = LossConfig(average="token" if average == TIES else average, kl_coef=0.0 if average == TIES else 0.5)
+    if average == ALL_ROWS:
+        loss = LossConfig(
+            name="clip_cov", args={**CLIP, **CHOICE}, average="token", kl_coef=0.0, normalize_correction=True,
+            rejection=FunctionConfig("m2po", {"threshold": M2}), rollout_correction=FunctionConfig("token_truncate"),
+        )  # fmt: skip
     return RunConfig(
         sampling=SamplingConfig(max_new_tokens=9),
-        loss=LossConfig(average="token" if average == TIES else average, kl_coef=0.0 if average == TIES else 0.5),
+        loss=loss,
         trainer=TrainerConfig(completions_per_step=ROWS, tokens_per_micro_batch=tokens, num_passes=PASSES),
         engine=EngineConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant", weight_decay=0.1, max_grad_norm=0.1, adam_eps=1e-6,
                             deepspeed={"zero_optimization": {"stage": 2, "overlap_comm": False}}),
@@ -43,7 +52,13 @@ def step_data(step, average):
     if average == TIES:
         advantages[step::3] = 0
         advantages[ROWS // 2 :] *= step > 0
-    return ragged_rollouts(ROWS, seed=step), advantages
+    rollouts = ragged_rollouts(ROWS, seed=step)
+    if average == ALL_ROWS:  # a sampler that differs from the policy, by other amounts in the second half of the rows
+        noise = torch.randn(rollouts.rollout_logprobs.shape, generator=torch.Generator().manual_seed(step))
+        own = tiny_policy(lora_noise=0.1).forward(rollouts).logprobs.detach()
+        noise[ROWS // 2 :] *= 2
+        rollouts = replace(rollouts, rollout_logprobs=own + 0.3 * noise)
+    return rollouts, advantages
 
 
 def trained(average, sizes):
@@ -55,7 +70,9 @@ def trained(average, sizes):
         config, policy = run_config(average, size), tiny_policy(lora_noise=0.1)
         engine = Engine(policy.model, config, dtype=torch.float32, total_steps=STEPS * PASSES, world_size=world)
         policy.model.eval()
-        objective = replace(build_objective(config), loss_fn=LOSSES.build("grpo", CLIP))
+        objective = build_objective(config)
+        if average != ALL_ROWS:
+            objective = replace(objective, loss_fn=LOSSES.build("grpo", CLIP))
         run = SimpleNamespace(
             config=config, policy=policy, engine=engine, objective=objective, steps_per_epoch=1,
             budgets=Budgets(Budget(size), Budget(2 * size)),

@@ -1,0 +1,207 @@
+"""Masks and weights that depend on other rows, and the terms of the loss that came with them. Two ranks: test_engine.py."""
+
+import math
+
+import pytest
+import torch
+from fakes import frozen_batch, ragged_rollouts, tiny_policy, with_objective
+from test_loop import make_run
+
+from grpo_core.config.checks import try_loss
+from grpo_core.model.policy import TokenStats
+from grpo_core.monitor.aggregates import Stats
+from grpo_core.objective.corrections import CORRECTIONS, sampler_distances
+from grpo_core.objective.covariance_losses import covariance, select_highest, select_in_band
+from grpo_core.objective.inputs import select_tokens
+from grpo_core.objective.losses import LOSSES
+from grpo_core.objective.policy_loss import PolicyLoss
+from grpo_core.objective.rejections import REJECTIONS
+from grpo_core.objective.returns import close_gaps, discounted_returns, open_gaps, place_at_end, whiten_tokens
+from grpo_core.objective.truncation import penalize_length
+from grpo_core.random_keys import make_key
+from grpo_core.schema import ConfigError
+from grpo_core.training.all_rows import look_at_all_rows
+from grpo_core.training.control import first_control
+from grpo_core.training.update import count_over_ranks, micro_loss, rows_to_train
+
+KEY = make_key("selection", 0, 0, 0)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path, num_steps=2, policy=tiny_policy(lora_noise=0.05))
+
+
+def gradient(run, batch):
+    """d loss / d log-probs of a batch, [B, C], on policy."""
+    totals = count_over_ranks(run.objective, batch, 1)
+    tokens = run.policy.forward(batch.rollouts)
+    leaf = tokens.logprobs.detach().requires_grad_()
+    stats = TokenStats(leaf, tokens.entropy, tokens.sum_p_squared)
+    loss = micro_loss(run.objective, batch, stats, totals, first_control(run.config.loss), Stats())
+    return torch.autograd.grad(loss, leaf)[0], leaf.detach()
+
+
+def look(run, batch, *, is_first=True, key=KEY):
+    return look_at_all_rows(run.policy, run.objective, run.budgets.forward, batch, key, Stats(), is_first=is_first)
+
+
+def test_nothing_is_computed_where_nothing_looks_at_other_rows(run, monkeypatch):
+    batch = frozen_batch(run, ragged_rollouts(), torch.ones(8, 1))
+    assert batch.frozen_logprobs is None and look(run, batch) is batch
+
+
+def test_rejected_tokens_leave_the_loss_or_the_surrogate_alone(run):
+    """From the surrogate: they still count in the denominator, and keep their KL."""
+    rollouts = ragged_rollouts()
+    gaps = run.policy.forward(rollouts).logprobs.detach() - rollouts.rollout_logprobs
+    high = float(gaps[rollouts.completion_mask].median())
+    reject = REJECTIONS.build("token", {"estimator": "k1", "high": high})
+    for place in ("loss", "surrogate"):
+        own = with_objective(run, rejection_fn=reject, rejection_in=place)
+        batch = frozen_batch(own, ragged_rollouts(), torch.ones(8, 1))
+        mask, v = batch.loss_mask, batch.frozen_logprobs - batch.rollouts.rollout_logprobs
+        keep = mask & (v <= high)
+        assert 0 < keep.sum() < mask.sum()
+        seen = look(own, batch)
+        slope, _ = gradient(own, seen)
+        torch.testing.assert_close(slope, -keep / (keep.sum() if place == "loss" else mask.sum()))
+        assert torch.equal(seen.loss_mask, keep if place == "loss" else mask)
+
+
+@pytest.mark.parametrize("name, counted", [("token_truncate", "tokens"), ("sequence_truncate", "rows")])
+def test_normalised_weights_have_mean_1_over_what_they_belong_to(run, name, counted):
+    correction = CORRECTIONS.build(name, {"clip_max": 1.5})
+    own = with_objective(run, correction_fn=correction, normalize_correction=True)
+    batch = look(own, frozen_batch(own, ragged_rollouts(), torch.ones(8, 1)))
+    weights = correction(batch.frozen_logprobs, batch.rollouts.rollout_logprobs, batch.loss_mask) * batch.correction_scale
+    mean = weights[batch.loss_mask].mean() if counted == "tokens" else weights.mean()
+    torch.testing.assert_close(mean, torch.tensor(1.0))
+    slope, _ = gradient(own, batch)
+    torch.testing.assert_close(slope, -weights * batch.loss_mask / batch.loss_mask.sum())
+
+
+def test_the_choice_of_a_later_optimizer_step_is_by_the_policy_as_it_is_then(run):
+    own = with_objective(run, loss_fn=LOSSES.build("kl_cov", {"share": 0.2}), steps_per_batch=2)
+    batch = frozen_batch(own, ragged_rollouts(), torch.randn(8, 1, generator=torch.Generator().manual_seed(0)))
+    first = look(own, batch).selected
+    with torch.no_grad():
+        for parameter in own.policy.parameters():
+            parameter += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    mask = batch.loss_mask
+    later = look(own, batch, is_first=False).selected
+    c = covariance(own.policy.forward(batch.rollouts).logprobs.detach(), batch.advantages, mask)
+    assert torch.equal(later, (c >= c[mask].topk(int(0.2 * mask.sum())).values[-1]) & mask)
+    assert not torch.equal(first, later) and torch.equal(look(own, batch).selected, first)
+
+
+def test_a_choice_among_too_many_is_drawn_by_its_key(run):
+    args = {"share": 0.1, "cov_low": 1e-3, "cov_high": 100.0}
+    own = with_objective(run, loss_fn=LOSSES.build("clip_cov", args))
+    batch = frozen_batch(own, ragged_rollouts(), torch.randn(8, 1, generator=torch.Generator().manual_seed(0)))
+    chosen = [look(own, batch, key=make_key("selection", 0, step, 0)).selected for step in (0, 0, 1)]
+    assert torch.equal(chosen[0], chosen[1]) and not torch.equal(chosen[0], chosen[2])
+    assert all(int(x.sum()) == int(0.1 * batch.loss_mask.sum()) for x in chosen)
+
+
+def test_covariance_and_choices_by_hand():
+    logprobs = torch.tensor([[-1.0, -3.0], [-2.0, 9.0]])
+    advantages, mask = torch.tensor([[1.0], [-2.0]]), torch.tensor([[True, True], [True, False]])
+    c = covariance(logprobs, advantages, mask)  # means: A 0, l -2
+    torch.testing.assert_close(c, torch.tensor([[1.0, -1.0], [0.0, 0.0]]))
+    draws = torch.tensor([[0.9, 0.1], [0.5, 0.0]])
+    assert select_highest(logprobs, logprobs, advantages, mask, draws, share=0.5).tolist() == [[True, False], [False, False]]
+    assert select_highest(logprobs, logprobs, advantages, mask, draws, share=0.99).tolist() == [[True, False], [True, False]]
+    bounds = {"clip_low": 0.2, "clip_high": 0.2, "cov_low": -2.0, "cov_high": 2.0}
+    for share, expected in ((0.4, [[False, True], [False, False]]), (0.7, [[False, True], [True, False]])):
+        assert select_in_band(logprobs, logprobs, advantages, mask, draws, share=share, **bounds).tolist() == expected
+    old = logprobs - torch.tensor([[1.0, 0.0], [0.0, 0.0]])  # the first token is clipped, so it is no candidate
+    assert select_in_band(logprobs, old, advantages, mask, draws, share=1.0, **bounds).tolist() == [[False, True], [True, False]]
+
+
+def test_the_covariance_losses_by_hand():
+    x = torch.tensor([[-1.0, -1.0, -1.0]], requires_grad=True)
+    old, mask = torch.tensor([[-1.1, -1.1, -2.0]]), torch.ones(1, 3, dtype=torch.bool)
+    selected = torch.tensor([[True, False, True]])
+    clip_cov = LOSSES.build("clip_cov", {})(x, old, torch.ones(1, 1), mask, selected).per_token_loss
+    torch.testing.assert_close(clip_cov, -torch.tensor([[0.0, math.exp(0.1), 0.0]]))
+    kl_cov = LOSSES.build("kl_cov", {"kl_coef": 0.5})(x, old, torch.ones(1, 1), mask, selected).per_token_loss
+    torch.testing.assert_close(kl_cov, torch.tensor([[-math.exp(0.1) + 0.05, -math.exp(0.1), -math.exp(1.0) + 0.5]]))
+    torch.testing.assert_close(
+        torch.autograd.grad(kl_cov.sum(), x)[0], torch.tensor([[-math.exp(0.1) + 0.5, -math.exp(0.1), -math.exp(1.0) + 0.5]])
+    )
+
+
+def test_a_loss_whose_choice_cannot_be_is_refused(monkeypatch):
+    def loss(logprobs, old_logprobs, advantages, completion_mask, selected, *, share: float = 0.5):
+        return PolicyLoss(-advantages * logprobs * ~selected)
+
+    monkeypatch.setitem(LOSSES.functions, "mine", loss)
+    with pytest.raises(ConfigError, match="loss mine asks for selected, but has no attribute selects"):
+        try_loss("mine", {})
+    loss.selects = lambda logprobs, old, advantages, mask, draws, *, share: draws < share
+    assert try_loss("mine", {"share": 0.4}) is not None
+    inputs = {"draws": torch.tensor([[0.3, 0.45]])}
+    for args, expected in (({}, [[True, True]]), ({"share": 0.4}, [[True, False]])):
+        values = {**dict.fromkeys(("logprobs", "old_logprobs", "advantages", "completion_mask")), **inputs}
+        assert select_tokens(LOSSES.build("mine", args), values).tolist() == expected
+    loss.selects = lambda logprobs, old, advantages, mask, draws: draws
+    with pytest.raises(ConfigError, match=r"loss mine: its function selects must return a tensor \[B, C\] of bool"):
+        try_loss("mine", {})
+    loss.selects = lambda logprobs, old: 0
+    with pytest.raises(ConfigError, match="loss mine fails on a batch of two: TypeError"):
+        try_loss("mine", {})
+
+
+def test_the_log_ratio_penalty_acts_on_every_trained_token(run):
+    own = with_objective(run, log_ratio_coef=0.3)
+    batch = frozen_batch(own, ragged_rollouts(), torch.zeros(8, 1))
+    assert len(rows_to_train(own.objective, batch, first_control(own.config.loss))) == 8  # a tied group learns from it
+    slope, logprobs = gradient(own, batch)
+    expected = 0.6 * (logprobs - batch.rollouts.rollout_logprobs) * batch.loss_mask / batch.loss_mask.sum()
+    torch.testing.assert_close(slope, expected)
+
+
+def test_positive_examples_are_averaged_over_their_own_tokens(run):
+    own = with_objective(run, positive_nll_coef=0.5, positive_nll_above=0.5)
+    rollouts, rewards = ragged_rollouts(), torch.tensor([[1.0, 0.0, 0.5, 1.0, math.nan, 1.0, 0.0, 0.0]])
+    frozen = frozen_batch(own, rollouts, torch.zeros(8, 1))
+    batch = type(frozen)(frozen.rollouts, frozen.advantages, frozen.loss_mask, shaped_rewards=rewards.view(8, 1))
+    assert len(rows_to_train(own.objective, batch, first_control(own.config.loss))) == 8
+    positive = batch.loss_mask & (rewards.view(8, 1) > 0.5)
+    slope, _ = gradient(own, batch)
+    torch.testing.assert_close(slope, -0.5 * positive / positive.sum())
+
+
+def test_geometric_corrections_and_distances_by_hand():
+    rollout = torch.tensor([[-1.0, -2.0, -7.0]])
+    old = rollout + torch.tensor([[math.log(2.0), math.log(0.5) + math.log(4.0), 5.0]])
+    mask = torch.tensor([[True, True, False]])  # v is 2 and 2, the geometric mean 2
+    for name, args, weight in (
+        ("geometric_truncate", {"clip_max": None}, 2.0), ("geometric_truncate", {"clip_max": 1.5}, 1.5),
+        ("geometric_mask", {"clip_max": 1.5}, 0.0), ("geometric_mask", {"clip_min": 1.9, "clip_max": 2.1}, 2.0),
+    ):  # fmt: skip
+        torch.testing.assert_close(CORRECTIONS.build(name, args)(old, rollout, mask), torch.tensor([[weight]]))
+    distances = sampler_distances(old, rollout, mask)
+    torch.testing.assert_close(distances["rollout_kl"], torch.tensor([[1 - math.log(2.0), 1 - math.log(2.0), 0.0]]))
+    torch.testing.assert_close(distances["rollout_chi2"], torch.tensor([[3.0, 3.0, 0.0]]))
+
+
+def test_returns_by_hand():
+    mask = torch.tensor([[True, False, True, True, False]])
+    torch.testing.assert_close(place_at_end(torch.tensor([2.0]), mask), torch.tensor([[0.0, 0, 0, 2, 0]]))
+    rewards = torch.tensor([[1.0, 9.0, 2.0, 4.0, 9.0]])
+    torch.testing.assert_close(discounted_returns(rewards, mask, 0.5), torch.tensor([[3.0, 0, 4, 4, 0]]))
+    closed = close_gaps(rewards, mask)
+    assert closed.tolist() == [[1.0, 2.0, 4.0, 9.0, 9.0]]
+    torch.testing.assert_close(open_gaps(closed, mask), rewards * mask)
+    whitened = whiten_tokens(rewards, mask)  # of 1, 2, 4: mean 7/3, variance 7/3
+    torch.testing.assert_close(whitened, (rewards - 7 / 3) / math.sqrt(7 / 3) * mask)
+
+
+def test_length_penalty_by_hand():
+    rewards, lengths = torch.tensor([[1.0, 0.0, math.nan, 1.0]]), torch.tensor([[10.0, 20.0, 5.0, 40.0]])
+    expected = rewards - 0.3 * (2 / 3) * lengths / 40
+    torch.testing.assert_close(penalize_length(rewards, lengths, 0.3), expected, equal_nan=True)
+    with pytest.raises(ConfigError, match="coef is -1"):
+        penalize_length(rewards, lengths, -1)
