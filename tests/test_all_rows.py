@@ -65,7 +65,7 @@ def test_rejected_tokens_leave_the_loss_or_the_surrogate_alone(run):
         assert 0 < keep.sum() < mask.sum()
         seen = look(own, batch)
         slope, _ = gradient(own, seen)
-        torch.testing.assert_close(slope, -keep / (keep.sum() if place == "loss" else mask.sum()))
+        torch.testing.assert_close(slope, -keep.float() / (keep.sum() if place == "loss" else mask.sum()))
         assert torch.equal(seen.loss_mask, keep if place == "loss" else mask)
 
 

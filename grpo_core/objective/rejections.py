@@ -136,9 +136,9 @@ def reject_by_total_variation(
     low: float | None = None,
     high: float = 0.2,
 ) -> Tensor:
-    """where mean_t abs(v - 1) of a completion is not from low to high, reject its tokens with A log v > 0; low null: no bound
+    """where mean_t abs(v - 1) of a completion is not from low to high, reject its tokens with A log v > 0
 
-    The mean estimates twice the total variation. The tokens that are kept pull it down. VACO, arXiv:2603.01365;
+    Without low there is no lower bound. The mean estimates twice the total variation. The tokens that are kept pull it down. VACO, arXiv:2603.01365;
     open-instruct has the bounds without the half, as here.
     """
     _check_bounds(low, high)
