@@ -138,8 +138,8 @@ def reject_by_total_variation(
 ) -> Tensor:
     """where mean_t abs(v - 1) of a completion is not from low to high, reject its tokens with A log v > 0
 
-    Without low there is no lower bound. The mean estimates twice the total variation. The tokens that are kept pull it down. VACO, arXiv:2603.01365;
-    open-instruct has the bounds without the half, as here.
+    Without low there is no lower bound. The mean estimates twice the total variation. The tokens that are kept pull it
+    down. VACO, arXiv:2603.01365; open-instruct has the bounds without the half, as here.
     """
     _check_bounds(low, high)
     log_v = _estimate(old_logprobs, rollout_logprobs, completion_mask, "k1")
