@@ -40,10 +40,19 @@ KNOWN = {
     "verl_default": {"loss.name": "dual_clip", "loss.args.c": 3.0, "loss.average": "token", "advantage.args.eps": 1e-6},
     "open_instruct_default": {"loss.args.clip_high": 0.272, "loss.average": "token", "loss.kl_coef": 0.05, "advantage.name": "dr_grpo",
                               "loss.rollout_correction.name": "token_truncate"},
+    "dppo": {"loss.name": "dppo_tv", "loss.args.delta_low": 0.15, "loss.args.cap": 20.0, "loss.average": "token"},
+    "m2po": {"loss.rejection.name": "m2po", "loss.rejection.args.threshold": 0.04, "loss.average": "token"},
+    "nemo_seq_mask_tis": {"loss.rejection.name": "geometric", "loss.rejection.args.low": 0.999, "loss.rejection_in": "surrogate",
+                          "loss.rollout_correction.name": "token_truncate", "loss.rollout_correction.args.clip_max": None,
+                          "loss.average": "token", "advantage.args.eps": 1e-6},
+    "prime_rl_default": {"loss.name": "prime_rl", "loss.args.kl_tau": 1e-3, "loss.average": "token", "advantage.name": "dr_grpo"},
+    "verl_rollout_correction": {"loss.name": "dual_clip", "loss.args.c": 3.0, "loss.average": "token", "advantage.args.eps": 1e-6,
+                                "loss.rollout_correction.name": "token_truncate", "loss.rejection.name": "geometric",
+                                "loss.rejection_in": "loss"},
 }  # fmt: skip
 PLAIN = {"advantage.name": "grpo", "advantage.args.eps": 1e-4, "loss.name": "grpo", "loss.average": "sequence", "loss.kl": "k3",
          "loss.kl_coef": 0.0, "loss.kl_in": "loss", "loss.args.clip_low": 0.2, "loss.args.clip_high": 0.2, "truncation.name": "keep",
-         "loss.rollout_correction.name": "none", "sampling.dynamic_attempts": 0, "reference.every": 0, "loss.top_entropy": 1.0}  # fmt: skip
+         "loss.rollout_correction.name": "none", "loss.rejection.name": "none", "loss.log_ratio_coef": 0.0, "sampling.dynamic_attempts": 0, "reference.every": 0, "loss.top_entropy": 1.0}  # fmt: skip
 
 
 def at(tree, key):

@@ -95,6 +95,56 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (source, changes t
             },
         },
     ),
+    "dppo": (
+        "arXiv:2602.04879, the total variation of the drawn token; the cap is that of verl's function",
+        {
+            "loss": {
+                "name": "dppo_tv",
+                "args": {"delta_low": 0.15, "delta_high": 0.15, "cap": 20.0},
+                "average": "token",
+            }
+        },
+    ),
+    "m2po": (
+        "arXiv:2510.01161; AReaL, m2_threshold, which takes the tokens of a micro-batch where this takes the step's",
+        {"loss": {"average": "token", "rejection": {"name": "m2po", "args": {"threshold": 0.04}}}},
+    ),
+    "nemo_seq_mask_tis": (
+        "NeMo-RL (2026), seq-mask-tis without a KL; its baseline leaves the completion's own reward out, this does not",
+        {
+            "advantage": {"args": {"eps": 1e-6, "std_ddof": 1}},
+            "loss": {
+                "average": "token",
+                "rollout_correction": {"name": "token_truncate", "args": {"clip_min": None, "clip_max": None}},
+                "rejection": {"name": "geometric", "args": {"low": 0.999, "high": 1.002}},
+                "rejection_in": "surrogate",
+            },
+        },
+    ),
+    "prime_rl_default": (
+        "prime-rl (2026), its loss default with grpo's advantages, which are not divided by the spread",
+        {
+            "advantage": {"name": "dr_grpo", "args": {}},
+            "loss": {
+                "name": "prime_rl",
+                "args": {"delta_low": 0.2, "delta_high": 0.2, "adv_tau": 1.0, "kl_tau": 1e-3},
+                "average": "token",
+            },
+        },
+    ),
+    "verl_rollout_correction": (
+        "verl 0.9.1, decoupled_geo_rs_token_tis; its threshold 0.999_1.001 bounds the inverse of the ratio here",
+        {
+            "advantage": {"args": {"eps": 1e-6, "std_ddof": 1}},
+            "loss": {
+                "name": "dual_clip",
+                "args": {"clip_low": 0.2, "clip_high": 0.2, "c": 3.0},
+                "average": "token",
+                "rollout_correction": {"name": "token_truncate", "args": {"clip_min": None, "clip_max": 2.0}},
+                "rejection": {"name": "geometric", "args": {"low": 1 / 1.001, "high": 1 / 0.999}},
+            },
+        },
+    ),
 }
 
 

@@ -230,12 +230,16 @@ def compute_gradient_weights(loss_fn: Callable, sign: int, log_ratios: Tensor) -
 
     It is 1 for REINFORCE and 0 for a clipped token.
     """
-    difference = log_ratios.double()[:, None]
-    old, mask = torch.full_like(difference, -6.0), torch.ones_like(difference, dtype=torch.bool)
-    advantages = torch.full_like(difference, float(sign))
-    gradient = loss_gradient(
-        loss_fn, old + difference, old, advantages, mask, w=torch.ones_like(old), selected=torch.zeros_like(mask)
-    )
+    old = torch.full_like(log_ratios.double(), -6.0)
+    return gradient_weights_at(loss_fn, sign, old + log_ratios, old)
+
+
+def gradient_weights_at(loss_fn: Callable, sign: int, logprobs: Tensor, old: Tensor) -> Tensor:
+    """Return the gradient weight of single tokens, [n], at log-probs and old log-probs [n]; l_roll is l_old."""
+    logprobs, old = logprobs[:, None], old[:, None]
+    mask, advantages = torch.ones_like(old, dtype=torch.bool), torch.full_like(old, float(sign))
+    nothing = torch.zeros_like(mask)
+    gradient = loss_gradient(loss_fn, logprobs, old, advantages, mask, w=torch.ones_like(old), selected=nothing)
     return -gradient.squeeze(1) / sign
 
 
