@@ -151,6 +151,9 @@ def test_conclusions(tmp_path):
         "worse differs from a by -5.0 points (95 % interval -5.0 to -5.0), p = 0.25, 0.5 after Holm: no difference could be "
         "shown, because p cannot be below 0.25 with 3 seeds; at least 7 are needed for 2 comparisons."
     )
+    six = {name: accuracies[:6] for name, accuracies in values.items()}  # p is 0.03 at the least, 0.06 after Holm
+    more = compare_variants(finals(tmp_path / "6", six), "a", "final")["comparisons"][0]
+    assert more["p"] < 0.05 < more["p_holm"] and "with 6 seeds; at least 7 are needed" in more["conclusion"]
     text = render_study("mine", data, {"a": "", "worse": "loss.name=gspo", "same": ""}, "study.png")
     assert data["comparisons"][0]["conclusion"] in text and "](study.png)" in text and "`loss.name=gspo`" in text
 
