@@ -168,13 +168,12 @@ class _Training:
 
     def _finish(self, key: RunKey) -> None:
         process, started, size = self._running.pop(key)
-        folder = self.study.run_folder(*key)
-        if process.returncode == 0 and find_state(self.study, key) == "finished":
+        if process.returncode == 0:
             self._print(key, f"finished in {format_duration(time.monotonic() - started)}")
         elif self.signal:
             self._print(key, "stopped")
         else:
-            self.failures[key] = _find_reason(folder / OUTPUT, size, process.returncode)
+            self.failures[key] = _find_reason(self.study.run_folder(*key) / OUTPUT, size, process.returncode)
             self._print(key, f"failed: {self.failures[key]}")
 
     def _print(self, key: RunKey, event: str) -> None:
