@@ -83,7 +83,7 @@ CHAINS = {
         make_earlier_grpo(6, "3e-4", 120, f"engine.schedule=cosine {HELD_OUT_BY_RUN}"),
         make_earlier_grpo(6, "7e-5", 90, HELD_OUT_BY_RUN),
     ],
-    **{f"variants_{name}": [f"python3 benchmarks/variants.py {name}"] for name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "one_step")},
+    "variants": ["python3 -m grpo_core study configs/experiments/variants.yaml --jobs 3"],
     **{
         f"against_trl_{seed}": [
             f"{TRAIN}/against_trl.yaml name=against_trl_{seed} seed={seed}",
@@ -93,8 +93,7 @@ CHAINS = {
     },
 }  # fmt: skip
 RESTART_WORDS = {  # the beginning of a command -> the words that are added if the command has been started before
-    TRAIN: "resume=auto", "python3 benchmarks/variants.py": "resume=auto", "bash launch.sh": "resume=auto",
-    SFT: "overwrite=true",
+    TRAIN: "resume=auto", "bash launch.sh": "resume=auto", SFT: "overwrite=true",
 }  # fmt: skip
 TWO_GPU_CHAINS = {  # run one after the other while nothing else runs
     "two_gpus": [f"{TRAIN}/one_gpu.yaml", "bash launch.sh 2 --config configs/experiments/one_gpu.yaml name=two_gpus"]

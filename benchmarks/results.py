@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import sys
-from itertools import combinations, pairwise, product
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -23,6 +23,7 @@ import peers
 from experiments import CHAINS, GSM8K
 from right_calculations import MARKED, holds
 
+from grpo_core.report.seed_statistics import exchange_p
 from grpo_core.training.eval_statistics import mcnemar, wilson_interval
 
 RESULTS = ROOT / "docs" / "results"
@@ -35,7 +36,8 @@ COLUMNS = (
     "seconds/reward", "seconds/freeze", "seconds/update", "seconds/evaluate", "seconds/checkpoint", "peak_memory_gb",
 )  # fmt: skip
 NUM_PUBLISHED = 20  # completions before and after training
-VARIANTS = [name.removeprefix("variants_") for name in CHAINS if name.startswith("variants_")]  # the control is the last
+VARIANTS_STUDY = ROOT / "configs" / "experiments" / "variants.yaml"
+VARIANTS = [*yaml.safe_load(VARIANTS_STUDY.read_text())["variants"]]  # one_step is the last
 SEEDS = (1, 2, 3)
 SEEDS_BESIDE_TRL = (0, 1, 2)
 FIRST_PASS = "first_pass/"  # folder of the earlier runs of parts 3 to 5, with the code of that time
@@ -62,8 +64,11 @@ def shorten(value):
 
 
 def keep(run):
-    """Store the published data of a run folder under its name; an untrained model's folder has evaluations only."""
-    to = DATA / run.name
+    """Store the published data of a run folder under its name; an untrained model's folder has evaluations only.
+
+    A run of the study of part 3 is stored as variant_NAME_SEED.
+    """
+    to = DATA / (variant(run.parent.name, run.name.removeprefix("seed-")) if run.name.startswith("seed-") else run.name)
     to.mkdir(parents=True, exist_ok=True)
     for name in ("evaluation.jsonl", "config.yaml", "trl.jsonl"):
         if (run / name).exists():
@@ -371,16 +376,6 @@ def variants_table():
     return "\n".join(lines)
 
 
-def permutation_p(a, b):
-    """Return the two-sided p of the difference of two sums; `a` and `b` are [seed][run].
-
-    The permutations are all exchanges of values with the same seed.
-    """
-    whole, observed = sum(map(sum, (*a, *b))), abs(sum(map(sum, a)) - sum(map(sum, b)))
-    sums_of_seeds = [[sum(chosen) for chosen in combinations([*left, *right], len(left))] for left, right in zip(a, b, strict=True)]
-    return statistics.mean(abs(2 * sum(sums) - whole) >= observed - 1e-12 for sums in product(*sums_of_seeds))
-
-
 def variants_pairs_table():
     """Return the table of the objectives after the last step of both passes, with a permutation test of every pair."""
     names = VARIANTS[:-1]
@@ -390,7 +385,7 @@ def variants_pairs_table():
     for position, name in enumerate(names):
         six = [value for seed in runs[name] for value in seed]
         cells = [f"{format_percent(statistics.mean(six))} ({100 * min(six):.1f} to {100 * max(six):.1f})"]
-        cells += [f"{permutation_p(runs[name], runs[other]):.2g}" if i < position else "" for i, other in enumerate(names[:-1])]
+        cells += [f"{exchange_p(runs[name], runs[other]):.2g}" if i < position else "" for i, other in enumerate(names[:-1])]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     gaps = [abs(second - first) for seeds in runs.values() for second, first in seeds]
     sentence = f"Two runs of one objective and one seed ended {100 * statistics.mean(gaps):.1f} points apart on average, {100 * max(gaps):.1f} at the most."

@@ -238,6 +238,21 @@ def launch(config: Path | None, processes: int | None, dry_run: bool, overrides:
         return run_launch(processes, config, overrides)
 
 
+@command("study", "python -m grpo_core study objectives --dry-run; python -m grpo_core study my_study.yaml --jobs 2")
+@click.argument("study_file", metavar="STUDY", type=FilePath())
+@click.option("--jobs", type=click.IntRange(min=1), default=1, help="Number of runs that train at once.")
+@click.option("--dry-run", is_flag=True, help="Check the study, list its runs and their states, and train nothing.")
+def study(study_file: Path, jobs: int, dry_run: bool) -> int:
+    """Train variants of a configuration with several seeds, and compare them with a control by paired tests.
+
+    STUDY is a YAML file, or the name of a shipped one. Runs that have finished are skipped, stopped ones are resumed.
+    """
+    with answer_early_interrupt():
+        from grpo_core.commands.study import run_study
+
+    return run_study(study_file, jobs=jobs, dry_run=dry_run)
+
+
 @command("evaluate", "python -m grpo_core evaluate runs/tiny; python -m grpo_core evaluate builtin:tiny --samples 0")
 @source_argument
 @click.option("--data", help="Other problems: a file, a folder or a hub id.  [default: the run's held-out problems]")

@@ -13,7 +13,7 @@ DEFAULT = "configs/tiny.yaml"  # as on a machine without a GPU, which the sandbo
 SMALL_FORMS = {  # benchmark -> the words that start it in a small form, in which it records nothing: test_benchmarks.py does
     "decode_parts": ["--check"], "losses": ["--check"], "smollm2": ["--check"], "trl_parity": ["--check"],
     "sampling": ["--check"], "layouts": ["--check"], "precision": ["--check"], "embedded": ["--check"],
-    "results": ["check"], "experiments": ["--list"], "variants": ["--check"], "soak": ["--check"],
+    "results": ["check"], "experiments": ["--list"], "soak": ["--check"],
     "learning": ["--check"], "update": ["--check"], "update_parts": ["--check"], "peers": ["--check"],
 }  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
@@ -105,6 +105,8 @@ def job(environment, words):
             return [training(rest, 1)]
         case ["python", "-m", "grpo_core", "sft", *rest]:
             return [training(rest, 1, config="configs/tiny_sft.yaml") | {"command": ["sft"]}]
+        case ["python", "-m", "grpo_core", "study", *rest]:  # test_study.py trains one
+            return [{"kind": "main", "arguments": ["study", *rest, *([] if "--dry-run" in rest else ["--dry-run"])]}]
         case ["python", "-m", "grpo_core", "losses" | "rewards" | "presets"]:
             return [{"kind": "main", "arguments": words[3:]}]
         case ["python", "-m", "grpo_core", "check-loss" | "check-advantage", *_]:  # 1: it found something

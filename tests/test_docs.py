@@ -21,6 +21,7 @@ from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.files import load
 from grpo_core.config.presets import PRESETS
 from grpo_core.config.sections import RunConfig
+from grpo_core.config.study import load_study
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
@@ -128,6 +129,8 @@ def test_fault_28_every_command_of_the_published_results_loads():
                     compile((ROOT / script).read_text(), script, "exec")
                 case ["python3", "-m", "grpo_core", "evaluate" | "export" as name, *rest]:
                     cli.commands.commands[name].make_context(name, rest)
+                case ["python3", "-m", "grpo_core", "study", path, *_]:
+                    load_study(ROOT / path)
                 case _:
                     for one in job(environment, words):
                         load(ROOT / one["config"], one["overrides"], supervised="sft" in one.get("command", ()))

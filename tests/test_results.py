@@ -5,6 +5,7 @@ import random
 import re
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -17,11 +18,11 @@ import experiments
 import gsm8k_files
 import peers
 import results
-import variants
 from right_calculations import holds, right_calculations, value_of
 from worked_steps import steps_in, worked_steps
 
 from grpo_core.config.files import dump, load
+from grpo_core.config.study import load_study
 
 COT = "18 + 21 = 39. 39 - 20 = 19."
 
@@ -271,13 +272,6 @@ def test_the_table_beside_trl(data):
     ]
 
 
-def test_two_objectives_are_compared_over_all_exchanges_within_a_seed():
-    assert results.permutation_p([[1, 2, 3]], [[4, 5, 6]]) == pytest.approx(2 / 20)  # this division and its mirror
-    assert results.permutation_p([[1, 2, 4]], [[3, 5, 6]]) == pytest.approx(4 / 20)
-    assert results.permutation_p([[1, 2], [11, 12]], [[3, 4], [13, 14]]) == pytest.approx(2 / 36)  # not 2 of 70
-    assert results.permutation_p([[1, 2]], [[1, 2]]) == 1
-
-
 def test_the_objectives_of_both_passes_in_pairs(data):
     for folder, more in (("", 0.0), ("first_pass", 0.02)):
         for i, name in enumerate(results.VARIANTS[:-1]):
@@ -380,7 +374,9 @@ def test_the_commands_are_those_of_the_kept_runs(command):
 
 @pytest.mark.parametrize("name", results.VARIANTS)
 def test_the_objectives_are_those_of_the_kept_runs(name):
-    assert [differing(load(variants.CONFIG, variants.make_overrides(name, seed))) for seed in results.SEEDS] == [set()] * 3
+    study = load_study(results.VARIANTS_STUDY)
+    configs = [replace(study.runs[name, seed], name=results.variant(name, seed), output_dir="runs/experiments") for seed in results.SEEDS]
+    assert [differing(config) for config in configs] == [set()] * 3
 
 
 def test_the_published_data_are_small():

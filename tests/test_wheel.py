@@ -25,16 +25,19 @@ MINE = "base: dapo.yaml\nname: mine\nengine: {deepspeed: ds_zero1.json}\n"  # ne
 # python -m grpo_core, and then what that process has loaded and finds
 CODE = """
 import json, runpy, sys
+from pathlib import Path
 
 runpy.run_module("grpo_core", run_name="__main__", alter_sys=True)
 
 from grpo_core.config.files import load
 from grpo_core.config.shipped import find_configs, list_shipped
+from grpo_core.config.study import load_study
 
 outcome = {
     "trainer": sys.modules["grpo_core.training.trainer"].__file__,
     "configs": str(find_configs()),
     "shipped": {name: load(name).name for name in list_shipped()},
+    "study": len(load_study(Path("objectives")).runs),
     "mine": [load("mine.yaml").preset, load("mine.yaml").engine.deepspeed["zero_optimization"]["stage"]],
 }
 print(json.dumps(outcome))
@@ -81,6 +84,7 @@ def test_it_holds_every_file_of_the_package_and_the_shipped_configurations(wheel
     sources, built = wheel
     files = {path.relative_to(sources).as_posix() for path in (sources / "grpo_core").rglob("*") if path.is_file()}
     files |= {f"grpo_core/configs/{path.name}" for path in (sources / "configs").iterdir() if path.is_file()}
+    files |= {f"grpo_core/configs/studies/{path.name}" for path in (sources / "configs" / "studies").iterdir()}
     packed = {name for name in zipfile.ZipFile(built).namelist() if ".dist-info/" not in name}
     assert packed == files
 
@@ -94,7 +98,7 @@ def test_it_trains_and_finds_the_shipped_configurations_from_another_folder(inst
     assert outcome["trainer"] == str(package / "training" / "trainer.py")
     assert outcome["configs"] == str(package / "configs")
     assert outcome["shipped"].keys() == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
-    assert outcome["mine"] == ["dapo", 1]
+    assert outcome["mine"] == ["dapo", 1] and outcome["study"] == 40
     folder = tmp_path / "runs" / "tiny"  # of the default configuration
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     assert [json.loads(row)["n"] for row in (folder / "evaluation.jsonl").read_text().splitlines()] == [8, 8]

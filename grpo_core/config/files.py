@@ -128,7 +128,7 @@ def _apply_start(data: dict[str, Any], overrides: Sequence[str]) -> None:
     """Set the keys of `WORDS_OF_A_START` that the overrides name."""
     for key, text in map(split_word, overrides):
         if key in WORDS_OF_A_START:
-            _apply(data, key, parse_value(text, find_type(key, data, overrides), key))
+            set_key(data, key, parse_value(text, find_type(key, data, overrides), key))
 
 
 def _list_differing(data: dict[str, Any], words: list[str], config: RunConfig) -> list[str]:
@@ -233,7 +233,7 @@ def _resolve(data: dict[str, Any], overrides: Sequence[str], supervised: bool = 
     for key, text in words:
         _drop_arguments(data, key, text)
     for key, text in words:
-        _apply(data, key, parse_value(text, find_type(key, data, overrides), key))
+        set_key(data, key, parse_value(text, find_type(key, data, overrides), key))
     data = resolve_paths(data, Path())
     build(RunConfig, data, "")  # so that a value of the wrong type is reported before a missing file
     config = build(RunConfig, _read_deepspeed(data, Path()), "")
@@ -308,7 +308,7 @@ def _build_value(kind: Any, value: Any, key: str) -> Any:
     return coerce(value, kind, key)
 
 
-def _apply(data: dict, key: str, value: Any) -> None:
+def set_key(data: dict, key: str, value: Any) -> None:
     """Set a dotted key in the nested mapping `data`."""
     *sections, last = key.split(".")
     for section in sections:

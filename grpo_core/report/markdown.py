@@ -68,6 +68,13 @@ def _table(columns: list[dict[str, str]]) -> str:
     return _table_lines([[key, *(column.get(key, "") for column in columns)] for key in keys])
 
 
+def aligned_table(rows: list[list[str]]) -> str:
+    """Return a table that can also be read as text: the first row is the heading, and columns have equal widths."""
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    head, *body = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    return "\n".join([head, "| " + " | ".join("-" * width for width in widths) + " |", *body])
+
+
 def _table_lines(rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

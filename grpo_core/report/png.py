@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -17,13 +18,18 @@ DASHES = ("-", "--", ":", "-.")
 STYLE = {"text.parse_math": False, "font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
 
 
+def has_matplotlib() -> bool:
+    """Return whether pictures can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def require_matplotlib() -> None:
     """Check that pictures can be drawn.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
+    if not has_matplotlib():
         raise ConfigError("--png needs matplotlib, which is not installed: pip install -e '.[report]'")
 
 
@@ -44,6 +50,36 @@ def draw_pictures(runs: list[RunFolder], stem: Path) -> list[tuple[str, Path]]:
                 _draw_figure(panel, metrics, drawn_runs, title).savefig(path)
                 pictures.append((title, path))
     return pictures
+
+
+def draw_bands(bands: Mapping[str, Sequence[Mapping[str, float]]], control: str, path: Path) -> None:
+    """Write a picture with a panel for each variant of a study: the mean of its seeds, and a band from low to high.
+
+    `bands` has the rows of `study.make_band` by variant. The mean of the control is grey in the other panels.
+    """
+    import matplotlib
+
+    columns = min(4, len(bands))
+    lines = -(-len(bands) // columns)
+    with matplotlib.rc_context(STYLE):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(1.9 * columns + 0.4, 1.6 * lines + 0.4), dpi=300, layout="constrained")
+        panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+        for i, (axes, (name, rows)) in enumerate(zip(panels, bands.items(), strict=False)):
+            steps, colour = [row["step"] for row in rows], COLOURS[i % len(COLOURS)]
+            low, mean, high = ([100 * row[key] for row in rows] for key in ("low", "mean", "high"))
+            if name != control:
+                grey = [(row["step"], 100 * row["mean"]) for row in bands[control]]
+                axes.plot(*zip(*grey, strict=True) if grey else ([], []), color="#b0b4ba", lw=1)
+            axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
+            axes.plot(steps, mean, color=colour, lw=1.5, marker="o", ms=2)
+            axes.set_title(name, loc="left", color=colour)
+        for axes in panels[len(bands) :]:
+            axes.set_visible(False)
+        figure.supxlabel("step")
+        figure.supylabel("held-out accuracy, per cent")
+        figure.savefig(path)
 
 
 def _draw_figure(panel: Panel, metrics: list[str], runs: list[RunFolder], title: str) -> Any:
