@@ -89,7 +89,8 @@ LOSS_TYPES = {  # TRL's loss_type -> loss.name, loss.average
 }
 PRESET_NAMES = (  # presets; loss.name with one of them gets a hint
     *("grpo_paper", "dr_grpo", "dapo", "gspo", "cispo", "rloo"),
-    *("trl_1_16_default", "verl_default", "open_instruct_default"),
+    *("dppo", "m2po", "trl_1_16_default", "verl_default", "verl_rollout_correction"),
+    *("open_instruct_default", "prime_rl_default", "nemo_seq_mask_tis"),
 )
 SCALES = {"group": "grpo", "batch": "batch_std", "none": "dr_grpo"}  # TRL's scale_rewards -> advantage.name
 SCHEDULES = {"constant_with_warmup": "constant, with engine.warmup_steps"}  # transformers' lr_scheduler_type
