@@ -98,8 +98,9 @@ def describe_exit(code: int) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or the name of its type where the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an exception's message, with the next if it ends with a colon; or its type's name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def finite_or_none(value: Any) -> Any:

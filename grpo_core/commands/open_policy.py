@@ -19,7 +19,7 @@ from grpo_core.data.encoding import encode_prompts
 from grpo_core.data.prompts import find_surrogate, render_chat
 from grpo_core.distributed import ranks
 from grpo_core.model.finite_weights import check_finite
-from grpo_core.model.loading import describe_missing_folder, load_tokenizer
+from grpo_core.model.loading import check_vocabulary, describe_missing_folder, load_model_config, load_tokenizer
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.quieten import quieten
 from grpo_core.monitor.progress import show_elapsed
@@ -170,6 +170,7 @@ def _load(files: _Source, source: str, notify: Callable[[str], None]) -> OpenedP
     lora = config.lora if files.checkpoint is not None else LoraConfig(r=0)
     with show_elapsed("loading the model"):
         tokenizer = load_tokenizer(str(files.tokenizer), config.model.trust_remote_code)
+        check_vocabulary(load_model_config(config.model), tokenizer)
         policy = load_policy(
             config.model, lora, dtype=dtype, temperature=config.sampling.temperature, adapter=files.adapter
         )

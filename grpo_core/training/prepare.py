@@ -29,6 +29,7 @@ from grpo_core.objective.objective import Objective, learns_from_ties
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.objective.truncation import TRUNCATIONS
 from grpo_core.registry import get_fact
+from grpo_core.sampling.end_of_sequence import check_eos_ids
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.reward_call import find_missing_columns
@@ -76,6 +77,7 @@ def prepare(
     if scores_training_tasks:
         check_can_be_sampled(model_config)
     check_vocabulary(model_config, tokenizer)
+    check_eos_ids(model_config, model_config, "config.json")
     prompts = [task.prompt_ids for task in (*tasks, *eval_tasks)]
     check_lengths(prompts, config.sampling.max_new_tokens, model_config)
     check_targets(model_config, config.lora, config.model.trust_remote_code)
