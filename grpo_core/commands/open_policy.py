@@ -175,7 +175,7 @@ def _load(files: _Source, source: str, notify: Callable[[str], None]) -> OpenedP
             config.model, lora, dtype=dtype, temperature=config.sampling.temperature, adapter=files.adapter
         )
         if files.checkpoint is not None:
-            _load_checkpoint(policy, files.checkpoint)
+            load_checkpoint(policy, files.checkpoint)
         policy.model.to(ranks.device())
     policy.model.requires_grad_(False)
     sampler = make_sampler(config.sampling, policy, tokenizer, notify)
@@ -246,7 +246,7 @@ def _find_tokenizer(folder: Path, base: str) -> str | Path:
     return folder if [*folder.glob("*token*"), *folder.glob("vocab*")] else base
 
 
-def _load_checkpoint(policy: Policy, path: Path) -> None:
+def load_checkpoint(policy: Policy, path: Path) -> None:
     """Copy the weights of a checkpoint into the policy.
 
     Raises:
