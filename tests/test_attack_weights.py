@@ -136,3 +136,47 @@ def test_attack_1_an_adapter_that_is_loaded_in_part_is_refused(tmp_path, change,
     whole = f"the adapter in {folder} does not fit the model builtin:tiny: {sentence}"
     with pytest.raises(ConfigError, match=re.escape(whole) + "$"):
         load_policy(ModelConfig(), lora, dtype=torch.float32, temperature=1.0, adapter=folder)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """Write an adapter of the built-in model; return its folder and a function that sets the base that it names."""
+    folder = tmp_path / "adapter"
+    load_policy(ModelConfig(), LoraConfig(target_modules=["q_proj"]), dtype=torch.float32, temperature=1.0).save(folder)
+
+    def name_base(base):
+        values = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**values, "base_model_name_or_path": base}))
+
+    return folder, name_base
+
+
+def test_attack_1_an_adapter_of_a_built_in_model_opens_in_every_folder(adapter, tmp_path, monkeypatch):
+    folder, name_base = adapter
+    monkeypatch.chdir(tmp_path)
+    for base in ("grpo_core/builtin/tiny", "/nowhere/grpo_core/builtin/tiny"):
+        name_base(base)
+        assert open_source(str(folder)).config.model.path == "builtin:tiny"
+    name_base("elsewhere/tiny/model")
+    with pytest.raises(ConfigError, match="model.path is 'elsewhere/tiny/model': there is no folder"):
+        open_source(str(folder))
+    assert open_source(str(folder), ["model.path=builtin:tiny"]).has_adapter
+
+
+@pytest.mark.parametrize("base", [None, "", 3])
+def test_attack_1_an_adapter_that_names_no_base_is_a_sentence(adapter, base):
+    folder, name_base = adapter
+    name_base(base)
+    with pytest.raises(ConfigError, match="names no base model .base_model_name_or_path.; set model.path"):
+        open_source(str(folder))
+    assert open_source(str(folder), ["model.path=builtin:tiny"]).has_adapter
+
+
+def test_attack_1_an_adapter_keeps_its_base_beside_a_configuration_file(adapter, model, tmp_path):
+    folder, name_base = adapter
+    name_base(str(model[0]))
+    file = tmp_path / "other.yaml"
+    file.write_text("model: {path: builtin:tiny}\nsampling: {max_new_tokens: 7}\n")
+    opened = open_source(str(folder), config=file)
+    assert opened.config.model.path == str(model[0]) and opened.config.sampling.max_new_tokens == 7
+    assert open_source(str(folder), ["model.path=builtin:tiny"], config=file).config.model.path == "builtin:tiny"

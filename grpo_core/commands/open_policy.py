@@ -15,6 +15,7 @@ from grpo_core.batch import SamplingParams, Task
 from grpo_core.config.files import load, load_overrides, load_run_config
 from grpo_core.config.precision import resolve_dtype
 from grpo_core.config.sections import LoraConfig, RunConfig
+from grpo_core.config.words import split_word
 from grpo_core.data.encoding import encode_prompts
 from grpo_core.data.prompts import find_surrogate, render_chat
 from grpo_core.distributed import ranks
@@ -202,8 +203,11 @@ def _find_source(source: str, overrides: list[str], config_file: Path | None, no
     config = load(config_file, overrides) if config_file else None
     if any((path / name).exists() for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)):
         _check_adapter(path)
-        base = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        config = config or load_overrides([f"model.path={base}", *overrides])
+        config = config or load_overrides(overrides)
+        if not any(
+            split_word(word)[0] == "model.path" for word in overrides
+        ):  # not that of the file `config`, which may be another
+            config = replace(config, model=replace(config.model, path=_find_base(path)))
         return _Source(config, None, f"the adapter in {path}", _find_tokenizer(path, config.model.path), adapter=path)
     config = config or load_overrides(overrides)
     config = replace(config, model=replace(config.model, path=source))
@@ -232,6 +236,22 @@ def _find_in_run(folder: Path, overrides: list[str], chosen: Path | None, notify
             raise ConfigError(f"{folder} holds a run that has written neither an adapter nor a checkpoint yet")
         chosen = undamaged[-1]
     return _Source(config, folder, f"the checkpoint {chosen}", config.model.path, checkpoint=chosen)
+
+
+def _find_base(adapter: Path) -> str:
+    """Return the base model that an adapter names; builtin:NAME for the folder of a built-in one, wherever it lies.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    try:
+        base = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{adapter / ADAPTER_CONFIG} names no base model (base_model_name_or_path); set model.path")
+    is_builtin = Path(base).parts[-3:-1] == ("grpo_core", "builtin") and not os.path.exists(base)
+    return f"builtin:{Path(base).name}" if is_builtin else base
 
 
 def _check_adapter(folder: Path) -> None:
