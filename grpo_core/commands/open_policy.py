@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from grpo_core.batch import SamplingParams, Task
 from grpo_core.config.files import load, load_overrides, load_run_config
 from grpo_core.config.precision import resolve_dtype
 from grpo_core.config.sections import LoraConfig, RunConfig
-from grpo_core.config.words import split_word
+from grpo_core.config.words import check_overrides, split_word
 from grpo_core.data.encoding import encode_prompts
 from grpo_core.data.prompts import find_surrogate, render_chat
 from grpo_core.distributed import ranks
@@ -26,7 +26,7 @@ from grpo_core.model.quieten import quieten
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.random_keys import make_key
 from grpo_core.sampling.sampler import Sampler
-from grpo_core.schema import ConfigError, describe_impossible_path
+from grpo_core.schema import ConfigError, check_integer, check_number, check_path, describe_impossible_path
 from grpo_core.training import checkpoint
 from grpo_core.training.prepare import make_sampler
 
@@ -71,9 +71,10 @@ class OpenedPolicy:
             ConfigError: a prompt is neither, is empty, or is too long for the completion to follow it; the model has no
                 chat template; or a setting is out of range.
         """
-        tasks = make_prompt_tasks(prompts, self.tokenizer, seed)
-        if max_new_tokens is not None and max_new_tokens < 1:
+        tasks = make_prompt_tasks(prompts, self.tokenizer, check_integer(seed, "seed"))
+        if max_new_tokens is not None and check_integer(max_new_tokens, "max_new_tokens") < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        temperature = check_number(temperature, "temperature")
         try:
             settings = SamplingParams(temperature) if temperature else SamplingParams(greedy=True)
         except ValueError as error:
@@ -113,7 +114,8 @@ def open_source(
         ConfigError: there is no such source, or it cannot be loaded.
     """
     quieten()
-    source = os.path.expanduser(source)
+    source = os.path.expanduser(check_path(source, "the run or model"))
+    overrides = check_overrides(overrides)
     if problem := describe_impossible_path(source):
         raise ConfigError(f"the run or model {problem}")
     if not os.path.exists(source) and os.path.isfile(Path("runs") / source / "config.yaml"):
@@ -139,8 +141,9 @@ def make_prompt_tasks(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerB
     Raises:
         ConfigError: as `OpenedPolicy.generate`.
     """
-    if isinstance(prompts, str):
-        raise ConfigError("prompts is one text; it must be a list of texts or of chats, such as [text]")
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+        kind = "one text" if isinstance(prompts, str) else f"a {type(prompts).__name__}"
+        raise ConfigError(f"prompts is {kind}; it must be a list of texts or of chats, such as [text]")
     tasks = []
     for i, prompt in enumerate(prompts):
         is_text = isinstance(prompt, str)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from grpo_core.batch import SamplingParams
+from grpo_core.batch import SamplingParams, describe_temperature
 from grpo_core.config.sections import RunConfig
 from grpo_core.objective.advantages import ADVANTAGES, compute_advantages
 from grpo_core.objective.corrections import CORRECTIONS
@@ -358,9 +358,9 @@ def _check_targets(rank: int, targets: list[str] | str) -> None:
 
 def _check_sampling(config: RunConfig) -> None:
     """Check the temperature of training, and the temperature and the truncation of evaluation."""
-    if not config.sampling.temperature > 0 or config.sampling.temperature == math.inf:
+    if problem := describe_temperature(config.sampling.temperature):
         raise ConfigError(
-            f"sampling.temperature is {config.sampling.temperature}; it must be above 0 (that of evaluation may be 0)"
+            f"sampling.temperature is {config.sampling.temperature}; {problem} (that of evaluation may be 0)"
         )
     temperature = config.evaluation.temperature
     truncation = {name: getattr(config.evaluation, name) for name in ("top_k", "top_p", "min_p")}
