@@ -123,6 +123,8 @@ def describe_sizes(config: RunConfig, prepared: Prepared, processes: int, per_ra
     steps = count_steps(config, len(tasks), per_step)
     updates = trainer.num_minibatches * trainer.num_passes
     dropped = f" ({quantify(left_out, 'more prompt is', 'more prompts are')} too long and left out)" if left_out else ""
+    if left_out and config.data.long_prompts == "truncate_left":
+        dropped = f" ({quantify(left_out, 'of them is', 'of them are')} too long and cut on the left)"
     lines = [
         f"{quantify(trainer.completions_per_step, 'completion')} per step = "
         f"{quantify(processes, 'process', 'processes')} × "
