@@ -58,6 +58,7 @@ def check(config: RunConfig) -> None:
         raise ConfigError(f"resume is {config.resume!r}; it must be auto, force, null, or the folder of a run")
 
 
+MAX_TRIED = 64  # completions, and tokens of each, of the larger batch on which a loss is tried
 SET_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 NOT_EMPTY = (  # an empty one would mean the shell's folder, or would be taken for another key's value
     *("model.path", "data.path", "data.subset", "data.split", "data.eval_path", "data.eval_split"),
@@ -104,7 +105,7 @@ def _check_functions(config: RunConfig) -> None:
     loss = config.loss
     check_inputs("loss.kl", loss.kl, KLS.get(loss.kl))
     AVERAGES.get(loss.average)
-    try_loss(loss.name, loss.args)
+    try_loss(loss.name, loss.args, _larger_batch(config))
     try_advantage(config.advantage.name, config.advantage.args)
     old, mask, rewards = torch.full((2, 3), -1.0), torch.ones(2, 3, dtype=torch.bool), torch.eye(2)
     correction = loss.rollout_correction
@@ -115,8 +116,16 @@ def _check_functions(config: RunConfig) -> None:
     _try("truncation", truncation.name, function, rewards, torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool), 8)
 
 
-def try_loss(name: str, args: dict[str, Any]) -> Callable:
-    """Build the loss `name` with `args`, call it on a batch of two, and return it.
+def _larger_batch(config: RunConfig) -> tuple[int, int]:
+    """Return the completions and tokens of an optimizer step, at most MAX_TRIED of each."""
+    sampling, trainer = config.sampling, config.trainer  # whose numbers are checked later
+    group = max(1, min(sampling.group_size, MAX_TRIED))
+    rows = trainer.completions_per_step // max(1, trainer.num_minibatches)
+    return max(1, min(rows, MAX_TRIED // group * group)), max(1, min(sampling.max_new_tokens, MAX_TRIED))
+
+
+def try_loss(name: str, args: dict[str, Any], larger: tuple[int, int] | None = None) -> Callable:
+    """Build the loss `name` with `args`, call it on a batch of two and on one of the shape `larger`, and return it.
 
     Raises:
         ConfigError: the loss does not exist, does not take the arguments, raises, or does not return a PolicyLoss with
@@ -126,7 +135,20 @@ def try_loss(name: str, args: dict[str, Any]) -> Callable:
     old = torch.tensor([[-1.0, -2.0, -0.5], [-0.1, -3.0, -1.0]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
     advantages = torch.tensor([[1.0], [-0.5]])
-    out = _try("loss", name, function, (old + 0.1).requires_grad_(), old, advantages, mask)
+    _try_loss_on(name, function, old, advantages, mask)
+    if larger is not None and larger != old.shape:
+        rows, tokens = larger
+        old = -(torch.arange(rows * tokens) % 7 + 1).view(rows, tokens) / 4
+        mask = torch.arange(tokens) < (torch.arange(rows) % tokens + 1)[:, None]
+        _try_loss_on(name, function, old, 1 - (torch.arange(rows) % 2 * 1.5)[:, None], mask)
+    return function
+
+
+def _try_loss_on(
+    name: str, function: Callable, old: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor
+) -> None:
+    inputs = ((old + 0.1).requires_grad_(), old, advantages, mask)
+    out = _try("loss", name, function, *inputs, rows=len(old))
     if not isinstance(out, PolicyLoss):
         raise ConfigError(f"loss {name} returned {type(out).__name__}; it must return a PolicyLoss")
     if not isinstance(out.per_token_loss, torch.Tensor):
@@ -134,11 +156,12 @@ def try_loss(name: str, args: dict[str, Any]) -> Callable:
         raise ConfigError(f"loss {name} returned per_token_loss of type {kind}; it must be a tensor [B, C]")
     if out.per_token_loss.shape != old.shape:
         shape = list(out.per_token_loss.shape)
-        raise ConfigError(f"loss {name} returned per_token_loss {shape}; it must be [B, C] = [2, 3], unreduced")
+        raise ConfigError(
+            f"loss {name} returned per_token_loss {shape}; it must be [B, C] = {list(old.shape)}, unreduced"
+        )
     problem = describe_wrong_diagnostics(out.diagnostics, old.shape) or find_not_finite(out.diagnostics, mask)
     if problem:
         raise ConfigError(f"loss {name} {problem}")
-    return function
 
 
 def try_advantage(name: str, args: dict[str, Any]) -> Callable:
@@ -182,19 +205,20 @@ def check_inputs(key: str, name: str, function: Callable) -> None:
     )
 
 
-def _try(key: str, name: str, function: Callable, *inputs: Any) -> Any:
+def _try(key: str, name: str, function: Callable, *inputs: Any, rows: int = 2) -> Any:
     """Call a function, and turn what it raises into a ConfigError that names the key and the function."""
+    batch = "a batch of two" if rows == 2 else f"a batch of {rows}"
     check_inputs(key, name, inputs[0] if function is compute_advantages else function)
     try:
         with exits_as_errors():
             return function(*inputs)
     except ProcessExit as error:
-        raise ConfigError(f"{key} {name} {error} on a batch of two") from None
+        raise ConfigError(f"{key} {name} {error} on {batch}") from None
     except ConfigError as error:
         has_key = str(error).startswith(key)
         raise ConfigError(str(error) if has_key else f"{key} {name}: {error}") from None
     except Exception as error:
-        raise ConfigError(f"{key} {name} fails on a batch of two: {summarize_error(error)}") from error
+        raise ConfigError(f"{key} {name} fails on {batch}: {summarize_error(error)}") from error
 
 
 def _check_rewards(config: RunConfig) -> None:
