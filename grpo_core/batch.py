@@ -22,6 +22,8 @@ from grpo_core.random_keys import Key, make_key
 
 UNSEEDED = make_key("sample", 0)  # the key of a task that no stream or command has given one
 
+MIN_TEMPERATURE = 1e-6  # of sampling; float32 logits of 1e30 can still be divided by it
+
 
 @dataclass(frozen=True)
 class Task:
@@ -80,8 +82,8 @@ class SamplingParams:
     min_p: float | None = None  # keep tokens of at least this share of the highest probability. arXiv:2407.01082
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be above 0 (set greedy for greedy decoding)")
+        if problem := describe_temperature(self.temperature):
+            raise ValueError(f"temperature is {self.temperature}; {problem} (set greedy for greedy decoding)")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
         for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
@@ -92,6 +94,15 @@ class SamplingParams:
     def restricted(self) -> bool:
         """True if top_k, top_p or min_p is set."""
         return not (self.top_k is None and self.top_p is None and self.min_p is None)
+
+
+def describe_temperature(temperature: float) -> str | None:
+    """Return what a sampling temperature must be, or None if it is that."""
+    if not 0 < temperature < float("inf"):
+        return "it must be above 0"
+    if temperature < MIN_TEMPERATURE:
+        return f"it must be at least {MIN_TEMPERATURE:g}, because logits divided by less overflow"
+    return None
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,12 @@ _folders: list[str] = []  # of users' files that were loaded
 _observers: list[Callable[[str], object]] = []  # called with the path of a user's file before it is imported
 
 
+def _place(function: Callable) -> tuple[str, str]:
+    """Return where a function is defined; of an object that is called like a function, where its class is."""
+    inner = unwrap(function)
+    return tuple(getattr(inner, name, None) or getattr(type(inner), name) for name in ("__module__", "__qualname__"))
+
+
 class Registry:
     """A registry of pure functions: it finds a function by its name or `file.py:function`, and binds its arguments."""
 
@@ -35,13 +41,25 @@ class Registry:
         self.functions: dict[str, Callable] = {}
 
     def register(self, name: str, **facts: Any) -> Callable[[Callable], Callable]:
-        """Return a decorator that registers a function as `name` and sets `facts` as its attributes."""
+        """Return a decorator that registers a function as `name` and sets `facts` as its attributes.
+
+        Raises:
+            ConfigError: `name` is no text, as where the decorator stands without a name, or names a file or a function
+                in a file; what is registered cannot be called; or another function has this name.
+        """
+        if not isinstance(name, str) or not name or ":" in name or name.endswith(".py"):
+            raise ConfigError(
+                f"the {self.kind} is registered with a name, as by @register('mine'), which is text without a colon, "
+                f"and not {name!r:.60}"
+            )
 
         def decorator(function: Callable) -> Callable:
+            if not callable(function):
+                raise ConfigError(f"the {self.kind} {name!r} is {function!r:.60}; it must be a function")
             previous = self.functions.get(name)
-            if previous is not None:  # a notebook may run the cell again, but two functions cannot have one name
-                same = (previous.__module__, previous.__qualname__) == (function.__module__, function.__qualname__)
-                assert same, f"{self.kind} {name!r} is registered twice"
+            # a notebook may run the cell again, but two functions cannot have one name
+            if previous is not None and _place(previous) != _place(function):
+                raise ConfigError(f"the {self.kind} {name!r} is registered twice; choose another name")
             self.functions[name] = function
             for fact, value in facts.items():
                 setattr(function, fact, value)
@@ -59,6 +77,8 @@ class Registry:
         Raises:
             ConfigError: there is no such name, file or function, or the file cannot be imported.
         """
+        if not isinstance(name, str):
+            raise ConfigError(f"the name of a {self.kind} is {name!r:.60}; it must be text")
         if ".py:" in name:
             return self._check(name, self._load(name))
         if name.endswith(".py"):

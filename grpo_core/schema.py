@@ -6,6 +6,9 @@ import difflib
 import functools
 import inspect
 import math
+import numbers
+import operator
+import os
 import signal
 import sys
 import traceback
@@ -98,8 +101,9 @@ def describe_exit(code: int) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or the name of its type where the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an exception's message, with the next if it ends with a colon; or its type's name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def finite_or_none(value: Any) -> Any:
@@ -209,6 +213,43 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
         hint += ", so put quotes around it"
     text = str(value) if isinstance(value, datetime.date) else repr(value)
     raise ConfigError(f"{key} is {text}; {hint}")
+
+
+def check_integer(value: Any, name: str) -> int:
+    """Return `value`, an integer of Python or NumPy that a program gave for the argument `name`.
+
+    Raises:
+        ConfigError: it is of another type, as booleans are.
+    """
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ConfigError(f"{name} is {value!r}; it must be an integer")
+
+
+def check_number(value: Any, name: str) -> float:
+    """Return `value`, a number of Python or NumPy that a program gave for the argument `name`.
+
+    Raises:
+        ConfigError: it is of another type, as booleans are, or NaN.
+    """
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+    if not is_number:
+        raise ConfigError(f"{name} is {value!r}; it must be a number")
+    return float(value)
+
+
+def check_path(value: Any, name: str) -> str:
+    """Return the path `value` that a program gave as text or as a Path; `name` describes it in an error.
+
+    Raises:
+        ConfigError: it is neither, or empty.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not str(value):
+        raise ConfigError(f"{name} is {value!r:.60}; it must be a path or a name, as text")
+    return str(value)
 
 
 def list_options(kind: Any) -> tuple[Any, ...]:

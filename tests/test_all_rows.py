@@ -7,7 +7,7 @@ import torch
 from fakes import frozen_batch, ragged_rollouts, tiny_policy, with_objective
 from test_loop import make_run
 
-from grpo_core.config.checks import try_loss
+from grpo_core.config.function_checks import try_loss
 from grpo_core.model.policy import TokenStats
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.corrections import CORRECTIONS, sampler_distances

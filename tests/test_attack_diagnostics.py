@@ -11,8 +11,9 @@ from conftest import ROOT
 
 from grpo_core.batch import Rollouts, TrainBatch
 from grpo_core.commands.check_loss import run_check_loss
-from grpo_core.config.checks import check, try_loss
+from grpo_core.config.checks import check
 from grpo_core.config.files import load
+from grpo_core.config.function_checks import try_loss
 from grpo_core.config.sections import RewardConfig, RunConfig
 from grpo_core.model.policy import TokenStats
 from grpo_core.monitor.aggregates import Stats
@@ -161,3 +162,39 @@ def test_attack_3_what_only_a_larger_batch_shows_is_a_sentence_too(returning, di
     try_loss("mine", {})
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         token_loss_of(loss, 4, 5)
+
+
+@pytest.mark.parametrize("words, shape", [([], [64, 48]), (["trainer.num_minibatches=8", "sampling.max_new_tokens=9"], [16, 9])])
+def test_attack_1_a_diagnostic_that_is_wrong_on_larger_batches_only_is_refused_before_the_run_starts(returning, words, shape):
+    returning(lambda ratio: {"ratio": ratio.detach(), "mine": ratio.detach() if len(ratio) <= 8 else ratio.detach().mean()})
+    try_loss("mine", {})
+    sentence = f"loss mine returned the diagnostic 'mine' with the shape []; it must be [B, C] = {shape}"
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        load(TINY, ["loss.name=mine", *words])
+
+
+def test_attack_1_a_loss_that_fails_on_larger_batches_only_is_named_with_their_size(monkeypatch):
+    def mine(logprobs, old_logprobs, advantages, completion_mask):
+        if len(logprobs) > 8:
+            raise RuntimeError("too many")
+        return PolicyLoss(-(logprobs - old_logprobs).exp() * advantages)
+
+    monkeypatch.setitem(LOSSES.functions, "mine", mine)
+    with pytest.raises(ConfigError, match=r"loss mine fails on a batch of 64: RuntimeError: too many"):
+        load(TINY, ["loss.name=mine"])
+    assert load(TINY, ["loss.name=mine", "trainer.completions_per_step=8"]).loss.name == "mine"
+
+
+@pytest.mark.parametrize("word", [
+    "sampling.group_size=0", "trainer.num_minibatches=0", "sampling.max_new_tokens=0", "trainer.completions_per_step=-8",
+    "sampling.group_size=-8", "trainer.num_minibatches=-1",
+])  # fmt: skip
+def test_attack_1_numbers_that_are_wrong_are_still_named(word):
+    with pytest.raises(ConfigError, match=rf"{word.split('=')[0]} is {word.split('=')[1]}; it must be"):
+        load(TINY, [word])
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES.functions))
+def test_attack_1_every_loss_passes_on_the_larger_batch(name):
+    try_loss(name, {}, (64, 64))
+    try_loss(name, {}, (1, 1))

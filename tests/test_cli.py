@@ -181,9 +181,10 @@ print(folder, opened.has_adapter)
 
 def test_two_different_functions_of_one_name_are_refused():
     from grpo_core.registry import Registry
+    from grpo_core.schema import ConfigError
 
     registry = Registry("thing")
     registry.register("x")(test_a_wrong_command_line_is_one_sentence)
     registry.register("x")(test_a_wrong_command_line_is_one_sentence)
-    with pytest.raises(AssertionError, match="registered twice"):
+    with pytest.raises(ConfigError, match="registered twice"):
         registry.register("x")(test_no_command_shows_the_help)

@@ -213,3 +213,41 @@ def test_long_runs_a_tracker_gets_the_names_of_the_sets(tmp_path, monkeypatch):
         log.trackers.log_evaluation({"accuracy": 0.5}, 0)
     log.close()
     assert sent == [{"eval/dev/accuracy": 0.5}, {"evaluation/accuracy": 0.5}]
+
+
+def test_attack_2_long_prompts_of_the_evaluation_are_not_counted_as_those_of_the_training(tmp_path):
+    from conftest import ROOT
+
+    from grpo_core.commands.dry_run import describe_sizes
+    from grpo_core.config.files import load
+    from grpo_core.training.prepare import prepare
+    from grpo_core.training.setup import describe_tasks
+
+    for name, number in (("train", 2), ("test", 3)):
+        rows = [{"question": "7 " * (200 if i < number else 1), "answer": "#### 7"} for i in range(20)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    words = [f"data.path={tmp_path}/train.json", f"data.eval_path={tmp_path}/test.json", "evaluation.num_tasks=20"]
+    for treatment, left, sentence, size in (
+        ("drop", 18, "3 evaluation prompts are left out, having more than 128 tokens (data.max_prompt_tokens)", "2 more prompts are too long and left out"),
+        ("truncate_left", 20, "3 evaluation prompts are cut on the left, having more", "2 of them are too long and cut on the left"),
+    ):  # fmt: skip
+        config = load(ROOT / "configs" / "tiny.yaml", [*words, f"data.long_prompts={treatment}"])
+        prepared = prepare(config)
+        assert describe_tasks(config, prepared).startswith(f"{left} tasks (2 ")
+        assert [warning for warning in prepared.warnings if warning.startswith(sentence)], prepared.warnings
+        assert size in describe_sizes(config, prepared, 1, 16)
+
+
+@pytest.mark.parametrize("treatment, counts, sentence", [
+    ("drop", {"problems": 18, "left_out": 2}, "18 problems of {} (train); 2 more are left out, because the prompt has too many tokens"),
+    ("truncate_left", {"problems": 20, "left_out": 0, "cut": 2}, "20 problems of {} (train); 2 of them are cut on the left"),
+])  # fmt: skip
+def test_attack_2_evaluate_says_what_is_done_with_long_prompts(tmp_path, treatment, counts, sentence):
+    file = tmp_path / "test.json"
+    file.write_text(json.dumps([{"question": "7 " * (200 if i < 2 else 1), "answer": "#### 7"} for i in range(20)]))
+    config = load_overrides([f"data.long_prompts={treatment}", "data.max_prompt_tokens=128"])
+    opened = SimpleNamespace(config=config, tokenizer=load_tokenizer("builtin:tiny"), folder=None)
+    _, data = evaluate_command.load_problems(opened, str(file), None, None)
+    assert {name: data.get(name) for name in counts} == counts
+    head = evaluate_command._format_head({"weights": "a", "data": data, "sampling": {"samples": 0}})
+    assert any(line.startswith(sentence.format(file)) for line in head), head

@@ -15,8 +15,8 @@ import yaml
 from grpo_core.batch import Task
 from grpo_core.commands.dry_run import describe_sizes
 from grpo_core.commands.model_card import _describe_accuracy
-from grpo_core.config.checks import check_inputs
 from grpo_core.config.files import dump, load, load_run_config
+from grpo_core.config.function_checks import check_inputs
 from grpo_core.config.sections import DataConfig
 from grpo_core.config.words import parse_arguments
 from grpo_core.data.prompts import make_tasks

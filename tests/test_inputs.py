@@ -7,7 +7,7 @@ import torch
 from fakes import frozen_batch, ragged_rollouts, tiny_policy, with_objective
 from test_loop import make_run, rows
 
-from grpo_core.config.checks import check_inputs
+from grpo_core.config.function_checks import check_inputs
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.inputs import ADVANTAGE_INPUTS, LOSS_INPUTS
 from grpo_core.objective.losses import LOSSES, PolicyLoss

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from conftest import ROOT
@@ -85,3 +86,57 @@ def test_a_base_may_stand_on_a_base_and_not_on_itself(tmp_path):
     (tmp_path / "d.yaml").write_text("base: nowhere.yaml\n")
     with pytest.raises(ConfigError, match="cannot read .*nowhere.yaml"):
         load(tmp_path / "d.yaml")
+
+
+@pytest.fixture
+def half_run(tiny_run, tmp_path):
+    """Copy the short run as it was after 6 of its 12 steps."""
+    folder = tmp_path / "runs" / "tiny"
+    shutil.copytree(tiny_run, folder, ignore=shutil.ignore_patterns("step-000012", "adapter"))
+    return folder
+
+
+def dry_run(*words):
+    return main(["train", "--config", str(ROOT / "configs" / "tiny.yaml"), "--dry-run", *words])
+
+
+def test_attack_4_a_dry_run_of_a_resumed_run_shows_its_next_step(half_run, capsys):
+    files = sorted(half_run.rglob("*"))
+    rows = [json.loads(line) for line in (half_run / "completions.jsonl").read_text().splitlines()]
+    group = [row for row in rows if row["step"] == 6][:8]
+    for words in ([f"resume={half_run}"], ["resume=auto", f"output_dir={half_run.parent}"]):
+        assert dry_run(*words) == 0
+        out = capsys.readouterr().out
+        shown = re.findall(r"^  \((\d)\)  reward (\S+) \(.*\), (\d+) tokens", out, re.M)
+        assert [(int(i), float(reward), int(length)) for i, reward, length in shown] == [
+            (row["sample"] + 1, row["reward"], row["length"]) for row in group
+        ]
+        assert f"resumed from {half_run}/checkpoints/step-000006 after 6 steps: 6 steps are left" in out
+        assert "First prompt of step 7," in out and group[0]["prompt"].strip() in out
+        assert f"the run folder would be {half_run}, and the run in it would be continued." in out
+    assert sorted(half_run.rglob("*")) == files
+
+
+@pytest.mark.parametrize("word, sentence", [
+    ("lora.r=4", "because the configuration differs: lora.r (16 in the checkpoint, 4 now)"),
+    ("trainer.num_steps=5", "trainer.num_steps is 5, but the run in {} has taken 6 steps"),
+])  # fmt: skip
+def test_attack_4_a_dry_run_refuses_to_resume_what_train_refuses(half_run, capsys, word, sentence):
+    assert dry_run(f"resume={half_run}", word) == 2
+    assert sentence.format(half_run) in capsys.readouterr().err
+
+
+def test_attack_4_a_dry_run_of_a_finished_a_replaced_or_a_running_run(tiny_run, half_run, capsys, monkeypatch):
+    assert dry_run(f"resume={tiny_run}") == 0
+    out = capsys.readouterr().out
+    assert "after 12 steps: there are no more to take" in out and "First prompt" not in out and "One group" not in out
+    assert dry_run("overwrite=true", f"output_dir={half_run.parent}") == 0
+    assert f"{half_run}, and the run in it would be replaced." in capsys.readouterr().out
+
+    def refuse(folder):
+        raise ConfigError(f"{folder} is being written")
+
+    monkeypatch.setattr("grpo_core.monitor.run_lock.check_not_written", refuse)
+    for word in ("overwrite=true", "resume=auto"):
+        assert dry_run(word, f"output_dir={half_run.parent}") == 2
+        assert "is being written" in capsys.readouterr().err

@@ -65,7 +65,7 @@ class TestBrowser:
         assert {"line c0 d0", "line c1 d0"} <= colours
         assert "All 96 completions of 12 steps" in dom and "panel-time-1" in dom
         dom = self.opened(tmp_path, empty)
-        assert "no step has been logged" in dom and "These runs have no completions" in dom
+        assert "no step has been logged" in dom and "There are no completions" in dom
 
     def driven(self, tmp_path, monkeypatch, script, *runs, width=None):
         """What a script at the end of the page's own has seen there; in a frame of `width` pixels."""
@@ -103,6 +103,19 @@ class TestBrowser:
         seen = self.driven(tmp_path, monkeypatch, MEASURE, *runs, *more, width=390)
         assert seen["page"] == 0 and all(beyond > 0 for beyond in seen["beyond"]) and seen["shadows"] == 3, seen
 
+    def test_attack_3_a_long_name_leaves_the_other_columns_legible(self, tmp_path, monkeypatch):
+        runs = [made_run(tmp_path / "a"), made_run(tmp_path / ("very_long_name_" * 14))]
+        seen = self.driven(tmp_path, monkeypatch, MEASURE, *runs, width=1200)
+        assert seen["page"] == 0 and seen["narrowest"] >= 60, seen
+
+    def test_attack_3_no_two_runs_look_the_same(self, tmp_path):
+        dom = self.opened(tmp_path, *(made_run(tmp_path / f"r{i}", steps=2) for i in range(12)))
+        looks = re.findall(r'class="swatch (c\d d\d)"></span>r\d+</button>', dom)
+        assert len(looks) == len(set(looks)) == 12, looks
+        panel = dom[dom.index('id="panel-entropy"') : dom.index('id="panel-length"')]
+        lines = re.findall(r'class="line (c\d d\d)', panel)
+        assert sorted(lines) == sorted(looks), lines
+
     def test_without_a_dump_it_is_said_what_gives_tokens(self, tmp_path, monkeypatch):
         first, second = made_run(tmp_path / "a"), made_run(tmp_path / "b")
         shutil.rmtree(second / "batches")
@@ -138,6 +151,7 @@ parent.postMessage(root.dataset.seen = JSON.stringify({
   width: innerWidth,
   page: root.scrollWidth - root.clientWidth,
   beyond: boxes.map((box) => box.scrollWidth - box.clientWidth),
+  narrowest: Math.min(...[...document.querySelectorAll(".many td")].map((cell) => cell.clientWidth)),
   shadows: boxes.filter((box) => getComputedStyle(box).backgroundImage.includes("gradient")).length,
 }), "*");
 """

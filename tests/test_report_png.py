@@ -61,3 +61,9 @@ def test_pictures_show_a_run_of_one_step(tmp_path):
 
 def test_points_without_a_neighbour():
     assert png._isolated_points([1, None, 2, 3, None, 4]) == [0, 5] and png._isolated_points([None]) == []
+
+
+def test_attack_3_no_two_runs_look_the_same(tmp_path):
+    runs = [made_run(tmp_path / f"r{i}", steps=2) for i in range(12)]
+    looks = {panel.id: [(x.get_color(), x.get_linestyle()) for x in figure.axes[0].lines] for panel, figure in figures(*runs)}
+    assert len(looks["entropy"]) == len(set(looks["entropy"])) == 12

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from grpo_core.commands.law_table import check_breaks, print_laws, warn_of_fixed_arguments
-from grpo_core.config.checks import try_advantage
+from grpo_core.config.function_checks import try_advantage
 from grpo_core.objective.advantage_laws import ADVANTAGE_LAWS, check_advantage
 
 

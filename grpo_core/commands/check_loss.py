@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.commands.law_table import check_breaks, print_laws, warn_of_fixed_arguments
-from grpo_core.config.checks import try_loss
+from grpo_core.config.function_checks import try_loss
 from grpo_core.objective.laws import (
     LOSS_LAWS,
     RATIOS,

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
+from grpo_core.commands.open_policy import load_checkpoint
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.formula import render
 from grpo_core.config.precision import dtype_name, resolve_dtype
@@ -29,6 +30,7 @@ from grpo_core.schema import ConfigError, printable
 from grpo_core.scoring.scoring import score
 from grpo_core.training.deepspeed_config import deepspeed_config
 from grpo_core.training.prepare import Prepared, make_rewards, make_sampler, prepare
+from grpo_core.training.resume import RunStart, check_num_steps, look_up_start
 from grpo_core.training.run_dir import describe_unwritable, holds_run
 from grpo_core.training.setup import count_steps
 
@@ -47,7 +49,7 @@ def run_dry_run(config: RunConfig, processes: int) -> int:
 
 
 def preview(config: RunConfig, processes: int) -> Iterator[str]:
-    """Yield the sections of the preview of a run in `processes` processes.
+    """Yield the sections of the preview of a run in `processes` processes; of a resumed run, from its next step on.
 
     Raises:
         ConfigError: the run could not start; raised before the weights load where the error can be known by then.
@@ -58,20 +60,59 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
     folder = Path(config.output_dir) / config.name
     if problem := describe_unwritable(folder):
         raise ConfigError(f"the run folder {folder} (output_dir and name) cannot be written: {problem}")
+    start = _find_existing(config, folder)
     yield "Objective\n" + _indent(render(config))
     prepared = prepare(config)
     tokenizer, tasks = prepared.tokenizer, prepared.tasks
-    yield "Sizes\n" + _indent(describe_sizes(config, prepared, processes, per_rank))
-    if prepared.warnings:
-        yield "Warnings\n" + _indent("\n".join(prepared.warnings))
-    first = TaskStream(tasks, config.prompts_per_step, config.seed).batch(0)[0]
-    yield "First prompt, as the model receives it\n" + _indent(describe_prompt(first, tokenizer))
+    num_steps = count_steps(config, len(tasks), config.prompts_per_step)
+    if start is not None:
+        check_num_steps(start, num_steps)
+    sizes = describe_sizes(config, prepared, processes, per_rank)
+    yield "Sizes\n" + _indent("\n".join([sizes, *_describe_start(start, num_steps)]))
+    if warnings := [*prepared.warnings, *(start.warnings if start else [])]:
+        yield "Warnings\n" + _indent("\n".join(warnings))
+    step = start.step if start else 0
+    first = TaskStream(tasks, config.prompts_per_step, config.seed).batch(step)[0]
+    if step < num_steps:
+        yield f"First prompt{_of_step(step)}, as the model receives it\n" + _indent(describe_prompt(first, tokenizer))
     with show_elapsed("loading the model"):
         policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
+        if start and start.checkpoint:
+            load_checkpoint(policy, start.checkpoint)
         policy.model.to(ranks.device())
     yield "Memory of one process\n" + _indent(describe_memory(config, policy, tasks, per_rank))
-    yield "One group, sampled and scored\n" + _indent(describe_group(config, policy, tokenizer, first))
-    yield f"Nothing was written. Without --dry-run the run folder would be {folder}{_describe_conflict(folder)}."
+    if step < num_steps:
+        yield f"One group{_of_step(step)}, sampled and scored\n" + _indent(
+            describe_group(config, policy, tokenizer, first)
+        )
+    conflict = _describe_conflict(folder, config)
+    yield f"Nothing was written. Without --dry-run the run folder would be {folder}{conflict}."
+
+
+def _find_existing(config: RunConfig, folder: Path) -> RunStart | None:
+    """Return the start of a run that would be resumed or replaced; None if there is none.
+
+    Raises:
+        ConfigError: the run cannot be resumed with this configuration, or another process writes it.
+    """
+    if folder.is_dir() and (config.resume is not None or config.overwrite):
+        return look_up_start(config)
+    return None
+
+
+def _describe_start(start: RunStart | None, num_steps: int) -> list[str]:
+    """Return a line about the steps that a resumed run has left."""
+    if start is None or start.checkpoint is None:
+        return []
+    taken, left = quantify(start.step, "step"), num_steps - start.step
+    if not left:
+        return [f"resumed from {start.checkpoint} after {taken}: there are no more to take"]
+    more = "step is" if left == 1 else "steps are"
+    return [f"resumed from {start.checkpoint} after {taken}: {left:,} {more} left"]
+
+
+def _of_step(step: int) -> str:
+    return f" of step {step + 1:,}" if step else ""
 
 
 def describe_sizes(config: RunConfig, prepared: Prepared, processes: int, per_rank: int) -> str:
@@ -82,6 +123,8 @@ def describe_sizes(config: RunConfig, prepared: Prepared, processes: int, per_ra
     steps = count_steps(config, len(tasks), per_step)
     updates = trainer.num_minibatches * trainer.num_passes
     dropped = f" ({quantify(left_out, 'more prompt is', 'more prompts are')} too long and left out)" if left_out else ""
+    if left_out and config.data.long_prompts == "truncate_left":
+        dropped = f" ({quantify(left_out, 'of them is', 'of them are')} too long and cut on the left)"
     lines = [
         f"{quantify(trainer.completions_per_step, 'completion')} per step = "
         f"{quantify(processes, 'process', 'processes')} × "
@@ -189,9 +232,13 @@ def describe_group(config: RunConfig, policy: Policy, tokenizer: PreTrainedToken
     return "\n".join(lines)
 
 
-def _describe_conflict(folder: Path) -> str:
+def _describe_conflict(folder: Path, config: RunConfig) -> str:
     if not holds_run(folder):
         return ""
+    if config.overwrite:
+        return ", and the run in it would be replaced"
+    if config.resume is not None:
+        return ", and the run in it would be continued"
     return ", which already holds a run (set resume=auto, overwrite=true or another name)"
 
 

@@ -160,8 +160,10 @@ def load_problems(
         path, split = describe_eval_source(config)
     if not rows:
         raise ConfigError("the run has held out no problems (evaluation.num_tasks is 0); name a data set with --data")
-    tasks, left_out = make_tasks(rows, config, opened.tokenizer)
-    return tasks, {"path": path, "split": split, "problems": len(tasks), "left_out": left_out}
+    tasks, num_too_long = make_tasks(rows, config, opened.tokenizer)
+    treatment = "cut" if config.long_prompts == "truncate_left" else "left_out"
+    counts = {"problems": len(tasks), "left_out": 0, treatment: num_too_long}
+    return tasks, {"path": path, "split": split, **counts}
 
 
 def _choose_set(config: RunConfig, wanted: str | None) -> str | None:
@@ -326,8 +328,12 @@ def _format_head(result: dict[str, Any]) -> list[str]:
     data, sampling = result["data"], result["sampling"]
     lines = [f"{result['weights']}" + (", compared with its base model" if "base" in result else "")]
     lines.append(f"{quantify(data['problems'], 'problem')} of {data['path']} ({data['split']})")
+    if data.get("cut"):
+        cut = quantify(data["cut"], "of them is", "of them are")
+        lines[-1] += f"; {cut} cut on the left, to data.max_prompt_tokens"
     if data["left_out"]:
-        lines[-1] += f"; {data['left_out']} more are left out because their prompts are too long"
+        left_out = quantify(data["left_out"], "more is", "more are")
+        lines[-1] += f"; {left_out} left out, because the prompt has too many tokens (data.max_prompt_tokens)"
     if sampling["samples"]:
         cuts = "".join(f", {name} {sampling[name]:g}" for name in ("top_k", "top_p", "min_p") if name in sampling)
         lines[-1] += (

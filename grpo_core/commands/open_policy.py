@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,17 +15,18 @@ from grpo_core.batch import SamplingParams, Task
 from grpo_core.config.files import load, load_overrides, load_run_config
 from grpo_core.config.precision import resolve_dtype
 from grpo_core.config.sections import LoraConfig, RunConfig
+from grpo_core.config.words import check_overrides, split_word
 from grpo_core.data.encoding import encode_prompts
 from grpo_core.data.prompts import find_surrogate, render_chat
 from grpo_core.distributed import ranks
 from grpo_core.model.finite_weights import check_finite
-from grpo_core.model.loading import describe_missing_folder, load_tokenizer
+from grpo_core.model.loading import check_vocabulary, describe_missing_folder, load_model_config, load_tokenizer
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.quieten import quieten
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.random_keys import make_key
 from grpo_core.sampling.sampler import Sampler
-from grpo_core.schema import ConfigError, describe_impossible_path
+from grpo_core.schema import ConfigError, check_integer, check_number, check_path, describe_impossible_path
 from grpo_core.training import checkpoint
 from grpo_core.training.prepare import make_sampler
 
@@ -70,9 +71,10 @@ class OpenedPolicy:
             ConfigError: a prompt is neither, is empty, or is too long for the completion to follow it; the model has no
                 chat template; or a setting is out of range.
         """
-        tasks = make_prompt_tasks(prompts, self.tokenizer, seed)
-        if max_new_tokens is not None and max_new_tokens < 1:
+        tasks = make_prompt_tasks(prompts, self.tokenizer, check_integer(seed, "seed"))
+        if max_new_tokens is not None and check_integer(max_new_tokens, "max_new_tokens") < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        temperature = check_number(temperature, "temperature")
         try:
             settings = SamplingParams(temperature) if temperature else SamplingParams(greedy=True)
         except ValueError as error:
@@ -112,7 +114,8 @@ def open_source(
         ConfigError: there is no such source, or it cannot be loaded.
     """
     quieten()
-    source = os.path.expanduser(source)
+    source = os.path.expanduser(check_path(source, "the run or model"))
+    overrides = check_overrides(overrides)
     if problem := describe_impossible_path(source):
         raise ConfigError(f"the run or model {problem}")
     if not os.path.exists(source) and os.path.isfile(Path("runs") / source / "config.yaml"):
@@ -138,8 +141,9 @@ def make_prompt_tasks(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerB
     Raises:
         ConfigError: as `OpenedPolicy.generate`.
     """
-    if isinstance(prompts, str):
-        raise ConfigError("prompts is one text; it must be a list of texts or of chats, such as [text]")
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+        kind = "one text" if isinstance(prompts, str) else f"a {type(prompts).__name__}"
+        raise ConfigError(f"prompts is {kind}; it must be a list of texts or of chats, such as [text]")
     tasks = []
     for i, prompt in enumerate(prompts):
         is_text = isinstance(prompt, str)
@@ -170,11 +174,12 @@ def _load(files: _Source, source: str, notify: Callable[[str], None]) -> OpenedP
     lora = config.lora if files.checkpoint is not None else LoraConfig(r=0)
     with show_elapsed("loading the model"):
         tokenizer = load_tokenizer(str(files.tokenizer), config.model.trust_remote_code)
+        check_vocabulary(load_model_config(config.model), tokenizer)
         policy = load_policy(
             config.model, lora, dtype=dtype, temperature=config.sampling.temperature, adapter=files.adapter
         )
         if files.checkpoint is not None:
-            _load_checkpoint(policy, files.checkpoint)
+            load_checkpoint(policy, files.checkpoint)
         policy.model.to(ranks.device())
     policy.model.requires_grad_(False)
     sampler = make_sampler(config.sampling, policy, tokenizer, notify)
@@ -201,8 +206,11 @@ def _find_source(source: str, overrides: list[str], config_file: Path | None, no
     config = load(config_file, overrides) if config_file else None
     if any((path / name).exists() for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)):
         _check_adapter(path)
-        base = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        config = config or load_overrides([f"model.path={base}", *overrides])
+        config = config or load_overrides(overrides)
+        if not any(
+            split_word(word)[0] == "model.path" for word in overrides
+        ):  # not that of the file `config`, which may be another
+            config = replace(config, model=replace(config.model, path=_find_base(path)))
         return _Source(config, None, f"the adapter in {path}", _find_tokenizer(path, config.model.path), adapter=path)
     config = config or load_overrides(overrides)
     config = replace(config, model=replace(config.model, path=source))
@@ -233,6 +241,22 @@ def _find_in_run(folder: Path, overrides: list[str], chosen: Path | None, notify
     return _Source(config, folder, f"the checkpoint {chosen}", config.model.path, checkpoint=chosen)
 
 
+def _find_base(adapter: Path) -> str:
+    """Return the base model that an adapter names; builtin:NAME for the folder of a built-in one, wherever it lies.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    try:
+        base = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{adapter / ADAPTER_CONFIG} names no base model (base_model_name_or_path); set model.path")
+    is_builtin = Path(base).parts[-3:-1] == ("grpo_core", "builtin") and not os.path.exists(base)
+    return f"builtin:{Path(base).name}" if is_builtin else base
+
+
 def _check_adapter(folder: Path) -> None:
     """Raise ConfigError if the folder of an adapter lacks its configuration or its weights."""
     for names in ((ADAPTER_CONFIG,), ADAPTER_WEIGHTS):
@@ -245,7 +269,7 @@ def _find_tokenizer(folder: Path, base: str) -> str | Path:
     return folder if [*folder.glob("*token*"), *folder.glob("vocab*")] else base
 
 
-def _load_checkpoint(policy: Policy, path: Path) -> None:
+def load_checkpoint(policy: Policy, path: Path) -> None:
     """Copy the weights of a checkpoint into the policy.
 
     Raises:

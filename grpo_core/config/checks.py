@@ -5,38 +5,22 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from grpo_core.batch import SamplingParams
+from grpo_core.batch import SamplingParams, describe_temperature
+from grpo_core.config.function_checks import check_functions
 from grpo_core.config.sections import RunConfig
-from grpo_core.objective.advantages import ADVANTAGES, compute_advantages
-from grpo_core.objective.corrections import CORRECTIONS
-from grpo_core.objective.diagnostics import describe_wrong_diagnostics, find_not_finite
-from grpo_core.objective.inputs import (
-    ADVANTAGE_INPUTS,
-    CORRECTION_INPUTS,
-    KL_INPUTS,
-    LOSS_INPUTS,
-    OF_TOKENS,
-    REJECTION_INPUTS,
-    TRUNCATION_INPUTS,
-    select_tokens,
-)
-from grpo_core.objective.kl import KLS
-from grpo_core.objective.losses import LOSSES, PolicyLoss
-from grpo_core.objective.rejections import REJECTIONS
+from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.rewards import REWARDS
-from grpo_core.objective.token_weights import AVERAGES
 from grpo_core.objective.truncation import TRUNCATIONS
-from grpo_core.registry import ProcessExit, exits_as_errors, get_fact
-from grpo_core.schema import MAX_PATH_BYTES, ConfigError, describe_impossible_path, summarize_error
+from grpo_core.registry import get_fact
+from grpo_core.schema import MAX_PATH_BYTES, ConfigError, describe_impossible_path
 
 
 def check(config: RunConfig) -> None:
@@ -52,7 +36,7 @@ def check(config: RunConfig) -> None:
             raise ConfigError(f"{key} is ''; it must not be empty")
     _check_paths(config)
     with torch.device("cpu"):  # whatever torch's default device is: the batches of two are made here
-        _check_functions(config)
+        check_functions(config)
     _check_rewards(config)
     _check_numbers(config)
     _check_targets(config.lora.r, config.lora.target_modules)
@@ -109,135 +93,6 @@ def _check_secrets(value: Any, key: str) -> None:
         raise ConfigError(
             f"{key} holds a password or token, which would be written to logs; pass it in an environment variable"
         )
-
-
-def _check_functions(config: RunConfig) -> None:
-    """Check that every function of the objective exists, takes its arguments, and works on a batch of two."""
-    loss = config.loss
-    check_inputs("loss.kl", loss.kl, KLS.get(loss.kl))
-    AVERAGES.get(loss.average)
-    try_loss(loss.name, loss.args)
-    try_advantage(config.advantage.name, config.advantage.args)
-    correction = loss.rollout_correction
-    function = CORRECTIONS.build(correction.name, correction.args, "loss.rollout_correction.args")
-    _try("loss.rollout_correction", correction.name, function, _batch_of_two())
-    rejection = loss.rejection
-    function = REJECTIONS.build(rejection.name, rejection.args, "loss.rejection.args")
-    _try("loss.rejection", rejection.name, function, _batch_of_two())
-    truncation = config.truncation
-    function = TRUNCATIONS.build(truncation.name, truncation.args, "truncation.args")
-    inputs = {"rewards": torch.eye(2), "lengths": torch.ones(2, 2), "truncated": torch.zeros(2, 2, dtype=torch.bool)}
-    _try("truncation", truncation.name, function, {**inputs, "max_new_tokens": 8})
-
-
-def _batch_of_two() -> dict[str, Tensor]:
-    """Return the inputs of a loss and of a correction for two completions of up to three tokens."""
-    old = torch.tensor([[-1.0, -2.0, -0.5], [-0.1, -3.0, -1.0]])
-    return {
-        "logprobs": (old + 0.1).requires_grad_(),
-        "old_logprobs": old,
-        "advantages": torch.tensor([[1.0], [-0.5]]),
-        "completion_mask": torch.tensor([[True, True, True], [True, False, False]]),
-        "rollout_logprobs": old - 0.01,
-        "ref_logprobs": old - 0.2,
-        "entropy": torch.tensor([[0.5, 1.0, 0.1], [2.0, 0.0, 0.0]]),
-        "sum_p_squared": torch.tensor([[0.7, 0.4, 0.9], [0.3, 1.0, 1.0]]),
-        "rewards": torch.tensor([[1.0], [0.0]]),
-        "rollout_weights": torch.ones(2, 3),
-        "draws": torch.full((2, 3), 0.5),
-    }
-
-
-def try_loss(name: str, args: dict[str, Any]) -> Callable:
-    """Build the loss `name` with `args`, call it on a batch of two, and return it.
-
-    Raises:
-        ConfigError: the loss does not exist, does not take the arguments, raises, or does not return a PolicyLoss with
-            per_token_loss [B, C] and diagnostics [B, C] whose names no metric has.
-    """
-    function = LOSSES.build(name, args, "loss.args")
-    inputs = _batch_of_two()
-    selected = _try_selection(name, function, inputs)
-    out = _try("loss", name, function, {**inputs, "selected": selected})
-    old, mask = inputs["old_logprobs"], inputs["completion_mask"]
-    if not isinstance(out, PolicyLoss):
-        raise ConfigError(f"loss {name} returned {type(out).__name__}; it must return a PolicyLoss")
-    if not isinstance(out.per_token_loss, torch.Tensor):
-        kind = type(out.per_token_loss).__name__
-        raise ConfigError(f"loss {name} returned per_token_loss of type {kind}; it must be a tensor [B, C]")
-    if out.per_token_loss.shape != old.shape:
-        shape = list(out.per_token_loss.shape)
-        raise ConfigError(f"loss {name} returned per_token_loss {shape}; it must be [B, C] = [2, 3], unreduced")
-    problem = describe_wrong_diagnostics(out.diagnostics, old.shape) or find_not_finite(out.diagnostics, mask)
-    if problem:
-        raise ConfigError(f"loss {name} {problem}")
-    return function
-
-
-def _try_selection(name: str, loss_fn: Callable, inputs: Mapping[str, Any]) -> Tensor:
-    """Return what the loss chooses of a batch of two, [B, C] bool; no token if it has no function for that.
-
-    Raises:
-        ConfigError: the loss asks for a choice and has no function for it, or the function returned something else.
-    """
-    mask, selects = inputs["completion_mask"], get_fact(loss_fn, "selects")
-    if selects is None:
-        if "selected" in LOSS_INPUTS.requested(loss_fn):
-            raise ConfigError(
-                f"loss {name} asks for selected, but has no attribute selects, the function that chooses the tokens"
-            )
-        return torch.zeros_like(mask)
-    with torch.no_grad():
-        values = {**inputs, "advantages": inputs["advantages"].expand_as(mask)}
-        selected = _guard("loss", name, lambda: select_tokens(loss_fn, values))
-    if not isinstance(selected, Tensor) or selected.dtype is not torch.bool or selected.shape != mask.shape:
-        raise ConfigError(f"loss {name}: its function selects must return a tensor [B, C] of bool")
-    return selected
-
-
-def try_advantage(name: str, args: dict[str, Any]) -> Callable:
-    """Build the advantage `name` with `args`, call it on a batch of two groups, and return it; errors as `try_loss`."""
-    function = ADVANTAGES.build(name, args, "advantage.args")
-    tokens = {x: value.expand(2, 2, 3) for x, value in _batch_of_two().items() if x in OF_TOKENS}
-    _try("advantage", name, function, {"rewards": torch.tensor([[1.0, 0.0], [0.5, 1.0]]), **tokens})
-    return function
-
-
-INPUTS = {
-    "loss": LOSS_INPUTS,
-    "loss.kl": KL_INPUTS,
-    "loss.rollout_correction": CORRECTION_INPUTS,
-    "loss.rejection": REJECTION_INPUTS,
-    "advantage": ADVANTAGE_INPUTS,
-    "truncation": TRUNCATION_INPUTS,
-}
-
-
-def check_inputs(key: str, name: str, function: Callable) -> None:
-    """Raise ConfigError if a function of the objective cannot be called with the inputs of its section."""
-    INPUTS[key].check(function, f"{key} {name}")
-
-
-def _try(key: str, name: str, function: Callable, inputs: Mapping[str, Any]) -> Any:
-    """Check the function's inputs and call it with them; errors as `_guard`."""
-    check_inputs(key, name, function)
-    if key == "advantage":
-        return _guard(key, name, lambda: compute_advantages(function, **inputs))
-    return _guard(key, name, lambda: INPUTS[key].call(function, inputs))
-
-
-def _guard(key: str, name: str, call: Callable[[], Any]) -> Any:
-    """Return what `call` returns; turn what it raises into a ConfigError that names the key and the function."""
-    try:
-        with exits_as_errors():
-            return call()
-    except ProcessExit as error:
-        raise ConfigError(f"{key} {name} {error} on a batch of two") from None
-    except ConfigError as error:
-        has_key = str(error).startswith(key)
-        raise ConfigError(str(error) if has_key else f"{key} {name}: {error}") from None
-    except Exception as error:
-        raise ConfigError(f"{key} {name} fails on a batch of two: {summarize_error(error)}") from error
 
 
 def _check_rewards(config: RunConfig) -> None:
@@ -409,9 +264,9 @@ def _check_targets(rank: int, targets: list[str] | str) -> None:
 
 def _check_sampling(config: RunConfig) -> None:
     """Check the temperature of training, and the temperature and the truncation of evaluation."""
-    if not config.sampling.temperature > 0 or config.sampling.temperature == math.inf:
+    if problem := describe_temperature(config.sampling.temperature):
         raise ConfigError(
-            f"sampling.temperature is {config.sampling.temperature}; it must be above 0 (that of evaluation may be 0)"
+            f"sampling.temperature is {config.sampling.temperature}; {problem} (that of evaluation may be 0)"
         )
     temperature = config.evaluation.temperature
     truncation = {name: getattr(config.evaluation, name) for name in ("top_k", "top_p", "min_p")}

@@ -18,12 +18,12 @@ from grpo_core.config.presets import get_preset, merge
 from grpo_core.config.sections import EvaluationConfig, RunConfig, SftConfig, use_supervised_objective
 from grpo_core.config.shipped import find_default, find_file, list_shipped
 from grpo_core.config.text_files import parse_json, read_text
-from grpo_core.config.words import ITEM, find_type, get_in, parse_value, split_word, type_hints
+from grpo_core.config.words import ITEM, check_overrides, find_type, get_in, parse_value, split_word, type_hints
 from grpo_core.config.yaml_text import parse_yaml
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rewards import REWARDS
-from grpo_core.schema import ConfigError, coerce, list_known
+from grpo_core.schema import ConfigError, check_path, coerce, list_known
 
 RESOLVED = "# The whole configuration of a run; paths are relative to the folder in which the run was started."
 WORDS_OF_A_START = {"name", "output_dir", "resume", "overwrite"}  # keys that say which run is started, and how
@@ -40,7 +40,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, supervised: bool = 
     Raises:
         ConfigError: a missing file, an unknown key, a value of the wrong type, or values that exclude each other.
     """
-    path = find_file(path, Path())
+    path = find_file(check_path(path, "the configuration file"), Path())
+    overrides = check_overrides(overrides)
     if os.path.isfile(path / "config.yaml"):
         raise ConfigError(f"--config {path} is the folder of a run; did you mean {path / 'config.yaml'}?")
     if not os.path.exists(path):

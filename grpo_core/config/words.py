@@ -7,7 +7,7 @@ YAML 1.1's octal and base-60 numbers. A word that opens a list or a mapping and 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -40,6 +40,21 @@ REGISTRIES = {  # section with `name` and `args` -> the registry of its function
     "truncation": TRUNCATIONS,
     "rewards": REWARDS,
 }
+
+
+def check_overrides(overrides: Iterable[str]) -> tuple[str, ...]:
+    """Return the overrides that a program gave.
+
+    Raises:
+        ConfigError: they are no list of texts.
+    """
+    if isinstance(overrides, (str, bytes, Mapping)) or not isinstance(overrides, Iterable):
+        raise ConfigError(f"overrides is {overrides!r}; it must be a list of texts, such as ['trainer.num_steps=5']")
+    words = tuple(overrides)
+    for word in words:
+        if not isinstance(word, str):
+            raise ConfigError(f"overrides has {word!r}; it must be a list of texts, such as ['trainer.num_steps=5']")
+    return words
 
 
 def split_word(word: str) -> tuple[str, str]:

@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from grpo_core.batch import Rollouts, take
 from grpo_core.config.sections import LoraConfig, ModelConfig
+from grpo_core.counts import quantify
 from grpo_core.model import fast_layers, packed_attention
+from grpo_core.model.base_model import load_base_model
 from grpo_core.model.finite_weights import check_finite
-from grpo_core.model.loading import check_has_config, resolve_model_path
 from grpo_core.model.logprobs import (
     Statistics,
     find_statistics,
@@ -367,26 +368,23 @@ def load_policy(
         ConfigError: the model cannot be loaded, has no such attention implementation or target modules, or the adapter
             does not fit.
     """
-    folder = resolve_model_path(model.path)
-    check_has_config(model.path, folder)
-    try:
-        options = {"attn_implementation": model.attention, "trust_remote_code": model.trust_remote_code}
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    except (OSError, ValueError, ImportError) as error:
-        if "attention implementation" in str(error):
-            raise ConfigError(
-                f"model.attention is {model.attention}, which the model at model.path does not support; use eager"
-            ) from error
-        raise ConfigError(f"model.path is {model.path!r}, and it cannot be loaded: {first_line(error)}") from error
-    check_finite(base, f"the model {model.path}")
+    base: Any = load_base_model(model, dtype)
     if adapter is None:
         return wrap(base, model, lora, temperature=temperature)
     try:
         base = PeftModel.from_pretrained(base, adapter, is_trainable=True, autocast_adapter_dtype=False)
+        report = base.load_adapter(str(adapter), "default", is_trainable=True, autocast_adapter_dtype=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"the adapter in {adapter} does not fit the model {model.path}: {_describe_misfit(error)}"
         ) from error
+    if names := report.missing_keys or report.unexpected_keys:  # PEFT goes on without these weights
+        problem = "its files lack" if report.missing_keys else "the model has no place for"
+        others = f" and {quantify(len(names) - 1, 'other')}" if len(names) > 1 else ""
+        raise ConfigError(
+            f"the adapter in {adapter} does not fit the model {model.path}: {problem} the weight "
+            f"{names[0].removeprefix('base_model.model.').replace('.default.', '.')}{others}"
+        )
     check_finite(base, f"the adapter in {adapter}")
     fast_layers.install(base)
     return Policy(base, temperature=temperature)
@@ -398,8 +396,7 @@ def _describe_misfit(error: Exception) -> str:
     if match := re.search(pattern, str(error)):
         name, own, models = match.groups()
         return f"its weight {name.removeprefix('base_model.model.')} has the size {own}, that of the model {models}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) if lines and lines[0].endswith(":") else first_line(error)
+    return first_line(error)
 
 
 def wrap(base: PreTrainedModel, model: ModelConfig, lora: LoraConfig, *, temperature: float) -> Policy:

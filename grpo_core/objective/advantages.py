@@ -318,6 +318,8 @@ def _has_signal(rewards: Tensor) -> Tensor:
 
 
 def _check_groups(rewards: Tensor) -> None:
+    if not isinstance(rewards, Tensor):
+        raise ConfigError(f"rewards must be a tensor [N, G], got a {type(rewards).__name__}")
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ConfigError(f"rewards must be [N, G] with G >= 2, got {list(rewards.shape)}")
 

@@ -155,6 +155,7 @@ def _draw_stack(axes: Any, run: RunFolder, metrics: list[str]) -> None:
 def _draw_lines(axes: Any, run: RunFolder, metrics: list[str], run_index: int, run_count: int) -> None:
     """Draw the curves of a run. Alone, each metric has a colour; with other runs, each run has one and metrics dashes.
 
+    From the ninth run on colours come again, with the next dashes.
     A point between two gaps, which a line would not show, has a marker.
     """
     curves, steps = collect_curves(run), [row["step"] for row in run.metrics]
@@ -164,7 +165,8 @@ def _draw_lines(axes: Any, run: RunFolder, metrics: list[str], run_index: int, r
         if run_count == 1:
             colour, dash = COLOURS[j % len(COLOURS)], "-"
         else:
-            colour, dash = COLOURS[run_index % len(COLOURS)], DASHES[j % len(DASHES)]
+            turn = run_index // len(COLOURS)
+            colour, dash = COLOURS[run_index % len(COLOURS)], DASHES[(j + turn) % len(DASHES)]
         isolated = _isolated_points(curves[name])
         values = [float("nan") if value is None else value for value in curves[name]]
         label = ", ".join(([printable(run.name)] if run_count > 1 else []) + ([name] if len(metrics) > 1 else []))

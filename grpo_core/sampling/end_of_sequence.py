@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_core.schema import ConfigError
 
@@ -11,8 +13,10 @@ def find_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     """Return every token id that ends a completion: those of the generation config, model config and tokenizer.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or one of them is no token id of the model.
     """
+    check_eos_ids(model.config, model.config, "config.json")
+    check_eos_ids(model.generation_config, model.config, "generation_config.json")
     ids = _eos_ids_of(model.generation_config) | _eos_ids_of(model.config) | _eos_ids_of(tokenizer)
     if not ids:
         raise ConfigError(
@@ -20,6 +24,16 @@ def find_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
             "eos_token_id in the model's generation_config.json"
         )
     return ids
+
+
+def check_eos_ids(source: object, config: PretrainedConfig, file: str) -> None:
+    """Raise ConfigError if an end-of-sequence token in `file` is no token id of the model: no completion has it."""
+    size = config.get_text_config().vocab_size
+    for token in _eos_ids_of(source):
+        if not isinstance(token, int) or not 0 <= token < size:
+            raise ConfigError(
+                f"eos_token_id in the model's {file} is {token!r}; the model's token ids are 0 to {size - 1}"
+            )
 
 
 def describe_eos_mismatch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -35,6 +49,6 @@ def describe_eos_mismatch(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     )
 
 
-def _eos_ids_of(source: object) -> set[int]:
+def _eos_ids_of(source: object) -> set[Any]:
     ids = getattr(source, "eos_token_id", None)
-    return {ids} if isinstance(ids, int) else set(ids or ())
+    return {ids} if isinstance(ids, (int, str)) else set(ids or ())

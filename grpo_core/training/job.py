@@ -14,6 +14,7 @@ from grpo_core.distributed import signals, watchdog
 from grpo_core.monitor import run_lock
 from grpo_core.monitor.run_log import describe_evaluation
 from grpo_core.report.eval_sets import label_set, split_sets
+from grpo_core.schema import ConfigError
 from grpo_core.scoring.scoring import close_workers
 from grpo_core.training import checkpoint
 from grpo_core.training.run import Run
@@ -29,6 +30,8 @@ def train(config: RunConfig) -> Path:
         Interrupted: a signal stopped the run, after a checkpoint was written.
         RunFailed: the run could not continue.
     """
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"train takes a configuration, as load_config returns it, and not {config!r:.60}")
     with signals.handle_signals(), run_lock.released_at_end():
         run, tokenizer = setup(config)
         with close_at_end(run):

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
 from grpo_core.config.sections import RunConfig, SamplingConfig
+from grpo_core.counts import quantify
 from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.eval_sets import group_by_set, name_set
 from grpo_core.data.rows import name_split
@@ -30,6 +31,7 @@ from grpo_core.objective.rejections import REJECTIONS
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.objective.truncation import TRUNCATIONS
 from grpo_core.registry import get_fact
+from grpo_core.sampling.end_of_sequence import check_eos_ids
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.reward_call import find_missing_columns
@@ -45,7 +47,7 @@ class Prepared:
     model_config: PretrainedConfig
     tasks: list[Task]  # the training tasks
     eval_tasks: list[Task]
-    num_too_long: int  # prompts over data.max_prompt_tokens, dropped or cut as data.long_prompts specifies
+    num_too_long: int  # training prompts over data.max_prompt_tokens, dropped or cut as data.long_prompts specifies
     warnings: list[str] = field(default_factory=list)  # sentences to print before the first step
 
 
@@ -67,20 +69,31 @@ def prepare(
     offered = find_offered_tasks(config) if tokenizer is None else None
     if tokenizer is None:
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    tasks, eval_tasks, num_too_long = offered or read_tasks(config, tokenizer)
+    tasks, eval_tasks, (num_too_long, num_eval_too_long) = offered or read_tasks(config, tokenizer)
     scored_tasks = tasks if scores_training_tasks else []
     check_columns(config, scored_tasks, eval_tasks)
     warnings = describe_prompt_changes(tokenizer, config.data, [*tasks, *eval_tasks])
     warnings += check_gold_answers(config, scored_tasks, eval_tasks)
+    if num_eval_too_long:
+        warnings.append(_describe_long_eval_prompts(config, num_eval_too_long))
     if model_config is None:
         model_config = load_model_config(config.model)
     if scores_training_tasks:
         check_can_be_sampled(model_config)
     check_vocabulary(model_config, tokenizer)
+    check_eos_ids(model_config, model_config, "config.json")
     prompts = [task.prompt_ids for task in (*tasks, *eval_tasks)]
     check_lengths(prompts, config.sampling.max_new_tokens, model_config)
     check_targets(model_config, config.lora, config.model.trust_remote_code)
     return Prepared(tokenizer, model_config, tasks, eval_tasks, num_too_long, warnings)
+
+
+def _describe_long_eval_prompts(config: RunConfig, number: int) -> str:
+    treatment = "cut on the left" if config.data.long_prompts == "truncate_left" else "left out"
+    return (
+        f"{quantify(number, 'evaluation prompt is', 'evaluation prompts are')} {treatment}, having more than "
+        f"{quantify(config.data.max_prompt_tokens, 'token')} (data.max_prompt_tokens)"
+    )
 
 
 def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task], source: str | None = None) -> None:

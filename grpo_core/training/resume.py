@@ -40,16 +40,26 @@ class RunStart:
 
 
 def find_start(config: RunConfig, job: str = "train") -> RunStart:
-    """Find the run folder and the checkpoint from which `config` resumes, and lock the folder. A collective.
+    """Find the start of a run as `look_up_start`, and lock its folder. A collective.
+
+    Raises:
+        ConfigError: see `look_up_start` and `run_lock.acquire`.
+    """
+    start = look_up_start(config, job)
+    run_lock.acquire(start.folder)
+    return start
+
+
+def look_up_start(config: RunConfig, job: str = "train") -> RunStart:
+    """Find the run folder and the checkpoint from which `config` resumes. A collective.
 
     `job` is the command that trains: train or sft.
 
     Raises:
-        ConfigError: see `run_dir.find_run_folder`, `checkpoint.read_meta` and `run_lock.acquire`.
+        ConfigError: see `run_dir.find_run_folder` and `checkpoint.read_meta`.
     """
     folder, latest, warnings = run_dir.find_run_folder(config)
     meta, overridden = checkpoint.read_meta(latest, config, job) if latest else ({}, [])
-    run_lock.acquire(folder)
     return RunStart(folder, latest, meta, overridden, warnings)
 
 

@@ -80,7 +80,7 @@ function createBrowser(root, runs, completions) {
 
 function howMany(completions, records) {
   const total = completions.reduce((sum, found) => sum + found.total, 0);
-  if (!total) return "These runs have no completions: log.completions is false, or the run is supervised.";
+  if (!total) return "There are no completions: no step has been logged, log.completions is false, or the run is supervised.";
   const steps = completions.reduce((sum, found) => sum + found.total_steps, 0);
   const here = new Set(records.map((record) => `${record.run} ${record.step}`)).size;
   const dumped = records.filter((record) => record.tokens).length;

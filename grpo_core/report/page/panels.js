@@ -91,13 +91,14 @@ function createPanel(panel, data, state, only = null) {
   return { element, draw, move };
 }
 
-// The series to draw. With one run each metric has a colour; with several each run has one, and metrics differ by dashes.
+// The series to draw. With one run each metric has a colour; with several each run has one, and metrics differ by dashes. From the
+// ninth run on colours come again, with the next dashes.
 function seriesOf(panel, data, state, only) {
   const found = [], several = data.runs.length > 1;
   data.runs.forEach((run, i) => {
     if (!state.runs[i].on || (only !== null && only !== i)) return;
     const runName = several && only === null ? run.name : "";
-    if (panel.kind === "accuracy") return found.push(accuracyOf(run, runName, i % 8, panel.metrics[0]));
+    if (panel.kind === "accuracy") return found.push(accuracyOf(run, runName, i, panel.metrics[0]));
     panel.metrics.forEach((metric, k) => {
       const curve = run.curves[metric];
       if (!curve) return;
@@ -109,7 +110,7 @@ function seriesOf(panel, data, state, only) {
       const short = panel.metrics.length > 1 ? metric.replace(/^(rewards|seconds|failed|memory_gb)\//, "") : "";
       found.push({
         key: `${i} ${metric}`, label: [runName, short].filter(Boolean).join(" · "), x: curve.x, y, raw: curve.y,
-        band: half ? [edge(-1), edge(1)] : null, colour: (ownColour ? k : i) % 8, dash: ownColour ? (k >> 3) % 4 : k % 4,
+        band: half ? [edge(-1), edge(1)] : null, colour: (ownColour ? k : i) % 8, dash: (ownColour ? k >> 3 : k + (i >> 3)) % 4,
       });
     });
   });
@@ -117,12 +118,12 @@ function seriesOf(panel, data, state, only) {
 }
 
 // `metric` is "accuracy"; that of a named evaluation set has a prefix, and so have the ends of its interval.
-function accuracyOf(run, label, colour, metric) {
+function accuracyOf(run, label, i, metric) {
   const rows = run.evaluation.filter((row) => row[metric] !== null && row[metric] !== undefined);
   const column = (name) => rows.map((row) => row[name] ?? null);
   const y = column(metric), prefix = metric.slice(0, -"accuracy".length);
   const band = [column(`${prefix}ci_low`), column(`${prefix}ci_high`)];
-  return { key: label, label, x: column("step"), y, raw: y, band, colour, dash: 0 };
+  return { key: label, label, x: column("step"), y, raw: y, band, colour: i % 8, dash: (i >> 3) % 4 };
 }
 
 // The value at a step, or the last value if `step` is null, with its interval if it has one.

@@ -136,7 +136,7 @@ function controls(data, state, draw) {
         button.setAttribute("aria-pressed", String(state.runs[i].on));
         draw();
       };
-      const button = el("button", { type: "button", "aria-pressed": "true", click: toggle }, el("span", { class: `swatch c${i % 8}` }), visible(run.name));
+      const button = el("button", { type: "button", "aria-pressed": "true", click: toggle }, el("span", { class: `swatch c${i % 8} d${(i >> 3) % 4}` }), visible(run.name));
       return button;
     }));
   }

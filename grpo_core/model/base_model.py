@@ -1,0 +1,93 @@
+"""Load the base model of a run, and refuse one whose files do not hold all of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from grpo_core.config.sections import ModelConfig
+from grpo_core.counts import quantify
+from grpo_core.model.finite_weights import check_finite
+from grpo_core.model.loading import check_has_config, resolve_model_path
+from grpo_core.monitor.progress import print_note
+from grpo_core.schema import ConfigError, first_line, summarize_error
+
+
+def load_base_model(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the causal language model of `model.path` in `dtype`.
+
+    Weights of the files that the model does not use are named in a note, and so is a head that the model's
+    configuration ties to the embeddings, but whose own weight is in the files and is used.
+
+    Raises:
+        ConfigError: the model cannot be loaded or has no such attention implementation; its files lack a weight, which
+            transformers would fill with random numbers, or hold one of another size; or a weight is not finite.
+    """
+    folder = resolve_model_path(model.path)
+    check_has_config(model.path, folder)
+    prefix = f"model.path is {model.path!r}, and it cannot be loaded: "
+    try:
+        base, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=model.attention,
+            trust_remote_code=model.trust_remote_code,
+            ignore_mismatched_sizes=True,  # they are refused below
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # models raise errors of many types
+        if "attention implementation" in str(error):
+            raise ConfigError(
+                f"model.attention is {model.attention}, which the model at model.path does not support; use eager"
+            ) from error
+        has_sentence = isinstance(error, (OSError, ValueError, ImportError))
+        raise ConfigError(prefix + (first_line(error) if has_sentence else summarize_error(error))) from error
+    if problem := _describe_wrong_weights(report):
+        raise ConfigError(prefix + problem)
+    check_finite(base, f"the model {model.path}")
+    for note in _list_notes(base, report):
+        print_note(f"{note} (model.path {model.path})")
+    return base
+
+
+def _describe_wrong_weights(report: Mapping[str, Any]) -> str | None:
+    """Return a clause about weights that the files lack or hold in another size; None if there are none."""
+    if mismatched := sorted(report.get("mismatched_keys", ())):
+        name, in_files, in_model = mismatched[0]
+        more = _count_others(mismatched)
+        return (
+            f"the weight {name} has the size {[*in_files]} in the model's files, but {[*in_model]} by its "
+            f"config.json{more}; use the config.json that belongs to the weights"
+        )
+    if missing := sorted(report.get("missing_keys", ())):
+        return (
+            f"its files lack the weight {missing[0]}{_count_others(missing)}, which would be random numbers; use "
+            "complete files, and the config.json that belongs to them"
+        )
+    return None
+
+
+def _list_notes(model: PreTrainedModel, report: Mapping[str, Any]) -> list[str]:
+    notes = []
+    if unused := sorted(report.get("unexpected_keys", ())):
+        notes.append(
+            f"the model does not use {quantify(len(unused), 'weight')} of its files, such as {unused[0]}: compare "
+            "its config.json"
+        )
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if is_tied and None not in (embeddings, head) and getattr(head, "weight", None) is not embeddings.weight:
+        notes.append(
+            "the model's config.json ties the head to the embeddings (tie_word_embeddings), but its files hold a head "
+            "of its own, which is used; other programs may tie them"
+        )
+    return notes
+
+
+def _count_others(names: list[Any]) -> str:
+    return f" and {quantify(len(names) - 1, 'other')}" if len(names) > 1 else ""

@@ -1,0 +1,182 @@
+"""Files of models and adapters that lack weights, hold others, or name tokens that the model does not have."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from grpo_core.commands.open_policy import open_source
+from grpo_core.config.sections import LoraConfig, ModelConfig, RunConfig
+from grpo_core.model.base_model import load_base_model
+from grpo_core.model.loading import BUILTIN, load_model_config, load_tokenizer
+from grpo_core.model.policy import load_policy
+from grpo_core.sampling.end_of_sequence import find_eos_ids
+from grpo_core.schema import ConfigError, first_line
+from grpo_core.training.prepare import prepare
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Copy the built-in model; return its folder and a function that changes keys of one of its JSON files."""
+    folder = tmp_path / "model"
+    shutil.copytree(BUILTIN / "tiny", folder)
+
+    def change(file="config.json", **keys):
+        values = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**values, **keys}))
+        return ModelConfig(str(folder))
+
+    return folder, change
+
+
+def change_weights(folder, change, file="model.safetensors"):
+    weights = load_file(folder / file)
+    save_file({name: value.clone() for name, value in change(weights).items()}, folder / file, metadata={"format": "pt"})
+
+
+def test_attack_1_weights_that_the_files_lack_are_never_random(model):
+    folder, change = model
+    start = f"model.path is {str(folder)!r}, and it cannot be loaded: its files lack the weight "
+    with pytest.raises(ConfigError, match=re.escape(f"{start}lm_head.weight, which would be random numbers")):
+        load_base_model(change(tie_word_embeddings=False), torch.float32)
+    layers = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    with pytest.raises(ConfigError, match=re.escape(f"{start}model.layers.2.input_layernorm.weight and 11 others, which")):
+        load_base_model(change(tie_word_embeddings=True, **layers), torch.float32)
+    with pytest.raises(ConfigError, match="its files lack the weight"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize("keys, sentence", [
+    ({"vocab_size": 700}, "the weight model.embed_tokens.weight has the size [496, 192] in the model's files, but [700, 192] by its"),
+    ({"intermediate_size": 64}, "and 5 others; use the config.json that belongs to the weights"),
+    ({"pad_token_id": 9_999}, "Padding_idx must be within num_embeddings"),
+    ({"hidden_act": "nope"}, "KeyError: 'nope'"),
+    ({"num_attention_heads": 0}, "ZeroDivisionError: integer division or modulo by zero"),
+])  # fmt: skip
+def test_attack_1_a_configuration_that_does_not_fit_the_weights_is_a_sentence(model, keys, sentence):
+    with pytest.raises(ConfigError, match=re.escape(sentence)) as error:
+        load_base_model(model[1](**keys), torch.float32)
+    assert str(error.value).startswith(f"model.path is {str(model[0])!r}, and it cannot be loaded: ")
+
+
+def test_attack_1_running_out_of_memory_is_no_mistake_of_the_configuration(model, monkeypatch):
+    def refuse(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("grpo_core.model.base_model.AutoModelForCausalLM.from_pretrained", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_base_model(model[1](), torch.float32)
+
+
+def test_attack_1_weights_that_are_not_used_and_heads_that_are_not_tied_are_named(model, capsys):
+    folder, change = model
+    load_base_model(change(), torch.float32)
+    assert capsys.readouterr().out == ""
+    load_base_model(change(num_hidden_layers=1, layer_types=["full_attention"]), torch.float32)
+    assert "note: the model does not use 12 weights of its files, such as model.layers.1.input" in capsys.readouterr().out
+    change(num_hidden_layers=2, layer_types=["full_attention"] * 2)
+    change_weights(folder, lambda weights: {**weights, "lm_head.weight": weights["model.embed_tokens.weight"] * 2})
+    load_base_model(change(), torch.float32)
+    assert "ties the head to the embeddings (tie_word_embeddings), but its files hold a head" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("ids, bad", [(-1, -1), (496, 496), ([1, 99_999], 99_999)])
+def test_attack_1_an_end_of_sequence_token_that_the_model_cannot_draw_is_refused(model, file, ids, bad):
+    folder, change = model
+    config = change(file, eos_token_id=ids)
+    sentence = f"eos_token_id in the model's {file} is {bad}; the model's token ids are 0 to 495"
+    if file == "config.json":
+        with pytest.raises(ConfigError, match=re.escape(sentence)):
+            prepare(RunConfig(model=config))
+    policy = load_policy(config, LoraConfig(r=0), dtype=torch.float32, temperature=1.0)
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        find_eos_ids(policy.causal_lm, load_tokenizer(str(folder)))
+
+
+def test_attack_1_a_tokenizer_with_more_tokens_than_embeddings_is_refused_for_a_sample_too(model):
+    folder, _ = model
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ConfigError, match="the tokenizer has token ids up to 496, but the model has only 496 embeddings"):
+        open_source(str(folder))
+
+
+def test_attack_1_an_error_whose_first_line_ends_with_a_colon_is_told_whole(model):
+    with pytest.raises(ConfigError, match="Validation error for field 'hidden_size': .*'wide'"):
+        load_model_config(model[1](hidden_size="wide"))
+    assert first_line(ValueError("a:\n\n  b\nc")) == "a: b" and first_line(ValueError("a\nb")) == "a"
+    assert first_line(ValueError()) == "ValueError"
+
+
+FIRST = "model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (lambda weights: {}, f"its files lack the weight {FIRST} and 7 others"),
+    (lambda weights: {k: v for k, v in weights.items() if FIRST not in k}, f"its files lack the weight {FIRST}"),
+    (lambda weights: {k.replace("base_model.", "other."): v for k, v in weights.items()}, f"its files lack the weight {FIRST} and 7 others"),
+    (lambda weights: {**weights, "base_model.model.model.layers.7.x.lora_A.weight": torch.ones(1)}, "the model has no place for the weight model.layers.7.x.lora_A.weight"),
+], ids=["empty", "one", "names", "more"])  # fmt: skip
+def test_attack_1_an_adapter_that_is_loaded_in_part_is_refused(tmp_path, change, sentence):
+    folder, lora = tmp_path / "adapter", LoraConfig(target_modules=["q_proj", "v_proj"])
+    policy = load_policy(ModelConfig(), lora, dtype=torch.float32, temperature=1.0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.normal_()
+    policy.save(folder)
+    restored = load_policy(ModelConfig(), lora, dtype=torch.float32, temperature=1.0, adapter=folder)
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), restored.parameters(), strict=True))
+    assert all(parameter.requires_grad for parameter in restored.parameters())
+    change_weights(folder, change, "adapter_model.safetensors")
+    whole = f"the adapter in {folder} does not fit the model builtin:tiny: {sentence}"
+    with pytest.raises(ConfigError, match=re.escape(whole) + "$"):
+        load_policy(ModelConfig(), lora, dtype=torch.float32, temperature=1.0, adapter=folder)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """Write an adapter of the built-in model; return its folder and a function that sets the base that it names."""
+    folder = tmp_path / "adapter"
+    load_policy(ModelConfig(), LoraConfig(target_modules=["q_proj"]), dtype=torch.float32, temperature=1.0).save(folder)
+
+    def name_base(base):
+        values = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**values, "base_model_name_or_path": base}))
+
+    return folder, name_base
+
+
+def test_attack_1_an_adapter_of_a_built_in_model_opens_in_every_folder(adapter, tmp_path, monkeypatch):
+    folder, name_base = adapter
+    monkeypatch.chdir(tmp_path)
+    for base in ("grpo_core/builtin/tiny", "/nowhere/grpo_core/builtin/tiny"):
+        name_base(base)
+        assert open_source(str(folder)).config.model.path == "builtin:tiny"
+    name_base("elsewhere/tiny/model")
+    with pytest.raises(ConfigError, match="model.path is 'elsewhere/tiny/model': there is no folder"):
+        open_source(str(folder))
+    assert open_source(str(folder), ["model.path=builtin:tiny"]).has_adapter
+
+
+@pytest.mark.parametrize("base", [None, "", 3])
+def test_attack_1_an_adapter_that_names_no_base_is_a_sentence(adapter, base):
+    folder, name_base = adapter
+    name_base(base)
+    with pytest.raises(ConfigError, match="names no base model .base_model_name_or_path.; set model.path"):
+        open_source(str(folder))
+    assert open_source(str(folder), ["model.path=builtin:tiny"]).has_adapter
+
+
+def test_attack_1_an_adapter_keeps_its_base_beside_a_configuration_file(adapter, model, tmp_path):
+    folder, name_base = adapter
+    name_base(str(model[0]))
+    file = tmp_path / "other.yaml"
+    file.write_text("model: {path: builtin:tiny}\nsampling: {max_new_tokens: 7}\n")
+    opened = open_source(str(folder), config=file)
+    assert opened.config.model.path == str(model[0]) and opened.config.sampling.max_new_tokens == 7
+    assert open_source(str(folder), ["model.path=builtin:tiny"], config=file).config.model.path == "builtin:tiny"
