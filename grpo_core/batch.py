@@ -33,6 +33,7 @@ class Task:
     columns: dict[str, Any]  # the data columns, which the rewards may read
     seed: Key = UNSEEDED  # key of the completions; in training (purpose, run seed, step, position)
     eval_set: str = ""  # name of its set in evaluation.sets
+    teacher_prompt_ids: list[int] | None = None  # with teacher.prompt, the prompt that the teacher sees
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,9 @@ class Frozen:
     logprobs: Tensor | None = None  # [B, C] before the first update; these three are for advantages that ask for them
     entropy: Tensor | None = None  # [B, C]
     sum_p_squared: Tensor | None = None  # [B, C]
+    teacher_logprobs: Tensor | None = None  # [B, C]; None when nothing reads them
+    teacher_prompt_ids: Tensor | None = None  # [B, P'] the teacher's prompts; None: they are the policy's
+    teacher_prompt_mask: Tensor | None = None  # [B, P'] bool
 
     def with_advantages(self, advantages: Tensor, rewards: Tensor | None = None) -> TrainBatch:
         """Return the batch of the update; `advantages` [N, G], [N, G, C], [B, 1] or [B, C], `rewards` [N, G]."""
@@ -120,6 +124,9 @@ class Frozen:
             self.old_logprobs,
             self.ref_logprobs,
             rewards,
+            self.teacher_logprobs,
+            self.teacher_prompt_ids,
+            self.teacher_prompt_mask,
         )
 
 
@@ -134,11 +141,14 @@ class TrainBatch:
     old_logprobs: Tensor | None = None  # [B, C]; None if the batch is used once: they equal the policy's
     ref_logprobs: Tensor | None = None  # [B, C]; None if nothing reads them
     shaped_rewards: Tensor | None = None  # [B, 1], from which the advantages were computed; NaN: none
+    teacher_logprobs: Tensor | None = None  # [B, C]; None if nothing reads them
+    teacher_prompt_ids: Tensor | None = None  # [B, P'] the teacher's prompts; None: they are the policy's
+    teacher_prompt_mask: Tensor | None = None  # [B, P'] bool
 
     def __post_init__(self) -> None:
         shape = self.rollouts.completion_ids.shape
         assert self.advantages.shape in ((len(self.rollouts), 1), shape) and self.loss_mask.shape == shape
-        rest = (self.surrogate_mask, self.old_logprobs, self.ref_logprobs)
+        rest = (self.surrogate_mask, self.old_logprobs, self.ref_logprobs, self.teacher_logprobs)
         assert all(x is None or x.shape == shape for x in rest)
 
     def __len__(self) -> int:

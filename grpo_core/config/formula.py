@@ -14,7 +14,7 @@ from grpo_core.config.sections import RunConfig
 from grpo_core.counts import name_interval, quantify
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
-from grpo_core.objective.kl import KLS
+from grpo_core.objective.kl import KLS, TEACHER_KLS
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rejections import REJECTIONS
 from grpo_core.objective.token_weights import AVERAGES
@@ -27,6 +27,7 @@ l, l_old, l_ref, l_roll   log-prob of a token: now, before the step's first upda
 r, R                      exp(l - l_old) of a token; exp of its mean over a completion
 v                         exp(l_old - l_roll)
 d                         l_ref - l
+l_teacher                 log-prob of a token under the teacher
 A                         advantage of the completion; in the formula of A, r is the reward
 sg                        stop-gradient
 n_i                       tokens of completion i; tokens and completions are those of the whole optimizer step"""
@@ -65,13 +66,17 @@ def render(config: RunConfig) -> str:
             rows.append(("", f"its coefficient starts at {start} and {change}"))
     advantage = config.advantage
     tied = f"; 0 where std < {_format_number(advantage.min_group_std)}" if advantage.min_group_std else ""
-    rows.append(("A", f"{_fill_formula(ADVANTAGES, advantage.name, advantage.args)}{tied}    ({advantage.name})"))
+    formula, teacher = f"{_fill_formula(ADVANTAGES, advantage.name, advantage.args)}{tied}    ({advantage.name})", ""
+    if config.teacher.exists and config.teacher.coef:
+        teacher = f"{_format_number(config.teacher.coef)} (l_teacher - l_old) of each token"
+    rows.append(("A", " + ".join(filter(None, [formula if config.rewards else "", teacher])) or formula))
+    rows += _describe_teacher(config)
     rewards = " + ".join(
         f"{_format_number(reward.weight)} {reward.name}{_render_arguments(reward.args)}" for reward in config.rewards
     )
     if loss.kl_coef and loss.kl_in == "reward":
         rewards += f" - {_format_number(loss.kl_coef)} sum_t KL"
-    rows.append(("reward", rewards))
+    rows.append(("reward", rewards or "none"))
     truncation = _fill_formula(
         TRUNCATIONS, config.truncation.name, config.truncation.args, config.sampling.max_new_tokens
     )
@@ -95,6 +100,8 @@ def _render_sum(config: RunConfig) -> str:
     token = " ".join(factors)
     if loss.kl_coef and loss.kl_in == "loss":
         token = f"({token} + {_format_number(loss.kl_coef)} KL)"
+    if config.teacher.exists and config.teacher.kl and config.teacher.kl_coef:
+        token = f"({token} + {_format_number(config.teacher.kl_coef)} KL_teacher)"
     bonus = loss.entropy_coef or loss.entropy_target is not None
     return f"sum over tokens of {token} * weight" + (f", - {_format_number(loss.entropy_coef)} H" if bonus else "")
 
@@ -176,6 +183,20 @@ def _format_number(value: Any) -> str:
 
 def _render_arguments(args: dict[str, Any]) -> str:
     return f"({', '.join(f'{name}={value}' for name, value in args.items())})" if args else ""
+
+
+def _describe_teacher(config: RunConfig) -> list[tuple[str, str]]:
+    """Return the rows about the teacher: its KL over the vocabulary, and what it is."""
+    teacher = config.teacher
+    if not teacher.exists:
+        return []
+    model = teacher.path or ("the policy's base" if teacher.adapter else "the policy itself")
+    adapter = f" with the adapter {teacher.adapter}" if teacher.adapter else ""
+    prompt = ", with a prompt of its own (teacher.prompt)" if teacher.prompt else ""
+    rows = [("teacher", f"{model}{adapter}{prompt}")]
+    if teacher.kl and teacher.kl_coef:
+        rows.insert(0, ("KL_teacher", f"{get_formula(TEACHER_KLS[teacher.kl])}    ({teacher.kl})"))
+    return rows
 
 
 def _describe_reference(config: RunConfig) -> str:

@@ -68,7 +68,10 @@ class Inputs:
         return [*in_order[len(self.positional) :], *keyword_only]
 
 
-OF_TOKENS = ("completion_mask", "logprobs", "rollout_logprobs", "ref_logprobs", "entropy", "sum_p_squared")
+OF_TOKENS = (
+    *("completion_mask", "logprobs", "rollout_logprobs", "ref_logprobs", "teacher_logprobs", "entropy"),
+    "sum_p_squared",
+)
 LOSS_INPUTS = Inputs(
     (
         "logprobs",  # [B, C] of the policy, with gradient
@@ -79,6 +82,7 @@ LOSS_INPUTS = Inputs(
     (
         "rollout_logprobs",  # [B, C] of the sampler
         "ref_logprobs",  # [B, C] of the reference; costs a forward
+        "teacher_logprobs",  # [B, C] of the teacher (the section teacher); costs a forward of it
         "entropy",  # [B, C] of the policy, in nats, without gradient
         "sum_p_squared",  # [B, C] sum over the vocabulary of the policy's squared probabilities, without gradient
         "rewards",  # [B, 1] as they enter the advantages; NaN where a completion has none
@@ -100,6 +104,7 @@ ADVANTAGE_INPUTS = Inputs(
         "logprobs",  # [N, G, C] of the policy before this step's first update; costs a forward, as the rest does
         "rollout_logprobs",  # [N, G, C]; costs nothing
         "ref_logprobs",  # [N, G, C]
+        "teacher_logprobs",  # [N, G, C]
         "entropy",  # [N, G, C]
         "sum_p_squared",  # [N, G, C]
     ),

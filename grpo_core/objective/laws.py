@@ -290,6 +290,7 @@ def call(loss_fn: Callable, logprobs: Tensor, old: Tensor, advantages: Tensor, m
     made_up = {
         "rollout_logprobs": old,
         "ref_logprobs": old - 0.1,
+        "teacher_logprobs": old + 0.1,
         "entropy": -old.detach(),
         "sum_p_squared": old.detach().exp(),
         "rewards": (advantages[:, :1] > 0).to(old.dtype),

@@ -32,8 +32,9 @@ def freeze(
 ) -> Frozen:
     """Return the rollouts with their masks and log-probs; `trained` [N, G] bool are the completions to train (all).
 
-    Old log-probs cost a forward only where several optimizer steps share the batch (with one, the ratio is 1), or where
-    the advantages ask for something of the policy. Reference log-probs cost one only where something reads them.
+    Old log-probs cost a forward only where several optimizer steps share the batch (with one, the ratio is 1), where
+    the advantages ask for something of the policy, or where a teacher's log-probs are compared with them. Reference
+    log-probs cost one only where something reads them.
     """
     rollouts = replace(rollouts, completions=())  # the loss reads no text
     mask = rollouts.completion_mask
@@ -41,7 +42,8 @@ def freeze(
         mask = mask & trained.reshape(-1, 1).to(mask.device)
     reused = objective.steps_per_batch > 1
     own = surrogate_mask = ref_logprobs = None
-    asked = OF_THE_POLICY & (objective.advantage_needs | ({"logprobs"} if objective.rejects else set()))
+    needs_logprobs = objective.rejects or objective.needs_teacher
+    asked = OF_THE_POLICY & (objective.advantage_needs | ({"logprobs"} if needs_logprobs else set()))
     if reused or objective.top_entropy < 1 or asked:
         own = forward_all(policy, budget, rollouts)
         if objective.top_entropy < 1:
