@@ -193,9 +193,8 @@ def describe_group(config: RunConfig, policy: Policy, tokenizer: PreTrainedToken
         by_name = ", ".join(f"{name} {float(values[0, i]):.4g}" for name, values in scores.by_name.items())
         truncated = ", truncated" if rollouts.truncated[i] else ""
         ellipsis = " ..." if len(text) > MAX_SHOWN_CHARACTERS else ""
-        lines += [
-            f"({i + 1})  reward {float(scores.rewards[0, i]):.4g} ({by_name}), {quantify(length, 'token')}{truncated}"
-        ]
+        reward = f"reward {float(scores.rewards[0, i]):.4g} ({by_name}), " if by_name else ""
+        lines += [f"({i + 1})  {reward}{quantify(length, 'token')}{truncated}"]
         lines += [f"     {line}" for line in f"{printable(text[:MAX_SHOWN_CHARACTERS])}{ellipsis}".splitlines()]
     scored = scores.rewards[~scores.rewards.isnan()]
     if len(scored) and scored.max() == scored.min():

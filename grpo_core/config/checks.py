@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grpo_core.batch import SamplingParams
 from grpo_core.config.sections import RunConfig
-from grpo_core.config.teacher_checks import asks_for_teacher, check_teacher
+from grpo_core.config.teacher_checks import HOW_TO_SET, asks_for_teacher, check_teacher
 from grpo_core.objective.advantages import ADVANTAGES, compute_advantages
 from grpo_core.objective.corrections import CORRECTIONS
 from grpo_core.objective.diagnostics import describe_wrong_diagnostics, find_not_finite
@@ -221,7 +221,8 @@ def _check_rewards(config: RunConfig) -> None:
         _check_takes_completions(reward.name, function)
     is_taught = config.teacher.trains or asks_for_teacher(config)
     if len({reward.name for reward in config.rewards}) < len(config.rewards) or not (config.rewards or is_taught):
-        raise ConfigError("rewards must name at least one reward (only with a teacher none), and none of them twice")
+        hint = "" if config.rewards else f"; only with a teacher there may be none: {HOW_TO_SET}"
+        raise ConfigError(f"rewards must name at least one reward, and none of them twice{hint}")
     names = {reward.name for reward in config.rewards}
     for i, reward in enumerate(config.rewards):
         for suffix in ("_std", "_square"):  # of metrics of the other reward

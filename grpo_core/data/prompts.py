@@ -122,7 +122,7 @@ def is_text(value: Any) -> bool:
     return isinstance(value, (str, int)) and not isinstance(value, bool)
 
 
-def list_template_fields(template: str) -> list[str]:
+def list_template_fields(template: str, key: str = "the template") -> list[str]:
     """Return the column names in a template.
 
     Raises:
@@ -131,7 +131,7 @@ def list_template_fields(template: str) -> list[str]:
     try:
         return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise ConfigError(f"the template {template!r} is malformed: {error}") from None
+        raise ConfigError(f"{key} {template!r} is malformed: {error}") from None
 
 
 def _rename_columns(rows: Sequence[Row], columns: dict[str, str]) -> list[Row]:
@@ -194,7 +194,7 @@ def _check_template_columns(
     rows: Sequence[Row], places: Sequence[str], template: str, key: str = "data.template"
 ) -> None:
     """Check that the columns that the template uses hold text or a number in every row."""
-    for name in list_template_fields(template):
+    for name in list_template_fields(template, key):
         if name not in rows[0]:
             raise ConfigError(f"{key} uses {{{name}}}, but the data has the columns {', '.join(rows[0])}")
         for place, row in zip(places, rows, strict=True):

@@ -29,7 +29,7 @@ def ask_teacher(run: Run, tasks: Sequence[Task], frozen: Frozen, stats: Stats) -
     with run.log.phase("teacher"):
         frozen = replace(frozen, **make_teacher_prompts(tasks, frozen.rollouts))
         own_bytes = sum(p.numel() * p.element_size() for _, p in run.teacher.own_parameters())
-        stats.add_max("teacher_weights_gb", torch.tensor(own_bytes / 1e9, device="cpu"))
+        stats.add_max("teacher_weights_gb", torch.tensor(own_bytes / 1e9, dtype=torch.double, device="cpu"))
         if not run.objective.needs_teacher:
             return frozen
         with run.teacher.active() as model:
