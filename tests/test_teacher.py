@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fakes import EOS, VOCAB, Alphabet, ragged_rollouts, tiny_policy, with_objective
+from fakes import VOCAB, Alphabet, ragged_rollouts, tiny_policy, with_objective
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from safetensors.torch import load_file
 from test_loop import make_run, rows
 
-from grpo_core.batch import Rollouts, take
+from grpo_core.batch import Rollouts
 from grpo_core.config.files import load
 from grpo_core.config.sections import RewardConfig, RunConfig, TeacherConfig, use_supervised_objective
 from grpo_core.model.memory import Budgets
@@ -27,11 +27,11 @@ from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.scoring import score
 from grpo_core.training import checkpoint
-from grpo_core.training.distillation import add_teacher_advantages, ask_teacher, compute_teacher_states, show_teacher
+from grpo_core.training.distillation import add_teacher_advantages, ask_teacher, compute_teacher_states
 from grpo_core.training.freeze import freeze
 from grpo_core.training.prepare import build_objective
 from grpo_core.training.trainer import train
-from grpo_core.training.update import accumulate_gradients, forward_with_gradient, micro_loss, rows_to_train
+from grpo_core.training.update import accumulate_gradients, rows_to_train
 
 HINT = [3, 3, 14]  # what the teacher's prompts have in front
 

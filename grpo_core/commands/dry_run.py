@@ -69,8 +69,8 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
     first = TaskStream(tasks, config.prompts_per_step, config.seed).batch(0)[0]
     yield "First prompt, as the model receives it\n" + _indent(describe_prompt(first, tokenizer))
     if first.teacher_prompt_ids:
-        shown = replace(first, prompt_ids=first.teacher_prompt_ids)
-        yield "The same prompt, as the teacher receives it\n" + _indent(describe_prompt(shown, tokenizer))
+        teacher_task = replace(first, prompt_ids=first.teacher_prompt_ids)
+        yield "The same prompt, as the teacher receives it\n" + _indent(describe_prompt(teacher_task, tokenizer))
     with show_elapsed("loading the model"):
         policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
         teacher = load_teacher(config, policy, dtype, ranks.device())

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_core.config.sections import RunConfig
+from grpo_core.config.teacher_checks import asks_for_teacher
 from grpo_core.counts import name_interval, quantify
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
@@ -64,13 +65,7 @@ def render(config: RunConfig) -> str:
             start, target = _format_number(loss.entropy_coef), _format_number(loss.entropy_target)
             change = f"adapts to an entropy of {target}, by {_format_number(loss.entropy_delta)} a step"
             rows.append(("", f"its coefficient starts at {start} and {change}"))
-    advantage = config.advantage
-    tied = f"; 0 where std < {_format_number(advantage.min_group_std)}" if advantage.min_group_std else ""
-    formula, teacher = f"{_fill_formula(ADVANTAGES, advantage.name, advantage.args)}{tied}    ({advantage.name})", ""
-    if config.teacher.exists and config.teacher.coef:
-        teacher = f"{_format_number(config.teacher.coef)} (l_teacher - l_old) of each token"
-    rows.append(("A", " + ".join(filter(None, [formula if config.rewards else "", teacher])) or formula))
-    rows += _describe_teacher(config)
+    rows += [("A", _describe_advantage(config)), *_describe_teacher(config)]
     rewards = " + ".join(
         f"{_format_number(reward.weight)} {reward.name}{_render_arguments(reward.args)}" for reward in config.rewards
     )
@@ -183,6 +178,17 @@ def _format_number(value: Any) -> str:
 
 def _render_arguments(args: dict[str, Any]) -> str:
     return f"({', '.join(f'{name}={value}' for name, value in args.items())})" if args else ""
+
+
+def _describe_advantage(config: RunConfig) -> str:
+    """Return the formula of the advantage: that of the rewards, if there are any, and the teacher's part."""
+    advantage, terms = config.advantage, []
+    if config.rewards or asks_for_teacher(config):
+        tied = f"; 0 where std < {_format_number(advantage.min_group_std)}" if advantage.min_group_std else ""
+        terms.append(f"{_fill_formula(ADVANTAGES, advantage.name, advantage.args)}{tied}    ({advantage.name})")
+    if config.teacher.exists and config.teacher.coef:
+        terms.append(f"{_format_number(config.teacher.coef)} (l_teacher - l_old) of each token")
+    return " + ".join(terms) or "0"
 
 
 def _describe_teacher(config: RunConfig) -> list[tuple[str, str]]:

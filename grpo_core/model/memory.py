@@ -113,15 +113,15 @@ def _find_teacher_budget(config: RunConfig, policy: Policy, longest: int, rows: 
     with taught.teacher.active() as model, show_elapsed("trying what of the teacher fits into memory"):
         trial = _Trial(config, model, (taught.longest_prompt, longest), rows)
         trial.trained = sum(p.numel() for p in policy.parameters())
-        found = trial.find_max_rows(backward=False)
-        fitting = int(-ranks.all_max(torch.tensor(float(-found), device="cpu")))
-        if fitting == 0:
+        own_rows = trial.find_max_rows(backward=False)
+        max_rows = int(-ranks.all_max(torch.tensor(float(-own_rows), device="cpu")))
+        if max_rows == 0:
             raise ConfigError(
                 f"the teacher's forward of one completion of {quantify(longest, 'token')} after a prompt of "
                 f"{quantify(taught.longest_prompt, 'token')} does not fit into the GPU's memory; choose a smaller "
                 f"teacher, or lower sampling.max_new_tokens or data.max_prompt_tokens"
             )
-        return trial.budget_of(fitting)
+        return trial.budget_of(max_rows)
 
 
 class _Trial:

@@ -41,13 +41,12 @@ def ask_teacher(run: Run, tasks: Sequence[Task], frozen: Frozen, stats: Stats) -
 
 def make_teacher_prompts(tasks: Sequence[Task], rollouts: Rollouts) -> dict[str, Tensor]:
     """Return the prompts that the teacher sees, by field of `Frozen`; none if they are the policy's."""
-    prompts = [task.teacher_prompt_ids for task in tasks]
-    shown = [prompt for prompt in prompts if prompt is not None]
-    if not shown:
+    prompts = [task.teacher_prompt_ids for task in tasks if task.teacher_prompt_ids is not None]
+    if not prompts:
         return {}
-    assert len(shown) == len(prompts)
+    assert len(prompts) == len(tasks)
     repeats, device = len(rollouts) // len(tasks), rollouts.completion_ids.device
-    ids, mask = (x.repeat_interleave(repeats, dim=0) for x in pad_left(shown, 0, device))
+    ids, mask = (x.repeat_interleave(repeats, dim=0) for x in pad_left(prompts, 0, device))
     return {"teacher_prompt_ids": ids, "teacher_prompt_mask": mask}
 
 
