@@ -15,7 +15,9 @@ from test_loop import make_run, rows
 
 from grpo_core.batch import Rollouts
 from grpo_core.config.files import load
-from grpo_core.config.sections import RewardConfig, RunConfig, TeacherConfig, use_supervised_objective
+from grpo_core.config.sections import DataConfig, RewardConfig, RunConfig, TeacherConfig, use_supervised_objective
+from grpo_core.data.prompts import encode_teacher_prompts, make_tasks
+from grpo_core.model.logprobs import TeacherStates
 from grpo_core.model.memory import Budgets
 from grpo_core.model.packing import Budget
 from grpo_core.model.teacher import TEACHER_ADAPTER, Teacher, _check_same_vocabulary, load_teacher
@@ -179,6 +181,27 @@ def test_a_teacher_that_is_the_policy_changes_nothing_to_the_last_bit(tmp_path):
     assert prepared(copied)[0].advantages.abs().max() < 1e-5  # another model with equal weights: to rounding
 
 
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_a_model_of_its_own_is_loaded_frozen_at_the_policys_temperature(tmp_path, with_adapter):
+    plain = saved_adapter(tmp_path / "adapter")
+    base = tiny_policy().model.unload()
+    base.save_pretrained(tmp_path / "base")
+    settings = TeacherConfig(path=str(tmp_path / "base"), adapter=str(tmp_path / "adapter") if with_adapter else None)
+    policy = tiny_policy(lora_noise=0.1, temperature=0.7)
+    teacher = load_teacher(RunConfig(teacher=settings), policy, torch.float32, torch.device("cpu"))
+    assert not teacher.shares_policy and not [name for name, p in teacher.own_parameters() if p.requires_grad]
+    assert len(teacher.own_parameters()) == len([*teacher.policy.model.parameters()]) > 0
+    run = taught_run(tmp_path / "run", teacher, policy, settings=replace(settings, kl="reverse"))
+    batch, _, _ = prepared(run)
+    with torch.no_grad():
+        found = tables(plain if with_adapter else base, own_prompts(batch.rollouts), batch.rollouts, 0.7)
+    torch.testing.assert_close(batch.teacher_logprobs, of_drawn(found, batch.rollouts), atol=2e-5, rtol=1e-5)
+    states = compute_teacher_states(run, batch)
+    again = (states.lm_head(states.hidden) / states.temperature).log_softmax(-1)
+    torch.testing.assert_close(again[batch.rollouts.completion_mask], torch.cat(found), atol=2e-5, rtol=1e-5)
+    assert not states.hidden.requires_grad
+
+
 @pytest.mark.parametrize("token_advantages", [False, True])
 def test_it_is_added_to_the_rewards_advantage_on_trained_tokens(tmp_path, token_advantages):
     run = taught_run(tmp_path, settings=TeacherConfig(path="x", coef=0.25))
@@ -277,6 +300,17 @@ def test_logits_beyond_the_policys_vocabulary_are_left_out(tmp_path):
     packing = next(iter(run.policy.plan(batch.rollouts)))
     values = [run.policy.forward(batch.rollouts, packing, teacher=x).teacher_divergence for x in (narrow, wide)]
     assert torch.equal(*values)
+
+
+def test_each_model_has_its_own_temperature():
+    """Models whose logits are multiples of their head's output need one each for the same distribution."""
+    head = torch.nn.Linear(4, 6, bias=False)
+    hidden, other = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    states = TeacherStates(other, head, 0.5, kl_exact)
+    places = torch.tensor([4, 1])
+    values = states.divergence(hidden.flatten(0, 1)[places], head, places, temperature=0.7, chunk_size=1)
+    p, q = (head(hidden) / 0.7).log_softmax(-1), (head(other) / 0.5).log_softmax(-1)
+    torch.testing.assert_close(values, (p.exp() * (p - q)).sum(-1).flatten()[places])
 
 
 # --- what stays fixed -----------------------------------------------------------------------------------------------
@@ -433,6 +467,27 @@ def test_without_rewards_a_score_is_none(tmp_path):
     tasks = make_run(tmp_path).tasks.batch(0)
     scores = score([], tasks, 8 * 4 * ["x"], 8)
     assert scores.rewards.shape == (4, 8) and scores.rewards.isnan().all() and scores.by_name == {}
+
+
+@pytest.mark.parametrize("kind", ["template", "chat"])
+def test_the_teachers_prompt_is_made_from_the_rows_columns(kind):
+    class Words:
+        chat_template, bos_token, bos_token_id = "yes", None, None
+
+        def apply_chat_template(self, messages, **options):
+            return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
+
+        def __call__(self, texts, **options):
+            return {"input_ids": [list(map(ord, text)) for text in texts]}
+
+    data = DataConfig(prompt=kind, template="Q: {question}\n", system="Think.")
+    tasks, _ = make_tasks([{"question": "1 + 1", "answer": 2}, {"question": "2 + 2", "answer": 4}], data, Words())
+    taught = encode_teacher_prompts(tasks, "It is {answer}. {prompt}", data, Words())
+    text = "It is 4. Q: 2 + 2\n"
+    wanted = text if kind == "template" else f"<system>Think.<user>{text}<assistant>"
+    assert "".join(map(chr, taught[1].teacher_prompt_ids)) == wanted and taught[1].prompt_ids == tasks[1].prompt_ids
+    with pytest.raises(ConfigError, match=r"^teacher.prompt uses \{hint\}, but the data has the columns question, answer, prompt$"):
+        encode_teacher_prompts(tasks, "{hint}", data, Words())
 
 
 # --- configuration --------------------------------------------------------------------------------------------------
