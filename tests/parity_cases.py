@@ -9,16 +9,17 @@ from dataclasses import replace
 
 import torch
 
-from grpo_core.batch import Rollouts, TrainBatch
-from grpo_core.config.sections import LossConfig, RunConfig, SamplingConfig
+from grpo_core.batch import Frozen, Rollouts, TrainBatch
+from grpo_core.config.sections import LossConfig, RunConfig, SamplingConfig, TeacherConfig
 from grpo_core.model.policy import TokenStats
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.advantages import ADVANTAGES, center, compute_advantages
 from grpo_core.objective.kl import KLS
-from grpo_core.objective.losses import LOSSES
+from grpo_core.objective.losses import LOSSES, PolicyLoss
 from grpo_core.objective.rejections import REJECTIONS
 from grpo_core.objective.token_weights import Totals, token_weights
 from grpo_core.training.control import first_control
+from grpo_core.training.distillation import add_teacher_advantages
 from grpo_core.training.prepare import build_objective
 from grpo_core.training.update import micro_loss
 
@@ -179,8 +180,6 @@ def areal_m2po(config, t):
 
 def prime_rl_loss(config, t):
     options, mask = config["loss"], t[config["mask"]].bool()
-    if any(config.get(name) for name in ("ce_weights", "ref_kl_weights")):
-        raise NotImplementedError("ref_kl and ce")
     shared = {"adv_tau": options["adv_tau"], "kl_tau": options["kl_tau"]}
     if options["type"] == "default":
         deltas = {"delta_low": options["dppo_mask_low"], "delta_high": options["dppo_mask_high"]}
@@ -191,12 +190,37 @@ def prime_rl_loss(config, t):
     if config.get("rl_weights"):  # a token of weight 0 is not trained
         weights = t[config["rl_weights"]]
         mask = mask & (weights != 0)
-    totals = Totals(torch.tensor(float(config["rl_scale"])), torch.tensor(float(len(mask))), mask.shape[1])
-    rollout, logprobs = t["rollout_logps"], t["logps"]
-    value, gradient = loss_and_gradient(
-        loss_fn, logprobs, logprobs.detach(), rollout, t[config["advantages"]], mask, "token", totals, weights=weights
-    )
+    parts = [(loss_fn, t[config["advantages"]], mask, weights, config["rl_scale"])]
+    for name, part_fn, part_advantages in (
+        ("ref_kl", prime_rl_ref_kl, teacher_advantages(t["ref_logps"], t["logps"])),
+        ("ce", LOSSES.get("reinforce"), torch.ones(len(mask))),
+    ):
+        if config.get(f"{name}_weights"):  # of the tokens of other samples, whatever the mask says
+            weights = t[config[f"{name}_weights"]]
+            parts.append((part_fn, part_advantages, weights != 0, weights, config[f"{name}_scale"]))
+    value, gradient = 0.0, torch.zeros_like(t["logps"])
+    for part_fn, advantages, tokens, weights, scale in parts:
+        totals = Totals(torch.tensor(float(scale)), torch.tensor(float(len(mask))), mask.shape[1])
+        part_value, part_gradient = loss_and_gradient(
+            part_fn, t["logps"], t["logps"].detach(), t["rollout_logps"], advantages, tokens, "token", totals, weights=weights
+        )
+        value, gradient = value + part_value, gradient + part_gradient
     return {"loss": value, "grad": gradient}
+
+
+def prime_rl_ref_kl(logprobs, old_logprobs, advantages, completion_mask, rollout_logprobs):
+    """-keep A r + 1e-3 d^2, r = e^d, d = l - l_roll; keep does not ask for the sign of A"""
+    d = logprobs - rollout_logprobs
+    keep = (logprobs.exp() - rollout_logprobs.exp()).detach() >= -0.2
+    return PolicyLoss(-advantages * keep * d.exp() + 1e-3 * d.square())
+
+
+def teacher_advantages(teacher_logprobs, logprobs):
+    """l_teacher - l by the trainer's own function, for all tokens."""
+    everywhere = torch.ones_like(logprobs, dtype=torch.bool)
+    objective = build_objective(RunConfig(teacher=TeacherConfig(path="another")))
+    frozen = Frozen(None, everywhere, logprobs=logprobs.detach(), teacher_logprobs=teacher_logprobs)
+    return add_teacher_advantages(objective, frozen, torch.zeros(len(logprobs), 1, dtype=logprobs.dtype))
 
 
 def loss_and_gradient(loss_fn, logprobs, old, rollout, advantages, mask, average, totals, *, weights=None):

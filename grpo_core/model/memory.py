@@ -95,13 +95,18 @@ def find_budgets(
     budgets = Budgets(trial.budget_of(update_rows), trial.budget_of(forward_rows), teacher_budget)
     if fixed != "auto":
         budgets = replace(budgets, update=Budget(fixed))
-    reason = "what fits" if fixed == "auto" else "trainer.tokens_per_micro_batch"
-    notify(
+    notify(_describe_budgets(budgets, is_fixed=fixed != "auto", checkpointing=checkpointing is True))
+    return budgets
+
+
+def _describe_budgets(budgets: Budgets, *, is_fixed: bool, checkpointing: bool) -> str:
+    """Return the budgets as a line of the log."""
+    reason = "trainer.tokens_per_micro_batch" if is_fixed else "what fits"
+    return (
         f"micro-batches of up to {quantify(budgets.update.tokens, 'token')} ({reason}), "
-        f"gradient checkpointing {'on' if checkpointing is True else 'off'}, "
+        f"gradient checkpointing {'on' if checkpointing else 'off'}, "
         f"forwards without backward of up to {quantify(budgets.forward.tokens, 'token')}"
     )
-    return budgets
 
 
 def _find_teacher_budget(config: RunConfig, policy: Policy, longest: int, rows: int, taught: Taught) -> Budget:
