@@ -175,6 +175,7 @@ def test_a_teacher_that_is_the_policy_changes_nothing_to_the_last_bit(tmp_path):
     run = taught_run(tmp_path, Teacher(policy), policy, settings=TeacherConfig(prompt="{prompt}", kl="reverse"))
     batch, _, stats = prepared(run)
     assert not batch.advantages.any() and stats.reduce()["teacher_kl"] == 0
+    assert not compute_teacher_states(run, batch).hidden.requires_grad
     found, metrics = gradient(run, batch)
     assert found.abs().max() < 1e-6 and abs(metrics["teacher_kl_exact"]) < 1e-6
     copied = replace(run, teacher=Teacher(copy.deepcopy(policy), shares_policy=False))
@@ -316,6 +317,7 @@ def test_each_model_has_its_own_temperature():
 # --- what stays fixed -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 def test_steps_move_the_policy_towards_the_teacher_and_leave_the_teacher_alone(tmp_path, shared):
     policy = tiny_policy(lora_noise=0.1)
@@ -422,6 +424,7 @@ def test_tied_groups_are_trained(tmp_path):
     assert not plain.objective.learns_from_ties and not build_objective(use_supervised_objective(run.config)).has_teacher
 
 
+@pytest.mark.slow
 def test_the_split_into_micro_batches_changes_nothing(tmp_path, monkeypatch):
     """Several minibatches and passes, prompts of the teacher's own, an adapter on the head, advantages and a KL."""
     results = []
