@@ -44,7 +44,6 @@ from grpo_core.report.whole_files import write_whole
 from grpo_core.schema import ConfigError, finite_or_none, printable
 from grpo_core.training import saved_batches
 from grpo_core.training.control import Control
-from grpo_core.training.distillation import add_teacher_advantages
 from grpo_core.training.freeze import freeze, reject
 from grpo_core.training.prepare import build_objective
 from grpo_core.training.rollouts import compute_step_advantages, shape_rewards
@@ -237,10 +236,8 @@ def _rebuild_batch(
         scores = replace(dumped.scores, weights=tuple(reward.weight for reward in config.rewards))
         rewards, trained = shape_rewards(objective, policy, budget, stored.rollouts, scores, kl_coef, stats)
         frozen = freeze(policy, objective, budget, stored.rollouts, trained)
-        frozen = replace(frozen, teacher_logprobs=stored.teacher_logprobs)
+        frozen = replace(frozen, teacher_logprobs=stored.teacher_logprobs, logprobs=stored.old_logprobs)
         advantages = compute_step_advantages(objective, rewards, stored.rollouts, scores, stats, frozen)
-        of_step = replace(frozen, logprobs=stored.old_logprobs)
-        advantages = add_teacher_advantages(objective, of_step, advantages)
     batch = frozen.with_advantages(advantages, rewards)
     if not is_stored:
         batch = reject(objective, replace(frozen, logprobs=stored.old_logprobs), batch, stats)

@@ -82,10 +82,10 @@ LOSS_INPUTS = Inputs(
     (
         "rollout_logprobs",  # [B, C] of the sampler
         "ref_logprobs",  # [B, C] of the reference; costs a forward
-        "teacher_logprobs",  # [B, C] of the teacher (the section teacher); costs a forward of it
         "entropy",  # [B, C] of the policy, in nats, without gradient
         "sum_p_squared",  # [B, C] sum over the vocabulary of the policy's squared probabilities, without gradient
         "rewards",  # [B, 1] as they enter the advantages; NaN where a completion has none
+        "teacher_logprobs",  # [B, C] of the teacher (the section teacher); costs a forward of it
     ),
 )
 KL_INPUTS = Inputs(("logprobs", "ref_logprobs", "old_logprobs"))

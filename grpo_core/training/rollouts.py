@@ -21,6 +21,7 @@ from grpo_core.objective.advantages import compute_advantages, tie_small_spreads
 from grpo_core.objective.objective import Objective
 from grpo_core.registry import get_fact
 from grpo_core.scoring.scoring import Scores, score
+from grpo_core.training.distillation import add_teacher_advantages
 from grpo_core.training.run import Run
 
 
@@ -96,6 +97,8 @@ def compute_step_advantages(
 ) -> Tensor:
     """Return this rank's advantages, [N, G], or [N, G, C] where the function returns a value for each token.
 
+    With a teacher's part they are [B, C].
+
     The advantage function sees the groups of all ranks. `frozen` has the log-probs that it may ask for. Where no
     completion of the step has a reward, the advantages of the rewards are all 0, and the metric `no_reward` is 1. With
     a teacher alone no reward has a weight, and there is neither this metric nor `tied_groups`. A collective.
@@ -123,7 +126,8 @@ def compute_step_advantages(
     values = compute_advantages(objective.advantage_fn, whole[0], **inputs)
     first = ranks.rank() * len(rewards)
     own_values = values[first : first + len(rewards)].to(torch.float32)
-    return own_values if own_values.dim() == 2 else own_values[..., : rollouts.completion_ids.shape[1]]
+    own_values = own_values if own_values.dim() == 2 else own_values[..., : rollouts.completion_ids.shape[1]]
+    return own_values if frozen is None else add_teacher_advantages(objective, frozen, own_values)
 
 
 def _gather_tokens(frozen: Frozen, names: frozenset[str], group_size: int) -> dict[str, Tensor]:

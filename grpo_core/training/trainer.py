@@ -9,7 +9,7 @@ from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.alerts import Alerts
 from grpo_core.training import checkpoint, saved_batches
 from grpo_core.training.control import Control, next_control
-from grpo_core.training.distillation import add_teacher_advantages, ask_teacher
+from grpo_core.training.distillation import ask_teacher
 from grpo_core.training.evaluation import evaluate_now
 from grpo_core.training.freeze import freeze, measure_exact_kl, reject
 from grpo_core.training.rollouts import collect, compute_step_advantages, shape_rewards
@@ -40,7 +40,6 @@ def train(run: Run) -> None:
         frozen = ask_teacher(run, tasks, frozen, stats)  # the teacher's log-probs, [B, C], if there is one
         with log.phase("freeze"):
             advantages = compute_step_advantages(objective, rewards, rollouts, scores, stats, frozen)  # [N, G(, C)]
-            advantages = add_teacher_advantages(objective, frozen, advantages)
             batch = reject(objective, frozen, frozen.with_advantages(advantages, rewards), stats)
             measure_exact_kl(run, rollouts, step, stats)
         dump = saved_batches.start_dump(run, step, batch, scores)
