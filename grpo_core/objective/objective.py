@@ -48,7 +48,7 @@ class Objective:
     min_group_std: float = 0.0  # a group whose rewards spread less counts as tied
     max_new_tokens: int = 256  # length limit of a completion
     steps_per_batch: int = 1  # optimizer steps on one batch: minibatches × passes
-    has_teacher: bool = False
+    has_teacher: bool = False  # the step asks a frozen model for its log-probs (training/distillation.py)
     teacher_coef: float = 0.0  # of l_teacher - l_old in the advantage of each token
     teacher_kl_fn: Callable | None = None  # of kl.py, over the vocabulary; None: no such term
     teacher_kl_coef: float = 0.0
