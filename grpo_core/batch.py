@@ -35,6 +35,7 @@ class Task:
     columns: dict[str, Any]  # the data columns, which the rewards may read
     seed: Key = UNSEEDED  # key of the completions; in training (purpose, run seed, step, position)
     eval_set: str = ""  # name of its set in evaluation.sets
+    teacher_prompt_ids: list[int] | None = None  # with teacher.prompt, the prompt that the teacher sees
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,9 @@ class Frozen:
     logprobs: Tensor | None = None  # [B, C] before the first update; these three are there where something reads them
     entropy: Tensor | None = None  # [B, C]
     sum_p_squared: Tensor | None = None  # [B, C]
+    teacher_logprobs: Tensor | None = None  # [B, C]; None when nothing reads them
+    teacher_prompt_ids: Tensor | None = None  # [B, P'] the teacher's prompts; None: they are the policy's
+    teacher_prompt_mask: Tensor | None = None  # [B, P'] bool
 
     def with_advantages(self, advantages: Tensor, rewards: Tensor | None = None) -> TrainBatch:
         """Return the batch of the update; `advantages` [N, G], [N, G, C], [B, 1] or [B, C], `rewards` [N, G]."""
@@ -131,7 +135,10 @@ class Frozen:
             self.old_logprobs,
             self.ref_logprobs,
             rewards,
-            self.logprobs,
+            frozen_logprobs=self.logprobs,
+            teacher_logprobs=self.teacher_logprobs,
+            teacher_prompt_ids=self.teacher_prompt_ids,
+            teacher_prompt_mask=self.teacher_prompt_mask,
         )
 
 
@@ -149,11 +156,15 @@ class TrainBatch:
     frozen_logprobs: Tensor | None = None  # [B, C] before the first update, where a mask or weight needs them
     selected: Tensor | None = None  # [B, C] bool, the tokens that the loss chose among those of the optimizer step
     correction_scale: Tensor | None = None  # [B, 1], factor of the rollout correction's weights; None: 1
+    teacher_logprobs: Tensor | None = None  # [B, C]; None if nothing reads them
+    teacher_prompt_ids: Tensor | None = None  # [B, P'] the teacher's prompts; None: they are the policy's
+    teacher_prompt_mask: Tensor | None = None  # [B, P'] bool
 
     def __post_init__(self) -> None:
         shape = self.rollouts.completion_ids.shape
         assert self.advantages.shape in ((len(self.rollouts), 1), shape) and self.loss_mask.shape == shape
-        rest = (self.surrogate_mask, self.old_logprobs, self.ref_logprobs, self.frozen_logprobs, self.selected)
+        logprobs = (self.old_logprobs, self.ref_logprobs, self.frozen_logprobs, self.teacher_logprobs)
+        rest = (self.surrogate_mask, self.selected, *logprobs)
         assert all(x is None or x.shape == shape for x in rest)
 
     def __len__(self) -> int:

@@ -10,15 +10,15 @@ from dataclasses import replace
 
 import torch
 
-from grpo_core.batch import Rollouts, TrainBatch
-from grpo_core.config.sections import LossConfig, RunConfig, SamplingConfig
+from grpo_core.batch import Frozen, Rollouts, TrainBatch
+from grpo_core.config.sections import LossConfig, RunConfig, SamplingConfig, TeacherConfig
 from grpo_core.model.policy import TokenStats
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.advantages import ADVANTAGES, center, compute_advantages
 from grpo_core.objective.corrections import CORRECTIONS, sampler_distances
 from grpo_core.objective.inputs import select_tokens
 from grpo_core.objective.kl import KLS
-from grpo_core.objective.losses import LOSSES
+from grpo_core.objective.losses import LOSSES, PolicyLoss
 from grpo_core.objective.policy_loss import row_mean, token_ratio
 from grpo_core.objective.rejections import REJECTIONS
 from grpo_core.objective.returns import (
@@ -34,6 +34,7 @@ from grpo_core.objective.truncation import penalize_length, soft_overlong_penalt
 from grpo_core.random_keys import make_key
 from grpo_core.training.all_rows import look_at_all_rows
 from grpo_core.training.control import first_control, next_kl_coef
+from grpo_core.training.distillation import add_teacher_advantages
 from grpo_core.training.prepare import build_objective
 from grpo_core.training.update import micro_loss
 
@@ -362,13 +363,11 @@ def prime_rl_loss(config, t):
         loss_fn = LOSSES.build("prime_rl", {**deltas, **shared})
     else:
         loss_fn = LOSSES.build("ipo", {"threshold": options["ipo_threshold"], **shared})
-    rollout, logprobs, part = t["rollout_logps"], t["logps"], functools.partial(prime_rl_part, t)
+    logprobs, part = t["logps"], functools.partial(prime_rl_part, t)
     loss, gradient = part(loss_fn, t[config["advantages"]], mask, config.get("rl_weights"), config["rl_scale"])
     if config.get("ref_kl_weights"):  # the advantage is that of a teacher; tokens are dropped below the sampler alone
-        kept = (logprobs.exp() - rollout.exp() >= -0.2).double()
-        teacher = (t["ref_logps"] - logprobs) * kept
-        bounds = {"delta_low": math.inf, "delta_high": math.inf, "adv_tau": 1.0, "kl_tau": 1e-3}
-        value, slope = part(LOSSES.build("prime_rl", bounds), teacher, None, config["ref_kl_weights"], config["ref_kl_scale"])
+        teacher = teacher_advantages(t["ref_logps"], logprobs)
+        value, slope = part(prime_rl_ref_kl, teacher, None, config["ref_kl_weights"], config["ref_kl_scale"])
         loss, gradient = loss + value, gradient + slope
     if config.get("ce_weights"):
         ones = torch.ones_like(logprobs)
@@ -387,6 +386,21 @@ def prime_rl_part(t, loss_fn, advantages, mask, weights, scale):
     return loss_and_gradient(
         loss_fn, logprobs, logprobs.detach(), rollout, advantages, mask, "token", totals, weights=weights
     )
+
+
+def prime_rl_ref_kl(logprobs, old_logprobs, advantages, completion_mask, rollout_logprobs):
+    """-keep A r + 1e-3 d^2, r = e^d, d = l - l_roll; keep does not ask for the sign of A"""
+    d = logprobs - rollout_logprobs
+    keep = (logprobs.exp() - rollout_logprobs.exp()).detach() >= -0.2
+    return PolicyLoss(-advantages * keep * d.exp() + 1e-3 * d.square())
+
+
+def teacher_advantages(teacher_logprobs, logprobs):
+    """l_teacher - l by the trainer's own function, for all tokens."""
+    everywhere = torch.ones_like(logprobs, dtype=torch.bool)
+    objective = build_objective(RunConfig(teacher=TeacherConfig(path="another")))
+    frozen = Frozen(None, everywhere, logprobs=logprobs.detach(), teacher_logprobs=teacher_logprobs)
+    return add_teacher_advantages(objective, frozen, torch.zeros(len(logprobs), 1, dtype=logprobs.dtype))
 
 
 def prime_rl_advantage(config, t):

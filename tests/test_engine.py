@@ -10,7 +10,21 @@ from fakes import tiny_policy
 from safetensors.torch import load_file
 from test_policy import naive_logprobs
 from workers import state
-from workers.zero2 import ALL_ROWS, CHOICE, CLIP, M2, PASSES, ROWS, STEPS, TIES, run_config, step_data
+from workers.zero2 import (
+    ALL_ROWS,
+    CHOICE,
+    CLIP,
+    M2,
+    PASSES,
+    ROWS,
+    STEPS,
+    TAUGHT,
+    TEACHER,
+    TIES,
+    make_teacher,
+    run_config,
+    step_data,
+)
 
 from grpo_core.distributed import ranks
 from grpo_core.schema import ConfigError
@@ -20,6 +34,15 @@ from grpo_core.training.lr_schedule import learning_rate_schedule
 WORKERS = Path(__file__).parent / "workers"
 
 
+def naive_tables(policy, rollouts):
+    """The log-probs of all next tokens, one row at a time."""
+    found = []
+    for i in range(len(rollouts)):
+        prompt, ids = rollouts.prompt_ids[i][rollouts.prompt_mask[i]], rollouts.completion_ids[i][rollouts.completion_mask[i]]
+        found.append(policy.model(torch.cat([prompt, ids])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1))
+    return found
+
+
 def plain_adamw(average):
     """The same updates with nothing of grpo_core's trainer, losses, weights or engine in them."""
     policy = tiny_policy(lora_noise=0.1)
@@ -27,7 +50,8 @@ def plain_adamw(average):
     optimizer = torch.optim.AdamW(
         parameters, lr=1e-2, weight_decay=0.1, eps=1e-6
     )  # 1e-8 would magnify rounding where a gradient is 0
-    norms, losses, kl_coef = [], [], 0.0 if average in (TIES, ALL_ROWS) else 0.5
+    norms, losses, kl_coef = [], [], 0.0 if average in (TIES, ALL_ROWS, TAUGHT) else 0.5
+    teacher = make_teacher().policy
     for step in range(STEPS):
         rollouts, advantages = step_data(step, average)
         mask, lengths = rollouts.completion_mask, rollouts.completion_mask.sum(1)
@@ -35,18 +59,26 @@ def plain_adamw(average):
             old = naive_logprobs(policy, rollouts)
             with policy.model.disable_adapter():
                 ref = naive_logprobs(policy, rollouts)
+            advantages = advantages[:, None].expand_as(old)
+            if average == TAUGHT:
+                advantages = advantages + TEACHER.coef * (naive_logprobs(teacher, rollouts) - old)
+                their_tables = naive_tables(teacher, rollouts)
         step_norms, step_losses = [], []
         for _ in range(PASSES):
             new = naive_logprobs(policy, rollouts)
             terms, factor, tokens = [], torch.ones_like(new), int(mask.sum())
+            own_tables = naive_tables(policy, rollouts) if average == TAUGHT else []
             if average == ALL_ROWS:
-                factor, tokens = choose(new.detach(), old, rollouts.rollout_logprobs, advantages, mask)
+                factor, tokens = choose(new.detach(), old, rollouts.rollout_logprobs, advantages[:, 0], mask)
             for i in range(ROWS):
-                n, a = int(lengths[i]), advantages[i]
+                n = int(lengths[i])
+                a = advantages[i, :n]
                 ratio = (new[i, :n] - old[i, :n]).exp()
                 clipped = ratio.clamp(1 - CLIP["clip_low"], 1 + CLIP["clip_high"])
                 d = ref[i, :n] - new[i, :n]
                 per_token = -torch.min(ratio * a, clipped * a) + kl_coef * (d.exp() - d - 1)
+                if average == TAUGHT:
+                    per_token = per_token + TEACHER.kl_coef * (own_tables[i].exp() * (own_tables[i] - their_tables[i])).sum(-1)
                 over = {"sequence": n * ROWS, "constant": ROWS * 9}.get(average, tokens)
                 terms.append((per_token * factor[i, :n]).sum() / over)
             loss = torch.stack(terms).sum()
@@ -79,7 +111,7 @@ def choose(new, old, sampled, advantages, mask):
     return factor, len(places)
 
 
-SIZES = {"sequence": (1, 30, 1000), "token": (30,), "constant": (40,), TIES: (1, 50), ALL_ROWS: (1, 50)}
+SIZES = {"sequence": (1, 30, 1000), "token": (30,), "constant": (40,), TIES: (1, 50), ALL_ROWS: (1, 50), TAUGHT: (1, 30, 1000)}
 
 
 def on_two(worker, *arguments):

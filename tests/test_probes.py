@@ -13,6 +13,7 @@ from test_config import TINY
 
 from grpo_core.config.files import load
 from grpo_core.model import logprobs, memory, policy
+from grpo_core.model.teacher import Teacher
 from grpo_core.schema import ConfigError
 
 WORDS = ["sampling.group_size=2", "lora.dropout=0.5"]
@@ -113,6 +114,26 @@ def test_law_13_budgets_leave_no_trace(gpu):
     budgets = memory.find_budgets(load(TINY, WORDS), own, (5, 6), 4, lambda sentence: None)
     assert budgets.update.tokens == budgets.forward.tokens > 5
     assert [name for name, value in describe(own.model).items() if not is_equal(before[name], value)] == []
+
+
+@pytest.mark.parametrize("own_model", [False, True])
+def test_law_13_budgets_with_a_teacher_leave_no_trace_and_hold_its_longer_prompts(gpu, own_model, monkeypatch):
+    own, seen = careless_policy(), []
+    teacher = Teacher(tiny_policy(seed=1), shares_policy=False) if own_model else Teacher(own)
+    config = load(TINY, [*WORDS, "teacher.prompt={prompt}", "teacher.kl=forward"])
+    states = Teacher.states
+    monkeypatch.setattr(Teacher, "states", lambda self, rollouts, *rest: seen.append(rollouts) or states(self, rollouts, *rest))
+    before = describe(own.model)
+    budgets = memory.find_budgets(config, own, (5, 6), 4, lambda sentence: None, memory.Taught(teacher, 9))
+    assert budgets.teacher.tokens == budgets.forward.tokens + 2 * 4  # of two groups
+    assert {rollouts.prompt_ids.shape[1] for rollouts in seen} == {9} and seen
+    assert [name for name, value in describe(own.model).items() if not is_equal(before[name], value)] == []
+
+
+def test_law_13_a_teacher_that_does_not_fit_is_said(gpu):
+    teacher = Teacher(careless_policy(torch.OutOfMemoryError("out of memory")), shares_policy=False)
+    with pytest.raises(ConfigError, match="^the teacher's forward of one completion of 6 tokens after a prompt of 9 tokens does not fit"):
+        memory.find_budgets(load(TINY, WORDS), tiny_policy(), (5, 6), 4, lambda sentence: None, memory.Taught(teacher, 9))
 
 
 def test_law_13_gradient_checkpointing_that_does_not_help_is_switched_off_again(gpu):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,19 +21,20 @@ from grpo_core.data.rows import describe_eval_source
 from grpo_core.data.stream import TaskStream
 from grpo_core.distributed import ranks
 from grpo_core.model.families import head_dim
-from grpo_core.model.memory import find_budgets
+from grpo_core.model.memory import Taught, find_budgets
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.quieten import quieten
+from grpo_core.model.teacher import Teacher, load_teacher
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.random_keys import make_key
 from grpo_core.report.eval_sets import label_set
 from grpo_core.schema import ConfigError, printable
 from grpo_core.scoring.scoring import score
 from grpo_core.training.deepspeed_config import deepspeed_config
-from grpo_core.training.prepare import Prepared, make_rewards, make_sampler, prepare
+from grpo_core.training.prepare import Prepared, make_rewards, make_sampler, prepare, prepare_teacher
 from grpo_core.training.resume import RunStart, check_num_steps, look_up_start
 from grpo_core.training.run_dir import describe_unwritable, holds_run
-from grpo_core.training.setup import count_steps
+from grpo_core.training.setup import count_steps, find_longest_teacher_prompt
 
 MAX_SHOWN_CHARACTERS = 400  # of each completion
 
@@ -62,7 +64,7 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
         raise ConfigError(f"the run folder {folder} (output_dir and name) cannot be written: {problem}")
     start = _find_existing(config, folder)
     yield "Objective\n" + _indent(render(config))
-    prepared = prepare(config)
+    prepared = prepare_teacher(config, prepare(config))
     tokenizer, tasks = prepared.tokenizer, prepared.tasks
     num_steps = count_steps(config, len(tasks), config.prompts_per_step)
     if start is not None:
@@ -75,12 +77,16 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
     first = TaskStream(tasks, config.prompts_per_step, config.seed).batch(step)[0]
     if step < num_steps:
         yield f"First prompt{_of_step(step)}, as the model receives it\n" + _indent(describe_prompt(first, tokenizer))
+        if first.teacher_prompt_ids:
+            teacher_task = replace(first, prompt_ids=first.teacher_prompt_ids)
+            yield "The same prompt, as the teacher receives it\n" + _indent(describe_prompt(teacher_task, tokenizer))
     with show_elapsed("loading the model"):
         policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
         if start and start.checkpoint:
             load_checkpoint(policy, start.checkpoint)
+        teacher = load_teacher(config, policy, dtype, ranks.device())
         policy.model.to(ranks.device())
-    yield "Memory of one process\n" + _indent(describe_memory(config, policy, tasks, per_rank))
+    yield "Memory of one process\n" + _indent(describe_memory(config, policy, tasks, per_rank, teacher))
     if step < num_steps:
         yield f"One group{_of_step(step)}, sampled and scored\n" + _indent(
             describe_group(config, policy, tokenizer, first)
@@ -170,13 +176,17 @@ def describe_prompt(task: Task, tokenizer: PreTrainedTokenizerBase) -> str:
     return f"{printable(tokenizer.decode(task.prompt_ids))}\n[{quantify(len(task.prompt_ids), 'token')}]"
 
 
-def describe_memory(config: RunConfig, policy: Policy, tasks: list[Task], per_rank: int) -> str:
+def describe_memory(
+    config: RunConfig, policy: Policy, tasks: list[Task], per_rank: int, teacher: Teacher | None = None
+) -> str:
     """Return the bytes of weights, gradients, optimizer state and key-value cache, one per line.
 
     On a GPU the largest micro-batches are tried, and the peak of allocated memory is added.
     """
-    weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
-    parameters = sum(p.numel() for p in policy.model.parameters())
+    of_teacher = [] if teacher is None else [weight for _, weight in teacher.own_parameters()]
+    own = {id(weight) for weight in of_teacher}
+    of_policy = [weight for weight in policy.model.parameters() if id(weight) not in own]
+    weights, parameters = _count_bytes(of_policy), sum(p.numel() for p in of_policy)
     trained = sum(p.numel() for p in policy.parameters())
     rows, longest = per_rank * config.sampling.group_size, max(len(task.prompt_ids) for task in tasks)
     rows_at_once = min(rows, config.sampling.rows_at_once or rows)
@@ -194,11 +204,15 @@ def describe_memory(config: RunConfig, policy: Policy, tasks: list[Task], per_ra
         f"{longest} + "
         f"{quantify(config.sampling.max_new_tokens, 'token')}; fewer are sampled at once if they do not fit",
     ]
+    if of_teacher:
+        count = sum(p.numel() for p in of_teacher)
+        lines.insert(1, f"{_format_bytes(_count_bytes(of_teacher))} weights of the teacher ({count:,} parameters)")
     if not torch.cuda.is_available():
         return "\n".join([*lines, "the activations of an update are not included: they are measured on a GPU only"])
     torch.cuda.reset_peak_memory_stats()
     with show_elapsed("trying what fits into memory"):
-        find_budgets(config, policy, (longest, config.sampling.max_new_tokens), rows, lines.append)
+        taught = None if teacher is None else Taught(teacher, find_longest_teacher_prompt(tasks))
+        find_budgets(config, policy, (longest, config.sampling.max_new_tokens), rows, lines.append, taught)
     peak = torch.cuda.max_memory_allocated()
     return "\n".join([*lines, f"{_format_bytes(peak)} allocated at most while these were tried"])
 
@@ -222,9 +236,8 @@ def describe_group(config: RunConfig, policy: Policy, tokenizer: PreTrainedToken
         by_name = ", ".join(f"{name} {float(values[0, i]):.4g}" for name, values in scores.by_name.items())
         truncated = ", truncated" if rollouts.truncated[i] else ""
         ellipsis = " ..." if len(text) > MAX_SHOWN_CHARACTERS else ""
-        lines += [
-            f"({i + 1})  reward {float(scores.rewards[0, i]):.4g} ({by_name}), {quantify(length, 'token')}{truncated}"
-        ]
+        reward = f"reward {float(scores.rewards[0, i]):.4g} ({by_name}), " if by_name else ""
+        lines += [f"({i + 1})  {reward}{quantify(length, 'token')}{truncated}"]
         lines += [f"     {line}" for line in f"{printable(text[:MAX_SHOWN_CHARACTERS])}{ellipsis}".splitlines()]
     scored = scores.rewards[~scores.rewards.isnan()]
     if len(scored) and scored.max() == scored.min():
@@ -240,6 +253,10 @@ def _describe_conflict(folder: Path, config: RunConfig) -> str:
     if config.resume is not None:
         return ", and the run in it would be continued"
     return ", which already holds a run (set resume=auto, overwrite=true or another name)"
+
+
+def _count_bytes(weights: Iterable[torch.Tensor]) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 def _format_bytes(size: float) -> str:

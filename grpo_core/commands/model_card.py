@@ -250,7 +250,10 @@ def _describe_limits(config: RunConfig, run: RunFolder) -> str:
         return "The model imitates the answers of its training data. Only what is reported above was measured."
     names = [reward.name for reward in config.rewards if reward.weight]
     names = [Path(name).name if ".py:" in name else name for name in names]
+    source = f"these rewards only: {', '.join(names)}" if names else "a teacher and no reward"
+    if names and config.teacher.trains:
+        source += ", and a teacher"
     return (
-        f"The model was trained on one form of prompt, with these rewards only: {', '.join(names)}. Other prompts were "
+        f"The model was trained on one form of prompt, with {source}. Other prompts were "
         f"not tested, nor whether the text before an answer is correct."
     )

@@ -102,6 +102,11 @@ def run_replay(
     check_saved(batch)
     dumped = saved_batches.read_dump(batch)
     configs = list_objectives(dumped.folder, overrides, loss)
+    if configs[0][1].teacher.kl is not None:
+        raise ConfigError(
+            "teacher.kl cannot be replayed: a saved batch holds the teacher's log-probs of its tokens, and not the "
+            "teacher's distributions over the vocabulary"
+        )
     with show_elapsed("loading the model"):
         weights = open_weights(dumped, configs[0][1], model, [word for word in overrides if word.startswith("model.")])
     replayed = []
@@ -226,12 +231,14 @@ def _rebuild_batch(
     if _select_batch_settings(config) == _select_batch_settings(own):
         frozen = freeze(policy, objective, budget, stored.rollouts)  # for the reference's log-probs
         frozen = replace(frozen, loss_mask=stored.loss_mask, surrogate_mask=stored.surrogate_mask)
+        frozen = replace(frozen, teacher_logprobs=stored.teacher_logprobs)
         advantages, rewards = stored.advantages, stored.shaped_rewards
     else:
         kl_coef = _make_control(dumped, config, own).kl_coef
         scores = replace(dumped.scores, weights=tuple(reward.weight for reward in config.rewards))
         rewards, trained = shape_rewards(objective, policy, budget, stored.rollouts, scores, kl_coef, stats)
         frozen = freeze(policy, objective, budget, stored.rollouts, trained)
+        frozen = replace(frozen, teacher_logprobs=stored.teacher_logprobs, logprobs=stored.old_logprobs)
         advantages = compute_step_advantages(objective, rewards, stored.rollouts, scores, stats, frozen)
     batch = frozen.with_advantages(advantages, rewards)
     batch = replace(batch, old_logprobs=stored.old_logprobs)

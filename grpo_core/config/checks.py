@@ -16,6 +16,7 @@ import torch
 from grpo_core.batch import SamplingParams, describe_temperature
 from grpo_core.config.function_checks import check_functions
 from grpo_core.config.sections import RunConfig
+from grpo_core.config.teacher_checks import HOW_TO_SET, asks_for_teacher, check_teacher
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.objective.truncation import TRUNCATIONS
@@ -44,6 +45,7 @@ def check(config: RunConfig) -> None:
     _check_eval_sets(config)
     _check_selection(config)
     _check_objective(config)
+    check_teacher(config)
     if (config.log.wandb or "").lower() in ("true", "false", "yes", "no", "on", "off"):
         raise ConfigError(f"log.wandb is {config.log.wandb!r}; it must be the name of a project, or null")
     if config.name in ("", ".", "..") or "/" in config.name:
@@ -57,10 +59,11 @@ def check(config: RunConfig) -> None:
 SET_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 NOT_EMPTY = (  # an empty one would mean the shell's folder, or would be taken for another key's value
     *("model.path", "data.path", "data.subset", "data.split", "data.eval_path", "data.eval_split"),
+    *("teacher.path", "teacher.adapter", "teacher.prompt"),
     *("output_dir", "sft.output"),
 )
 
-READ_PATHS = ("model.path", "data.path", "data.eval_path", "resume")
+READ_PATHS = ("model.path", "data.path", "data.eval_path", "resume", "teacher.path", "teacher.adapter")
 WRITTEN_PATHS = ("name", "output_dir", "sft.output")
 MAX_WRITTEN_BYTES = MAX_PATH_BYTES - 256  # the folders and files below it have names too
 
@@ -100,8 +103,10 @@ def _check_rewards(config: RunConfig) -> None:
     for i, reward in enumerate(config.rewards):
         function = REWARDS.build(reward.name, reward.args, f"rewards[{i}].args")
         _check_takes_completions(reward.name, function)
-    if len({reward.name for reward in config.rewards}) < len(config.rewards) or not config.rewards:
-        raise ConfigError("rewards must name at least one reward, and none of them twice")
+    is_taught = config.teacher.trains or asks_for_teacher(config)
+    if len({reward.name for reward in config.rewards}) < len(config.rewards) or not (config.rewards or is_taught):
+        hint = "" if config.rewards else f"; only with a teacher there may be none: {HOW_TO_SET}"
+        raise ConfigError(f"rewards must name at least one reward, and none of them twice{hint}")
     names = {reward.name for reward in config.rewards}
     for i, reward in enumerate(config.rewards):
         for suffix in ("_std", "_square"):  # of metrics of the other reward
@@ -110,7 +115,7 @@ def _check_rewards(config: RunConfig) -> None:
                     f"rewards[{i}].name is {reward.name!r}, but rewards/{reward.name} is a metric of the reward "
                     f"{other}; give one of the two functions another name"
                 )
-    if all(reward.weight == 0 for reward in config.rewards):
+    if all(reward.weight == 0 for reward in config.rewards) and not is_taught:
         raise ConfigError("rewards: every weight is 0, so there is nothing to learn; at least one must differ from 0")
 
 
@@ -187,7 +192,7 @@ MINIMUMS = {  # smallest value -> keys; null, auto and epoch pass where a key al
         *("trainer.hang_timeout", "trainer.max_failed_rewards", "trainer.max_restarts", "debug.dump_batches"),
         *("trainer.early_stopping", "trainer.early_stopping_delta"),
         *("log.exact_kl_every", "log.evaluation_completions", "evaluation.num_tasks", "evaluation.every"),
-        *("checkpoint.every", "lora.r", "seed"),
+        *("checkpoint.every", "lora.r", "seed", "teacher.coef", "teacher.kl_coef"),
     ),
 }
 

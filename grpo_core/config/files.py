@@ -181,13 +181,11 @@ def _remove_unknown_functions(data: dict[str, Any]) -> list[str]:
         if not registry.knows(name := data[key]["name"]):
             removed.append(f"{key} {name}")
             del data[key]
-    for reward in [*data["rewards"]]:
-        if not REWARDS.knows(reward["name"]):
-            removed.append(f"reward {reward['name']}")
-            data["rewards"].remove(reward)
-    if not data["rewards"]:
-        del data["rewards"]
-    return removed
+    rewards = data.pop("rewards")
+    known_rewards = [reward for reward in rewards if REWARDS.knows(reward["name"])]
+    if known_rewards or not rewards:  # a run with a teacher may have none
+        data["rewards"] = known_rewards
+    return removed + [f"reward {reward['name']}" for reward in rewards if reward not in known_rewards]
 
 
 def load_overrides(overrides: Sequence[str]) -> RunConfig:

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_core.config.sections import RunConfig
+from grpo_core.config.teacher_checks import asks_for_teacher
 from grpo_core.counts import name_interval, quantify
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
-from grpo_core.objective.kl import KLS
+from grpo_core.objective.kl import KLS, TEACHER_KLS
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rejections import REJECTIONS
 from grpo_core.objective.token_weights import AVERAGES
@@ -27,6 +28,7 @@ l, l_old, l_ref, l_roll   log-prob of a token: now, before the step's first upda
 r, R                      exp(l - l_old) of a token; exp of its mean over a completion
 v                         exp(l_old - l_roll)
 d                         l_ref - l
+l_teacher                 log-prob of a token under the teacher
 A                         advantage of the completion; in the formula of A, r is the reward
 sg                        stop-gradient
 n_i                       tokens of completion i; tokens and completions are those of the whole optimizer step"""
@@ -64,15 +66,13 @@ def render(config: RunConfig) -> str:
     if loss.positive_nll_coef:
         above = _format_number(loss.positive_nll_above)
         rows.append(("NLL", f"mean -l over the tokens of completions with a reward above {above}"))
-    advantage = config.advantage
-    tied = f"; 0 where std < {_format_number(advantage.min_group_std)}" if advantage.min_group_std else ""
-    rows.append(("A", f"{_fill_formula(ADVANTAGES, advantage.name, advantage.args)}{tied}    ({advantage.name})"))
+    rows += [("A", _describe_advantage(config)), *_describe_teacher(config)]
     rewards = " + ".join(
         f"{_format_number(reward.weight)} {reward.name}{_render_arguments(reward.args)}" for reward in config.rewards
     )
     if loss.kl_coef and loss.kl_in == "reward":
         rewards += f" - {_format_number(loss.kl_coef)} sum_t KL"
-    rows.append(("reward", rewards))
+    rows.append(("reward", rewards or "none"))
     truncation = _fill_formula(
         TRUNCATIONS, config.truncation.name, config.truncation.args, config.sampling.max_new_tokens
     )
@@ -99,6 +99,8 @@ def _render_sum(config: RunConfig) -> str:
         terms.append(f"{_format_number(loss.kl_coef)} KL")
     if loss.log_ratio_coef:
         terms.append(f"{_format_number(loss.log_ratio_coef)} (l - l_roll)**2")
+    if config.teacher.exists and config.teacher.kl and config.teacher.kl_coef:
+        terms.append(f"{_format_number(config.teacher.kl_coef)} KL_teacher")
     text = f"sum over tokens of {_join(terms)} * weight"
     if loss.entropy_coef or loss.entropy_target is not None:
         text += f", - {_format_number(loss.entropy_coef)} H"
@@ -186,6 +188,31 @@ def _format_number(value: Any) -> str:
 
 def _render_arguments(args: dict[str, Any]) -> str:
     return f"({', '.join(f'{name}={value}' for name, value in args.items())})" if args else ""
+
+
+def _describe_advantage(config: RunConfig) -> str:
+    """Return the formula of the advantage: that of the rewards, if there are any, and the teacher's part."""
+    advantage, terms = config.advantage, []
+    if config.rewards or asks_for_teacher(config):
+        tied = f"; 0 where std < {_format_number(advantage.min_group_std)}" if advantage.min_group_std else ""
+        terms.append(f"{_fill_formula(ADVANTAGES, advantage.name, advantage.args)}{tied}    ({advantage.name})")
+    if config.teacher.exists and config.teacher.coef:
+        terms.append(f"{_format_number(config.teacher.coef)} (l_teacher - l_old) of each token")
+    return " + ".join(terms) or "0"
+
+
+def _describe_teacher(config: RunConfig) -> list[tuple[str, str]]:
+    """Return the rows about the teacher: its KL over the vocabulary, and what it is."""
+    teacher = config.teacher
+    if not teacher.exists:
+        return []
+    model = teacher.path or ("the policy's base" if teacher.adapter else "the policy itself")
+    adapter = f" with the adapter {teacher.adapter}" if teacher.adapter else ""
+    prompt = ", with a prompt of its own (teacher.prompt)" if teacher.prompt else ""
+    rows = [("teacher", f"{model}{adapter}{prompt}")]
+    if teacher.kl and teacher.kl_coef:
+        rows.insert(0, ("KL_teacher", f"{get_formula(TEACHER_KLS[teacher.kl])}    ({teacher.kl})"))
+    return rows
 
 
 def _describe_reference(config: RunConfig) -> str:

@@ -108,6 +108,7 @@ def _make_batch(rows: int, tokens: int) -> dict[str, Tensor]:
         "completion_mask": token < tokens - row * 2 % tokens,
         "rollout_logprobs": old - 0.01,
         "ref_logprobs": old - 0.2,
+        "teacher_logprobs": old - 0.3,
         "entropy": entropy,
         "sum_p_squared": (-entropy).exp(),
         "rewards": (row % 2 == 0).float(),

@@ -11,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-READ = (("model", "path"), ("data", "path"), ("data", "eval_path"))  # beside the file, or in the shell's folder
+READ = (  # beside the file, or in the shell's folder
+    *(("model", "path"), ("data", "path"), ("data", "eval_path")),
+    *(("teacher", "path"), ("teacher", "adapter")),
+)
 WRITTEN = (("output_dir",), ("resume",), ("sft", "output"))  # in the shell's folder
 FUNCTIONS = (  # file.py:function
     *(("loss", "name"), ("loss", "kl"), ("loss", "average"), ("loss", "rollout_correction", "name")),

@@ -129,6 +129,32 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """A frozen model whose probabilities the policy learns, on completions that the policy itself draws.
+
+    With path, adapter and prompt null there is no teacher. With path null the teacher shares the policy's base: it is
+    that base with another adapter, or the policy itself with more in its prompt.
+    """
+
+    path: str | None = None  # model of the same vocabulary: hub id, local folder, or builtin:tiny; null: the policy's
+    adapter: str | None = None  # folder of a LoRA adapter of that model
+    prompt: str | None = None  # template with {prompt} and the row's columns; null: the policy's prompt
+    coef: float = 1.0  # weight of l_teacher - l_old as advantage of each token; 0: not in the advantage
+    kl: Literal["reverse", "forward"] | None = None  # KL over the vocabulary added to the loss; null: none
+    kl_coef: float = 1.0  # its coefficient
+
+    @property
+    def exists(self) -> bool:
+        """Return whether there is a teacher."""
+        return any(value is not None for value in (self.path, self.adapter, self.prompt))
+
+    @property
+    def trains(self) -> bool:
+        """Return whether the teacher has a part in the gradient."""
+        return self.exists and (self.coef > 0 or (self.kl is not None and self.kl_coef > 0))
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     """The length of the run, the batch, and the limits after which a run ends."""
 
@@ -263,6 +289,7 @@ class RunConfig:
     truncation: FunctionConfig = field(default_factory=lambda: FunctionConfig("keep"))
     loss: LossConfig = field(default_factory=LossConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -285,5 +312,6 @@ def use_supervised_objective(config: RunConfig) -> RunConfig:
         advantage=AdvantageConfig("dr_grpo"),
         truncation=FunctionConfig("keep"),
         reference=ReferenceConfig(),
+        teacher=TeacherConfig(),
         log=replace(config.log, exact_kl_every=0),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -67,7 +68,26 @@ def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTok
     return tasks, len(too_long)
 
 
-def render_prompt(row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+def encode_teacher_prompts(
+    tasks: Sequence[Task], template: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[Task]:
+    """Return the tasks with the prompts that a teacher sees: `template`, teacher.prompt, in place of data.template.
+
+    In it {prompt} is data.template filled in, and other names in braces are the row's columns.
+
+    Raises:
+        ConfigError: it names a column that the data lacks, or that holds no text.
+    """
+    key, places = "teacher.prompt", [f"row {task.index + 1} of the data" for task in tasks]
+    rows = [{**task.columns, "prompt": config.template.format(**task.columns)} for task in tasks]
+    _check_template_columns(rows, places, template, key)
+    config = replace(config, template=template)
+    prompts = [render_prompt(row, config, tokenizer, key) for row in rows]
+    ids = encode_prompts(tokenizer, prompts, add_special_tokens=config.prompt != "chat")
+    return [replace(task, teacher_prompt_ids=prompt_ids) for task, prompt_ids in zip(tasks, ids, strict=True)]
+
+
+def render_prompt(row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBase, key: str = "data.template") -> str:
     """Return the text that the policy continues: the template, inside the model's chat template if configured.
 
     Raises:
@@ -76,7 +96,7 @@ def render_prompt(row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBa
     try:
         text = config.template.format(**row)
     except (ValueError, KeyError, IndexError, AttributeError) as error:
-        raise ConfigError(f"data.template {config.template!r} cannot be filled in: {error}") from None
+        raise ConfigError(f"{key} {config.template!r} cannot be filled in: {error}") from None
     if config.prompt == "template":
         return text
     system = [{"role": "system", "content": config.system}] if config.system else []
@@ -102,7 +122,7 @@ def is_text(value: Any) -> bool:
     return isinstance(value, (str, int)) and not isinstance(value, bool)
 
 
-def list_template_fields(template: str) -> list[str]:
+def list_template_fields(template: str, key: str = "the template") -> list[str]:
     """Return the column names in a template.
 
     Raises:
@@ -111,7 +131,7 @@ def list_template_fields(template: str) -> list[str]:
     try:
         return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise ConfigError(f"the template {template!r} is malformed: {error}") from None
+        raise ConfigError(f"{key} {template!r} is malformed: {error}") from None
 
 
 def _rename_columns(rows: Sequence[Row], columns: dict[str, str]) -> list[Row]:
@@ -170,14 +190,16 @@ def find_surrogate(value: Any) -> str | None:
     return None
 
 
-def _check_template_columns(rows: Sequence[Row], places: Sequence[str], template: str) -> None:
+def _check_template_columns(
+    rows: Sequence[Row], places: Sequence[str], template: str, key: str = "data.template"
+) -> None:
     """Check that the columns that the template uses hold text or a number in every row."""
-    for name in list_template_fields(template):
+    for name in list_template_fields(template, key):
         if name not in rows[0]:
-            raise ConfigError(f"data.template uses {{{name}}}, but the data has the columns {', '.join(rows[0])}")
+            raise ConfigError(f"{key} uses {{{name}}}, but the data has the columns {', '.join(rows[0])}")
         for place, row in zip(places, rows, strict=True):
             if not is_text(row[name]):
                 value = "null" if row[name] is None else repr(str(row[name])[:40])
                 raise ConfigError(
-                    f"{place}: column {name!r}, which data.template uses, is {value}; it must be text or a number"
+                    f"{place}: column {name!r}, which {key} uses, is {value}; it must be text or a number"
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -147,6 +148,16 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, config:
             f"model's {positions} positions"
         )
     find_rotations(config).check_lengths(prompts, max_new_tokens)
+
+
+def describe_misfit(error: Exception) -> str:
+    """Return a clause about an adapter that cannot be loaded, with both sizes where a weight's shape differs."""
+    pattern = r"size mismatch for (\S+): copying a param with shape torch.Size\((.*?)\).* torch.Size\((.*?)\)"
+    if match := re.search(pattern, str(error)):
+        name, own, models = match.groups()
+        return f"its weight {name.removeprefix('base_model.model.')} has the size {own}, that of the model {models}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines and lines[0].endswith(":") else first_line(error)
 
 
 def _is_hub_run(path: str) -> bool:

@@ -4,6 +4,7 @@ The statistics are the entropy, the sum of the squared probabilities, and diverg
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeGuard
 
@@ -126,18 +127,55 @@ def token_divergence(
     temperature: float = 1.0,
     chunk_size: int | None = None,
     ref_lm_head: Callable[[Tensor], Tensor] | None = None,  # head of the reference; default: lm_head
+    ref_temperature: float | None = None,  # default: temperature
 ) -> Tensor:
-    """Return a divergence between policy and reference over the whole vocabulary for every token, [...] float32."""
+    """Return a divergence between policy and reference over the whole vocabulary for every token, [...] float32.
+
+    Of a reference with more logits, those beyond the policy's are left out: no token has their ids.
+    """
 
     def compute_chunk(h: Tensor, ref: Tensor) -> tuple[Tensor]:
+        logprobs = (lm_head(h).float() / temperature).log_softmax(dim=-1)
         with torch.no_grad():
-            ref_logprobs = ((ref_lm_head or lm_head)(ref).float() / temperature).log_softmax(dim=-1)
-        return (function((lm_head(h).float() / temperature).log_softmax(dim=-1), ref_logprobs),)
+            ref_logits = (ref_lm_head or lm_head)(ref)[..., : logprobs.shape[-1]]
+            ref_logprobs = (ref_logits.float() / (ref_temperature or temperature)).log_softmax(dim=-1)
+        return (function(logprobs, ref_logprobs),)
 
     flat, ref = hidden.flatten(0, -2), ref_hidden.detach().flatten(0, -2)
     size = chunk_size or _checkpointed_chunk_size(lm_head, flat)
     (values,) = _compute_in_chunks(compute_chunk, size, hidden.shape[:-1], flat, ref)
     return values
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """A teacher's distributions of the next token at b rows of C completion tokens, and a divergence from them."""
+
+    hidden: Tensor  # [b, C, H'] that predict each completion token
+    lm_head: Callable[[Tensor], Tensor]  # [..., H'] -> [..., V]
+    temperature: float
+    function: Callable[[Tensor, Tensor], Tensor]  # see kl.py
+
+    def divergence(
+        self,
+        hidden: Tensor,  # [n, H] of the policy, with gradient
+        lm_head: Callable[[Tensor], Tensor],
+        places: Tensor,  # [n] of these tokens among the b * C
+        *,
+        temperature: float,
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """Return the divergence of policy and teacher at some tokens, [n] float32."""
+        return token_divergence(
+            hidden,
+            self.hidden.flatten(0, 1)[places],
+            lm_head,
+            self.function,
+            temperature=temperature,
+            chunk_size=chunk_size,
+            ref_lm_head=self.lm_head,
+            ref_temperature=self.temperature,
+        )
 
 
 def is_frozen_linear(lm_head: object) -> TypeGuard[nn.Linear]:

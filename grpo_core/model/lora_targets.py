@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from grpo_core.model.trial import without_trace
 
@@ -60,3 +61,14 @@ def _has_trained_wrapper(model: nn.Module, name: str) -> bool:
         if any(p.requires_grad for p in model.get_submodule(name).parameters()):
             return True
     return False
+
+
+def make_without_weights(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """Return a model of the configuration on the device meta: shapes without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def ends_in(name: str, target: str) -> bool:
+    """Return whether PEFT's target `target` means the module `name`."""
+    return name == target or name.endswith(f".{target}")

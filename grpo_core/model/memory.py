@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,11 +17,13 @@ from grpo_core.batch import Rollouts, take
 from grpo_core.config.sections import RunConfig
 from grpo_core.counts import quantify
 from grpo_core.distributed import ranks
+from grpo_core.model.logprobs import TeacherStates
 from grpo_core.model.packing import Budget, Packing
 from grpo_core.model.policy import Policy, enable_gradient_checkpointing
+from grpo_core.model.teacher import Teacher
 from grpo_core.model.trial import Snapshot, without_trace
 from grpo_core.monitor.progress import show_elapsed
-from grpo_core.objective.kl import KLS
+from grpo_core.objective.kl import KLS, TEACHER_KLS
 from grpo_core.registry import get_fact
 from grpo_core.schema import ConfigError
 
@@ -37,10 +39,24 @@ class Budgets:
 
     update: Budget  # forward and backward
     forward: Budget  # forward alone
+    teacher: Budget | None = None  # forward of the teacher; None: no limit
+
+
+@dataclass(frozen=True)
+class Taught:
+    """The teacher of a run, for the trials."""
+
+    teacher: Teacher
+    longest_prompt: int  # tokens of the longest prompt that it sees
 
 
 def find_budgets(
-    config: RunConfig, policy: Policy, longest: tuple[int, int], rows: int, notify: Callable[[str], None]
+    config: RunConfig,
+    policy: Policy,
+    longest: tuple[int, int],
+    rows: int,
+    notify: Callable[[str], None],
+    taught: Taught | None = None,
 ) -> Budgets:
     """Return the budgets for `rows` completions on every rank. A collective.
 
@@ -55,10 +71,12 @@ def find_budgets(
     fixed, checkpointing = config.trainer.tokens_per_micro_batch, config.model.gradient_checkpointing
     if not torch.cuda.is_available():
         tokens = MAX_CPU_TOKENS if fixed == "auto" else fixed
-        return Budgets(Budget(tokens), Budget(max(tokens, MAX_CPU_TOKENS)))
+        return Budgets(Budget(tokens), *2 * [Budget(max(tokens, MAX_CPU_TOKENS))])
     if policy.kernel_differs:
         notify("the log-prob kernel of this GPU computes other values than torch, so log-probs are computed without it")
-    trial, as_loaded = _Trial(config, policy, longest, rows), Snapshot(policy.model)
+    as_loaded = Snapshot(policy.model)
+    teacher_budget = None if taught is None else _find_teacher_budget(config, policy, longest[1], rows, taught)
+    trial = _Trial(config, policy, longest, rows, taught, teacher_budget)
     with show_elapsed("trying what fits into memory"):
         update_rows = trial.find_max_rows(backward=True)
     if ranks.all_max(torch.tensor(float(update_rows == 0), device="cpu")) and checkpointing == "auto":
@@ -74,23 +92,59 @@ def find_budgets(
             f"{quantify(longest[0], 'token')} fits into the GPU's "
             f"memory; lower sampling.max_new_tokens or data.max_prompt_tokens"
         )
-    budgets = Budgets(trial.budget_of(update_rows), trial.budget_of(forward_rows))
+    budgets = Budgets(trial.budget_of(update_rows), trial.budget_of(forward_rows), teacher_budget)
     if fixed != "auto":
-        budgets = Budgets(Budget(fixed), budgets.forward)
-    reason = "what fits" if fixed == "auto" else "trainer.tokens_per_micro_batch"
-    notify(
+        budgets = replace(budgets, update=Budget(fixed))
+    notify(_describe_budgets(budgets, is_fixed=fixed != "auto", checkpointing=checkpointing is True))
+    return budgets
+
+
+def _describe_budgets(budgets: Budgets, *, is_fixed: bool, checkpointing: bool) -> str:
+    """Return the budgets as a line of the log."""
+    reason = "trainer.tokens_per_micro_batch" if is_fixed else "what fits"
+    return (
         f"micro-batches of up to {quantify(budgets.update.tokens, 'token')} ({reason}), "
-        f"gradient checkpointing {'on' if checkpointing is True else 'off'}, "
+        f"gradient checkpointing {'on' if checkpointing else 'off'}, "
         f"forwards without backward of up to {quantify(budgets.forward.tokens, 'token')}"
     )
-    return budgets
+
+
+def _find_teacher_budget(config: RunConfig, policy: Policy, longest: int, rows: int, taught: Taught) -> Budget:
+    """Return the budget of the teacher's forwards over completions of `longest` tokens. A collective.
+
+    Raises:
+        ConfigError: not even one completion of the greatest length fits into the GPU's memory.
+    """
+    with taught.teacher.active() as model, show_elapsed("trying what of the teacher fits into memory"):
+        trial = _Trial(config, model, (taught.longest_prompt, longest), rows)
+        trial.trained = sum(p.numel() for p in policy.parameters())
+        own_rows = trial.find_max_rows(backward=False)
+        max_rows = int(-ranks.all_max(torch.tensor(float(-own_rows), device="cpu")))
+        if max_rows == 0:
+            raise ConfigError(
+                f"the teacher's forward of one completion of {quantify(longest, 'token')} after a prompt of "
+                f"{quantify(taught.longest_prompt, 'token')} does not fit into the GPU's memory; choose a smaller "
+                f"teacher, or lower sampling.max_new_tokens or data.max_prompt_tokens"
+            )
+        return trial.budget_of(max_rows)
 
 
 class _Trial:
     """Made-up rollouts of the greatest length, over which forwards and backwards are tried."""
 
-    def __init__(self, config: RunConfig, policy: Policy, longest: tuple[int, int], rows: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        policy: Policy,
+        longest: tuple[int, int],
+        rows: int,
+        taught: Taught | None = None,
+        teacher_budget: Budget | None = None,
+    ) -> None:
         self.policy, (longest_prompt, self.width) = policy, longest
+        self.trained = sum(p.numel() for p in policy.parameters())  # weights
+        self.teacher_kl = TEACHER_KLS[config.teacher.kl] if taught and config.teacher.kl else None
+        self.taught, self.teacher_budget = taught, teacher_budget
         self.group_size, device = config.sampling.group_size, policy.causal_lm.device
         ids = torch.ones(1, 1, dtype=torch.long, device=device)
         groups = torch.arange(math.ceil(rows / self.group_size), device=device)
@@ -121,7 +175,7 @@ class _Trial:
 
         The memory of one and of two rows gives a first estimate, which is lowered until it fits.
         """
-        free, total = _free_bytes(sum(p.numel() for p in self.policy.parameters())), len(self.rollouts)
+        free, total = _free_bytes(self.trained), len(self.rollouts)
         limit = max(1, next((n for n in range(1, total + 1) if self._count_tokens(n) >= MAX_TRIED_TOKENS), total))
         one_row = self._measure_peak(1, backward)
         if one_row is None or one_row > free:
@@ -167,10 +221,26 @@ class _Trial:
                 self.policy.forward(rollouts, packing)
             return
         with self.policy.training():
-            tokens = self.policy.forward(rollouts, packing, entropy_gradient=self.entropy, divergence=self.divergence)
+            tokens = self.policy.forward(
+                rollouts,
+                packing,
+                entropy_gradient=self.entropy,
+                divergence=self.divergence,
+                teacher=self._compute_teacher_states(rollouts),
+            )
             outputs = [tokens.logprobs, tokens.entropy if self.entropy else None, tokens.divergence]
+            outputs.append(tokens.teacher_divergence)
             loss = sum(values.sum() for values in outputs if values is not None)
             torch.autograd.grad(loss, self.policy.parameters(), allow_unused=True)
+
+    def _compute_teacher_states(self, rollouts: Rollouts) -> TeacherStates | None:
+        """Return what a KL to the teacher needs, for prompts as long as the longest that the teacher sees."""
+        if self.taught is None or self.teacher_kl is None:
+            return None
+        ids = rollouts.prompt_ids[:, :1].expand(-1, self.taught.longest_prompt)
+        rollouts = replace(rollouts, prompt_ids=ids, prompt_mask=torch.ones_like(ids, dtype=torch.bool))
+        assert self.teacher_budget is not None
+        return self.taught.teacher.states(rollouts, self.teacher_budget, self.teacher_kl)
 
 
 def _free_bytes(trained: int) -> float:

@@ -19,7 +19,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from grpo_core.batch import Rollouts, take
 from grpo_core.config.sections import LoraConfig, ModelConfig
@@ -27,18 +27,20 @@ from grpo_core.counts import quantify
 from grpo_core.model import fast_layers, packed_attention
 from grpo_core.model.base_model import load_base_model
 from grpo_core.model.finite_weights import check_finite
+from grpo_core.model.loading import describe_misfit
 from grpo_core.model.logprobs import (
     Statistics,
+    TeacherStates,
     find_statistics,
     is_frozen_linear,
     softmax_statistics,
     token_divergence,
     token_logprobs,
 )
-from grpo_core.model.lora_targets import find_unadaptable
+from grpo_core.model.lora_targets import ends_in, find_unadaptable, make_without_weights
 from grpo_core.model.packing import Budget, Layout, Packing, Plan, plan
 from grpo_core.model.rotation import find_rotations, forget_lengths
-from grpo_core.model.update_mode import evaluation_mode, update_mode
+from grpo_core.model.update_mode import enable_gradient_checkpointing, evaluation_mode, update_mode
 from grpo_core.monitor.file_modes import apply_umask
 from grpo_core.schema import ConfigError, first_line, list_known
 
@@ -51,6 +53,7 @@ class TokenStats:
     entropy: Tensor  # nats
     divergence: Tensor | None = None  # from the reference; None if not asked for
     sum_p_squared: Tensor | None = None  # sum over the vocabulary of the squared probabilities, without gradient
+    teacher_divergence: Tensor | None = None  # from the teacher; None if not asked for
 
 
 class Policy:
@@ -91,11 +94,12 @@ class Policy:
         *,
         entropy_gradient: bool = False,
         divergence: Callable | None = None,
+        teacher: TeacherStates | None = None,
     ) -> TokenStats:
-        """Return log-probs and entropies of the completion tokens, and optionally a divergence from the reference.
+        """Return log-probs and entropies of the completion tokens, and optionally divergences.
 
         `rollouts` are the rows of `packing`; without a packing they share one forward, unless their rotations differ.
-        `divergence` is a function of kl.py and costs a forward of the reference.
+        `divergence` is a function of kl.py and costs a forward of the reference. `teacher` needs a packing.
         """
         if packing is None:
             parts = self.plan(rollouts)
@@ -117,6 +121,8 @@ class Policy:
             values["divergence"] = token_divergence(
                 hidden, ref_hidden, self._head, divergence, ref_lm_head=self._reference_head, **options
             )
+        if teacher is not None:
+            values["teacher_divergence"] = teacher.divergence(hidden, self._head, packing.predicted, **options)
         shape = rollouts.completion_ids.shape
         spread = {
             name: x.new_zeros(shape.numel()).index_copy(0, packing.predicted, x).view(shape)
@@ -137,6 +143,16 @@ class Policy:
         return token_divergence(
             hidden, ref_hidden, self._head, function, ref_lm_head=self._reference_head, **self._logprob_options
         )
+
+    def hidden_states(self, rollouts: Rollouts, budget: Budget | None = None) -> Tensor:
+        """Return the hidden state that predicts each completion token, [B, C, H]; 0 where masked."""
+        states = torch.zeros(0)
+        for packing in self.plan(rollouts, budget):
+            hidden, width = self._hidden(take(rollouts, packing.rows), packing), rollouts.completion_ids.shape[1]
+            if not len(states):
+                states = hidden.new_zeros(len(rollouts), width, hidden.shape[-1])
+            states[packing.rows[packing.predicted // width], packing.predicted % width] = hidden
+        return states
 
     def _hidden(self, rollouts: Rollouts, packing: Packing) -> Tensor:
         """Return the hidden states that predict the completion tokens, [n, H] in the order of `packing.predicted`."""
@@ -204,6 +220,23 @@ class Policy:
         self._rounded_reference = None
 
     @contextmanager
+    def evaluating(self, adapter: str | None = None) -> Iterator[None]:
+        """Compute without gradient and dropout, and with another loaded adapter in place of the trained one if given.
+
+        PEFT's set_adapter would also change which adapter is trained.
+        """
+        layers = [x for x in self._modules if isinstance(x, BaseTunerLayer)] if adapter else []
+        previous = [layer._active_adapter for layer in layers]
+        try:
+            for layer in layers:
+                layer._active_adapter = [adapter]
+            with torch.no_grad(), evaluation_mode(self._modules):
+                yield
+        finally:
+            for layer, name in zip(layers, previous, strict=True):
+                layer._active_adapter = name
+
+    @contextmanager
     def training(self) -> Iterator[None]:
         """Switch the adapter's dropout and gradient checkpointing on. The base model's own dropout stays off."""
         with update_mode(self._modules, self._adapter_modules):
@@ -247,8 +280,9 @@ class Policy:
         return torch.stack(norms).double().square().sum().sqrt()
 
     def save(self, folder: Path) -> None:
-        """Write the adapter in PEFT's format, or the whole model if there is no adapter."""
-        self.model.save_pretrained(folder)
+        """Write the trained adapter in PEFT's format, or the whole model if there is no adapter."""
+        only = {"selected_adapters": [self.model.active_adapter]} if isinstance(self.model, PeftModel) else {}
+        self.model.save_pretrained(folder, **only)
         apply_umask(*folder.glob("*.safetensors"))
 
     @cached_property
@@ -342,20 +376,6 @@ def _join(parts: list[tuple[Tensor, TokenStats]]) -> TokenStats:
     return TokenStats(**values)
 
 
-def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Store only the states between layers for the backward pass, which recomputes the rest.
-
-    Raises:
-        ConfigError: the model does not support it.
-    """
-    if not getattr(model, "supports_gradient_checkpointing", True):
-        raise ConfigError(
-            f"model.gradient_checkpointing is true, which the {model.config.model_type} model does not support; "
-            f"set it to false"
-        )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
 def load_policy(
     model: ModelConfig, lora: LoraConfig, *, dtype: torch.dtype, temperature: float, adapter: Path | None = None
 ) -> Policy:
@@ -376,7 +396,7 @@ def load_policy(
         report = base.load_adapter(str(adapter), "default", is_trainable=True, autocast_adapter_dtype=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"the adapter in {adapter} does not fit the model {model.path}: {_describe_misfit(error)}"
+            f"the adapter in {adapter} does not fit the model {model.path}: {describe_misfit(error)}"
         ) from error
     if names := report.missing_keys or report.unexpected_keys:  # PEFT goes on without these weights
         problem = "its files lack" if report.missing_keys else "the model has no place for"
@@ -388,15 +408,6 @@ def load_policy(
     check_finite(base, f"the adapter in {adapter}")
     fast_layers.install(base)
     return Policy(base, temperature=temperature)
-
-
-def _describe_misfit(error: Exception) -> str:
-    """Return a clause about an adapter that cannot be loaded, with both sizes where a weight's shape differs."""
-    pattern = r"size mismatch for (\S+): copying a param with shape torch.Size\((.*?)\).* torch.Size\((.*?)\)"
-    if match := re.search(pattern, str(error)):
-        name, own, models = match.groups()
-        return f"its weight {name.removeprefix('base_model.model.')} has the size {own}, that of the model {models}"
-    return first_line(error)
 
 
 def wrap(base: PreTrainedModel, model: ModelConfig, lora: LoraConfig, *, temperature: float) -> Policy:
@@ -436,7 +447,7 @@ def check_targets(config: PretrainedConfig, lora: LoraConfig, trust_remote_code:
     if not lora.r or lora.target_modules == "all-linear":
         return
     try:
-        model = _make_without_weights(config, trust_remote_code)
+        model = make_without_weights(config, trust_remote_code)
     except Exception:  # loading the weights will raise the same error
         return
     names = [name for name, _ in model.named_modules()]
@@ -448,10 +459,10 @@ def check_targets(config: PretrainedConfig, lora: LoraConfig, trust_remote_code:
         _check_adaptable(lora.target_modules, targeted, unadaptable)
         return
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    doubtful = [target for target in lora.target_modules if not any(_ends_in(name, target) for name in names)]
+    doubtful = [target for target in lora.target_modules if not any(ends_in(name, target) for name in names)]
     known = bool(doubtful) and _peft_has_targets(config, doubtful, trust_remote_code)
     for target in lora.target_modules:
-        targeted = [name for name in names if _ends_in(name, target)]
+        targeted = [name for name in names if ends_in(name, target)]
         if target in doubtful and not known:
             raise ConfigError(
                 f"lora.target_modules names {target!r}, which the model does not have; {list_known(target, linear)}"
@@ -467,15 +478,6 @@ def _check_adaptable(target: str, targeted: Sequence[str], unadaptable: Sequence
         )
 
 
-def _make_without_weights(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    with torch.device("meta"):  # shapes without weights
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-
-
-def _ends_in(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
 def _peft_has_targets(config: PretrainedConfig, targets: Sequence[str], trust_remote_code: bool) -> bool:
     """Return whether PEFT finds all `targets` where the model has no such modules, as in packed weights of experts.
 
@@ -483,7 +485,7 @@ def _peft_has_targets(config: PretrainedConfig, targets: Sequence[str], trust_re
     """
 
     def adapt(names: Sequence[str]) -> list[str] | None:
-        model = _make_without_weights(config, trust_remote_code)
+        model = make_without_weights(config, trust_remote_code)
         try:
             with torch.device("meta"):
                 adapter = PeftLoraConfig(target_modules=[*names], task_type="CAUSAL_LM")

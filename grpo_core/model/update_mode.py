@@ -12,10 +12,27 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from grpo_core.schema import ConfigError
 
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"  # through which modules of transformers checkpoint
 RANDOM_WORDS = ("drop", "jitter")  # in the names of a module's probabilities
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Store only the states between layers for the backward pass, which recomputes the rest.
+
+    Raises:
+        ConfigError: the model does not support it.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", True):
+        raise ConfigError(
+            f"model.gradient_checkpointing is true, which the {model.config.model_type} model does not support; "
+            f"set it to false"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 @contextmanager

@@ -117,7 +117,8 @@ class Alerts:
     def __init__(self, config: RunConfig) -> None:
         trainer = config.trainer
         self._max_failed_rewards = trainer.max_failed_rewards
-        self._pending = list(ALERTS)
+        is_taught = config.teacher.trains  # tied groups, and completions without a reward, are trained
+        self._pending = [alert for alert in ALERTS if not (is_taught and alert.name in ("tied", "no_reward"))]
         if trainer.num_minibatches * trainer.num_passes == 1:
             self._pending.append(ON_POLICY)
         precision = "fp32" if resolve_dtype(config.model.precision) is torch.float32 else "other"

@@ -33,6 +33,8 @@ from grpo_core.report.eval_sets import label_set, split_sets
 from grpo_core.schema import finite_or_none, printable
 from grpo_core.scoring.scoring import Scores
 
+SHOWN_KLS = ("kl", "teacher_kl", "teacher_kl_exact")  # on the terminal
+
 
 class RunLog:
     """The log of a run: the files in its folder, and the terminal.
@@ -303,7 +305,7 @@ def _completion_columns(scores: Scores, shaped: Tensor | None, advantages: Tenso
     """Return the columns of completions.jsonl that come from the scores, one value per completion each."""
     by_name = {name: values.flatten().tolist() for name, values in scores.by_name.items()}
     columns: dict[str, list[Any]] = {
-        "rewards": [dict(zip(by_name, values, strict=True)) for values in zip(*by_name.values(), strict=True)],
+        "rewards": [{name: values[i] for name, values in by_name.items()} for i in range(scores.rewards.numel())],
         "reward": scores.rewards.flatten().tolist(),
     }
     if shaped is not None:
@@ -315,9 +317,13 @@ def _format_step(row: dict[str, float], rewards: list[str]) -> str:
     by_name = (
         "".join(f"  {name} {format_fixed(row[f'rewards/{name}'], 3)}" for name in rewards) if len(rewards) > 1 else ""
     )
+    by_reward = by_name  # with a teacher alone there are no rewards, or none with a weight
+    if "tied_groups" in row:
+        by_reward = f"reward {format_fixed(row['reward'], 3)}{by_name}  tied {row['tied_groups']:.0%}"
     return (
-        f"reward {format_fixed(row['reward'], 3)}{by_name}  tied {row['tied_groups']:.0%}  length {row['length']:.0f}"
-        + (f"  kl {format_fixed(row['kl'], 4)}" if "kl" in row else "")
+        (f"{by_reward.strip()}  " if by_reward else "")
+        + f"length {row['length']:.0f}"
+        + "".join(f"  {name} {format_fixed(row[name], 4)}" for name in SHOWN_KLS if name in row)
         + f"  grad {row['grad_norm']:.3f}  {row['seconds']:.1f} s"
         + ("  update skipped: gradient not finite" if row["skipped"] else "")
     )

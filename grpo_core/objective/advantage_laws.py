@@ -125,6 +125,7 @@ def call(
         "logprobs": p.log(),
         "rollout_logprobs": p.log(),
         "ref_logprobs": (0.9 * p).log(),
+        "teacher_logprobs": (0.8 * p).log(),
         "entropy": 2 * (1 - p),
         "sum_p_squared": p**2,
     }

@@ -16,6 +16,7 @@ METRICS = frozenset(  # what the loop itself writes to metrics.jsonl; ratio and 
         *("rollout_weight", "rollout_weight_ess", "rollout_weight_square", "rollout_kl", "rollout_chi2"),
         *("off_policy_kept", "rejected", "selected", "positive_nll"),
         *("grad_norm", "learning_rate", "adapter_norm", "skipped", "micro_batches", "memory_retries"),
+        *("teacher_kl", "teacher_kl_exact", "teacher_weights_gb"),
         *("tokens_updated", "seconds", "tokens_per_second", "update_mfu", "peak_memory_gb", "reserved_memory_gb"),
     )
 )

@@ -75,6 +75,7 @@ OF_TOKENS = (
     "logprobs",
     "rollout_logprobs",
     "ref_logprobs",
+    "teacher_logprobs",
     "entropy",
     "sum_p_squared",
     "rollout_weights",
@@ -93,6 +94,7 @@ LOSS_INPUTS = Inputs(
         "sum_p_squared",  # [B, C] sum over the vocabulary of the policy's squared probabilities, without gradient
         "rewards",  # [B, 1] as they enter the advantages; NaN where a completion has none
         "selected",  # [B, C] bool, the choice of the function that the loss has as its attribute `selects`
+        "teacher_logprobs",  # [B, C] of the teacher (the section teacher); costs a forward of it
     ),
 )
 SELECTION_INPUTS = Inputs(
@@ -137,6 +139,7 @@ ADVANTAGE_INPUTS = Inputs(
         "logprobs",  # [N, G, C] of the policy before this step's first update; costs a forward, as the rest does
         "rollout_logprobs",  # [N, G, C]; costs nothing
         "ref_logprobs",  # [N, G, C]
+        "teacher_logprobs",  # [N, G, C]
         "entropy",  # [N, G, C]
         "sum_p_squared",  # [N, G, C]
         "rollout_weights",  # [N, G, C] of the rollout correction, 1 without one

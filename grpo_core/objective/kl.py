@@ -94,6 +94,18 @@ def kl_exact(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None
     return (logprobs.exp() * (logprobs - ref_logprobs)).sum(dim=-1)
 
 
+def kl_forward(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
+    """sum_v q_v (log q_v - log p_v), q the other distribution
+
+    KL(other || policy), [..., V] -> [...]: the policy learns to cover everything that the other may say, where `exact`,
+    KL(policy || other), lets it choose.
+    """
+    return (other_logprobs.exp() * (other_logprobs - logprobs)).sum(dim=-1)
+
+
+TEACHER_KLS = {"reverse": kl_exact, "forward": kl_forward}  # values of teacher.kl
+
+
 def _difference(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Return d = l_ref - l, clamped to +-20."""
     return (ref_logprobs - logprobs).clamp(-20, 20)

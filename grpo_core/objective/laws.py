@@ -309,6 +309,7 @@ def call(
         "selected": select(loss_fn, logprobs.detach(), old, advantages, mask) if selected is None else selected,
         "rollout_logprobs": old,
         "ref_logprobs": old - 0.1,
+        "teacher_logprobs": old + 0.1,
         "entropy": -old.detach(),
         "sum_p_squared": old.detach().exp(),
         "rewards": (advantages[:, :1] > 0).to(old.dtype),

@@ -53,6 +53,10 @@ class Objective:
     min_group_std: float = 0.0  # a group whose rewards spread less counts as tied
     max_new_tokens: int = 256  # length limit of a completion
     steps_per_batch: int = 1  # optimizer steps on one batch: minibatches × passes
+    has_teacher: bool = False  # the step asks a frozen model for its log-probs (training/distillation.py)
+    teacher_coef: float = 0.0  # of l_teacher - l_old in the advantage of each token
+    teacher_kl_fn: Callable | None = None  # of kl.py, over the vocabulary; None: no such term
+    teacher_kl_coef: float = 0.0
     learns_from_ties: bool = False  # rows with advantage 0 have a part in the gradient
 
     @cached_property
@@ -86,6 +90,12 @@ class Objective:
         """Return whether something reads the reference's log-probs of the drawn tokens."""
         has_kl = self.has_kl and self.kl_in == "loss" and not self.kl_needs_vocabulary
         return has_kl or "ref_logprobs" in self.loss_needs | self.advantage_needs
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Return whether something reads the teacher's log-probs of the drawn tokens: all but its KL alone."""
+        asked = "teacher_logprobs" in self.loss_needs | self.advantage_needs
+        return self.has_teacher and (asked or self.teacher_coef > 0 or self.teacher_kl_fn is None)
 
     @property
     def kl_needs_vocabulary(self) -> bool:

@@ -66,6 +66,11 @@ PANELS = (
         "completions.",
     ),
     Panel(
+        "teacher", "Distance to the teacher", "nats per token", ("teacher_kl", "teacher_kl_exact"),
+        "Mean of l - l_teacher over the policy's own tokens, and the KL over the whole vocabulary (teacher.kl).",
+        "Falls towards 0. Where it stays, the policy cannot say what the teacher says.",
+    ),
+    Panel(
         "ratio", "Ratio", "new over old probability", ("ratio",),
         "Mean of exp(log-prob now - log-prob before the step's first update).",
         "Exactly 1 where a batch is used once. Near 1 with several minibatches or passes.",
@@ -139,7 +144,17 @@ PANELS = (
 )  # fmt: skip
 OTHER = Panel("other", "", "", (), "A metric that no other panel shows.", "Compare it with a run that went well.")
 HIDDEN_WHEN_QUIET = {"skipped", "failed", "coefficients"}  # ids of panels left out while 0, or while constant
-NOT_DRAWN = {"step", "seconds", "tokens", "tokens_updated", "micro_batches", "memory_retries", "epoch", "advantage_abs"}
+NOT_DRAWN = {
+    "step",
+    "seconds",
+    "tokens",
+    "tokens_updated",
+    "micro_batches",
+    "memory_retries",
+    "epoch",
+    "advantage_abs",
+    "teacher_weights_gb",
+}
 MEANINGLESS_IF_SUPERVISED = {"logprob_gap", "logprob_gap_max", "ratio", "clip_frac"}  # they compare with a sampler
 
 

@@ -243,6 +243,8 @@ def _check_linear(linear: nn.Module, base: nn.Module) -> None:
     if linear is base:
         return
     active = [name for name in linear.active_adapters if name in getattr(linear, "lora_A", {})]
+    if not active and not linear.merged and linear.lora_A:  # the adapter of a teacher, which is not active
+        return
     if len(active) != 1 or linear.merged:
         raise Unsupported("it does not have exactly one active, unmerged LoRA adapter")
     if getattr(linear, "lora_variant", {}).get(active[0]) or linear.lora_B[active[0]].bias is not None:
@@ -250,9 +252,11 @@ def _check_linear(linear: nn.Module, base: nn.Module) -> None:
 
 
 def _lora_factors(linear: nn.Module) -> tuple[Tensor | None, Tensor | None, float]:
-    """Return LoRA's A, B and scale, where the scale of a disabled adapter is 0; (None, None, 0) without an adapter."""
+    """Return LoRA's A, B and scale, where the scale of a disabled adapter is 0; (None, None, 0) without one."""
     if not hasattr(linear, "lora_A"):
         return None, None, 0.0
-    name = next(name for name in linear.active_adapters if name in linear.lora_A)
+    name = next((name for name in linear.active_adapters if name in linear.lora_A), None)
+    if name is None:
+        return None, None, 0.0
     scale = 0.0 if linear.disable_adapters else linear.scaling[name]
     return linear.lora_A[name].weight.detach(), linear.lora_B[name].weight.detach(), scale

@@ -63,7 +63,8 @@ def score(
 ) -> Scores:
     """Call every reward on all completions, those in processes of their own in parallel, and add them up by weight.
 
-    Where a reward returns None or fails (see `reward_call.attempt`), it is left out of the sum.
+    Where a reward returns None or fails (see `reward_call.attempt`), it is left out of the sum. Without rewards the
+    sum is NaN.
     """
     rows = [task for task in tasks for _ in range(group_size)]
     columns = {name: [task.columns[name] for task in rows] for name in rows[0].columns}
@@ -76,6 +77,8 @@ def score(
         failed[reward.name] = torch.tensor(outcome.failed, device="cpu").view(-1, group_size)
         if outcome.why:
             failures.append(f"reward {reward.name} {outcome.why}")
+    if not rewards:  # a teacher alone trains
+        return Scores(torch.full((len(tasks), group_size), math.nan, device="cpu"), {})
     stacked = torch.stack(list(by_name.values()))  # [K, N, G] for K rewards
     weights = tuple(reward.weight for reward in rewards)
     factors = torch.tensor(weights, device="cpu").view(-1, 1, 1)

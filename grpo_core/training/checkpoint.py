@@ -252,19 +252,28 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def compute_fingerprints(run: Run) -> dict[str, str]:
-    """Return short digests of the content of data.path (rows) and model.path (frozen weights).
+    """Return short digests of the content of data.path (rows), model.path and the teacher (frozen weights).
 
     They detect that a path in the configuration has other content than when the checkpoint was written. The keys are
     part of the checkpoint format and appear in messages.
     """
-    rows, weights = hashlib.sha256(), hashlib.sha256()
+    rows = hashlib.sha256()
     for task in run.tasks.tasks:
         rows.update(json.dumps([task.prompt_ids, task.columns], default=str).encode())
-    for name, weight in run.policy.model.named_parameters():
-        if not weight.requires_grad:
-            first = weight.detach().flatten()[:8].to(torch.bfloat16).tolist()  # equal in every precision
-            weights.update(f"{name} {tuple(weight.shape)} {first}".encode())
-    return {"the rows of data.path": rows.hexdigest()[:16], "the weights of model.path": weights.hexdigest()[:16]}
+    taught = run.teacher.own_parameters() if run.teacher else []
+    of_teacher = {id(weight) for _, weight in taught}
+    named = run.policy.model.named_parameters()
+    frozen = [(name, weight) for name, weight in named if not weight.requires_grad and id(weight) not in of_teacher]
+    digests = {"the rows of data.path": rows.hexdigest()[:16], "the weights of model.path": _digest_weights(frozen)}
+    return digests | ({"the weights of the teacher": _digest_weights(taught)} if taught else {})
+
+
+def _digest_weights(named: Iterable[tuple[str, Tensor]]) -> str:
+    weights = hashlib.sha256()
+    for name, weight in named:
+        first = weight.detach().flatten()[:8].to(torch.bfloat16).tolist()  # equal in every precision
+        weights.update(f"{name} {tuple(weight.shape)} {first}".encode())
+    return weights.hexdigest()[:16]
 
 
 def export(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -31,8 +31,8 @@ def freeze(
     """Return the rollouts with their masks and log-probs; `trained` [N, G] bool are the completions to train (all).
 
     Old log-probs cost a forward only where several optimizer steps share the batch (with one, the ratio is 1), where
-    the advantages ask for something of the policy, or where a mask or weight depends on other rows. Reference log-probs
-    cost one only where something reads them.
+    the advantages or a teacher's log-probs need the policy's, or where a mask or weight depends on other rows.
+    Reference log-probs cost one only where something reads them.
     """
     rollouts = replace(rollouts, completions=())  # the loss reads no text
     mask = rollouts.completion_mask
@@ -40,7 +40,9 @@ def freeze(
         mask = mask & trained.reshape(-1, 1).to(mask.device)
     reused = objective.steps_per_batch > 1
     own = surrogate_mask = ref_logprobs = None
-    needs_logprobs = objective.looks_at_all_rows or "rollout_weights" in objective.advantage_needs
+    needs_logprobs = (
+        objective.looks_at_all_rows or objective.needs_teacher or "rollout_weights" in objective.advantage_needs
+    )
     asked = OF_THE_POLICY & (objective.advantage_needs | ({"logprobs"} if needs_logprobs else set()))
     if reused or objective.top_entropy < 1 or asked:
         own = forward_all(policy, budget, rollouts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -12,6 +12,7 @@ from grpo_core.config.sections import RunConfig, SamplingConfig
 from grpo_core.counts import quantify
 from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.eval_sets import group_by_set, name_set
+from grpo_core.data.prompts import encode_teacher_prompts
 from grpo_core.data.rows import name_split
 from grpo_core.data.tasks import find_offered_tasks, read_tasks
 from grpo_core.model.loading import (
@@ -22,9 +23,10 @@ from grpo_core.model.loading import (
     load_tokenizer,
 )
 from grpo_core.model.policy import Policy, check_targets
+from grpo_core.model.teacher import check_teacher
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
-from grpo_core.objective.kl import KLS
+from grpo_core.objective.kl import KLS, TEACHER_KLS
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.objective import Objective, learns_from_ties
 from grpo_core.objective.rejections import REJECTIONS
@@ -96,6 +98,29 @@ def _describe_long_eval_prompts(config: RunConfig, number: int) -> str:
     )
 
 
+def prepare_teacher(config: RunConfig, prepared: Prepared) -> Prepared:
+    """Check the teacher, and return the tasks with the prompts that it sees, if they are not the policy's.
+
+    Raises:
+        ConfigError: see `check_teacher` and `encode_teacher_prompts`; or a prompt is too long for its model.
+    """
+    teacher = config.teacher
+    if not teacher.exists:
+        return prepared
+    check_teacher(config, prepared.tokenizer)
+    tasks, model_config = prepared.tasks, prepared.model_config
+    if teacher.path is not None:
+        model_config = load_model_config(replace(config.model, path=teacher.path))
+    if teacher.prompt is not None:
+        tasks = encode_teacher_prompts(tasks, teacher.prompt, config.data, prepared.tokenizer)
+    try:
+        prompts = [task.teacher_prompt_ids or task.prompt_ids for task in tasks]
+        check_lengths(prompts, config.sampling.max_new_tokens, model_config)
+    except ConfigError as error:
+        raise ConfigError(f"teacher.prompt is {teacher.prompt!r}, but for the teacher {error}") from None
+    return replace(prepared, tasks=tasks)
+
+
 def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task], source: str | None = None) -> None:
     """Raise ConfigError if a reward needs a column that the data lacks, or that is null where it must not be.
 
@@ -124,7 +149,7 @@ def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task], 
 def build_objective(config: RunConfig) -> Objective:
     """Return the configured objective: its functions with their arguments bound, and its switches."""
     loss, advantage, truncation = config.loss, config.advantage, config.truncation
-    correction = loss.rollout_correction
+    correction, teacher = loss.rollout_correction, config.teacher
     functions = {
         "loss_fn": LOSSES.build(loss.name, loss.args),
         "kl_fn": KLS.get(loss.kl),
@@ -149,7 +174,11 @@ def build_objective(config: RunConfig) -> Objective:
         min_group_std=advantage.min_group_std,
         max_new_tokens=config.sampling.max_new_tokens,
         steps_per_batch=config.trainer.num_minibatches * config.trainer.num_passes,
-        learns_from_ties=learns_from_ties(loss.average, *functions.values()),
+        has_teacher=teacher.exists,
+        teacher_coef=teacher.coef if teacher.exists else 0.0,
+        teacher_kl_fn=TEACHER_KLS[teacher.kl] if teacher.kl and teacher.kl_coef else None,
+        teacher_kl_coef=teacher.kl_coef,
+        learns_from_ties=teacher.trains or learns_from_ties(loss.average, *functions.values()),
     )
 
 

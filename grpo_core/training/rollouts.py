@@ -22,6 +22,7 @@ from grpo_core.objective.inputs import CORRECTION_INPUTS
 from grpo_core.objective.objective import Objective
 from grpo_core.registry import get_fact
 from grpo_core.scoring.scoring import Scores, score
+from grpo_core.training.distillation import add_teacher_advantages
 from grpo_core.training.run import Run
 
 
@@ -97,21 +98,28 @@ def compute_step_advantages(
 ) -> Tensor:
     """Return this rank's advantages, [N, G], or [N, G, C] where the function returns a value for each token.
 
+    With a teacher's part they are [B, C].
+
     The advantage function sees the groups of all ranks. `frozen` has the log-probs that it may ask for. Where no
-    completion of the step has a reward, the advantages of the rewards are all 0, and the metric `no_reward` is 1.
-    A collective.
+    completion of the step has a reward, the advantages of the rewards are all 0, and the metric `no_reward` is 1. With
+    a teacher alone no reward has a weight, and there is neither this metric nor `tied_groups`. A collective.
 
     Raises:
         ConfigError: the function returned a wrong shape or a value that is not finite.
     """
-    shape = rewards.shape
-    stats.add_mean("tied_groups", _tied(objective, rewards, scores))
-    components = torch.stack([*scores.by_name.values()]).masked_fill(rewards.isnan(), torch.nan)  # [K, N, G]
+    shape, has_rewards = rewards.shape, any(scores.weights)
+    if has_rewards:
+        stats.add_mean("tied_groups", _tied(objective, rewards, scores))
+    components = rewards.new_zeros(0, *shape)
+    if scores.by_name:
+        components = torch.stack([*scores.by_name.values()]).masked_fill(rewards.isnan(), torch.nan)  # [K, N, G]
     lengths = rollouts.lengths().view(shape).cpu().to(rewards.dtype)
     levelled = [tie_small_spreads(values, objective.min_group_std) for values in (rewards[None], components)]
     own = torch.cat([levelled[0], lengths[None], levelled[1]])  # [2 + K, N, G]
     whole = ranks.all_rows(own.transpose(0, 1)).cpu().transpose(0, 1)  # [2 + K, N of all ranks, G]
-    if whole[0].isnan().all():  # every one was cut off and is left out, or cannot be judged, or the reward failed
+    if (
+        has_rewards and whole[0].isnan().all()
+    ):  # every one was cut off and is left out, or cannot be judged, or the reward failed
         stats.add_max("no_reward", torch.tensor(1.0, device="cpu"))
     inputs = {"lengths": whole[1], "components": whole[2:], "weights": torch.tensor(scores.weights, device="cpu")}
     if frozen is not None:
@@ -119,7 +127,8 @@ def compute_step_advantages(
     values = compute_advantages(objective.advantage_fn, whole[0], **inputs)
     first = ranks.rank() * len(rewards)
     own_values = values[first : first + len(rewards)].to(torch.float32)
-    return own_values if own_values.dim() == 2 else own_values[..., : rollouts.completion_ids.shape[1]]
+    own_values = own_values if own_values.dim() == 2 else own_values[..., : rollouts.completion_ids.shape[1]]
+    return own_values if frozen is None else add_teacher_advantages(objective, frozen, own_values)
 
 
 def _gather_tokens(frozen: Frozen, objective: Objective, group_size: int) -> dict[str, Tensor]:
@@ -132,6 +141,7 @@ def _gather_tokens(frozen: Frozen, objective: Objective, group_size: int) -> dic
         "completion_mask": frozen.loss_mask,
         "rollout_logprobs": frozen.rollouts.rollout_logprobs,
         "ref_logprobs": frozen.ref_logprobs,
+        "teacher_logprobs": frozen.teacher_logprobs,
         "logprobs": frozen.logprobs,
         "entropy": frozen.entropy,
         "sum_p_squared": frozen.sum_p_squared,

@@ -39,6 +39,7 @@ class Run:
     log: RunLog
     steps_per_epoch: Fraction | int
     selection: Selection = field(default_factory=Selection)  # the only state of a run that changes in place
+    teacher: Any = None  # Teacher, or None
     job: str = "train"  # the command: train or sft
     # further numbers of an evaluation of these tasks; a collective
     held_out: Callable[[list[Task]], dict[str, float]] = field(default=lambda tasks: {})

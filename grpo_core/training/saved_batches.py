@@ -26,7 +26,12 @@ from grpo_core.training import checkpoint
 from grpo_core.training.freeze import forward_all
 from grpo_core.training.run import Run
 
-LEFT_PADDED = ("prompt_ids", "prompt_mask")  # completions are padded on the right
+LEFT_PADDED = (
+    "prompt_ids",
+    "prompt_mask",
+    "teacher_prompt_ids",
+    "teacher_prompt_mask",
+)  # completions are padded on the right
 
 
 def write_files(folder: Path, step: int, tensors: dict[str, Tensor], contents: dict[str, Any]) -> str | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from grpo_core.batch import Task
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.formula import list_remarks
 from grpo_core.config.precision import dtype_name, resolve_dtype
@@ -15,9 +17,10 @@ from grpo_core.counts import quantify
 from grpo_core.data.stream import TaskStream
 from grpo_core.distributed import ranks
 from grpo_core.model.lora_targets import describe_frozen_experts
-from grpo_core.model.memory import find_budgets
+from grpo_core.model.memory import Taught, find_budgets
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.quieten import quieten
+from grpo_core.model.teacher import Teacher, load_teacher
 from grpo_core.monitor import trackers
 from grpo_core.monitor.progress import print_note, show_elapsed
 from grpo_core.monitor.run_log import RunLog
@@ -26,7 +29,14 @@ from grpo_core.sampling.end_of_sequence import describe_eos_mismatch
 from grpo_core.scoring.scoring import build_reward
 from grpo_core.training.deepspeed_config import deepspeed_config
 from grpo_core.training.engine import Engine, check_deepspeed
-from grpo_core.training.prepare import Prepared, build_objective, make_rewards, make_sampler, prepare
+from grpo_core.training.prepare import (
+    Prepared,
+    build_objective,
+    make_rewards,
+    make_sampler,
+    prepare,
+    prepare_teacher,
+)
 from grpo_core.training.resume import RunStart, check_num_steps, find_start, load_start
 from grpo_core.training.run import Run
 
@@ -40,12 +50,13 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     dtype = initialise_process(config)
     per_rank = prompts_per_rank(config, ranks.world_size())
     start = find_start(config)
-    prepared = prepare(config)
+    prepared = prepare_teacher(config, prepare(config))
     check_num_steps(start, count_steps(config, len(prepared.tasks), config.prompts_per_step))
     note_steps(config, len(prepared.tasks), config.prompts_per_step)
     with show_elapsed("loading the model"):
         policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
-    run = assemble(config, start, policy, prepared, config.prompts_per_step, dtype)
+        teacher = load_teacher(config, policy, dtype, ranks.device())
+    run = assemble(config, start, policy, prepared, config.prompts_per_step, dtype, teacher=teacher)
     run.sampler.check_model()
     if config.reference.every:
         policy.move_reference()  # the adapter is new, so the reference starts as the base model
@@ -108,6 +119,7 @@ def assemble(
     tasks_per_step: int,  # over all ranks
     dtype: torch.dtype,
     longest_completion: int | None = None,  # tokens; default: sampling.max_new_tokens
+    teacher: Teacher | None = None,
 ) -> Run:
     """Build the engine, sampler, rewards, objective, memory budgets and log, and return them as a `Run`."""
     trainer, world_size = config.trainer, ranks.world_size()
@@ -127,6 +139,7 @@ def assemble(
         log.info(f"warning: {sentence}")
     longest = (max(len(task.prompt_ids) for task in tasks), longest_completion or config.sampling.max_new_tokens)
     rows = trainer.completions_per_step // world_size // trainer.num_minibatches
+    taught = None if teacher is None else Taught(teacher, find_longest_teacher_prompt(tasks))
     return Run(
         config=config,
         folder=start.folder,
@@ -142,9 +155,15 @@ def assemble(
         rewards=make_rewards(config),
         eval_reward=build_reward(config.evaluation.reward, timeout=trainer.reward_timeout),
         objective=build_objective(config),
-        budgets=find_budgets(config, policy, longest, rows, log.info),
+        budgets=find_budgets(config, policy, longest, rows, log.info, taught),
         log=log,
+        teacher=teacher,
     )
+
+
+def find_longest_teacher_prompt(tasks: Sequence[Task]) -> int:
+    """Return the tokens of the longest prompt that the teacher sees."""
+    return max(len(task.teacher_prompt_ids or task.prompt_ids) for task in tasks)
 
 
 def initialise_process(config: RunConfig) -> torch.dtype:

@@ -9,6 +9,7 @@ from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.alerts import Alerts
 from grpo_core.training import checkpoint, saved_batches
 from grpo_core.training.control import Control, next_control
+from grpo_core.training.distillation import ask_teacher
 from grpo_core.training.evaluation import evaluate_now
 from grpo_core.training.freeze import freeze, measure_exact_kl
 from grpo_core.training.rollouts import collect, compute_step_advantages, shape_rewards
@@ -36,6 +37,8 @@ def train(run: Run) -> None:
         with log.phase("freeze"):
             rewards, trained = shape_rewards(objective, policy, budget, rollouts, scores, control.kl_coef, stats)
             frozen = freeze(policy, objective, budget, rollouts, trained)  # old and reference log-probs, [B, C]
+        frozen = ask_teacher(run, tasks, frozen, stats)  # the teacher's log-probs, [B, C], if there is one
+        with log.phase("freeze"):
             advantages = compute_step_advantages(objective, rewards, rollouts, scores, stats, frozen)  # [N, G(, C)]
             batch = frozen.with_advantages(advantages, rewards)
             measure_exact_kl(run, rollouts, step, stats)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grpo_core.batch import Rollouts, TrainBatch, take
 from grpo_core.distributed import ranks, signals, watchdog
+from grpo_core.model.logprobs import TeacherStates
 from grpo_core.model.memory import retry_in_halves
 from grpo_core.model.packing import Packing, Plan
 from grpo_core.model.policy import Policy, TokenStats
@@ -17,6 +18,7 @@ from grpo_core.objective.corrections import corrected_old_logprobs, off_policy_m
 from grpo_core.objective.diagnostics import describe_wrong_diagnostics
 from grpo_core.objective.inputs import CORRECTION_INPUTS, LOSS_INPUTS
 from grpo_core.objective.objective import Objective
+from grpo_core.objective.policy_loss import PolicyLoss
 from grpo_core.objective.token_weights import Totals, mean_weights, token_weights
 from grpo_core.random_keys import make_key, torch_seed
 from grpo_core.registry import get_fact
@@ -24,6 +26,7 @@ from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint
 from grpo_core.training.all_rows import correction_inputs, look_at_all_rows
 from grpo_core.training.control import Control
+from grpo_core.training.distillation import compute_teacher_states
 from grpo_core.training.run import Run
 
 
@@ -74,7 +77,8 @@ def accumulate_gradients(
 
     def forward_and_backward(packing: Packing) -> None:
         micro, micro_stats = take(minibatch, packing.rows), Stats()
-        tokens = forward_with_gradient(run.policy, run.objective, micro.rollouts, packing, control)
+        teacher = compute_teacher_states(run, micro)
+        tokens = forward_with_gradient(run.policy, run.objective, micro.rollouts, packing, control, teacher)
         run.engine.backward(micro_loss(run.objective, micro, tokens, totals, control, micro_stats))
         stats.merge(micro_stats)
 
@@ -116,12 +120,18 @@ def count_over_ranks(objective: Objective, minibatch: TrainBatch, micro_batches:
 
 
 def forward_with_gradient(
-    policy: Policy, objective: Objective, rollouts: Rollouts, packing: Packing, control: Control
+    policy: Policy,
+    objective: Objective,
+    rollouts: Rollouts,
+    packing: Packing,
+    control: Control,
+    teacher: TeacherStates | None = None,
 ) -> TokenStats:
     """Compute what the loss needs of a micro-batch's tokens, [b, C] each."""
     kl_in_loss = control.kl_coef > 0 and objective.kl_in == "loss"
     divergence = objective.kl_fn if kl_in_loss and objective.kl_needs_vocabulary else None
-    return policy.forward(rollouts, packing, entropy_gradient=control.entropy_bonus > 0, divergence=divergence)
+    has_bonus = control.entropy_bonus > 0
+    return policy.forward(rollouts, packing, entropy_gradient=has_bonus, divergence=divergence, teacher=teacher)
 
 
 def micro_loss(
@@ -167,7 +177,7 @@ def token_loss(
     """Return the loss of every token, [b, C]. This function is the order of operations:
 
     surrogate, * off-policy mask, * top-entropy mask and rejections from the surrogate, * rollout correction,
-    + kl_coef KL, + log_ratio_coef (l - l_roll)**2.
+    + kl_coef KL, + log_ratio_coef (l - l_roll)**2, + teacher_kl_coef KL_teacher.
 
     Raises:
         ConfigError: the loss returned a diagnostic that cannot be logged.
@@ -202,11 +212,19 @@ def token_loss(
         stats.add_mean("kl", kl, mask)
     if objective.log_ratio_coef:  # Kimi K2.5, arXiv:2602.02276
         loss = loss + objective.log_ratio_coef * (tokens.logprobs - rollout_logprobs).square()
-    if problem := describe_wrong_diagnostics(surrogate.diagnostics, mask.shape):  # it may depend on the batch
+    if objective.teacher_kl_fn is not None:
+        loss = loss + objective.teacher_kl_coef * tokens.teacher_divergence
+        stats.add_mean("teacher_kl_exact", tokens.teacher_divergence, mask)
+    _log_diagnostics(surrogate, mask, stats)
+    return loss
+
+
+def _log_diagnostics(surrogate: PolicyLoss, mask: Tensor, stats: Stats) -> None:
+    """Add what the loss returned to be logged; raise ConfigError if it cannot be, which may depend on the batch."""
+    if problem := describe_wrong_diagnostics(surrogate.diagnostics, mask.shape):
         raise ConfigError(f"the loss (loss.name) {problem}")
     for name, values in surrogate.diagnostics.items():
         stats.add_mean(name, values, mask)
-    return loss
 
 
 def _weigh_rollouts(objective: Objective, micro: TrainBatch, inputs: dict[str, Tensor | None]) -> Tensor | None:
@@ -220,6 +238,7 @@ def collect_inputs(micro: TrainBatch, tokens: TokenStats, old_logprobs: Tensor) 
     return {
         **correction_inputs(micro, old_logprobs),
         "logprobs": tokens.logprobs,
+        "teacher_logprobs": micro.teacher_logprobs,
         "entropy": tokens.entropy.detach(),
         "sum_p_squared": tokens.sum_p_squared,
         "selected": micro.selected,
@@ -230,7 +249,7 @@ def untrained_row(minibatch: TrainBatch) -> tuple[TrainBatch, TokenStats]:
     """Return the first row with no token to train."""
     row = take(minibatch, torch.zeros(1, dtype=torch.long, device="cpu"))
     zeros = torch.zeros_like(row.rollouts.rollout_logprobs)
-    return replace(row, loss_mask=torch.zeros_like(row.loss_mask)), TokenStats(zeros, zeros, zeros, zeros)
+    return replace(row, loss_mask=torch.zeros_like(row.loss_mask)), TokenStats(*5 * [zeros])
 
 
 def fail_out_of_memory(run: Run, step: int, control: Control, *, weights_unchanged: bool) -> None:

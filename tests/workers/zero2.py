@@ -11,14 +11,25 @@ import torch
 from fakes import frozen_batch, ragged_rollouts, tiny_policy
 
 from grpo_core.batch import take
-from grpo_core.config.sections import EngineConfig, FunctionConfig, LossConfig, RunConfig, SamplingConfig, TrainerConfig
+from grpo_core.config.sections import (
+    EngineConfig,
+    FunctionConfig,
+    LossConfig,
+    RunConfig,
+    SamplingConfig,
+    TeacherConfig,
+    TrainerConfig,
+)
 from grpo_core.distributed import ranks
 from grpo_core.model.memory import Budgets
 from grpo_core.model.packing import Budget
+from grpo_core.model.teacher import Teacher
 from grpo_core.monitor.run_log import Stats
 from grpo_core.objective.losses import LOSSES
 from grpo_core.training.control import first_control
+from grpo_core.training.distillation import add_teacher_advantages
 from grpo_core.training.engine import Engine
+from grpo_core.training.freeze import freeze
 from grpo_core.training.prepare import build_objective
 from grpo_core.training.update import update_policy
 
@@ -27,11 +38,13 @@ TIES = "ties"  # for an average: no KL, and rows without an advantage
 ALL_ROWS = "all_rows"  # for an average: what is chosen among the rows of both processes
 CHOICE = {"share": 1.0, "cov_low": 0.05, "cov_high": 0.4}
 M2 = 0.1
+TAUGHT = "taught"  # for an average: no KL to the reference, and a teacher in the advantages and in the loss
+TEACHER = TeacherConfig(path="another", coef=0.5, kl="reverse", kl_coef=0.3)
 CLIP = {"clip_low": 0.05, "clip_high": 0.1}
 
 
 def run_config(average, tokens):
-    loss = LossConfig(average="token" if average == TIES else average, kl_coef=0.0 if average == TIES else 0.5)
+    loss = LossConfig(average="token" if average in (TIES, TAUGHT) else average, kl_coef=0.0 if average in (TIES, TAUGHT) else 0.5)
     if average == ALL_ROWS:
         loss = LossConfig(
             name="clip_cov", args={**CLIP, **CHOICE}, average="token", kl_coef=0.0, normalize_correction=True,
@@ -40,10 +53,17 @@ def run_config(average, tokens):
     return RunConfig(
         sampling=SamplingConfig(max_new_tokens=9),
         loss=loss,
+        teacher=TEACHER if average == TAUGHT else TeacherConfig(),
         trainer=TrainerConfig(completions_per_step=ROWS, tokens_per_micro_batch=tokens, num_passes=PASSES),
         engine=EngineConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant", weight_decay=0.1, max_grad_norm=0.1, adam_eps=1e-6,
                             deepspeed={"zero_optimization": {"stage": 2, "overlap_comm": False}}),
     )  # fmt: skip
+
+
+def make_teacher():
+    policy = tiny_policy(seed=5, lora_noise=0.3)
+    policy.model.requires_grad_(False)
+    return Teacher(policy, shares_policy=False)
 
 
 def step_data(step, average):
@@ -65,7 +85,7 @@ def trained(average, sizes):
     """Weights, gradient norms and losses for each size."""
     rank, world = ranks.rank(), ranks.world_size()
     rows = torch.arange(rank * ROWS // world, (rank + 1) * ROWS // world)
-    results = {}
+    results, teacher = {}, make_teacher()
     for size in sizes:  # tokens of a micro-batch
         config, policy = run_config(average, size), tiny_policy(lora_noise=0.1)
         engine = Engine(policy.model, config, dtype=torch.float32, total_steps=STEPS * PASSES, world_size=world)
@@ -75,12 +95,16 @@ def trained(average, sizes):
             objective = replace(objective, loss_fn=LOSSES.build("grpo", CLIP))
         run = SimpleNamespace(
             config=config, policy=policy, engine=engine, objective=objective, steps_per_epoch=1,
-            budgets=Budgets(Budget(size), Budget(2 * size)),
+            budgets=Budgets(Budget(size), *2 * [Budget(2 * size)]), teacher=teacher if average == TAUGHT else None,
         )  # fmt: skip
         norms, losses = [], []
         for step in range(STEPS):
             rollouts, advantages = step_data(step, average)
             batch = frozen_batch(run, take(rollouts, rows), advantages[rows])
+            if average == TAUGHT:
+                frozen = freeze(policy, objective, run.budgets.forward, batch.rollouts)
+                frozen = replace(frozen, teacher_logprobs=teacher.policy.logprobs(batch.rollouts))
+                batch = frozen.with_advantages(add_teacher_advantages(objective, frozen, batch.advantages))
             stats = Stats()
             numbers = update_policy(run, batch, step, first_control(config.loss), stats)
             norms.append(numbers["grad_norm"])

@@ -1,0 +1,174 @@
+"""The teacher: a frozen model that says how probable it finds every token of the policy's completions.
+
+It is another model, the policy's own base with a second adapter, or the policy itself with more in its prompt. Nothing
+of it is trained, saved or sampled from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from grpo_core.batch import Rollouts
+from grpo_core.config.sections import RunConfig
+from grpo_core.model.finite_weights import check_finite
+from grpo_core.model.loading import (
+    check_vocabulary,
+    describe_misfit,
+    describe_missing_folder,
+    load_model_config,
+    load_tokenizer,
+)
+from grpo_core.model.logprobs import TeacherStates, is_frozen_linear
+from grpo_core.model.packing import Budget
+from grpo_core.model.policy import Policy, load_policy
+from grpo_core.schema import ConfigError, list_known
+
+TEACHER_ADAPTER = "teacher"  # name of the second adapter on the policy's base
+ADAPTER_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model, and the adapter with which it computes."""
+
+    policy: Policy  # with a model of its own, or the run's policy, whose base it shares
+    adapter: str | None = None  # of the run's policy, in place of the trained one; None: as the policy computes
+    shares_policy: bool = True
+
+    @contextmanager
+    def active(self) -> Iterator[Policy]:
+        """Let the model compute as the teacher, without gradient and dropout."""
+        with self.policy.evaluating(self.adapter):
+            yield self.policy
+
+    def states(self, rollouts: Rollouts, budget: Budget, function: Callable) -> TeacherStates:
+        """Return the distributions of the next token for `function`, a divergence over the vocabulary (kl.py).
+
+        `rollouts` has the teacher's prompts.
+        """
+        with self.active() as policy:
+            hidden = policy.hidden_states(rollouts, budget)
+            temperature = policy._logprob_options["temperature"]
+        return TeacherStates(hidden, self._head, temperature, function)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Return the logits, whichever adapter is active when they are computed."""
+        if is_frozen_linear(self.policy.causal_lm.get_output_embeddings()):
+            return self.policy._head(hidden)
+        with self.active() as policy:
+            return policy._head(hidden)
+
+    def own_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the names and weights that are there for the teacher alone."""
+        named = [*self.policy.model.named_parameters()]
+        if not self.shares_policy:
+            return named
+        return [(name, p) for name, p in named if self.adapter is not None and f".{self.adapter}." in name]
+
+
+def check_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check what can be known of the teacher before weights load. `tokenizer` is the policy's.
+
+    Raises:
+        ConfigError: its model or adapter cannot be found, or its vocabulary is not the policy's.
+    """
+    teacher = config.teacher
+    if teacher.path is not None:
+        with _named("teacher.path"):
+            own = load_tokenizer(teacher.path, config.model.trust_remote_code)
+            model_config = load_model_config(replace(config.model, path=teacher.path))
+            check_vocabulary(model_config, tokenizer)
+        _check_same_vocabulary(teacher.path, own.get_vocab(), tokenizer.get_vocab())
+        size = model_config.get_text_config().vocab_size
+        needed = load_model_config(config.model).get_text_config().vocab_size
+        if size < needed:
+            raise ConfigError(
+                f"teacher.path is {teacher.path!r}, which has {size} logits, fewer than the {needed} of model.path"
+            )
+    if teacher.adapter is not None:
+        _check_adapter(teacher.adapter, is_shared=teacher.path is None)
+
+
+def _check_same_vocabulary(path: str, theirs: dict[str, int], ours: dict[str, int]) -> None:
+    """Refuse a teacher for which some text or id means another token."""
+    if theirs == ours:
+        return
+    token = min((t for t in theirs.keys() | ours.keys() if theirs.get(t) != ours.get(t)), key=lambda t: (len(t), t))
+    there, here = (f"has the id {known[token]}" if token in known else "is missing" for known in (theirs, ours))
+    raise ConfigError(
+        f"teacher.path is {path!r}, whose vocabulary is not that of model.path: the token {token!r} {there} there and "
+        f"{here} here; choose a teacher with the policy's tokenizer"
+    )
+
+
+def _check_adapter(path: str, *, is_shared: bool) -> None:
+    """Refuse a folder that holds no adapter, or one that cannot be loaded beside the policy's."""
+    folder, key = Path(path), f"teacher.adapter is {path!r}"
+    if not folder.is_dir():
+        reason = describe_missing_folder(path) if path.startswith(("/", ".", "~")) else f"there is no folder {path}"
+        raise ConfigError(f"{key}: {reason}; a run writes its adapter at its end, to adapter/ in its run folder")
+    if not (folder / ADAPTER_FILE).exists():
+        inner = [child.name for child in folder.iterdir() if (child / ADAPTER_FILE).exists()]
+        hint = f"; {list_known('adapter', inner)}" if inner else ""
+        raise ConfigError(f"{key}, which holds no adapter: it has no {ADAPTER_FILE}{hint}")
+    settings = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))
+    other = next((name for name in ("modules_to_save", "trainable_token_indices") if settings.get(name)), None)
+    other = other or (f"bias {settings['bias']}" if settings.get("bias", "none") != "none" else None)
+    if settings.get("peft_type") != "LORA":
+        other = f"peft_type {settings.get('peft_type')}"
+    if is_shared and other:
+        raise ConfigError(
+            f"{key}, which is not LoRA alone ({other}), so it cannot share the policy's base; set teacher.path to "
+            f"its base model"
+        )
+
+
+def load_teacher(config: RunConfig, policy: Policy, dtype: torch.dtype, device: torch.device) -> Teacher | None:
+    """Load the teacher's weights; a second adapter goes onto the base of `policy`. None without a teacher.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or the adapter does not fit.
+    """
+    settings = config.teacher
+    if not settings.exists:
+        return None
+    adapter = None if settings.adapter is None else Path(settings.adapter)
+    if settings.path is not None:
+        model = replace(config.model, path=settings.path, gradient_checkpointing=False)
+        with _named("teacher.path"):
+            own = load_policy(
+                model, replace(config.lora, r=0), dtype=dtype, temperature=policy.temperature, adapter=adapter
+            )
+        own.model.requires_grad_(False).to(device)
+        return Teacher(own, shares_policy=False)
+    if adapter is None:
+        return Teacher(policy)
+    try:
+        policy.model.load_adapter(adapter, TEACHER_ADAPTER, is_trainable=False, autocast_adapter_dtype=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"the adapter in {adapter} (teacher.adapter) does not fit the model {config.model.path}: "
+            f"{describe_misfit(error)}"
+        ) from error
+    teacher = Teacher(policy, TEACHER_ADAPTER)
+    for _, parameter in teacher.own_parameters():
+        parameter.requires_grad_(False)
+    check_finite(policy.model, f"the adapter in {adapter}")
+    return teacher
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Let errors name `key` instead of model.path."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.path", key)) from error
