@@ -1,12 +1,12 @@
 """Compare a whole training step with TRL's in the same run: same model, LoRA, prompts, completions, precision and rewards.
 
-    python benchmarks/update.py [--out FILE] [WORKLOAD ...]     on a GPU: step, large, memory, memory_4, card; on a CPU: cpu
+    python benchmarks/update.py [--out FILE] [WORKLOAD ...]     on a GPU: step, large, memory, memory_4, card, taught; on a CPU: cpu
     python benchmarks/update.py --check                         one short step of grpo_core with the built-in policy; records nothing
     python benchmarks/update.py one SIDE JOB.json               one side of one job in this process; the other commands start it
 
 The model is a folder with random weights of Qwen2.5-1.5B's shape (on a CPU the built-in policy). All prompts of a job have
-the same number of tokens. Hardly any completion ends before its full length, except in the workloads cpu and card; in card
-400 tokens of the vocabulary end a completion. The comparison needs trl==1.16.0; only the benchmarks need it.
+the same number of tokens. Hardly any completion ends before its full length, except in the workloads cpu, card and
+taught; in the last two 400 tokens of the vocabulary end a completion. The comparison needs trl==1.16.0; only the benchmarks need it.
 """
 
 import argparse
@@ -267,6 +267,34 @@ def card(folder):
                    "20 steps, never out of memory", lambda a, b: True, with_peer=False)  # fmt: skip
 
 
+def taught(folder):
+    """Run the workload card with a teacher beside the policy: the same base with another adapter."""
+    job = gpu_job(folder)
+    model = make_model(folder / "ends", num_ends=400)
+    job |= {"model": model, "cap_gb": 7.5}
+    job["overrides"] = [
+        "trainer.num_steps=20", "sampling.max_new_tokens=1024", "evaluation.num_tasks=0",
+        f"teacher.adapter={make_adapter(model, folder / 'teacher')}", "teacher.kl=reverse", "teacher.kl_coef=0.1",
+    ]  # fmt: skip
+    return compare("update/taught", "the workload card with base + two adapters: advantages and full-vocabulary KL of a teacher",
+                   job, "20 steps, never out of memory", lambda a, b: True, with_peer=False)  # fmt: skip
+
+
+def make_adapter(model: Path, folder: Path) -> Path:
+    """Write a LoRA adapter with random weights that fits the model."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    adapted = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    adapted.save_pretrained(folder)
+    return folder
+
+
 def cpu_job(folder, steps=20):
     """Write the data to `folder` and return a job for a CPU."""
     from transformers import AutoTokenizer
@@ -344,7 +372,7 @@ def record(file: Path, row: dict) -> None:
     file.write_text("".join(json.dumps(each_row) + "\n" for each_row in [*others, row]))
 
 
-WORKLOADS = {"step": step_32, "large": large, "memory": memory, "memory_4": memory_4, "card": card} if GPU else {"cpu": cpu}
+WORKLOADS = {"step": step_32, "large": large, "memory": memory, "memory_4": memory_4, "card": card, "taught": taught} if GPU else {"cpu": cpu}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["one"]:

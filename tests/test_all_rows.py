@@ -119,6 +119,15 @@ def test_covariance_and_choices_by_hand():
     assert select_in_band(logprobs, old, advantages, mask, draws, share=1.0, **bounds).tolist() == [[False, True], [True, False]]
 
 
+def test_the_covariance_of_one_token_and_of_none_is_0():
+    logprobs, advantages = torch.tensor([[-1.0, -3.0]]), torch.tensor([[2.0]])
+    for mask in ([[True, False]], [[False, False]]):
+        mask = torch.tensor(mask)
+        assert covariance(logprobs, advantages, mask).tolist() == [[0.0, 0.0]]
+        chosen = select_highest(logprobs, logprobs, advantages, mask, torch.zeros(1, 2), share=0.5)
+        assert torch.equal(chosen, mask)
+
+
 def test_the_covariance_losses_by_hand():
     x = torch.tensor([[-1.0, -1.0, -1.0]], requires_grad=True)
     old, mask = torch.tensor([[-1.1, -1.1, -2.0]]), torch.ones(1, 3, dtype=torch.bool)

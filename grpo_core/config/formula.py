@@ -27,6 +27,7 @@ LETTERS = """\
 l, l_old, l_ref, l_roll   log-prob of a token: now, before the step's first update, under the reference, as sampled
 r, R                      exp(l - l_old) of a token; exp of its mean over a completion
 v                         exp(l_old - l_roll)
+p, q                      exp(l) and exp(l_roll), the policy's and the sampler's probability of the token
 d                         l_ref - l
 l_teacher                 log-prob of a token under the teacher
 A                         advantage of the completion; in the formula of A, r is the reward
