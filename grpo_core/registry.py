@@ -190,7 +190,7 @@ def _importing_neighbours(folder: Path) -> Iterator[None]:
     A neighbour that has the name of an installed module is forgotten afterwards, so that others get the installed one.
     """
     own, others = str(folder), {place for place in _folders if place != str(folder)}
-    for name, module in [*sys.modules.items()]:
+    for name, module in [*sys.modules.items()] if others else []:
         if _folder_of(module) in others and _find_spec(name.partition(".")[0], [own]):
             del sys.modules[name]
     before, path = set(sys.modules), [place for place in sys.path if place not in _folders]
@@ -213,9 +213,15 @@ def _folder_of(module: Any) -> str | None:
     name = getattr(module, "__name__", "") or ""
     if not isinstance(file, str) or name.startswith("grpo_core_user_"):
         return None
-    depth = name.count(".") + (1 if Path(file).stem == "__init__" else 0)
-    parents = Path(file).resolve().parents
-    return str(parents[depth]) if depth < len(parents) else None
+    folder, depth = os.path.dirname(file), name.count(".") + os.path.basename(file).startswith("__init__.")
+    for _ in range(depth):
+        folder = os.path.dirname(folder)
+    return _real_path(folder)
+
+
+@functools.cache
+def _real_path(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def _find_spec(name: str, path: list[str]) -> Any:

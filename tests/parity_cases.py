@@ -447,7 +447,7 @@ def loss_and_gradient(
     batch = make_batch(rollout, advantages, mask, old, ref, surrogate_mask, rewards)
     draws = torch.full_like(old, 0.5)
     inputs = {"logprobs": logprobs.detach(), "old_logprobs": old, "advantages": batch.advantages.expand_as(old)}
-    batch = replace(batch, selected=select_tokens(loss_fn, {**inputs, "completion_mask": mask, "draws": draws}))
+    batch = replace(batch, selected=select_tokens(loss_fn, {**inputs, "completion_mask": mask, "draws": draws, "rollout_logprobs": rollout}))
     control = first_control(config.loss)
     value = micro_loss(objective, batch, TokenStats(logprobs, torch.zeros_like(old)), totals, control, Stats())
     value.backward()

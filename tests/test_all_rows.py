@@ -158,8 +158,13 @@ def test_a_loss_whose_choice_cannot_be_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"loss mine: its function selects must return a tensor \[B, C\] of bool"):
         try_loss("mine", {})
     loss.selects = lambda logprobs, old: 0
-    with pytest.raises(ConfigError, match="loss mine fails on a batch of two: TypeError"):
+    with pytest.raises(ConfigError, match="the function selects of loss mine cannot be called: too many positional arguments"):
         try_loss("mine", {})
+    loss.selects = lambda logprobs, old, advantages, mask, draws, rollout: draws < 0.5
+    with pytest.raises(ConfigError, match="selects of loss mine asks for rollout .did you mean rollout_logprobs"):
+        try_loss("mine", {})
+    loss.selects = lambda logprobs, old, advantages, mask, draws, rollout_logprobs: rollout_logprobs < old
+    assert try_loss("mine", {}) is not None
 
 
 def test_the_log_ratio_penalty_acts_on_every_trained_token(run):

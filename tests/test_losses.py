@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from grpo_core.objective.inputs import LOSS_INPUTS
 from grpo_core.objective.laws import (
     B,
     C,
@@ -23,6 +24,7 @@ from grpo_core.objective.laws import (
 from grpo_core.objective.losses import LOSSES, PolicyLoss
 from grpo_core.objective.token_weights import AVERAGES, Totals, mean_weights, token_weights
 from grpo_core.registry import get_fact
+from grpo_core.schema import ConfigError
 
 LAW_ARGS = {"clip_cov": {"share": 0.05, "cov_low": 0.1}, "kl_cov": {"share": 0.3}}  # so that they choose tokens of 42
 
@@ -40,6 +42,17 @@ def test_it_holds_the_laws_or_says_which_it_breaks(name):
     assert {o.law for o in outcomes if not o.holds} == (get_fact(LOSSES.get(name), "breaks") or {}).keys()
     assert len(outcomes) == 12
     assert {"ratio", "clip_frac"} <= call(LOSSES.get(name), *batch()).diagnostics.keys()
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES.functions))
+def test_attack_9_advantages_without_a_second_dimension_are_refused(name):
+    """As many completions as tokens: [B] would be spread over the columns, and nobody would see it."""
+    logprobs, mask = torch.full((3, 3), -1.0), torch.ones(3, 3, dtype=torch.bool)
+    for shape in ((3,), (1, 3), (3, 3, 1)):
+        with pytest.raises(ConfigError, match=r"they must be \[B, 1\] = \[3, 1\] or \[B, C\] = \[3, 3\]"):
+            inputs = dict.fromkeys([*LOSS_INPUTS.positional, *LOSS_INPUTS.by_name], logprobs)
+            flags = {"completion_mask": mask, "selected": mask}
+            LOSS_INPUTS.call(LOSSES.get(name), {**inputs, **flags, "advantages": torch.ones(shape)})
 
 
 @pytest.mark.slow

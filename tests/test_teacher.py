@@ -428,7 +428,7 @@ def test_tied_groups_are_trained(tmp_path):
 def test_the_split_into_micro_batches_changes_nothing(tmp_path, monkeypatch):
     """Several minibatches and passes, prompts of the teacher's own, an adapter on the head, advantages and a KL."""
     results = []
-    for size in (1, 30, 1000):
+    for size in (1, 1000):
         settings = TeacherConfig(path="x", kl="reverse", kl_coef=0.3)
         policy = tiny_policy(lora_noise=0.1)
         run = taught_run(
@@ -443,7 +443,6 @@ def test_the_split_into_micro_batches_changes_nothing(tmp_path, monkeypatch):
         results.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
     assert (results[0] - before).abs().max() > 1e-3
     torch.testing.assert_close(results[1], results[0], atol=1e-6, rtol=0)
-    torch.testing.assert_close(results[2], results[0], atol=1e-6, rtol=0)
 
 
 def test_losses_and_advantages_may_ask_for_the_teachers_log_probs(tmp_path):
@@ -568,16 +567,16 @@ def test_another_vocabulary_is_refused_by_a_token_that_differs():
 def test_a_run_with_a_teacher_goes_on_bitwise_and_shows_what_it_minimises(tiny_run, tmp_path, here):
     adapter = tiny_run / "adapter"
     words = [
-        "train", "--config", "distill", f"teacher.adapter={adapter}", "evaluation.num_tasks=0", "data.limit=200", "trainer.num_steps=4",
-        "trainer.completions_per_step=32", "sampling.max_new_tokens=24", "checkpoint.every=2", "teacher.kl=reverse", "lora.dropout=0.1",
+        "train", "--config", "distill", f"teacher.adapter={adapter}", "evaluation.num_tasks=0", "data.limit=40", "trainer.num_steps=2",
+        "trainer.completions_per_step=16", "sampling.max_new_tokens=12", "checkpoint.every=1", "teacher.kl=reverse", "lora.dropout=0.1",
         "teacher.prompt=The answer is {answer}. {prompt}",
     ]  # fmt: skip
     assert here(*words, f"output_dir={tmp_path}/whole").returncode == 0
     cut = tmp_path / "cut"
     shutil.copytree(tmp_path / "whole", cut)
-    shutil.rmtree(cut / "distill" / "checkpoints" / "step-000004")
+    shutil.rmtree(cut / "distill" / "checkpoints" / "step-000002")
     done = here(*words, f"output_dir={cut}", "resume=auto")
-    assert done.returncode == 0 and "after 2 steps" in done.stdout, done.stderr
+    assert done.returncode == 0 and "after 1 step" in done.stdout, done.stderr
     whole, again = (load_file(tmp_path / name / "distill/adapter/adapter_model.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
     assert not (cut / "distill" / "adapter" / TEACHER_ADAPTER).exists()

@@ -23,7 +23,9 @@ from grpo_core.objective.inputs import (
     LOSS_INPUTS,
     OF_TOKENS,
     REJECTION_INPUTS,
+    SELECTION_INPUTS,
     TRUNCATION_INPUTS,
+    bind_selection,
     select_tokens,
 )
 from grpo_core.objective.kl import KLS
@@ -127,7 +129,10 @@ def _try_loss_on(name: str, function: Callable, inputs: dict[str, Tensor]) -> No
         raise ConfigError(f"loss {name} returned per_token_loss of type {kind}; it must be a tensor [B, C]")
     if out.per_token_loss.shape != old.shape:
         shape, expected = list(out.per_token_loss.shape), list(old.shape)
-        raise ConfigError(f"loss {name} returned per_token_loss {shape}; it must be [B, C] = {expected}, unreduced")
+        raise ConfigError(
+            f"loss {name} returned per_token_loss {shape}; it must be [B, C] = {expected}, unreduced, because "
+            f"loss.average averages it"
+        )
     problem = describe_wrong_diagnostics(out.diagnostics, old.shape) or find_not_finite(out.diagnostics, mask)
     if problem:
         raise ConfigError(f"loss {name} {problem}")
@@ -146,6 +151,7 @@ def _try_selection(name: str, loss_fn: Callable, inputs: Mapping[str, Any]) -> T
                 f"loss {name} asks for selected, but has no attribute selects, the function that chooses the tokens"
             )
         return torch.zeros_like(mask)
+    SELECTION_INPUTS.check(bind_selection(loss_fn), f"the function selects of loss {name}")
     with torch.no_grad():
         values = {**inputs, "advantages": inputs["advantages"].expand_as(mask)}
         selected = _guard("loss", name, lambda: select_tokens(loss_fn, values), len(mask))

@@ -12,7 +12,7 @@ loss names as its attribute `selects`; the loss asks for the choice by the name 
 import torch
 from torch import Tensor
 
-from grpo_core.objective.policy_loss import LOSSES, PolicyLoss, clip_surrogate, token_ratio
+from grpo_core.objective.policy_loss import LOSSES, PolicyLoss, check_advantages, clip_surrogate, token_ratio
 from grpo_core.schema import ConfigError
 
 
@@ -115,6 +115,7 @@ def kl_cov_loss(
     """
     if not kl_coef >= 0:
         raise ConfigError(f"kl_coef is {kl_coef}; it must be at least 0")
+    check_advantages(advantages, logprobs)
     ratio = token_ratio(logprobs, old_logprobs)
     loss = -ratio * advantages + kl_coef * (logprobs - old_logprobs).abs() * selected
     return PolicyLoss(loss, {"ratio": ratio.detach(), "clip_frac": selected.float()})

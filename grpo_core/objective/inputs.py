@@ -106,7 +106,8 @@ SELECTION_INPUTS = Inputs(
             "completion_mask",
         ),  # of all rows of the optimizer step, on all ranks
         "draws",  # [B, C] random numbers, uniform from 0 to 1, for a choice among equals
-    )
+    ),
+    ("rollout_logprobs",),  # [B, C] of the sampler
 )
 
 
@@ -118,9 +119,15 @@ def select_tokens(loss_fn: Callable, values: Mapping[str, Any]) -> Any:
     selects = get_fact(loss_fn, "selects")
     if selects is None:
         return None
+    return SELECTION_INPUTS.call(bind_selection(loss_fn), values)
+
+
+def bind_selection(loss_fn: Callable) -> Callable:
+    """Return the function `selects` of a loss with those of the loss's YAML arguments that it has too."""
+    selects = get_fact(loss_fn, "selects")
     names = inspect.signature(selects).parameters
     arguments = {name: p.default for name, p in keyword_arguments(loss_fn).items() if name in names}
-    return SELECTION_INPUTS.call(functools.partial(selects, **arguments), values)
+    return functools.partial(selects, **arguments)
 
 
 KL_INPUTS = Inputs(("logprobs", "ref_logprobs", "old_logprobs"))

@@ -323,7 +323,8 @@ def select(loss_fn: Callable, logprobs: Tensor, old: Tensor, advantages: Tensor,
     generator = torch.Generator().manual_seed(2)
     draws = torch.rand(mask.shape, generator=generator, dtype=logprobs.dtype)
     inputs = (logprobs, old, advantages.expand_as(logprobs), mask, draws)
-    chosen = select_tokens(loss_fn, dict(zip(SELECTION_INPUTS.positional, inputs, strict=True)))
+    values = dict(zip(SELECTION_INPUTS.positional, inputs, strict=True))
+    chosen = select_tokens(loss_fn, {**values, "rollout_logprobs": old})
     return torch.zeros_like(mask) if chosen is None else chosen
 
 

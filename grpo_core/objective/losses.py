@@ -36,6 +36,7 @@ from grpo_core.objective.policy_loss import (
     PULLS_BACK,
     PolicyLoss,
     by_sign,
+    check_advantages,
     check_clip_bounds,
     clip_surrogate,
     row_mean,
@@ -165,6 +166,7 @@ def gmpo_loss(
     arXiv:2507.20673.
     """
     check_clip_bounds(clip_low, clip_high)
+    check_advantages(advantages, logprobs)
     difference = (logprobs - old_logprobs).clamp(-20, 20)
     bounded_below = torch.where(advantages < 0, difference.clamp(min=-clip_low), 0.0)
     bounded = torch.where(advantages > 0, difference.clamp(max=clip_high), bounded_below)
@@ -214,6 +216,7 @@ def sapo_loss(
     """
     if not (tau_pos > 0 and tau_neg > 0):
         raise ConfigError(f"tau_pos is {tau_pos} and tau_neg is {tau_neg}; both must be above 0")
+    check_advantages(advantages, logprobs)
     ratio = token_ratio(logprobs, old_logprobs)
     tau = by_sign(advantages > 0, tau_pos, tau_neg, ratio)
     gate = 4 / tau * torch.sigmoid(tau * (ratio - 1))
@@ -274,6 +277,7 @@ def dro_loss(
     """
     if not beta >= 0:
         raise ConfigError(f"beta is {beta}; it must be at least 0")
+    check_advantages(advantages, logprobs)
     difference = logprobs - old_logprobs
     ratio = token_ratio(logprobs, old_logprobs).detach()
     loss = -advantages * logprobs + beta / 2 * difference.square()

@@ -43,8 +43,19 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, completion_mask: Tens
     return row_mean((logprobs - old_logprobs).clamp(-20, 20), completion_mask).exp().expand_as(logprobs)
 
 
+def check_advantages(advantages: Tensor, logprobs: Tensor) -> None:
+    """Raise ConfigError unless advantages are [B, 1] or [B, C]; [B] would be spread over the columns where B is C."""
+    if advantages.dim() != 2 or advantages.shape not in ((len(logprobs), 1), logprobs.shape):
+        rows, columns = logprobs.shape
+        raise ConfigError(
+            f"advantages have the shape {list(advantages.shape)}; they must be [B, 1] = [{rows}, 1] or [B, C] = "
+            f"[{rows}, {columns}]"
+        )
+
+
 def weighted(weight: Tensor, ratio: Tensor, clipped: Tensor, advantages: Tensor, logprobs: Tensor) -> PolicyLoss:
     """Return the loss -weight A l, where `weight` has no gradient."""
+    check_advantages(advantages, logprobs)
     return PolicyLoss(-weight * advantages * logprobs, {"ratio": ratio, "clip_frac": clipped.float()})
 
 
@@ -58,8 +69,8 @@ def by_sign(positive: Tensor, if_positive: float, otherwise: float, like: Tensor
 
     torch.where of two Python floats would round them to torch's default dtype first.
     """
-    numbers = [torch.full((), number, dtype=like.dtype, device=like.device) for number in (if_positive, otherwise)]
-    return torch.where(positive, *numbers)
+    yes, no = (torch.full((), number, dtype=like.dtype, device=like.device) for number in (if_positive, otherwise))
+    return torch.where(positive, yes, no)
 
 
 def clip_surrogate(
@@ -79,6 +90,7 @@ def clip_surrogate(
         ConfigError: the bounds are not in their ranges.
     """
     check_clip_bounds(clip_low, clip_high, max_clip_low=1.0)
+    check_advantages(advantages, ratio)
     if delta is not None and not delta > 1 + clip_high:
         raise ConfigError(f"delta is {delta}; it must be above 1 + clip_high ({1 + clip_high:g}), or null")
     bounded = ratio if delta is None else ratio.clamp(max=delta)

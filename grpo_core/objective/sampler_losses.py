@@ -8,7 +8,15 @@ changes. The other symbols are those of losses.py.
 import torch
 from torch import Tensor
 
-from grpo_core.objective.policy_loss import DETACHED, LOSSES, PULLS_BACK, PolicyLoss, token_ratio, weighted
+from grpo_core.objective.policy_loss import (
+    DETACHED,
+    LOSSES,
+    PULLS_BACK,
+    PolicyLoss,
+    check_advantages,
+    token_ratio,
+    weighted,
+)
 from grpo_core.schema import ConfigError
 
 
@@ -119,6 +127,7 @@ def _masked_ratio(
     logprobs: Tensor, advantages: Tensor, rollout_logprobs: Tensor, keep: Tensor, adv_tau: float, kl_tau: float
 ) -> PolicyLoss:
     """Return -adv_tau A r of the tokens to keep, and the penalty kl_tau (l - l_roll)**2 of all."""
+    check_advantages(advantages, logprobs)
     ratio = token_ratio(logprobs, rollout_logprobs)
     penalty = kl_tau * (logprobs - rollout_logprobs).square()
     loss = torch.where(keep, -adv_tau * advantages * ratio, 0.0) + penalty
