@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from grpo_core.commands.evaluate import format_figure, name_folder, shorten_name
 from grpo_core.commands.open_policy import OpenedPolicy
 from grpo_core.config.formula import render
+from grpo_core.config.lora_checks import PLAIN_KEYS
 from grpo_core.config.precision import DTYPES, dtype_name
-from grpo_core.config.sections import RunConfig
+from grpo_core.config.sections import LoraConfig, RunConfig
 from grpo_core.counts import quantify
 from grpo_core.data.eval_sets import describe_set
 from grpo_core.monitor.run_log import describe_evaluation
@@ -225,6 +227,9 @@ def _describe_training(config: RunConfig, run: RunFolder, checkpoint_steps: int 
     if checkpoint_steps is not None and checkpoint_steps != len(run.metrics):
         steps = f"{checkpoint_steps:,} (a checkpoint of a run of {steps})"
     adapter = f"rank {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g} on {lora.target_modules}"
+    others = {f.name: getattr(lora, f.name) for f in fields(lora) if f.name not in (*PLAIN_KEYS, "path")}
+    others = {name: value for name, value in others.items() if value != getattr(LoraConfig(), name)}
+    adapter += "".join(f", {name} {value}" for name, value in others.items())
     rows = [
         ("steps", f"{steps} of {quantify(trainer.completions_per_step, 'completion')}"),
         ("tokens", f"{tokens:,.0f} in {seconds / 3600:.2f} hours"),

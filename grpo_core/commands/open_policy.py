@@ -171,7 +171,8 @@ def _is_chat(prompt: object) -> bool:
 def _load(files: _Source, source: str, notify: Callable[[str], None]) -> OpenedPolicy:
     config = files.config
     dtype = resolve_dtype(config.model.precision)
-    lora = config.lora if files.checkpoint is not None else LoraConfig(r=0)
+    # the weights of an adapter at lora.path are replaced by those of the checkpoint
+    lora = replace(config.lora, path=None) if files.checkpoint is not None else LoraConfig(r=0)
     with show_elapsed("loading the model"):
         tokenizer = load_tokenizer(str(files.tokenizer), config.model.trust_remote_code)
         check_vocabulary(load_model_config(config.model), tokenizer)

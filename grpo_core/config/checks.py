@@ -15,6 +15,7 @@ import torch
 
 from grpo_core.batch import SamplingParams, describe_temperature
 from grpo_core.config.function_checks import check_functions
+from grpo_core.config.lora_checks import check_lora
 from grpo_core.config.sections import RunConfig
 from grpo_core.config.teacher_checks import HOW_TO_SET, asks_for_teacher, check_teacher
 from grpo_core.objective.advantages import ADVANTAGES
@@ -40,7 +41,7 @@ def check(config: RunConfig) -> None:
         check_functions(config)
     _check_rewards(config)
     _check_numbers(config)
-    _check_targets(config.lora.r, config.lora.target_modules)
+    check_lora(config.lora)
     _check_sampling(config)
     _check_eval_sets(config)
     _check_selection(config)
@@ -59,11 +60,11 @@ def check(config: RunConfig) -> None:
 SET_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 NOT_EMPTY = (  # an empty one would mean the shell's folder, or would be taken for another key's value
     *("model.path", "data.path", "data.subset", "data.split", "data.eval_path", "data.eval_split"),
-    *("teacher.path", "teacher.adapter", "teacher.prompt"),
+    *("teacher.path", "teacher.adapter", "teacher.prompt", "lora.path"),
     *("output_dir", "sft.output"),
 )
 
-READ_PATHS = ("model.path", "data.path", "data.eval_path", "resume", "teacher.path", "teacher.adapter")
+READ_PATHS = ("model.path", "data.path", "data.eval_path", "resume", "teacher.path", "teacher.adapter", "lora.path")
 WRITTEN_PATHS = ("name", "output_dir", "sft.output")
 MAX_WRITTEN_BYTES = MAX_PATH_BYTES - 256  # the folders and files below it have names too
 
@@ -248,23 +249,6 @@ def _check_finite(value: Any, key: str) -> None:
             _check_finite(inner, f"{key}[{i}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key} is {value}; it must be a finite number")
-
-
-def _check_targets(rank: int, targets: list[str] | str) -> None:
-    """Check lora.target_modules as far as that needs no model."""
-    if rank and not targets:
-        raise ConfigError(
-            f"lora.target_modules is {targets!r}; it must name at least one module, such as q_proj, or be all-linear "
-            f"(with lora.r=0 there is no adapter)"
-        )
-    if isinstance(targets, str):
-        try:
-            re.compile(targets)
-        except re.error as error:
-            raise ConfigError(
-                f"lora.target_modules is {targets!r}; it must be all-linear, a list, or a regular expression, and as "
-                f"the latter it has the fault: {error}"
-            ) from None
 
 
 def _check_sampling(config: RunConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -12,6 +12,7 @@ import yaml
 
 from grpo_core.config.checks import check
 from grpo_core.config.formula import LETTERS, render
+from grpo_core.config.lora_checks import find_written, use_settings_of_adapter
 from grpo_core.config.nearest import describe_unknown_key
 from grpo_core.config.paths import resolve_paths
 from grpo_core.config.presets import get_preset, merge
@@ -159,7 +160,7 @@ def load_run_config(
     if notify is not None:
         for name in _remove_unknown_functions(data):
             notify(f"{folder}: {name} is not registered here and is left out")
-    return _resolve(data, overrides)
+    return _resolve(data, overrides, reads_adapter=False)
 
 
 def _replace_missing_files(value: Any, copies: Path) -> Any:
@@ -223,8 +224,14 @@ def _is_resolved(path: Path) -> bool:
         return file.readline().rstrip() == RESOLVED
 
 
-def _resolve(data: dict[str, Any], overrides: Sequence[str], supervised: bool = False) -> RunConfig:
-    """Apply the overrides to the keys of a file, and return the checked configuration."""
+def _resolve(
+    data: dict[str, Any], overrides: Sequence[str], supervised: bool = False, *, reads_adapter: bool = True
+) -> RunConfig:
+    """Apply the overrides to the keys of a file, and return the checked configuration.
+
+    With `reads_adapter` the settings of the adapter at lora.path fill in the section lora. The configuration of a run
+    has them already, and the folder may be gone.
+    """
     words = [split_word(override) for override in overrides]
     for key, text in words:
         if key == "preset" and (name := parse_value(text, str | None, key)) is not None:
@@ -237,6 +244,8 @@ def _resolve(data: dict[str, Any], overrides: Sequence[str], supervised: bool = 
     build(RunConfig, data, "")  # so that a value of the wrong type is reported before a missing file
     config = build(RunConfig, _read_deepspeed(data, Path()), "")
     config = use_supervised_objective(config) if supervised else config
+    if config.lora.path and reads_adapter:
+        config = replace(config, lora=use_settings_of_adapter(config.lora, find_written(data)))
     check(config)
     return config
 

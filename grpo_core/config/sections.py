@@ -30,6 +30,17 @@ class LoraConfig:
     alpha: float = 32
     dropout: float = 0.0
     target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    path: str | None = None  # folder of an adapter to start from, whose own settings count; null: a new adapter
+    use_rslora: bool = False  # scale by alpha / sqrt(r) instead of alpha / r
+    use_dora: bool = False  # learn the length of every weight's rows apart from their direction
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True  # true: A random, B zero; false: both random
+    exclude_modules: list[str] | str | None = None  # modules of target_modules that are left out
+    layers_to_transform: list[int] | int | None = None  # numbers of the layers that get an adapter; null: all
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # module name or regular expression -> its own r
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # module name or regular expression -> its own alpha
+    modules_to_save: list[str] | None = None  # modules that are trained whole, such as lm_head
+    target_parameters: list[str] | None = None  # weights that are no modules, such as mlp.experts.gate_up_proj
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None  # tokens whose embeddings are trained
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from grpo_core.data.eval_sets import group_by_set, name_set
 from grpo_core.data.prompts import encode_teacher_prompts
 from grpo_core.data.rows import name_split
 from grpo_core.data.tasks import find_offered_tasks, read_tasks
+from grpo_core.model.adapter_check import check_targets
 from grpo_core.model.loading import (
     check_can_be_sampled,
     check_lengths,
@@ -22,7 +23,7 @@ from grpo_core.model.loading import (
     load_model_config,
     load_tokenizer,
 )
-from grpo_core.model.policy import Policy, check_targets
+from grpo_core.model.policy import Policy
 from grpo_core.model.teacher import check_teacher
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS

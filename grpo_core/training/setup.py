@@ -59,7 +59,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     run = assemble(config, start, policy, prepared, config.prompts_per_step, dtype, teacher=teacher)
     run.sampler.check_model()
     if config.reference.every:
-        policy.move_reference()  # the adapter is new, so the reference starts as the base model
+        policy.start_reference()
     load_start(run, start)
     sampling, trainer = config.sampling, config.trainer
     run.log.info(
