@@ -49,6 +49,12 @@ def check_targets(config: PretrainedConfig, lora: LoraConfig, trust_remote_code:
         raise
     except Exception:  # what cannot be done without weights
         return
+    embeddings = [name for name, module in adapted.named_modules() if getattr(module, "lora_embedding_A", None)]
+    if embeddings and isinstance(lora.init_lora_weights, str):
+        raise ConfigError(
+            f"lora.init_lora_weights is {lora.init_lora_weights!r}, which PEFT does not apply to embeddings "
+            f"({embeddings[0].removeprefix('base_model.model.')}); set it to true"
+        )
     tuner = adapted.base_model
     _check_effects([*tuner.targeted_module_names, *tuner.targeted_parameter_names], lora)
 
@@ -80,8 +86,8 @@ def _check_tokens(model: PreTrainedModel, lora: LoraConfig) -> None:
         return
     modules = dict(model.named_modules())
     for name, ids in tokens.items() if isinstance(tokens, dict) else [("", tokens)]:
-        found = [m for n, m in modules.items() if ends_in(n, name)] if name else [model.get_input_embeddings()]
-        sizes = [len(module.weight) for module in found if isinstance(getattr(module, "weight", None), nn.Parameter)]
+        named = [m for n, m in modules.items() if ends_in(n, name)] if name else [model.get_input_embeddings()]
+        sizes = [len(module.weight) for module in named if isinstance(getattr(module, "weight", None), nn.Parameter)]
         if not sizes:
             embeddings = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Embedding)}
             raise ConfigError(f"{key} names {name!r}, which is no embedding; {list_known(name, embeddings)}")

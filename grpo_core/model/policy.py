@@ -293,7 +293,7 @@ class Policy:
             ConfigError: the logits are not a multiple of the head's output.
         """
         logits, hidden = self._measure_logits()
-        output = self._head(hidden).double()
+        output = self._head(hidden).detach().double()
         scale = float((logits * output).sum() / output.square().sum())
         tolerance = 1e-3 if self.causal_lm.dtype == torch.float32 else 0.05
         if not (logits - scale * output).norm() <= tolerance * logits.norm():
