@@ -15,6 +15,7 @@ from grpo_core.config.lora_checks import PLAIN_KEYS
 from grpo_core.config.precision import DTYPES, dtype_name
 from grpo_core.config.sections import LoraConfig, RunConfig
 from grpo_core.counts import quantify
+from grpo_core.data.encoding import apply_chat_template
 from grpo_core.data.eval_sets import describe_set
 from grpo_core.monitor.run_log import describe_evaluation
 from grpo_core.report.eval_sets import collect_accuracies, label_set
@@ -30,7 +31,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # the folder of this file, or the name of the hub repository
-model = AutoModelForCausalLM.from_pretrained("{base}", dtype={dtype})
+model = AutoModelForCausalLM.from_pretrained("{base}", dtype={dtype}{options})
 model = PeftModel.from_pretrained(model, folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 """
@@ -112,7 +113,12 @@ def _describe_model(opened: OpenedPolicy, adapter: bool, run: RunFolder | None) 
 
 def _loading_code(opened: OpenedPolicy, adapter: bool, dtype: str) -> str:
     config = opened.config
-    load = (LOAD_ADAPTER if adapter else LOAD_MERGED).format(base=base_name(opened), dtype=DTYPES[dtype])
+    text = opened.policy.causal_lm.config.get_text_config()
+    options = f", revision={config.model.revision!r}" if config.model.revision else ""
+    if config.model.rope:
+        options += f", rope_parameters={text.rope_parameters}, max_position_embeddings={text.max_position_embeddings}"
+    values = {"base": base_name(opened), "dtype": DTYPES[dtype], "options": options}
+    load = (LOAD_ADAPTER if adapter else LOAD_MERGED).format(**values)
     prompt = EXAMPLE_PROMPT
     if "{question}" in config.data.template and config.data.prompt == "template":
         prompt = config.data.template.replace("{question}", EXAMPLE_QUESTION)
@@ -121,7 +127,7 @@ def _loading_code(opened: OpenedPolicy, adapter: bool, dtype: str) -> str:
         text = config.data.template.replace("{question}", EXAMPLE_QUESTION)
         turns = [{"role": "system", "content": config.data.system}] if config.data.system else []
         turns.append({"role": "user", "content": text})
-        prompt = opened.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        prompt = apply_chat_template(opened.tokenizer, turns, config.data)
         special = False
     return load + GENERATE.format(prompt=prompt, special=special, max_new_tokens=config.sampling.max_new_tokens)
 

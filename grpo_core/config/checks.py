@@ -16,6 +16,7 @@ import torch
 from grpo_core.batch import SamplingParams, describe_temperature
 from grpo_core.config.function_checks import check_functions
 from grpo_core.config.lora_checks import check_lora
+from grpo_core.config.rope_checks import check_rope
 from grpo_core.config.sections import RunConfig
 from grpo_core.config.teacher_checks import HOW_TO_SET, asks_for_teacher, check_teacher
 from grpo_core.objective.advantages import ADVANTAGES
@@ -42,6 +43,8 @@ def check(config: RunConfig) -> None:
     _check_rewards(config)
     _check_numbers(config)
     check_lora(config.lora)
+    check_rope(config.model.rope)
+    _check_chat(config)
     _check_sampling(config)
     _check_eval_sets(config)
     _check_selection(config)
@@ -60,10 +63,17 @@ def check(config: RunConfig) -> None:
 SET_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 NOT_EMPTY = (  # an empty one would mean the shell's folder, or would be taken for another key's value
     *("model.path", "data.path", "data.subset", "data.split", "data.eval_path", "data.eval_split"),
+    *("model.revision", "data.chat_template"),
     *("teacher.path", "teacher.adapter", "teacher.prompt", "lora.path"),
     *("output_dir", "sft.output"),
 )
 
+# arguments of apply_chat_template that are no variables of the template
+SET_BY_RENDERING = (
+    *("conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"),
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    *("tokenizer_kwargs", "tools", "documents"),
+)
 READ_PATHS = ("model.path", "data.path", "data.eval_path", "resume", "teacher.path", "teacher.adapter", "lora.path")
 WRITTEN_PATHS = ("name", "output_dir", "sft.output")
 MAX_WRITTEN_BYTES = MAX_PATH_BYTES - 256  # the folders and files below it have names too
@@ -249,6 +259,22 @@ def _check_finite(value: Any, key: str) -> None:
             _check_finite(inner, f"{key}[{i}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key} is {value}; it must be a finite number")
+
+
+def _check_chat(config: RunConfig) -> None:
+    """Refuse settings of the chat template that the prompt does not use, and those that are set elsewhere."""
+    data = config.data
+    for key in ("chat_template", "chat_template_kwargs"):
+        if getattr(data, key) and data.prompt != "chat":
+            raise ConfigError(
+                f"data.{key} is {str(getattr(data, key))[:60]!r}, but data.prompt is {data.prompt}, which uses no chat "
+                f"template; set data.prompt to chat"
+            )
+    for name in data.chat_template_kwargs:
+        if name in SET_BY_RENDERING:
+            raise ConfigError(
+                f"data.chat_template_kwargs has {name!r}, which is set by the prompt itself; leave it out"
+            )
 
 
 def _check_sampling(config: RunConfig) -> None:

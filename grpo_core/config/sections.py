@@ -20,6 +20,8 @@ class ModelConfig:
     attention: str = "sdpa"  # transformers' attn_implementation
     gradient_checkpointing: bool | Literal["auto"] = "auto"  # auto: on if the longest completion does not fit without
     trust_remote_code: bool = False
+    revision: str | None = None  # branch, tag or commit of a hub id; null: its main branch
+    rope: dict[str, Any] = field(default_factory=dict)  # laid over the rotary parameters in the model's configuration
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class DataConfig:
     prompt: Literal["template", "chat"] = "template"
     template: str = "Question: {question}\n"  # the prompt; with prompt chat, the user's turn
     system: str | None = None  # with prompt chat, the system turn
+    chat_template: str | None = None  # Jinja file, or its content, in place of the model's own chat template
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the chat template
     max_prompt_tokens: int = 512
     long_prompts: Literal["drop", "truncate_left", "error"] = "drop"  # what to do with longer prompts
     max_unjudged: float = 0.05  # share of gold answers that a reward cannot judge, above which the run is refused

@@ -32,17 +32,21 @@ from grpo_core.schema import ConfigError, first_line
 ADAPTER = "default"  # PEFT's name of the adapter that is trained
 
 
-def add_adapter(base: PreTrainedModel, lora: LoraConfig) -> PeftModel:
+def add_adapter(base: PreTrainedModel, lora: LoraConfig, revision: str | None = None) -> PeftModel:
     """Return `base` with a fresh adapter. With all-linear, linear layers that do not return one tensor are left out.
+
+    `revision` is that of the base, which PEFT notes beside the adapter.
 
     Raises:
         ConfigError: PEFT refuses the adapter.
     """
     unadaptable = find_unadaptable(base) if lora.target_modules == "all-linear" else []
     try:
-        return get_peft_model(base, _make_peft_config(lora, unadaptable), autocast_adapter_dtype=False)
+        model: Any = get_peft_model(base, _make_peft_config(lora, unadaptable), autocast_adapter_dtype=False)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"lora.{_find_key(error, lora)}: {first_line(error)}") from error
+    model.peft_config[ADAPTER].revision = revision
+    return model
 
 
 def _make_peft_config(lora: LoraConfig, unadaptable: Sequence[str] = ()) -> PeftLoraConfig:

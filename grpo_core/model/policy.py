@@ -409,6 +409,6 @@ def wrap(base: PreTrainedModel, model: ModelConfig, lora: LoraConfig, *, tempera
     """
     if model.gradient_checkpointing is True:
         enable_gradient_checkpointing(base)
-    adapted: Any = add_adapter(base, lora) if lora.r else base
+    adapted: Any = add_adapter(base, lora, model.revision) if lora.r else base
     fast_layers.install(adapted)
     return Policy(adapted, temperature=temperature)

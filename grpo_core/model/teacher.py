@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import Rollouts
 from grpo_core.config.lora_checks import read_adapter
-from grpo_core.config.sections import LoraConfig, RunConfig
+from grpo_core.config.sections import LoraConfig, ModelConfig, RunConfig
 from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.loading import (
     check_vocabulary,
@@ -72,6 +72,12 @@ class Teacher:
         return [(name, p) for name, p in named if self.adapter is not None and f".{self.adapter}." in name]
 
 
+def model_of_teacher(config: RunConfig) -> ModelConfig:
+    """Return how the model at teacher.path is loaded: as the policy's, without what is about that model alone."""
+    assert config.teacher.path is not None
+    return replace(config.model, path=config.teacher.path, gradient_checkpointing=False, revision=None, rope={})
+
+
 def check_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check what can be known of the teacher before weights load. `tokenizer` is the policy's.
 
@@ -82,7 +88,7 @@ def check_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None
     if teacher.path is not None:
         with _named("teacher.path"):
             own = load_tokenizer(teacher.path, config.model.trust_remote_code)
-            model_config = load_model_config(replace(config.model, path=teacher.path))
+            model_config = load_model_config(model_of_teacher(config))
             check_vocabulary(model_config, tokenizer)
         _check_same_vocabulary(teacher.path, own.get_vocab(), tokenizer.get_vocab())
         size = model_config.get_text_config().vocab_size
@@ -132,7 +138,7 @@ def load_teacher(config: RunConfig, policy: Policy, dtype: torch.dtype, device: 
         return None
     adapter = None if settings.adapter is None else Path(settings.adapter)
     if settings.path is not None:
-        model = replace(config.model, path=settings.path, gradient_checkpointing=False)
+        model = model_of_teacher(config)
         with _named("teacher.path"):
             own = load_policy(model, LoraConfig(r=0), dtype=dtype, temperature=policy.temperature, adapter=adapter)
         own.model.requires_grad_(False).to(device)
