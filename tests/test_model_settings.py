@@ -73,7 +73,6 @@ REFUSED = {
     "model.rope={factor: 0.5}": "model.rope.factor is 0.5; it must be at least 1",
     "model.rope={rope_theta: 0}": "model.rope.rope_theta is 0; it must be above 0",
     "model.rope={full_attention: {rope_type: yarn, low_freq_factor: 1.0}}": "unknown key model.rope.full_attention.low_freq_factor",
-    "model.revision=''": "model.revision is ''; it must not be empty",
     "data.prompt=chat data.chat_template=nowhere.jinja": "data.chat_template is 'nowhere.jinja': there is no such file",
     "data.chat_template={{x}}": "data.chat_template is '{{x}}', but data.prompt is template, which uses no chat template",
     "data.chat_template_kwargs={enable_thinking: false}": "data.chat_template_kwargs is .*, but data.prompt is template",

@@ -46,7 +46,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 GENERATE = """\
 prompt = {prompt!r}
 inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens={special})
-output = model.generate(**inputs, max_new_tokens={max_new_tokens}, do_sample=False)
+output = model.generate(**inputs, max_new_tokens={max_new_tokens}, do_sample=False{stop})
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
 
@@ -129,7 +129,10 @@ def _loading_code(opened: OpenedPolicy, adapter: bool, dtype: str) -> str:
         turns.append({"role": "user", "content": text})
         prompt = apply_chat_template(opened.tokenizer, turns, config.data)
         special = False
-    return load + GENERATE.format(prompt=prompt, special=special, max_new_tokens=config.sampling.max_new_tokens)
+    texts = config.sampling.stop_strings
+    stop = f", stop_strings={texts!r}, tokenizer=tokenizer" if texts else ""
+    longest = config.sampling.max_new_tokens
+    return load + GENERATE.format(prompt=prompt, special=special, max_new_tokens=longest, stop=stop)
 
 
 def _describe_accuracy(config: RunConfig, folder: Path, run: RunFolder, steps: int | None = None) -> str:

@@ -283,6 +283,8 @@ def _check_sampling(config: RunConfig) -> None:
         raise ConfigError(
             f"sampling.temperature is {config.sampling.temperature}; {problem} (that of evaluation may be 0)"
         )
+    if "" in config.sampling.stop_strings:
+        raise ConfigError(f"sampling.stop is {config.sampling.stop!r}; a text that ends a completion must not be empty")
     temperature = config.evaluation.temperature
     truncation = {name: getattr(config.evaluation, name) for name in ("top_k", "top_p", "min_p")}
     if not 0 <= temperature < math.inf:

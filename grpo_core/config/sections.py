@@ -76,6 +76,12 @@ class SamplingConfig:
     dynamic_attempts: int = 0  # times per step that tied groups are replaced by new prompts; 0: never
     rows_at_once: int | None = None  # completions decoded together on one rank; null: all that fit
     decoder: Literal["auto", "plain"] = "auto"  # plain: the model's own forward; auto: a faster one if possible
+    stop: list[str] | str = field(default_factory=list)  # texts that end a completion and stay in it; one, or a list
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """Return the texts that end a completion."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
 @dataclass(frozen=True)

@@ -200,5 +200,6 @@ def make_sampler(
         temperature=config.temperature,
         decoder=config.decoder,
         rows_at_once=config.rows_at_once,
+        stop=config.stop_strings,
         notify=notify,
     )
