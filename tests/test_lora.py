@@ -270,5 +270,6 @@ def test_a_run_with_all_of_them_resumes_bitwise_exports_and_is_started_from(tmp_
     assert again.returncode == 0, again.stderr
     section = yaml.safe_load((tmp_path / "next" / "config.yaml").read_text())["lora"]
     assert section["use_dora"] and section["rank_pattern"] == {"q_proj": 4} and section["trainable_token_indices"] == [5, 6]
-    shutil.rmtree(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "whole")  # neither a resumed run nor a look at it needs the adapter that it started from
+    assert here("train", f"resume={tmp_path}/next", "trainer.num_steps=2").returncode == 0
     assert here("evaluate", tmp_path / "next", "--limit", "2").returncode == 0

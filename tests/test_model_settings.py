@@ -7,9 +7,11 @@ import pytest
 import torch
 import transformers
 import yaml
+from fakes import Alphabet
 from test_faults_of_models import SIZES, VOCAB, grouped_rollouts
 from test_policy import naive_logprobs
 
+from grpo_core.batch import Task
 from grpo_core.commands.open_policy import open_source
 from grpo_core.config.files import load_overrides
 from grpo_core.config.sections import LoraConfig, ModelConfig
@@ -17,6 +19,7 @@ from grpo_core.model import loading
 from grpo_core.model.base_model import load_base_model
 from grpo_core.model.loading import load_model_config, load_tokenizer_of
 from grpo_core.model.policy import Policy, load_policy
+from grpo_core.sampling.fused_decoder import FusedDecoder
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 
@@ -50,6 +53,11 @@ def test_rope_is_laid_over_the_models_own(folder, rope, whole):
     rollouts = grouped_rollouts(vocabulary=VOCAB)
     want = naive_logprobs(Policy(plain), rollouts)
     torch.testing.assert_close(policy.logprobs(rollouts), want, atol=1e-4, rtol=0)
+    sampler = Sampler(policy.model, Alphabet(), max_new_tokens=20)
+    drawn = sampler.generate([Task(0, "p", [5, 6, 7], {}, seed=(0, 0, 0))], 4)
+    assert isinstance(sampler._decoder, FusedDecoder)
+    naive = naive_logprobs(Policy(plain), drawn) * drawn.completion_mask
+    torch.testing.assert_close(drawn.rollout_logprobs, naive, atol=1e-4, rtol=0)
     other = Policy(load_base_model(ModelConfig(str(folder)), torch.float32))
     assert not torch.allclose(other.logprobs(rollouts), want, atol=1e-3)
     assert load_model_config(model).max_position_embeddings == int(64 * rope.get("factor", 1))

@@ -86,7 +86,7 @@ def load_job(
     # the folder may have been moved or renamed since its config.yaml was written
     data |= {"name": place.name, "output_dir": str(place.parent)}
     words = [word for word in words if split_word(word)[0] not in ("name", "output_dir")]
-    config = _resolve(data, words, supervised)
+    config = _resolve(data, words, supervised, reads_adapter=False)
     if path and (keys := _list_differing(file_data, words, config)):
         more = f" and {len(keys) - MAX_NAMED_KEYS} more keys" if len(keys) > MAX_NAMED_KEYS else ""
         notify(
