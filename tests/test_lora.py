@@ -265,11 +265,16 @@ def test_a_run_with_all_of_them_resumes_bitwise_exports_and_is_started_from(tmp_
     assert {name.rpartition(".")[2] for name in one} >= {"trainable_tokens_delta", "lora_magnitude_vector", "weight"}
     exported = here("export", tmp_path / "whole")
     assert exported.returncode == 0, exported.stderr
-    again = here(*words[:3], *SHORT, f"output_dir={tmp_path}", "name=next", "trainer.num_steps=1", f"lora.path={tmp_path}/whole/adapter",
+    again = here(*words[:3], *SHORT, f"output_dir={tmp_path}", "name=next", "trainer.num_steps=2", "checkpoint.every=1", f"lora.path={tmp_path}/whole/adapter",
                  "lora.target_modules=[q_proj, up_proj]")  # fmt: skip
     assert again.returncode == 0, again.stderr
     section = yaml.safe_load((tmp_path / "next" / "config.yaml").read_text())["lora"]
     assert section["use_dora"] and section["rank_pattern"] == {"q_proj": 4} and section["trainable_token_indices"] == [5, 6]
     shutil.rmtree(tmp_path / "whole")  # neither a resumed run nor a look at it needs the adapter that it started from
-    assert here("train", f"resume={tmp_path}/next", "trainer.num_steps=2").returncode == 0
+    trained = load_file(tmp_path / "next" / "adapter" / "adapter_model.safetensors")
+    for folder in ("checkpoints/step-000002", "adapter"):
+        shutil.rmtree(tmp_path / "next" / folder)
+    assert here("train", f"resume={tmp_path}/next").returncode == 0
+    resumed = load_file(tmp_path / "next" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(trained[name], resumed[name]) for name in trained)
     assert here("evaluate", tmp_path / "next", "--limit", "2").returncode == 0

@@ -66,7 +66,7 @@ def _check_modules(lora: LoraConfig) -> None:
     if isinstance(lora.exclude_modules, str):
         _check_expression("exclude_modules", lora.exclude_modules, "a list, or a regular expression")
     for name in lora.modules_to_save or ():
-        _check_expression("modules_to_save", name, "a list of module names")
+        _check_expression("modules_to_save", name, "a list of module names, or of regular expressions")
         if isinstance(lora.target_modules, list) and name in lora.target_modules:
             raise ConfigError(
                 f"lora.modules_to_save names {name!r}, and so does lora.target_modules; a module is trained whole or "
@@ -125,7 +125,7 @@ def _check_expression(name: str, pattern: str, allowed: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ConfigError(
-            f"lora.{name} is {pattern!r}; it must be {allowed}, and as a regular expression it has the fault: {error}"
+            f"lora.{name} is {pattern!r}; it must be {allowed}, and as the latter it has the fault: {error}"
         ) from None
 
 

@@ -53,8 +53,8 @@ def _merge(config: Any, own: dict[str, Any], rope: dict[str, Any], key: str) -> 
     if not rope:
         return own
     kind, previous = rope.get("rope_type", own.get("rope_type", "default")), own.get("rope_type", "default")
-    kept = own if kind == previous else {name: value for name, value in own.items() if name in COMMON}
-    merged = {**kept, **rope, "rope_type": kind}
+    base = own if kind == previous else {name: value for name, value in own.items() if name in COMMON}
+    merged = {**base, **rope, "rope_type": kind}
     check_parameters(merged, key, is_whole=True)
     if kind in GROWING:
         original = merged.get(LENGTH) or own.get(LENGTH) or config.max_position_embeddings
