@@ -48,9 +48,9 @@ class Rollouts:
     prompt_ids: Tensor  # [B, P], padded on the left or the right
     prompt_mask: Tensor  # [B, P] bool
     completion_ids: Tensor  # [B, C], padded on the right
-    completion_mask: Tensor  # [B, C] bool, true up to and including the end-of-sequence token that was drawn
+    completion_mask: Tensor  # [B, C] bool, true up to and including the token that ends the completion
     rollout_logprobs: Tensor  # [B, C] float32, under the distribution that was sampled; 0 where masked
-    truncated: Tensor  # [B] bool, true without an end-of-sequence token within max_new_tokens
+    truncated: Tensor  # [B] bool, true without an end-of-sequence token or stop string within max_new_tokens
     completions: tuple[str, ...] = ()  # B texts; empty where the completions were not decoded
 
     def __post_init__(self) -> None:

@@ -173,8 +173,9 @@ def list_known(name: str, names: Iterable[str]) -> str:
 def coerce(value: Any, kind: Any, key: str) -> Any:
     """Check that `value` has the type `kind`, and return it.
 
-    `kind` may be bool, int, float, str, None, Literal, a union, list[...], dict or Any. For a float, an integer and
-    text such as 5e-5, which YAML 1.1 reads as text, are converted; NaN is refused. Nothing else is converted.
+    `kind` may be bool, int, float, str, None, Literal, a union, list[...], dict, dict[...] or Any. For a float, an
+    integer and text such as 5e-5, which YAML 1.1 reads as text, are converted; NaN is refused. Nothing else is
+    converted.
 
     Raises:
         ConfigError: the value has another type; the message names the key, the value and the type.
@@ -194,6 +195,9 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
     elif origin is list:
         if isinstance(value, list):
             return [coerce(item, options[0], f"{key}[{i}]") for i, item in enumerate(value)]
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {coerce(k, options[0], key): coerce(x, options[1], f"{key}.{k}") for k, x in value.items()}
     elif kind is float:
         if isinstance(value, (int, float, str)) and not isinstance(value, bool):
             with contextlib.suppress(ValueError, OverflowError):

@@ -14,7 +14,7 @@ KEY_HINTS["trainer.micro_batch_size"] = "use trainer.tokens_per_micro_batch, whi
 OPTION_HINTS = {  # TRL option -> what to use here
     "bf16": "model.precision=bf16",
     "fp16": "model.precision=fp16",
-    "peft_config": "the section lora: r, alpha, dropout, target_modules",
+    "peft_config": "the section lora, whose keys have the names of PEFT's options but for alpha and dropout",
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
     "max_prompt_length": "data.max_prompt_tokens; data.long_prompts decides what happens to longer prompts",

@@ -33,7 +33,7 @@ PLACES = {  # heavy dependency -> the modules that may import it
     "click": {"cli"},
     "wandb": {"monitor/trackers"},
     "deepspeed": {"training/engine"},
-    "peft": {"model/policy"},
+    "peft": {"model/adapter", "model/policy"},
     "datasets": {"data/rows"},
     "yaml": {"config/files", "config/words", "config/yaml_text", "report/run_reader"},
     "matplotlib": {"report/png"},

@@ -17,10 +17,11 @@ from grpo_core.batch import Rollouts, Task, take
 from grpo_core.commands.export import untie_adapted_embeddings
 from grpo_core.config.sections import LoraConfig, ModelConfig, RunConfig
 from grpo_core.model import fast_layers, trial
+from grpo_core.model.adapter_check import check_targets
 from grpo_core.model.loading import check_can_be_sampled, check_lengths
 from grpo_core.model.lora_targets import describe_frozen_experts
 from grpo_core.model.packing import Budget
-from grpo_core.model.policy import Policy, check_targets, enable_gradient_checkpointing, load_policy, wrap
+from grpo_core.model.policy import Policy, enable_gradient_checkpointing, load_policy, wrap
 from grpo_core.model.update_mode import update_mode
 from grpo_core.sampling.cache_check import check_cache
 from grpo_core.sampling.plain_decoder import PlainDecoder

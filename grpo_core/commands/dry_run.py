@@ -81,7 +81,8 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
             teacher_task = replace(first, prompt_ids=first.teacher_prompt_ids)
             yield "The same prompt, as the teacher receives it\n" + _indent(describe_prompt(teacher_task, tokenizer))
     with show_elapsed("loading the model"):
-        policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
+        lora = start.lora(config) if start else config.lora
+        policy = load_policy(config.model, lora, dtype=dtype, temperature=config.sampling.temperature)
         if start and start.checkpoint:
             load_checkpoint(policy, start.checkpoint)
         teacher = load_teacher(config, policy, dtype, ranks.device())

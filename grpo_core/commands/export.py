@@ -28,6 +28,7 @@ from grpo_core.commands.open_policy import ADAPTER_CONFIG, OpenedPolicy, open_so
 from grpo_core.config.precision import DTYPES
 from grpo_core.counts import format_significant, quantify
 from grpo_core.data.word_problems import make_word_problems
+from grpo_core.model.adapter import count_adapter
 from grpo_core.monitor import run_lock
 from grpo_core.monitor.file_modes import apply_umask
 from grpo_core.monitor.progress import show_elapsed
@@ -123,6 +124,9 @@ def write_merged(opened: OpenedPolicy, folder: Path, dtype: str, texts: Sequence
     expected = compute_logits(opened.policy.causal_lm, opened, texts)
     untie_adapted_embeddings(opened.policy.causal_lm)
     model = opened.policy.model.merge_and_unload() if opened.has_adapter else opened.policy.model
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and embeddings is not None and head.weight is not embeddings.weight:
+        _declare_untied(model)  # one of them was trained as a whole module
     merge_gap = compare(expected, compute_logits(model, opened, texts))
     model.to(DTYPES[dtype])
     model.config.dtype = DTYPES[dtype]
@@ -144,6 +148,10 @@ def untie_adapted_embeddings(model: PreTrainedModel) -> None:
     if bases[0].weight is not bases[1].weight:
         return
     bases[1].weight = torch.nn.Parameter(bases[1].weight.detach().clone(), requires_grad=False)
+    _declare_untied(model)
+
+
+def _declare_untied(model: PreTrainedModel) -> None:
     model.config.tie_word_embeddings = False
     model.config.get_text_config().tie_word_embeddings = False
 
@@ -328,8 +336,9 @@ def _make_empty_folder(folder: Path) -> None:
 
 def _preview(opened: OpenedPolicy, folder: Path, adapter: bool, dtype: str, push: str | None) -> None:
     """Print the names of the files that would be written or uploaded, the size of the weights, and the model card."""
-    parameters = opened.policy.model.named_parameters()
-    count = sum(p.numel() for name, p in parameters if ("lora_" in name) == adapter)
+    whole = sum(p.numel() for p in opened.policy.model.parameters())
+    added = count_adapter(opened.policy.model)
+    count = added if adapter else whole - added
     size = count * DTYPES[dtype].itemsize / 1e6
     weights = "adapter_model.safetensors" if adapter else "model.safetensors"
     configs = ["adapter_config.json"] if adapter else ["config.json", "generation_config.json"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 from grpo_core.commands.evaluate import format_figure, name_folder, shorten_name
 from grpo_core.commands.open_policy import OpenedPolicy
 from grpo_core.config.formula import render
+from grpo_core.config.lora_checks import PLAIN_KEYS
 from grpo_core.config.precision import DTYPES, dtype_name
-from grpo_core.config.sections import RunConfig
+from grpo_core.config.sections import LoraConfig, RunConfig
 from grpo_core.counts import quantify
+from grpo_core.data.encoding import apply_chat_template
 from grpo_core.data.eval_sets import describe_set
 from grpo_core.monitor.run_log import describe_evaluation
 from grpo_core.report.eval_sets import collect_accuracies, label_set
@@ -28,7 +31,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # the folder of this file, or the name of the hub repository
-model = AutoModelForCausalLM.from_pretrained("{base}", dtype={dtype})
+model = AutoModelForCausalLM.from_pretrained("{base}", dtype={dtype}{options})
 model = PeftModel.from_pretrained(model, folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 """
@@ -43,7 +46,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 GENERATE = """\
 prompt = {prompt!r}
 inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens={special})
-output = model.generate(**inputs, max_new_tokens={max_new_tokens}, do_sample=False)
+output = model.generate(**inputs, max_new_tokens={max_new_tokens}, do_sample=False{stop})
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
 
@@ -110,7 +113,12 @@ def _describe_model(opened: OpenedPolicy, adapter: bool, run: RunFolder | None) 
 
 def _loading_code(opened: OpenedPolicy, adapter: bool, dtype: str) -> str:
     config = opened.config
-    load = (LOAD_ADAPTER if adapter else LOAD_MERGED).format(base=base_name(opened), dtype=DTYPES[dtype])
+    text = opened.policy.causal_lm.config.get_text_config()
+    options = f", revision={config.model.revision!r}" if config.model.revision else ""
+    if config.model.rope:
+        options += f", rope_parameters={text.rope_parameters}, max_position_embeddings={text.max_position_embeddings}"
+    values = {"base": base_name(opened), "dtype": DTYPES[dtype], "options": options}
+    load = (LOAD_ADAPTER if adapter else LOAD_MERGED).format(**values)
     prompt = EXAMPLE_PROMPT
     if "{question}" in config.data.template and config.data.prompt == "template":
         prompt = config.data.template.replace("{question}", EXAMPLE_QUESTION)
@@ -119,9 +127,12 @@ def _loading_code(opened: OpenedPolicy, adapter: bool, dtype: str) -> str:
         text = config.data.template.replace("{question}", EXAMPLE_QUESTION)
         turns = [{"role": "system", "content": config.data.system}] if config.data.system else []
         turns.append({"role": "user", "content": text})
-        prompt = opened.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        prompt = apply_chat_template(opened.tokenizer, turns, config.data)
         special = False
-    return load + GENERATE.format(prompt=prompt, special=special, max_new_tokens=config.sampling.max_new_tokens)
+    texts = config.sampling.stop_strings
+    stop = f", stop_strings={texts!r}, tokenizer=tokenizer" if texts else ""
+    longest = config.sampling.max_new_tokens
+    return load + GENERATE.format(prompt=prompt, special=special, max_new_tokens=longest, stop=stop)
 
 
 def _describe_accuracy(config: RunConfig, folder: Path, run: RunFolder, steps: int | None = None) -> str:
@@ -225,6 +236,9 @@ def _describe_training(config: RunConfig, run: RunFolder, checkpoint_steps: int 
     if checkpoint_steps is not None and checkpoint_steps != len(run.metrics):
         steps = f"{checkpoint_steps:,} (a checkpoint of a run of {steps})"
     adapter = f"rank {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g} on {lora.target_modules}"
+    others = {f.name: getattr(lora, f.name) for f in fields(lora) if f.name not in (*PLAIN_KEYS, "path")}
+    others = {name: value for name, value in others.items() if value != getattr(LoraConfig(), name)}
+    adapter += "".join(f", {name} {value}" for name, value in others.items())
     rows = [
         ("steps", f"{steps} of {quantify(trainer.completions_per_step, 'completion')}"),
         ("tokens", f"{tokens:,.0f} in {seconds / 3600:.2f} hours"),

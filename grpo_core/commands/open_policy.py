@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core.batch import SamplingParams, Task
 from grpo_core.config.files import load, load_overrides, load_run_config
 from grpo_core.config.precision import resolve_dtype
-from grpo_core.config.sections import LoraConfig, RunConfig
+from grpo_core.config.sections import DataConfig, LoraConfig, RunConfig
 from grpo_core.config.words import check_overrides, split_word
 from grpo_core.data.encoding import encode_prompts
 from grpo_core.data.prompts import find_surrogate, render_chat
 from grpo_core.distributed import ranks
 from grpo_core.model.finite_weights import check_finite
-from grpo_core.model.loading import check_vocabulary, describe_missing_folder, load_model_config, load_tokenizer
+from grpo_core.model.loading import check_vocabulary, describe_missing_folder, load_model_config, load_tokenizer_of
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.quieten import quieten
 from grpo_core.monitor.progress import show_elapsed
@@ -71,7 +71,7 @@ class OpenedPolicy:
             ConfigError: a prompt is neither, is empty, or is too long for the completion to follow it; the model has no
                 chat template; or a setting is out of range.
         """
-        tasks = make_prompt_tasks(prompts, self.tokenizer, check_integer(seed, "seed"))
+        tasks = make_prompt_tasks(prompts, self.tokenizer, check_integer(seed, "seed"), self.config.data)
         if max_new_tokens is not None and check_integer(max_new_tokens, "max_new_tokens") < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         temperature = check_number(temperature, "temperature")
@@ -135,8 +135,10 @@ def open_source(
         raise ConfigError(f"there is no folder {source}, and it cannot be loaded as a hub model: {error}") from error
 
 
-def make_prompt_tasks(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Task]:
-    """Return prompts as tasks, in their order.
+def make_prompt_tasks(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, seed: int, config: DataConfig | None = None
+) -> list[Task]:
+    """Return prompts as tasks, in their order; `config` has the variables of the chat template.
 
     Raises:
         ConfigError: as `OpenedPolicy.generate`.
@@ -153,7 +155,7 @@ def make_prompt_tasks(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerB
             )
         if not is_text and not tokenizer.chat_template:
             raise ConfigError(f"prompts[{i}] is a chat, but the model's tokenizer has no chat template; give a text")
-        text = prompt if is_text else render_chat(prompt, tokenizer)
+        text = prompt if is_text else render_chat(prompt, tokenizer, config or DataConfig())
         if (character := find_surrogate(text)) is not None:
             raise ConfigError(f"prompts[{i}] has the lone surrogate {character!a}, half of a character")
         (ids,) = encode_prompts(tokenizer, [text], add_special_tokens=is_text)
@@ -171,9 +173,10 @@ def _is_chat(prompt: object) -> bool:
 def _load(files: _Source, source: str, notify: Callable[[str], None]) -> OpenedPolicy:
     config = files.config
     dtype = resolve_dtype(config.model.precision)
-    lora = config.lora if files.checkpoint is not None else LoraConfig(r=0)
+    # the weights of an adapter at lora.path are replaced by those of the checkpoint
+    lora = replace(config.lora, path=None) if files.checkpoint is not None else LoraConfig(r=0)
     with show_elapsed("loading the model"):
-        tokenizer = load_tokenizer(str(files.tokenizer), config.model.trust_remote_code)
+        tokenizer = load_tokenizer_of(config, str(files.tokenizer))
         check_vocabulary(load_model_config(config.model), tokenizer)
         policy = load_policy(
             config.model, lora, dtype=dtype, temperature=config.sampling.temperature, adapter=files.adapter
@@ -210,7 +213,8 @@ def _find_source(source: str, overrides: list[str], config_file: Path | None, no
         if not any(
             split_word(word)[0] == "model.path" for word in overrides
         ):  # not that of the file `config`, which may be another
-            config = replace(config, model=replace(config.model, path=_find_base(path)))
+            base, revision = _find_base(path)
+            config = replace(config, model=replace(config.model, path=base, revision=config.model.revision or revision))
         return _Source(config, None, f"the adapter in {path}", _find_tokenizer(path, config.model.path), adapter=path)
     config = config or load_overrides(overrides)
     config = replace(config, model=replace(config.model, path=source))
@@ -228,7 +232,8 @@ def _find_in_run(folder: Path, overrides: list[str], chosen: Path | None, notify
             return _Source(config, folder, f"the adapter in {adapter}", tokenizer, adapter=adapter)
         for model in (folder / "model", adapter):  # with lora.r 0, `train` writes the model into adapter/
             if (model / "config.json").exists():
-                config = replace(config, model=replace(config.model, path=str(model)))
+                # its own config.json has what model.rope changed
+                config = replace(config, model=replace(config.model, path=str(model), revision=None, rope={}))
                 return _Source(config, folder, f"the model in {model}", model)
         undamaged = [
             path
@@ -241,20 +246,22 @@ def _find_in_run(folder: Path, overrides: list[str], chosen: Path | None, notify
     return _Source(config, folder, f"the checkpoint {chosen}", config.model.path, checkpoint=chosen)
 
 
-def _find_base(adapter: Path) -> str:
-    """Return the base model that an adapter names; builtin:NAME for the folder of a built-in one, wherever it lies.
+def _find_base(adapter: Path) -> tuple[str, str | None]:
+    """Return the base model that an adapter names, and its revision on the hub; builtin:NAME for a built-in one.
 
     Raises:
         ConfigError: it names none.
     """
     try:
-        base = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        base, revision = settings["base_model_name_or_path"], settings.get("revision")
     except (ValueError, KeyError, TypeError):
-        base = None
+        base, revision = None, None
     if not isinstance(base, str) or not base:
         raise ConfigError(f"{adapter / ADAPTER_CONFIG} names no base model (base_model_name_or_path); set model.path")
-    is_builtin = Path(base).parts[-3:-1] == ("grpo_core", "builtin") and not os.path.exists(base)
-    return f"builtin:{Path(base).name}" if is_builtin else base
+    if Path(base).parts[-3:-1] == ("grpo_core", "builtin") and not os.path.exists(base):  # wherever it lies
+        return f"builtin:{Path(base).name}", None
+    return base, None if os.path.isdir(base) else revision
 
 
 def _check_adapter(folder: Path) -> None:

@@ -81,9 +81,9 @@ def _read(receiver: Connection, sender: Connection, config: Path | None, overrid
     sender.send(loaded)
     with pause_gc(), contextlib.suppress(Exception):
         from grpo_core.data.tasks import read_tasks
-        from grpo_core.model.loading import load_tokenizer
+        from grpo_core.model.loading import load_tokenizer_of
         from grpo_core.model.quieten import quieten
 
         if not loaded.log.verbose:
             quieten()
-        sender.send(read_tasks(loaded, load_tokenizer(loaded.model.path, loaded.model.trust_remote_code)))
+        sender.send(read_tasks(loaded, load_tokenizer_of(loaded)))

@@ -167,7 +167,7 @@ def open_weights(dumped: DumpedBatch, own: RunConfig, model: str | None, overrid
     config, device = load_run_config(dumped.folder, overrides), ranks.device()
     if dumped.weights and model is None:
         temperature = own.sampling.temperature
-        policy = load_policy(config.model, own.lora, dtype=torch.float32, temperature=temperature)
+        policy = load_policy(config.model, replace(own.lora, path=None), dtype=torch.float32, temperature=temperature)
         description = "the base model with the adapter before the step"
     else:
         opened = open_source(model or str(dumped.folder), ["model.precision=fp32", *overrides])

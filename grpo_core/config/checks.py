@@ -15,6 +15,8 @@ import torch
 
 from grpo_core.batch import SamplingParams, describe_temperature
 from grpo_core.config.function_checks import check_functions
+from grpo_core.config.lora_checks import check_lora
+from grpo_core.config.rope_checks import check_rope
 from grpo_core.config.sections import RunConfig
 from grpo_core.config.teacher_checks import HOW_TO_SET, asks_for_teacher, check_teacher
 from grpo_core.objective.advantages import ADVANTAGES
@@ -40,7 +42,9 @@ def check(config: RunConfig) -> None:
         check_functions(config)
     _check_rewards(config)
     _check_numbers(config)
-    _check_targets(config.lora.r, config.lora.target_modules)
+    check_lora(config.lora)
+    check_rope(config.model.rope)
+    _check_chat(config)
     _check_sampling(config)
     _check_eval_sets(config)
     _check_selection(config)
@@ -59,11 +63,18 @@ def check(config: RunConfig) -> None:
 SET_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 NOT_EMPTY = (  # an empty one would mean the shell's folder, or would be taken for another key's value
     *("model.path", "data.path", "data.subset", "data.split", "data.eval_path", "data.eval_split"),
-    *("teacher.path", "teacher.adapter", "teacher.prompt"),
+    *("model.revision", "data.chat_template"),
+    *("teacher.path", "teacher.adapter", "teacher.prompt", "lora.path"),
     *("output_dir", "sft.output"),
 )
 
-READ_PATHS = ("model.path", "data.path", "data.eval_path", "resume", "teacher.path", "teacher.adapter")
+# arguments of apply_chat_template that are no variables of the template
+SET_BY_RENDERING = (
+    *("conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"),
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    *("tokenizer_kwargs", "tools", "documents"),
+)
+READ_PATHS = ("model.path", "data.path", "data.eval_path", "resume", "teacher.path", "teacher.adapter", "lora.path")
 WRITTEN_PATHS = ("name", "output_dir", "sft.output")
 MAX_WRITTEN_BYTES = MAX_PATH_BYTES - 256  # the folders and files below it have names too
 
@@ -250,21 +261,20 @@ def _check_finite(value: Any, key: str) -> None:
         raise ConfigError(f"{key} is {value}; it must be a finite number")
 
 
-def _check_targets(rank: int, targets: list[str] | str) -> None:
-    """Check lora.target_modules as far as that needs no model."""
-    if rank and not targets:
-        raise ConfigError(
-            f"lora.target_modules is {targets!r}; it must name at least one module, such as q_proj, or be all-linear "
-            f"(with lora.r=0 there is no adapter)"
-        )
-    if isinstance(targets, str):
-        try:
-            re.compile(targets)
-        except re.error as error:
+def _check_chat(config: RunConfig) -> None:
+    """Refuse settings of the chat template that the prompt does not use, and those that are set elsewhere."""
+    data = config.data
+    for key in ("chat_template", "chat_template_kwargs"):
+        if getattr(data, key) and data.prompt != "chat":
             raise ConfigError(
-                f"lora.target_modules is {targets!r}; it must be all-linear, a list, or a regular expression, and as "
-                f"the latter it has the fault: {error}"
-            ) from None
+                f"data.{key} is {str(getattr(data, key))[:60]!r}, but data.prompt is {data.prompt}, which uses no chat "
+                f"template; set data.prompt to chat"
+            )
+    for name in data.chat_template_kwargs:
+        if name in SET_BY_RENDERING:
+            raise ConfigError(
+                f"data.chat_template_kwargs has {name!r}, which is set by the prompt itself; leave it out"
+            )
 
 
 def _check_sampling(config: RunConfig) -> None:
@@ -273,6 +283,8 @@ def _check_sampling(config: RunConfig) -> None:
         raise ConfigError(
             f"sampling.temperature is {config.sampling.temperature}; {problem} (that of evaluation may be 0)"
         )
+    if "" in config.sampling.stop_strings:
+        raise ConfigError(f"sampling.stop is {config.sampling.stop!r}; a text that ends a completion must not be empty")
     temperature = config.evaluation.temperature
     truncation = {name: getattr(config.evaluation, name) for name in ("top_k", "top_p", "min_p")}
     if not 0 <= temperature < math.inf:

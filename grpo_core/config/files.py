@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -12,8 +13,9 @@ import yaml
 
 from grpo_core.config.checks import check
 from grpo_core.config.formula import LETTERS, render
+from grpo_core.config.lora_checks import find_written, use_settings_of_adapter
 from grpo_core.config.nearest import describe_unknown_key
-from grpo_core.config.paths import resolve_paths
+from grpo_core.config.paths import resolve_path, resolve_paths
 from grpo_core.config.presets import get_preset, merge
 from grpo_core.config.sections import EvaluationConfig, RunConfig, SftConfig, use_supervised_objective
 from grpo_core.config.shipped import find_default, find_file, list_shipped
@@ -27,6 +29,7 @@ from grpo_core.schema import ConfigError, check_path, coerce, list_known
 
 RESOLVED = "# The whole configuration of a run; paths are relative to the folder in which the run was started."
 WORDS_OF_A_START = {"name", "output_dir", "resume", "overwrite"}  # keys that say which run is started, and how
+IN_TEMPLATE = re.compile(r"\n|\{[{%#]")  # in every Jinja template, and in no path
 MAX_NAMED_KEYS = 8  # in a sentence about keys that differ
 
 
@@ -83,7 +86,7 @@ def load_job(
     # the folder may have been moved or renamed since its config.yaml was written
     data |= {"name": place.name, "output_dir": str(place.parent)}
     words = [word for word in words if split_word(word)[0] not in ("name", "output_dir")]
-    config = _resolve(data, words, supervised)
+    config = _resolve(data, words, supervised, reads_adapter=False)
     if path and (keys := _list_differing(file_data, words, config)):
         more = f" and {len(keys) - MAX_NAMED_KEYS} more keys" if len(keys) > MAX_NAMED_KEYS else ""
         notify(
@@ -159,7 +162,7 @@ def load_run_config(
     if notify is not None:
         for name in _remove_unknown_functions(data):
             notify(f"{folder}: {name} is not registered here and is left out")
-    return _resolve(data, overrides)
+    return _resolve(data, overrides, reads_adapter=False)
 
 
 def _replace_missing_files(value: Any, copies: Path) -> Any:
@@ -214,7 +217,7 @@ def _layers(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if data.get("preset") is not None:
         under = merge(under, get_preset(str(data["preset"])))
     folder = Path() if _is_resolved(path) else path.parent
-    return _read_deepspeed(merge(under, resolve_paths(data, folder)), folder)
+    return _read_files(merge(under, resolve_paths(data, folder)), folder)
 
 
 def _is_resolved(path: Path) -> bool:
@@ -223,8 +226,14 @@ def _is_resolved(path: Path) -> bool:
         return file.readline().rstrip() == RESOLVED
 
 
-def _resolve(data: dict[str, Any], overrides: Sequence[str], supervised: bool = False) -> RunConfig:
-    """Apply the overrides to the keys of a file, and return the checked configuration."""
+def _resolve(
+    data: dict[str, Any], overrides: Sequence[str], supervised: bool = False, *, reads_adapter: bool = True
+) -> RunConfig:
+    """Apply the overrides to the keys of a file, and return the checked configuration.
+
+    With `reads_adapter` the settings of the adapter at lora.path fill in the section lora. The configuration of a run
+    has them already, and the folder may be gone.
+    """
     words = [split_word(override) for override in overrides]
     for key, text in words:
         if key == "preset" and (name := parse_value(text, str | None, key)) is not None:
@@ -235,19 +244,33 @@ def _resolve(data: dict[str, Any], overrides: Sequence[str], supervised: bool = 
         set_key(data, key, parse_value(text, find_type(key, data, overrides), key))
     data = resolve_paths(data, Path())
     build(RunConfig, data, "")  # so that a value of the wrong type is reported before a missing file
-    config = build(RunConfig, _read_deepspeed(data, Path()), "")
+    config = build(RunConfig, _read_files(data, Path()), "")
     config = use_supervised_objective(config) if supervised else config
+    if config.lora.path and reads_adapter:
+        config = replace(config, lora=use_settings_of_adapter(config.lora, find_written(data)))
     check(config)
     return config
 
 
-def _read_deepspeed(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Replace the file name engine.deepspeed by the file's content, so that config.yaml alone can repeat the run."""
-    engine = data.get("engine")
-    if not isinstance(engine, dict) or not isinstance(engine.get("deepspeed"), str):
-        return data
-    file = find_file(engine["deepspeed"], folder, Path())
-    return {**data, "engine": {**engine, "deepspeed": parse_json(read_text(file), str(file))}}
+def _read_files(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Replace the file names of engine.deepspeed and data.chat_template by the files' content.
+
+    So config.yaml alone can repeat the run.
+    """
+    engine, section = data.get("engine"), data.get("data")
+    if isinstance(engine, dict) and isinstance(engine.get("deepspeed"), str):
+        file = find_file(engine["deepspeed"], folder, Path())
+        data = {**data, "engine": {**engine, "deepspeed": parse_json(read_text(file), str(file))}}
+    template = section.get("chat_template") if isinstance(section, dict) else None
+    if isinstance(template, str) and template and not IN_TEMPLATE.search(template):
+        path = resolve_path(template, folder)
+        if not os.path.isfile(path):
+            raise ConfigError(f"data.chat_template is {template!r}: there is no such file, and a template has braces")
+        text = read_text(Path(path))
+        if not IN_TEMPLATE.search(text):
+            raise ConfigError(f"data.chat_template is {template!r}, which holds no Jinja template: it has no braces")
+        data = {**data, "data": {**section, "chat_template": text}}
+    return data
 
 
 def dump(config: RunConfig) -> str:

@@ -26,6 +26,10 @@ OTHER_NAMES = {  # names of other programs -> key
     "model_name_or_path": "model.path",
     "dataset": "data.path",
     "dataset_name": "data.path",
+    "stop_strings": "sampling.stop",
+    "rope_scaling": "model.rope",
+    "rope_parameters": "model.rope",
+    "adapter": "lora.path",
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 READ = (  # beside the file, or in the shell's folder
     *(("model", "path"), ("data", "path"), ("data", "eval_path")),
-    *(("teacher", "path"), ("teacher", "adapter")),
+    *(("teacher", "path"), ("teacher", "adapter"), ("lora", "path")),
 )
 WRITTEN = (("output_dir",), ("resume",), ("sft", "output"))  # in the shell's folder
 FUNCTIONS = (  # file.py:function

@@ -20,6 +20,8 @@ class ModelConfig:
     attention: str = "sdpa"  # transformers' attn_implementation
     gradient_checkpointing: bool | Literal["auto"] = "auto"  # auto: on if the longest completion does not fit without
     trust_remote_code: bool = False
+    revision: str | None = None  # branch, tag or commit of a hub id; null: its main branch
+    rope: dict[str, Any] = field(default_factory=dict)  # laid over the rotary parameters in the model's configuration
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,17 @@ class LoraConfig:
     alpha: float = 32
     dropout: float = 0.0
     target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    path: str | None = None  # folder of an adapter to start from, whose own settings count; null: a new adapter
+    use_rslora: bool = False  # scale by alpha / sqrt(r) instead of alpha / r
+    use_dora: bool = False  # learn the length of every weight's rows apart from their direction
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True  # true: A random, B zero; false: both random
+    exclude_modules: list[str] | str | None = None  # modules of target_modules that are left out
+    layers_to_transform: list[int] | int | None = None  # numbers of the layers that get an adapter; null: all
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # module name or regular expression -> its own r
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # module name or regular expression -> its own alpha
+    modules_to_save: list[str] | None = None  # modules that are trained whole, such as lm_head
+    target_parameters: list[str] | None = None  # weights that are no modules, such as mlp.experts.gate_up_proj
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None  # tokens whose embeddings are trained
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,8 @@ class DataConfig:
     prompt: Literal["template", "chat"] = "template"
     template: str = "Question: {question}\n"  # the prompt; with prompt chat, the user's turn
     system: str | None = None  # with prompt chat, the system turn
+    chat_template: str | None = None  # Jinja file, or its content, in place of the model's own chat template
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the chat template
     max_prompt_tokens: int = 512
     long_prompts: Literal["drop", "truncate_left", "error"] = "drop"  # what to do with longer prompts
     max_unjudged: float = 0.05  # share of gold answers that a reward cannot judge, above which the run is refused
@@ -61,6 +76,12 @@ class SamplingConfig:
     dynamic_attempts: int = 0  # times per step that tied groups are replaced by new prompts; 0: never
     rows_at_once: int | None = None  # completions decoded together on one rank; null: all that fit
     decoder: Literal["auto", "plain"] = "auto"  # plain: the model's own forward; auto: a faster one if possible
+    stop: list[str] | str = field(default_factory=list)  # texts that end a completion and stay in it; one, or a list
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """Return the texts that end a completion."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
 @dataclass(frozen=True)

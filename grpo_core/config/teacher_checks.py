@@ -35,6 +35,11 @@ def check_teacher(config: RunConfig) -> None:
             f"teacher.adapter is {teacher.adapter!r} with teacher.path null, but lora.r is 0, so the base that the "
             f"teacher would share is trained; set teacher.path to the teacher's base model"
         )
+    if teacher.adapter is not None and teacher.path is None and config.lora.trainable_token_indices:
+        raise ConfigError(
+            f"teacher.adapter is {teacher.adapter!r} with teacher.path null, but lora.trainable_token_indices is set, "
+            f"beside which PEFT loads no second adapter; set teacher.path to the teacher's base model"
+        )
     if not any(reward.weight for reward in config.rewards):
         _check_without_rewards(config)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -31,6 +32,18 @@ def find_added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], li
         if whole[start : start + len(plain)] == plain:
             return whole[:start], whole[start + len(plain) :]
     return [], []
+
+
+def apply_chat_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    config: DataConfig,
+    *,
+    add_generation_prompt: bool = True,
+) -> str:
+    """Return a chat in the tokenizer's chat template with the variables of data.chat_template_kwargs."""
+    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    return tokenizer.apply_chat_template(list(messages), **options, **config.chat_template_kwargs)
 
 
 def cut_left(tokenizer: PreTrainedTokenizerBase, ids: list[int], limit: int) -> list[int]:
@@ -67,7 +80,7 @@ def _describe_chat_template(tokenizer: PreTrainedTokenizerBase, config: DataConf
         sentences.append("the model's chat template leaves data.system out of the prompts")
     turns = [{"role": "user", "content": "x"}]
     with contextlib.suppress(Exception):  # the template is a program of the model's author
-        texts = [tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=on) for on in (True, False)]
+        texts = [apply_chat_template(tokenizer, turns, config, add_generation_prompt=on) for on in (True, False)]
         if texts[0] == texts[1]:
             sentences.append("the model's chat template opens no turn of the assistant at the end of a prompt")
     if "strftime_now" in str(tokenizer.chat_template):

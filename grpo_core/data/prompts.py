@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core.batch import Task
 from grpo_core.config.sections import DataConfig
 from grpo_core.counts import quantify
-from grpo_core.data.encoding import cut_left, encode_prompts
+from grpo_core.data.encoding import apply_chat_template, cut_left, encode_prompts
 from grpo_core.data.rows import Row, Rows
 from grpo_core.schema import ConfigError, list_known, summarize_error
 
@@ -42,6 +43,9 @@ def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTok
         raise ConfigError(
             "data.prompt is chat, but the model's tokenizer has no chat template; use data.prompt: template"
         )
+    for name in config.chat_template_kwargs:
+        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
+            raise ConfigError(f"data.chat_template_kwargs has {name!r}, which the model's chat template does not read")
     prompts = [render_prompt(row, config, tokenizer) for row in rows]
     _check_characters(prompts, places, "the prompt made from it with data.template and data.system")
     ids = encode_prompts(tokenizer, prompts, add_special_tokens=config.prompt != "chat")
@@ -100,17 +104,17 @@ def render_prompt(row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBa
     if config.prompt == "template":
         return text
     system = [{"role": "system", "content": config.system}] if config.system else []
-    return render_chat([*system, {"role": "user", "content": text}], tokenizer)
+    return render_chat([*system, {"role": "user", "content": text}], tokenizer, config)
 
 
-def render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
+def render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
     """Return a chat in the model's chat template, up to the place where the assistant's turn begins.
 
     Raises:
         ConfigError: the template cannot be filled in.
     """
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return apply_chat_template(tokenizer, messages, config)
     except Exception as error:  # the template is a Jinja program of the model's author, which may raise anything
         raise ConfigError(f"the model's chat template cannot be filled in: {summarize_error(error)}") from error
 

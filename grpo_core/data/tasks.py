@@ -48,4 +48,5 @@ def find_offered_tasks(config: RunConfig) -> Tasks | None:
 
 def _source(config: RunConfig) -> tuple:
     evaluation = config.evaluation
-    return config.data, evaluation.num_tasks, evaluation.sets, config.model.path, config.model.trust_remote_code
+    model = config.model
+    return config.data, evaluation.num_tasks, evaluation.sets, model.path, model.revision, model.trust_remote_code

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from grpo_core.config.sections import ModelConfig
 from grpo_core.counts import quantify
 from grpo_core.model.finite_weights import check_finite
-from grpo_core.model.loading import check_has_config, resolve_model_path
+from grpo_core.model.loading import at_revision, check_has_config, load_model_config, resolve_model_path
 from grpo_core.monitor.progress import print_note
 from grpo_core.schema import ConfigError, first_line, summarize_error
 
@@ -28,6 +28,7 @@ def load_base_model(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """
     folder = resolve_model_path(model.path)
     check_has_config(model.path, folder)
+    changed = {"config": load_model_config(model)} if model.rope else {}
     prefix = f"model.path is {model.path!r}, and it cannot be loaded: "
     try:
         base, report = AutoModelForCausalLM.from_pretrained(
@@ -35,6 +36,8 @@ def load_base_model(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             dtype=dtype,
             attn_implementation=model.attention,
             trust_remote_code=model.trust_remote_code,
+            **at_revision(model.revision),
+            **changed,
             ignore_mismatched_sizes=True,  # they are refused below
             output_loading_info=True,
         )

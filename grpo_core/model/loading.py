@@ -10,9 +10,10 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer, DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from grpo_core.config.sections import ModelConfig
+from grpo_core.config.sections import ModelConfig, RunConfig
 from grpo_core.config.shipped import describe_run
 from grpo_core.counts import quantify
+from grpo_core.model.rope import override_rope
 from grpo_core.model.rotation import find_rotations
 from grpo_core.schema import ConfigError, first_line, list_known
 
@@ -54,7 +55,23 @@ def describe_missing_folder(path: str) -> str | None:
     return f"there is no folder {path}; {list_known(folder.name, siblings)}"
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer_of(config: RunConfig, path: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a run, with the chat template of data.chat_template if there is one.
+
+    `path` is another place of the tokenizer than model.path, such as the folder of an adapter.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    model = config.model
+    revision = model.revision if path in (None, model.path) else None
+    tokenizer = load_tokenizer(path or model.path, model.trust_remote_code, revision)
+    if config.data.chat_template is not None:
+        tokenizer.chat_template = config.data.chat_template
+    return tokenizer
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the model at `path`.
 
     Raises:
@@ -68,7 +85,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     if Path(folder).is_dir() and not [*Path(folder).glob("*token*"), *Path(folder).glob("vocab*")]:
         raise ConfigError(no_files)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **at_revision(revision))
     except Exception as error:  # tokenizers raise errors of many types
         raise ConfigError(
             f"model.path is {path!r}, and its tokenizer cannot be loaded: {first_line(error)}{_hub_hint(path)}"
@@ -78,6 +95,11 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     return tokenizer
 
 
+def at_revision(revision: str | None) -> dict[str, str]:
+    """Return the argument of from_pretrained for a revision; none without one."""
+    return {} if revision is None else {"revision": revision}
+
+
 def check_has_config(path: str, folder: str) -> None:
     """Raise ConfigError if the folder of the model at `path` lacks config.json."""
     if Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
@@ -85,10 +107,10 @@ def check_has_config(path: str, folder: str) -> None:
 
 
 def load_model_config(model: ModelConfig) -> PretrainedConfig:
-    """Load the transformers configuration of the model at `model.path`.
+    """Load the transformers configuration of the model at `model.path`, with the overrides of model.rope.
 
     Raises:
-        ConfigError: the configuration cannot be loaded, or the folder holds an adapter.
+        ConfigError: the configuration cannot be loaded or changed so, or the folder holds an adapter.
     """
     folder = resolve_model_path(model.path)
     if (Path(folder) / "adapter_config.json").exists():
@@ -97,12 +119,20 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
             f"a model with python -m grpo_core export RUN --merged, and set model.path to that"
         )
     check_has_config(model.path, folder)
+    if model.revision is not None and Path(folder).is_dir():
+        raise ConfigError(
+            f"model.revision is {model.revision!r}, but model.path is {model.path!r}, a folder, which has no "
+            f"revisions; leave it out"
+        )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        options = {"trust_remote_code": model.trust_remote_code, **at_revision(model.revision)}
+        config = AutoConfig.from_pretrained(folder, **options)
     except Exception as error:  # models raise errors of many types
         raise ConfigError(
             f"model.path is {model.path!r}, and it cannot be loaded: {first_line(error)}{_hub_hint(model.path)}"
         ) from error
+    override_rope(config, model.rope)
+    return config
 
 
 def check_can_be_sampled(config: PretrainedConfig) -> None:

@@ -6,7 +6,6 @@ The reference is the same model with the adapter off, or with an earlier state o
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -15,19 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from grpo_core.batch import Rollouts, take
+from grpo_core.config.lora_checks import use_settings_of_adapter
 from grpo_core.config.sections import LoraConfig, ModelConfig
-from grpo_core.counts import quantify
 from grpo_core.model import fast_layers, packed_attention
+from grpo_core.model.adapter import add_adapter, base_values, load_adapter, use_adapter
 from grpo_core.model.base_model import load_base_model
-from grpo_core.model.finite_weights import check_finite
-from grpo_core.model.loading import describe_misfit
 from grpo_core.model.logprobs import (
     Statistics,
     TeacherStates,
@@ -37,12 +34,11 @@ from grpo_core.model.logprobs import (
     token_divergence,
     token_logprobs,
 )
-from grpo_core.model.lora_targets import ends_in, find_unadaptable, make_without_weights
 from grpo_core.model.packing import Budget, Layout, Packing, Plan, plan
 from grpo_core.model.rotation import find_rotations, forget_lengths
 from grpo_core.model.update_mode import enable_gradient_checkpointing, evaluation_mode, update_mode
 from grpo_core.monitor.file_modes import apply_umask
-from grpo_core.schema import ConfigError, first_line, list_known
+from grpo_core.schema import ConfigError
 
 
 @dataclass(frozen=True)
@@ -194,6 +190,13 @@ class Policy:
                 parameter.data = value
 
     @torch.no_grad()
+    def start_reference(self) -> None:
+        """Set a reference that will move to the base model: the trained weights with which nothing is changed."""
+        values = base_values(self._modules)
+        self._reference = [values.get(id(p), p).detach().float().clone() for p in self.parameters()]
+        self._rounded_reference = None
+
+    @torch.no_grad()
     def move_reference(self, mixing: float = 1.0) -> None:
         """Set reference = mixing * policy + (1 - mixing) * reference, in the trained weights. arXiv:2404.09656.
 
@@ -225,16 +228,8 @@ class Policy:
 
         PEFT's set_adapter would also change which adapter is trained.
         """
-        layers = [x for x in self._modules if isinstance(x, BaseTunerLayer)] if adapter else []
-        previous = [layer._active_adapter for layer in layers]
-        try:
-            for layer in layers:
-                layer._active_adapter = [adapter]
-            with torch.no_grad(), evaluation_mode(self._modules):
-                yield
-        finally:
-            for layer, name in zip(layers, previous, strict=True):
-                layer._active_adapter = name
+        with use_adapter(self._modules, adapter), torch.no_grad(), evaluation_mode(self._modules):
+            yield
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -266,9 +261,12 @@ class Policy:
         Each weight costs 2 in the forward, 2 for the gradient of its input, and 2 for its own gradient if trained.
         """
         parameters = {id(p): p for p in self.model.parameters()}
-        embedding = self.causal_lm.get_input_embeddings().weight
-        if self.causal_lm.get_output_embeddings().weight is not embedding:
-            parameters.pop(id(embedding), None)  # a look-up, no product
+        embeddings, head = (
+            {id(p) for p in module.parameters()}
+            for module in (self.causal_lm.get_input_embeddings(), self.causal_lm.get_output_embeddings())
+        )
+        for key in embeddings - head:
+            parameters.pop(key, None)  # a look-up, no product
         return float(sum(p.numel() * (6 if p.requires_grad else 4) for p in parameters.values()))
 
     def norm(self) -> Tensor:
@@ -295,7 +293,7 @@ class Policy:
             ConfigError: the logits are not a multiple of the head's output.
         """
         logits, hidden = self._measure_logits()
-        output = self._head(hidden).double()
+        output = self._head(hidden).detach().double()
         scale = float((logits * output).sum() / output.square().sum())
         tolerance = 1e-3 if self.causal_lm.dtype == torch.float32 else 0.05
         if not (logits - scale * output).norm() <= tolerance * logits.norm():
@@ -379,33 +377,24 @@ def _join(parts: list[tuple[Tensor, TokenStats]]) -> TokenStats:
 def load_policy(
     model: ModelConfig, lora: LoraConfig, *, dtype: torch.dtype, temperature: float, adapter: Path | None = None
 ) -> Policy:
-    """Load the base model of `model.path` in `dtype`, frozen, with a fresh LoRA adapter.
+    """Load the base model of `model.path` in `dtype`, frozen, with a fresh adapter, or with that of lora.path.
 
     With lora.r = 0 there is no adapter, and all weights are trained. `adapter` is a folder with an adapter in PEFT's
-    format, which takes the place of a fresh one.
+    format, which takes the place of the section lora.
 
     Raises:
         ConfigError: the model cannot be loaded, has no such attention implementation or target modules, or the adapter
             does not fit.
     """
     base: Any = load_base_model(model, dtype)
+    if adapter is None and lora.path is not None:
+        use_settings_of_adapter(lora)
+        adapter = Path(lora.path)
     if adapter is None:
         return wrap(base, model, lora, temperature=temperature)
-    try:
-        base = PeftModel.from_pretrained(base, adapter, is_trainable=True, autocast_adapter_dtype=False)
-        report = base.load_adapter(str(adapter), "default", is_trainable=True, autocast_adapter_dtype=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"the adapter in {adapter} does not fit the model {model.path}: {describe_misfit(error)}"
-        ) from error
-    if names := report.missing_keys or report.unexpected_keys:  # PEFT goes on without these weights
-        problem = "its files lack" if report.missing_keys else "the model has no place for"
-        others = f" and {quantify(len(names) - 1, 'other')}" if len(names) > 1 else ""
-        raise ConfigError(
-            f"the adapter in {adapter} does not fit the model {model.path}: {problem} the weight "
-            f"{names[0].removeprefix('base_model.model.').replace('.default.', '.')}{others}"
-        )
-    check_finite(base, f"the adapter in {adapter}")
+    if model.gradient_checkpointing is True:
+        enable_gradient_checkpointing(base)
+    base = load_adapter(base, adapter, model.path)
     fast_layers.install(base)
     return Policy(base, temperature=temperature)
 
@@ -416,83 +405,10 @@ def wrap(base: PreTrainedModel, model: ModelConfig, lora: LoraConfig, *, tempera
     With all-linear, linear layers that do not return one tensor are left out.
 
     Raises:
-        ConfigError: the model does not have the modules of lora.target_modules.
+        ConfigError: the model does not have the modules that the section lora names.
     """
     if model.gradient_checkpointing is True:
         enable_gradient_checkpointing(base)
-    if lora.r:
-        unadaptable = find_unadaptable(base) if lora.target_modules == "all-linear" else None
-        adapter = PeftLoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            exclude_modules=unadaptable or None,
-            task_type="CAUSAL_LM",
-        )
-        try:
-            base = get_peft_model(base, adapter, autocast_adapter_dtype=False)
-        except ValueError as error:
-            raise ConfigError(f"lora.target_modules is {lora.target_modules!r}: {first_line(error)}") from error
-    fast_layers.install(base)
-    return Policy(base, temperature=temperature)
-
-
-def check_targets(config: PretrainedConfig, lora: LoraConfig, trust_remote_code: bool = False) -> None:
-    """Check that the model has every module that lora.target_modules names, and that LoRA can adapt it.
-
-    Raises:
-        ConfigError: names the module.
-    """
-    if not lora.r or lora.target_modules == "all-linear":
-        return
-    try:
-        model = make_without_weights(config, trust_remote_code)
-    except Exception:  # loading the weights will raise the same error
-        return
-    names = [name for name, _ in model.named_modules()]
-    unadaptable = find_unadaptable(model)
-    if isinstance(lora.target_modules, str):
-        targeted = [name for name in names if re.fullmatch(lora.target_modules, name)]
-        if not targeted:
-            raise ConfigError(f"lora.target_modules is {lora.target_modules!r}, which matches no module of the model")
-        _check_adaptable(lora.target_modules, targeted, unadaptable)
-        return
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    doubtful = [target for target in lora.target_modules if not any(ends_in(name, target) for name in names)]
-    known = bool(doubtful) and _peft_has_targets(config, doubtful, trust_remote_code)
-    for target in lora.target_modules:
-        targeted = [name for name in names if ends_in(name, target)]
-        if target in doubtful and not known:
-            raise ConfigError(
-                f"lora.target_modules names {target!r}, which the model does not have; {list_known(target, linear)}"
-            )
-        _check_adaptable(target, targeted, unadaptable)
-
-
-def _check_adaptable(target: str, targeted: Sequence[str], unadaptable: Sequence[str]) -> None:
-    if wrong := [name for name in targeted if name in unadaptable]:
-        raise ConfigError(
-            f"lora.target_modules names {target!r}, but {wrong[0]} does not return one tensor, so LoRA cannot adapt "
-            f"it; leave it out"
-        )
-
-
-def _peft_has_targets(config: PretrainedConfig, targets: Sequence[str], trust_remote_code: bool) -> bool:
-    """Return whether PEFT finds all `targets` where the model has no such modules, as in packed weights of experts.
-
-    Taking one away must change what is adapted, or make PEFT fail, as it does for one half of a joined weight.
-    """
-
-    def adapt(names: Sequence[str]) -> list[str] | None:
-        model = make_without_weights(config, trust_remote_code)
-        try:
-            with torch.device("meta"):
-                adapter = PeftLoraConfig(target_modules=[*names], task_type="CAUSAL_LM")
-                adapted = get_peft_model(model, adapter)
-        except Exception:  # PEFT raises errors of many types
-            return None
-        return sorted(f"{name} {[*p.shape]}" for name, p in adapted.named_parameters() if "lora_" in name) or None
-
-    whole = adapt(targets)
-    return whole is not None and all(adapt([x for x in targets if x != target]) != whole for target in targets)
+    adapted: Any = add_adapter(base, lora, model.revision) if lora.r else base
+    fast_layers.install(adapted)
+    return Policy(adapted, temperature=temperature)

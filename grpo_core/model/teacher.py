@@ -6,7 +6,6 @@ of it is trained, saved or sampled from.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,22 +16,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import Rollouts
-from grpo_core.config.sections import RunConfig
+from grpo_core.config.lora_checks import read_adapter
+from grpo_core.config.sections import LoraConfig, ModelConfig, RunConfig
 from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.loading import (
     check_vocabulary,
     describe_misfit,
-    describe_missing_folder,
     load_model_config,
     load_tokenizer,
 )
 from grpo_core.model.logprobs import TeacherStates, is_frozen_linear
 from grpo_core.model.packing import Budget
 from grpo_core.model.policy import Policy, load_policy
-from grpo_core.schema import ConfigError, list_known
+from grpo_core.schema import ConfigError
 
 TEACHER_ADAPTER = "teacher"  # name of the second adapter on the policy's base
-ADAPTER_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,12 @@ class Teacher:
         return [(name, p) for name, p in named if self.adapter is not None and f".{self.adapter}." in name]
 
 
+def model_of_teacher(config: RunConfig) -> ModelConfig:
+    """Return how the model at teacher.path is loaded: as the policy's, without what is about that model alone."""
+    assert config.teacher.path is not None
+    return replace(config.model, path=config.teacher.path, gradient_checkpointing=False, revision=None, rope={})
+
+
 def check_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check what can be known of the teacher before weights load. `tokenizer` is the policy's.
 
@@ -84,7 +88,7 @@ def check_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None
     if teacher.path is not None:
         with _named("teacher.path"):
             own = load_tokenizer(teacher.path, config.model.trust_remote_code)
-            model_config = load_model_config(replace(config.model, path=teacher.path))
+            model_config = load_model_config(model_of_teacher(config))
             check_vocabulary(model_config, tokenizer)
         _check_same_vocabulary(teacher.path, own.get_vocab(), tokenizer.get_vocab())
         size = model_config.get_text_config().vocab_size
@@ -111,15 +115,7 @@ def _check_same_vocabulary(path: str, theirs: dict[str, int], ours: dict[str, in
 
 def _check_adapter(path: str, *, is_shared: bool) -> None:
     """Refuse a folder that holds no adapter, or one that cannot be loaded beside the policy's."""
-    folder, key = Path(path), f"teacher.adapter is {path!r}"
-    if not folder.is_dir():
-        reason = describe_missing_folder(path) if path.startswith(("/", ".", "~")) else f"there is no folder {path}"
-        raise ConfigError(f"{key}: {reason}; a run writes its adapter at its end, to adapter/ in its run folder")
-    if not (folder / ADAPTER_FILE).exists():
-        inner = [child.name for child in folder.iterdir() if (child / ADAPTER_FILE).exists()]
-        hint = f"; {list_known('adapter', inner)}" if inner else ""
-        raise ConfigError(f"{key}, which holds no adapter: it has no {ADAPTER_FILE}{hint}")
-    settings = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))
+    settings, key = read_adapter("teacher.adapter", path), f"teacher.adapter is {path!r}"
     other = next((name for name in ("modules_to_save", "trainable_token_indices") if settings.get(name)), None)
     other = other or (f"bias {settings['bias']}" if settings.get("bias", "none") != "none" else None)
     if settings.get("peft_type") != "LORA":
@@ -142,11 +138,9 @@ def load_teacher(config: RunConfig, policy: Policy, dtype: torch.dtype, device: 
         return None
     adapter = None if settings.adapter is None else Path(settings.adapter)
     if settings.path is not None:
-        model = replace(config.model, path=settings.path, gradient_checkpointing=False)
+        model = model_of_teacher(config)
         with _named("teacher.path"):
-            own = load_policy(
-                model, replace(config.lora, r=0), dtype=dtype, temperature=policy.temperature, adapter=adapter
-            )
+            own = load_policy(model, LoraConfig(r=0), dtype=dtype, temperature=policy.temperature, adapter=adapter)
         own.model.requires_grad_(False).to(device)
         return Teacher(own, shares_policy=False)
     if adapter is None:

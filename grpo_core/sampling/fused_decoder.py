@@ -80,7 +80,7 @@ class FusedDecoder:
             raise Unsupported(
                 f"prompts and completions could become longer than its sliding window of {quantify(window, 'token')}"
             )
-        self._settings, self._group_size = request.settings, request.group_size
+        self._settings, self._group_size, self._is_stopped = request.settings, request.group_size, request.is_stopped
         self._prepare(width + longest, slots, rows, longest)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu").repeat_interleave(request.group_size)
         self._bounds = torch.stack([lengths, request.limits.cpu()]).to(self.model.device)  # START and LIMIT of each row
@@ -132,7 +132,7 @@ class FusedDecoder:
         started = n
         while True:
             state = self._state[:, :n].cpu()
-            done = state[DONE] == 1
+            done = self._mark_stopped(state, state[DONE] == 1)
             free = done.nonzero().squeeze(1)
             if started < rows and len(free):
                 free = free[: rows - started]
@@ -152,6 +152,16 @@ class FusedDecoder:
             self._state[DONE, n:size] = 1
             for _ in range(min(self._steps_between_checks(n), most_left)):
                 self._step(size)
+
+    def _mark_stopped(self, state: Tensor, done: Tensor) -> Tensor:
+        """Mark the columns of `state` as done in which a stop string is; return which are done, [n]."""
+        live = (~done).nonzero().squeeze(1)
+        if self._is_stopped is None or not len(live):
+            return done
+        ids = self._tables.ids[state[ROW, live].to(self._state.device)]
+        stopped = live[self._is_stopped(ids, state[DRAWN, live]).cpu()]
+        self._state[DONE, stopped.to(self._state.device)] = 1
+        return done.index_fill(0, stopped, True)
 
     def _steps_between_checks(self, n: int) -> int:
         """Return the steps of n rows between two checks for rows that have ended.

@@ -217,7 +217,11 @@ def check_model(model: Any) -> None:
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if rope_type in ("dynamic", "longrope"):
         raise Unsupported(f"its rotary embedding ({rope_type}) depends on the length of the sequence")
+    if any("_active_adapter" in vars(module) and not hasattr(module, "lora_A") for module in model.modules()):
+        raise Unsupported("its adapter trains whole modules or embeddings")
     for module in (model.lm_head, model.model.embed_tokens):
+        if hasattr(module, "lora_A"):
+            raise Unsupported("its embeddings or its head have an adapter")
         if type(module) not in (nn.Linear, nn.Embedding):
             raise Unsupported(f"its {type(module).__name__} is not a plain linear or embedding layer")
     parts = [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]

@@ -16,6 +16,8 @@ from grpo_core.model.rotation import find_rotations, split_by_rotation
 from grpo_core.sampling.draw import draw, restrict
 from grpo_core.sampling.request import DecodeRequest, Draws
 
+STOP_EVERY = 8  # tokens between two looks for stop strings, for which all texts are decoded; 1 where a user watches
+
 
 class PlainDecoder:
     """A decoder that calls the model itself. It defines the completions that other decoders must draw too."""
@@ -63,6 +65,8 @@ class PlainDecoder:
             if request.watch is not None:
                 request.watch(rows.tolist(), token.tolist())
             continues = ~ended & (t + 1 < limits[rows])
+            if request.is_stopped is not None and (request.watch is not None or (t + 1) % STOP_EVERY == 0):
+                continues &= ~request.is_stopped(draws.ids[rows], draws.lengths[rows])
             if not continues.all():
                 rows, token, mask = rows[continues], token[continues], mask[continues]
                 cache.batch_select_indices(continues.nonzero().squeeze(1))

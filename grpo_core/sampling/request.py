@@ -22,6 +22,8 @@ class DecodeRequest:
     settings: SamplingParams
     noise: Callable[[], Tensor] | None  # returns uniforms [B, T] float64 with T >= max(limits); None if greedy
     watch: Watch | None = None  # only the plain decoder calls it
+    # (ids [R, T], lengths [R]) -> [R] whether a row needs no more tokens, because a stop string is in it
+    is_stopped: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -31,4 +33,4 @@ class Draws:
     ids: Tensor  # [B, C] int64, padded on the right
     logprobs: Tensor  # [B, C] float32; 0 where padded
     lengths: Tensor  # [B] int64
-    ended: Tensor  # [B] bool, whether the last token is an end-of-sequence token
+    ended: Tensor  # [B] bool, whether the last token is an end-of-sequence token, or completes a stop string

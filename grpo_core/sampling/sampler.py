@@ -26,7 +26,9 @@ from grpo_core.sampling.fused_decoder import FusedDecoder
 from grpo_core.sampling.fused_model import Unsupported
 from grpo_core.sampling.plain_decoder import PlainDecoder, pad_left
 from grpo_core.sampling.request import DecodeRequest, Draws, Watch
+from grpo_core.sampling.stop_strings import StopStrings
 from grpo_core.sampling.texts import decode_completions, find_hidden_ids
+from grpo_core.schema import ConfigError
 
 LOG = logging.getLogger("grpo_core")
 
@@ -35,12 +37,13 @@ class Sampler:
     """A sampler that draws completions at the temperature of the trainer's log-probs.
 
     `decoder` is auto (fused if it supports the model) or plain. `rows_at_once` bounds the completions that are decoded
-    at once. If the GPU's memory does not suffice, it is halved, and the completions stay the same. `notify` receives
-    a message when that happens, and when the fused decoder does not support the model.
+    at once. If the GPU's memory does not suffice, it is halved, and the completions stay the same. `stop` are texts
+    that end a completion and stay in it. `notify` receives a message when memory does not suffice, and when the fused
+    decoder does not support the model.
 
     Raises:
         ValueError: `decoder` has another value, or rows_at_once is below 1.
-        ConfigError: no end-of-sequence token is known.
+        ConfigError: no end-of-sequence token is known, or a stop string can never be in a completion's text.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Sampler:
         temperature: float = 1.0,
         decoder: str = "auto",
         rows_at_once: int | None = None,
+        stop: Sequence[str] = (),
         notify: Callable[[str], None] = LOG.warning,
     ) -> None:
         if decoder not in ("auto", "plain"):
@@ -66,6 +70,7 @@ class Sampler:
         self.eos_ids = sorted(find_eos_ids(model, tokenizer))
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
         self._hidden_ids = find_hidden_ids(tokenizer, self.eos_ids)
+        self._stop = self._make_stop(stop)
         self._plain = PlainDecoder(model, self.pad_id, self.eos_ids)
         self._is_checked = False
         self._decoder: PlainDecoder | FusedDecoder | None = self._plain if decoder == "plain" else None
@@ -113,7 +118,10 @@ class Sampler:
         if limits is None:
             limits = torch.full((len(tasks) * group_size,), longest, device="cpu")
         assert limits.shape == (len(tasks) * group_size,) and 1 <= limits.min() <= limits.max() <= longest
-        draws = self._decode(DecodeRequest(prompts, group_size, limits, settings, noise, watch))
+        is_stopped = self._stop and self._stop.are_in
+        draws = self._decode(DecodeRequest(prompts, group_size, limits, settings, noise, watch, is_stopped))
+        if self._stop:
+            draws = self._stop.cut(draws, self.pad_id)
         prompt_ids, prompt_mask = (
             x.repeat_interleave(group_size, dim=0) for x in pad_left(prompts, self.pad_id, self.device)
         )
@@ -158,6 +166,17 @@ class Sampler:
                 f"{quantify(rows, 'completion')} at once do not fit into the GPU's memory; continuing with "
                 f"{self.rows_at_once}"
             )
+
+    def _make_stop(self, stop: Sequence[str]) -> StopStrings | None:
+        for text in stop:
+            for i in self._hidden_ids:
+                if (hidden := self.tokenizer.batch_decode([[i]], skip_special_tokens=False)[0]) and hidden in text:
+                    raise ConfigError(
+                        f"sampling.stop has {text!r}, but the token {hidden} is never in a completion's text; leave it "
+                        f"out: an end-of-sequence token ends a completion by itself"
+                    )
+        decode = partial(decode_completions, self.tokenizer, hidden=self._hidden_ids)
+        return StopStrings(stop, decode) if stop else None
 
     def _decode_texts(self, draws: Draws) -> tuple[str, ...]:
         ids = [row[:length] for row, length in zip(draws.ids.tolist(), draws.lengths.tolist(), strict=True)]

@@ -15,15 +15,16 @@ from grpo_core.data.eval_sets import group_by_set, name_set
 from grpo_core.data.prompts import encode_teacher_prompts
 from grpo_core.data.rows import name_split
 from grpo_core.data.tasks import find_offered_tasks, read_tasks
+from grpo_core.model.adapter_check import check_targets
 from grpo_core.model.loading import (
     check_can_be_sampled,
     check_lengths,
     check_vocabulary,
     load_model_config,
-    load_tokenizer,
+    load_tokenizer_of,
 )
-from grpo_core.model.policy import Policy, check_targets
-from grpo_core.model.teacher import check_teacher
+from grpo_core.model.policy import Policy
+from grpo_core.model.teacher import check_teacher, model_of_teacher
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
 from grpo_core.objective.kl import KLS, TEACHER_KLS
@@ -70,7 +71,7 @@ def prepare(
     """
     offered = find_offered_tasks(config) if tokenizer is None else None
     if tokenizer is None:
-        tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+        tokenizer = load_tokenizer_of(config)
     tasks, eval_tasks, (num_too_long, num_eval_too_long) = offered or read_tasks(config, tokenizer)
     scored_tasks = tasks if scores_training_tasks else []
     check_columns(config, scored_tasks, eval_tasks)
@@ -110,7 +111,7 @@ def prepare_teacher(config: RunConfig, prepared: Prepared) -> Prepared:
     check_teacher(config, prepared.tokenizer)
     tasks, model_config = prepared.tasks, prepared.model_config
     if teacher.path is not None:
-        model_config = load_model_config(replace(config.model, path=teacher.path))
+        model_config = load_model_config(model_of_teacher(config))
     if teacher.prompt is not None:
         tasks = encode_teacher_prompts(tasks, teacher.prompt, config.data, prepared.tokenizer)
     try:
@@ -199,5 +200,6 @@ def make_sampler(
         temperature=config.temperature,
         decoder=config.decoder,
         rows_at_once=config.rows_at_once,
+        stop=config.stop_strings,
         notify=notify,
     )

@@ -6,11 +6,11 @@ and the dropout noise of a step are functions of (seed, step), and checkpoint.py
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grpo_core.config.sections import RunConfig
+from grpo_core.config.sections import LoraConfig, RunConfig
 from grpo_core.counts import quantify
 from grpo_core.monitor import run_lock
 from grpo_core.schema import ConfigError
@@ -37,6 +37,10 @@ class RunStart:
     def control(self, config: RunConfig) -> Control:
         """Return the coefficients of the next step."""
         return Control(**self.meta["control"]) if self.checkpoint else first_control(config.loss)
+
+    def lora(self, config: RunConfig) -> LoraConfig:
+        """Return the section lora, without the adapter to start from if a checkpoint takes its place."""
+        return replace(config.lora, path=None) if self.checkpoint else config.lora
 
 
 def find_start(config: RunConfig, job: str = "train") -> RunStart:

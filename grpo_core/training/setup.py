@@ -54,12 +54,12 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     check_num_steps(start, count_steps(config, len(prepared.tasks), config.prompts_per_step))
     note_steps(config, len(prepared.tasks), config.prompts_per_step)
     with show_elapsed("loading the model"):
-        policy = load_policy(config.model, config.lora, dtype=dtype, temperature=config.sampling.temperature)
+        policy = load_policy(config.model, start.lora(config), dtype=dtype, temperature=config.sampling.temperature)
         teacher = load_teacher(config, policy, dtype, ranks.device())
     run = assemble(config, start, policy, prepared, config.prompts_per_step, dtype, teacher=teacher)
     run.sampler.check_model()
     if config.reference.every:
-        policy.move_reference()  # the adapter is new, so the reference starts as the base model
+        policy.start_reference()
     load_start(run, start)
     sampling, trainer = config.sampling, config.trainer
     run.log.info(

@@ -104,7 +104,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
         policy = wrap(base.to(dtype), config.model, config.lora, temperature=TEMPERATURE)
     else:
         with show_elapsed("loading the model"):
-            policy = load_policy(config.model, config.lora, dtype=dtype, temperature=TEMPERATURE)
+            policy = load_policy(config.model, run_start.lora(config), dtype=dtype, temperature=TEMPERATURE)
     per_step = config.trainer.completions_per_step
     run = assemble(config, run_start, policy, prepared, per_step, dtype, longest)
     eos = tokenizer.eos_token_id

@@ -1,0 +1,163 @@
+"""The adapter: what PEFT adds to a base model, from the section `lora` or from a folder.
+
+Beside LoRA's factors an adapter may train copies of whole modules and the embeddings of single tokens. Each kind has a
+value with which the model computes as its base (`base_values`), and a switch to another adapter (`use_adapter`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grpo_core.config.sections import LoraConfig
+from grpo_core.counts import quantify
+from grpo_core.model.finite_weights import check_finite
+from grpo_core.model.loading import describe_misfit
+from grpo_core.model.lora_targets import find_unadaptable
+from grpo_core.schema import ConfigError, first_line
+
+ADAPTER = "default"  # PEFT's name of the adapter that is trained
+
+
+def add_adapter(base: PreTrainedModel, lora: LoraConfig, revision: str | None = None) -> PeftModel:
+    """Return `base` with a fresh adapter. With all-linear, linear layers that do not return one tensor are left out.
+
+    `revision` is that of the base, which PEFT notes beside the adapter.
+
+    Raises:
+        ConfigError: PEFT refuses the adapter.
+    """
+    unadaptable = find_unadaptable(base) if lora.target_modules == "all-linear" else []
+    try:
+        model: Any = get_peft_model(base, _make_peft_config(lora, unadaptable), autocast_adapter_dtype=False)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"lora.{_find_key(error, lora)}: {first_line(error)}") from error
+    model.peft_config[ADAPTER].revision = revision
+    return model
+
+
+def _make_peft_config(lora: LoraConfig, unadaptable: Sequence[str] = ()) -> PeftLoraConfig:
+    """Return PEFT's configuration of an adapter; `unadaptable` modules are left out beside lora.exclude_modules."""
+    excluded: Any = lora.exclude_modules
+    if unadaptable:
+        names = "|".join(re.escape(name) for name in unadaptable)
+        excluded = f"(?:{excluded})|{names}" if isinstance(excluded, str) else [*(excluded or ()), *unadaptable]
+    return PeftLoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=lora.init_lora_weights,
+        exclude_modules=excluded,
+        layers_to_transform=lora.layers_to_transform,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        modules_to_save=lora.modules_to_save,
+        target_parameters=lora.target_parameters,
+        trainable_token_indices=lora.trainable_token_indices,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _find_key(error: Exception, lora: LoraConfig) -> str:
+    """Return the key of the section lora, with its value, that an error of PEFT is about."""
+    names = ("trainable_token_indices", "modules_to_save", "target_parameters", "exclude_modules", "use_dora")
+    name = next((name for name in names if name in str(error) and getattr(lora, name)), "target_modules")
+    if name == "target_modules" and lora.trainable_token_indices and "TrainableTokens" in str(error):
+        name = "trainable_token_indices"
+    return f"{name} is {getattr(lora, name)!r}"
+
+
+def load_adapter(base: PreTrainedModel, folder: Path, model_path: str) -> PeftModel:
+    """Return `base` with the adapter in `folder`, which is trained.
+
+    Raises:
+        ConfigError: the adapter does not fit the model, or holds a value that is not finite.
+    """
+    try:
+        model: Any = PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=False)
+        report = model.load_adapter(str(folder), ADAPTER, is_trainable=True, autocast_adapter_dtype=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"the adapter in {folder} does not fit the model {model_path}: {describe_misfit(error)}"
+        ) from error
+    if names := report.missing_keys or report.unexpected_keys:  # PEFT goes on without these weights
+        problem = "its files lack" if report.missing_keys else "the model has no place for"
+        others = f" and {quantify(len(names) - 1, 'other')}" if len(names) > 1 else ""
+        raise ConfigError(
+            f"the adapter in {folder} does not fit the model {model_path}: {problem} the weight "
+            f"{names[0].removeprefix('base_model.model.').replace('.default.', '.')}{others}"
+        )
+    check_finite(model, f"the adapter in {folder}")
+    return model
+
+
+@contextmanager
+def use_adapter(modules: Sequence[nn.Module], adapter: str | None) -> Iterator[None]:
+    """Let the model compute with another loaded adapter, of LoRA alone; None: with the one that is trained.
+
+    PEFT's set_adapter would also change which adapter is trained.
+    """
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers: list[Any] = [x for x in modules if isinstance(x, kinds)] if adapter else []
+    previous = [layer._active_adapter for layer in layers]
+    try:
+        for layer in layers:  # a copy of a module, or tokens, of the trained adapter alone: the module itself computes
+            is_lora = isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer)
+            layer._active_adapter = [adapter] if is_lora else []
+        yield
+    finally:
+        for layer, name in zip(layers, previous, strict=True):
+            layer._active_adapter = name
+
+
+@torch.no_grad()
+def base_values(modules: Sequence[nn.Module]) -> dict[int, Tensor]:
+    """Return the values of trained parameters with which the model computes as its base, by the parameters' id.
+
+    A parameter without an entry has no effect then: with B = 0, LoRA's A may be anything.
+    """
+    values: dict[int, Tensor] = {}
+    for module in modules:
+        if isinstance(module, LoraLayer):
+            zero = [*module.lora_B.parameters()] + [p for name, p in module.lora_embedding_A.items()]
+            values |= {id(p): torch.zeros_like(p) for p in zero}
+            for name, magnitude in module.lora_magnitude_vector.items():
+                values[id(magnitude.weight)] = _base_magnitude(module, name, magnitude)
+        elif isinstance(module, ModulesToSaveWrapper):
+            own = dict(module.original_module.named_parameters())
+            for copy in module.modules_to_save.values():
+                values |= {id(p): own[name] for name, p in copy.named_parameters()}
+        elif isinstance(module, TrainableTokensLayer):
+            originals = module.trainable_tokens_original
+            values |= {id(p): originals[name] for name, p in module.trainable_tokens_delta.items()}
+    return values
+
+
+def _base_magnitude(layer: Any, name: str, magnitude: Any) -> Tensor:
+    """Return DoRA's magnitudes of the base weight, which a fresh adapter has."""
+    weight = layer.get_base_layer().weight
+    if name in layer.lora_embedding_A:
+        weight = weight.T
+    nothing = torch.zeros((), dtype=weight.dtype, device=weight.device)
+    return magnitude.get_weight_norm(weight, nothing, 0.0)
+
+
+def count_adapter(model: nn.Module) -> int:
+    """Return the number of weights that an adapter's files hold; 0 without an adapter."""
+    return sum(p.numel() for p in get_peft_model_state_dict(model).values()) if isinstance(model, PeftModel) else 0

@@ -1,0 +1,172 @@
+"""Check the section `lora` against a model, of which the configuration suffices: shapes without weights."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from grpo_core.config.lora_checks import PLAIN_KEYS, as_list
+from grpo_core.config.sections import LoraConfig
+from grpo_core.counts import quantify
+from grpo_core.model.adapter import add_adapter
+from grpo_core.model.lora_targets import ends_in, find_unadaptable, make_without_weights
+from grpo_core.schema import ConfigError, list_known
+
+LAYER_NUMBER = re.compile(r".*?\.[^.]*\.(\d+)\.")  # in a module's name, as PEFT finds it
+
+
+def check_targets(config: PretrainedConfig, lora: LoraConfig, trust_remote_code: bool = False) -> None:
+    """Check that the model has everything that the section lora names, and that it can be adapted.
+
+    Raises:
+        ConfigError: names the key and the module.
+    """
+    defaults = LoraConfig()
+    is_plain = all(getattr(lora, f.name) == getattr(defaults, f.name) for f in fields(lora) if f.name not in PLAIN_KEYS)
+    if not lora.r or (lora.target_modules == "all-linear" and is_plain):
+        return
+    try:
+        model = make_without_weights(config, trust_remote_code)
+    except Exception:  # loading the weights will raise the same error
+        return
+    if lora.target_modules != "all-linear":
+        _check_target_modules(model, config, lora, trust_remote_code)
+    if is_plain:
+        return
+    _check_names(model, lora)
+    _check_tokens(model, lora)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PEFT warns of is refused below
+            adapted = add_adapter(model, lora)
+    except ConfigError:
+        raise
+    except Exception:  # what cannot be done without weights
+        return
+    embeddings = [name for name, module in adapted.named_modules() if getattr(module, "lora_embedding_A", None)]
+    if embeddings and isinstance(lora.init_lora_weights, str):
+        raise ConfigError(
+            f"lora.init_lora_weights is {lora.init_lora_weights!r}, which PEFT does not apply to embeddings "
+            f"({embeddings[0].removeprefix('base_model.model.')}); set it to true"
+        )
+    tuner = adapted.base_model
+    _check_effects([*tuner.targeted_module_names, *tuner.targeted_parameter_names], lora)
+
+
+def _check_names(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Check that the model has what lora.modules_to_save, exclude_modules and target_parameters name."""
+    names = [name for name, _ in model.named_modules() if name]
+    known = {name.rpartition(".")[2] for name in names} - {str(i) for i in range(len(names))}
+    excluded = lora.exclude_modules
+    if isinstance(excluded, str) and not any(re.fullmatch(excluded, name) for name in names):
+        raise ConfigError(f"lora.exclude_modules is {excluded!r}, which matches no module of the model")
+    listed = [("exclude_modules", name) for name in excluded or ()] if isinstance(excluded, list) else []
+    for key, name in (*listed, *(("modules_to_save", name) for name in lora.modules_to_save or ())):
+        if not any(ends_in(module, name) for module in names):
+            raise ConfigError(f"lora.{key} names {name!r}, which the model does not have; {list_known(name, known)}")
+    weights = [name for name, _ in model.named_parameters()]
+    short = {".".join(name.split(".")[-2:]) for name in weights}
+    for name in lora.target_parameters or ():
+        if not any(ends_in(weight, name) for weight in weights):
+            raise ConfigError(
+                f"lora.target_parameters names {name!r}, which the model does not have; {list_known(name, short)}"
+            )
+
+
+def _check_tokens(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Check that the model has the modules and the tokens of lora.trainable_token_indices."""
+    tokens, key = lora.trainable_token_indices, "lora.trainable_token_indices"
+    if tokens is None:
+        return
+    modules = dict(model.named_modules())
+    for name, ids in tokens.items() if isinstance(tokens, dict) else [("", tokens)]:
+        named = [m for n, m in modules.items() if ends_in(n, name)] if name else [model.get_input_embeddings()]
+        sizes = [len(module.weight) for module in named if isinstance(getattr(module, "weight", None), nn.Parameter)]
+        if not sizes:
+            embeddings = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, nn.Embedding)}
+            raise ConfigError(f"{key} names {name!r}, which is no embedding; {list_known(name, embeddings)}")
+        if max(ids) >= min(sizes):
+            raise ConfigError(
+                f"{key}{f'.{name}' if name else ''} names the token {max(ids)}, but the model has only "
+                f"{quantify(min(sizes), 'embedding')}"
+            )
+
+
+def _check_effects(adapted: Iterable[str], lora: LoraConfig) -> None:
+    """Check that no layer and no pattern is without effect; `adapted` are the names of modules with an adapter."""
+    adapted = [*adapted]
+    numbers = {int(match[1]) for name in adapted if (match := LAYER_NUMBER.match(name))}
+    if lora.layers_to_transform is not None:
+        for layer in as_list(lora.layers_to_transform):
+            if layer not in numbers:
+                raise ConfigError(
+                    f"lora.layers_to_transform names {layer}, but the model has no module to adapt in a layer of that "
+                    f"number"
+                )
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(lora, key)
+        # as PEFT does, the first that matches counts
+        used = {next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None) for name in adapted}
+        for pattern in patterns:
+            if pattern not in used:
+                last = {name.rpartition(".")[2] for name in adapted}
+                raise ConfigError(
+                    f"lora.{key} names {pattern!r}, which is the first match of no module with an adapter; "
+                    f"{list_known(pattern, last)}"
+                )
+
+
+def _check_target_modules(
+    model: PreTrainedModel, config: PretrainedConfig, lora: LoraConfig, trust_remote_code: bool
+) -> None:
+    names = [name for name, _ in model.named_modules()]
+    unadaptable = find_unadaptable(model)
+    if isinstance(lora.target_modules, str):
+        targeted = [name for name in names if re.fullmatch(lora.target_modules, name)]
+        if not targeted:
+            raise ConfigError(f"lora.target_modules is {lora.target_modules!r}, which matches no module of the model")
+        _check_adaptable(lora.target_modules, targeted, unadaptable)
+        return
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    doubtful = [target for target in lora.target_modules if not any(ends_in(name, target) for name in names)]
+    known = bool(doubtful) and _peft_has_targets(config, doubtful, trust_remote_code)
+    for target in lora.target_modules:
+        targeted = [name for name in names if ends_in(name, target)]
+        if target in doubtful and not known:
+            raise ConfigError(
+                f"lora.target_modules names {target!r}, which the model does not have; {list_known(target, linear)}"
+            )
+        _check_adaptable(target, targeted, unadaptable)
+
+
+def _check_adaptable(target: str, targeted: Sequence[str], unadaptable: Sequence[str]) -> None:
+    if wrong := [name for name in targeted if name in unadaptable]:
+        raise ConfigError(
+            f"lora.target_modules names {target!r}, but {wrong[0]} does not return one tensor, so LoRA cannot adapt "
+            f"it; leave it out"
+        )
+
+
+def _peft_has_targets(config: PretrainedConfig, targets: Sequence[str], trust_remote_code: bool) -> bool:
+    """Return whether PEFT finds all `targets` where the model has no such modules, as in packed weights of experts.
+
+    Taking one away must change what is adapted, or make PEFT fail, as it does for one half of a joined weight.
+    """
+
+    def adapt(names: Sequence[str]) -> list[str] | None:
+        model = make_without_weights(config, trust_remote_code)
+        try:
+            with torch.device("meta"):
+                adapted = add_adapter(model, LoraConfig(target_modules=[*names]))
+        except Exception:  # PEFT raises errors of many types
+            return None
+        return sorted(f"{name} {[*p.shape]}" for name, p in adapted.named_parameters() if "lora_" in name) or None
+
+    whole = adapt(targets)
+    return whole is not None and all(adapt([x for x in targets if x != target]) != whole for target in targets)

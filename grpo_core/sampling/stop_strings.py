@@ -1,0 +1,75 @@
+"""Stop strings: a completion ends with the token in which one of them becomes complete in the decoded text.
+
+Decoders draw until `are_in` says that a row has one, which costs them a few tokens at most; `cut` then ends
+every completion at the same token, however often a decoder asked and whichever rows it decoded together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from grpo_core.sampling.request import Draws
+
+Decode = Callable[[Sequence[Sequence[int]]], list[str]]  # texts of rows of token ids
+
+MAX_STEPS = 16  # tokens that a decoder draws between two questions, at most
+
+
+class StopStrings:
+    """The texts that end a completion. `decode` returns the texts that rewards and users see."""
+
+    def __init__(self, texts: Sequence[str], decode: Decode) -> None:
+        self.texts, self.decode = list(texts), decode
+        self.margin = 8 + 2 * max(len(text.encode()) for text in texts)  # tokens: one may be a part of a character
+
+    def are_in(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Return for rows of ids [R, T], of which the first `lengths` [R] are drawn, whether a stop string is in them.
+
+        One that became complete long ago is not seen: only the newest tokens are decoded, those since the last
+        question with a margin before them, and where these have a stop string, the whole row.
+        """
+        width = MAX_STEPS + self.margin
+        place = (lengths[:, None] - width + torch.arange(width, device=lengths.device)).clamp(min=-1).to(ids.device)
+        newest = ids.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1).tolist()
+        result = [self._is_in(text) for text in self.decode([[i for i in row if i >= 0] for row in newest])]
+        for row in (row for row, is_in in enumerate(result) if is_in):
+            (text,) = self.decode([ids[row, : int(lengths[row])].tolist()])
+            result[row] = self._is_in(text)
+        return torch.tensor(result, dtype=torch.bool, device=ids.device)
+
+    def cut(self, draws: Draws, pad_id: int) -> Draws:
+        """End each completion with the token that completes its first stop string; such a completion has ended."""
+        rows = [row[:n] for row, n in zip(draws.ids.tolist(), draws.lengths.tolist(), strict=True)]
+        ends = [
+            self._find_end(row) if self._is_in(text) else None
+            for row, text in zip(rows, self.decode(rows), strict=True)
+        ]
+        if not any(ends):
+            return draws
+        device = draws.lengths.device
+        is_cut = torch.tensor([end is not None for end in ends], device=device)
+        lengths = torch.tensor([end or len(row) for end, row in zip(ends, rows, strict=True)], device=device)
+        used = int(lengths.max())
+        beyond = torch.arange(used, device=device) >= lengths[:, None]
+        return replace(
+            draws,
+            ids=draws.ids[:, :used].masked_fill(beyond, pad_id),
+            logprobs=draws.logprobs[:, :used].masked_fill(beyond, 0.0),
+            lengths=lengths,
+            ended=draws.ended | is_cut,
+        )
+
+    def _find_end(self, row: Sequence[int]) -> int:
+        """Return the least number of tokens of `row` whose text has a stop string; the text of all of them has one."""
+        low, high = 1, len(row)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._is_in(self.decode([row[:middle]])[0]) else (middle + 1, high)
+        return high
+
+    def _is_in(self, text: str) -> bool:
+        return any(stop in text for stop in self.texts)
