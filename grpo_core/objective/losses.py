@@ -243,6 +243,7 @@ def vespo_loss(
     """
     if not (lambda_pos > 0 and lambda_neg > 0):
         raise ConfigError(f"lambda_pos is {lambda_pos} and lambda_neg is {lambda_neg}; both must be above 0")
+    check_advantages(advantages, logprobs)
     difference = (logprobs - old_logprobs).detach().clamp(-20, 20)
     s = (difference * completion_mask).sum(dim=1, keepdim=True).clamp(math.log(1e-8), 20)
     k = by_sign(advantages >= 0, k_pos, k_neg, s)
