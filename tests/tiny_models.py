@@ -30,7 +30,7 @@ SIZES = {
         hidden_size_per_layer_input o_lora_rank linear_head_dim kda_head_dim expert_ffn_hidden_size
         swa_head_dim swa_v_head_dim index_head_dim""",
     8: """qk_rope_head_dim linear_key_head_dim linear_value_head_dim mamba_d_state state_size ssm_state_size rotary_dim
-        rope_head_dim gated_norm_rank mamba_dt_rank time_step_rank hc_lowrank kv_channels""",
+        gated_norm_rank mamba_dt_rank time_step_rank hc_lowrank kv_channels""",
     4: """num_attention_heads n_head n_heads attention_heads num_heads num_experts num_local_experts n_routed_experts
         moe_num_experts mamba_num_heads index_n_heads linear_num_heads conv_kernel mamba_d_conv
         global_num_attention_heads swa_num_attention_heads encoder_attention_heads decoder_attention_heads""",
@@ -67,6 +67,8 @@ def shrink(kind: type[PretrainedConfig], vocab_size: int) -> dict[str, Any]:
             values[name] = [BY_NAME[name]] * len(value) if isinstance(value, list) else BY_NAME[name]
         elif name in VOCABULARIES:
             values[name] = vocab_size
+    if "qk_rope_head_dim" in present and present.get("head_dim") == present["qk_rope_head_dim"]:
+        values["head_dim"] = 8
     _choose_layers(kind, present, values)
     own = SPECIAL.get(kind.model_type, {})
     for name, sub in kind.sub_configs.items():
@@ -109,6 +111,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
     "recurrent_gemma": {"num_hidden_layers": 3},
+    "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba": {"num_hidden_layers": 5, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention"], "attention_head_dim": 16, "attention_hidden_size": 64, "num_key_value_heads": 4, "hidden_size": 32},
     "zaya": {"num_experts_per_tok": 1},
     "xlnet": {"d_head": 8},

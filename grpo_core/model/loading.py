@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from grpo_core.config.sections import ModelConfig
@@ -103,23 +103,6 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
         raise ConfigError(
             f"model.path is {model.path!r}, and it cannot be loaded: {first_line(error)}{_hub_hint(model.path)}"
         ) from error
-
-
-def check_can_be_sampled(config: PretrainedConfig) -> None:
-    """Raise ConfigError if layers of the model keep a recurrent state, which the sampler cannot copy to other rows."""
-    try:
-        layers = DynamicCache(config=config).layers
-    except Exception:  # a cache that transformers cannot make; the sampler checks the loaded model
-        return
-    for layer in layers:
-        classes = [base.__name__ for base in type(layer).__mro__]
-        is_recurrent = any(name.startswith("LinearAttention") for name in classes)
-        if is_recurrent or not hasattr(layer, "batch_select_indices"):
-            raise ConfigError(
-                f"the {config.model_type} model at model.path is not supported: some of its layers keep a recurrent "
-                f"state ({type(layer).__name__}), which the sampler cannot use yet; choose a model whose layers all "
-                f"have attention"
-            )
 
 
 def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
