@@ -13,12 +13,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 ENCODERS = """bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta
     roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xmod""".split()
+ASSISTANTS = "gemma4_assistant gemma4_unified_assistant".split()  # they draft for another model, whose states they need
 ENCODER_DECODERS = """bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet""".split()
 AUDIO_AND_VISION = """fuyu git got_ocr2 moshi moss_transcribe_diarize musicgen musicgen_melody trocr whisper""".split()
-OTHERS = [*ENCODERS, *ENCODER_DECODERS, *AUDIO_AND_VISION]  # no text decoders
+OTHERS = [*ENCODERS, *ENCODER_DECODERS, *AUDIO_AND_VISION, *ASSISTANTS]  # no text decoders
 TYPES = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in OTHERS]
 
-WINDOW = 8  # tokens that layers with a sliding window see: fewer than a row of a test has
+WINDOW = 7  # tokens that layers with a sliding window see: fewer than a row of a test has
 SIZES = {
     32: """hidden_size n_embd d_model emb_dim hidden_dim lru_width attention_hidden_size embedding_dim
         embedding_size ple_embed_dim router_hidden_size word_embed_proj_dim dim_model n_embed""",
@@ -69,6 +70,8 @@ def shrink(kind: type[PretrainedConfig], vocab_size: int) -> dict[str, Any]:
             values[name] = vocab_size
     if "qk_rope_head_dim" in present and present.get("head_dim") == present["qk_rope_head_dim"]:
         values["head_dim"] = 8
+    if "kv_lora_rank" in present and "num_key_value_heads" in values:  # keys and values are made for every head
+        values["num_key_value_heads"] = values["num_attention_heads"]
     _choose_layers(kind, present, values)
     own = SPECIAL.get(kind.model_type, {})
     for name, sub in kind.sub_configs.items():
@@ -101,8 +104,13 @@ MAMBA_2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_chu
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {**MAMBA_2, "num_hidden_layers": 3, "attn_layer_indices": [1]},
     "falcon_h1": {**MAMBA_2, "mamba_d_ssm": 64},
-    "granitemoehybrid": MAMBA_2,
+    "granitemoehybrid": {**MAMBA_2, "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8}, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2, "rope_parameters": {
+            name: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]} for name in ("sliding_attention", "full_attention")}},
+    "helium": {"head_dim": 8},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gemma3n_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0], "laurel_rank": 8},
     "hunyuan_v1_dense": {"head_dim": 16},

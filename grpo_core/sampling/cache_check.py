@@ -52,7 +52,8 @@ def _logits_of(model: Any, row: Sequence[int]) -> Tensor:
 
 
 def _check_causal(model: Any, rows: list[list[int]], expected: list[Tensor]) -> None:
-    longer = [torch.tensor([[*row, *row[:2]]], device=model.device) for row in rows]
+    last = model.config.get_text_config().vocab_size - 1  # tokens that are not in the rows
+    longer = [torch.tensor([[*row, last, last // 2]], device=model.device) for row in rows]
     logits = [model(input_ids=ids, use_cache=False).logits[:, -3] for ids in longer]
     if not _agree(logits, expected):
         raise ConfigError(
