@@ -42,10 +42,8 @@ FAMILIES = {
 # Recurrent model types that set the input of their states to 0 where a row is padded, seen in float32
 MASKS_PADDING: set[str] = set()
 
-# Linear layers that PEFT does not adapt in these model types: kernels of theirs read the weight without calling the layer
-UNADAPTABLE = {
-    name: ("out_proj", "conv1d") for name in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-}
+# Linear layers that PEFT does not adapt in these model types: kernels read their weight without calling the layer
+UNADAPTABLE = {name: ("out_proj", "conv1d") for name in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")}
 
 
 def head_dim(config: Any) -> int:

@@ -296,7 +296,7 @@ class Policy:
         """
         logits, hidden = self._measure_logits()
         output = self._head(hidden).double()
-        scale = float((logits * output).sum() / output.square().sum())
+        scale = float((logits * output.detach()).sum() / output.detach().square().sum())
         tolerance = 1e-5 if self.causal_lm.dtype == torch.float32 else 0.05
         if not (logits - scale * output).norm() <= tolerance * logits.norm():
             raise ConfigError(
@@ -334,7 +334,8 @@ class Policy:
         logits, hidden = self._measure_logits()
         with torch.no_grad():
             plain = self.causal_lm.get_output_embeddings()(hidden).double()
-        gaps = {cap: float((logits - (torch.tanh(plain / cap) * cap if cap else plain)).norm()) for cap in (None, *caps)}
+        gaps = {None: float((logits - plain).norm())}
+        gaps |= {cap: float((logits - torch.tanh(plain / cap) * cap).norm()) for cap in caps}
         return min(gaps, key=lambda cap: gaps[cap])
 
     @property

@@ -1,4 +1,4 @@
-"""Find the fastest method of decoding in which a model computes what it computes for each row alone, without a cache."""
+"""Find the fastest method of decoding that computes what the model computes for each row alone, without a cache."""
 
 from __future__ import annotations
 
