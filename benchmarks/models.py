@@ -33,22 +33,21 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import tiny_models
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM, AutoTokenizer
 
-import tiny_models
-from grpo_core.batch import Rollouts, Task
+from grpo_core.batch import Rollouts, Task, take
 from grpo_core.config.files import load_job
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model.base_model import load_base_model
-from grpo_core.model.loading import BUILTIN, load_model_config
+from grpo_core.model.loading import BUILTIN, load_model_config, load_whole_config
 from grpo_core.model.packing import Budget
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.quieten import quieten
-from grpo_core.batch import take
 from grpo_core.sampling.fused_decoder import FusedDecoder
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
@@ -107,14 +106,20 @@ def judge(name: str, folder: Path, trains: bool) -> dict[str, Any]:
 
 
 def save_model(name: str, folder: Path) -> None:
-    """Write a tiny model of the type, and the built-in tokenizer."""
-    model = tiny_models.make_model(tiny_models.make_config(name, VOCABULARY))
+    """Write a tiny model of the type, with its towers if it is composite, and the built-in tokenizer."""
+    config = tiny_models.make_config(name, VOCABULARY)
+    model = tiny_models.make_model(config, is_composite=is_composite(config))
     with torch.no_grad():
         model(input_ids=torch.arange(3, 23)[None], use_cache=False)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
     model.save_pretrained(folder)
     for file in (BUILTIN / "tiny").glob("*token*"):
         shutil.copy(file, folder)
+
+
+def is_composite(config: Any) -> bool:
+    """Return whether the type has a text model and towers, of which the text model alone is trained."""
+    return config.get_text_config(decoder=True) is not config and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 
 def check_numbers(folder: Path, attention: str, numbers: dict[str, float]) -> None:
@@ -162,13 +167,22 @@ def check_numbers(folder: Path, attention: str, numbers: dict[str, float]) -> No
 
 
 def make_plain(model: ModelConfig, policy: Policy) -> Any:
-    """Return the same model as PEFT wraps it, with eager attention and the policy's adapter."""
-    base = load_base_model(ModelConfig(path=model.path, precision="fp32", attention="eager"), torch.float32)
+    """Return the same model as PEFT wraps it, with eager attention and the policy's adapter.
+
+    Of a composite model it is the whole one, with the adapter on its text model.
+    """
+    whole = load_whole_config(model)
     config = policy.model.peft_config["default"]
-    adapter = PeftLoraConfig(
-        r=config.r, lora_alpha=config.lora_alpha, target_modules="all-linear",
-        exclude_modules=config.exclude_modules, task_type="CAUSAL_LM",
-    )  # fmt: skip
+    options = {"r": config.r, "lora_alpha": config.lora_alpha}
+    if not is_composite(whole):
+        base = load_base_model(ModelConfig(path=model.path, precision="fp32", attention="eager"), torch.float32)
+        excluded = config.exclude_modules
+        adapter = PeftLoraConfig(**options, target_modules="all-linear", exclude_modules=excluded, task_type="CAUSAL_LM")
+    else:
+        base = AutoModelForMultimodalLM.from_pretrained(model.path, dtype=torch.float32, attn_implementation="eager")
+        names = {p.rpartition(".lora_A")[0].removeprefix("base_model.model.model.") for p, _ in policy.model.named_parameters() if "lora_A" in p}
+        targets = [name for name, _ in base.named_modules() if "language_model" in name and any(name.endswith("." + n) for n in names)]
+        adapter = PeftLoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM")
     plain = get_peft_model(base, adapter, autocast_adapter_dtype=False).eval()
     with torch.no_grad():
         for own, other in zip(trained_of(plain), trained_of(policy.model), strict=True):

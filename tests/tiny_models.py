@@ -8,16 +8,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-ENCODERS = """bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta
-    roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xmod""".split()
-ASSISTANTS = "gemma4_assistant gemma4_unified_assistant".split()  # they draft for another model, whose states they need
-ENCODER_DECODERS = """bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet""".split()
-AUDIO_AND_VISION = """fuyu git got_ocr2 moshi moss_transcribe_diarize musicgen musicgen_melody trocr whisper""".split()
+ENCODERS = ["bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"]
+ASSISTANTS = ["gemma4_assistant", "gemma4_unified_assistant"]  # they draft for another model, whose states they need
+ENCODER_DECODERS = ["bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "prophetnet"]
+AUDIO_AND_VISION = ["fuyu", "git", "got_ocr2", "moshi", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "trocr", "whisper"]
 OTHERS = [*ENCODERS, *ENCODER_DECODERS, *AUDIO_AND_VISION, *ASSISTANTS]  # no text decoders
-TYPES = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in OTHERS]
+COMPOSITES = ["mistral3"]  # composite types whose text model alone is in the mapping
+TYPES = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in OTHERS] + COMPOSITES
 
 WINDOW = 7  # tokens that layers with a sliding window see: fewer than a row of a test has
 SIZES = {
@@ -74,9 +80,11 @@ def shrink(kind: type[PretrainedConfig], vocab_size: int) -> dict[str, Any]:
         values["num_key_value_heads"] = values["num_attention_heads"]
     _choose_layers(kind, present, values)
     own = SPECIAL.get(kind.model_type, {})
-    for name, sub in kind.sub_configs.items():
-        if name in present and hasattr(sub, "sub_configs") and sub is not PretrainedConfig and name != "vq_config":
-            inner = shrink(sub, vocab_size)
+    for name in kind.sub_configs:
+        sub = type(getattr(default, name, None))
+        if name in present and hasattr(sub, "sub_configs") and name != "vq_config":
+            inner = {**shrink(sub, vocab_size), "model_type": sub.model_type}
+            inner |= VISION if name == "vision_config" else {}
             values[name] = {**inner, **own.get(name, {})} if isinstance(own.get(name), dict) else inner
     values.update({name: value for name, value in own.items() if not (isinstance(value, dict) and name in values)})
     return values
@@ -92,6 +100,7 @@ def _choose_layers(kind: type[PretrainedConfig], present: dict[str, Any], values
         name: values.get(name, value)
         for name, value in present.items()
         if isinstance(value, (list, tuple)) and len(value) == count and not isinstance(getattr(kind, name, None), property)
+        and value != [*range(count)]
     }
     kinds = [*zip(*lists.values(), strict=True)]
     kept = [i for i in range(len(kinds)) if kinds[i] not in kinds[:i]]
@@ -101,6 +110,8 @@ def _choose_layers(kind: type[PretrainedConfig], present: dict[str, Any], values
 
 
 MAMBA_2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_chunk_size": 8}
+VISION = {"image_size": 28, "patch_size": 14, "depth": 2, "num_hidden_layers": 2, "out_hidden_size": 32, "num_position_embeddings": 16,
+    "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}  # fmt: skip
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {**MAMBA_2, "num_hidden_layers": 3, "attn_layer_indices": [1]},
     "falcon_h1": {**MAMBA_2, "mamba_d_ssm": 64},
@@ -111,6 +122,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2, "rope_parameters": {
             name: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]} for name in ("sliding_attention", "full_attention")}},
     "helium": {"head_dim": 8},
+    "qwen4_exp_text": {"ngram_vocab_size_base": 100, "make_ngram_vocab_size_divisible_by": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gemma3n_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0], "laurel_rank": 8},
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -128,10 +140,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """Return a model with random weights that are large enough for tokens to differ."""
+def make_model(config: PretrainedConfig, seed: int = 0, is_composite: bool = False) -> PreTrainedModel:
+    """Return a model with random weights that are large enough for tokens to differ; of a composite one, the whole."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = (AutoModelForMultimodalLM if is_composite else AutoModelForCausalLM).from_config(config).float()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() >= 2 and "embed" not in name:

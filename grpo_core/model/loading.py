@@ -7,7 +7,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from grpo_core.config.sections import ModelConfig
@@ -85,10 +91,19 @@ def check_has_config(path: str, folder: str) -> None:
 
 
 def load_model_config(model: ModelConfig) -> PretrainedConfig:
-    """Load the transformers configuration of the model at `model.path`.
+    """Load the transformers configuration of the model at `model.path`; of a composite model, that of its text model.
 
     Raises:
         ConfigError: the configuration cannot be loaded, or the folder holds an adapter.
+    """
+    return find_text_config(load_whole_config(model))
+
+
+def load_whole_config(model: ModelConfig) -> PretrainedConfig:
+    """Load the transformers configuration of the model at `model.path` as it is in its files.
+
+    Raises:
+        ConfigError: see `load_model_config`.
     """
     folder = resolve_model_path(model.path)
     if (Path(folder) / "adapter_config.json").exists():
@@ -103,6 +118,29 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
         raise ConfigError(
             f"model.path is {model.path!r}, and it cannot be loaded: {first_line(error)}{_hub_hint(model.path)}"
         ) from error
+
+
+def find_text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration of a composite model's text model, if transformers has that as a causal language model.
+
+    Any other configuration is returned as it is. The end-of-sequence token and tied embeddings may be in the composite one alone.
+    """
+    text = config.get_text_config(decoder=True)
+    if text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return config
+    if getattr(config, "eos_token_id", None) is not None:
+        text.eos_token_id = config.eos_token_id
+    text.tie_word_embeddings = bool(text.tie_word_embeddings or getattr(config, "tie_word_embeddings", False))
+    return text
+
+
+def is_composite(config: PretrainedConfig) -> bool:
+    """Return whether a model of this configuration has towers beside a text model that is loaded alone."""
+    text = config.get_text_config(decoder=True)
+    return text is not config and (
+        type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+        or getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "config_class", None) is type(text)
+    )
 
 
 def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
