@@ -1,7 +1,8 @@
 """Check every decoder-only text type of transformers' causal-LM mapping, each built tiny from its configuration class.
 
     python benchmarks/models.py [TYPE ...]       check these types (default: all); one JSON line each
-    python benchmarks/models.py --write          the same, and write the table of docs/models.md
+    python benchmarks/models.py --write          the same, keep the rows, and write the table of docs/models.md
+    python benchmarks/models.py --draw           write the table from the rows that were kept
     python benchmarks/models.py --check          check one type, without training
 
 Each type is saved with random weights, loaded as a run loads it, and compared in float32 with plain transformers and PEFT,
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -27,6 +29,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +57,11 @@ from grpo_core.schema import ConfigError
 from grpo_core.training import job
 
 OUT = ROOT / "benchmarks" / "results" / "models.json"
+PAGE, BEGIN, END = ROOT / "docs" / "models.md", "<!-- table -->", "<!-- end of the table -->"
+VERDICTS = ("right", "refused", "wrong", "traceback", "not built")
 VOCABULARY = 496  # of the built-in tokenizer
 LOGPROB_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-5  # nats; relative
 PROMPT_LENGTHS, GROUP_SIZE, NEW_TOKENS = (11, 5, 11, 14), 2, 12
-DISCONTINUOUS: dict[str, str] = {}  # type -> why its log-probs may differ by 1e-3
 MINUTES = 3  # that one type may take
 
 
@@ -298,14 +302,56 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
+def keep(rows: Sequence[dict[str, Any]]) -> None:
+    """Put the rows in the place of earlier ones of their types."""
+    kept = {row["type"]: row for row in json.loads(OUT.read_text())["rows"]} if OUT.exists() else {}
+    kept |= {row["type"]: row for row in rows}
+    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+    lines = ",\n".join(json.dumps(kept[name]) for name in sorted(kept))
+    OUT.write_text(f'{{"versions": {json.dumps(versions)}, "rows": [\n{lines}\n]}}\n')
+
+
+def draw() -> str:
+    """Return docs/models.md with the table of the rows that were kept."""
+    kept = json.loads(OUT.read_text())
+    rows, counts = kept["rows"], Counter(row["verdict"] for row in kept["rows"])
+    built = len(rows) - counts["not built"]
+    numbers = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+    lines = [
+        f"{len(rows)} types with {', '.join(f'{name} {number}' for name, number in kept['versions'].items())} on a CPU: {numbers}. Of the "
+        f"{built} that can be built, {counts['right'] / built:.1%} are right.",
+        "",
+        "| type | verdict | sampled | trained in | largest gap in nats | reason |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        gaps = [row[key] for key in ("trainer", "sampler", "reference") if key in row]
+        cells = (
+            f"`{row['type']}`", row["verdict"], row.get("decoder", ""), row.get("layout", ""),
+            f"{max(gaps):.0e}" if gaps else "", shorten(row.get("reason", "")),
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    head, _, rest = PAGE.read_text().partition(BEGIN)
+    return f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.partition(END)[2]}"
+
+
+def shorten(reason: str) -> str:
+    """Return a reason without what differs between runs, as a cell of a table."""
+    return re.sub(r"/tmp/\S+", "FOLDER", reason).replace("|", "/").split(" You can install")[0]
+
+
 def main() -> None:
     """Check the types of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--draw", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--no-training", action="store_true")
     options = parser.parse_args()
+    if options.draw:
+        PAGE.write_text(draw())
+        return
     torch.set_num_threads(1)
     quieten()
     rows = []
@@ -313,6 +359,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             rows.append(check_type(name, Path(folder), trains=not (options.check or options.no_training)))
         print(json.dumps(rows[-1]), flush=True)
+    if options.write:
+        keep(rows)
+        PAGE.write_text(draw())
     print(json.dumps(dict(Counter(row["verdict"] for row in rows))), file=sys.stderr)
 
 

@@ -122,7 +122,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2, "rope_parameters": {
             name: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]} for name in ("sliding_attention", "full_attention")}},
     "helium": {"head_dim": 8},
-    "qwen4_exp_text": {"ngram_vocab_size_base": 100, "make_ngram_vocab_size_divisible_by": 1},
+    "qwen4_exp_text": {
+        "ngram_vocab_size_base": 100, "make_ngram_vocab_size_divisible_by": 1, "indexer_n_heads": 4, "indexer_kv_heads": 1,
+        "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 4,
+    },
+    "dots3_note": {"vision_config": {"adapter_in_dim": 32}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gemma3n_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0], "laurel_rank": 8},
     "hunyuan_v1_dense": {"head_dim": 16},

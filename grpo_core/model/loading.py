@@ -123,7 +123,8 @@ def load_whole_config(model: ModelConfig) -> PretrainedConfig:
 def find_text_config(config: PretrainedConfig) -> PretrainedConfig:
     """Return the configuration of a composite model's text model, if transformers has that as a causal language model.
 
-    Any other configuration is returned as it is. The end-of-sequence token and tied embeddings may be in the composite one alone.
+    Any other configuration is returned as it is. The end-of-sequence token and tied embeddings may be in the composite
+    one alone.
     """
     text = config.get_text_config(decoder=True)
     if text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
