@@ -106,7 +106,7 @@ def judge(name: str, folder: Path, trains: bool) -> dict[str, Any]:
         return {"verdict": "wrong", "reason": str(error), **numbers}
     except Exception as error:
         return {"verdict": "traceback", "reason": describe(error), **numbers}
-    return {"verdict": "right", **numbers}
+    return {"verdict": "right", **numbers, "resumed": trains}
 
 
 def save_model(name: str, folder: Path) -> None:
@@ -159,12 +159,18 @@ def check_numbers(folder: Path, attention: str, numbers: dict[str, float]) -> No
     numbers["effect"] = float((logprobs - plain_reference).detach().abs().mean())  # of the adapter, in nats
     ours, theirs = gradient(trained, trained_of(policy.model)), gradient(logprobs, trained_of(plain))
     numbers["gradient"] = float((ours - theirs).norm() / theirs.norm())
+    tolerance = GRADIENT_TOLERANCE
+    if numbers["gradient"] > tolerance:  # it may be as near to the exact gradient as that of float32 is
+        exact = gradient(row_by_row(plain.double(), rollouts), trained_of(plain))
+        tolerance, numbers["gradient"] = (float((x - exact).norm() / exact.norm()) for x in (theirs, ours))
+        tolerance = max(GRADIENT_TOLERANCE, 2 * tolerance)
+        plain.float()
     greedy = sampler.generate(tasks, 1, greedy=True)
     numbers["greedy"] = float(count_greedy_differences(plain, tasks, greedy))
     for key in ("trainer", "reference", "sampler"):
         if not numbers[key] <= LOGPROB_TOLERANCE:
             raise Wrong(f"log-probs of the {key} differ by {numbers[key]:.2g} nats")
-    if not numbers["gradient"] <= GRADIENT_TOLERANCE:
+    if not numbers["gradient"] <= tolerance:
         raise Wrong(f"the gradient differs by {numbers['gradient']:.2g}")
     if numbers["greedy"]:
         raise Wrong(f"{numbers['greedy']:.0f} of {len(tasks)} greedy completions differ from generate")
@@ -304,31 +310,31 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 def keep(rows: Sequence[dict[str, Any]]) -> None:
     """Put the rows in the place of earlier ones of their types."""
-    kept = {row["type"]: row for row in json.loads(OUT.read_text())["rows"]} if OUT.exists() else {}
-    kept |= {row["type"]: row for row in rows}
+    stored = {row["type"]: row for row in json.loads(OUT.read_text())["rows"]} if OUT.exists() else {}
+    stored |= {row["type"]: row for row in rows}
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
-    lines = ",\n".join(json.dumps(kept[name]) for name in sorted(kept))
+    lines = ",\n".join(json.dumps(stored[name]) for name in sorted(stored))
     OUT.write_text(f'{{"versions": {json.dumps(versions)}, "rows": [\n{lines}\n]}}\n')
 
 
 def draw() -> str:
     """Return docs/models.md with the table of the rows that were kept."""
-    kept = json.loads(OUT.read_text())
-    rows, counts = kept["rows"], Counter(row["verdict"] for row in kept["rows"])
+    stored = json.loads(OUT.read_text())
+    rows, counts = stored["rows"], Counter(row["verdict"] for row in stored["rows"])
     built = len(rows) - counts["not built"]
     numbers = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
     lines = [
-        f"{len(rows)} types with {', '.join(f'{name} {number}' for name, number in kept['versions'].items())} on a CPU: {numbers}. Of the "
+        f"{len(rows)} types with {', '.join(f'{name} {number}' for name, number in stored['versions'].items())} on a CPU: {numbers}. Of the "
         f"{built} that can be built, {counts['right'] / built:.1%} are right.",
         "",
-        "| type | verdict | sampled | trained in | largest gap in nats | reason |",
-        "|---|---|---|---|---|---|",
+        "| type | verdict | sampled | trained in | largest gap in nats | resumed | reason |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         gaps = [row[key] for key in ("trainer", "sampler", "reference") if key in row]
         cells = (
             f"`{row['type']}`", row["verdict"], row.get("decoder", ""), row.get("layout", ""),
-            f"{max(gaps):.0e}" if gaps else "", shorten(row.get("reason", "")),
+            f"{max(gaps):.0e}" if gaps else "", "yes" if row.get("resumed") else "", shorten(row.get("reason", "")),
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     head, _, rest = PAGE.read_text().partition(BEGIN)

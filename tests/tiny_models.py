@@ -127,6 +127,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 4,
     },
     "dots3_note": {"vision_config": {"adapter_in_dim": 32}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gemma3n_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0], "laurel_rank": 8},
     "hunyuan_v1_dense": {"head_dim": 16},
