@@ -237,9 +237,11 @@ def count_greedy_differences(plain: Any, tasks: Sequence[Task], rollouts: Rollou
     differing = 0
     for i, task in enumerate(tasks):
         ids = torch.tensor([task.prompt_ids])
-        out = plain.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=1
-        )
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
+        try:
+            out = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        except (ValueError, RuntimeError):  # types whose cache transformers itself cannot use
+            out = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **options)
         expected = out[0, len(task.prompt_ids) :].tolist()
         differing += expected != rollouts.completion_ids[i][rollouts.completion_mask[i]].tolist()
     return differing

@@ -139,6 +139,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba": {"num_hidden_layers": 5, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention"], "attention_head_dim": 16, "attention_hidden_size": 64, "num_key_value_heads": 4, "hidden_size": 32},
+    "zamba2": {
+        "attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4, "n_mamba_heads": 4, "mamba_headdim": 16,
+        "chunk_size": 8, "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3],
+    },
     "zaya": {"num_experts_per_tok": 1},
     "xlnet": {"d_head": 8},
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16], "attn_layers": ["local", "local"], "num_hidden_layers": 2, "local_attn_chunk_length": 8},
