@@ -14,7 +14,7 @@ SMALL_FORMS = {  # benchmark -> the words that start it in a small form, in whic
     "decode_parts": ["--check"], "losses": ["--check"], "smollm2": ["--check"], "trl_parity": ["--check"],
     "sampling": ["--check"], "layouts": ["--check"], "precision": ["--check"], "embedded": ["--check"],
     "results": ["check"], "experiments": ["--list"], "soak": ["--check"],
-    "learning": ["--check"], "update": ["--check"], "update_parts": ["--check"], "peers": ["--check"],
+    "learning": ["--check"], "update": ["--check"], "update_parts": ["--check"], "peers": ["--check"], "models": ["--check"],
 }  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 

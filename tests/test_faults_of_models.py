@@ -15,19 +15,17 @@ from test_policy import naive_logprobs
 
 from grpo_core.batch import Rollouts, Task, take
 from grpo_core.commands.export import untie_adapted_embeddings
-from grpo_core.config.sections import LoraConfig, ModelConfig, RunConfig
+from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model import fast_layers, trial
 from grpo_core.model.adapter_check import check_targets
-from grpo_core.model.loading import check_can_be_sampled, check_lengths
+from grpo_core.model.loading import check_lengths
 from grpo_core.model.lora_targets import describe_frozen_experts
 from grpo_core.model.packing import Budget
 from grpo_core.model.policy import Policy, enable_gradient_checkpointing, load_policy, wrap
 from grpo_core.model.update_mode import update_mode
-from grpo_core.sampling.cache_check import check_cache
-from grpo_core.sampling.plain_decoder import PlainDecoder
+from grpo_core.sampling.cache_check import find_method
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
-from grpo_core.training.prepare import prepare
 
 VOCAB = 32
 SIZES = {
@@ -395,56 +393,84 @@ class Padless(Alphabet):
         return ["" for _ in rows]
 
 
-def test_fault_3_a_model_that_ignores_its_cache_is_refused_before_its_first_completion():
+def alone(model, row):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([row]), use_cache=False).logits[0].log_softmax(-1)
+
+
+def check_sampled(model, sampler, lengths=(3, 5)):
+    """The sampled log-probs are those of each row alone."""
+    rollouts = sampler.generate(tasks_of(lengths), 2)
+    for i in range(len(rollouts)):
+        prompt = rollouts.prompt_ids[i][rollouts.prompt_mask[i]].tolist()
+        completion = rollouts.completion_ids[i][rollouts.completion_mask[i]]
+        expected = alone(model, prompt + completion.tolist())[len(prompt) - 1 : -1].gather(1, completion[:, None])[:, 0]
+        torch.testing.assert_close(rollouts.rollout_logprobs[i, : len(completion)], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_fault_3_a_model_that_ignores_its_cache_is_sampled_without():
     """FAULTS #3: RWKV saw only the token before each."""
     torch.manual_seed(0)
     model = rwkv().eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
-    sampler = Sampler(model, Padless(), max_new_tokens=4, notify=lambda message: None)
-    for act in (sampler.check_model, lambda: sampler.generate(tasks_of([3, 5]), 2)):
-        with pytest.raises(ConfigError, match="the rwkv model at model.path cannot be sampled: "):
-            act()
+    notes = []
+    sampler = Sampler(model, Padless(), max_new_tokens=4, notify=notes.append)
+    check_sampled(model, sampler)
+    assert find_method(model, 0) == "uncached" and "the rwkv model's cache cannot be used" in notes[0]
 
 
-@pytest.mark.parametrize("ignored", ["past_key_values", "attention_mask", "position_ids"])
+@pytest.mark.parametrize(("ignored", "method"), [("past_key_values", "uncached"), ("attention_mask", "cached"), ("position_ids", "cached")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fault_3_what_a_model_ignores_is_noticed(ignored, dtype):
+def test_fault_3_what_a_model_ignores_is_noticed(ignored, method, dtype):
     """FAULTS #3: the cache, the padding on the left, or the positions after it."""
     torch.manual_seed(0)
     model = gpt2().eval().to(dtype)
-    check_cache(PlainDecoder(model, 0, [EOS]))
+    assert find_method(model, 0) == "padded"
     own = model.forward
-    model.forward = lambda *args, **kwargs: own(*args, **{k: v for k, v in kwargs.items() if k != ignored})
+
+    def forward(input_ids, past_key_values=None, attention_mask=None, position_ids=None, **kwargs):
+        given = {"past_key_values": past_key_values, "attention_mask": attention_mask, "position_ids": position_ids}
+        return own(input_ids, **{k: v for k, v in given.items() if k != ignored}, **kwargs)
+
+    model.forward = forward
     if dtype == torch.float32 or ignored == "past_key_values":
-        with pytest.raises(ConfigError, match="the gpt2 model at model.path cannot be sampled: with its cache"):
-            check_cache(PlainDecoder(model, 0, [EOS]))
+        assert find_method(model, 0) == method
 
 
-@pytest.mark.parametrize("config", [
-    lambda: transformers.Qwen3_5TextConfig(), lambda: transformers.Qwen3NextConfig(), lambda: transformers.JambaConfig(),
-    lambda: transformers.Mamba2Config(), lambda: transformers.FalconH1Config(), lambda: transformers.GraniteMoeHybridConfig(),
-    lambda: transformers.Lfm2Config(layer_types=["conv", "full_attention"], num_hidden_layers=2),
-], ids=["qwen3_5_text", "qwen3_next", "jamba", "mamba2", "falcon_h1", "granitemoehybrid", "lfm2"])  # fmt: skip
-def test_fault_11_recurrent_layers_are_refused_before_the_weights_load(config):
-    """FAULTS #11: one sentence from the configuration alone."""
-    with pytest.raises(ConfigError, match="model at model.path is not supported: some of its layers keep a recurrent state"):
-        check_can_be_sampled(config())
+def test_a_model_that_sees_later_tokens_is_refused():
+    """The log-probs of whole rows would not be those of the drawn tokens."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3)
+    with pytest.raises(ConfigError, match="the bert model at model.path is not supported: its logits after a token depend on later"):
+        find_method(transformers.BertLMHeadModel(config).eval(), 0)
 
 
-@pytest.mark.parametrize("config", ["LlamaConfig", "GPT2Config", "Phi3Config", "FalconConfig", "BloomConfig", "MixtralConfig"])
-def test_fault_11_attention_is_not_refused(config):
-    """FAULTS #11: the check is of the layers' cache."""
-    check_can_be_sampled(getattr(transformers, config)())
+RECURRENT = {  # layers with a state beside layers with attention, and without
+    "lfm2": lambda: transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**SIZES, num_key_value_heads=2, layer_types=["conv", "full_attention"])),
+    "mamba": lambda: transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.2, eos_token_id=EOS)),
+}  # fmt: skip
 
 
-def test_fault_11_a_run_ends_with_the_sentence(tmp_path):
-    """FAULTS #11: prepare is called before the weights load."""
-    config = transformers.Mamba2Config(vocab_size=1000)
-    run = RunConfig(model=ModelConfig(path="builtin:tiny"))
-    with pytest.raises(ConfigError, match="the mamba2 model at model.path is not supported"):
-        prepare(run, model_config=config)
+@pytest.mark.parametrize("name", RECURRENT)
+def test_fault_11_the_state_of_recurrent_layers_goes_with_its_row(name):
+    """FAULTS #11: fanned out to the completions of a prompt, dropped with a row, and free of padding."""
+    torch.manual_seed(0)
+    model = RECURRENT[name]().eval()
+    sampler = Sampler(model, Padless(), max_new_tokens=12, notify=lambda message: None)
+    check_sampled(model, sampler, lengths=(3, 5, 3, 1))
+    assert sampler._plain.method == "cached"
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_fault_11_rows_of_recurrent_layers_are_not_packed(name):
+    """FAULTS #11: the state would go from one row to the next."""
+    torch.manual_seed(0)
+    policy = Policy(RECURRENT[name]())
+    rollouts = grouped_rollouts(vocabulary=VOCAB)
+    assert policy.layout == "grid"
+    torch.testing.assert_close(forwards(policy, rollouts, Budget(60)), naive_logprobs(policy, rollouts), atol=1e-4, rtol=1e-4)
 
 
 MOE = {**SIZES, "num_key_value_heads": 2}

@@ -6,12 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from grpo_core.config.sections import ModelConfig
 from grpo_core.counts import quantify
 from grpo_core.model.finite_weights import check_finite
-from grpo_core.model.loading import at_revision, check_has_config, load_model_config, resolve_model_path
+from grpo_core.model.loading import (
+    at_revision,
+    find_text_config,
+    is_composite,
+    load_whole_config,
+    resolve_model_path,
+)
+from grpo_core.model.lora_targets import make_without_weights
+from grpo_core.model.rope import override_rope
 from grpo_core.monitor.progress import print_note
 from grpo_core.schema import ConfigError, first_line, summarize_error
 
@@ -27,8 +35,10 @@ def load_base_model(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             transformers would fill with random numbers, or hold one of another size; or a weight is not finite.
     """
     folder = resolve_model_path(model.path)
-    check_has_config(model.path, folder)
-    changed = {"config": load_model_config(model)} if model.rope else {}
+    whole = load_whole_config(model)
+    config = find_text_config(whole)
+    override_rope(config, model.rope)
+    names = _name_text_weights(config) if is_composite(whole) else {}
     prefix = f"model.path is {model.path!r}, and it cannot be loaded: "
     try:
         base, report = AutoModelForCausalLM.from_pretrained(
@@ -37,9 +47,10 @@ def load_base_model(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             attn_implementation=model.attention,
             trust_remote_code=model.trust_remote_code,
             **at_revision(model.revision),
-            **changed,
             ignore_mismatched_sizes=True,  # they are refused below
             output_loading_info=True,
+            **({"config": config} if config is not whole or model.rope else {}),
+            **({"key_mapping": names} if names else {}),
         )
     except torch.OutOfMemoryError:
         raise
@@ -50,12 +61,37 @@ def load_base_model(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             ) from error
         has_sentence = isinstance(error, (OSError, ValueError, ImportError))
         raise ConfigError(prefix + (first_line(error) if has_sentence else summarize_error(error))) from error
+    _forget_names(base, names)
     if problem := _describe_wrong_weights(report):
         raise ConfigError(prefix + problem)
     check_finite(base, f"the model {model.path}")
-    for note in _list_notes(base, report):
+    for note in _list_notes(base, {} if names else report):  # the towers of a composite model are not used
         print_note(f"{note} (model.path {model.path})")
     return base
+
+
+def _name_text_weights(config: PretrainedConfig) -> dict[str, str]:
+    """Return patterns of the names that a text model's weights have in a composite model, with their names in it.
+
+    The weights of towers keep their names, which the text model does not have, so they are not loaded.
+    """
+    model = make_without_weights(config, trust_remote_code=False)
+    embeddings = model.get_input_embeddings()
+    prefix = next(name for name, module in model.named_modules() if module is embeddings).rpartition(".")[0]
+    return {
+        r"^language_model\.lm_head\.": "lm_head.",
+        r"^language_model\.model\.": f"{prefix}.",
+        r"^model\.language_model\.": f"{prefix}.",
+    }
+
+
+def _forget_names(model: PreTrainedModel, names: Mapping[str, str]) -> None:
+    """Let `model` be saved under its own names: transformers saves it under those that it was loaded from."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        model._weight_conversions = [
+            conversion for conversion in conversions if not names.keys() & {*conversion.source_patterns}
+        ]
 
 
 def _describe_wrong_weights(report: Mapping[str, Any]) -> str | None:

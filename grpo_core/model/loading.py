@@ -7,7 +7,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from grpo_core.config.sections import ModelConfig, RunConfig
@@ -109,8 +115,21 @@ def check_has_config(path: str, folder: str) -> None:
 def load_model_config(model: ModelConfig) -> PretrainedConfig:
     """Load the transformers configuration of the model at `model.path`, with the overrides of model.rope.
 
+    Of a composite model it is that of its text model.
+
     Raises:
         ConfigError: the configuration cannot be loaded or changed so, or the folder holds an adapter.
+    """
+    config = find_text_config(load_whole_config(model))
+    override_rope(config, model.rope)
+    return config
+
+
+def load_whole_config(model: ModelConfig) -> PretrainedConfig:
+    """Load the transformers configuration of the model at `model.path` as it is in its files.
+
+    Raises:
+        ConfigError: see `load_model_config`.
     """
     folder = resolve_model_path(model.path)
     if (Path(folder) / "adapter_config.json").exists():
@@ -131,25 +150,31 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
         raise ConfigError(
             f"model.path is {model.path!r}, and it cannot be loaded: {first_line(error)}{_hub_hint(model.path)}"
         ) from error
-    override_rope(config, model.rope)
     return config
 
 
-def check_can_be_sampled(config: PretrainedConfig) -> None:
-    """Raise ConfigError if layers of the model keep a recurrent state, which the sampler cannot copy to other rows."""
-    try:
-        layers = DynamicCache(config=config).layers
-    except Exception:  # a cache that transformers cannot make; the sampler checks the loaded model
-        return
-    for layer in layers:
-        classes = [base.__name__ for base in type(layer).__mro__]
-        is_recurrent = any(name.startswith("LinearAttention") for name in classes)
-        if is_recurrent or not hasattr(layer, "batch_select_indices"):
-            raise ConfigError(
-                f"the {config.model_type} model at model.path is not supported: some of its layers keep a recurrent "
-                f"state ({type(layer).__name__}), which the sampler cannot use yet; choose a model whose layers all "
-                f"have attention"
-            )
+def find_text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration of a composite model's text model, if transformers has that as a causal language model.
+
+    Any other configuration is returned as it is. The end-of-sequence token and tied embeddings may be in the composite
+    one alone.
+    """
+    text = config.get_text_config(decoder=True)
+    if text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return config
+    if getattr(config, "eos_token_id", None) is not None:
+        text.eos_token_id = config.eos_token_id
+    text.tie_word_embeddings = bool(text.tie_word_embeddings or getattr(config, "tie_word_embeddings", False))
+    return text
+
+
+def is_composite(config: PretrainedConfig) -> bool:
+    """Return whether a model of this configuration has towers beside a text model that is loaded alone."""
+    text = config.get_text_config(decoder=True)
+    return text is not config and (
+        type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+        or getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "config_class", None) is type(text)
+    )
 
 
 def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,16 +6,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from grpo_core.model.families import UNADAPTABLE
 from grpo_core.model.trial import without_trace
 
 
 @torch.no_grad()
 def find_unadaptable(model: nn.Module) -> list[str]:
-    """Return the names of linear layers that do not return one tensor, such as routers that return a tuple.
+    """Return the names of linear layers that LoRA cannot adapt.
 
-    LoRA adds its product to the output, so it cannot adapt them.
+    LoRA adds its product to the output, so a layer that does not return one tensor, such as a router that returns a
+    tuple, is one. Others are known by name (families.py).
     """
-    names = []
+    known = UNADAPTABLE.get(getattr(getattr(model, "config", None), "model_type", ""), ())
+    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in known]
     with without_trace(model):
         model.eval()
         for name, module in model.named_modules():

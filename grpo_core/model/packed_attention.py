@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from grpo_core.batch import Rollouts
-from grpo_core.model.families import FAMILIES, head_dim
+from grpo_core.model.families import FAMILIES, has_recurrent_layers, head_dim
 from grpo_core.model.packing import AttentionRows, Budget, Layout, Packing, Segments, plan
 from grpo_core.model.trial import is_same, without_trace
 
@@ -35,6 +35,8 @@ def find_layout(model: PreTrainedModel, hidden: Callable[[Rollouts, Packing], Te
 
     The model is not changed.
     """
+    if has_recurrent_layers(model):  # their state would go from one row to the next
+        return "grid"
     config = model.config.get_text_config()
     has_window = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     family = FAMILIES.get(config.model_type)

@@ -6,6 +6,7 @@ The reference is the same model with the adapter off, or with an earlier state o
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -295,13 +296,13 @@ class Policy:
         logits, hidden = self._measure_logits()
         output = self._head(hidden).detach().double()
         scale = float((logits * output).sum() / output.square().sum())
-        tolerance = 1e-3 if self.causal_lm.dtype == torch.float32 else 0.05
+        tolerance = 1e-5 if self.causal_lm.dtype == torch.float32 else 0.05
         if not (logits - scale * output).norm() <= tolerance * logits.norm():
             raise ConfigError(
                 f"the {self.causal_lm.config.model_type} model at model.path is not supported: its logits are not a "
                 f"multiple of the output of its head, so its log-probs would be wrong"
             )
-        return 1.0 if abs(scale - 1) < 1e-3 else scale
+        return 1.0 if abs(scale - 1) < (1e-5 if self.causal_lm.dtype == torch.float32 else 1e-3) else scale
 
     @property
     def _logprob_options(self) -> dict[str, Any]:
@@ -325,14 +326,16 @@ class Policy:
     @cached_property
     def _logit_cap(self) -> float | None:
         """The bound of the logits, tanh(x / cap) * cap; None for a model that has none, or does not apply it."""
-        cap = getattr(self.causal_lm.config.get_text_config(), "final_logit_softcapping", None)
-        if cap is None:
+        named = vars(self.causal_lm.config.get_text_config()).items()
+        caps = [value for name, value in named if re.search("logits?_soft_?cap", name) and value]
+        if not caps:
             return None
         logits, hidden = self._measure_logits()
         with torch.no_grad():
             plain = self.causal_lm.get_output_embeddings()(hidden).double()
-        capped = torch.tanh(plain / cap) * cap
-        return cap if (logits - capped).norm() <= (logits - plain).norm() else None
+        gaps = {None: float((logits - plain).norm())}
+        gaps |= {cap: float((logits - torch.tanh(plain / cap) * cap).norm()) for cap in caps}
+        return min(gaps, key=lambda cap: gaps[cap])
 
     @property
     def _head(self) -> Callable[[Tensor], Tensor]:

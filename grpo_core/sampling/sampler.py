@@ -20,11 +20,12 @@ from grpo_core.batch import Rollouts, SamplingParams, Task
 from grpo_core.counts import quantify
 from grpo_core.distributed.ranks import draw_uniforms
 from grpo_core.model.loading import check_lengths
-from grpo_core.sampling.cache_check import check_cache
+from grpo_core.sampling.cache_check import find_method
 from grpo_core.sampling.end_of_sequence import find_eos_ids
 from grpo_core.sampling.fused_decoder import FusedDecoder
 from grpo_core.sampling.fused_model import Unsupported
-from grpo_core.sampling.plain_decoder import PlainDecoder, pad_left
+from grpo_core.sampling.live_rows import pad_left
+from grpo_core.sampling.plain_decoder import PlainDecoder
 from grpo_core.sampling.request import DecodeRequest, Draws, Watch
 from grpo_core.sampling.stop_strings import StopStrings
 from grpo_core.sampling.texts import decode_completions, find_hidden_ids
@@ -76,14 +77,19 @@ class Sampler:
         self._decoder: PlainDecoder | FusedDecoder | None = self._plain if decoder == "plain" else None
 
     def check_model(self) -> None:
-        """Check once that the model can be sampled with a cache. `generate` does it before its first completion.
+        """Find out once how the model can be sampled. `generate` does it before its first completion.
 
         Raises:
-            ConfigError: the model does not use its cache, or not the padding of shorter prompts.
+            ConfigError: the model is not causal.
         """
         if not self._is_checked:
-            check_cache(self._plain)
+            self._plain.method = find_method(self.model, self.pad_id)
             self._is_checked = True
+            if self._plain.method == "uncached":
+                self.notify(
+                    f"sampling computes whole rows again for every token, which is slow, because the "
+                    f"{self.model.config.model_type} model's cache cannot be used"
+                )
 
     def generate(
         self,

@@ -16,7 +16,7 @@ from grpo_core.batch import Frozen, Rollouts, Task, TrainBatch
 from grpo_core.model.logprobs import TeacherStates
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.objective import Objective
-from grpo_core.sampling.plain_decoder import pad_left
+from grpo_core.sampling.live_rows import pad_left
 from grpo_core.training.freeze import forward_all
 from grpo_core.training.run import Run
 

@@ -17,7 +17,6 @@ from grpo_core.data.rows import name_split
 from grpo_core.data.tasks import find_offered_tasks, read_tasks
 from grpo_core.model.adapter_check import check_targets
 from grpo_core.model.loading import (
-    check_can_be_sampled,
     check_lengths,
     check_vocabulary,
     load_model_config,
@@ -64,7 +63,7 @@ def prepare(
     """Load and check everything that a run needs except the weights.
 
     Raises:
-        ConfigError: a file cannot be loaded; the model's layers cannot be sampled; a reward needs a column that the
+        ConfigError: a file cannot be loaded; a reward needs a column that the
             data does not have, or cannot judge more than the share data.max_unjudged of the gold answers; the
             tokenizer or lora.target_modules do not fit the model; a prompt and its completion exceed the model's
             positions.
@@ -81,8 +80,6 @@ def prepare(
         warnings.append(_describe_long_eval_prompts(config, num_eval_too_long))
     if model_config is None:
         model_config = load_model_config(config.model)
-    if scores_training_tasks:
-        check_can_be_sampled(model_config)
     check_vocabulary(model_config, tokenizer)
     check_eos_ids(model_config, model_config, "config.json")
     prompts = [task.prompt_ids for task in (*tasks, *eval_tasks)]
