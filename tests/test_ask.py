@@ -8,7 +8,7 @@ from fakes import tiny_policy
 from grpo_core.cli import main
 from grpo_core.commands.sample import AnswerSettings, TokenPrinter, apply_command, format_columns
 from grpo_core.model.loading import load_tokenizer
-from grpo_core.sampling.plain_decoder import PlainDecoder
+from grpo_core.sampling.live_rows import PaddedRows
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.slow
 
 def test_one_answer_is_streamed_and_scored(tiny_run, capsys, monkeypatch):
     watched = []
-    forward = PlainDecoder._forward
+    append = PaddedRows.append
     monkeypatch.setattr(
-        PlainDecoder, "_forward", lambda *given: (watched.append(capsys.readouterr().out), forward(*given))[1]
+        PaddedRows, "append", lambda *given: (watched.append(capsys.readouterr().out), append(*given))[1]
     )
     assert main(["sample", str(tiny_run), QUESTION, "--answer", "11"]) == 0
     rest = capsys.readouterr().out
