@@ -10,6 +10,7 @@ from test_loop import make_run
 from grpo_core.config.function_checks import try_loss
 from grpo_core.model.policy import TokenStats
 from grpo_core.monitor.aggregates import Stats
+from grpo_core.objective.advantages import ADVANTAGES, compute_advantages
 from grpo_core.objective.corrections import CORRECTIONS, sampler_distances
 from grpo_core.objective.covariance_losses import covariance, select_highest, select_in_band
 from grpo_core.objective.inputs import select_tokens
@@ -42,8 +43,8 @@ def gradient(run, batch):
     return torch.autograd.grad(loss, leaf)[0], leaf.detach()
 
 
-def look(run, batch, *, is_first=True, key=KEY):
-    return look_at_all_rows(run.policy, run.objective, run.budgets.forward, batch, key, Stats(), is_first=is_first)
+def look(run, batch, *, is_first=True, key=KEY, stats=None):
+    return look_at_all_rows(run.policy, run.objective, run.budgets.forward, batch, key, stats or Stats(), is_first=is_first)
 
 
 def test_nothing_is_computed_where_nothing_looks_at_other_rows(run, monkeypatch):
@@ -63,7 +64,9 @@ def test_rejected_tokens_leave_the_loss_or_the_surrogate_alone(run):
         mask, v = batch.loss_mask, batch.frozen_logprobs - batch.rollouts.rollout_logprobs
         keep = mask & (v <= high)
         assert 0 < keep.sum() < mask.sum()
-        seen = look(own, batch)
+        stats = Stats()
+        seen = look(own, batch, stats=stats)
+        assert stats.reduce()["rejected"] == pytest.approx(1 - float(keep.sum() / mask.sum()))
         slope, _ = gradient(own, seen)
         torch.testing.assert_close(slope, -keep.float() / (keep.sum() if place == "loss" else mask.sum()))
         assert torch.equal(seen.loss_mask, keep if place == "loss" else mask)
@@ -219,3 +222,37 @@ def test_length_penalty_by_hand():
     torch.testing.assert_close(penalize_length(rewards, lengths, 0.3), expected, equal_nan=True)
     with pytest.raises(ConfigError, match="coef is -1"):
         penalize_length(rewards, lengths, -1)
+
+
+def test_returns_of_one_token_of_none_and_of_unscored_completions():
+    mask = torch.tensor([[True, False]])
+    assert whiten_tokens(torch.tensor([[3.0, 5.0]]), mask).tolist() == [[0.0, 0.0]]
+    assert whiten_tokens(torch.tensor([[3.0, 5.0]]), torch.zeros_like(mask)).tolist() == [[0.0, 0.0]]
+    rewards, lengths = torch.tensor([[1.0, math.nan, 0.0]]), torch.tensor([[2.0, 1.0, 1.0]])
+    tokens = torch.tensor([[[True, True], [True, False], [True, False]]])
+    function = ADVANTAGES.build("reinforce_plus_plus", {"gamma": 0.5, "eps": 0.0})
+    values = compute_advantages(function, rewards, lengths=lengths, completion_mask=tokens)
+    spread = math.sqrt((0.0**2 + 0.5**2 + 0.5**2) / 2)  # the returns are 0.5, 1 and 0; the second completion has none
+    torch.testing.assert_close(values, torch.tensor([[[0.0, 0.5], [0.0, 0.0], [-0.5, 0.0]]]) / spread)
+
+
+def test_the_optimal_token_baseline_by_hand():
+    """Two completions of a group; with probabilities of 1/2 and sums of squares of 1/2, every token adds w**2 / 2."""
+    rewards, mask = torch.tensor([[1.0, 0.0]]), torch.tensor([[[True, True], [True, False]]])
+    half = torch.full((1, 2, 2), 0.5)
+    weights = torch.tensor([[[1.0, 1.0], [2.0, 1.0]]])
+    function = ADVANTAGES.get("optimal_token_baseline")
+    inputs = {"completion_mask": mask, "logprobs": half.log(), "sum_p_squared": half, "rollout_weights": weights}
+    values = compute_advantages(function, rewards, **inputs)
+    baseline = 1 * 0.5 / (0.5 + 4 * 0.5)  # W is 0.5 and 2 at the first token; alone at the second, there is nothing to compare
+    torch.testing.assert_close(values, torch.tensor([[[1 - baseline, 0.0], [-baseline, 0.0]]]))
+
+
+def test_extreme_gaps_and_clips_are_bounded_and_counted():
+    old, mask = torch.tensor([[0.0, 0.0]]), torch.tensor([[True, True]])
+    weights = CORRECTIONS.build("geometric_truncate", {"clip_max": None})(old, old - 100, mask)
+    torch.testing.assert_close(weights, torch.tensor([[math.exp(20.0)]]))
+    logprobs = torch.tensor([[-1.0, -1.0, -1.0]])
+    before = logprobs - torch.tensor([[1.0, -1.0, 0.0]]).sign() * math.log(2.0)
+    out = LOSSES.build("cispo", {"floor": 0.8, "cap": 1.2})(logprobs, before, torch.ones(1, 1), torch.ones(1, 3, dtype=torch.bool))
+    assert out.diagnostics["clip_frac"].tolist() == [[1.0, 1.0, 0.0]]
