@@ -21,9 +21,10 @@ from grpo_core.objective.returns import close_gaps, discounted_returns, open_gap
 from grpo_core.objective.truncation import penalize_length
 from grpo_core.random_keys import make_key
 from grpo_core.schema import ConfigError
+from grpo_core.training import all_rows
 from grpo_core.training.all_rows import look_at_all_rows
 from grpo_core.training.control import first_control
-from grpo_core.training.update import count_over_ranks, micro_loss, rows_to_train
+from grpo_core.training.update import count_over_ranks, micro_loss, rows_to_train, update_policy
 
 KEY = make_key("selection", 0, 0, 0)
 
@@ -96,6 +97,23 @@ def test_the_choice_of_a_later_optimizer_step_is_by_the_policy_as_it_is_then(run
     c = covariance(own.policy.forward(batch.rollouts).logprobs.detach(), batch.advantages, mask)
     assert torch.equal(later, (c >= c[mask].topk(int(0.2 * mask.sum())).values[-1]) & mask)
     assert not torch.equal(first, later) and torch.equal(look(own, batch).selected, first)
+
+
+def test_the_forward_for_a_choice_has_no_dropout(tmp_path, monkeypatch):
+    """The second optimizer step's log-probs are the policy's own, as it is before that step."""
+    policy = tiny_policy(lora_noise=0.05, dropout=0.5)
+    run = with_objective(make_run(tmp_path, policy=policy, num_passes=2), loss_fn=LOSSES.build("kl_cov", {"share": 0.2}))
+    seen, forward_all = [], all_rows.forward_all
+
+    def watch(model, budget, rollouts):
+        own = forward_all(model, budget, rollouts)
+        seen.append((own.logprobs, forward_all(model, budget, rollouts).logprobs, any(m.training for m in model.model.modules())))
+        return own
+
+    batch = frozen_batch(run, ragged_rollouts(), torch.randn(8, 1, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(all_rows, "forward_all", watch)
+    update_policy(run, batch, 0, run.control, Stats())
+    assert len(seen) == 1 and torch.equal(*seen[0][:2]) and not seen[0][2]
 
 
 def test_a_choice_among_too_many_is_drawn_by_its_key(run):

@@ -97,14 +97,12 @@ LOSS_INPUTS = Inputs(
         "teacher_logprobs",  # [B, C] of the teacher (the section teacher); costs a forward of it
     ),
 )
-SELECTION_INPUTS = Inputs(
+SELECTION_INPUTS = Inputs(  # of all rows of the optimizer step, on all ranks
     (
-        *(
-            "logprobs",
-            "old_logprobs",
-            "advantages",
-            "completion_mask",
-        ),  # of all rows of the optimizer step, on all ranks
+        "logprobs",  # [B, C] of the policy as it is before this optimizer step
+        "old_logprobs",  # [B, C]
+        "advantages",  # [B, C]
+        "completion_mask",  # [B, C] bool
         "draws",  # [B, C] random numbers, uniform from 0 to 1, for a choice among equals
     ),
     ("rollout_logprobs",),  # [B, C] of the sampler

@@ -42,23 +42,21 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
     ranks.seed_all(make_key("dropout", config.seed, step, ranks.rank()))
     shuffle = torch.Generator("cpu").manual_seed(torch_seed(make_key("minibatches", config.seed, step)))
     minibatches = batch.minibatches(trainer.num_minibatches, trainer.num_passes, config.sampling.group_size, shuffle)
-    with run.policy.training():
-        for index, minibatch in enumerate(minibatches):
-            key = make_key("selection", config.seed, step, index)
-            is_first = index == 0
-            minibatch = look_at_all_rows(
-                run.policy, run.objective, run.budgets.forward, minibatch, key, stats, is_first=is_first
-            )
-            rows = rows_to_train(run.objective, minibatch, control)
-            plan = run.policy.plan(minibatch.rollouts, run.budgets.update, rows)
-            totals = count_over_ranks(run.objective, minibatch, len(plan))
+    for index, minibatch in enumerate(minibatches):
+        key, is_first = make_key("selection", config.seed, step, index), index == 0
+        budget = run.budgets.forward
+        minibatch = look_at_all_rows(run.policy, run.objective, budget, minibatch, key, stats, is_first=is_first)
+        rows = rows_to_train(run.objective, minibatch, control)
+        plan = run.policy.plan(minibatch.rollouts, run.budgets.update, rows)
+        totals = count_over_ranks(run.objective, minibatch, len(plan))
+        with run.policy.training():
             fits = accumulate_gradients(run, minibatch, plan, totals, control, stats)
-            if ranks.all_max(torch.tensor(float(not fits), device="cpu")):
-                fail_out_of_memory(run, step, control, weights_unchanged=not results)
-            if len(plan) == 0:  # nothing to learn on this rank: it still adds the names that the others add
-                micro_loss(run.objective, *untrained_row(minibatch), totals, control, stats)
-            stats.add_total("micro_batches", torch.tensor(float(len(plan)), device="cpu"))
-            results.append(run.engine.step())
+        if ranks.all_max(torch.tensor(float(not fits), device="cpu")):
+            fail_out_of_memory(run, step, control, weights_unchanged=not results)
+        if len(plan) == 0:  # nothing to learn on this rank: it still adds the names that the others add
+            micro_loss(run.objective, *untrained_row(minibatch), totals, control, stats)
+        stats.add_total("micro_batches", torch.tensor(float(len(plan)), device="cpu"))
+        results.append(run.engine.step())
     return {
         "grad_norm": sum(result.grad_norm for result in results) / len(results),
         "learning_rate": results[-1].learning_rate,
