@@ -274,3 +274,15 @@ def test_extreme_gaps_and_clips_are_bounded_and_counted():
     before = logprobs - torch.tensor([[1.0, -1.0, 0.0]]).sign() * math.log(2.0)
     out = LOSSES.build("cispo", {"floor": 0.8, "cap": 1.2})(logprobs, before, torch.ones(1, 1), torch.ones(1, 3, dtype=torch.bool))
     assert out.diagnostics["clip_frac"].tolist() == [[1.0, 1.0, 0.0]]
+
+
+def test_the_edges_of_rejections():
+    rollout, mask = torch.zeros(2, 2), torch.tensor([[True, True], [False, False]])
+    far = torch.tensor([[1.0, -0.5], [0.0, 0.0]])
+    keep = REJECTIONS.build("m2po", {"threshold": 0.04})(far, rollout, torch.ones(2, 2), mask)
+    assert keep.tolist() == [[False, True], [False, False]]  # one token stays, that of the smallest square
+    some = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    keep = REJECTIONS.build("vaco", {"high": 0.2})(some, rollout, torch.ones(2, 1), mask)
+    assert keep.expand(2, 2).tolist() == [[False, True], [True, True]]  # log v = 0 does not raise the variation
+    args = {"estimator": "k1", "over": "max", "low": -0.1, "high": 0.5}
+    assert REJECTIONS.build("sequence", args)(some, rollout, torch.ones(2, 1), mask).tolist() == [[False], [True]]
