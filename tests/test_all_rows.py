@@ -251,7 +251,11 @@ def test_returns_of_one_token_of_none_and_of_unscored_completions():
     function = ADVANTAGES.build("reinforce_plus_plus", {"gamma": 0.5, "eps": 0.0})
     values = compute_advantages(function, rewards, lengths=lengths, completion_mask=tokens)
     spread = math.sqrt((0.0**2 + 0.5**2 + 0.5**2) / 2)  # the returns are 0.5, 1 and 0; the second completion has none
-    torch.testing.assert_close(values, torch.tensor([[[0.0, 0.5], [0.0, 0.0], [-0.5, 0.0]]]) / spread)
+    centered = torch.tensor([[[0.0, 0.5], [0.0, 0.0], [-0.5, 0.0]]])
+    torch.testing.assert_close(values, centered / spread)
+    function = ADVANTAGES.build("reinforce_plus_plus", {"gamma": 0.5, "eps": 0.3})
+    values = compute_advantages(function, rewards, lengths=lengths, completion_mask=tokens)
+    torch.testing.assert_close(values, centered / math.sqrt(spread**2 + 0.3**2))
 
 
 def test_the_optimal_token_baseline_by_hand():
@@ -286,3 +290,6 @@ def test_the_edges_of_rejections():
     assert keep.expand(2, 2).tolist() == [[False, True], [True, True]]  # log v = 0 does not raise the variation
     args = {"estimator": "k1", "over": "max", "low": -0.1, "high": 0.5}
     assert REJECTIONS.build("sequence", args)(some, rollout, torch.ones(2, 1), mask).tolist() == [[False], [True]]
+    bounds = {"estimator": "k1", "low": -20.0, "high": 20.0}  # log v is clamped to +-20 before it is judged
+    far = torch.tensor([[100.0, -100.0], [0.0, 0.0]])
+    assert REJECTIONS.build("token", bounds)(far, rollout, torch.ones(2, 1), mask)[0].tolist() == [True, True]
