@@ -296,8 +296,8 @@ def test_the_edges_of_rejections():
 
 
 def test_rewards_at_the_end_of_groups_and_the_best_of_two():
-    mask = torch.tensor([[[True, True, True], [True, False, False]]])
+    mask = torch.tensor([[[True, True, True], [True, True, False]]])
     placed = place_at_end(torch.tensor([[2.0, 3.0]]), mask)
-    assert placed.tolist() == [[[0.0, 0.0, 2.0], [3.0, 0.0, 0.0]]]
+    assert placed.tolist() == [[[0.0, 0.0, 2.0], [0.0, 3.0, 0.0]]]
     values = compute_advantages(ADVANTAGES.build("grpo_passk", {"eps": 0.0}), torch.tensor([[1.0, 0.0]]))
     torch.testing.assert_close(values, torch.tensor([[math.sqrt(2.0), 0.0]]))  # the spread of two is sqrt(1 / 2)
