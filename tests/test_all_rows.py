@@ -246,6 +246,8 @@ def test_returns_of_one_token_of_none_and_of_unscored_completions():
     mask = torch.tensor([[True, False]])
     assert whiten_tokens(torch.tensor([[3.0, 5.0]]), mask).tolist() == [[0.0, 0.0]]
     assert whiten_tokens(torch.tensor([[3.0, 5.0]]), torch.zeros_like(mask)).tolist() == [[0.0, 0.0]]
+    both = whiten_tokens(torch.tensor([[3.0, 5.0]]), torch.ones_like(mask), eps=0.0)  # the variance of two is 2
+    torch.testing.assert_close(both, torch.tensor([[-1.0, 1.0]]) / math.sqrt(2.0))
     rewards, lengths = torch.tensor([[1.0, math.nan, 0.0]]), torch.tensor([[2.0, 1.0, 1.0]])
     tokens = torch.tensor([[[True, True], [True, False], [True, False]]])
     function = ADVANTAGES.build("reinforce_plus_plus", {"gamma": 0.5, "eps": 0.0})
