@@ -51,7 +51,6 @@ from grpo_core.model.loading import BUILTIN, load_model_config, load_whole_confi
 from grpo_core.model.packing import Budget
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.quieten import quieten
-from grpo_core.sampling.fused_decoder import FusedDecoder
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 from grpo_core.training import job
@@ -142,7 +141,7 @@ def check_numbers(folder: Path, attention: str, numbers: dict[str, float]) -> No
     prompts = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
     tasks = [Task(i, "", ids, {}, seed=(0, 0, i)) for i, ids in enumerate(prompts)]
     rollouts = sampler.generate(tasks, GROUP_SIZE)
-    numbers["layout"], numbers["decoder"] = policy.layout, "fused" if isinstance(sampler._decoder, FusedDecoder) else sampler._plain.method
+    numbers["layout"], numbers["decoder"] = policy.layout, sampler.decoder_name if sampler.decoder_name != "plain" else sampler._plain.method
     with policy.training():
         trained = forwards(policy, rollouts)
     with torch.no_grad(), policy.reference():

@@ -200,7 +200,7 @@ def ragged(policy):
 
     def run(compact, **kwargs):
         sampler.generate(rows, 8)
-        sampler._decoder.compact = compact
+        sampler._decoders["fused"].compact = compact
         sampler.generate(rows, 8, **kwargs)
         return measure(lambda: sampler.generate(rows, 8, **kwargs))[0]
 

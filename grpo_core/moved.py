@@ -43,7 +43,7 @@ MOVED = {  # old module -> the modules that its contents are in now
     "estimates": ("training.eval_statistics",),
     "evaluation": ("training.evaluation",),
     "export": ("commands.export",),
-    "fused_decoder": ("sampling.fused_decoder",),
+    "fused_decoder": ("sampling.graph_decoder",),
     "fused_model": ("sampling.fused_model",),
     "incident": ("training.saved_batches",),
     "interrupt": ("distributed.signals",),

@@ -13,7 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from grpo_core.batch import Rollouts, Task
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model.policy import wrap
-from grpo_core.sampling.fused_decoder import FusedDecoder
+from grpo_core.sampling.graph_decoder import GraphDecoder
 from grpo_core.sampling.sampler import Sampler
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -114,8 +114,8 @@ def tasks(count, length=9):
 
 def test_new_weights_need_no_new_graph_and_other_sizes_only_a_few(decoder_policy, monkeypatch):
     sampler, captured = Sampler(decoder_policy.causal_lm, Alphabet(), max_new_tokens=64), []
-    capture = FusedDecoder._capture
-    monkeypatch.setattr(FusedDecoder, "_capture", lambda self, size: (captured.append(size), capture(self, size))[1])
+    capture = GraphDecoder._capture
+    monkeypatch.setattr(GraphDecoder, "_capture", lambda self, size: (captured.append(size), capture(self, size))[1])
     first = sampler.generate(tasks(8), 8)
     count = len(captured)
     assert 1 <= count <= 4 and len(set(captured)) == count

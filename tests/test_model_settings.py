@@ -19,7 +19,6 @@ from grpo_core.model import loading
 from grpo_core.model.base_model import load_base_model
 from grpo_core.model.loading import load_model_config, load_tokenizer_of
 from grpo_core.model.policy import Policy, load_policy
-from grpo_core.sampling.fused_decoder import FusedDecoder
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 
@@ -55,7 +54,7 @@ def test_rope_is_laid_over_the_models_own(folder, rope, whole):
     torch.testing.assert_close(policy.logprobs(rollouts), want, atol=1e-4, rtol=0)
     sampler = Sampler(policy.model, Alphabet(), max_new_tokens=20)
     drawn = sampler.generate([Task(0, "p", [5, 6, 7], {}, seed=(0, 0, 0))], 4)
-    assert isinstance(sampler._decoder, FusedDecoder)
+    assert sampler.decoder_name == "fused"
     naive = naive_logprobs(Policy(plain), drawn) * drawn.completion_mask
     torch.testing.assert_close(drawn.rollout_logprobs, naive, atol=1e-4, rtol=0)
     other = Policy(load_base_model(ModelConfig(str(folder)), torch.float32))

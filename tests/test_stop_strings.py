@@ -11,7 +11,7 @@ from grpo_core.batch import Task
 from grpo_core.config.files import load_overrides
 from grpo_core.model.loading import load_tokenizer
 from grpo_core.sampling import plain_decoder
-from grpo_core.sampling.fused_decoder import FusedDecoder
+from grpo_core.sampling.graph_decoder import GraphDecoder
 from grpo_core.sampling.live_rows import PaddedRows
 from grpo_core.sampling.request import Draws
 from grpo_core.sampling.sampler import Sampler
@@ -26,7 +26,7 @@ STOP = ["fe", "k"]  # letters of the alphabet's tokens
 def sample(policy, stop=(), tasks=TASKS, **options):
     sampler = Sampler(policy.model, Alphabet(), max_new_tokens=24, stop=stop, **options)
     rollouts = sampler.generate(tasks, 6)
-    assert isinstance(sampler._decoder, plain_decoder.PlainDecoder if options.get("decoder") == "plain" else FusedDecoder)
+    assert sampler.decoder_name == ("plain" if options.get("decoder") == "plain" else "fused")
     return rollouts
 
 
@@ -72,7 +72,7 @@ def test_the_rows_beside_it_do_not_matter():
 def test_decoders_do_not_draw_to_the_end_what_has_stopped(decoder, monkeypatch):
     """Rows that have a stop string leave, so a batch of them takes a few steps."""
     policy, steps = tiny_policy(lora_noise=0.1), []
-    for kind, name in ((PaddedRows, "append"), (FusedDecoder, "_compute_step")):
+    for kind, name in ((PaddedRows, "append"), (GraphDecoder, "_compute_step")):
         own = getattr(kind, name)
         monkeypatch.setattr(kind, name, lambda self, *args, own=own: steps.append(1) or own(self, *args))
     sampler = Sampler(policy.model, Alphabet(), max_new_tokens=200, stop=[chr(97 + i) for i in range(2, 16)], decoder=decoder)

@@ -75,7 +75,7 @@ class SamplingConfig:
     temperature: float = 1.0
     dynamic_attempts: int = 0  # times per step that tied groups are replaced by new prompts; 0: never
     rows_at_once: int | None = None  # completions decoded together on one rank; null: all that fit
-    decoder: Literal["auto", "plain"] = "auto"  # plain: the model's own forward; auto: a faster one if possible
+    decoder: Literal["auto", "modules", "plain"] = "auto"  # auto: the fastest that supports the model (docs/models.md)
     stop: list[str] | str = field(default_factory=list)  # texts that end a completion and stay in it; one, or a list
 
     @property

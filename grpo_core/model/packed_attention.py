@@ -88,14 +88,19 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    attend_rows: Callable[..., Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return the attention of every token to the tokens of its row up to itself, [1, T, heads, D].
+
+    `attend_rows` computes the attention of one new token per row instead (sampling/module_model.py).
 
     Raises:
         CannotPack: the model does not attend causally to all tokens of the row, or adds something to the
             scores: it changed the mask of a packed forward, or passes what sdpa would have used.
     """
+    if attend_rows is not None:
+        return attend_rows(query, key, value, scaling, **{name: kwargs[name] for name in UNSUPPORTED if name in kwargs}), None
     if packing is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **kwargs

@@ -11,6 +11,8 @@ from torch import Tensor
 from grpo_core.model.families import masks_padding
 from grpo_core.model.trial import EXACT_DTYPES, without_trace
 from grpo_core.model.update_mode import evaluation_mode
+from grpo_core.sampling.computation import Computation
+from grpo_core.sampling.decode_ops import DRAWN, FIELDS, PROMPT, SLOT, START, TOKEN
 from grpo_core.sampling.live_rows import METHODS, Method, begin, next_logits
 from grpo_core.schema import ConfigError
 
@@ -71,6 +73,29 @@ def _matches(method: Method, model: Any, rows: list[list[int]], expected: list[T
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return False
+
+
+@torch.no_grad()
+def check_steps(computation: Computation, model: Any) -> bool:
+    """Return whether the steps of a computation give the logits of each row alone; rows are exchanged on the way."""
+    with without_trace(model), evaluation_mode([*model.modules()]):
+        rows = _make_rows(model.config.get_text_config().vocab_size)
+        count, prompts = len(rows), [row[:-NEW_TOKENS] for row in rows]
+        computation.allocate(count, max(PROMPT_LENGTHS), count, count, NEW_TOKENS)
+        computation.prefill(prompts)
+        state = torch.zeros(FIELDS, count, dtype=torch.int64, device=model.device)
+        state[SLOT] = state[PROMPT] = torch.arange(count)
+        state[START] = torch.tensor(PROMPT_LENGTHS)
+        computation.add_rows(state)
+        logits = torch.zeros(0)
+        for t in range(NEW_TOKENS):
+            state = state.flip(1)
+            computation.keep_rows(state)
+            state[TOKEN] = torch.tensor([rows[i][t - NEW_TOKENS] for i in state[PROMPT].tolist()])
+            state[DRAWN] = t + 1
+            logits = computation.step(state)
+        expected = [_logits_of(model, rows[i]) for i in state[PROMPT].tolist()]
+        return _agree(list(logits), expected)
 
 
 def _decode(method: Method, model: Any, rows: list[list[int]], pad_id: int) -> Tensor:

@@ -15,17 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from grpo_core.counts import quantify
 from grpo_core.model.families import FAMILIES, head_dim
-from grpo_core.sampling.decode_ops import AttentionShape, TorchOps, normalize_and_rotate
+from grpo_core.sampling.computation import Unsupported
+from grpo_core.sampling.decode_ops import TOKEN, AttentionShape, TorchOps, normalize_and_rotate
 
 # without cuDNN, which takes up to a second for every new shape
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 MAX_PREFILL_BYTES = 111e6  # on a GPU: activations of the widest layer for the prompts that are prefilled together
 MAX_PREFILL_CPU_TOKENS = 2048  # on the CPU: tokens that are prefilled together; more are no faster
-
-
-class Unsupported(Exception):
-    """The reason why the fused decoder cannot decode, as a clause that follows "because"."""
 
 
 class JoinedLinear:
@@ -127,19 +125,33 @@ class FusedModel:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # the weights' old memory is too fragmented for the next layer
         self.cos = self.sin = self.embedding.weight.new_zeros(0, dim // 2)
+        self.cache = ops.make_cache(self.shape, self.dtype, self.device)
 
-    def refresh(self) -> None:
-        """Copy the adapter as it is now."""
+    def check(self, positions: int) -> None:
+        """Raise Unsupported unless the model, with its adapter as it is now, supports rows of `positions` tokens."""
+        check_model(self.model)
+        window = sliding_window(self.model.config)
+        if window is not None and positions > window:
+            raise Unsupported(
+                f"prompts and completions could become longer than its sliding window of {quantify(window, 'token')}"
+            )
+
+    def refresh(self, positions: int) -> bool:
+        """Copy the adapter as it is now, and let the table of rotations cover `positions` positions.
+
+        Return whether the table was moved.
+        """
         for layer in self.layers:
             for product in layer.products:
                 product.refresh()
+        return self._extend_rotations(positions)
 
     def addresses(self) -> tuple:
         """Return the addresses of the model's own weights, which captured graphs read, and whether each is trained."""
         weights = [(name, p) for name, p in self.model.named_parameters() if "lora_" not in name]
         return tuple((name, weight.data_ptr(), weight.requires_grad) for name, weight in weights)
 
-    def extend_rotations(self, positions: int) -> bool:
+    def _extend_rotations(self, positions: int) -> bool:
         """Let the table of rotations cover `positions` positions. Return whether it grew, which it does by doubling."""
         if len(self.cos) >= positions:
             return False
@@ -167,8 +179,40 @@ class FusedModel:
         """Return the logits [R, V] of final hidden states [R, H]."""
         return self.ops.linear(hidden, self.head.weight, self.head.bias)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], cache: Any) -> Tensor:
-        """Return the hidden states [N, H] after each prompt's last token; store keys and values in `cache`."""
+    def allocate(self, prompts: int, width: int, slots: int, columns: int, length: int) -> bool:
+        """Allocate the cache, which captured graphs find wherever it is."""
+        self.cache.allocate(prompts, width, slots, length)
+        return False
+
+    def free(self) -> bool:
+        """Free the cache, and the hidden states of the prompts."""
+        self._prompt_hidden = None
+        self.cache.free()
+        return False
+
+    def release(self) -> None:
+        """Do nothing: the weights belong to the model."""
+
+    def first_logits(self, prompts: Tensor) -> Tensor:
+        """Return the logits [R, V] after the prompts with these numbers [R]."""
+        return self.logits(self._prompt_hidden[prompts])
+
+    def add_rows(self, state: Tensor) -> None:
+        """Start the rows of these columns of the state."""
+        self.cache.add_rows(state)
+
+    def keep_rows(self, state: Tensor) -> None:
+        """Drop all rows but these columns of the state."""
+        self.cache.keep_rows(state)
+
+    def step(self, state: Tensor) -> Tensor:
+        """Return the logits [R, V] after the newest token of each column of the state."""
+        self.cache.begin_step(state, self.cos, self.sin)
+        attend = self.cache.attend
+        return self.logits(self.hidden(self.embed(state[TOKEN]), lambda i, qkv, layer: attend(i, qkv, *layer.head_norms)))
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Compute the prompts: their keys and values, and the hidden states [N, H] after each prompt's last token."""
         width = max(len(prompt) for prompt in prompts)
         max_tokens = MAX_PREFILL_CPU_TOKENS
         if self.device.type == "cuda":
@@ -177,12 +221,12 @@ class FusedModel:
         for first in range(0, len(prompts), prompts_at_once):
             part = prompts[first : first + prompts_at_once]
             ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in part], device=self.device)
-            hidden = self.hidden(self.embed(ids).flatten(0, 1), self._prefill_attention(first, *ids.shape, cache))
+            hidden = self.hidden(self.embed(ids).flatten(0, 1), self._prefill_attention(first, *ids.shape))
             last = torch.tensor([i * width + len(prompt) - 1 for i, prompt in enumerate(part)], device=self.device)
             outputs.append(hidden[last])
-        return torch.cat(outputs)
+        self._prompt_hidden = torch.cat(outputs)
 
-    def _prefill_attention(self, first: int, count: int, width: int, cache: Any) -> Attend:
+    def _prefill_attention(self, first: int, count: int, width: int) -> Attend:
         """Return causal attention within `count` prompts from `first` on, padded on the right to `width`.
 
         What is computed after a prompt's end is never read.
@@ -193,7 +237,7 @@ class FusedModel:
         def attend(i: int, qkv: Tensor, layer: FusedLayer) -> Tensor:
             parts = normalize_and_rotate(qkv.reshape(count, width, -1, dim), self.shape, cos, sin, *layer.head_norms)
             q, k, v = (x.transpose(1, 2) for x in parts)
-            cache.store_prompts(i, first, k, v)
+            self.cache.store_prompts(i, first, k, v)
             with sdpa_kernel(BACKENDS):
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             return out.transpose(1, 2).reshape(count * width, heads * dim)

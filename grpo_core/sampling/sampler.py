@@ -1,9 +1,9 @@
 """Sample rollouts from the live weights of a model.
 
 The noise of a token depends only on its task's key, the number of its completion in the group, and its place in the
-completion: not on the rank, the other rows, or how many rows are decoded at once. Two decoders draw the same
-completions up to rounding: the fused one, for the models that it supports, and the plain one, which uses the model's
-own forward, for all others.
+completion: not on the rank, the other rows, or how many rows are decoded at once. Three decoders draw the same
+completions up to rounding: "fused" for a few model types, "modules" for all whose own modules a GPU can capture as a
+graph, and "plain" for every model.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from grpo_core.distributed.ranks import draw_uniforms
 from grpo_core.model.loading import check_lengths
 from grpo_core.sampling.cache_check import find_method
 from grpo_core.sampling.end_of_sequence import find_eos_ids
-from grpo_core.sampling.fused_decoder import FusedDecoder
-from grpo_core.sampling.fused_model import Unsupported
+from grpo_core.sampling.computation import Computation, Unsupported
+from grpo_core.sampling.decode_ops import TorchOps
+from grpo_core.sampling.fused_model import FusedModel
+from grpo_core.sampling.graph_decoder import GraphDecoder
 from grpo_core.sampling.live_rows import pad_left
+from grpo_core.sampling.module_model import ModuleModel
 from grpo_core.sampling.plain_decoder import PlainDecoder
 from grpo_core.sampling.request import DecodeRequest, Draws, Watch
 from grpo_core.sampling.stop_strings import StopStrings
@@ -32,15 +35,17 @@ from grpo_core.sampling.texts import decode_completions, find_hidden_ids
 from grpo_core.schema import ConfigError
 
 LOG = logging.getLogger("grpo_core")
+DECODERS = {"auto": ("fused", "modules", "plain"), "modules": ("modules", "plain"), "plain": ("plain",)}  # in order of use
 
 
 class Sampler:
     """A sampler that draws completions at the temperature of the trainer's log-probs.
 
-    `decoder` is auto (fused if it supports the model) or plain. `rows_at_once` bounds the completions that are decoded
+    `decoder` is auto (the first of fused, modules and plain that supports the model; modules needs a GPU), or one of
+    modules and plain, where modules gives way to plain if it does not support the model. `rows_at_once` bounds the completions that are decoded
     at once. If the GPU's memory does not suffice, it is halved, and the completions stay the same. `stop` are texts
-    that end a completion and stay in it. `notify` receives a message when memory does not suffice, and when the fused
-    decoder does not support the model.
+    that end a completion and stay in it. `notify` receives a message when memory does not suffice, and when a decoder
+    does not support the model. `decoder_name` is the decoder of the last call.
 
     Raises:
         ValueError: `decoder` has another value, or rows_at_once is below 1.
@@ -59,13 +64,13 @@ class Sampler:
         stop: Sequence[str] = (),
         notify: Callable[[str], None] = LOG.warning,
     ) -> None:
-        if decoder not in ("auto", "plain"):
-            raise ValueError(f"decoder is {decoder!r}; it must be auto or plain")
+        if decoder not in DECODERS:
+            raise ValueError(f"decoder is {decoder!r}; it must be {', '.join(DECODERS)}")
         if rows_at_once is not None and rows_at_once < 1:
             raise ValueError(f"rows_at_once is {rows_at_once}; it must be at least 1")
         model = model.get_base_model() if hasattr(model, "get_base_model") else model  # keeps the adapter's layers
         self.model, self.tokenizer, self.notify = model, tokenizer, notify
-        self._reported: set[str] = set()  # reasons for the plain decoder, each reported once
+        self._reported: set[str] = set()  # reasons for a slower decoder, each reported once
         self.max_new_tokens, self.temperature, self.rows_at_once = max_new_tokens, temperature, rows_at_once
         self.device = model.device
         self.eos_ids = sorted(find_eos_ids(model, tokenizer))
@@ -74,7 +79,11 @@ class Sampler:
         self._stop = self._make_stop(stop)
         self._plain = PlainDecoder(model, self.pad_id, self.eos_ids)
         self._is_checked = False
-        self._decoder: PlainDecoder | FusedDecoder | None = self._plain if decoder == "plain" else None
+        self._names = list(DECODERS[decoder])  # of the decoders that may support the model
+        if decoder == "auto" and self.device.type != "cuda":
+            self._names.remove("modules")
+        self._decoders: dict[str, PlainDecoder | GraphDecoder] = {"plain": self._plain}
+        self.decoder_name = ""
 
     def check_model(self) -> None:
         """Find out once how the model can be sampled. `generate` does it before its first completion.
@@ -137,26 +146,34 @@ class Sampler:
 
     def release(self) -> None:
         """Free all memory that is held between calls; the next call allocates it again."""
-        if self._decoder is not None:
-            self._decoder.release()
+        for decoder in self._decoders.values():
+            decoder.release()
 
     def _decode(self, request: DecodeRequest) -> Draws:
-        """Decode with the fused decoder, or with the plain one if the model or the request requires it."""
-        if request.watch is not None:
-            return self._decode_within_memory(self._plain, request)
-        try:
-            if self._decoder is None:
-                self._decoder = FusedDecoder(self.model, self.pad_id, self.eos_ids)
-            return self._decode_within_memory(self._decoder, request)
-        except Unsupported as reason:
-            if self._decoder is None:
-                self._decoder = self._plain  # for all later calls too: the model itself is not supported
-            if str(reason) not in self._reported:
-                self._reported.add(str(reason))
-                self.notify(f"sampling uses the model's own forward, which is slower, because {reason}")
-        return self._decode_within_memory(self._plain, request)
+        """Decode with the first decoder that supports the model and the request."""
+        for name in self._names if request.watch is None else ("plain",):
+            try:
+                if name not in self._decoders:
+                    self._decoders[name] = self._make_decoder(name)
+                self.decoder_name = name
+                return self._decode_within_memory(self._decoders[name], request)
+            except Unsupported as reason:
+                if name not in self._decoders:
+                    self._names = [other for other in self._names if other != name]
+                if str(reason) not in self._reported:
+                    self._reported.add(str(reason))
+                    self.notify(f"sampling does not use the {name} decoder, which is faster, because {reason}")
+        raise AssertionError("the plain decoder supports every request")
 
-    def _decode_within_memory(self, decoder: FusedDecoder | PlainDecoder, request: DecodeRequest) -> Draws:
+    def _make_decoder(self, name: str) -> GraphDecoder:
+        def make_computation(ops: TorchOps) -> Computation:
+            if name == "fused":
+                return FusedModel(self.model, ops)
+            return ModuleModel(self.model, self._plain.method, self.pad_id, ops)
+
+        return GraphDecoder(make_computation, self.device, self.pad_id, self.eos_ids)
+
+    def _decode_within_memory(self, decoder: GraphDecoder | PlainDecoder, request: DecodeRequest) -> Draws:
         """Decode at most rows_at_once rows at once, and halve rows_at_once for good when memory runs out."""
         while True:
             rows = min(len(request.limits), self.rows_at_once or len(request.limits))

@@ -1,17 +1,19 @@
-"""Decode with the fused model. On a GPU every token step is one captured graph; rows that end make room for others."""
+"""Decode with a computation of one token step. On a GPU every token step is one captured graph.
+
+Rows that end make room for others. The computation is a FusedModel or a ModuleModel (computation.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_core.counts import quantify
-from grpo_core.sampling.decode_ops import DONE, DRAWN, FIELDS, LIMIT, PROMPT, ROW, SLOT, START, TOKEN, Tables, TorchOps
+from grpo_core.sampling.computation import Computation, Unsupported
+from grpo_core.sampling.decode_ops import DONE, DRAWN, FIELDS, LIMIT, PROMPT, ROW, SLOT, START, Tables, TorchOps
 from grpo_core.sampling.draw import restrict
-from grpo_core.sampling.fused_model import FusedModel, Unsupported, check_model, sliding_window
 from grpo_core.sampling.request import DecodeRequest, Draws
 
 # numbers of rows for which graphs are captured; above them, multiples of the last
@@ -27,35 +29,46 @@ TABLE_DTYPES = {
 MAX_FIRST_ROWS = 64  # rows whose first logits [rows, V] exist at once
 
 
-class FusedDecoder:
-    """A decoder that computes the model's live weights as few large products (fused_model.py).
+class GraphDecoder:
+    """A decoder that computes one token of all rows at a time, by a captured graph on a GPU.
+
+    `make_computation` receives the operations for the model's device and returns the computation of the live weights.
 
     Terms: a row of the tables is a completion; a column of the state is a completion that is being decoded; a slot is
     the memory of a column's keys and values. With `compact`, columns whose row has ended are removed; without, they are
     computed until the end.
 
     Raises:
-        Unsupported: the fused decoder does not support this model or this device.
+        Unsupported: the computation does not support this model or this device.
     """
 
-    def __init__(self, model: Any, pad_id: int, eos_ids: Sequence[int], *, compact: bool = True) -> None:
-        self.causal_lm, self.pad_id, self.compact = model, pad_id, compact
-        self.eos_ids = sorted(eos_ids)
+    def __init__(
+        self,
+        make_computation: Callable[[TorchOps], Computation],
+        device: torch.device,
+        pad_id: int,
+        eos_ids: Sequence[int],
+        *,
+        compact: bool = True,
+    ) -> None:
+        self.make_computation, self.device = make_computation, device
+        self.pad_id, self.compact, self.eos_ids = pad_id, compact, sorted(eos_ids)
+        self._obstacle = ""  # the reason why a graph could not be captured
         self._build()
 
     def _build(self) -> None:
-        self.model = None  # freed first: two fused models would hold the weights twice
-        self.ops = _make_ops(self.causal_lm.device)
+        self.computation: Any = None  # freed first: two fused models would hold the weights twice
+        self.ops = _make_ops(self.device)
         self.on_gpu = type(self.ops) is not TorchOps
-        self.eos = torch.tensor(self.eos_ids, device=self.causal_lm.device)
-        self.model = FusedModel(self.causal_lm, self.ops)
-        self.cache = self.ops.make_cache(self.model.shape, self.model.dtype, self.model.device)
-        self._addresses = self.model.addresses()
+        self.eos = torch.tensor(self.eos_ids, device=self.device)
+        self.computation = self.make_computation(self.ops)
+        self._addresses = self.computation.addresses()
         self.release()
 
     def release(self) -> None:
         """Free the captured graphs, the tables and the state; the next call makes them again."""
         self._forget_graphs()
+        self.computation.release()
         self._tables: Tables | None = None
         self._table_memory: dict[str, Tensor] = {}
         self._state = self.eos.new_zeros(FIELDS, 0)
@@ -71,28 +84,26 @@ class FusedDecoder:
         The noise is made while the GPU prefills the prompts.
 
         Raises:
-            Unsupported: prompts and completions could become longer than the model's sliding window.
+            Unsupported: the computation does not support rows of this length.
         """
+        if self._obstacle:
+            raise Unsupported(self._obstacle)
         prompts, rows, longest = request.prompts, len(request.limits), int(request.limits.max())
         width, slots = max(len(prompt) for prompt in prompts), min(max_rows, rows)
-        window = sliding_window(self.causal_lm.config)
-        if window is not None and width + longest > window:
-            raise Unsupported(
-                f"prompts and completions could become longer than its sliding window of {quantify(window, 'token')}"
-            )
         self._settings, self._group_size, self._is_stopped = request.settings, request.group_size, request.is_stopped
         self._prepare(width + longest, slots, rows, longest)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu").repeat_interleave(request.group_size)
-        self._bounds = torch.stack([lengths, request.limits.cpu()]).to(self.model.device)  # START and LIMIT of each row
+        self._bounds = torch.stack([lengths, request.limits.cpu()]).to(self.device)  # START and LIMIT of each row
         try:
-            self.cache.allocate(len(prompts), width, slots, longest)
-            self._prompt_hidden = self.model.prefill(prompts, self.cache)
+            if self.computation.allocate(len(prompts), width, slots, self._step_rows(slots), longest):
+                self._forget_graphs()
+            self.computation.prefill(prompts)
             if request.noise is not None:
                 self._tables.noise.copy_(request.noise()[:, :longest])
             self._decode_rows(rows, slots)
         finally:
-            self._prompt_hidden = None
-            self.cache.free()
+            if self.computation.free():
+                self._forget_graphs()
         out, used = self._tables, int(self._tables.lengths.max())
         return Draws(out.ids[:, :used].clone(), out.logprobs[:, :used].clone(), out.lengths.clone(), out.ended.clone())
 
@@ -101,11 +112,10 @@ class FusedDecoder:
 
         Memory that captured graphs read is kept if it is large enough; otherwise the graphs are forgotten.
         """
-        check_model(self.causal_lm)
-        if self.model is None or self.model.addresses() != self._addresses:
+        self.computation.check(positions)
+        if self.computation.addresses() != self._addresses:
             self._build()  # the model's weights were moved or replaced
-        self.model.refresh()
-        rotations_moved = self.model.extend_rotations(positions)
+        is_moved = self.computation.refresh(positions)
         if self._state.shape[1] < self._step_rows(slots) or len(self._table_memory.get("ids", ())) < rows * longest:
             self.release()
             self._state = self.eos.new_zeros(FIELDS, self._step_rows(slots))
@@ -113,7 +123,7 @@ class FusedDecoder:
             self._table_memory = {
                 name: torch.empty(count, dtype=dtype, device=device) for name, dtype in TABLE_DTYPES.items()
             }
-        elif rotations_moved:
+        elif is_moved:
             self._forget_graphs()
         memory = self._table_memory
         self._tables = Tables(
@@ -146,7 +156,7 @@ class FusedDecoder:
                 index = (~done).nonzero().squeeze(1).to(self._state.device)
                 n = len(index)
                 self._state[:, :n] = self._state[:, index]
-                self.cache.keep_rows(self._state[:, :n])
+                self.computation.keep_rows(self._state[:, :n])
             most_left = int((state[LIMIT] - state[DRAWN])[~done].max())
             size = self._step_rows(n)
             self._state[DONE, n:size] = 1
@@ -184,9 +194,9 @@ class FusedDecoder:
         rows = rows.to(state.device)
         state[START], state[LIMIT] = self._bounds[:, rows]
         state[PROMPT], state[ROW], state[SLOT] = rows // self._group_size, rows, slots.to(state.device)
-        self.cache.add_rows(state)
+        self.computation.add_rows(state)
         for part in state.split(MAX_FIRST_ROWS, dim=1):
-            self._draw(self.model.logits(self._prompt_hidden[part[PROMPT]]), part)
+            self._draw(self.computation.first_logits(part[PROMPT]), part)
         return state
 
     def _draw(self, logits: Tensor, state: Tensor) -> None:
@@ -196,12 +206,8 @@ class FusedDecoder:
 
     def _compute_step(self, size: int) -> None:
         """Compute one token of the first `size` columns."""
-        state, model = self._state[:, :size], self.model
-        self.cache.begin_step(state, model.cos, model.sin)
-        hidden = model.hidden(
-            model.embed(state[TOKEN]), lambda i, qkv, layer: self.cache.attend(i, qkv, *layer.head_norms)
-        )
-        self._draw(model.logits(hidden), state)
+        state = self._state[:, :size]
+        self._draw(self.computation.step(state), state)
 
     def _step(self, size: int) -> None:
         """Compute one token of the first `size` columns; on a GPU by replaying a graph, captured when first needed."""
@@ -226,8 +232,14 @@ class FusedDecoder:
             self._compute_step(size)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._compute_step(size)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._compute_step(size)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._obstacle = f"its forward cannot be captured as a graph: {first_line(error)}"
+            raise Unsupported(self._obstacle) from error
         self._state[DONE] = done
         return graph
 

@@ -1,0 +1,333 @@
+"""The computation of one token step by the model's own modules, with a cache of static shape, for every architecture.
+
+Each row's keys, values and recurrent states lie in its own slot of static memory, so rows of any length share a step,
+and rows enter and leave between steps. Prompts are computed by the model with its own cache (live_rows.py), and their
+cache is copied to the rows. What a layer's cache holds is read from a trial of the model: tensors named `keys` and
+`values` grow by a token at a time, and all others are states of a fixed shape, which the model updates in place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_core.counts import quantify
+import grpo_core.model.packed_attention  # noqa: F401  registers the attention function that takes `attend_rows`
+from grpo_core.model.rotation import find_rotations
+from grpo_core.sampling.cache_check import check_steps
+from grpo_core.sampling.computation import Unsupported
+from grpo_core.sampling.decode_ops import DRAWN, PROMPT, SLOT, START, TOKEN, TorchOps
+from grpo_core.sampling.live_rows import Method, begin, next_logits
+
+MAX_PREFILL_TOKENS = 8192  # of the prompts that are computed together
+MAX_HELD_SHARE = 0.05  # of the GPU's memory that may be held between calls, so that captured graphs stay valid
+
+Name = tuple[str, int | None]  # an attribute of a cache's layer, and the key in it if it is a dict
+
+
+class LayerMemory:
+    """The memory of one layer's cache: that of the prompts, and that of the rows."""
+
+    def __init__(self, template: Any) -> None:
+        self.template = template  # a layer of transformers' cache, filled by a trial
+        self.samples = {name: tensor[:0].clone() for name, tensor in _tensors(template)}
+        self.prompts: dict[Name, Tensor] = {}
+        self.rows: dict[Name, Tensor] = {}
+
+    def make(self, count: int, tokens: int) -> dict[Name, Tensor]:
+        """Return memory for `count` prompts or rows of `tokens` tokens. It is 0, because masked values must be finite."""
+        return {name: x.new_zeros(count, *self._shape(name, x, tokens)) for name, x in self.samples.items()}
+
+    def bytes_per_row(self, tokens: int) -> int:
+        """Return the bytes of one row of `tokens` tokens."""
+        return sum(x.itemsize * torch.Size(self._shape(name, x, tokens)).numel() for name, x in self.samples.items())
+
+    @property
+    def window(self) -> int | None:
+        """The number of tokens that the layer sees, if it has a sliding window."""
+        return getattr(self.template, "sliding_window", None)
+
+    @staticmethod
+    def _shape(name: Name, sample: Tensor, tokens: int) -> tuple[int, ...]:
+        shape = tuple(sample.shape[1:])
+        return (*shape[:-2], tokens, shape[-1]) if grows(name) else shape
+
+    def store_prompts(self, layer: Any, indices: Tensor, lengths: Sequence[int]) -> None:
+        """Store what the model's cache holds of the prompts at `indices`, whose tokens are its last `lengths`."""
+        for name, tensor in _tensors(layer):
+            if not grows(name):
+                self.prompts[name][indices] = tensor
+                continue
+            for i, row, length in zip(indices.tolist(), tensor, lengths, strict=True):
+                first = max(0, length - row.shape[-2])  # a layer with a window holds no tokens before it
+                self.prompts[name][i, ..., first:length, :] = row[..., row.shape[-2] - (length - first) :, :]
+
+    def add_rows(self, slots: Tensor, prompts: Tensor) -> None:
+        """Copy prompts into the slots of rows."""
+        for name, rows in self.rows.items():
+            source = self.prompts[name][prompts]
+            if grows(name):
+                rows[slots, ..., : source.shape[-2], :] = source
+            else:
+                rows[slots] = source
+
+    def keep_rows(self, slots: Tensor) -> None:
+        """Move the rows in these slots to the first ones, in this order."""
+        for rows in self.rows.values():
+            rows[: len(slots)] = rows[slots]
+
+    def make_layer(self, size: int, update: Any) -> Any:
+        """Return a layer of transformers' cache over the memory of the first `size` rows.
+
+        `update` takes the place of the method of this name, which stores new keys and values and returns all.
+        """
+        layer = copy.copy(self.template)
+        for attribute in {attribute for attribute, key in self.rows if key is not None}:
+            setattr(layer, attribute, dict(getattr(layer, attribute)))
+        for (attribute, key), rows in self.rows.items():
+            if key is None:
+                setattr(layer, attribute, rows[:size])
+            else:
+                getattr(layer, attribute)[key] = rows[:size]
+        if any(grows(name) for name in self.rows):
+            tokens = next(rows.shape[-2] for name, rows in self.rows.items() if grows(name))
+            layer.update, layer.get_seq_length = update, lambda *_: tokens - 1
+            layer.get_mask_sizes = lambda *_: (tokens, 0)
+        return layer
+
+
+class ModuleModel:
+    """A model as its own modules. `method` is how the model's own cache can be used (cache_check.py).
+
+    Raises:
+        Unsupported: a trial shows that the model cannot be computed so.
+    """
+
+    def __init__(self, model: Any, method: Method, pad_id: int, ops: TorchOps) -> None:
+        if method == "uncached":
+            raise Unsupported("its cache cannot be used")
+        self.model, self.method, self.pad_id, self.ops = model, method, pad_id, ops
+        self.device, self._columns, self._tokens = model.device, 0, 0
+        self._check_rotations()
+        live = begin(method, model, [[self.pad_id, self.pad_id]], pad_id)
+        with torch.no_grad():
+            live.prefill()
+        self._template = live.cache
+        self._layers = [LayerMemory(layer) for layer in live.cache.layers]
+        configs = [model.config, model.config.get_text_config(), *(getattr(m, "config", None) for m in model.modules())]
+        self._configs = [*{id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values()]
+        self._caches: dict[int, Any] = {}
+        self._first_logits = torch.zeros(0)
+        for self._passes_rows in (True, False):
+            try:
+                if check_steps(self, model):
+                    return
+            except (Unsupported, TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+            finally:
+                self.release()
+        raise Unsupported("its own forward does not take a cache of static shape")
+
+    def check(self, positions: int) -> None:
+        """Raise Unsupported if rows of `positions` tokens are longer than a window that the model itself applies."""
+        windows = [layer.window for layer in self._layers if layer.window is not None]
+        if windows and positions > min(windows) and not self._applies_windows:
+            raise Unsupported(
+                f"prompts and completions could become longer than its window of {quantify(min(windows), 'token')}"
+            )
+
+    def addresses(self) -> tuple:
+        """Return the addresses of the model's weights, which captured graphs read."""
+        return tuple((name, weight.data_ptr(), weight.dtype) for name, weight in self.model.named_parameters())
+
+    def refresh(self, positions: int) -> bool:
+        """Do nothing: the modules read the weights as they are."""
+        return False
+
+    def allocate(self, prompts: int, width: int, slots: int, columns: int, length: int) -> bool:
+        """Allocate memory for the prompts, and for `columns` rows unless there is enough from an earlier call."""
+        for layer in self._layers:
+            layer.prompts = layer.make(prompts, width)
+        if columns <= self._columns and width + length <= self._tokens:
+            return False
+        self.release()
+        self._columns, self._tokens = columns, width + length
+        for layer in self._layers:
+            layer.rows = layer.make(self._columns, self._tokens)
+        self._layer_of = {
+            rows.data_ptr(): layer for layer in self._layers for name, rows in layer.rows.items() if name[0] == "keys"
+        }
+        return True
+
+    def free(self) -> bool:
+        """Free the memory of the prompts, and that of the rows unless it is small."""
+        for layer in self._layers:
+            layer.prompts = {}
+        self._first_logits = torch.zeros(0)
+        held = self._columns * sum(layer.bytes_per_row(self._tokens) for layer in self._layers)
+        if self.device.type == "cuda" and held <= MAX_HELD_SHARE * torch.cuda.mem_get_info(self.device)[1]:
+            return False
+        self.release()
+        return True
+
+    def release(self) -> None:
+        """Free the memory of the rows."""
+        self._caches, self._layer_of = {}, {}
+        self._columns = self._tokens = 0
+        for layer in self._layers:
+            layer.rows = {}
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Compute the prompts with the model's own cache, and store their caches and the logits [N, V] after them."""
+        logits: list[Tensor | None] = [None] * len(prompts)
+        for part in self._parts(prompts):
+            live = begin(self.method, self.model, [prompts[i] for i in part], self.pad_id)
+            out = live.prefill()
+            indices, lengths = torch.tensor(part, device=self.device), [len(prompts[i]) for i in part]
+            for layer, computed in zip(self._layers, live.cache.layers, strict=True):
+                layer.store_prompts(computed, indices, lengths)
+            for i, row in zip(part, out, strict=True):
+                logits[i] = row
+        self._first_logits = torch.stack([row for row in logits if row is not None])
+
+    def first_logits(self, prompts: Tensor) -> Tensor:
+        """Return the logits [R, V] after the prompts with these numbers [R]."""
+        return self._first_logits[prompts]
+
+    def add_rows(self, state: Tensor) -> None:
+        """Start the rows of these columns of the state."""
+        for layer in self._layers:
+            layer.add_rows(state[SLOT], state[PROMPT])
+
+    def keep_rows(self, state: Tensor) -> None:
+        """Drop all rows but these columns of the state, and set the slot of each to the number of its column."""
+        for layer in self._layers:
+            layer.keep_rows(state[SLOT])
+        state[SLOT] = torch.arange(state.shape[1], device=state.device)
+
+    def step(self, state: Tensor) -> Tensor:
+        """Return the logits [R, V] after the newest token of each column of the state."""
+        size = state.shape[1]
+        position = (state[START] + state[DRAWN] - 1).clamp(0, self._tokens - 1)
+        self._at = (torch.arange(size, device=self.device), position)
+        if size not in self._caches:
+            cache = copy.copy(self._template)
+            cache.layers = [layer.make_layer(size, partial(self._update, layer)) for layer in self._layers]
+            self._caches[size] = cache
+        if self._passes_rows:
+            mask: Tensor = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+            options = {"attend_rows": self._attend}
+        else:
+            mask, options = self._bias(self._visible(None)), {}
+        with self._attention():
+            return next_logits(
+                self.model, state[TOKEN][:, None], self._caches[size], attention_mask=mask,
+                position_ids=position[:, None], **options,
+            )  # fmt: skip
+
+    @contextmanager
+    def _attention(self) -> Iterator[None]:
+        """Let the modules call the attention function that takes `attend_rows`, whatever the configuration names."""
+        before = [(config, config._attn_implementation) for config in self._configs if self._passes_rows]
+        for config, _ in before:
+            config._attn_implementation = "sdpa"
+        try:
+            yield
+        finally:
+            for config, name in before:
+                config._attn_implementation = name
+
+    def _check_rotations(self) -> None:
+        if find_rotations(self.model.config):
+            raise Unsupported("its rotary embedding depends on the length of the sequence")
+
+    @property
+    def _applies_windows(self) -> bool:
+        """Whether `_attend` applies the windows of all layers."""
+        kinds = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
+        return self._passes_rows and "chunked_attention" not in kinds
+
+    def _parts(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Yield the numbers of prompts that are computed together."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        part: list[int] = []
+        for i in order:
+            length = len(prompts[i])
+            is_other = part and self.method != "padded" and len(prompts[part[-1]]) != length
+            if part and (is_other or (len(part) + 1) * length > MAX_PREFILL_TOKENS):
+                yield part
+                part = []
+            part.append(i)
+        yield part
+
+    def _update(self, layer: LayerMemory, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Store the keys and values [R, kv_heads, 1, D] of the newest tokens; return those of all tokens."""
+        row, position = self._at
+        memory = [layer.rows[name, None][: len(row)] for name in ("keys", "values")]
+        for stored, new in zip(memory, (keys, values), strict=True):
+            stored[row, :, position] = new[:, :, 0]
+        return memory[0], memory[1]
+
+    def _visible(self, window: int | None) -> Tensor:
+        """Return which tokens of its slot each row sees, [R, T]."""
+        position = self._at[1][:, None]
+        at = torch.arange(self._tokens, device=self.device)
+        visible = at <= position
+        return visible if window is None else visible & (at > position - window)
+
+    def _bias(self, visible: Tensor) -> Tensor:
+        dtype = self.model.dtype
+        bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return bias.masked_fill(~visible, torch.finfo(dtype).min)[:, None, None]
+
+    def _attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float | None,
+        *,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """Return the attention [R, 1, heads, D] of queries [R, heads, 1, D] to the keys [R, kv_heads, T, D] of their rows.
+
+        Query heads that share a key head are treated as positions, so that keys need not be repeated. `softcap` bounds
+        the scores, and `s_aux` has the logit of a sink for each head.
+        """
+        if any(value is not None for value in others.values()):
+            raise Unsupported(f"its attention has the options {', '.join(others)}")
+        rows, heads, _, dim = query.shape
+        window = self._layer_of[keys.data_ptr()].window
+        grouped = query.reshape(rows, keys.shape[1], heads // keys.shape[1], dim)
+        scores = grouped @ keys.transpose(2, 3) * (dim**-0.5 if scaling is None else scaling)
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        scores = (scores + self._bias(self._visible(window))).float()
+        if s_aux is not None:
+            column = s_aux.view(1, keys.shape[1], -1, 1).expand(rows, -1, -1, 1)
+            weights = torch.cat([scores, column.float()], dim=-1).softmax(dim=-1)[..., :-1]
+        else:
+            weights = scores.softmax(dim=-1)
+        return (weights.to(values.dtype) @ values).reshape(rows, 1, heads, values.shape[-1])
+
+
+def grows(name: Name) -> bool:
+    """Return whether a tensor of a cache's layer has one entry for each token."""
+    return name[0] in ("keys", "values")
+
+
+def _tensors(layer: Any) -> Iterator[tuple[Name, Tensor]]:
+    """Yield the names and tensors of a layer of transformers' cache, whose first dimension is the rows."""
+    for attribute, value in vars(layer).items():
+        if isinstance(value, Tensor) and value.dim() > 1:
+            yield (attribute, None), value
+        elif isinstance(value, dict):
+            yield from (((attribute, key), x) for key, x in value.items() if isinstance(x, Tensor) and x.dim() > 1)
