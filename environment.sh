@@ -31,7 +31,8 @@ if ! satisfies "$python"; then
         case " ${needs:-} " in *" test "*) extras="[test]" ;; *) extras="" ;; esac
         echo "Installing into $root/.venv (once; pinned in constraints.txt) ..."
         "$python" -m venv "$root/.venv"
-        "$venv" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "$root$extras"
+        # without compiling: most files of the packages are never imported
+        "$venv" -m pip install --quiet --no-compile --disable-pip-version-check -c "$root/constraints.txt" -e "$root$extras"
     fi
     exec 9>&-
     python=$venv

@@ -157,7 +157,7 @@ def test_with_stop_the_run_ends_with_a_checkpoint(tmp_path):
 
 
 def test_a_learning_rate_that_is_far_too_high_runs_away(tmp_path, capsys):
-    train(make_run(tmp_path, num_steps=25, learning_rate=0.5, loss=LossConfig(kl_coef=1e-6, average="token")))
+    train(make_run(tmp_path, num_steps=25, learning_rate=0.5, tokens_per_micro_batch=1000, loss=LossConfig(kl_coef=1e-6, average="token")))
     out = capsys.readouterr().out
     assert "the KL from the reference is above 1 nat" in out or "the entropy is below 0.001" in out
 

@@ -101,7 +101,7 @@ def test_several_minibatches_and_passes_move_the_ratio(tmp_path):
 def test_the_reference_pulls(tmp_path):
     """With no reward to gain, a moved adapter goes back towards the base model."""
     policy = tiny_policy(lora_noise=0.2)
-    run = make_run(tmp_path, num_steps=40, kl_coef=1.0, policy=policy)
+    run = make_run(tmp_path, num_steps=40, kl_coef=1.0, policy=policy, tokens_per_micro_batch=1000)
     train(replace(run, rewards=[Reward("good", 1.0, lambda completions: [0.0] * len(completions))]))
     kl = [row["kl"] for row in rows(tmp_path)]
     assert kl[0] > 0.05 and sum(kl[-10:]) < sum(kl[:10]) / 2  # means: one step's KL is noisy

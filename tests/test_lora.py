@@ -87,9 +87,12 @@ def check_gradient(policy, plain, trained, rollouts):
         assert want is None or (mine - want).norm() <= 1e-5 * want.norm()
 
 
-REPRESENTATIVES = ("rslora", "tokens", "head")  # of the tied models; the soak suite has all
-PAIRS = [(name, False) for name in VARIANTS]
-PAIRS += [pytest.param(name, True, marks=[] if name in REPRESENTATIVES else pytest.mark.soak) for name in VARIANTS]
+REPRESENTATIVES = {False: ("patterns", "parameters", "dora", "attention", "tokens"), True: ("rslora", "tokens", "head")}
+PAIRS = [  # the soak suite has all
+    pytest.param(name, tied, marks=[] if name in REPRESENTATIVES[tied] else pytest.mark.soak)
+    for tied in (False, True)
+    for name in VARIANTS
+]
 
 
 @pytest.mark.parametrize("name, tied", PAIRS)

@@ -120,10 +120,10 @@ def test_the_steps_that_are_dumped_and_no_other_effect(tmp_path):
 
 
 @pytest.mark.parametrize("loss, change", [
-    (LossConfig(kl_coef=0.3), None),
+    pytest.param(LossConfig(kl_coef=0.3), None, marks=pytest.mark.soak),
     (LossConfig(kl_coef=0.3, kl="exact", entropy_coef=0.05, average="token", top_entropy=0.5), None),
     (LossConfig(name="gspo", kl_coef=0.2, kl_in="reward"), None),
-    (LossConfig(name="reinforce", kl_coef=0.1, kl_target=0.001, kl_horizon=50, average="constant"), lambda c: replace(c, reference=replace(c.reference, every=1, mixing=0.5))),
+    pytest.param(LossConfig(name="reinforce", kl_coef=0.1, kl_target=0.001, kl_horizon=50, average="constant"), lambda c: replace(c, reference=replace(c.reference, every=1, mixing=0.5)), marks=pytest.mark.soak),
 ], ids=["kl", "switches", "kl in reward", "moving reference"])  # fmt: skip
 def test_the_runs_own_objective_is_the_runs_and_the_shares_of_the_gradient_add_up(tmp_path, loss, change):
     train_dumped(tmp_path, 3, 2, loss, change=change)

@@ -353,7 +353,7 @@ def test_the_picture(trained, monkeypatch):
     assert "study.png" not in write_comparison(load_study(path)) and not (folder / "study.png").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_last_run_of_a_study_is_trained(tmp_path, environment, monkeypatch):
     path = write_study(tmp_path)
     study = load_study(path)

@@ -347,7 +347,7 @@ def test_the_kl_can_stand_in_the_reward(tmp_path):
 
 def test_the_kl_in_the_reward_pulls_to_the_reference(tmp_path):
     policy = tiny_policy(lora_noise=0.5)
-    run = make_run(tmp_path, num_steps=70, learning_rate=5e-3, loss=LossConfig(kl="k1", kl_coef=1.0, kl_in="reward", average="token"), policy=policy,
+    run = make_run(tmp_path, num_steps=70, learning_rate=5e-3, tokens_per_micro_batch=1000, loss=LossConfig(kl="k1", kl_coef=1.0, kl_in="reward", average="token"), policy=policy,
                    change=lambda c: replace(c, advantage=AdvantageConfig("dr_grpo")))  # fmt: skip
     train(replace(run, rewards=[Reward("good", 1.0, zeros)]))
     kl = [row["kl"] for row in rows(tmp_path)]
@@ -475,7 +475,7 @@ def test_effective_sample_size_and_masks_are_in_the_log(tmp_path):
 
 def test_an_entropy_bonus_raises_the_entropy(tmp_path):
     policy = tiny_policy(lora_noise=0.3)
-    run = make_run(tmp_path, num_steps=25, loss=LossConfig(kl_coef=0.0, entropy_coef=1.0), policy=policy)
+    run = make_run(tmp_path, num_steps=25, loss=LossConfig(kl_coef=0.0, entropy_coef=1.0), policy=policy, tokens_per_micro_batch=1000)
     train(replace(run, rewards=[Reward("good", 1.0, zeros)]))
     entropy = [row["entropy"] for row in rows(tmp_path)]
     assert entropy[-1] > entropy[0] + 0.1 and entropy[-1] > 0.95 * math.log(16)
@@ -485,7 +485,7 @@ def test_coefficients_adapt_and_are_logged(tmp_path):
     loss = LossConfig(
         kl_coef=0.1, kl_target=1e-3, kl_horizon=64, entropy_coef=0.0, entropy_target=1.0, entropy_delta=0.01
     )
-    train(make_run(tmp_path, num_steps=25, loss=loss, learning_rate=5e-2))
+    train(make_run(tmp_path, num_steps=25, loss=loss, learning_rate=5e-2, tokens_per_micro_batch=1000))
     made = rows(tmp_path)
     for before, after in itertools.pairwise(made):
         error = min(max(before["kl"] / 1e-3 - 1, -0.2), 0.2)
@@ -496,7 +496,7 @@ def test_coefficients_adapt_and_are_logged(tmp_path):
 
 def test_the_exact_kl_pulls_and_is_measured_on_the_side(tmp_path):
     policy = tiny_policy(lora_noise=0.2)
-    run = make_run(tmp_path, num_steps=25, loss=LossConfig(kl="exact", kl_coef=1.0, average="token"), policy=policy,
+    run = make_run(tmp_path, num_steps=25, loss=LossConfig(kl="exact", kl_coef=1.0, average="token"), policy=policy, tokens_per_micro_batch=1000,
                    change=lambda c: replace(c, log=LogConfig(exact_kl_every=5, exact_kl_tokens=40)))  # fmt: skip
     train(replace(run, rewards=[Reward("good", 1.0, zeros)]))
     made = rows(tmp_path)
@@ -521,7 +521,7 @@ def test_the_reference_moves_when_it_should(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(LOSSES.functions))
 def test_every_loss_learns_the_bandit_through_the_loop(tmp_path, name):
-    train(make_run(tmp_path, num_steps=15, loss=name, num_passes=2, tokens_per_micro_batch=128))
+    train(make_run(tmp_path, num_steps=15, loss=name, num_passes=2, tokens_per_micro_batch=1000))
     rewards = [row["reward"] for row in rows(tmp_path)]
     assert sum(rewards[-3:]) > 3 * sum(rewards[:3])
 
@@ -530,7 +530,7 @@ def test_every_loss_learns_the_bandit_through_the_loop(tmp_path, name):
 def test_every_advantage_learns_the_bandit_through_the_loop(tmp_path, name):
     rate = {"pass_at_k": 5e-2}.get(name, 2e-2)
     run = make_run(
-        tmp_path, learning_rate=rate, tokens_per_micro_batch=128, change=lambda c: replace(c, advantage=AdvantageConfig(name))
+        tmp_path, learning_rate=rate, tokens_per_micro_batch=1000, change=lambda c: replace(c, advantage=AdvantageConfig(name))
     )
     train(run)
     rewards = [row["reward"] for row in rows(tmp_path)]
@@ -549,7 +549,7 @@ def test_every_preset_learns_the_bandit_through_the_loop(tmp_path, name):
         )
 
     policy = tiny_policy()
-    run = make_run(tmp_path, policy=policy, change=change, tokens_per_micro_batch=128)
+    run = make_run(tmp_path, policy=policy, change=change, tokens_per_micro_batch=1000)
     loss = run.config.loss
     run = with_objective(replace(run, tasks=FixedTasks()), loss_fn=LOSSES.build(loss.name, loss.args))
     train(run)
