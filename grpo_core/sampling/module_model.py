@@ -24,6 +24,7 @@ from grpo_core.sampling.cache_check import check_steps
 from grpo_core.sampling.computation import Unsupported
 from grpo_core.sampling.decode_ops import DRAWN, PROMPT, SLOT, START, TOKEN, TorchOps
 from grpo_core.sampling.live_rows import Method, begin, next_logits
+from grpo_core.sampling.step_functions import find_substitutes, installed
 
 MAX_PREFILL_TOKENS = 8192  # of the prompts that are computed together
 MAX_HELD_SHARE = 0.05  # of the GPU's memory that may be held between calls, so that captured graphs stay valid
@@ -124,7 +125,9 @@ class ModuleModel:
         self._configs = [*{id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values()]
         self._caches: dict[int, Any] = {}
         self._first_logits = torch.zeros(0)
-        for self._passes_rows in (True, False):
+        kernels = find_substitutes(model, load_kernels()) if self.device.type == "cuda" else []
+        attempts = [(kernels, True), (kernels, False)] if kernels else []
+        for self._substitutes, self._passes_rows in [*attempts, ([], True), ([], False)]:
             try:
                 if check_steps(self, model):
                     return
@@ -226,7 +229,7 @@ class ModuleModel:
             options = {"attend_rows": self._attend}
         else:
             mask, options = self._bias(self._visible(None)), {}
-        with self._attention():
+        with installed(self._substitutes), self._attention():
             return next_logits(
                 self.model, state[TOKEN][:, None], self._caches[size], attention_mask=mask,
                 position_ids=position[:, None], **options,
@@ -317,6 +320,19 @@ class ModuleModel:
         else:
             weights = scores.softmax(dim=-1)
         return (weights.to(values.dtype) @ values).reshape(rows, 1, heads, values.shape[-1])
+
+
+def load_kernels() -> Any:
+    """Return the module of kernels.
+
+    Raises:
+        Unsupported: triton cannot be imported.
+    """
+    try:
+        from grpo_core.sampling import state_kernels
+    except ImportError as error:
+        raise Unsupported(f"triton cannot be imported: {error}") from error
+    return state_kernels
 
 
 def grows(name: Name) -> bool:
