@@ -21,8 +21,10 @@ ZERO = torch.zeros(2, 2)
     ("token_mask", [[0.0, 0.0], [0.0, 1.0]]),
     ("sequence_truncate", [[2.0], [2.0]]),
     ("sequence_mask", [[2.0], [0.0]]),
+    ("geometric_truncate", [[math.sqrt(2.0)], [2.0]]),
+    ("geometric_mask", [[math.sqrt(2.0)], [0.0]]),
 ])  # fmt: skip
-def test_the_four_corrections(name, weights):
+def test_the_six_corrections(name, weights):
     correction = CORRECTIONS.build(name, {"clip_min": 0.6, "clip_max": 2.0})
     torch.testing.assert_close(correction(OLD, ZERO, MASK), torch.tensor(weights))
 
