@@ -107,11 +107,17 @@ def test_reinforce_plus_plus_of_two_scored_completions_of_one_and_of_none():
             values("reinforce_plus_plus", args={"gamma": gamma})
 
 
-@pytest.mark.parametrize("args, message", [({"eps": -0.1}, "eps is -0.1; it must be at least 0"), ({"std_ddof": 2}, "std_ddof is 2; it must be 0 or 1")])
-@pytest.mark.parametrize("gamma", [0.5, 1.0])
-def test_the_divisor_of_reinforce_plus_plus_is_checked_with_and_without_a_discount(args, message, gamma):
-    with pytest.raises(ValueError, match=message):
-        values("reinforce_plus_plus", args={"gamma": gamma, **args}, completion_mask=torch.ones(2, 4, 3, dtype=torch.bool))
+DIVIDES = [
+    *((name, {}) for name in ("grpo", "batch_std", "reinforce_pp_baseline", "reinforce_plus_plus", "gdpo", "grpo_passk")),
+    ("reinforce_plus_plus", {"gamma": 0.5}),
+]
+
+
+@pytest.mark.parametrize("name, args", DIVIDES)
+def test_the_divisor_is_checked(name, args):
+    for wrong, message in (({"eps": -0.1}, "eps is -0.1; it must be at least 0"), ({"std_ddof": 2}, "std_ddof is 2; it must be 0 or 1")):
+        with pytest.raises(ValueError, match=message):
+            values(name, args={**args, **wrong}, completion_mask=torch.ones(2, 4, 3, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("ddof", [0, 1])

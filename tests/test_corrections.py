@@ -48,6 +48,14 @@ def test_the_bounds_of_a_mask_are_kept_and_what_is_far_is_clamped(level):
         CORRECTIONS.build(f"{level}_mask", {"clip_min": 3.0, "clip_max": 2.0})(*own)
 
 
+@pytest.mark.parametrize("name", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_truncate", "geometric_mask"])
+def test_the_default_bounds_of_corrections(name):
+    high = 3.0 if name == "sequence_mask" else 2.0
+    v = torch.tensor([[0.01], [high - 0.1], [high + 0.1]])
+    weights = CORRECTIONS.get(name)(v.log(), torch.zeros(3, 1), torch.ones(3, 1, dtype=torch.bool))
+    torch.testing.assert_close(weights, torch.tensor([[0.01], [high - 0.1], [0.0 if name.endswith("mask") else high]]))
+
+
 def test_no_bounds_and_bounds_out_of_order():
     free = CORRECTIONS.build("token_truncate", {"clip_max": None})(OLD, ZERO, MASK)
     torch.testing.assert_close(free, torch.tensor([[4.0, 0.5], [3.0, 1.0]]))
