@@ -5,6 +5,7 @@ import torch
 
 from grpo_core.objective.advantage_laws import ADVANTAGE_LAWS, check_advantage
 from grpo_core.objective.advantages import ADVANTAGES, compute_advantages, tie_small_spreads, tied_groups
+from grpo_core.objective.inputs import ADVANTAGE_INPUTS
 from grpo_core.registry import get_fact
 
 NAN = float("nan")
@@ -129,6 +130,7 @@ def test_grpo_passk_by_hand(ddof):
     expected[1, 1] = 2.0 / (rewards[1].std(correction=ddof) + 0.5)
     close(values("grpo_passk", rewards, args={"eps": 0.5, "std_ddof": ddof}), expected)
     close(values("pass_at_k", rewards)[:2], [[0.0, 0.75, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0]])
+    close(values("grpo_passk", torch.tensor([[1e-3, 0.0]]).double()), [[1e-3 / (1e-3 * 0.5**0.5 + 1e-6), 0.0]])  # the defaults
     without_eps = values("grpo_passk", rewards, args={"eps": 0.0, "std_ddof": ddof})
     assert without_eps.isfinite().all() and (without_eps[2:] == 0).all()
 
@@ -176,6 +178,8 @@ def test_near_ties_are_levelled():
 def test_a_batch_without_groups_is_refused(name, shape):
     with pytest.raises(ValueError, match=r"\[N, G\] with G >= 2"):
         values(name, torch.rand(shape))
+    with pytest.raises(ValueError, match=r"\[N, G\] with G >= 2"):  # also where it is called by itself
+        ADVANTAGE_INPUTS.call(ADVANTAGES.get(name), dict.fromkeys(ADVANTAGE_INPUTS.by_name) | {"rewards": torch.rand(shape)})
 
 
 def test_tied_groups_with_unscored_rows():
