@@ -5,6 +5,7 @@ import torch
 
 from grpo_core.objective.advantage_laws import ADVANTAGE_LAWS, check_advantage
 from grpo_core.objective.advantages import ADVANTAGES, compute_advantages, tie_small_spreads, tied_groups
+from grpo_core.objective.inputs import ADVANTAGE_INPUTS
 from grpo_core.registry import get_fact
 
 NAN = float("nan")
@@ -69,6 +70,71 @@ def test_batch_statistics_by_hand():
     close(values("gpg", at_its_mean)[0], [-1.0, 0.0, 1.0])
 
 
+TWO_GROUPS = torch.tensor([[1.0, NAN, 0.0], [4.0, 4.0, 4.0]])  # the second is tied
+
+
+@pytest.mark.parametrize("over, counted", [("completions", [1, 0, 4, 4, 4]), ("tokens", [1, 0, 0, 4, 4, 4, 4])])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_reinforce_plus_plus_compares_with_the_batch(over, counted, ddof):
+    counted, lengths = torch.tensor(counted).float(), torch.tensor([[1, 9, 2], [1, 1, 2]])
+    args = {"eps": 0.5, "std_ddof": ddof, "over": over}
+    expected = (TWO_GROUPS - counted.mean()) / (counted.std(correction=ddof) + 0.5)
+    close(values("reinforce_plus_plus", args=args, rewards=TWO_GROUPS, lengths=lengths), expected.nan_to_num(0.0))
+    if over == "completions":  # the default
+        del args["over"]
+        close(values("reinforce_plus_plus", args=args, rewards=TWO_GROUPS, lengths=lengths), expected.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("gamma, ddof", [(0.0, 1), (0.2, 0), (0.2, 1), (0.7, 1)])
+def test_reinforce_plus_plus_with_a_discount_compares_tokens(gamma, ddof):
+    """A token that the policy did not draw is no step of the discount, and a tied group is trained."""
+    mask = torch.tensor([[[1, 0, 1], [1, 1, 1], [1, 1, 0]], [[1, 0, 0], [1, 1, 1], [0, 1, 1]]]).bool()
+    following = torch.tensor([[[1, 0, 0], [9, 9, 9], [1, 0, 0]], [[0, 0, 0], [2, 1, 0], [0, 1, 0]]])  # drawn tokens after it
+    drawn = mask & ~TWO_GROUPS.isnan()[..., None]
+    returns = TWO_GROUPS.nan_to_num()[..., None] * gamma**following
+    spread = (returns[drawn].var(correction=ddof) + 0.3**2).sqrt()
+    args = {"gamma": gamma, "eps": 0.3, "std_ddof": ddof}
+    close(values("reinforce_plus_plus", args=args, rewards=TWO_GROUPS, completion_mask=mask), (returns - returns[drawn].mean()) / spread * drawn)
+
+
+def test_reinforce_plus_plus_of_two_scored_completions_of_one_and_of_none():
+    for gamma in (1.0, 0.5):
+        for rewards, expected in (([1.0, 0.0, NAN], [0.5**0.5, -(0.5**0.5), 0.0]), ([NAN, 3.0, NAN], [0.0] * 3), ([NAN] * 3, [0.0] * 3)):
+            args, mask = {"eps": 0.0, "gamma": gamma}, torch.ones(1, 3, 1, dtype=torch.bool)
+            found = values("reinforce_plus_plus", torch.tensor([rewards]), args=args, completion_mask=mask)
+            close(found.view(1, 3), [expected])
+    for gamma in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=f"gamma is {gamma}; it must be from 0 to 1"):
+            values("reinforce_plus_plus", args={"gamma": gamma})
+
+
+DIVIDES = [
+    *((name, {}) for name in ("grpo", "batch_std", "reinforce_pp_baseline", "reinforce_plus_plus", "gdpo", "grpo_passk")),
+    ("reinforce_plus_plus", {"gamma": 0.5}),
+]
+
+
+@pytest.mark.parametrize("name, args", DIVIDES)
+def test_the_divisor_is_checked(name, args):
+    for wrong, message in (({"eps": -0.1}, "eps is -0.1; it must be at least 0"), ({"std_ddof": 2}, "std_ddof is 2; it must be 0 or 1")):
+        with pytest.raises(ValueError, match=message):
+            values(name, args={**args, **wrong}, completion_mask=torch.ones(2, 4, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_grpo_passk_by_hand(ddof):
+    """The best of the scored completions of a group, divided by their own spread; a group of one has nothing to learn."""
+    rewards = torch.tensor([[-1.0, -0.25, NAN, -2.0], [0.0, 3.0, 1.0, 1.0], [NAN, NAN, 1.0, NAN], [2.0, 2.0, 2.0, 2.0], [2.0, 0.0, 2.0, 1.0]])
+    expected = torch.zeros(5, 4)
+    expected[0, 1] = 0.75 / (torch.tensor([-1.0, -0.25, -2.0]).std(correction=ddof) + 0.5)
+    expected[1, 1] = 2.0 / (rewards[1].std(correction=ddof) + 0.5)
+    close(values("grpo_passk", rewards, args={"eps": 0.5, "std_ddof": ddof}), expected)
+    close(values("pass_at_k", rewards)[:2], [[0.0, 0.75, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0]])
+    close(values("grpo_passk", torch.tensor([[1e-3, 0.0]]).double()), [[1e-3 / (1e-3 * 0.5**0.5 + 1e-6), 0.0]])  # the defaults
+    without_eps = values("grpo_passk", rewards, args={"eps": 0.0, "std_ddof": ddof})
+    assert without_eps.isfinite().all() and (without_eps[2:] == 0).all()
+
+
 def test_opo_weighs_its_baseline_by_length():
     lengths = torch.tensor([[1, 1, 1, 1], [3, 1, 1, 1]])
     close(values("opo", lengths=lengths), [[0.5, -0.5, -0.5, 0.5], [1.0, -1.0, -1.0, -1.0]])
@@ -112,6 +178,8 @@ def test_near_ties_are_levelled():
 def test_a_batch_without_groups_is_refused(name, shape):
     with pytest.raises(ValueError, match=r"\[N, G\] with G >= 2"):
         values(name, torch.rand(shape))
+    with pytest.raises(ValueError, match=r"\[N, G\] with G >= 2"):  # also where it is called by itself
+        ADVANTAGE_INPUTS.call(ADVANTAGES.get(name), dict.fromkeys(ADVANTAGE_INPUTS.by_name) | {"rewards": torch.rand(shape)})
 
 
 def test_tied_groups_with_unscored_rows():

@@ -1,6 +1,7 @@
 """Masks and weights that depend on other rows, and the terms of the loss that came with them. Two ranks: test_engine.py."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from fakes import frozen_batch, ragged_rollouts, tiny_policy, with_objective
 from test_loop import make_run
 
 from grpo_core.config.function_checks import try_loss
+from grpo_core.config.sections import LossConfig
+from grpo_core.distributed import ranks
 from grpo_core.model.policy import TokenStats
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.advantages import ADVANTAGES, compute_advantages
@@ -34,13 +37,13 @@ def run(tmp_path):
     return make_run(tmp_path, num_steps=2, policy=tiny_policy(lora_noise=0.05))
 
 
-def gradient(run, batch):
+def gradient(run, batch, stats=None):
     """d loss / d log-probs of a batch, [B, C], on policy."""
     totals = count_over_ranks(run.objective, batch, 1)
     tokens = run.policy.forward(batch.rollouts)
     leaf = tokens.logprobs.detach().requires_grad_()
-    stats = TokenStats(leaf, tokens.entropy, tokens.sum_p_squared)
-    loss = micro_loss(run.objective, batch, stats, totals, first_control(run.config.loss), Stats())
+    tokens = TokenStats(leaf, tokens.entropy, tokens.sum_p_squared)
+    loss = micro_loss(run.objective, batch, tokens, totals, first_control(run.config.loss), stats or Stats())
     return torch.autograd.grad(loss, leaf)[0], leaf.detach()
 
 
@@ -208,6 +211,54 @@ def test_positive_examples_are_averaged_over_their_own_tokens(run):
     torch.testing.assert_close(slope, -0.5 * positive / positive.sum())
 
 
+def test_the_terms_beside_the_surrogate_are_those_of_the_configuration(tmp_path):
+    loss = LossConfig(log_ratio_coef=0.2, positive_nll_coef=0.3, positive_nll_above=0.7)
+    objective = make_run(tmp_path, loss=loss).objective
+    assert (objective.log_ratio_coef, objective.positive_nll_coef, objective.positive_nll_above) == (0.2, 0.3, 0.7)
+
+
+def test_no_mask_or_weight_of_the_surrogate_acts_on_the_log_ratio_penalty(run):
+    correction = CORRECTIONS.build("token_truncate", {"clip_max": 1.2})
+    plain = with_objective(run, correction_fn=correction, off_policy_mask=0.0)
+    own = with_objective(plain, log_ratio_coef=0.3)
+    rollouts = ragged_rollouts()
+    rollouts = replace(rollouts, rollout_logprobs=5 * rollouts.rollout_logprobs)  # above the policy's and below them
+    batch = frozen_batch(own, rollouts, torch.randn(8, 1, generator=torch.Generator().manual_seed(0)))
+    batch = replace(batch, surrogate_mask=(torch.arange(6) % 2 == 0).expand(8, 6))
+    stats = Stats()
+    slope, logprobs = gradient(own, batch, stats)
+    assert 0 < stats.reduce()["off_policy_kept"] < 1
+    gaps = (logprobs - rollouts.rollout_logprobs) * batch.loss_mask
+    assert (gaps > 0).any() and (gaps < 0).any()
+    torch.testing.assert_close(slope - gradient(plain, batch)[0], 0.6 * gaps / batch.loss_mask.sum())
+
+
+def test_positive_examples_are_the_trained_tokens_of_all_ranks(run, monkeypatch):
+    """Tokens that the surrogate leaves out are among them, and completions that are not trained are not."""
+    own = with_objective(run, positive_nll_coef=0.5, positive_nll_above=0.5)
+    rewards = torch.tensor([[1.0, 0.0, 0.5, 1.0, math.nan, 1.0, 0.0, 0.0]]).view(8, 1)
+    batch = frozen_batch(own, ragged_rollouts(), torch.zeros(8, 1), torch.arange(8) != 3)
+    surrogate_mask = (torch.arange(6) % 2 == 0).expand(8, 6)
+    old = batch.rollouts.rollout_logprobs
+    batch = replace(batch, shaped_rewards=rewards, surrogate_mask=surrogate_mask, old_logprobs=old)
+    positive = batch.loss_mask & (rewards > 0.5)
+    monkeypatch.setattr(ranks, "all_sum", lambda values: 2 * values)  # another rank has the same rows
+    stats = Stats()
+    slope, logprobs = gradient(own, batch, stats)
+    torch.testing.assert_close(slope, -0.25 * positive / positive.sum())
+    assert stats.reduce()["positive_nll"] == pytest.approx(-float(logprobs[positive].mean()))
+
+
+def test_the_likelihood_of_one_positive_token_and_of_none(run):
+    own = with_objective(run, positive_nll_coef=0.5)
+    batch = frozen_batch(own, ragged_rollouts(), torch.zeros(8, 1))
+    one = torch.zeros_like(batch.loss_mask)
+    one[0, 0] = True
+    for reward, expected in ((1.0, -0.5 * one), (0.0, 0.0 * one)):
+        slope, _ = gradient(own, replace(batch, loss_mask=one, shaped_rewards=torch.full((8, 1), reward)))
+        torch.testing.assert_close(slope, expected)
+
+
 def test_geometric_corrections_and_distances_by_hand():
     rollout = torch.tensor([[-1.0, -2.0, -7.0]])
     old = rollout + torch.tensor([[math.log(2.0), math.log(0.5) + math.log(4.0), 5.0]])
@@ -292,9 +343,65 @@ def test_the_edges_of_rejections():
     assert keep.expand(2, 2).tolist() == [[False, True], [True, True]]  # log v = 0 does not raise the variation
     args = {"estimator": "k1", "over": "max", "low": -0.1, "high": 0.5}
     assert REJECTIONS.build("sequence", args)(some, rollout, torch.ones(2, 1), mask).tolist() == [[False], [True]]
+    bounds = {"estimator": "k1", "low": 0.0, "high": 0.0}  # a bound itself is kept, and 0 is one
+    signs = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    assert REJECTIONS.build("token", bounds)(signs, rollout, torch.ones(2, 1), mask | True).tolist() == 2 * [[False, True]]
+    no_low = REJECTIONS.build("token", bounds | {"low": None})(signs, rollout, torch.ones(2, 1), mask | True)
+    assert no_low.tolist() == [[False, True], [True, True]]
     bounds = {"estimator": "k1", "low": -20.0, "high": 20.0}  # log v is clamped to +-20 before it is judged
     far = torch.tensor([[100.0, -100.0], [0.0, 0.0]])
     assert REJECTIONS.build("token", bounds)(far, rollout, torch.ones(2, 1), mask)[0].tolist() == [True, True]
+
+
+def test_vaco_by_hand():
+    """v is 1.5 and 0.9, so the variation is 0.3: outside the bounds the first token leaves for A > 0, else the second."""
+    log_v = torch.tensor([[1.5, 0.9, 9.0], [1.0, 1.0, 1.0]]).log()
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    exact = float(log_v[0, :2].expm1().abs().sum() / 2)
+
+    def keep(advantage, **bounds):
+        reject = REJECTIONS.build("vaco", bounds)
+        return reject(log_v - 1, -torch.ones(2, 3), torch.tensor([[advantage], [1.0]]), mask).expand(2, 3)[:, :2].tolist()
+
+    for bounds in ({}, {"high": 0.29}, {"low": 0.31, "high": 1.0}, {"low": 0.1, "high": 0.29}):
+        for advantage, expected in ((2.0, [False, True]), (-2.0, [True, False]), (0.0, [True, True])):
+            assert keep(advantage, **bounds) == [expected, [True, True]]
+    for bounds in ({"high": 0.31}, {"low": 0.29, "high": 0.31}, {"high": exact}, {"low": exact, "high": exact}):
+        assert keep(2.0, **bounds) == keep(-2.0, **bounds) == 2 * [[True, True]]
+    log_v[0, 0] = math.log(1.2)  # 0.15, and up to 0.2 is allowed; a completion above does not take others with it
+    assert keep(2.0) == 2 * [[True, True]] and keep(2.0, high=0.14) == [[False, True], [True, True]]
+
+
+def test_rejection_by_the_geometric_mean_by_hand():
+    log_v = torch.tensor([[0.2, 0.4, 5.0], [-0.2, -0.4, 0.0], [9.0, 9.0, 9.0], [0.0, 0.0, 9.0]])
+    mask = torch.tensor([[True, True, False], [True, True, False], [False] * 3, [True, True, False]])
+
+    def keep(**bounds):
+        reject = REJECTIONS.build("geometric", bounds)
+        return reject(log_v - 1, -torch.ones(4, 3), torch.ones(4, 1), mask).expand(4, 3)[:, 0].tolist()
+
+    above, below = math.exp(0.3), math.exp(-0.3)  # the geometric means; without a token, and where all v are 1, it is 1
+    assert keep(low=below - 0.001, high=above + 0.001) == [True, True, True, True]
+    assert keep(low=below + 0.001, high=above + 0.001) == [True, False, True, True]
+    assert keep(low=below - 0.001, high=above - 0.001) == [False, True, True, True]
+    assert keep(low=above - 0.001, high=above + 0.001) == [True, False, False, False]
+    assert keep(low=1.0, high=1.0) == [False, False, True, True]  # the bounds themselves are kept
+    for gap, expected in ((0.0015, True), (0.0025, False), (-0.0005, True), (-0.0015, False)):  # 0.999 to 1.002
+        log_v = torch.full((4, 3), gap)
+        assert keep() == [expected, expected, True, expected]
+
+
+@pytest.mark.parametrize("name, args, message", [
+    ("vaco", {"low": 0.3}, "low is 0.3 and high is 0.2; low must be at most high"),
+    ("token", {"low": 0.3}, "low is 0.3 and high is 0.1; low must be at most high"),
+    ("sequence", {"low": 0.3}, "low is 0.3 and high is 0.1; low must be at most high"),
+    ("geometric", {"low": 1.1}, "low is 1.1 and high is 1.002; both must satisfy 0 < low <= high"),
+    ("geometric", {"low": 0.0}, "low is 0.0 and high is 1.002; both must satisfy 0 < low <= high"),
+    ("m2po", {"threshold": 0.0}, "threshold is 0.0; it must be above 0"),
+])  # fmt: skip
+def test_bounds_of_rejections_are_checked(name, args, message):
+    with pytest.raises(ConfigError, match=message):
+        REJECTIONS.build(name, args)(torch.zeros(2, 2), torch.zeros(2, 2), torch.ones(2, 1), torch.ones(2, 2, dtype=torch.bool))
 
 
 def test_rewards_at_the_end_of_groups_and_the_best_of_two():

@@ -21,10 +21,39 @@ ZERO = torch.zeros(2, 2)
     ("token_mask", [[0.0, 0.0], [0.0, 1.0]]),
     ("sequence_truncate", [[2.0], [2.0]]),
     ("sequence_mask", [[2.0], [0.0]]),
+    ("geometric_truncate", [[math.sqrt(2.0)], [2.0]]),
+    ("geometric_mask", [[math.sqrt(2.0)], [0.0]]),
 ])  # fmt: skip
-def test_the_four_corrections(name, weights):
+def test_the_six_corrections(name, weights):
     correction = CORRECTIONS.build(name, {"clip_min": 0.6, "clip_max": 2.0})
     torch.testing.assert_close(correction(OLD, ZERO, MASK), torch.tensor(weights))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+def test_the_bounds_of_a_mask_are_kept_and_what_is_far_is_clamped(level):
+    """v is 1/2, 2 and exp(-100) in rows of one token, so its product and its geometric mean are v."""
+    old = torch.tensor([0.5, 2.0, 1.0]).log()[:, None] - torch.tensor([[0.0], [0.0], [100.0]])
+    own = old.requires_grad_(), torch.zeros(3, 1), torch.ones(3, 1, dtype=torch.bool)
+    half, two, far = CORRECTIONS.build(f"{level}_truncate", {"clip_max": None})(*own).flatten().tolist()
+    assert (half, two) == (pytest.approx(0.5), pytest.approx(2.0)) and far == pytest.approx(math.exp(-20.0))
+    for args, expected in (
+        ({"clip_min": half, "clip_max": two}, [half, two, 0.0]), ({"clip_min": two, "clip_max": two}, [0.0, two, 0.0]),
+        ({"clip_min": 0.0, "clip_max": half}, [half, 0.0, far]), ({"clip_max": 1.9}, [half, 0.0, far]),
+    ):  # fmt: skip
+        weights = CORRECTIONS.build(f"{level}_mask", args)(*own)
+        assert weights.flatten().tolist() == expected and not weights.requires_grad
+    with pytest.raises(ValueError, match="clip_min is -1.0 and clip_max is 2.0; both must satisfy 0 <= clip_min"):
+        CORRECTIONS.build(f"{level}_mask", {"clip_min": -1.0, "clip_max": 2.0})(*own)
+    with pytest.raises(ValueError, match="clip_min is 3.0 and clip_max is 2.0; both must satisfy 0 <= clip_min"):
+        CORRECTIONS.build(f"{level}_mask", {"clip_min": 3.0, "clip_max": 2.0})(*own)
+
+
+@pytest.mark.parametrize("name", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_truncate", "geometric_mask"])
+def test_the_default_bounds_of_corrections(name):
+    high = 3.0 if name == "sequence_mask" else 2.0
+    v = torch.tensor([[0.01], [high - 0.1], [high + 0.1]])
+    weights = CORRECTIONS.get(name)(v.log(), torch.zeros(3, 1), torch.ones(3, 1, dtype=torch.bool))
+    torch.testing.assert_close(weights, torch.tensor([[0.01], [high - 0.1], [0.0 if name.endswith("mask") else high]]))
 
 
 def test_no_bounds_and_bounds_out_of_order():

@@ -183,6 +183,20 @@ def test_values_by_hand():
     close(value("gmpo", clip_high=0.1)[0], [-math.exp((0.1 - math.log(2)) / 2)] * 2)
 
 
+def test_dro_by_hand():
+    """Ratios 2 and 1/2, so d is log 2 and -log 2: -A l + beta d**2 / 2, with the gradient -A + beta d; beta is 0.5."""
+    old, mask, log2 = torch.full((2, 2), -1.0).double(), torch.ones(2, 2, dtype=torch.bool), math.log(2)
+    logprobs = (old + torch.tensor([[log2, -log2]] * 2)).requires_grad_()
+    advantages = torch.tensor([[3.0], [-1.0]]).double()
+    for args, beta in (({}, 0.5), ({"beta": 0.2}, 0.2), ({"beta": 0.0}, 0.0)):
+        out = LOSSES.build("dro", args)(logprobs, old, advantages, mask)
+        torch.testing.assert_close(out.per_token_loss, -advantages * logprobs + beta / 2 * log2**2)
+        slope = torch.autograd.grad(out.per_token_loss.sum(), logprobs)[0]
+        torch.testing.assert_close(slope, -advantages + beta * (logprobs - old))
+    assert out.diagnostics.keys() == {"ratio", "clip_frac"} and (out.diagnostics["clip_frac"] == 0).all()
+    torch.testing.assert_close(out.diagnostics["ratio"], torch.tensor([[2.0, 0.5]] * 2).double())
+
+
 def test_vespo_by_hand():
     """Ratios 2 and 1.5, so s = log 3; (k, lambda) = (2, 3) for A >= 0, (3, 2) below."""
     old, mask = torch.zeros(2, 2).double(), torch.ones(2, 2, dtype=torch.bool)
@@ -278,6 +292,7 @@ def test_names_and_arguments_are_checked():
     ("dppo_kl", {"cap": 0.0}, "cap is 0.0; it is a bound on the ratio"),
     ("prime_rl", {"delta_high": -1.0}, "delta_high is -1.0; it must be at least 0"),
     ("ipo", {"threshold": -1.0}, "threshold is -1.0; it must be at least 0"),
+    ("dro", {"beta": -0.1}, "beta is -0.1; it must be at least 0"),
 ])  # fmt: skip
 def test_bounds_out_of_order_are_refused(name, args, message):
     with pytest.raises(ValueError, match=message):

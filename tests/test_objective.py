@@ -104,14 +104,18 @@ def test_the_formula_has_the_values_in_it():
         "loss.args={clip_low: 0.1, clip_high: 0.37, delta: 4.5}", "loss.kl_coef=0.021", "loss.average=constant", "loss.entropy_coef=0.003",
         "loss.top_entropy=0.15", "loss.off_policy_mask=0.7", "loss.rollout_correction={name: token_truncate, args: {clip_max: 1.9}}",
         "advantage.args={eps: 0.005}", "advantage.min_group_std=0.06", "truncation.name=mask_loss", "sampling.dynamic_attempts=7",
-        "reference.every=11", "reference.mixing=0.65", "loss.kl_target=0.08",
+        "reference.every=11", "reference.mixing=0.65", "loss.kl_target=0.08", "loss.log_ratio_coef=0.013", "loss.positive_nll_coef=0.017",
+        "loss.positive_nll_above=0.45",
     ])  # fmt: skip
     text = render(config)
     for part in (
         "min(r, 4.5)", "1 - 0.1, 1 + 0.37", "0.021 KL", "a KL of 0.08, with a horizon of 10,000 completions", "correct_answer(strict=True)", "completions * 48", "0.003 H", "top 15%", "<= 0.7", "min(v, 1.9)",
         "std + 0.005", "std < 0.06", "mask_loss", "up to 7 times", "every 11 steps, 0.65 of the way", "1 correct_answer",
+        "+ 0.013 (l - l_roll)**2", ", + 0.017 NLL", "a reward above 0.45",
     ):  # fmt: skip
         assert part in text, (part, text)
+    alone = render(load(TINY, ["loss.positive_nll_coef=0.017"]))
+    assert "l_roll" not in alone and "NLL" not in render(load(TINY, ["loss.log_ratio_coef=0.013"]))
     written = dump(config)
     assert all(line.startswith("#") for line in written.splitlines()[:10]) and yaml.safe_load(written)["name"] == "tiny"
     for line in text.splitlines():
@@ -154,6 +158,8 @@ def test_what_an_author_may_not_have_meant_is_remarked(overrides, remark):
     (["loss.kl_target=-1"], "loss.kl_target is -1.0; it must be above 0"),
     (["loss.entropy_coef=2", "loss.entropy_target=1"], "loss.entropy_coef is 2.0; with loss.entropy_target it must be from loss.entropy_min"),
     (["reference.every=2", "loss.kl_coef=0"], "reference.every is 2, but loss.kl_coef 0 uses no reference"),
+    (["loss.log_ratio_coef=-0.1"], "loss.log_ratio_coef is -0.1; it must be at least 0"),
+    (["loss.positive_nll_coef=-0.1"], "loss.positive_nll_coef is -0.1; it must be at least 0"),
     (["loss.kl_in=both"], "loss.kl_in is 'both'; it must be one of loss, reward"),
     (["loss.args={clip_low: -0.2}"], "loss grpo: clip_low is -0.2"),
     (["loss.args={delta: 1.0}"], "loss grpo: delta is 1.0"),

@@ -141,6 +141,7 @@ def reinforce_plus_plus_advantages(
     if not 0 <= gamma <= 1:
         raise ConfigError(f"gamma is {gamma}; it must be from 0 to 1")
     _check_groups(rewards)
+    _check_spread(eps, std_ddof)
     scored = ~rewards.isnan()
     if gamma == 1:
         return _whiten(rewards.nan_to_num(), rewards, scored, eps, std_ddof, _weigh(rewards, lengths, over))
@@ -363,12 +364,16 @@ def _divide_by_std(values: Tensor, std: Tensor, eps: float, ddof: int) -> Tensor
     """Return values / (std + eps), and 0 where the divisor is 0.
 
     Raises:
-        ConfigError: eps is negative, which would reverse the sign in groups of small spread, or infinite; or std_ddof
-            is neither 0 nor 1.
+        ConfigError: by `_check_spread`.
     """
+    _check_spread(eps, ddof)
+    divisor = std + eps
+    return torch.where(divisor == 0, 0.0, values / divisor)
+
+
+def _check_spread(eps: float, ddof: int) -> None:
+    """Raise ConfigError if eps is negative, which would reverse signs, or infinite; or std_ddof is neither 0 nor 1."""
     if not 0 <= eps < math.inf:
         raise ConfigError(f"eps is {eps}; it must be at least 0")
     if ddof not in (0, 1):
         raise ConfigError(f"std_ddof is {ddof}; it must be 0 or 1")
-    divisor = std + eps
-    return torch.where(divisor == 0, 0.0, values / divisor)

@@ -24,11 +24,14 @@ def discounted_returns(token_rewards: Tensor, completion_mask: Tensor, gamma: fl
 
 
 def whiten_tokens(values: Tensor, completion_mask: Tensor, *, eps: float = 1e-8, std_ddof: int = 1) -> Tensor:
-    """Return (x - mean) / sqrt(variance + eps) over all tokens of the mask (n - std_ddof), [..., C], 0 elsewhere."""
+    """Return (x - mean) / sqrt(variance + eps) over all tokens of the mask (n - std_ddof), [..., C], 0 elsewhere.
+
+    Without a spread and with an eps of 0 all are 0.
+    """
     count = completion_mask.sum()
     centered = values - (values * completion_mask).sum() / count.clamp(min=1)
     variance = (centered.square() * completion_mask).sum() / (count - std_ddof).clamp(min=1)
-    return torch.where(completion_mask, centered * (variance + eps).rsqrt(), 0.0)
+    return torch.where(completion_mask & (variance + eps > 0), centered * (variance + eps).rsqrt(), 0.0)
 
 
 def token_baseline(
