@@ -70,6 +70,30 @@ def test_a_step_of_the_state_space_model(dtype, heads, groups, channels, size):
     torch.testing.assert_close(mine, state, **({"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}))
 
 
+@pytest.mark.parametrize("starts", [False, True])
+def test_prompts_of_the_gated_delta_rule(starts):
+    q, k, v = random(2, 9, 2, 16), random(2, 9, 2, 16), random(2, 9, 4, 24)
+    g, beta = -random(2, 9, 4).abs(), random(2, 9, 4).sigmoid()
+    options = {"initial_state": random(2, 4, 16, 24) if starts else None, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    q, k = (x.repeat_interleave(2, dim=2) for x in (q, k))
+    theirs, after = qwen.torch_chunk_gated_delta_rule(q, k, v, g=g, beta=beta, **options)
+    ours, mine = kernels.torch_chunk_gated_delta_rule(None)(q, k, v, g=g, beta=beta, **options)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mine, after, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("starts", [False, True])
+def test_prompts_of_the_state_space_model(starts):
+    x, dt, b, c = random(2, 9, 6, 20), random(2, 9, 10)[..., :6], random(2, 9, 3, 16), random(2, 9, 3, 16)
+    a, d, bias = -random(6).exp(), random(6), random(6)
+    options = {"D": d, "dt_bias": bias, "dt_softplus": True, "return_final_states": True, "dt_limit": (0.1, 0.9)}
+    options["initial_states"] = random(2, 6, 20, 16) if starts else None
+    theirs, after = granite.mamba2_chunk_scan(x, dt, a, b, c, 4, **options)
+    ours, mine = kernels.mamba2_chunk_scan(None)(x, dt, a, b, c, 4, **options)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mine, after, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms(dtype):
     x, gate, weight = random(7, 3, 96, dtype=dtype), random(7, 3, 104, dtype=dtype)[..., :96], random(96, dtype=dtype)
@@ -82,5 +106,7 @@ def test_norms(dtype):
         close(kernels.norm(x, None, weight, 1e-6, 1, 0, 96), plain(x), dtype)
         close(kernels.norm(x, gate, weight, 1e-6, 0, 2, 96), after(x, gate), dtype)
         close(kernels.norm(x, gate, weight, 1e-6, 0, 1, 96), before(x, gate), dtype)
+        heads = random(7, 1, 300, dtype=dtype)[..., :288].view(7, 1, 3, 96)  # heads of a projection with more columns
+        close(kernels.norm(heads, None, weight, 1e-6, 1, 0, 96), plain(heads), dtype)
         grouped = kernels.norm(x, gate, weight, 1e-6, 0, 1, 32)
         close(grouped.view(7, 3, 3, 32)[:, :, 1], kernels.norm(x[..., 32:64], gate[..., 32:64], weight[32:64], 1e-6, 0, 1, 32), dtype)

@@ -100,7 +100,9 @@ def attend(
             scores: it changed the mask of a packed forward, or passes what sdpa would have used.
     """
     if attend_rows is not None:
-        return attend_rows(query, key, value, scaling, **{name: kwargs[name] for name in UNSUPPORTED if name in kwargs}), None
+        return attend_rows(
+            query, key, value, scaling, **{name: kwargs[name] for name in UNSUPPORTED if name in kwargs}
+        ), None
     if packing is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **kwargs

@@ -42,7 +42,8 @@ class Computation(Protocol):
     def allocate(self, prompts: int, width: int, slots: int, columns: int, length: int) -> bool:
         """Allocate memory for `prompts` prompts of `width` tokens, and `slots` rows of `length` drawn tokens.
 
-        A step has at most `columns` columns, of which at most `slots` are in use. Return whether captured graphs have become invalid.
+        A step has at most `columns` columns, of which at most `slots` are in use. Return whether captured graphs have
+        become invalid.
         """
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:

@@ -209,7 +209,9 @@ class FusedModel:
         """Return the logits [R, V] after the newest token of each column of the state."""
         self.cache.begin_step(state, self.cos, self.sin)
         attend = self.cache.attend
-        return self.logits(self.hidden(self.embed(state[TOKEN]), lambda i, qkv, layer: attend(i, qkv, *layer.head_norms)))
+        return self.logits(
+            self.hidden(self.embed(state[TOKEN]), lambda i, qkv, layer: attend(i, qkv, *layer.head_norms))
+        )
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         """Compute the prompts: their keys and values, and the hidden states [N, H] after each prompt's last token."""
@@ -272,7 +274,7 @@ def check_model(model: Any) -> None:
     linears = [module for part in parts for name, module in part.named_children() if name.endswith("_proj")]
     bases = [getattr(linear, "base_layer", linear) for linear in linears]
     for linear, base in zip(linears, bases, strict=True):
-        _check_linear(linear, base)
+        check_linear(linear, base)
     if linears != bases and any(p.requires_grad for base in bases for p in base.parameters()):
         raise Unsupported("it trains base weights together with an adapter")
 
@@ -284,7 +286,7 @@ def sliding_window(config: Any) -> int | None:
     return getattr(config, "sliding_window", None) if has_window else None
 
 
-def _check_linear(linear: nn.Module, base: nn.Module) -> None:
+def check_linear(linear: nn.Module, base: nn.Module) -> None:
     """Raise Unsupported unless `linear` is `base`, a torch linear layer, or has one plain LoRA adapter on it."""
     if type(base) is not nn.Linear:
         raise Unsupported(f"its {type(base).__name__} is not a plain linear layer")

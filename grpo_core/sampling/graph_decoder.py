@@ -15,6 +15,7 @@ from grpo_core.sampling.computation import Computation, Unsupported
 from grpo_core.sampling.decode_ops import DONE, DRAWN, FIELDS, LIMIT, PROMPT, ROW, SLOT, START, Tables, TorchOps
 from grpo_core.sampling.draw import restrict
 from grpo_core.sampling.request import DecodeRequest, Draws
+from grpo_core.schema import first_line
 
 # numbers of rows for which graphs are captured; above them, multiples of the last
 GRAPH_ROWS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)

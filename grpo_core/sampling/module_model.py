@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.counts import quantify
 import grpo_core.model.packed_attention  # noqa: F401  registers the attention function that takes `attend_rows`
+from grpo_core.counts import quantify
 from grpo_core.model.rotation import find_rotations
 from grpo_core.sampling.cache_check import check_steps
 from grpo_core.sampling.computation import Unsupported
 from grpo_core.sampling.decode_ops import DRAWN, PROMPT, SLOT, START, TOKEN, TorchOps
 from grpo_core.sampling.live_rows import Method, begin, next_logits
-from grpo_core.sampling.step_functions import find_substitutes, installed
+from grpo_core.sampling.step_functions import find_joined_calls, find_substitutes, installed
 
 MAX_PREFILL_TOKENS = 8192  # of the prompts that are computed together
 MAX_HELD_SHARE = 0.05  # of the GPU's memory that may be held between calls, so that captured graphs stay valid
@@ -42,7 +42,7 @@ class LayerMemory:
         self.rows: dict[Name, Tensor] = {}
 
     def make(self, count: int, tokens: int) -> dict[Name, Tensor]:
-        """Return memory for `count` prompts or rows of `tokens` tokens. It is 0, because masked values must be finite."""
+        """Return memory for `count` prompts or rows of `tokens` tokens: zeros, because masked values must be finite."""
         return {name: x.new_zeros(count, *self._shape(name, x, tokens)) for name, x in self.samples.items()}
 
     def bytes_per_row(self, tokens: int) -> int:
@@ -118,17 +118,22 @@ class ModuleModel:
         self._check_rotations()
         live = begin(method, model, [[self.pad_id, self.pad_id]], pad_id)
         with torch.no_grad():
-            live.prefill()
+            self._joined = find_joined_calls(model, live.prefill, ops)
         self._template = live.cache
         self._layers = [LayerMemory(layer) for layer in live.cache.layers]
         configs = [model.config, model.config.get_text_config(), *(getattr(m, "config", None) for m in model.modules())]
-        self._configs = [*{id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values()]
+        self._configs = [
+            *{id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values()
+        ]
         self._caches: dict[int, Any] = {}
         self._first_logits = torch.zeros(0)
-        kernels = find_substitutes(model, load_kernels()) if self.device.type == "cuda" else []
-        attempts = [(kernels, True), (kernels, False)] if kernels else []
-        for self._substitutes, self._passes_rows in [*attempts, ([], True), ([], False)]:
+        faster = [substitute for group in self._joined for substitute in group.substitutes()]
+        if self.device.type == "cuda":
+            faster += find_substitutes(model, load_kernels())
+        attempts = [(faster, True), (faster, False), ([], True), ([], False)]
+        for self._substitutes, self._passes_rows in attempts if faster else attempts[2:]:
             try:
+                self.refresh(0)
                 if check_steps(self, model):
                     return
             except (Unsupported, TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
@@ -151,7 +156,9 @@ class ModuleModel:
         return tuple((name, weight.data_ptr(), weight.dtype) for name, weight in self.model.named_parameters())
 
     def refresh(self, positions: int) -> bool:
-        """Do nothing: the modules read the weights as they are."""
+        """Copy the adapter of joined layers as it is now; all other modules read their weights as they are."""
+        for group in self._joined:
+            group.joined.refresh()
         return False
 
     def allocate(self, prompts: int, width: int, slots: int, columns: int, length: int) -> bool:
@@ -192,7 +199,8 @@ class ModuleModel:
         logits: list[Tensor | None] = [None] * len(prompts)
         for part in self._parts(prompts):
             live = begin(self.method, self.model, [prompts[i] for i in part], self.pad_id)
-            out = live.prefill()
+            with self._installed():
+                out = live.prefill()
             indices, lengths = torch.tensor(part, device=self.device), [len(prompts[i]) for i in part]
             for layer, computed in zip(self._layers, live.cache.layers, strict=True):
                 layer.store_prompts(computed, indices, lengths)
@@ -229,11 +237,19 @@ class ModuleModel:
             options = {"attend_rows": self._attend}
         else:
             mask, options = self._bias(self._visible(None)), {}
-        with installed(self._substitutes), self._attention():
+        with self._installed(), self._attention():
             return next_logits(
                 self.model, state[TOKEN][:, None], self._caches[size], attention_mask=mask,
                 position_ids=position[:, None], **options,
             )  # fmt: skip
+
+    @contextmanager
+    def _installed(self) -> Iterator[None]:
+        """Let the faster functions take their places."""
+        with installed(self._substitutes):
+            yield
+        for group in self._joined:
+            group.forget()
 
     @contextmanager
     def _attention(self) -> Iterator[None]:
@@ -301,7 +317,7 @@ class ModuleModel:
         s_aux: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
-        """Return the attention [R, 1, heads, D] of queries [R, heads, 1, D] to the keys [R, kv_heads, T, D] of their rows.
+        """Return the attention [R, 1, heads, D] of queries [R, heads, 1, D] to the keys [R, kv_heads, T, D] of a row.
 
         Query heads that share a key head are treated as positions, so that keys need not be repeated. `softcap` bounds
         the scores, and `s_aux` has the logit of a sink for each head.

@@ -21,9 +21,9 @@ from grpo_core.counts import quantify
 from grpo_core.distributed.ranks import draw_uniforms
 from grpo_core.model.loading import check_lengths
 from grpo_core.sampling.cache_check import find_method
-from grpo_core.sampling.end_of_sequence import find_eos_ids
 from grpo_core.sampling.computation import Computation, Unsupported
 from grpo_core.sampling.decode_ops import TorchOps
+from grpo_core.sampling.end_of_sequence import find_eos_ids
 from grpo_core.sampling.fused_model import FusedModel
 from grpo_core.sampling.graph_decoder import GraphDecoder
 from grpo_core.sampling.live_rows import pad_left
@@ -35,17 +35,21 @@ from grpo_core.sampling.texts import decode_completions, find_hidden_ids
 from grpo_core.schema import ConfigError
 
 LOG = logging.getLogger("grpo_core")
-DECODERS = {"auto": ("fused", "modules", "plain"), "modules": ("modules", "plain"), "plain": ("plain",)}  # in order of use
+DECODERS = {
+    "auto": ("fused", "modules", "plain"),
+    "modules": ("modules", "plain"),
+    "plain": ("plain",),
+}  # in order of use
 
 
 class Sampler:
     """A sampler that draws completions at the temperature of the trainer's log-probs.
 
     `decoder` is auto (the first of fused, modules and plain that supports the model; modules needs a GPU), or one of
-    modules and plain, where modules gives way to plain if it does not support the model. `rows_at_once` bounds the completions that are decoded
-    at once. If the GPU's memory does not suffice, it is halved, and the completions stay the same. `stop` are texts
-    that end a completion and stay in it. `notify` receives a message when memory does not suffice, and when a decoder
-    does not support the model. `decoder_name` is the decoder of the last call.
+    modules and plain, where modules gives way to plain if it does not support the model. `rows_at_once` bounds the
+    completions that are decoded at once. If the GPU's memory does not suffice, it is halved, and the completions stay
+    the same. `stop` are texts that end a completion and stay in it. `notify` receives a message when memory does not
+    suffice, and when a decoder does not support the model. `decoder_name` is the decoder of the last call.
 
     Raises:
         ValueError: `decoder` has another value, or rows_at_once is below 1.

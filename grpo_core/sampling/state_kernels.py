@@ -1,11 +1,12 @@
-"""Triton kernels for one token of recurrent layers and norms, as transformers' modeling files define them in torch.
+"""Triton kernels of recurrent layers and norms without a gradient, as transformers' modeling files define them.
 
-Each function has the signature of the function of transformers that it replaces (step_functions.py), for one token per
-row, and updates the state in place. Sums are float32.
+`FUNCTIONS` make functions with the names and signatures of transformers' (step_functions.py), and leave what the
+kernels do not support to the original. Sums are float32.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHANNELS_PER_PROGRAM = 512
+NO_LIMITS = (-math.inf, math.inf)
 COLUMNS_PER_PROGRAM = 32  # of a state [K, V] of the gated delta rule
 CHANNELS_PER_STATE_PROGRAM = 16  # of a state [P, N] of Mamba-2
 
@@ -56,106 +58,115 @@ def conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, is_
     return out[:, :, None]
 
 
-@triton.jit
-def _delta_step(
-    q, q_row, q_head, k, k_row, k_head, v, v_row, v_head, g, beta, state, out,
+@triton.jit(do_not_specialize=["T"])
+def _delta_rule(
+    q, q_row, q_token, q_head, k, k_row, k_token, k_head, v, v_row, v_token, v_head, g, beta, state, out, T,
     HEADS: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Process some columns of the state [K, V] of one head of one row."""
+    """Process some columns of the state [K, V] of one head of one row, over T tokens."""
     row = (tl.program_id(0) // HEADS).to(tl.int64)
     head = tl.program_id(0) % HEADS
     i, j = tl.arange(0, BLOCK_K), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    query = tl.load(q + row * q_row + head // SHARED * q_head + i, i < K, other=0.0).to(tl.float32)
-    key = tl.load(k + row * k_row + head // SHARED * k_head + i, i < K, other=0.0).to(tl.float32)
-    if NORM:
-        query = query * tl.rsqrt(tl.sum(query * query, 0) + 1e-6)
-        key = key * tl.rsqrt(tl.sum(key * key, 0) + 1e-6)
-    value = tl.load(v + row * v_row + head * v_head + j, j < V, other=0.0).to(tl.float32)
-    decay = tl.exp(tl.load(g + row * HEADS + head).to(tl.float32))
-    rate = tl.load(beta + row * HEADS + head).to(tl.float32)
     inside = (i < K)[:, None] & (j < V)[None, :]
     place = state + ((row * HEADS + head) * K + i[:, None]) * V + j[None, :]
-    memory = tl.load(place, inside, other=0.0).to(tl.float32) * decay
-    change = (value - tl.sum(memory * key[:, None], 0)) * rate
-    memory = memory + key[:, None] * change[None, :]
+    memory = tl.load(place, inside, other=0.0).to(tl.float32)
+    for t in range(T):
+        query = tl.load(q + row * q_row + t * q_token + head // SHARED * q_head + i, i < K, other=0.0).to(tl.float32)
+        key = tl.load(k + row * k_row + t * k_token + head // SHARED * k_head + i, i < K, other=0.0).to(tl.float32)
+        if NORM:
+            query = query * tl.rsqrt(tl.sum(query * query, 0) + 1e-6)
+            key = key * tl.rsqrt(tl.sum(key * key, 0) + 1e-6)
+        value = tl.load(v + row * v_row + t * v_token + head * v_head + j, j < V, other=0.0).to(tl.float32)
+        at = (row * T + t) * HEADS + head
+        memory = memory * tl.exp(tl.load(g + at).to(tl.float32))
+        change = (value - tl.sum(memory * key[:, None], 0)) * tl.load(beta + at).to(tl.float32)
+        memory = memory + key[:, None] * change[None, :]
+        result = tl.sum(memory * query[:, None], 0) * (K**-0.5)
+        tl.store(out + at * V + j, result, j < V)
     tl.store(place, memory, inside)
-    result = tl.sum(memory * query[:, None], 0) * (K**-0.5)
-    tl.store(out + (row * HEADS + head) * V + j, result, j < V)
 
 
-def delta_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, is_normalized: bool) -> Tensor:
-    """Return the output [R, 1, heads, V] of the gated delta rule (arXiv:2412.06464) for one token.
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, is_normalized: bool) -> Tensor:
+    """Return the outputs [R, T, heads, V] of the gated delta rule (arXiv:2412.06464) for T tokens.
 
-    q and k are [R, 1, key heads, K], v is [R, 1, heads, V], `g` (log of the decay) and `beta` [R, 1, heads], and
+    q and k are [R, T, key heads, K], v is [R, T, heads, V], `g` (log of the decay) and `beta` [R, T, heads], and
     `state` [R, heads, K, V], which is updated. With `is_normalized`, q and k are divided by their norms.
     """
     rows, heads, key_dim, value_dim = state.shape
+    tokens = q.shape[1]
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    out = v.new_empty(rows, 1, heads, value_dim)
-    vectors = [part for x in (q, k, v) for part in (x, x.stride(0), x.stride(2))]
+    out = v.new_empty(rows, tokens, heads, value_dim)
+    vectors = [part for x in (q, k, v) for part in (x, *x.stride()[:3])]
     grid = (rows * heads, triton.cdiv(value_dim, COLUMNS_PER_PROGRAM))
     sizes = (heads, heads // q.shape[2], key_dim, value_dim, triton.next_power_of_2(key_dim), COLUMNS_PER_PROGRAM)
-    _delta_step[grid](*vectors, g.contiguous(), beta.contiguous(), state, out, *sizes, is_normalized)
+    _delta_rule[grid](*vectors, g.contiguous(), beta.contiguous(), state, out, tokens, *sizes, is_normalized)
     return out
 
 
-@triton.jit
-def _ssm_step(
-    x, x_row, dt, dt_row, dt_head, a, a_head, b, b_row, c, c_row, d, d_head, bias, bias_head, state, out,
+@triton.jit(do_not_specialize=["T"])
+def _ssm(
+    x, x_row, x_token, dt, dt_row, dt_token, a, b, b_row, b_token, c, c_row, c_token, d, bias, state, out, T, low, high,
     HEADS: tl.constexpr, SHARED: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
-    """Process some channels of the state [P, N] of one head of one row."""
+    """Process some channels of the state [P, N] of one head of one row, over T tokens."""
     row = (tl.program_id(0) // HEADS).to(tl.int64)
     head = tl.program_id(0) % HEADS
     i, j = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    step = tl.load(dt + row * dt_row + head * dt_head).to(tl.float32) + tl.load(bias + head * bias_head).to(tl.float32)
-    if SOFTPLUS:
-        step = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(tl.minimum(step, 20.0))))
-    decay = tl.exp(step * tl.load(a + head * a_head).to(tl.float32))
-    value = tl.load(x + row * x_row + head * P + i, i < P, other=0.0).to(tl.float32)
-    group = head // SHARED * N
-    write = tl.load(b + row * b_row + group + j, j < N, other=0.0).to(tl.float32)
-    read = tl.load(c + row * c_row + group + j, j < N, other=0.0).to(tl.float32)
     inside = (i < P)[:, None] & (j < N)[None, :]
     place = state + ((row * HEADS + head) * P + i[:, None]) * N + j[None, :]
-    memory = tl.load(place, inside, other=0.0).to(tl.float32) * decay + (step * value)[:, None] * write[None, :]
+    memory = tl.load(place, inside, other=0.0).to(tl.float32)
+    shift, skip = tl.load(bias + head).to(tl.float32), tl.load(d + head).to(tl.float32)
+    rate, group = tl.load(a + head).to(tl.float32), head // SHARED * N
+    for t in range(T):
+        step = tl.load(dt + row * dt_row + t * dt_token + head).to(tl.float32) + shift
+        if SOFTPLUS:
+            step = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(tl.minimum(step, 20.0))))
+        step = tl.minimum(tl.maximum(step, low), high)
+        value = tl.load(x + row * x_row + t * x_token + head * P + i, i < P, other=0.0).to(tl.float32)
+        write = tl.load(b + row * b_row + t * b_token + group + j, j < N, other=0.0).to(tl.float32)
+        read = tl.load(c + row * c_row + t * c_token + group + j, j < N, other=0.0).to(tl.float32)
+        memory = memory * tl.exp(step * rate) + (step * value)[:, None] * write[None, :]
+        result = tl.sum(memory * read[None, :], 1) + skip * value
+        tl.store(out + ((row * T + t) * HEADS + head) * P + i, result, i < P)
     tl.store(place, memory, inside)
-    result = tl.sum(memory * read[None, :], 1) + tl.load(d + head * d_head).to(tl.float32) * value
-    tl.store(out + (row * HEADS + head) * P + i, result, i < P)
 
 
-def ssm_step(
-    state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, bias: Tensor, is_softplus: bool
-) -> Tensor:
-    """Return the output [R, heads, P] of Mamba-2's state space model (arXiv:2405.21060) for one token.
+def ssm(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, bias: Tensor, state: Tensor, *,
+    is_softplus: bool, limits: tuple[float, float], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Return the outputs [R, T, heads, P] of Mamba-2's state space model (arXiv:2405.21060) for T tokens, in `dtype`.
 
-    x is [R, heads, P], `dt` [R, heads, P] with equal values within a head, `a` [heads, P, N], b and c [R, groups, N], d
-    and `bias` [heads, P] likewise, and `state` [R, heads, P, N], which is updated.
+    x is [R, T, heads, P], `dt` [R, T, heads], a, d and `bias` are [heads], b and c [R, T, groups, N], and `state`
+    [R, heads, P, N], which is updated. `limits` bound dt after bias and softplus.
     """
     rows, heads, channels, size = state.shape
-    x, b, c = (y if y.stride(2) == 1 and y.stride(1) == y.shape[2] else y.contiguous() for y in (x, b, c))
-    out = x.new_empty(rows, heads, channels)
+    tokens = x.shape[1]
+    x, b, c = (y if y.stride(3) == 1 and y.stride(2) == y.shape[3] else y.contiguous() for y in (x, b, c))
+    a, d, bias, dt = (y if y.stride(-1) == 1 else y.contiguous() for y in (a, d, bias, dt))
+    out = x.new_empty(rows, tokens, heads, channels, dtype=dtype)
     grid = (rows * heads, triton.cdiv(channels, CHANNELS_PER_STATE_PROGRAM))
-    sizes = (heads, heads // b.shape[1], channels, size, CHANNELS_PER_STATE_PROGRAM, triton.next_power_of_2(size))
-    _ssm_step[grid](
-        x, x.stride(0), dt, dt.stride(0), dt.stride(1), a, a.stride(0), b, b.stride(0), c, c.stride(0), d, d.stride(0),
-        bias, bias.stride(0), state, out, *sizes, is_softplus,
+    sizes = (heads, heads // b.shape[2], channels, size, CHANNELS_PER_STATE_PROGRAM, triton.next_power_of_2(size))
+    _ssm[grid](
+        x, *x.stride()[:2], dt, *dt.stride()[:2], a, b, *b.stride()[:2], c, *c.stride()[:2], d, bias, state, out,
+        tokens, *(min(max(limit, -3e38), 3e38) for limit in limits), *sizes, is_softplus,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _norm(
-    x, x_stride, gate, gate_stride, weight, out, eps, H,
+    x, x_stride, x_inner, gate, gate_stride, weight, out, eps, INNER, H,
     OFFSET: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Normalize one group of one row. GATE 1 multiplies by silu(gate) before the norm, 2 after it, 0 never."""
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, BLOCK)
     inside = at < H
-    value = tl.load(x + row * x_stride + group * H + at, inside, other=0.0)
+    place = x + row // INNER * x_stride + row % INNER * x_inner
+    value = tl.load(place + group * H + at, inside, other=0.0)
     wide = value.to(tl.float32)
     if GATE > 0:
         opening = tl.load(gate + row * gate_stride + group * H + at, inside, other=0.0).to(tl.float32)
@@ -178,15 +189,15 @@ def norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, offset: int
     With gate_kind 1, x is first multiplied by silu(gate [..., H]); with 2, the result is.
     """
     width = x.shape[-1]
-    flat = x.reshape(-1, width)
-    gates = flat if gate is None else gate.reshape(-1, width)
-    flat, gates = (y if y.stride(1) == 1 else y.contiguous() for y in (flat, gates))
+    rows = x.squeeze(1) if x.dim() == 4 and x.shape[1] == 1 else x.reshape(-1, 1, width)  # [rows, INNER, H]
+    gates = x if gate is None else gate.reshape(-1, width)
+    rows, gates = (y if y.stride(-1) == 1 else y.contiguous() for y in (rows, gates))
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    block = triton.next_power_of_2(group)
-    warps = min(8, max(1, block // 512))
-    _norm[(len(flat), width // group)](
-        flat, flat.stride(0), gates, gates.stride(0), weight, out, eps, group, offset, gate_kind, block, num_warps=warps
-    )
+    inner, block = rows.shape[1], triton.next_power_of_2(group)
+    _norm[(len(rows) * inner, width // group)](
+        rows, *rows.stride()[:2], gates, gates.stride(0), weight, out, eps, inner, group, offset, gate_kind, block,
+        num_warps=min(8, max(1, block // 512)),
+    )  # fmt: skip
     return out
 
 
@@ -203,29 +214,71 @@ def causal_conv1d_update(original: Any) -> Any:
 
 
 def torch_recurrent_gated_delta_rule(original: Any) -> Any:
-    """Return transformers' function of this name with `delta_step` for one token."""
+    """Return transformers' function of this name with `delta_rule`; a given state is updated in place."""
+    return _delta_rule_function(original, in_place=True)
 
-    def rule(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, initial_state: Any = None, **kw: Any) -> Any:
-        is_plain = query.shape[1] == 1 and initial_state is not None and initial_state.is_contiguous()
-        if not is_plain or g.dim() != 3 or kw.get("cu_seqlens") is not None:
-            return original(query, key, value, g=g, beta=beta, initial_state=initial_state, **kw)
-        is_normalized = bool(kw.get("use_qk_l2norm_in_kernel"))
-        return delta_step(query, key, value, g, beta, initial_state, is_normalized), initial_state
+
+def torch_chunk_gated_delta_rule(original: Any) -> Any:
+    """Return transformers' function of this name with `delta_rule`, which reads the tokens one after another."""
+    return _delta_rule_function(original, in_place=False)
+
+
+def _delta_rule_function(original: Any, in_place: bool) -> Any:
+    def rule(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **options: Any) -> Any:
+        state = options.get("initial_state")
+        if g.dim() != 3 or options.get("cu_seqlens") is not None or not (state is None or state.is_contiguous()):
+            return original(query, key, value, g=g, beta=beta, **options)
+        if state is None:
+            shape = (query.shape[0], value.shape[2], query.shape[3], value.shape[3])
+            state = torch.zeros(shape, dtype=torch.float32, device=query.device)
+        elif not in_place:
+            state = state.clone()
+        out = delta_rule(query, key, value, g, beta, state, bool(options.get("use_qk_l2norm_in_kernel")))
+        return out, state if options.get("output_final_state") else None
 
     return rule
 
 
 def mamba2_selective_state_update(original: Any) -> Any:
-    """Return transformers' function of this name with `ssm_step`."""
+    """Return transformers' function of this name with `ssm` for one token."""
 
-    def update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any = None, **kw: Any) -> Tensor:
-        bias, spread = kw.get("dt_bias"), [dt, A, D, kw.get("dt_bias")]
-        is_plain = None not in spread and kw.get("z") is None and state.is_contiguous()
-        if not is_plain or any(y.stride(-1) != 0 for y in spread):
+    def update(
+        state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any = None, **kw: Any
+    ) -> Tensor:
+        spread = [dt, A, D, kw.get("dt_bias")]
+        is_plain = all(y is not None and y.stride(-1) == 0 for y in spread)
+        if not is_plain or kw.get("z") is not None or not state.is_contiguous():
             return original(state, x, dt, A, B, C, D, **kw)
-        return ssm_step(state, x, dt, A, B, C, D, bias, bool(kw.get("dt_softplus")))
+        heads = (dt[:, None, :, 0], A[:, 0, 0], B[:, None], C[:, None], D[:, 0], kw["dt_bias"][:, 0])
+        options = {"is_softplus": bool(kw.get("dt_softplus")), "limits": NO_LIMITS, "dtype": x.dtype}
+        return ssm(x[:, None], *heads, state, **options)[:, 0]
 
     return update
 
 
-FUNCTIONS = (causal_conv1d_update, torch_recurrent_gated_delta_rule, mamba2_selective_state_update)
+def mamba2_chunk_scan(original: Any) -> Any:
+    """Return transformers' function of this name with `ssm`, which reads the tokens one after another."""
+
+    def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, **kw: Any) -> Any:
+        d, bias, state = kw.get("D"), kw.get("dt_bias"), kw.get("initial_states")
+        if d is None or bias is None or d.dim() != 1 or kw.get("z") is not None or kw.get("seq_idx") is not None:
+            return original(x, dt, A, B, C, chunk_size, **kw)
+        if state is None:
+            state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=torch.float32)
+        else:
+            state = state.float().clone()
+        limits = kw.get("dt_limit", NO_LIMITS)
+        options = {"is_softplus": bool(kw.get("dt_softplus")), "limits": limits, "dtype": torch.float32}
+        out = ssm(x, dt, A, B, C, d, bias, state, **options)
+        return (out, state) if kw.get("return_final_states") else out
+
+    return scan
+
+
+FUNCTIONS = (
+    causal_conv1d_update,
+    torch_recurrent_gated_delta_rule,
+    torch_chunk_gated_delta_rule,
+    mamba2_selective_state_update,
+    mamba2_chunk_scan,
+)

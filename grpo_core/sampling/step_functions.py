@@ -1,21 +1,26 @@
 """Faster functions for one token step, which take the place of a model's own while a step runs on a GPU.
 
-They are of two kinds: functions of transformers' modeling files, which many recurrent model types share by name and
-signature, and the forward of RMSNorm modules. Each kind of norm is compared with the module on random numbers; the whole
-step is compared with the model by `check_steps` (cache_check.py), and without the functions if it differs.
+They are of three kinds: functions of transformers' modeling files, which many recurrent model types share by name and
+signature; the forward of RMSNorm modules; and the forward of linear layers that share an input, as one product. Each
+kind of norm is compared with the module on random numbers; the whole step is compared with the model by `check_steps`
+(cache_check.py), and computed without these functions if it differs.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from grpo_core.model.trial import is_same
+from grpo_core.sampling.computation import Unsupported
+from grpo_core.sampling.decode_ops import TorchOps
+from grpo_core.sampling.fused_model import JoinedLinear, check_linear
 
 TOLERANCE, ROUGH_TOLERANCE = 1e-4, 0.02  # relative, of one norm
 
@@ -40,7 +45,11 @@ def find_substitutes(model: nn.Module, kernels: Any) -> list[Substitute]:
     ]
     kinds: dict[tuple, tuple[int, int] | None] = {}
     for module in model.modules():
-        if "RMSNorm" not in type(module).__name__ or getattr(module, "weight", None) is None or module.weight.dim() != 1:
+        if (
+            "RMSNorm" not in type(module).__name__
+            or getattr(module, "weight", None) is None
+            or module.weight.dim() != 1
+        ):
             continue
         key = (type(module), _eps(module))
         if key not in kinds:
@@ -98,3 +107,68 @@ def _find_kind(module: Any, kernels: Any) -> tuple[int, int] | None:
     except Exception:  # a norm with other arguments
         return None
     return None
+
+
+class JoinedCalls:
+    """Linear layers that are called with the same input, computed as one product when the first of them is called."""
+
+    def __init__(self, linears: Sequence[Any], ops: TorchOps) -> None:
+        self.joined = JoinedLinear(linears, ops)
+        self._input: Tensor | None = None
+        self._outputs: tuple[Tensor, ...] = ()
+
+    def substitutes(self) -> list[Substitute]:
+        """Return the forwards of the layers."""
+        return [
+            Substitute(linear, "forward", partial(self._forward, i)) for i, linear in enumerate(self.joined.linears)
+        ]
+
+    def forget(self) -> None:
+        """Free the last outputs."""
+        self._input, self._outputs = None, ()
+
+    def _forward(self, i: int, x: Tensor) -> Tensor:
+        if x is not self._input:
+            flat = self.joined(x.reshape(-1, x.shape[-1]))
+            self._outputs = flat.unflatten(0, x.shape[:-1]).split(self.joined.sizes, dim=-1)
+            self._input = x
+        return self._outputs[i]
+
+
+def find_joined_calls(model: nn.Module, forward: Callable[[], Any], ops: TorchOps) -> list[JoinedCalls]:
+    """Return the layers that share an input while `forward` runs. Their weights are moved, and keep their values."""
+    groups: dict[tuple[int, int], list[Any]] = {}
+    inputs: list[Tensor] = []  # held, so that no other tensor can have their identity
+    parents = {id(child): parent for parent in model.modules() for child in parent.children()}
+
+    def record(module: Any, arguments: tuple) -> None:
+        if arguments and isinstance(x := arguments[0], Tensor) and x.dtype == getattr(module, "weight", x).dtype:
+            inputs.append(x)
+            groups.setdefault((id(parents[id(module)]), id(x)), []).append(module)
+
+    heads = {id(module) for module in (model.get_output_embeddings(), model.get_input_embeddings())}
+    linears = [module for module in model.modules() if _is_joinable(module) and id(module) not in heads]
+    handles = [linear.register_forward_pre_hook(record) for linear in linears]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    calls: dict[int, int] = {}
+    for group in groups.values():
+        for linear in group:
+            calls[id(linear)] = calls.get(id(linear), 0) + 1
+    whole = [group for group in groups.values() if all(calls[id(linear)] == 1 for linear in group)]
+    return [JoinedCalls(group, ops) for group in whole if len(group) > 1 or hasattr(group[0], "lora_A")]
+
+
+def _is_joinable(module: Any) -> bool:
+    """Return whether a module is a linear layer with frozen weights, and with one plain LoRA adapter or none."""
+    if type(module) is not nn.Linear and not hasattr(module, "lora_A"):
+        return False
+    base = getattr(module, "base_layer", module)
+    try:
+        check_linear(module, base)
+    except Unsupported:
+        return False
+    return not any(p.requires_grad for p in base.parameters())
