@@ -71,6 +71,16 @@ SHAPES = {
         "vocab_size": 151_936, "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
     }),
+    "qwen3_30b_a3b": ("qwen3_moe", "Qwen3MoeForCausalLM", {
+        "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+        "norm_topk_prob": True, "tie_word_embeddings": False,
+    }),
+    "gpt_oss_20b": ("gpt_oss", "GptOssForCausalLM", {
+        "vocab_size": 201_088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128,
+        "tie_word_embeddings": False,
+    }),
     "granite3_2b": ("granite", "GraniteForCausalLM", {
         "vocab_size": 49_155, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 32,
         "num_key_value_heads": 8, "tie_word_embeddings": True,
@@ -112,7 +122,7 @@ def run_ours(name, check, emit):
     torch.manual_seed(0)
     config, notes, new = make_config(name, check), [], 8 if check else NEW
     with sampling.DEVICE:
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **({} if "gpt_oss" in name else {"attn_implementation": "sdpa"})).eval()
     linears = {module.rpartition(".")[2] for module, _ in base.named_modules()}
     targets = [x for x in ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj") if x in linears]
     policy = wrap(base, ModelConfig(), LoraConfig(target_modules=targets), temperature=1.0)

@@ -145,7 +145,7 @@ def test_a_model_that_differs_is_decoded_without_the_faster_functions(monkeypatc
     monkeypatch.setattr(module_model, "find_joined_calls", wrong)
     sampler = make_sampler(policy.causal_lm, "modules")
     agree(sampler.generate(tasks(61), 2), want)
-    assert sampler.decoder_name == "modules" and sampler._decoders["modules"].computation._substitutes == []
+    assert sampler.decoder_name == "modules" and sampler._decoders["modules"].computation._variant.substitutes == []
 
 
 def test_a_model_whose_cache_cannot_be_used_is_decoded_by_the_plain_decoder_with_a_note():
@@ -154,7 +154,7 @@ def test_a_model_whose_cache_cannot_be_used_is_decoded_by_the_plain_decoder_with
     sampler = Sampler(model, Alphabet(), max_new_tokens=4, decoder="modules", notify=notes.append)
     sampler.generate(tasks(61), 1)
     assert sampler.decoder_name == "plain" and len(notes) == 1
-    assert notes[0].startswith("sampling does not use the modules decoder, which is faster, because its own forward")
+    assert notes[0].startswith("sampling does not use the modules decoder, which is faster, because its own forward does not take")
     sampler.generate(tasks(61), 1)
     assert len(notes) == 1
 
@@ -179,7 +179,7 @@ def test_a_step_that_cannot_be_captured_is_not_tried_again(monkeypatch):
 def test_rows_longer_than_a_window_that_the_model_applies_itself_are_decoded_by_the_plain_decoder():
     computation = ModuleModel(make_model("gemma3_text"), "padded", 0, TorchOps())
     computation.check(100)
-    computation._passes_rows = False
+    computation._variant = computation._variant._replace(passes_rows=False)
     computation.check(tiny_models.WINDOW)
     with pytest.raises(Unsupported, match="could become longer than its window of 7 tokens"):
         computation.check(tiny_models.WINDOW + 1)

@@ -6,12 +6,14 @@ Rows that end make room for others. The computation is a FusedModel or a ModuleM
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_core.sampling.computation import Computation, Unsupported
+from grpo_core.sampling.cuda_graph import capture
 from grpo_core.sampling.decode_ops import DONE, DRAWN, FIELDS, LIMIT, PROMPT, ROW, SLOT, START, Tables, TorchOps
 from grpo_core.sampling.draw import restrict
 from grpo_core.sampling.request import DecodeRequest, Draws
@@ -227,15 +229,8 @@ class GraphDecoder:
         """
         done = self._state[DONE].clone()
         self._state[DONE] = 1
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._compute_step(size)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._compute_step(size)
+            graph = capture(partial(self._compute_step, size), self._pool)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ from grpo_core.counts import quantify
 from grpo_core.model.rotation import find_rotations
 from grpo_core.sampling.cache_check import check_steps
 from grpo_core.sampling.computation import Unsupported
-from grpo_core.sampling.decode_ops import DRAWN, PROMPT, SLOT, START, TOKEN, TorchOps
+from grpo_core.sampling.cuda_graph import capture
+from grpo_core.sampling.decode_ops import DRAWN, FIELDS, PROMPT, SLOT, START, TOKEN, TorchOps
 from grpo_core.sampling.live_rows import Method, begin, next_logits
-from grpo_core.sampling.step_functions import find_joined_calls, find_substitutes, installed
+from grpo_core.sampling.step_functions import Substitute, find_joined_calls, find_substitutes, installed
 
 MAX_PREFILL_TOKENS = 8192  # of the prompts that are computed together
 MAX_HELD_SHARE = 0.05  # of the GPU's memory that may be held between calls, so that captured graphs stay valid
@@ -103,6 +104,14 @@ class LayerMemory:
         return layer
 
 
+class Variant(NamedTuple):
+    """A way to compute a step: what stands in for the model's own functions, and what its modules are told to use."""
+
+    substitutes: list[Substitute]
+    passes_rows: bool  # whether attention is computed by `_attend`; otherwise by the model, with a mask
+    experts: str | None  # transformers' implementation of experts; None for that of the configuration
+
+
 class ModuleModel:
     """A model as its own modules. `method` is how the model's own cache can be used (cache_check.py).
 
@@ -122,26 +131,45 @@ class ModuleModel:
         self._template = live.cache
         self._layers = [LayerMemory(layer) for layer in live.cache.layers]
         configs = [model.config, model.config.get_text_config(), *(getattr(m, "config", None) for m in model.modules())]
-        self._configs = [
-            *{id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values()
-        ]
+        self._configs = [*{id(config): config for config in configs if config is not None}.values()]
         self._caches: dict[int, Any] = {}
         self._first_logits = torch.zeros(0)
+        if not any(self._is_right(variant) for variant in self._list_variants()):
+            raise Unsupported("its own forward does not take a cache of static shape, or cannot be captured as a graph")
+
+    def _list_variants(self) -> Iterator[Variant]:
+        """Yield the ways to compute a step, the fastest first."""
         faster = [substitute for group in self._joined for substitute in group.substitutes()]
         if self.device.type == "cuda":
-            faster += find_substitutes(model, load_kernels())
-        attempts = [(faster, True), (faster, False), ([], True), ([], False)]
-        for self._substitutes, self._passes_rows in attempts if faster else attempts[2:]:
-            try:
-                self.refresh(0)
-                if check_steps(self, model):
-                    return
-            except (Unsupported, TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-            finally:
-                self.release()
-        raise Unsupported("its own forward does not take a cache of static shape")
+            faster += find_substitutes(self.model, load_kernels())
+        experts = [None]
+        if self.device.type == "cuda" and hasattr(self.model.config, "_experts_implementation"):
+            experts.append("batched_mm")  # which waits for nothing, whatever the sizes are
+        for substitutes in (faster, []) if faster else ([],):
+            for passes_rows in (True, False):
+                yield from (Variant(substitutes, passes_rows, name) for name in experts)
+
+    def _is_right(self, variant: Variant) -> bool:
+        """Return whether a variant, which is used from now on, computes what the model computes."""
+        self._variant = variant
+        try:
+            self.refresh(0)
+            return check_steps(self, self.model) and (self.device.type != "cuda" or self._try_capture())
+        except (Unsupported, TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return False
+        finally:
+            self.release()
+
+    @torch.no_grad()
+    def _try_capture(self) -> bool:
+        """Capture a step of one row. Raise RuntimeError if no graph can hold it."""
+        self.allocate(1, 2, 1, 1, 2)
+        state = torch.zeros(FIELDS, 1, dtype=torch.int64, device=self.device)
+        state[START], state[DRAWN] = 2, 1
+        capture(partial(self.step, state))
+        return True
 
     def check(self, positions: int) -> None:
         """Raise Unsupported if rows of `positions` tokens are longer than a window that the model itself applies."""
@@ -232,12 +260,12 @@ class ModuleModel:
             cache = copy.copy(self._template)
             cache.layers = [layer.make_layer(size, partial(self._update, layer)) for layer in self._layers]
             self._caches[size] = cache
-        if self._passes_rows:
+        if self._variant.passes_rows:
             mask: Tensor = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
             options = {"attend_rows": self._attend}
         else:
             mask, options = self._bias(self._visible(None)), {}
-        with self._installed(), self._attention():
+        with self._installed(), self._implementations():
             return next_logits(
                 self.model, state[TOKEN][:, None], self._caches[size], attention_mask=mask,
                 position_ids=position[:, None], **options,
@@ -246,22 +274,31 @@ class ModuleModel:
     @contextmanager
     def _installed(self) -> Iterator[None]:
         """Let the faster functions take their places."""
-        with installed(self._substitutes):
+        with installed(self._variant.substitutes):
             yield
         for group in self._joined:
             group.forget()
 
     @contextmanager
-    def _attention(self) -> Iterator[None]:
-        """Let the modules call the attention function that takes `attend_rows`, whatever the configuration names."""
-        before = [(config, config._attn_implementation) for config in self._configs if self._passes_rows]
-        for config, _ in before:
-            config._attn_implementation = "sdpa"
+    def _implementations(self) -> Iterator[None]:
+        """Let the modules use the attention function that takes `attend_rows`, and the variant's experts."""
+        values = {
+            "_attn_implementation": "sdpa" if self._variant.passes_rows else None,
+            "_experts_implementation": self._variant.experts,
+        }
+        before = [
+            (config, name, getattr(config, name))
+            for config in self._configs
+            for name, value in values.items()
+            if value is not None and hasattr(config, name)
+        ]
+        for config, name, _ in before:
+            setattr(config, name, values[name])
         try:
             yield
         finally:
-            for config, name in before:
-                config._attn_implementation = name
+            for config, name, value in before:
+                setattr(config, name, value)
 
     def _check_rotations(self) -> None:
         if find_rotations(self.model.config):
@@ -271,7 +308,7 @@ class ModuleModel:
     def _applies_windows(self) -> bool:
         """Whether `_attend` applies the windows of all layers."""
         kinds = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
-        return self._passes_rows and "chunked_attention" not in kinds
+        return self._variant.passes_rows and "chunked_attention" not in kinds
 
     def _parts(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Yield the numbers of prompts that are computed together."""
