@@ -20,6 +20,7 @@ from grpo_core.batch import Rollouts, SamplingParams, Task
 from grpo_core.counts import quantify
 from grpo_core.distributed.ranks import draw_uniforms
 from grpo_core.model.loading import check_lengths
+from grpo_core.model.routing import Routers
 from grpo_core.sampling.cache_check import find_method
 from grpo_core.sampling.end_of_sequence import find_eos_ids
 from grpo_core.sampling.fused_decoder import FusedDecoder
@@ -40,7 +41,7 @@ class Sampler:
     `decoder` is auto (fused if it supports the model) or plain. `rows_at_once` bounds the completions that are decoded
     at once. If the GPU's memory does not suffice, it is halved, and the completions stay the same. `stop` are texts
     that end a completion and stay in it. `notify` receives a message when memory does not suffice, and when the fused
-    decoder does not support the model.
+    decoder does not support the model. The experts that `routers` choose are recorded with the completions.
 
     Raises:
         ValueError: `decoder` has another value, or rows_at_once is below 1.
@@ -58,6 +59,7 @@ class Sampler:
         rows_at_once: int | None = None,
         stop: Sequence[str] = (),
         notify: Callable[[str], None] = LOG.warning,
+        routers: Routers | None = None,
     ) -> None:
         if decoder not in ("auto", "plain"):
             raise ValueError(f"decoder is {decoder!r}; it must be auto or plain")
@@ -72,7 +74,7 @@ class Sampler:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
         self._hidden_ids = find_hidden_ids(tokenizer, self.eos_ids)
         self._stop = self._make_stop(stop)
-        self._plain = PlainDecoder(model, self.pad_id, self.eos_ids)
+        self._plain = PlainDecoder(model, self.pad_id, self.eos_ids, routers=routers)
         self._is_checked = False
         self._decoder: PlainDecoder | FusedDecoder | None = self._plain if decoder == "plain" else None
 
@@ -133,7 +135,8 @@ class Sampler:
         )
         mask = torch.arange(draws.ids.shape[1], device=self.device) < draws.lengths[:, None]
         texts = self._decode_texts(draws)
-        return Rollouts(prompt_ids, prompt_mask, draws.ids, mask, draws.logprobs, ~draws.ended, texts)
+        experts = draws.prompt_routed_experts, draws.routed_experts
+        return Rollouts(prompt_ids, prompt_mask, draws.ids, mask, draws.logprobs, ~draws.ended, texts, *experts)
 
     def release(self) -> None:
         """Free all memory that is held between calls; the next call allocates it again."""
