@@ -3,17 +3,19 @@
 import copy
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fakes import EOS, PAD, VOCAB, Alphabet, FixedTasks, TorchEngine, frozen_batch, tiny_policy
+from fakes import VOCAB, Alphabet, FixedTasks, TorchEngine, frozen_batch, tiny_policy
 from test_loop import make_run, rows
 from tiny_models import make_config, make_model
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from grpo_core.batch import replace_rows, take
-from grpo_core.config.sections import LoraConfig, LossConfig, ModelConfig
+from grpo_core.config.sections import LoraConfig, LossConfig, ModelConfig, RunConfig
+from grpo_core.model.memory import Budgets
 from grpo_core.model.packing import Budget
 from grpo_core.model.policy import Policy, enable_gradient_checkpointing, wrap
 from grpo_core.model.routing import check_has_routers, find_routers
@@ -21,7 +23,8 @@ from grpo_core.monitor.aggregates import Stats
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 from grpo_core.training.control import first_control
-from grpo_core.training.prepare import check_routing
+from grpo_core.training.distillation import show_teacher
+from grpo_core.training.prepare import build_objective, check_routing
 from grpo_core.training.trainer import train
 from grpo_core.training.update import accumulate_gradients, count_over_ranks, rows_to_train, update_policy
 
@@ -123,7 +126,7 @@ def test_without_a_difference_the_mismatch_is_0_and_routing_is_that_of_plain_for
     plain = [[] for _ in range(LAYERS)]
     hooks = [place[0].register_forward_hook(lambda _, __, out, seen=seen: seen.append(out[2]))
              for place, seen in zip(policy.routers.places, plain, strict=True)]  # fmt: skip
-    for i, (ids, first, length) in enumerate(each_row(rollouts)):
+    for i, (ids, _, length) in enumerate(each_row(rollouts)):
         policy.causal_lm(input_ids=ids)
         own = torch.cat([rollouts.prompt_routed_experts[i][rollouts.prompt_mask[i]], rollouts.routed_experts[i, : length - 1]])
         for layer in range(LAYERS):
@@ -216,9 +219,9 @@ def test_the_gradient_under_replay_is_that_of_plain_transformers_with_these_expe
     assert routers == LAYERS
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "granitemoe", "qwen3_next", "jetmoe", "llama4_text"])
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", "qwen3_next", "jetmoe"])
 def test_routing_of_other_types_is_recorded_and_replayed(name):
-    """Packed rows, grids, windows, recurrent layers, groups of experts, routers in the attention."""
+    """A grid, groups of experts, recurrent layers, routers in the attention; benchmarks/models.py has all types."""
     policy = Policy(moe(name))
     rollouts = draw(policy, 2)
     own = policy.forward(rollouts)
@@ -254,6 +257,8 @@ def test_neither_replay_nor_balance_depends_on_the_micro_batches(tmp_path, name)
     batch = frozen_batch(run, rollouts, torch.randn(4, 8, generator=torch.Generator().manual_seed(0)))
     whole, many = Stats(), Stats()
     one, gradient = split_gradient(run, batch, 10_000, whole)
+    if name == "qwen3_moe":
+        enable_gradient_checkpointing(policy.causal_lm)  # the layers are computed again in the backward
     several, split = split_gradient(run, batch, 24, many)
     assert one == 1 and several > 3
     torch.testing.assert_close(split, gradient, atol=1e-5 * float(gradient.norm()), rtol=0)
@@ -262,7 +267,7 @@ def test_neither_replay_nor_balance_depends_on_the_micro_batches(tmp_path, name)
     assert (split_gradient(run, batch, 24)[1] - split).norm() > 1e-3 * gradient.norm()
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "olmoe"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_the_balance_of_a_row_is_transformers_load_balancing_loss_of_its_layers(name):
     policy = Policy(moe(name))
     rollouts = draw(policy, 3)
@@ -288,11 +293,16 @@ def test_the_balance_of_a_sigmoid_router_has_its_normalised_scores():
 
 def test_balance_alone_trains_rows_without_an_advantage_and_evens_the_load(tmp_path):
     policy = moe_policy(lora=LoraConfig(r=0))
-    run = moe_run(tmp_path, policy, num_steps=12, loss=LossConfig(kl_coef=0.0, router_aux_coef=1.0), learning_rate=3e-3)
-    run = replace(run, rewards=[replace(run.rewards[0], function=lambda completions: [0.0] * len(completions))])
-    train(run)
-    losses = [row["router_aux_loss"] for row in rows(tmp_path)]
-    assert TOP_K <= losses[-1] < losses[0] - 0.02, losses
+    run = moe_run(tmp_path, policy, loss=LossConfig(kl_coef=0.0, router_aux_coef=0.5))
+    run.engine.by_gradient_descent(1e-3)
+    rollouts, stats = run.sampler.generate(run.tasks.batch(0), 8), Stats()
+    before = policy.forward(rollouts, router_balance=True).router_balance.detach()
+    update_policy(run, frozen_batch(run, rollouts, torch.zeros(4, 8)), 0, run.control, stats)
+    row = stats.reduce()
+    assert row["router_aux_loss"] == pytest.approx(float(before.mean()), rel=1e-6)
+    assert row["loss"] == pytest.approx(0.5 * float(before.mean()), rel=1e-5)
+    after = policy.forward(rollouts, router_balance=True).router_balance
+    assert 1e-4 < before.mean() - after.mean() < 0.5 and before.min() >= 0.9 * TOP_K
 
 
 def test_rows_of_other_widths_take_their_routing_along(policy):
@@ -305,10 +315,9 @@ def test_rows_of_other_widths_take_their_routing_along(policy):
     assert mismatch.max() == 0 and merged.routed_experts.shape == rollouts.routed_experts.shape
 
 
-@pytest.mark.parametrize("replays", [False, True])
-def test_a_resumed_step_is_bitwise_that_of_a_run_that_went_on(tmp_path, replays):
+def test_a_resumed_step_is_bitwise_that_of_a_run_that_went_on(tmp_path):
     def start(folder, weights=None, step=0):
-        policy = moe_policy(replays_routing=replays)
+        policy = moe_policy(replays_routing=True)
         if weights is not None:
             for parameter, value in zip(policy.parameters(), weights, strict=True):
                 parameter.data.copy_(value)
@@ -339,6 +348,14 @@ def test_a_rank_without_rows_adds_the_names_that_others_add(tmp_path, policy):
     assert names[0] == names[1] | names[0] and {"routing_mismatch", "router_aux_loss"} <= names[1]
 
 
+def test_a_teacher_chooses_its_own_experts(policy):
+    with perturbed(policy):
+        batch = frozen_batch(SimpleNamespace(
+            policy=policy, objective=build_objective(RunConfig(loss=LossConfig(kl_coef=0.0))), budgets=Budgets(Budget(100), Budget(100)),
+        ), draw(policy), torch.ones(4, 4))  # fmt: skip
+    assert batch.rollouts.routed_experts is not None and show_teacher(batch).routed_experts is None
+
+
 def test_a_trained_copy_of_a_router_is_one_router_with_its_original():
     policy = moe_policy(lora=LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["gate"]))
     rollouts = draw(policy)
@@ -364,6 +381,8 @@ def test_models_without_routers_are_refused_in_a_sentence(tmp_path):
     config = make_run(tmp_path, loss=LossConfig(router_aux_coef=0.1)).config
     with pytest.raises(ConfigError, match="loss.router_aux_coef is 0.1, but the phimoe model at model.path has routers"):
         check_routing(config, Policy(moe("phimoe")))
+    with pytest.raises(ConfigError, match="inkling_text model at model.path has routers whose probabilities of experts are"):
+        check_routing(config, Policy(moe("inkling_text")))
     check_routing(config, Policy(moe()))
 
 

@@ -51,12 +51,21 @@ def check_has_routers(config: PretrainedConfig, key: str, value: object, trust_r
         raise ConfigError(f"{_begin_refusal(key, value, config.model_type)} has no routers; set it to {_off(value)}")
 
 
-def describe_unknown_routers(model_type: str, key: str, value: object) -> str:
-    """Return the sentence that refuses `key` for a model whose routers choose in a way that is not known here."""
-    return (
-        f"{_begin_refusal(key, value, model_type)} has routers whose choice of experts cannot be recorded; set it to "
-        f"{_off(value)}"
-    )
+def check_can_route(model_type: str, routers: Routers | None, key: str, value: object, *, balances: bool) -> None:
+    """Refuse `key` for a loaded model whose routers choose in a way that is not known here; None: not found.
+
+    Raises:
+        ConfigError: the chosen experts cannot be recorded; or their probabilities are not known, and `key` needs them.
+    """
+    problem = None
+    if routers is None:
+        problem = "choice of experts cannot be recorded"
+    elif balances and not routers.has_probabilities:
+        problem = "probabilities of experts are not known"
+    if problem:
+        raise ConfigError(
+            f"{_begin_refusal(key, value, model_type)} has routers whose {problem}; set it to {_off(value)}"
+        )
 
 
 def _begin_refusal(key: str, value: object, model_type: str) -> str:

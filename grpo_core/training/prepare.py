@@ -23,7 +23,7 @@ from grpo_core.model.loading import (
     load_tokenizer_of,
 )
 from grpo_core.model.policy import Policy
-from grpo_core.model.routing import check_has_routers, describe_unknown_routers
+from grpo_core.model.routing import check_can_route, check_has_routers
 from grpo_core.model.teacher import check_teacher, model_of_teacher
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
@@ -135,9 +135,9 @@ def check_routing(config: RunConfig, policy: Policy) -> None:
     Raises:
         ConfigError: the experts that they choose cannot be recorded and replaced, or their probabilities are unknown.
     """
+    model_type = policy.causal_lm.config.model_type
     for key, value in find_routing_keys(config).items():
-        if policy.routers is None or (key == "loss.router_aux_coef" and not policy.routers.has_probabilities):
-            raise ConfigError(describe_unknown_routers(policy.causal_lm.config.model_type, key, value))
+        check_can_route(model_type, policy.routers, key, value, balances=key == "loss.router_aux_coef")
 
 
 def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task], source: str | None = None) -> None:
