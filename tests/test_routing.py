@@ -22,6 +22,7 @@ from grpo_core.model.routing import check_has_routers, find_routers
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
+from grpo_core.training import saved_batches
 from grpo_core.training.control import first_control
 from grpo_core.training.distillation import show_teacher
 from grpo_core.training.prepare import build_objective, check_routing
@@ -155,6 +156,23 @@ def test_with_several_minibatches_the_metric_is_that_before_the_first_update(tmp
     assert [row["routing_mismatch"] for row in rows(tmp_path)] == [0, 0]
 
 
+def test_a_stop_string_cuts_the_routing_with_the_completion(policy):
+    whole = draw(policy)
+    texts = sorted({text[2] for text in whole.completions if len(text) > 2})
+    sampler = Sampler(policy.causal_lm, Alphabet(), max_new_tokens=5, routers=policy.routers, stop=texts)
+    cut = sampler.generate(FixedTasks().batch(0), 4)
+    assert cut.lengths().max() <= 3 < whole.lengths().max()
+    assert policy.forward(cut).routing_mismatch.max() == 0
+
+
+def test_the_routing_of_ranks_is_joined_as_their_tokens_are():
+    prompts, completions = (
+        saved_batches._concatenate(name, [torch.ones(1, 2, 3, 2), torch.ones(2, 3, 3, 2)])[:, :, 0, 0].tolist()
+        for name in ("prompt_routed_experts", "routed_experts")
+    )
+    assert prompts == [[0, 1, 1], [1, 1, 1], [1, 1, 1]] and completions == [[1, 1, 0], [1, 1, 1], [1, 1, 1]]
+
+
 @pytest.mark.parametrize("replays", [False, True])
 def test_with_replay_the_log_probs_are_those_of_the_perturbed_sampler(policy, replays):
     with perturbed(policy):
@@ -278,6 +296,25 @@ def test_the_balance_of_a_row_is_transformers_load_balancing_loss_of_its_layers(
         torch.testing.assert_close(balance[i, 0], torch.stack(each).mean())
 
 
+def test_the_load_under_replay_is_that_of_the_replayed_experts(policy):
+    own, replaying = Policy(policy.model), Policy(policy.model, replays_routing=True)
+    rollouts = draw(policy)
+    only = torch.tensor([0, 1], dtype=torch.uint8)
+    rollouts = replace(rollouts, **{
+        field: only.expand_as(getattr(rollouts, field)).clone() for field in ("prompt_routed_experts", "routed_experts")
+    })  # fmt: skip
+    stats = replaying.forward(rollouts, router_balance=True)
+    assert not torch.equal(stats.router_balance, own.forward(rollouts, router_balance=True).router_balance)
+    choices = []
+    begin = replaying._begin_routing
+    replaying._begin_routing = lambda *args: choices.append(begin(*args)) or choices[-1]
+    replaying.forward(rollouts, router_balance=True)
+    members = next(iter(policy.plan(rollouts))).members()
+    shares = [c.probabilities().flatten(0, -2)[:, :2].sum(dim=1) for c in choices[-1].choices.values()]
+    means = torch.stack([(members / members.sum(1, keepdim=True)) @ share for share in shares]).mean(dim=0)
+    torch.testing.assert_close(stats.router_balance.squeeze(1), EXPERTS * means)
+
+
 def test_the_balance_of_a_sigmoid_router_has_its_normalised_scores():
     """DeepSeek-V3's sequence-wise balance, arXiv:2412.19437, equations 17 to 20, without its factor 1 / k."""
     policy = Policy(moe("deepseek_v3"))
@@ -381,6 +418,7 @@ def test_models_without_routers_are_refused_in_a_sentence(tmp_path):
     config = make_run(tmp_path, loss=LossConfig(router_aux_coef=0.1)).config
     with pytest.raises(ConfigError, match="loss.router_aux_coef is 0.1, but the phimoe model at model.path has routers"):
         check_routing(config, Policy(moe("phimoe")))
+    assert (find_routers(moe("longcat_flash")).dtype, find_routers(moe()).dtype) == (torch.int16, torch.uint8)
     with pytest.raises(ConfigError, match="inkling_text model at model.path has routers whose probabilities of experts are"):
         check_routing(config, Policy(moe("inkling_text")))
     check_routing(config, Policy(moe()))
