@@ -1,6 +1,8 @@
 """Mixture of experts: the routing of sampler and trainer is compared and replayed, and balanced by a loss."""
 
 import copy
+import shutil
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from fakes import VOCAB, Alphabet, FixedTasks, TorchEngine, frozen_batch, tiny_policy
 from test_loop import make_run, rows
 from tiny_models import make_config, make_model
@@ -16,18 +19,21 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from grpo_core.batch import replace_rows, take
 from grpo_core.config.sections import LoraConfig, LossConfig, ModelConfig, RunConfig
 from grpo_core.model.memory import Budgets
-from grpo_core.model.packing import Budget
+from grpo_core.model.packing import Budget, pack_routed_experts
 from grpo_core.model.policy import Policy, enable_gradient_checkpointing, wrap
 from grpo_core.model.routing import check_has_routers, find_routers
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
-from grpo_core.training import saved_batches
+from grpo_core.training import saved_batches, setup
 from grpo_core.training.control import first_control
 from grpo_core.training.distillation import show_teacher
 from grpo_core.training.prepare import build_objective, check_routing
 from grpo_core.training.trainer import train
 from grpo_core.training.update import accumulate_gradients, count_over_ranks, rows_to_train, update_policy
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from models import save_model
 
 LAYERS, EXPERTS, TOP_K = 2, 4, 2  # of a tiny model
 
@@ -124,6 +130,8 @@ def test_without_a_difference_the_mismatch_is_0_and_routing_is_that_of_plain_for
     rollouts = draw(policy)
     assert rollouts.routed_experts.dtype == torch.uint8 and rollouts.routed_experts.shape[2:] == (LAYERS, TOP_K)
     assert policy.forward(rollouts).routing_mismatch.abs().max() == 0
+    in_other_order = replace(rollouts, routed_experts=rollouts.routed_experts.flip(-1))
+    assert policy.forward(in_other_order).routing_mismatch.abs().max() == 0  # a choice is a set
     plain = [[] for _ in range(LAYERS)]
     hooks = [place[0].register_forward_hook(lambda _, __, out, seen=seen: seen.append(out[2]))
              for place, seen in zip(policy.routers.places, plain, strict=True)]  # fmt: skip
@@ -342,6 +350,15 @@ def test_balance_alone_trains_rows_without_an_advantage_and_evens_the_load(tmp_p
     assert 1e-4 < before.mean() - after.mean() < 0.5 and before.min() >= 0.9 * TOP_K
 
 
+def test_padding_of_a_grid_has_different_experts():
+    policy = Policy(moe("gpt_oss"))
+    rollouts = draw(policy, 2)
+    rollouts = replace(rollouts, prompt_routed_experts=rollouts.prompt_routed_experts * rollouts.prompt_mask[..., None, None])
+    (packing,) = policy.plan(rollouts)
+    experts = pack_routed_experts(rollouts, packing)
+    assert policy.layout == "grid" and not packing.mask.all() and (experts[..., 0] != experts[..., 1]).all()
+
+
 def test_rows_of_other_widths_take_their_routing_along(policy):
     rollouts = draw(policy)
     short = take(rollouts, torch.tensor([8, 9, 10, 11]))
@@ -352,26 +369,26 @@ def test_rows_of_other_widths_take_their_routing_along(policy):
     assert mismatch.max() == 0 and merged.routed_experts.shape == rollouts.routed_experts.shape
 
 
-def test_a_resumed_step_is_bitwise_that_of_a_run_that_went_on(tmp_path):
-    def start(folder, weights=None, step=0):
-        policy = moe_policy(replays_routing=True)
-        if weights is not None:
-            for parameter, value in zip(policy.parameters(), weights, strict=True):
-                parameter.data.copy_(value)
-        run = moe_run(folder, policy, num_steps=2, loss=LossConfig(kl_coef=0.01, router_aux_coef=0.1))
-        run = replace(run, start_step=step)
-        run.engine.by_gradient_descent()
-        return run
-
-    first = replace(start(tmp_path / "a"), num_steps=1)
-    train(first)
-    train(start(tmp_path / "b", [p.detach() for p in first.policy.parameters()], step=1))
-    train(start(tmp_path / "c"))
-    (resumed,), (_, went_on) = rows(tmp_path / "b"), rows(tmp_path / "c")
+def test_a_run_replays_what_its_sampler_recorded_and_resumes_bitwise(here, tmp_path, monkeypatch):
+    """The command train: its sampler records, its policy replays, and a resumed step is the one that it was."""
+    model, policies, load_policy = tmp_path / "model", [], setup.load_policy
+    save_model("qwen3_moe", model)
+    monkeypatch.setattr(setup, "load_policy", lambda *args, **more: policies.append(load_policy(*args, **more)) or policies[-1])
+    keys = (
+        f"model.path={model}", f"output_dir={tmp_path}", "name=moe", "trainer.num_steps=2", "trainer.completions_per_step=8",
+        "sampling.group_size=4", "sampling.max_new_tokens=4", "sampling.replay_routing=true", "loss.router_aux_coef=0.1",
+        "checkpoint.every=1", "evaluation.num_tasks=0", "data.limit=8", "lora.target_modules=[q_proj]",
+    )  # fmt: skip
+    out = here("train", "--config", "tiny", *keys)
+    assert out.returncode == 0 and policies[0].replays_routing and "model.layers.0.mlp.experts and 1 more" in out.stdout
+    folder = tmp_path / "moe"
+    before = rows(folder)
+    shutil.rmtree(folder / "checkpoints" / "step-000002")
+    assert here("train", "--config", "tiny", *keys, "resume=force").returncode == 0
     timed = ("seconds", "tokens_per_second", "peak", "memory")
-    assert {k: v for k, v in resumed.items() if not k.startswith(timed)} == {
-        k: v for k, v in went_on.items() if not k.startswith(timed)
-    }
+    for row, again in zip(before, rows(folder), strict=True):
+        assert {k: v for k, v in row.items() if not k.startswith(timed)}.items() <= again.items()
+        assert row["routing_mismatch"] == 0 and row["router_aux_loss"] > 1
 
 
 def test_a_rank_without_rows_adds_the_names_that_others_add(tmp_path, policy):
