@@ -180,7 +180,7 @@ class TrainBatch:
         shape = self.rollouts.completion_ids.shape
         assert self.advantages.shape in ((len(self.rollouts), 1), shape) and self.loss_mask.shape == shape
         logprobs = (self.old_logprobs, self.ref_logprobs, self.frozen_logprobs, self.teacher_logprobs)
-        rest = (self.surrogate_mask, self.selected, *logprobs)
+        rest = (self.surrogate_mask, self.selected, self.routing_mismatch, *logprobs)
         assert all(x is None or x.shape == shape for x in rest)
 
     def __len__(self) -> int:
