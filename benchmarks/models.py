@@ -60,6 +60,7 @@ PAGE, BEGIN, END = ROOT / "docs" / "models.md", "<!-- table -->", "<!-- end of t
 VERDICTS = ("right", "refused", "wrong", "traceback", "not built")
 VOCABULARY = 496  # of the built-in tokenizer
 LOGPROB_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-5  # nats; relative
+ROUTING_TOLERANCE = 0.002  # share of tokens and routers; a token on a tie may go either way
 PROMPT_LENGTHS, GROUP_SIZE, NEW_TOKENS = (11, 5, 11, 14), 2, 12
 MINUTES = 3  # that one type may take
 
@@ -137,7 +138,8 @@ def check_numbers(folder: Path, attention: str, numbers: dict[str, float]) -> No
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     plain = make_plain(model, policy)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    sampler = Sampler(policy.causal_lm, tokenizer, max_new_tokens=NEW_TOKENS, notify=lambda text: None)
+    options = {"max_new_tokens": NEW_TOKENS, "notify": lambda text: None}
+    sampler = Sampler(policy.causal_lm, tokenizer, routers=policy.routers, **options)
     prompts = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
     tasks = [Task(i, "", ids, {}, seed=(0, 0, i)) for i, ids in enumerate(prompts)]
     rollouts = sampler.generate(tasks, GROUP_SIZE)
@@ -164,6 +166,7 @@ def check_numbers(folder: Path, attention: str, numbers: dict[str, float]) -> No
         tolerance, numbers["gradient"] = (float((x - exact).norm() / exact.norm()) for x in (theirs, ours))
         tolerance = max(GRADIENT_TOLERANCE, 2 * tolerance)
         plain.float()
+    check_routing(policy, rollouts, trained.detach(), numbers)
     greedy = sampler.generate(tasks, 1, greedy=True)
     numbers["greedy"] = float(count_greedy_differences(plain, tasks, greedy))
     for key in ("trainer", "reference", "sampler"):
@@ -173,6 +176,21 @@ def check_numbers(folder: Path, attention: str, numbers: dict[str, float]) -> No
         raise Wrong(f"the gradient differs by {numbers['gradient']:.2g}")
     if numbers["greedy"]:
         raise Wrong(f"{numbers['greedy']:.0f} of {len(tasks)} greedy completions differ from generate")
+
+
+def check_routing(policy: Policy, rollouts: Rollouts, logprobs: Tensor, numbers: dict[str, float]) -> None:
+    """Compare the experts of sampler and trainer, and the log-probs [B, C] with those under replayed routing."""
+    if policy.routers is None:
+        return
+    with torch.no_grad():
+        numbers["routing_mismatch"] = float(policy.forward(rollouts).routing_mismatch.mean())
+        policy.replays_routing = True
+        numbers["replay"] = float((forwards(policy, rollouts) - logprobs).abs().max())
+        policy.replays_routing = False
+    if numbers["routing_mismatch"] > ROUTING_TOLERANCE:
+        raise Wrong(f"{numbers['routing_mismatch']:.2%} of the choices of experts differ between sampler and trainer")
+    if not numbers["replay"] <= LOGPROB_TOLERANCE:
+        raise Wrong(f"log-probs under replayed routing differ by {numbers['replay']:.2g} nats")
 
 
 def make_plain(model: ModelConfig, policy: Policy) -> Any:

@@ -11,7 +11,7 @@ completion token t; only model/packing.py shifts by one. Two prompts with G = 1,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -52,6 +52,9 @@ class Rollouts:
     rollout_logprobs: Tensor  # [B, C] float32, under the distribution that was sampled; 0 where masked
     truncated: Tensor  # [B] bool, true without an end-of-sequence token or stop string within max_new_tokens
     completions: tuple[str, ...] = ()  # B texts; empty where the completions were not decoded
+    # experts that the L routers of the sampler's model chose for each token, k of them; None: not recorded
+    prompt_routed_experts: Tensor | None = None  # [B, P, L, k] uint8 or int16
+    routed_experts: Tensor | None = None  # [B, C, L, k]; anything where masked, and for the last token of a completion
 
     def __post_init__(self) -> None:
         rows, width = self.completion_ids.shape
@@ -59,6 +62,10 @@ class Rollouts:
         assert self.completion_mask.shape == self.rollout_logprobs.shape == (rows, width)
         assert self.truncated.shape == (rows,) and len(self.completions) in (0, rows)
         assert self.completion_mask.dtype == self.prompt_mask.dtype == torch.bool
+        assert (self.routed_experts is None) == (self.prompt_routed_experts is None)
+        if self.routed_experts is not None and self.prompt_routed_experts is not None:
+            assert self.routed_experts.shape[:2] == (rows, width)
+            assert self.prompt_routed_experts.shape[:2] == self.prompt_ids.shape
 
     def __len__(self) -> int:
         return len(self.completion_ids)
@@ -66,6 +73,10 @@ class Rollouts:
     def lengths(self) -> Tensor:
         """Return the number of completion tokens of each row, [B]."""
         return self.completion_mask.sum(dim=1)
+
+    def without_routing(self) -> Rollouts:
+        """Return the rollouts without the experts that the sampler's routers chose."""
+        return replace(self, prompt_routed_experts=None, routed_experts=None)
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,8 @@ class Frozen:
     teacher_logprobs: Tensor | None = None  # [B, C]; None when nothing reads them
     teacher_prompt_ids: Tensor | None = None  # [B, P'] the teacher's prompts; None: they are the policy's
     teacher_prompt_mask: Tensor | None = None  # [B, P'] bool
+    # [B, C] share of routers that chose other experts than in the sampler, beside old_logprobs; None: not recorded
+    routing_mismatch: Tensor | None = None
 
     def with_advantages(self, advantages: Tensor, rewards: Tensor | None = None) -> TrainBatch:
         """Return the batch of the update; `advantages` [N, G], [N, G, C], [B, 1] or [B, C], `rewards` [N, G]."""
@@ -136,6 +149,7 @@ class Frozen:
             self.ref_logprobs,
             rewards,
             frozen_logprobs=self.logprobs,
+            routing_mismatch=self.routing_mismatch,
             teacher_logprobs=self.teacher_logprobs,
             teacher_prompt_ids=self.teacher_prompt_ids,
             teacher_prompt_mask=self.teacher_prompt_mask,
@@ -159,12 +173,14 @@ class TrainBatch:
     teacher_logprobs: Tensor | None = None  # [B, C]; None if nothing reads them
     teacher_prompt_ids: Tensor | None = None  # [B, P'] the teacher's prompts; None: they are the policy's
     teacher_prompt_mask: Tensor | None = None  # [B, P'] bool
+    # [B, C] share of routers that chose other experts than in the sampler, beside old_logprobs; None: not recorded
+    routing_mismatch: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = self.rollouts.completion_ids.shape
         assert self.advantages.shape in ((len(self.rollouts), 1), shape) and self.loss_mask.shape == shape
         logprobs = (self.old_logprobs, self.ref_logprobs, self.frozen_logprobs, self.teacher_logprobs)
-        rest = (self.surrogate_mask, self.selected, *logprobs)
+        rest = (self.surrogate_mask, self.selected, self.routing_mismatch, *logprobs)
         assert all(x is None or x.shape == shape for x in rest)
 
     def __len__(self) -> int:
@@ -198,27 +214,30 @@ def random_order(count: int, generator: torch.Generator) -> Tensor:
 def replace_rows(rollouts: Rollouts, rows: Tensor, others: Rollouts) -> Rollouts:
     """Return `rollouts` with its rows `rows` [len(others)] replaced by `others`; the narrower of the two is padded."""
 
-    def replace(name: str, pad_left: bool) -> Tensor:
+    def put(name: str, pad_left: bool) -> Tensor:
         old, new = getattr(rollouts, name), getattr(others, name)
         width = max(old.shape[1], new.shape[1])
-        merged = _pad_columns(old, width, pad_left).clone()
-        merged[rows.to(merged.device)] = _pad_columns(new, width, pad_left)
+        merged = pad_columns(old, width, pad_left).clone()
+        merged[rows.to(merged.device)] = pad_columns(new, width, pad_left)
         return merged
 
     truncated, texts = rollouts.truncated.clone(), list(rollouts.completions)
     truncated[rows.to(truncated.device)] = others.truncated
     for row, text in zip(rows.tolist(), others.completions, strict=True):
         texts[row] = text
-    prompts = {name: replace(name, pad_left=True) for name in ("prompt_ids", "prompt_mask")}
+    prompts = {name: put(name, pad_left=True) for name in ("prompt_ids", "prompt_mask")}
     names = ("completion_ids", "completion_mask", "rollout_logprobs")
-    tokens = {name: replace(name, pad_left=False) for name in names}
+    tokens = {name: put(name, pad_left=False) for name in names}
+    if rollouts.routed_experts is not None:
+        prompts["prompt_routed_experts"] = put("prompt_routed_experts", pad_left=True)
+        tokens["routed_experts"] = put("routed_experts", pad_left=False)
     return Rollouts(**prompts, **tokens, truncated=truncated, completions=tuple(texts))
 
 
-def _pad_columns(values: Tensor, width: int, pad_left: bool) -> Tensor:
-    """Pad [B, n] to [B, width] with zeros on the left or on the right."""
+def pad_columns(values: Tensor, width: int, pad_left: bool) -> Tensor:
+    """Pad [B, n, ...] to [B, width, ...] with zeros on the left or on the right."""
     missing = width - values.shape[1]
-    return F.pad(values, (missing, 0) if pad_left else (0, missing))
+    return F.pad(values, (0, 0) * (values.dim() - 2) + ((missing, 0) if pad_left else (0, missing)))
 
 
 Batch = TypeVar("Batch", Rollouts, TrainBatch)

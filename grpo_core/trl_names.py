@@ -29,6 +29,7 @@ OPTION_HINTS = {  # TRL option -> what to use here
     "loss_type": "loss.name and loss.average, or preset=NAME for a complete published objective",
     "importance_sampling_level": "loss.name: grpo for token, gspo for sequence",
     "beta": "loss.kl_coef",
+    "router_aux_loss_coef": "loss.router_aux_coef",
     "use_bias_correction_kl": "loss.kl=k3_corrected",
     "epsilon": "clip_low in loss.args, and the same value for clip_high unless epsilon_high is set",
     "epsilon_high": "clip_high in loss.args, or cap there for the loss cispo",

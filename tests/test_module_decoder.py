@@ -11,6 +11,7 @@ from torch import nn
 from grpo_core.batch import SamplingParams, Task
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model.policy import wrap
+from grpo_core.model.routing import find_routers
 from grpo_core.sampling import graph_decoder, module_model
 from grpo_core.sampling.computation import Unsupported
 from grpo_core.sampling.decode_ops import TorchOps
@@ -199,3 +200,18 @@ def test_memory_is_given_back_after_a_call():
 def test_a_decoder_is_named_in_the_configuration():
     with pytest.raises(ValueError, match="decoder is 'fast'; it must be auto, modules, plain"):
         make_sampler(make_model("llama"), "fast")
+
+
+@pytest.mark.parametrize("rows_at_once", [None, 5])
+def test_the_experts_are_those_that_the_plain_decoder_records(rows_at_once):
+    model = make_model("qwen3_moe")
+    routers = find_routers(model)
+    want = make_sampler(model, "plain", routers=routers).generate(tasks(61), 3)
+    sampler = make_sampler(model, "modules", rows_at_once=rows_at_once, routers=routers)
+    for _ in range(2):
+        got = sampler.generate(tasks(61), 3)
+        agree(got, want)
+        assert sampler.decoder_name == "modules" and want.routed_experts.unique().numel() == 4
+        assert torch.equal(got.routed_experts, want.routed_experts)
+        assert torch.equal(got.prompt_routed_experts[want.prompt_mask], want.prompt_routed_experts[want.prompt_mask])
+    assert sampler.generate(tasks(61)[:1], 2, max_new_tokens=3).routed_experts.shape[:2] == (2, 3)

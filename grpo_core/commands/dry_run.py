@@ -31,7 +31,7 @@ from grpo_core.report.eval_sets import label_set
 from grpo_core.schema import ConfigError, printable
 from grpo_core.scoring.scoring import score
 from grpo_core.training.deepspeed_config import deepspeed_config
-from grpo_core.training.prepare import Prepared, make_rewards, make_sampler, prepare, prepare_teacher
+from grpo_core.training.prepare import Prepared, check_routing, make_rewards, make_sampler, prepare, prepare_teacher
 from grpo_core.training.resume import RunStart, check_num_steps, look_up_start
 from grpo_core.training.run_dir import describe_unwritable, holds_run
 from grpo_core.training.setup import count_steps, find_longest_teacher_prompt
@@ -87,6 +87,7 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
             load_checkpoint(policy, start.checkpoint)
         teacher = load_teacher(config, policy, dtype, ranks.device())
         policy.model.to(ranks.device())
+        check_routing(config, policy)
     yield "Memory of one process\n" + _indent(describe_memory(config, policy, tasks, per_rank, teacher))
     if step < num_steps:
         yield f"One group{_of_step(step)}, sampled and scored\n" + _indent(

@@ -53,7 +53,7 @@ from grpo_core.training.saved_batches import DumpedBatch
 
 USED_KEYS = (  # a replay depends on keys that begin so
     *("loss.", "advantage.", "truncation", "preset", "model."),
-    *("sampling.temperature", "sampling.max_new_tokens", "trainer.tokens_per_micro_batch"),
+    *("sampling.temperature", "sampling.max_new_tokens", "sampling.replay_routing", "trainer.tokens_per_micro_batch"),
 )
 MAX_GPU_TOKENS = 16_384  # in one forward and backward
 MAX_LISTED_BATCHES = 12  # in an error message
@@ -201,8 +201,9 @@ def replay(dumped: DumpedBatch, weights: Weights, name: str, config: RunConfig, 
     """
     dumped = replace(dumped, batch=_move_to(dumped.batch, ranks.device()))
     policy = weights.policy
-    policy.temperature = config.sampling.temperature
-    objective = replace(build_objective(config), steps_per_batch=1, learns_from_ties=True)
+    policy.temperature, policy.replays_routing = config.sampling.temperature, config.sampling.replay_routing
+    # the load-balancing loss of routers is no sum over tokens, so no token has a part in it
+    objective = replace(build_objective(config), steps_per_batch=1, learns_from_ties=True, router_aux_coef=0.0)
     budget, control = _choose_budget(config), _make_control(dumped, config, own)
     batch = _rebuild_batch(dumped, weights, objective, budget, config, own)
     attribution = compute_attribution(policy, objective, budget, batch, control)

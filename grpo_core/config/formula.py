@@ -67,6 +67,8 @@ def render(config: RunConfig) -> str:
     if loss.positive_nll_coef:
         above = _format_number(loss.positive_nll_above)
         rows.append(("NLL", f"mean -l over the tokens of completions with a reward above {above}"))
+    if loss.router_aux_coef:
+        rows.append(("B", "mean load-balancing loss of the step's completions"))
     rows += [("A", _describe_advantage(config)), *_describe_teacher(config)]
     rewards = " + ".join(
         f"{_format_number(reward.weight)} {reward.name}{_render_arguments(reward.args)}" for reward in config.rewards
@@ -105,7 +107,8 @@ def _render_sum(config: RunConfig) -> str:
     text = f"sum over tokens of {_join(terms)} * weight"
     if loss.entropy_coef or loss.entropy_target is not None:
         text += f", - {_format_number(loss.entropy_coef)} H"
-    return text + (f", + {_format_number(loss.positive_nll_coef)} NLL" if loss.positive_nll_coef else "")
+    text += f", + {_format_number(loss.positive_nll_coef)} NLL" if loss.positive_nll_coef else ""
+    return text + (f", + {_format_number(loss.router_aux_coef)} B" if loss.router_aux_coef else "")
 
 
 def _join(terms: list[str]) -> str:

@@ -77,6 +77,7 @@ class SamplingConfig:
     rows_at_once: int | None = None  # completions decoded together on one rank; null: all that fit
     decoder: Literal["auto", "modules", "plain"] = "auto"  # auto: the fastest that supports the model (docs/models.md)
     stop: list[str] | str = field(default_factory=list)  # texts that end a completion and stay in it; one, or a list
+    replay_routing: bool = False  # train a mixture of experts with the experts that the sampler chose
 
     @property
     def stop_strings(self) -> list[str]:
@@ -139,6 +140,7 @@ class LossConfig:
     log_ratio_coef: float = 0.0  # weight of (l - l_roll)^2, on all tokens
     positive_nll_coef: float = 0.0  # weight of the mean -l over the completions that are positive examples
     positive_nll_above: float = 0.0  # a completion with a reward above this is one
+    router_aux_coef: float = 0.0  # weight of the load-balancing loss of a mixture of experts, a mean over completions
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,7 @@ class _Trial:
         has_divergence = config.loss.kl_coef > 0 and config.loss.kl_in == "loss" and get_fact(kl, "full_vocabulary")
         self.divergence = kl if has_divergence else None
         self.entropy = config.loss.entropy_coef > 0 or config.loss.entropy_target is not None
+        self.router_balance = config.loss.router_aux_coef > 0
 
     def budget_of(self, rows: int) -> Budget:
         """Return the budget that a forward over `rows` rows needs."""
@@ -227,9 +228,10 @@ class _Trial:
                 entropy_gradient=self.entropy,
                 divergence=self.divergence,
                 teacher=self._compute_teacher_states(rollouts),
+                router_balance=self.router_balance,
             )
             outputs = [tokens.logprobs, tokens.entropy if self.entropy else None, tokens.divergence]
-            outputs.append(tokens.teacher_divergence)
+            outputs += [tokens.teacher_divergence, tokens.router_balance]
             loss = sum(values.sum() for values in outputs if values is not None)
             torch.autograd.grad(loss, self.policy.parameters(), allow_unused=True)
 

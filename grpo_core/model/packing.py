@@ -124,6 +124,13 @@ class Packing:
     attention: AttentionRows | Segments | None  # None: a grid
     mask: Tensor | None  # [R, L] bool of a grid
     tokens: int  # T
+    row_tokens: tuple[np.ndarray, np.ndarray]  # every token of every row: which of the b rows, which of the T tokens
+
+    def members(self) -> Tensor:
+        """Return 1 where a token belongs to a row, else 0, [b, T] float32. Rows may share the tokens of a prompt."""
+        members = np.zeros((len(self.rows), self.tokens), dtype=np.float32)
+        members[self.row_tokens] = 1.0
+        return _to_device(self.rows.device, members)
 
 
 @dataclass(frozen=True)
@@ -282,7 +289,24 @@ def pack(rollouts: Rollouts, shapes: RowShapes, rows: Sequence[int], layout: Lay
         attention=attention,
         mask=mask,
         tokens=size,
+        row_tokens=(row, token),
     )
+
+
+def pack_routed_experts(rollouts: Rollouts, packing: Packing) -> Tensor | None:
+    """Return the experts that the sampler chose for the tokens of one forward, [T, L, k]; None if not recorded.
+
+    `rollouts` are the rows of `packing`. A prompt that rows share has those of the first of them. Padding gets k
+    different experts, because some experts' code relies on that.
+    """
+    prompt, completion = rollouts.prompt_routed_experts, rollouts.routed_experts
+    if prompt is None or completion is None:
+        return None
+    experts = torch.cat([prompt, completion], dim=1).flatten(0, 1)[packing.source]
+    if packing.mask is None:
+        return experts
+    any_experts = torch.arange(experts.shape[-1], dtype=experts.dtype, device=experts.device)
+    return torch.where(packing.mask.flatten()[:, None, None], experts, any_experts)
 
 
 def _enumerate(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

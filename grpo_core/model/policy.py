@@ -35,8 +35,9 @@ from grpo_core.model.logprobs import (
     token_divergence,
     token_logprobs,
 )
-from grpo_core.model.packing import Budget, Layout, Packing, Plan, plan
+from grpo_core.model.packing import Budget, Layout, Packing, Plan, pack_routed_experts, plan
 from grpo_core.model.rotation import find_rotations, forget_lengths
+from grpo_core.model.routing import RoutedForward, Routers, find_routers, watching
 from grpo_core.model.update_mode import enable_gradient_checkpointing, evaluation_mode, update_mode
 from grpo_core.monitor.file_modes import apply_umask
 from grpo_core.schema import ConfigError
@@ -51,20 +52,28 @@ class TokenStats:
     divergence: Tensor | None = None  # from the reference; None if not asked for
     sum_p_squared: Tensor | None = None  # sum over the vocabulary of the squared probabilities, without gradient
     teacher_divergence: Tensor | None = None  # from the teacher; None if not asked for
+    routing_mismatch: Tensor | None = None  # share of routers that chose other experts in the sampler; None: unknown
+    router_balance: Tensor | None = None  # [B, 1] load-balancing loss of each row; None if not asked for
 
 
 class Policy:
     """A causal language model, with an adapter or without, that computes log-probs of completions.
 
-    The model stays in evaluation mode (no dropout). Inside `training()` the adapter's dropout acts, and only that.
+    The model stays in evaluation mode (no dropout). Inside `training()` the adapter's dropout acts, and only that. With
+    `replays_routing`, policy and reference compute with the experts that the sampler chose, where rollouts have them.
     """
 
     def __init__(
-        self, model: PeftModel | PreTrainedModel, *, temperature: float = 1.0, chunk_size: int | None = None
+        self,
+        model: PeftModel | PreTrainedModel,
+        *,
+        temperature: float = 1.0,
+        chunk_size: int | None = None,
+        replays_routing: bool = False,
     ) -> None:
         self.model = model.eval()
         self.causal_lm: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.temperature, self.chunk_size = temperature, chunk_size
+        self.temperature, self.chunk_size, self.replays_routing = temperature, chunk_size, replays_routing
         self._reference: list[Tensor] | None = None  # its trained weights in float32; None: the adapter is off
         self._rounded_reference: list[Tensor] | None = None  # the same in the dtype of the parameters
         self._rotations = find_rotations(self.causal_lm.config)
@@ -75,6 +84,15 @@ class Policy:
         """The layout in which rows share a forward of this model (packing.py), found by trying in evaluation mode."""
         with torch.no_grad(), evaluation_mode(self._modules):
             return packed_attention.find_layout(self.causal_lm, self._hidden)
+
+    @cached_property
+    def routers(self) -> Routers | None:
+        """The routers of this model; None of a dense model, and where their experts cannot be recorded."""
+        return find_routers(self.causal_lm)
+
+    def compares_routing(self, rollouts: Rollouts) -> bool:
+        """Return whether a forward of these rollouts has `routing_mismatch`."""
+        return rollouts.routed_experts is not None and self.routers is not None
 
     def plan(self, rollouts: Rollouts, budget: Budget | None = None, rows: Sequence[int] | None = None) -> Plan:
         """Divide `rows` (default: all) into as few forwards as `budget` allows. Reads the device once."""
@@ -92,8 +110,9 @@ class Policy:
         entropy_gradient: bool = False,
         divergence: Callable | None = None,
         teacher: TeacherStates | None = None,
+        router_balance: bool = False,
     ) -> TokenStats:
-        """Return log-probs and entropies of the completion tokens, and optionally divergences.
+        """Return log-probs and entropies of the completion tokens, and optionally divergences and a balance of experts.
 
         `rollouts` are the rows of `packing`; without a packing they share one forward, unless their rotations differ.
         `divergence` is a function of kl.py and costs a forward of the reference. `teacher` needs a packing.
@@ -103,9 +122,11 @@ class Policy:
             if len(parts) > 1:
                 stats = [(part.rows, take(rollouts, part.rows), part) for part in parts]
                 options = {"entropy_gradient": entropy_gradient, "divergence": divergence}
+                options["router_balance"] = router_balance
                 return _join([(rows, self.forward(part, layout, **options)) for rows, part, layout in stats])
             packing = next(iter(parts))
-        hidden = self._hidden(rollouts, packing)
+        routed = self._begin_routing(rollouts, packing, router_balance)
+        hidden = self._hidden(rollouts, packing, routed)
         ids = rollouts.completion_ids.flatten()[packing.predicted]
         options = self._logprob_options
         logprobs, entropy, sum_p_squared = token_logprobs(
@@ -120,11 +141,15 @@ class Policy:
             )
         if teacher is not None:
             values["teacher_divergence"] = teacher.divergence(hidden, self._head, packing.predicted, **options)
+        if routed is not None and routed.sampled is not None:
+            values["routing_mismatch"] = routed.mismatch()[packing.predictors.index]
         shape = rollouts.completion_ids.shape
         spread = {
             name: x.new_zeros(shape.numel()).index_copy(0, packing.predicted, x).view(shape)
             for name, x in values.items()
         }
+        if routed is not None and router_balance:
+            spread["router_balance"] = routed.balance(packing.members())[:, None]
         return TokenStats(**spread)
 
     @torch.no_grad()
@@ -151,8 +176,21 @@ class Policy:
             states[packing.rows[packing.predicted // width], packing.predicted % width] = hidden
         return states
 
-    def _hidden(self, rollouts: Rollouts, packing: Packing) -> Tensor:
+    def _begin_routing(self, rollouts: Rollouts, packing: Packing, balance: bool = False) -> RoutedForward | None:
+        """Return how the routers of one forward are watched; None where there is nothing to watch."""
+        experts = pack_routed_experts(rollouts, packing)
+        if (experts is None and not balance) or self.routers is None:
+            return None
+        return self.routers.begin(experts, replays=self.replays_routing, keeps_choices=balance)
+
+    def _hidden(self, rollouts: Rollouts, packing: Packing, routed: RoutedForward | None = None) -> Tensor:
         """Return the hidden states that predict the completion tokens, [n, H] in the order of `packing.predicted`."""
+        if routed is None and self.replays_routing:
+            routed = self._begin_routing(rollouts, packing)
+        with watching(routed):
+            return self._compute_hidden(rollouts, packing)
+
+    def _compute_hidden(self, rollouts: Rollouts, packing: Packing) -> Tensor:
         ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1).flatten()[packing.source]
         base, positions = self._body, packing.positions
         if packing.mask is not None:
@@ -378,7 +416,13 @@ def _join(parts: list[tuple[Tensor, TokenStats]]) -> TokenStats:
 
 
 def load_policy(
-    model: ModelConfig, lora: LoraConfig, *, dtype: torch.dtype, temperature: float, adapter: Path | None = None
+    model: ModelConfig,
+    lora: LoraConfig,
+    *,
+    dtype: torch.dtype,
+    temperature: float,
+    adapter: Path | None = None,
+    replays_routing: bool = False,
 ) -> Policy:
     """Load the base model of `model.path` in `dtype`, frozen, with a fresh adapter, or with that of lora.path.
 
@@ -394,12 +438,15 @@ def load_policy(
         use_settings_of_adapter(lora)
         adapter = Path(lora.path)
     if adapter is None:
-        return wrap(base, model, lora, temperature=temperature)
-    if model.gradient_checkpointing is True:
-        enable_gradient_checkpointing(base)
-    base = load_adapter(base, adapter, model.path)
-    fast_layers.install(base)
-    return Policy(base, temperature=temperature)
+        policy = wrap(base, model, lora, temperature=temperature)
+    else:
+        if model.gradient_checkpointing is True:
+            enable_gradient_checkpointing(base)
+        base = load_adapter(base, adapter, model.path)
+        fast_layers.install(base)
+        policy = Policy(base, temperature=temperature)
+    policy.replays_routing = replays_routing
+    return policy
 
 
 def wrap(base: PreTrainedModel, model: ModelConfig, lora: LoraConfig, *, temperature: float) -> Policy:

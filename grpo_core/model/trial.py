@@ -1,6 +1,6 @@
 """Try a change of a model without a trace: the model is compared as it was loaded, and restored when the answer is no.
 
-The probes of packed layouts, faster layers, kernels, LoRA's targets, the cache and memory budgets use it.
+The probes of packed layouts, faster layers, kernels, routers, LoRA's targets, the cache and memory budgets use it.
 """
 
 from __future__ import annotations

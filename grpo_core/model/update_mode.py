@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,7 @@ from grpo_core.schema import ConfigError
 
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"  # through which modules of transformers checkpoint
 RANDOM_WORDS = ("drop", "jitter")  # in the names of a module's probabilities
+_KEPT: list[Callable[[], AbstractContextManager]] = []  # contexts of the forward that a recomputation needs too
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
@@ -80,6 +81,16 @@ def evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
             vars(module)["training"] = True
 
 
+@contextmanager
+def keep_when_recomputed(make: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Let what is checkpointed inside be recomputed in the backward within `make()`, in the mode of the update."""
+    _KEPT.append(make)
+    try:
+        yield
+    finally:
+        _KEPT.pop()
+
+
 def _evaluate_when_checkpointed(module: nn.Module) -> None:
     """Let what `module` checkpoints run with the module in evaluation mode, in the backward's recomputation too."""
     checkpoint = getattr(module, CHECKPOINT_FUNCTION, None)
@@ -87,8 +98,14 @@ def _evaluate_when_checkpointed(module: nn.Module) -> None:
         return
 
     def checkpoint_in_evaluation(function: Callable, *args: Any, **kwargs: Any) -> Any:
+        recomputed_in, is_first = [*_KEPT], True
+
         def compute(*inputs: Any, **options: Any) -> Any:
-            with evaluation_mode([module]):
+            nonlocal is_first
+            contexts, is_first = [] if is_first else recomputed_in, False
+            with evaluation_mode([module]), ExitStack() as stack:
+                for make in contexts:
+                    stack.enter_context(make())
                 return function(*inputs, **options)
 
         return checkpoint(compute, *args, **kwargs)

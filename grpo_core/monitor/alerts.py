@@ -161,7 +161,8 @@ def _make_gap_alert(limit: float) -> Alert:
         "logprob_gap",
         _in_recent_mean("logprob_gap", lambda gap: gap > limit),
         f"sampler and trainer disagree by more than {limit} nats a token (logprob_gap): with lora.dropout above 0 that "
-        f"is the noise of dropout; otherwise compare with sampling.decoder=plain and model.attention=eager, and report "
+        f"is the noise of dropout; in a mixture of experts it comes with routing_mismatch, and sampling.replay_routing "
+        f"lowers it; otherwise compare with sampling.decoder=plain and model.attention=eager, and report "
         f"it as a bug",
     )
 

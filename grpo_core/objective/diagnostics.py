@@ -15,6 +15,7 @@ METRICS = frozenset(  # what the loop itself writes to metrics.jsonl; ratio and 
         *("loss", "entropy", "kl", "kl_exact", "kl_coef", "entropy_coef", "logprob_gap", "logprob_gap_max"),
         *("rollout_weight", "rollout_weight_ess", "rollout_weight_square", "rollout_kl", "rollout_chi2"),
         *("off_policy_kept", "rejected", "selected", "positive_nll"),
+        *("routing_mismatch", "router_aux_loss"),
         *("grad_norm", "learning_rate", "adapter_norm", "skipped", "micro_batches", "memory_retries"),
         *("teacher_kl", "teacher_kl_exact", "teacher_weights_gb"),
         *("tokens_updated", "seconds", "tokens_per_second", "update_mfu", "peak_memory_gb", "reserved_memory_gb"),

@@ -50,6 +50,7 @@ class Objective:
     log_ratio_coef: float = 0.0  # weight of (l - l_roll)**2
     positive_nll_coef: float = 0.0  # weight of the mean -l over completions with a reward above the next number
     positive_nll_above: float = 0.0
+    router_aux_coef: float = 0.0  # weight of the load-balancing loss of a model's routers, a mean over completions
     min_group_std: float = 0.0  # a group whose rewards spread less counts as tied
     max_new_tokens: int = 256  # length limit of a completion
     steps_per_batch: int = 1  # optimizer steps on one batch: minibatches × passes
@@ -105,7 +106,8 @@ class Objective:
     def trains_ties(self, kl_coef: float, entropy_bonus: float) -> bool:
         """Return whether rows with advantage 0 have a part in the gradient under these coefficients."""
         kl_in_loss = kl_coef != 0 and self.kl_in == "loss"
-        has_term = kl_in_loss or entropy_bonus != 0 or self.log_ratio_coef != 0 or self.positive_nll_coef != 0
+        coefficients = (entropy_bonus, self.log_ratio_coef, self.positive_nll_coef, self.router_aux_coef)
+        has_term = kl_in_loss or any(coefficient != 0 for coefficient in coefficients)
         return self.learns_from_ties or has_term or self.entropy_adapts
 
 

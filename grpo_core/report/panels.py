@@ -92,6 +92,11 @@ PANELS = (
         "About 1e-6 in fp32, 0.02 in bf16. More means that sampler and trainer disagree.", log=True,
     ),
     Panel(
+        "routing", "Routing mismatch", "share of choices", ("routing_mismatch",),
+        "Choices of experts, over tokens and routers, that differ between the sampler and the trainer.",
+        "0 in fp32, a few percent in bf16, the same in every step. sampling.replay_routing trains with the sampler's.",
+    ),
+    Panel(
         "grad_norm", "Gradient norm", "before clipping", ("grad_norm",),
         "Euclidean norm of the gradient of all trained weights.",
         "Steady within a factor of ten. Gaps are steps with a gradient that was not finite; they changed no weight.",

@@ -11,8 +11,8 @@ from torch import Tensor
 from grpo_core.model.families import masks_padding
 from grpo_core.model.trial import EXACT_DTYPES, without_trace
 from grpo_core.model.update_mode import evaluation_mode
-from grpo_core.sampling.computation import Computation
-from grpo_core.sampling.decode_ops import DRAWN, FIELDS, PROMPT, SLOT, START, TOKEN
+from grpo_core.sampling.computation import CallSize, Computation
+from grpo_core.sampling.decode_ops import DRAWN, FIELDS, PROMPT, ROW, SLOT, START, TOKEN
 from grpo_core.sampling.live_rows import METHODS, Method, begin, next_logits
 from grpo_core.schema import ConfigError
 
@@ -81,10 +81,10 @@ def check_steps(computation: Computation, model: Any) -> bool:
     with without_trace(model), evaluation_mode([*model.modules()]):
         rows = _make_rows(model.config.get_text_config().vocab_size)
         count, prompts = len(rows), [row[:-NEW_TOKENS] for row in rows]
-        computation.allocate(count, max(PROMPT_LENGTHS), count, count, NEW_TOKENS)
+        computation.allocate(CallSize(count, max(PROMPT_LENGTHS), count, count, count, NEW_TOKENS))
         computation.prefill(prompts)
         state = torch.zeros(FIELDS, count, dtype=torch.int64, device=model.device)
-        state[SLOT] = state[PROMPT] = torch.arange(count)
+        state[SLOT] = state[PROMPT] = state[ROW] = torch.arange(count)
         state[START] = torch.tensor(PROMPT_LENGTHS)
         computation.add_rows(state)
         logits = torch.zeros(0)

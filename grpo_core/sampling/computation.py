@@ -14,6 +14,7 @@ Laws:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -21,6 +22,18 @@ from torch import Tensor
 
 class Unsupported(Exception):
     """The reason why a computation cannot decode, as a clause that follows "because"."""
+
+
+@dataclass(frozen=True)
+class CallSize:
+    """The sizes of one call of a decoder."""
+
+    prompts: int
+    width: int  # tokens of the longest prompt
+    rows: int
+    slots: int  # rows that are decoded at once
+    columns: int  # of a step; those beyond the slots are never in use
+    length: int  # drawn tokens of the longest row
 
 
 class Computation(Protocol):
@@ -39,12 +52,8 @@ class Computation(Protocol):
     def refresh(self, positions: int) -> bool:
         """Take the weights as they are now. Return whether captured graphs have become invalid."""
 
-    def allocate(self, prompts: int, width: int, slots: int, columns: int, length: int) -> bool:
-        """Allocate memory for `prompts` prompts of `width` tokens, and `slots` rows of `length` drawn tokens.
-
-        A step has at most `columns` columns, of which at most `slots` are in use. Return whether captured graphs have
-        become invalid.
-        """
+    def allocate(self, size: CallSize) -> bool:
+        """Allocate the memory of a call. Return whether captured graphs have become invalid."""
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         """Compute the prompts."""
@@ -60,6 +69,9 @@ class Computation(Protocol):
 
     def step(self, state: Tensor) -> Tensor:
         """Return the logits [R, V] after the newest token of each column of the state."""
+
+    def recorded_experts(self) -> dict[str, Tensor]:
+        """Return the fields of `Draws` that hold the experts of the call's tokens; empty if they are not recorded."""
 
     def free(self) -> bool:
         """Free the memory of a call. Return whether captured graphs have become invalid."""

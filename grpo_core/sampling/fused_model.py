@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grpo_core.counts import quantify
 from grpo_core.model.families import FAMILIES, head_dim
-from grpo_core.sampling.computation import Unsupported
+from grpo_core.sampling.computation import CallSize, Unsupported
 from grpo_core.sampling.decode_ops import TOKEN, AttentionShape, TorchOps, normalize_and_rotate
 
 # without cuDNN, which takes up to a second for every new shape
@@ -179,10 +179,14 @@ class FusedModel:
         """Return the logits [R, V] of final hidden states [R, H]."""
         return self.ops.linear(hidden, self.head.weight, self.head.bias)
 
-    def allocate(self, prompts: int, width: int, slots: int, columns: int, length: int) -> bool:
+    def allocate(self, size: CallSize) -> bool:
         """Allocate the cache, which captured graphs find wherever it is."""
-        self.cache.allocate(prompts, width, slots, length)
+        self.cache.allocate(size.prompts, size.width, size.slots, size.length)
         return False
+
+    def recorded_experts(self) -> dict[str, Tensor]:
+        """Return nothing: the families have no experts."""
+        return {}
 
     def free(self) -> bool:
         """Free the cache, and the hidden states of the prompts."""

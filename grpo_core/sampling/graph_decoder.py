@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.sampling.computation import Computation, Unsupported
+from grpo_core.sampling.computation import CallSize, Computation, Unsupported
 from grpo_core.sampling.cuda_graph import capture
 from grpo_core.sampling.decode_ops import DONE, DRAWN, FIELDS, LIMIT, PROMPT, ROW, SLOT, START, Tables, TorchOps
 from grpo_core.sampling.draw import restrict
@@ -98,17 +98,21 @@ class GraphDecoder:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu").repeat_interleave(request.group_size)
         self._bounds = torch.stack([lengths, request.limits.cpu()]).to(self.device)  # START and LIMIT of each row
         try:
-            if self.computation.allocate(len(prompts), width, slots, self._step_rows(slots), longest):
+            if self.computation.allocate(CallSize(len(prompts), width, rows, slots, self._step_rows(slots), longest)):
                 self._forget_graphs()
             self.computation.prefill(prompts)
             if request.noise is not None:
                 self._tables.noise.copy_(request.noise()[:, :longest])
             self._decode_rows(rows, slots)
+            experts = self.computation.recorded_experts()
         finally:
             if self.computation.free():
                 self._forget_graphs()
         out, used = self._tables, int(self._tables.lengths.max())
-        return Draws(out.ids[:, :used].clone(), out.logprobs[:, :used].clone(), out.lengths.clone(), out.ended.clone())
+        if experts:
+            experts["routed_experts"] = experts["routed_experts"][:, :used].clone()
+        tables = (out.ids[:, :used].clone(), out.logprobs[:, :used].clone(), out.lengths.clone(), out.ended.clone())
+        return Draws(*tables, **experts)
 
     def _prepare(self, positions: int, slots: int, rows: int, longest: int) -> None:
         """Allocate the state and the tables of a call, and take the weights as they are now.

@@ -20,10 +20,12 @@ from torch import Tensor
 import grpo_core.model.packed_attention  # noqa: F401  registers the attention function that takes `attend_rows`
 from grpo_core.counts import quantify
 from grpo_core.model.rotation import find_rotations
+from grpo_core.model.routing import RoutedForward, Routers, watching
 from grpo_core.sampling.cache_check import check_steps
-from grpo_core.sampling.computation import Unsupported
+from grpo_core.sampling.computation import CallSize, Unsupported
 from grpo_core.sampling.cuda_graph import capture
 from grpo_core.sampling.decode_ops import DRAWN, FIELDS, PROMPT, SLOT, START, TOKEN, TorchOps
+from grpo_core.sampling.expert_table import ExpertTable
 from grpo_core.sampling.live_rows import Method, begin, next_logits
 from grpo_core.sampling.step_functions import Substitute, find_joined_calls, find_substitutes, installed
 
@@ -115,15 +117,18 @@ class Variant(NamedTuple):
 class ModuleModel:
     """A model as its own modules. `method` is how the model's own cache can be used (cache_check.py).
 
+    The experts that `routers` choose are recorded.
+
     Raises:
         Unsupported: a trial shows that the model cannot be computed so.
     """
 
-    def __init__(self, model: Any, method: Method, pad_id: int, ops: TorchOps) -> None:
+    def __init__(self, model: Any, method: Method, pad_id: int, ops: TorchOps, routers: Routers | None = None) -> None:
         if method == "uncached":
             raise Unsupported("its cache cannot be used")
         self.model, self.method, self.pad_id, self.ops = model, method, pad_id, ops
         self.device, self._columns, self._tokens = model.device, 0, 0
+        self._experts = None if routers is None else ExpertTable(routers, model.device)
         self._check_rotations()
         live = begin(method, model, [[self.pad_id, self.pad_id]], pad_id)
         with torch.no_grad():
@@ -165,7 +170,7 @@ class ModuleModel:
     @torch.no_grad()
     def _try_capture(self) -> bool:
         """Capture a step of one row. Raise RuntimeError if no graph can hold it."""
-        self.allocate(1, 2, 1, 1, 2)
+        self.allocate(CallSize(1, 2, 1, 1, 1, 2))
         state = torch.zeros(FIELDS, 1, dtype=torch.int64, device=self.device)
         state[START], state[DRAWN] = 2, 1
         capture(partial(self.step, state))
@@ -189,20 +194,25 @@ class ModuleModel:
             group.joined.refresh()
         return False
 
-    def allocate(self, prompts: int, width: int, slots: int, columns: int, length: int) -> bool:
-        """Allocate memory for the prompts, and for `columns` rows unless there is enough from an earlier call."""
+    def allocate(self, size: CallSize) -> bool:
+        """Allocate memory for the prompts, and for the rows unless there is enough from an earlier call."""
         for layer in self._layers:
-            layer.prompts = layer.make(prompts, width)
-        if columns <= self._columns and width + length <= self._tokens:
-            return False
-        self.release()
-        self._columns, self._tokens = columns, width + length
+            layer.prompts = layer.make(size.prompts, size.width)
+        is_moved = self._experts is not None and self._experts.allocate(size)
+        if size.columns <= self._columns and size.width + size.length <= self._tokens:
+            return is_moved
+        self._release_rows()
+        self._columns, self._tokens = size.columns, size.width + size.length
         for layer in self._layers:
             layer.rows = layer.make(self._columns, self._tokens)
         self._layer_of = {
             rows.data_ptr(): layer for layer in self._layers for name, rows in layer.rows.items() if name[0] == "keys"
         }
         return True
+
+    def recorded_experts(self) -> dict[str, Tensor]:
+        """Return the experts of the call's tokens as `Draws` has them, if they are recorded."""
+        return {} if self._experts is None else self._experts.recorded()
 
     def free(self) -> bool:
         """Free the memory of the prompts, and that of the rows unless it is small."""
@@ -216,7 +226,12 @@ class ModuleModel:
         return True
 
     def release(self) -> None:
-        """Free the memory of the rows."""
+        """Free the memory of the rows, and of the experts that are recorded."""
+        self._release_rows()
+        if self._experts is not None:
+            self._experts.release()
+
+    def _release_rows(self) -> None:
         self._caches, self._layer_of = {}, {}
         self._columns = self._tokens = 0
         for layer in self._layers:
@@ -227,8 +242,10 @@ class ModuleModel:
         logits: list[Tensor | None] = [None] * len(prompts)
         for part in self._parts(prompts):
             live = begin(self.method, self.model, [prompts[i] for i in part], self.pad_id)
-            with self._installed():
+            with self._installed(), self._recording() as routed:
                 out = live.prefill()
+            if self._experts is not None and routed is not None:
+                self._experts.store_prompts(part, routed.own_experts())
             indices, lengths = torch.tensor(part, device=self.device), [len(prompts[i]) for i in part]
             for layer, computed in zip(self._layers, live.cache.layers, strict=True):
                 layer.store_prompts(computed, indices, lengths)
@@ -265,11 +282,21 @@ class ModuleModel:
             options = {"attend_rows": self._attend}
         else:
             mask, options = self._bias(self._visible(None)), {}
-        with self._installed(), self._implementations():
-            return next_logits(
+        with self._installed(), self._implementations(), self._recording() as routed:
+            logits = next_logits(
                 self.model, state[TOKEN][:, None], self._caches[size], attention_mask=mask,
                 position_ids=position[:, None], **options,
             )  # fmt: skip
+        if self._experts is not None and routed is not None:
+            self._experts.store(state, routed.own_experts())
+        return logits
+
+    @contextmanager
+    def _recording(self) -> Iterator[RoutedForward | None]:
+        """Watch the routers if their experts are recorded."""
+        routed = None if self._experts is None else self._experts.routers.begin()
+        with watching(routed):
+            yield routed
 
     @contextmanager
     def _installed(self) -> Iterator[None]:

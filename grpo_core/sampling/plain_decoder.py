@@ -7,14 +7,17 @@ How rows share a forward, and what is cached, is the decoder's method (live_rows
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_core.model.rotation import find_rotations, split_by_rotation
+from grpo_core.model.routing import Routers
 from grpo_core.sampling.draw import draw, restrict
 from grpo_core.sampling.live_rows import LiveRows, Method, begin
+from grpo_core.sampling.recorded_rows import RecordedRows
 from grpo_core.sampling.request import DecodeRequest, Draws
 
 STOP_EVERY = 8  # tokens between two looks for stop strings, for which all texts are decoded; 1 where a user watches
@@ -23,11 +26,19 @@ STOP_EVERY = 8  # tokens between two looks for stop strings, for which all texts
 class PlainDecoder:
     """A decoder that calls the model itself. It defines the completions that other decoders must draw too.
 
-    `method` must be one that computes the same as the model without a cache; `find_method` finds it.
+    `method` must be one that computes the same as the model without a cache; `find_method` finds it. With `routers`,
+    the experts that they choose are recorded.
     """
 
-    def __init__(self, model: Any, pad_id: int, eos_ids: Sequence[int], method: Method = "padded") -> None:
-        self.model, self.pad_id, self.method = model, pad_id, method
+    def __init__(
+        self,
+        model: Any,
+        pad_id: int,
+        eos_ids: Sequence[int],
+        method: Method = "padded",
+        routers: Routers | None = None,
+    ) -> None:
+        self.model, self.pad_id, self.method, self.routers = model, pad_id, method, routers
         self.eos = torch.tensor(sorted(eos_ids), device=model.device)
 
     def release(self) -> None:
@@ -43,13 +54,26 @@ class PlainDecoder:
             lengths=torch.zeros(shape[0], dtype=torch.long, device=device),
             ended=torch.zeros(shape[0], dtype=torch.bool, device=device),
         )
+        if self.routers is not None:
+            draws = self._with_experts(draws, max(len(prompt) for prompt in request.prompts), self.routers)
         uniforms = None if request.noise is None else request.noise().to(device)
         lengths = [len(request.prompts[row // request.group_size]) for row in range(shape[0])]
         for part in split_by_rotation(range(shape[0]), lengths, self._key):
             for rows in torch.tensor(part, device=device).split(max_rows):
                 self._decode_rows(request, rows, uniforms, draws)
         used = int(draws.lengths.max())
-        return Draws(draws.ids[:, :used], draws.logprobs[:, :used], draws.lengths, draws.ended)
+        experts = None if draws.routed_experts is None else draws.routed_experts[:, :used]
+        return replace(draws, ids=draws.ids[:, :used], logprobs=draws.logprobs[:, :used], routed_experts=experts)
+
+    def _with_experts(self, draws: Draws, prompt_width: int, routers: Routers) -> Draws:
+        """Return `draws` with places for the experts of all tokens."""
+        rows, width = draws.ids.shape
+        none = torch.zeros(rows, 1, len(routers), routers.top_k, dtype=routers.dtype, device=draws.ids.device)
+        return replace(
+            draws,
+            prompt_routed_experts=none.repeat(1, prompt_width, 1, 1),
+            routed_experts=none.repeat(1, width, 1, 1),
+        )
 
     def _key(self, length: int) -> tuple[int, ...]:
         """Return a key that is equal for lengths of prompts that can share a forward."""
@@ -58,7 +82,8 @@ class PlainDecoder:
 
     def start(self, prompts: Sequence[Sequence[int]]) -> LiveRows:
         """Return rows of these prompts, which must be able to share a forward."""
-        return begin(self.method, self.model, prompts, self.pad_id)
+        rows = begin(self.method, self.model, prompts, self.pad_id)
+        return rows if self.routers is None else RecordedRows(rows, self.routers)
 
     def _decode_rows(self, request: DecodeRequest, rows: Tensor, uniforms: Tensor | None, draws: Draws) -> None:
         """Draw the completions of `rows` and write them to `draws`."""
@@ -66,6 +91,9 @@ class PlainDecoder:
         prompts, counts = (rows // request.group_size).unique_consecutive(return_counts=True)
         live = self.start([request.prompts[i] for i in prompts.tolist()])
         logits = live.prefill().repeat_interleave(counts, dim=0)
+        if isinstance(live, RecordedRows) and draws.prompt_routed_experts is not None:
+            experts = live.prompt_experts.repeat_interleave(counts, dim=0)
+            draws.prompt_routed_experts[rows, -experts.shape[1] :] = experts
         live.select(torch.arange(len(prompts), device=rows.device).repeat_interleave(counts))
         for t in range(draws.ids.shape[1]):
             logits = restrict(logits, settings) if settings.restricted else logits
@@ -84,3 +112,5 @@ class PlainDecoder:
             if len(rows) == 0:
                 return
             logits = live.append(token)
+            if isinstance(live, RecordedRows) and draws.routed_experts is not None:
+                draws.routed_experts[rows, t] = live.newest_experts

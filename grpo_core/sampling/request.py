@@ -34,3 +34,5 @@ class Draws:
     logprobs: Tensor  # [B, C] float32; 0 where padded
     lengths: Tensor  # [B] int64
     ended: Tensor  # [B] bool, whether the last token is an end-of-sequence token, or completes a stop string
+    prompt_routed_experts: Tensor | None = None  # [B, P, L, k] as in `Rollouts`; None if not recorded
+    routed_experts: Tensor | None = None  # [B, C, L, k]

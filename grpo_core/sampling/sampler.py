@@ -20,6 +20,7 @@ from grpo_core.batch import Rollouts, SamplingParams, Task
 from grpo_core.counts import quantify
 from grpo_core.distributed.ranks import draw_uniforms
 from grpo_core.model.loading import check_lengths
+from grpo_core.model.routing import Routers
 from grpo_core.sampling.cache_check import find_method
 from grpo_core.sampling.computation import Computation, Unsupported
 from grpo_core.sampling.decode_ops import TorchOps
@@ -49,7 +50,8 @@ class Sampler:
     modules and plain, where modules gives way to plain if it does not support the model. `rows_at_once` bounds the
     completions that are decoded at once. If the GPU's memory does not suffice, it is halved, and the completions stay
     the same. `stop` are texts that end a completion and stay in it. `notify` receives a message when memory does not
-    suffice, and when a decoder does not support the model. `decoder_name` is the decoder of the last call.
+    suffice, and when a decoder does not support the model. The experts that `routers` choose are recorded with the
+    completions. `decoder_name` is the decoder of the last call.
 
     Raises:
         ValueError: `decoder` has another value, or rows_at_once is below 1.
@@ -67,6 +69,7 @@ class Sampler:
         rows_at_once: int | None = None,
         stop: Sequence[str] = (),
         notify: Callable[[str], None] = LOG.warning,
+        routers: Routers | None = None,
     ) -> None:
         if decoder not in DECODERS:
             raise ValueError(f"decoder is {decoder!r}; it must be {', '.join(DECODERS)}")
@@ -81,7 +84,7 @@ class Sampler:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
         self._hidden_ids = find_hidden_ids(tokenizer, self.eos_ids)
         self._stop = self._make_stop(stop)
-        self._plain = PlainDecoder(model, self.pad_id, self.eos_ids)
+        self._plain = PlainDecoder(model, self.pad_id, self.eos_ids, routers=routers)
         self._is_checked = False
         self._names = list(DECODERS[decoder])  # of the decoders that may support the model
         if decoder == "auto" and self.device.type != "cuda":
@@ -146,7 +149,8 @@ class Sampler:
         )
         mask = torch.arange(draws.ids.shape[1], device=self.device) < draws.lengths[:, None]
         texts = self._decode_texts(draws)
-        return Rollouts(prompt_ids, prompt_mask, draws.ids, mask, draws.logprobs, ~draws.ended, texts)
+        experts = draws.prompt_routed_experts, draws.routed_experts
+        return Rollouts(prompt_ids, prompt_mask, draws.ids, mask, draws.logprobs, ~draws.ended, texts, *experts)
 
     def release(self) -> None:
         """Free all memory that is held between calls; the next call allocates it again."""
@@ -173,7 +177,7 @@ class Sampler:
         def make_computation(ops: TorchOps) -> Computation:
             if name == "fused":
                 return FusedModel(self.model, ops)
-            return ModuleModel(self.model, self._plain.method, self.pad_id, ops)
+            return ModuleModel(self.model, self._plain.method, self.pad_id, ops, self._plain.routers)
 
         return GraphDecoder(make_computation, self.device, self.pad_id, self.eos_ids)
 

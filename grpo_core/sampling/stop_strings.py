@@ -61,6 +61,7 @@ class StopStrings:
             logprobs=draws.logprobs[:, :used].masked_fill(beyond, 0.0),
             lengths=lengths,
             ended=draws.ended | is_cut,
+            routed_experts=None if draws.routed_experts is None else draws.routed_experts[:, :used],
         )
 
     def _find_end(self, row: Sequence[int]) -> int:

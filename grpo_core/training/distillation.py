@@ -51,10 +51,11 @@ def make_teacher_prompts(tasks: Sequence[Task], rollouts: Rollouts) -> dict[str,
 
 
 def show_teacher(batch: Frozen | TrainBatch) -> Rollouts:
-    """Return the rollouts of `batch` with the teacher's prompts."""
+    """Return the rollouts of `batch` with the teacher's prompts, for which its own routers choose the experts."""
+    rollouts = batch.rollouts.without_routing()
     if batch.teacher_prompt_ids is None:
-        return batch.rollouts
-    return replace(batch.rollouts, prompt_ids=batch.teacher_prompt_ids, prompt_mask=batch.teacher_prompt_mask)
+        return rollouts
+    return replace(rollouts, prompt_ids=batch.teacher_prompt_ids, prompt_mask=batch.teacher_prompt_mask)
 
 
 def add_teacher_advantages(objective: Objective, frozen: Frozen, advantages: Tensor) -> Tensor:

@@ -53,16 +53,19 @@ def freeze(
             ref_logprobs = forward_all(policy, budget, rollouts).logprobs
     old_logprobs = own.logprobs if own is not None and reused else None
     before = {name: getattr(own, name) for name in asked}
+    if old_logprobs is not None and own is not None:
+        before["routing_mismatch"] = own.routing_mismatch
     return Frozen(rollouts, mask, surrogate_mask, old_logprobs, ref_logprobs, **before)
 
 
 def forward_all(policy: Policy, budget: Budget, rollouts: Rollouts) -> TokenStats:
     """Return the statistics of all completion tokens, [B, C] each, in forwards of at most `budget`."""
-    stats = TokenStats(**{name: torch.zeros_like(rollouts.rollout_logprobs) for name in OF_THE_POLICY})
+    names = OF_THE_POLICY | ({"routing_mismatch"} if policy.compares_routing(rollouts) else set())
+    stats = TokenStats(**{name: torch.zeros_like(rollouts.rollout_logprobs) for name in names})
 
     def forward(packing: Packing) -> None:
         part = policy.forward(take(rollouts, packing.rows), packing)
-        for name in OF_THE_POLICY:
+        for name in names:
             getattr(stats, name).index_copy_(0, packing.rows, getattr(part, name))
 
     for packing in policy.plan(rollouts, budget):

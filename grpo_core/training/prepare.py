@@ -23,6 +23,7 @@ from grpo_core.model.loading import (
     load_tokenizer_of,
 )
 from grpo_core.model.policy import Policy
+from grpo_core.model.routing import check_can_route, check_has_routers
 from grpo_core.model.teacher import check_teacher, model_of_teacher
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
@@ -65,8 +66,8 @@ def prepare(
     Raises:
         ConfigError: a file cannot be loaded; a reward needs a column that the
             data does not have, or cannot judge more than the share data.max_unjudged of the gold answers; the
-            tokenizer or lora.target_modules do not fit the model; a prompt and its completion exceed the model's
-            positions.
+            tokenizer or lora.target_modules do not fit the model; a key needs routers, which the model does not have;
+            a prompt and its completion exceed the model's positions.
     """
     offered = find_offered_tasks(config) if tokenizer is None else None
     if tokenizer is None:
@@ -85,6 +86,8 @@ def prepare(
     prompts = [task.prompt_ids for task in (*tasks, *eval_tasks)]
     check_lengths(prompts, config.sampling.max_new_tokens, model_config)
     check_targets(model_config, config.lora, config.model.trust_remote_code)
+    for key, value in find_routing_keys(config).items():
+        check_has_routers(model_config, key, value, config.model.trust_remote_code)
     return Prepared(tokenizer, model_config, tasks, eval_tasks, num_too_long, warnings)
 
 
@@ -117,6 +120,24 @@ def prepare_teacher(config: RunConfig, prepared: Prepared) -> Prepared:
     except ConfigError as error:
         raise ConfigError(f"teacher.prompt is {teacher.prompt!r}, but for the teacher {error}") from None
     return replace(prepared, tasks=tasks)
+
+
+def find_routing_keys(config: RunConfig) -> dict[str, bool | float]:
+    """Return the keys that need a model with routers and are on, with their values."""
+    replays, coef = config.sampling.replay_routing, config.loss.router_aux_coef
+    keys = {"sampling.replay_routing": replays, "loss.router_aux_coef": coef}
+    return {key: value for key, value in keys.items() if value}
+
+
+def check_routing(config: RunConfig, policy: Policy) -> None:
+    """Refuse what the routers of the loaded model cannot do.
+
+    Raises:
+        ConfigError: the experts that they choose cannot be recorded and replaced, or their probabilities are unknown.
+    """
+    model_type = policy.causal_lm.config.model_type
+    for key, value in find_routing_keys(config).items():
+        check_can_route(model_type, policy.routers, key, value, balances=key == "loss.router_aux_coef")
 
 
 def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task], source: str | None = None) -> None:
@@ -169,6 +190,7 @@ def build_objective(config: RunConfig) -> Objective:
         log_ratio_coef=loss.log_ratio_coef,
         positive_nll_coef=loss.positive_nll_coef,
         positive_nll_above=loss.positive_nll_above,
+        router_aux_coef=loss.router_aux_coef,
         min_group_std=advantage.min_group_std,
         max_new_tokens=config.sampling.max_new_tokens,
         steps_per_batch=config.trainer.num_minibatches * config.trainer.num_passes,
@@ -187,7 +209,12 @@ def make_rewards(config: RunConfig) -> list[Reward]:
 
 
 def make_sampler(
-    config: SamplingConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, notify: Callable[[str], None]
+    config: SamplingConfig,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    notify: Callable[[str], None],
+    *,
+    records_routing: bool = False,  # the trainer compares its routing with the sampler's, or replays it
 ) -> Sampler:
     """Return a sampler that reads the policy's current weights."""
     return Sampler(
@@ -199,4 +226,5 @@ def make_sampler(
         rows_at_once=config.rows_at_once,
         stop=config.stop_strings,
         notify=notify,
+        routers=policy.routers if records_routing else None,
     )

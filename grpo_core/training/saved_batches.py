@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grpo_core.batch import Rollouts, Task, TrainBatch
+from grpo_core.batch import Rollouts, Task, TrainBatch, pad_columns
 from grpo_core.distributed import ranks
 from grpo_core.monitor.completion_rows import completion_keys
 from grpo_core.monitor.file_modes import apply_umask
@@ -31,6 +30,7 @@ LEFT_PADDED = (
     "prompt_mask",
     "teacher_prompt_ids",
     "teacher_prompt_mask",
+    "prompt_routed_experts",
 )  # completions are padded on the right
 
 
@@ -133,11 +133,10 @@ def _build_record(kind: type, tensors: dict[str, Any]) -> Any:
 
 
 def _concatenate(name: str, parts: list[Tensor]) -> Tensor:
-    """Concatenate the ranks' rows; pad [B, width] tensors to the largest width."""
-    if parts[0].dim() == 2:
+    """Concatenate the ranks' rows; pad [B, width, ...] tensors to the largest width."""
+    if parts[0].dim() >= 2:
         width = max(part.shape[1] for part in parts)
-        sides = [(width - part.shape[1], 0) if name in LEFT_PADDED else (0, width - part.shape[1]) for part in parts]
-        parts = [F.pad(part, side) for part, side in zip(parts, sides, strict=True)]
+        parts = [pad_columns(part, width, pad_left=name in LEFT_PADDED) for part in parts]
     return torch.cat(parts)
 
 

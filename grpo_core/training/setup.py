@@ -32,6 +32,7 @@ from grpo_core.training.engine import Engine, check_deepspeed
 from grpo_core.training.prepare import (
     Prepared,
     build_objective,
+    check_routing,
     make_rewards,
     make_sampler,
     prepare,
@@ -54,10 +55,17 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     check_num_steps(start, count_steps(config, len(prepared.tasks), config.prompts_per_step))
     note_steps(config, len(prepared.tasks), config.prompts_per_step)
     with show_elapsed("loading the model"):
-        policy = load_policy(config.model, start.lora(config), dtype=dtype, temperature=config.sampling.temperature)
+        policy = load_policy(
+            config.model,
+            start.lora(config),
+            dtype=dtype,
+            temperature=config.sampling.temperature,
+            replays_routing=config.sampling.replay_routing,
+        )
         teacher = load_teacher(config, policy, dtype, ranks.device())
     run = assemble(config, start, policy, prepared, config.prompts_per_step, dtype, teacher=teacher)
     run.sampler.check_model()
+    check_routing(config, policy)
     if config.reference.every:
         policy.start_reference()
     load_start(run, start)
@@ -150,7 +158,7 @@ def assemble(
         tasks=stream,
         eval_tasks=prepared.eval_tasks,
         policy=policy,
-        sampler=make_sampler(config.sampling, policy, tokenizer, log.info),
+        sampler=make_sampler(config.sampling, policy, tokenizer, log.info, records_routing=True),
         engine=engine,
         rewards=make_rewards(config),
         eval_reward=build_reward(config.evaluation.reward, timeout=trainer.reward_timeout),

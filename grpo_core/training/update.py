@@ -54,7 +54,7 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
         if ranks.all_max(torch.tensor(float(not fits), device="cpu")):
             fail_out_of_memory(run, step, control, weights_unchanged=not results)
         if len(plan) == 0:  # nothing to learn on this rank: it still adds the names that the others add
-            micro_loss(run.objective, *untrained_row(minibatch), totals, control, stats)
+            micro_loss(run.objective, *untrained_row(run, minibatch), totals, control, stats)
         stats.add_total("micro_batches", torch.tensor(float(len(plan)), device="cpu"))
         results.append(run.engine.step())
     return {
@@ -128,8 +128,8 @@ def forward_with_gradient(
     """Compute what the loss needs of a micro-batch's tokens, [b, C] each."""
     kl_in_loss = control.kl_coef > 0 and objective.kl_in == "loss"
     divergence = objective.kl_fn if kl_in_loss and objective.kl_needs_vocabulary else None
-    has_bonus = control.entropy_bonus > 0
-    return policy.forward(rollouts, packing, entropy_gradient=has_bonus, divergence=divergence, teacher=teacher)
+    options = {"entropy_gradient": control.entropy_bonus > 0, "divergence": divergence, "teacher": teacher}
+    return policy.forward(rollouts, packing, router_balance=objective.router_aux_coef > 0, **options)
 
 
 def micro_loss(
@@ -137,8 +137,9 @@ def micro_loss(
 ) -> Tensor:
     """Return a micro-batch's part of its minibatch's loss, a scalar.
 
-    It is (token_loss * token_weights).sum(), less entropy_coef times the mean entropy, and with positive_nll_coef times
-    the mean -l of the positive examples. VAPO, arXiv:2504.05118.
+    It is (token_loss * token_weights).sum(), less entropy_coef times the mean entropy, with positive_nll_coef times
+    the mean -l of the positive examples (VAPO, arXiv:2504.05118), and with router_aux_coef times the load-balancing
+    loss of each row over the completions of the optimizer step.
     """
     mask = micro.loss_mask
     old_logprobs = tokens.logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
@@ -148,6 +149,9 @@ def micro_loss(
         counted = totals.tokens if totals.entropy_tokens is None else totals.entropy_tokens
         weights = mean_weights(_surrogate_mask(micro), counted, dtype=loss.dtype)
         loss = loss - control.entropy_bonus * (tokens.entropy * weights).sum()
+    if tokens.router_balance is not None:
+        loss = loss + objective.router_aux_coef * tokens.router_balance.sum() / totals.completions
+        stats.add_mean("router_aux_loss", tokens.router_balance, mask.any(dim=1, keepdim=True))
     if objective.positive_nll_coef:
         positive = _positive_mask(objective, micro)
         weights = mean_weights(positive, totals.positive_tokens, dtype=loss.dtype)
@@ -158,6 +162,9 @@ def micro_loss(
     stats.add_mean("entropy", tokens.entropy, mask)
     stats.add_mean("logprob_gap", gap, mask)
     stats.add_max("logprob_gap_max", gap * mask)
+    mismatch = tokens.routing_mismatch if micro.old_logprobs is None else micro.routing_mismatch
+    if mismatch is not None:
+        stats.add_mean("routing_mismatch", mismatch, mask)
     for name, distance in sampler_distances(old_logprobs, micro.rollouts.rollout_logprobs, mask).items():
         stats.add_mean(name, distance, mask)
     stats.add_total("loss", loss / objective.steps_per_batch)
@@ -243,11 +250,16 @@ def collect_inputs(micro: TrainBatch, tokens: TokenStats, old_logprobs: Tensor) 
     }
 
 
-def untrained_row(minibatch: TrainBatch) -> tuple[TrainBatch, TokenStats]:
+def untrained_row(run: Run, minibatch: TrainBatch) -> tuple[TrainBatch, TokenStats]:
     """Return the first row with no token to train."""
     row = take(minibatch, torch.zeros(1, dtype=torch.long, device="cpu"))
     zeros = torch.zeros_like(row.rollouts.rollout_logprobs)
-    return replace(row, loss_mask=torch.zeros_like(row.loss_mask)), TokenStats(*5 * [zeros])
+    tokens = TokenStats(
+        *5 * [zeros],
+        routing_mismatch=zeros if run.policy.compares_routing(row.rollouts) else None,
+        router_balance=zeros[:, :1] if run.objective.router_aux_coef else None,
+    )
+    return replace(row, loss_mask=torch.zeros_like(row.loss_mask)), tokens
 
 
 def fail_out_of_memory(run: Run, step: int, control: Control, *, weights_unchanged: bool) -> None:
