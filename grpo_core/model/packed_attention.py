@@ -100,9 +100,8 @@ def attend(
             scores: it changed the mask of a packed forward, or passes what sdpa would have used.
     """
     if attend_rows is not None:
-        return attend_rows(
-            query, key, value, scaling, **{name: kwargs[name] for name in UNSUPPORTED if name in kwargs}
-        ), None
+        options = {name: kwargs[name] for name in UNSUPPORTED if name in kwargs}
+        return attend_rows(query, key, value, scaling, **options), None
     if packing is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **kwargs
@@ -115,13 +114,26 @@ def attend(
     if isinstance(packing, Segments):
         tokens = (x[0].transpose(0, 1) for x in (query, key, value))
         return _attend_in_segments(*tokens, packing, dropout, scaling, sliding_window)[None], None
+    return _attend_in_rows(query, key, value, packing, dropout, scaling, sliding_window), None
+
+
+def _attend_in_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: AttentionRows,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """Return the attention [1, T, heads, D], computed in rows of similar lengths."""
     spread = [packing.spread(x[0].transpose(0, 1)) for x in (query, key, value)]  # [M, heads, D]
     outputs, start = [], 0
     for rows, width in packing.buckets:
         q, k, v = (x[start : start + rows * width].unflatten(0, (rows, width)).transpose(1, 2) for x in spread)
         mask = None
-        if sliding_window is not None and width > sliding_window:
-            mask = torch.ones(width, width, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
+        if window is not None and width > window:
+            mask = torch.ones(width, width, dtype=torch.bool, device=q.device).tril().triu(1 - window)
         with sdpa_kernel(BACKENDS):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
@@ -129,7 +141,7 @@ def attend(
             )  # fmt: skip
         outputs.append(out.transpose(1, 2).flatten(0, 1))
         start += rows * width
-    return torch.cat(outputs).index_select(0, packing.back)[None], None
+    return torch.cat(outputs).index_select(0, packing.back)[None]
 
 
 def _attend_in_segments(

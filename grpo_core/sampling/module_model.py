@@ -2,8 +2,7 @@
 
 Each row's keys, values and recurrent states lie in its own slot of static memory, so rows of any length share a step,
 and rows enter and leave between steps. Prompts are computed by the model with its own cache (live_rows.py), and their
-cache is copied to the rows. What a layer's cache holds is read from a trial of the model: tensors named `keys` and
-`values` grow by a token at a time, and all others are states of a fixed shape, which the model updates in place.
+cache is copied to the rows (layer_memory.py).
 """
 
 from __future__ import annotations
@@ -26,84 +25,12 @@ from grpo_core.sampling.computation import CallSize, Unsupported
 from grpo_core.sampling.cuda_graph import capture
 from grpo_core.sampling.decode_ops import DRAWN, FIELDS, PROMPT, SLOT, START, TOKEN, TorchOps
 from grpo_core.sampling.expert_table import ExpertTable
+from grpo_core.sampling.layer_memory import LayerMemory
 from grpo_core.sampling.live_rows import Method, begin, next_logits
 from grpo_core.sampling.step_functions import Substitute, find_joined_calls, find_substitutes, installed
 
 MAX_PREFILL_TOKENS = 8192  # of the prompts that are computed together
 MAX_HELD_SHARE = 0.05  # of the GPU's memory that may be held between calls, so that captured graphs stay valid
-
-Name = tuple[str, int | None]  # an attribute of a cache's layer, and the key in it if it is a dict
-
-
-class LayerMemory:
-    """The memory of one layer's cache: that of the prompts, and that of the rows."""
-
-    def __init__(self, template: Any) -> None:
-        self.template = template  # a layer of transformers' cache, filled by a trial
-        self.samples = {name: tensor[:0].clone() for name, tensor in _tensors(template)}
-        self.prompts: dict[Name, Tensor] = {}
-        self.rows: dict[Name, Tensor] = {}
-
-    def make(self, count: int, tokens: int) -> dict[Name, Tensor]:
-        """Return memory for `count` prompts or rows of `tokens` tokens: zeros, because masked values must be finite."""
-        return {name: x.new_zeros(count, *self._shape(name, x, tokens)) for name, x in self.samples.items()}
-
-    def bytes_per_row(self, tokens: int) -> int:
-        """Return the bytes of one row of `tokens` tokens."""
-        return sum(x.itemsize * torch.Size(self._shape(name, x, tokens)).numel() for name, x in self.samples.items())
-
-    @property
-    def window(self) -> int | None:
-        """The number of tokens that the layer sees, if it has a sliding window."""
-        return getattr(self.template, "sliding_window", None)
-
-    @staticmethod
-    def _shape(name: Name, sample: Tensor, tokens: int) -> tuple[int, ...]:
-        shape = tuple(sample.shape[1:])
-        return (*shape[:-2], tokens, shape[-1]) if grows(name) else shape
-
-    def store_prompts(self, layer: Any, indices: Tensor, lengths: Sequence[int]) -> None:
-        """Store what the model's cache holds of the prompts at `indices`, whose tokens are its last `lengths`."""
-        for name, tensor in _tensors(layer):
-            if not grows(name):
-                self.prompts[name][indices] = tensor
-                continue
-            for i, row, length in zip(indices.tolist(), tensor, lengths, strict=True):
-                first = max(0, length - row.shape[-2])  # a layer with a window holds no tokens before it
-                self.prompts[name][i, ..., first:length, :] = row[..., row.shape[-2] - (length - first) :, :]
-
-    def add_rows(self, slots: Tensor, prompts: Tensor) -> None:
-        """Copy prompts into the slots of rows."""
-        for name, rows in self.rows.items():
-            source = self.prompts[name][prompts]
-            if grows(name):
-                rows[slots, ..., : source.shape[-2], :] = source
-            else:
-                rows[slots] = source
-
-    def keep_rows(self, slots: Tensor) -> None:
-        """Move the rows in these slots to the first ones, in this order."""
-        for rows in self.rows.values():
-            rows[: len(slots)] = rows[slots]
-
-    def make_layer(self, size: int, update: Any) -> Any:
-        """Return a layer of transformers' cache over the memory of the first `size` rows.
-
-        `update` takes the place of the method of this name, which stores new keys and values and returns all.
-        """
-        layer = copy.copy(self.template)
-        for attribute in {attribute for attribute, key in self.rows if key is not None}:
-            setattr(layer, attribute, dict(getattr(layer, attribute)))
-        for (attribute, key), rows in self.rows.items():
-            if key is None:
-                setattr(layer, attribute, rows[:size])
-            else:
-                getattr(layer, attribute)[key] = rows[:size]
-        if any(grows(name) for name in self.rows):
-            tokens = next(rows.shape[-2] for name, rows in self.rows.items() if grows(name))
-            layer.update, layer.get_seq_length = update, lambda *_: tokens - 1
-            layer.get_mask_sizes = lambda *_: (tokens, 0)
-        return layer
 
 
 class Variant(NamedTuple):
@@ -333,7 +260,7 @@ class ModuleModel:
 
     @property
     def _applies_windows(self) -> bool:
-        """Whether `_attend` applies the windows of all layers."""
+        """True if `_attend` applies the windows of all layers."""
         kinds = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
         return self._variant.passes_rows and "chunked_attention" not in kinds
 
@@ -413,17 +340,3 @@ def load_kernels() -> Any:
     except ImportError as error:
         raise Unsupported(f"triton cannot be imported: {error}") from error
     return state_kernels
-
-
-def grows(name: Name) -> bool:
-    """Return whether a tensor of a cache's layer has one entry for each token."""
-    return name[0] in ("keys", "values")
-
-
-def _tensors(layer: Any) -> Iterator[tuple[Name, Tensor]]:
-    """Yield the names and tensors of a layer of transformers' cache, whose first dimension is the rows."""
-    for attribute, value in vars(layer).items():
-        if isinstance(value, Tensor) and value.dim() > 1:
-            yield (attribute, None), value
-        elif isinstance(value, dict):
-            yield from (((attribute, key), x) for key, x in value.items() if isinstance(x, Tensor) and x.dim() > 1)
