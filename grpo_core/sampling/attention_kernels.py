@@ -46,7 +46,7 @@ def _row_offset(layout, layer, part, slot, head, LAYERS: tl.constexpr, KV_HEADS:
 
 @triton.jit
 def multiply_by_weight(scaled, weight, inside, like, OFFSET: tl.constexpr):
-    """Return normalized values times OFFSET + weight; without an offset they are first rounded to the type of `like`."""
+    """Return normalized values times OFFSET + weight. If OFFSET is 0 they are rounded to the dtype of `like` before."""
     factor = tl.load(weight, inside, other=0.0).to(tl.float32)
     if OFFSET == 0:
         scaled = scaled.to(like.dtype.element_ty).to(tl.float32)
@@ -61,6 +61,14 @@ def _scale_widths(qkv, stride, scales, eps, QUERIES: tl.constexpr, KEYS: tl.cons
     size = tl.where(part == 0, QUERIES, KEYS)
     value = tl.load(qkv + row * stride + part * QUERIES + at, at < size, other=0.0).to(tl.float32)
     tl.store(scales + row * 2 + part, tl.rsqrt(tl.sum(value * value, 0) / size + eps))
+
+
+@triton.jit
+def _rotate(first, second, cos, sin, inside):
+    """Return the two halves of a head, rotated."""
+    c = tl.load(cos, inside, other=0.0).to(tl.float32)
+    s = tl.load(sin, inside, other=0.0).to(tl.float32)
+    return first * c - second * s, second * c + first * s
 
 
 # a head is two halves of HALF dimensions, which are rotated if ROTATES, and the rest of its DIM dimensions
@@ -103,26 +111,14 @@ def _rotate_and_store(
                 if 2 * HALF < DIM:
                     rest = multiply_by_weight(rest * scale, weight + rest_at, rest_at < DIM, q_out, OFFSET)
             if ROTATES:
-                position = tl.load(column + _START * capacity) + place
-                c = tl.load(cos + position * HALF + half, inside, other=0.0).to(tl.float32)
-                s = tl.load(sin + position * HALF + half, inside, other=0.0).to(tl.float32)
-                rotated_first = first * c - second * s
-                second = second * c + first * s
-                first = rotated_first
+                at = (tl.load(column + _START * capacity) + place) * HALF + half
+                first, second = _rotate(first, second, cos + at, sin + at, inside)
         if head < HEADS:
             target = q_out + (row * HEADS + head) * DIM
         else:
             part = (head - HEADS) // KV_HEADS
-            offset = _row_offset(
-                layout,
-                layer,
-                part,
-                tl.load(column + _SLOT * capacity),
-                (head - HEADS) % KV_HEADS,
-                LAYERS,
-                KV_HEADS,
-                DIM,
-            )
+            slot, kv_head = tl.load(column + _SLOT * capacity), (head - HEADS) % KV_HEADS
+            offset = _row_offset(layout, layer, part, slot, kv_head, LAYERS, KV_HEADS, DIM)
             target = anchor + offset + place * DIM
         tl.store(target + half, first, inside)
         tl.store(target + HALF + half, second, inside)
@@ -136,30 +132,42 @@ def _token_offsets(at, start, prompt_offset, row_offset, DIM: tl.constexpr):
     return tl.multiple_of(tl.where(at >= start, row_offset + (at - start) * DIM, prompt_offset + at * DIM), 8)
 
 
-# the tokens of a row are its prompt's and its own; with one part the result goes to `out`; with several, the result of
-# each part and the log of its sum of exponentials go to `parts` and `logsums`, which `_combine` reads
+@triton.jit
+def _find_part(total, split, splits, BLOCK_K: tl.constexpr, WINDOW: tl.constexpr):
+    """Return the first token of one part of a row's tokens and the one after its last."""
+    seen = total
+    if WINDOW != 0:
+        seen = tl.minimum(total, WINDOW)
+    size = tl.cdiv(tl.cdiv(seen, splits), BLOCK_K) * BLOCK_K
+    low = total - seen + split * size
+    return low, tl.minimum(low + size, total)
+
+
+@triton.jit
+def _bound(scores, CAP: tl.constexpr):
+    """Return CAP * tanh(scores / CAP), or the scores themselves if CAP is 0."""
+    if CAP != 0:
+        scores = CAP * (2 * tl.sigmoid(2 * scores / CAP) - 1)
+    return scores
+
+
+# the tokens of a row are its prompt's and its own, of which it sees the last WINDOW, or all if WINDOW is 0; with one
+# part the result goes to `out`; with several, the result of each part and the log of its sum of exponentials go to
+# `parts` and `logsums`, which `_combine` reads
 @triton.jit(do_not_specialize=["layer", "capacity"])
 def _attend(
     q, out, parts, logsums, state, capacity, anchor, layout, layer, scale,
     LAYERS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """Attend with the query heads of one row that share a key head, to one of several parts of the row's tokens.
-
-    If WINDOW is not 0, only the last WINDOW tokens are seen; if CAP is not 0, it bounds the scores.
-    """
+    """Attend with the query heads of one row that share a key head, to one of several parts of the row's tokens."""
     row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split, splits = tl.program_id(2), tl.num_programs(2)
     column = state + row
     if tl.load(column + _DONE * capacity) == 0:
         start = tl.load(column + _START * capacity)
         total = start + tl.load(column + _DRAWN * capacity)
-        seen = total
-        if WINDOW != 0:
-            seen = tl.minimum(total, WINDOW)
-        split_size = tl.cdiv(tl.cdiv(seen, splits), BLOCK_K) * BLOCK_K
-        low = total - seen + split * split_size
-        high = tl.minimum(low + split_size, total)
+        low, high = _find_part(total, split, splits, BLOCK_K, WINDOW)
         prompt, slot = tl.load(column + _PROMPT * capacity), tl.load(column + _SLOT * capacity)
         k_prompt = _prompt_offset(layout, layer, 0, prompt, kv_head, LAYERS, KV_HEADS, DIM)
         v_prompt = _prompt_offset(layout, layer, 1, prompt, kv_head, LAYERS, KV_HEADS, DIM)
@@ -181,10 +189,7 @@ def _attend(
             key_mask = inside[:, None] & (d < DIM)[None, :]
             keys = tl.load(anchor + k_at[:, None] + d[None, :], key_mask, other=0.0)
             values = tl.load(anchor + v_at[:, None] + d[None, :], key_mask, other=0.0)
-            scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
-            scores = scores * scale
-            if CAP != 0:
-                scores = CAP * (2 * tl.sigmoid(2 * scores / CAP) - 1)
+            scores = _bound(tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale, CAP)
             scores = tl.where(inside[None, :], scores, -1e30)
             new_maximum = tl.maximum(maximum, tl.max(scores, 1))
             weights = tl.exp(scores - new_maximum[:, None])  # at least one key of a block is inside

@@ -52,7 +52,7 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """What the attention of one layer has of its own.
+    """The settings and weights of one layer's attention.
 
     q_norm, k_norm: Weights of the norms of queries and keys, if there are norms: [dim] if every head is normalized by
         itself, [heads dim] and [kv_heads dim] if all are normalized together.

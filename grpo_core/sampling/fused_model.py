@@ -114,7 +114,7 @@ class FusedLayer:
 
     @property
     def attention(self) -> LayerAttention:
-        """What the layer's attention has of its own."""
+        """The settings and weights of the layer's attention."""
         weights = (None, None) if self._head_norms is None else [norm.weight for norm in self._head_norms]
         return LayerAttention(*weights, self._rotation, self._window)
 
