@@ -37,8 +37,10 @@ from transformers import (
 from grpo_core.batch import SamplingParams, Task
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model.policy import Policy, wrap
+from grpo_core.sampling.computation import Unsupported
 from grpo_core.sampling.draw import draw, restrict
 from grpo_core.sampling.end_of_sequence import describe_eos_mismatch, find_eos_ids
+from grpo_core.sampling.fused_model import check_model
 from grpo_core.sampling.graph_decoder import GraphDecoder
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
@@ -195,6 +197,15 @@ def test_rows_longer_than_the_length_at_which_a_rotation_changes_use_another_dec
     rollouts = make(policy, notify=said.append).generate(MIXED[-1:], 8)
     torch.testing.assert_close(policy.logprobs(rollouts), rollouts.rollout_logprobs, atol=1e-4, rtol=0)
     assert any("longer than 8 tokens, above which its rotary embedding changes" in text for text in said)
+
+
+def test_bounds_of_scores_that_the_models_attention_may_leave_out_are_not_decoded():
+    kind, config, _ = MODELS["gemma2"]
+    model = kind(config)
+    check_model(model)
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(Unsupported, match="bounds the scores"):
+        check_model(model)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

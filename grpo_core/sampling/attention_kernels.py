@@ -50,7 +50,9 @@ def multiply_by_weight(scaled, weight, inside, like, OFFSET: tl.constexpr):
     factor = tl.load(weight, inside, other=0.0).to(tl.float32)
     if OFFSET == 0:
         scaled = scaled.to(like.dtype.element_ty).to(tl.float32)
-    return scaled * (factor + OFFSET)
+    else:
+        factor += OFFSET
+    return scaled * factor
 
 
 @triton.jit
@@ -105,7 +107,7 @@ def _rotate_and_store(
                     scale = tl.rsqrt(squares / DIM + eps)
                 else:
                     weight += tl.where(head < HEADS, head, head - HEADS) * DIM
-                    scale = tl.load(scales + row * 2 + (head >= HEADS))
+                    scale = tl.load(scales + row * 2 + tl.where(head < HEADS, 0, 1))
                 first = multiply_by_weight(first * scale, weight + half, inside, q_out, OFFSET)
                 second = multiply_by_weight(second * scale, weight + HALF + half, inside, q_out, OFFSET)
                 if 2 * HALF < DIM:
@@ -276,7 +278,7 @@ class TritonCache:
         precision = "ieee" if q.dtype == torch.float32 else "tf32"
         is_wide = block_d * q.element_size() >= 512  # such heads need smaller blocks to fit into shared memory
         block_k = KEYS_PER_BLOCK // 2 if is_wide else KEYS_PER_BLOCK
-        options = {"num_warps": 4, "num_stages": 1 if is_wide else 3}
+        options = {"num_warps": 4, "num_stages": 1 if is_wide and q.element_size() > 2 else 3}
         _attend[(rows, s.kv_heads, splits)](
             q, out, parts, logsums, *memory, s.scale, *sizes, block_d, block_q, block_k, precision, own.window or 0,
             s.score_cap or 0.0, **options,
