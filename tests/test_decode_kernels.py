@@ -43,10 +43,32 @@ def test_add_norm(width):
     close(triton_ops.add_norm(ours, None, weight, 1e-6), torch_ops.add_norm(theirs, None, weight, 1e-6))
 
 
-def test_silu_mul_of_a_part_of_wider_rows():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norms_x, norms_delta, offset, scale", [
+    (True, True, 1.0, 1.0), (True, True, 0.0, 1.0), (False, True, 0.0, 1.0), (True, False, 0.0, 0.3), (True, True, 1.0, 0.3), (True, False, 1.0, 1.0),
+])  # fmt: skip
+def test_add_norm_with_a_norm_or_a_factor_of_what_is_added(norms_x, norms_delta, offset, scale, dtype):
     triton_ops, torch_ops = both()
-    x = random(5, 3 * 700)[:, :1400]
-    close(triton_ops.silu_mul(x), torch_ops.silu_mul(x))
+    x, delta, weight, delta_weight = (random(*shape, dtype=dtype) for shape in ((5, 96), (5, 112), (96,), (96,)))
+    delta, tolerance = delta[:, :96], 1e-5 if dtype == torch.float32 else 0.15
+    how = {"delta_weight": delta_weight if norms_delta else None, "offset": offset, "delta_scale": scale}
+    ours, theirs = x.clone(), x.clone()
+    normed = [
+        one.add_norm(y, delta, weight if norms_x else None, 1e-6, **how) for one, y in ((triton_ops, ours), (torch_ops, theirs))
+    ]
+    close(*normed, tolerance)
+    close(ours, theirs, tolerance)
+    wide = delta.float() * (delta.float().pow(2).mean(1, keepdim=True) + 1e-6).rsqrt() * (offset + delta_weight.float())
+    close(ours.float(), x.float() + scale * (wide if norms_delta else delta.float()), tolerance)
+    assert (normed[0] is ours) == (not norms_x)
+    assert triton_ops.add_norm(ours, None, None, 1e-6) is ours
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gate_mul_of_a_part_of_wider_rows(activation):
+    triton_ops, torch_ops = both()
+    x = 3 * random(5, 3 * 700)[:, :1400]
+    close(triton_ops.gate_mul(x, activation), torch_ops.gate_mul(x, activation))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -114,13 +136,27 @@ def test_draw_from_broken_logits_stays_in_the_vocabulary(value, greedy):
     assert 0 <= draw_one(torch.full((1, 9000), value, device=DEVICE), 0.5, greedy).ids.item() < 9000
 
 
-@pytest.mark.parametrize(
-    "rows, heads, kv_heads, dim, normed",
-    [(5, 6, 2, 32, True), (40, 4, 4, 16, False), (300, 9, 3, 24, False), (3, 12, 2, 128, False)],
-)
-def test_attention_with_ragged_prompts_shared_by_rows_in_any_slot(rows, heads, kv_heads, dim, normed):
+PLAIN = {"rotated": 1.0, "norm": "", "offset": 0.0, "cap": None, "windows": (None, None), "rotations": (0, 0)}
+
+
+@pytest.mark.parametrize("rows, heads, kv_heads, dim, own", [
+    (5, 6, 2, 32, {"norm": "head"}),
+    (40, 4, 4, 16, {}),
+    (300, 9, 3, 24, {}),
+    (3, 12, 2, 128, {}),
+    (5, 4, 1, 64, {"norm": "head", "offset": 1.0, "windows": (17, None), "rotations": (1, 0)}),  # as Gemma 3
+    (5, 4, 2, 32, {"cap": 1.5, "windows": (None, 40)}),  # as Gemma 2
+    (5, 3, 3, 32, {"rotated": 0.75}),  # as Phi-4-mini
+    (5, 4, 2, 32, {"rotated": 0.75, "norm": "head", "offset": 1.0}),
+    (5, 4, 2, 32, {"rotations": (0, None)}),  # as SmolLM3
+    (5, 6, 2, 24, {"norm": "width", "windows": (1, 64)}),  # as OLMo 3
+    (300, 2, 2, 16, {"windows": (30, 70)}),
+])  # fmt: skip
+def test_attention_with_ragged_prompts_shared_by_rows_in_any_slot(rows, heads, kv_heads, dim, own):
     triton_ops, torch_ops = both()
-    prompts, width, length, shape = 3, 70, 90, ops.AttentionShape(2, heads, kv_heads, dim, 1e-6)
+    own, prompts, width, length = PLAIN | own, 3, 70, 90
+    rotated = int(dim * own["rotated"])
+    shape = ops.AttentionShape(2, heads, kv_heads, dim, 1e-6, 0.3 * dim**-0.5, rotated, own["offset"], own["cap"])
     ours, theirs = (one.make_cache(shape, torch.float32, DEVICE) for one in (triton_ops, torch_ops))
     for cache in (ours, theirs):
         cache.allocate(prompts, width, rows, length)
@@ -136,12 +172,14 @@ def test_attention_with_ragged_prompts_shared_by_rows_in_any_slot(rows, heads, k
     straight = state.clone()
     straight[ops.SLOT] = torch.arange(rows)
     theirs.add_rows(straight)
-    cos, sin = random(200, dim // 2), random(200, dim // 2)
-    weights = (random(dim), random(dim)) if normed else (None, None)
+    rotations = [(random(200, rotated // 2), random(200, rotated // 2)) for _ in range(2)]
+    sizes = {"": (), "head": (dim, dim), "width": (heads * dim, kv_heads * dim)}[own["norm"]]
+    weights = [random(size) for size in sizes] or [None, None]
     for _ in range(3 if rows < 200 else 1):
         for layer in range(2):
+            layer_own = ops.LayerAttention(*weights, own["rotations"][layer], own["windows"][layer])
             qkv = random(rows, (heads + 2 * kv_heads) * dim + 8)[:, :-8]
-            ours.begin_step(state, cos, sin), theirs.begin_step(straight, cos, sin)
-            close(ours.attend(layer, qkv, *weights), theirs.attend(layer, qkv, *weights), 2e-4)
+            ours.begin_step(state, rotations), theirs.begin_step(straight, rotations)
+            close(ours.attend(layer, qkv, layer_own), theirs.attend(layer, qkv, layer_own), 2e-4)
         state[ops.DRAWN] += 1
         straight[ops.DRAWN] += 1

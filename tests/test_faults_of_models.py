@@ -549,7 +549,7 @@ def test_fault_12_a_nested_text_configuration_is_read_everywhere():
     """FAULTS #12: the vocabulary, the sliding window and the cap of the logits are those of the text model."""
     torch.manual_seed(0)
     policy = wrap(gemma3(), ModelConfig(), LoraConfig(r=4, target_modules=["q_proj"]), temperature=1.0)
-    assert policy.layout == "grid"
+    assert policy.layout == "rows"
     rollouts = grouped_rollouts(vocabulary=20)
     with torch.no_grad():
         for p in policy.parameters():

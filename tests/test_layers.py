@@ -13,7 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
 from grpo_core.model import fast_layers
-from grpo_core.model.families import FAMILIES
+from grpo_core.model.families import FAMILIES, head_dim
 
 KERNELS = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -87,10 +87,18 @@ def test_all_weights_can_be_trained():
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_table_of_families_says_what_transformers_does(model_type):
     [(kind, config, _)] = [MODELS[name] for name in MODELS if name.split(",")[0] == model_type][:1]
-    layer, family = kind(config).model.layers[0], FAMILIES[model_type]
-    assert type(layer.mlp).__name__ == family.mlp_class
-    assert hasattr(layer.self_attn, "q_norm") == hasattr(layer.self_attn, "k_norm") == family.normalizes_heads
+    model, family = kind(config), FAMILIES[model_type]
+    layer = model.model.layers[0]
+    assert family.mlp_class in (type(layer.mlp).__name__, None)
     assert ("sliding_window=" in inspect.getsource(type(layer.self_attn).forward)) == family.passes_window
+    norms = {name for name, _ in layer.named_children() if name.endswith("norm")}
+    assert norms == {name for name in family.norms if name is not None}
+    assert type(model.model.embed_tokens).__name__ == family.embedding_class
+    widths = {None: [], "head": [head_dim(config)] * 2, "width": [head_dim(config) * n for n in (config.num_attention_heads, config.num_key_value_heads)]}
+    attention = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
+    assert [len(norm.weight) for norm in attention if norm is not None] == widths[family.query_norm]
+    for part, names in ((layer.self_attn, family.qkv), (layer.mlp, family.gate_up)):
+        assert {name for name, _ in part.named_children() if name.endswith("_proj")} - {"o_proj", "down_proj"} == set(names)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), *(["cpu"] if KERNELS else [])])

@@ -8,6 +8,10 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
@@ -16,23 +20,34 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from grpo_core.batch import SamplingParams, Task
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model.policy import Policy, wrap
+from grpo_core.sampling.computation import Unsupported
 from grpo_core.sampling.draw import draw, restrict
 from grpo_core.sampling.end_of_sequence import describe_eos_mismatch, find_eos_ids
+from grpo_core.sampling.fused_model import check_model
 from grpo_core.sampling.graph_decoder import GraphDecoder
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TASKS = FixedTasks().batch(0)
+MIXED = [*TASKS, Task(4, "p", [7, 3, 9, 14, 5, 12, 6, 11, 4], {}, seed=(0, 0, 4))]  # with a prompt longer than the windows
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "initializer_range": 0.3, "eos_token_id": EOS, "pad_token_id": PAD, "bos_token_id": None,
@@ -41,6 +56,17 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+SHORT = {"rope_type": "default", "rope_theta": 10.0}
+PHI3 = SIZES | {"hidden_size": 64}  # heads of 16 dimensions, of which 12 are rotated
+PARTIAL = {"rope_type": "default", "rope_theta": 10.0, "partial_rotary_factor": 0.75}
+GRANITE = {
+    "logits_scaling": 2.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.6,
+}  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10.0, "partial_rotary_factor": 0.75, "short_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5],
+    "long_factor": [3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
+}  # fmt: skip
+SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
 MODELS = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES), True),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=16), True),
@@ -54,16 +80,49 @@ MODELS = {
         False,
     ),
     "qwen2, window": (
-        Qwen2ForCausalLM, Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1), False,
+        Qwen2ForCausalLM, Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1), True,
     ),
     "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=64), True),
-    "mistral, window": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=6), False),
+    "mistral, window": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=6), True),
+    "gemma3_text": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(
+            **SIZES | {"num_key_value_heads": 1}, head_dim=16, sliding_window=6, query_pre_attn_scalar=9, layer_types=SLIDING_AND_FULL,
+            final_logit_softcapping=3.0, rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0},
+            },
+        ),
+        True,
+    ),
+    "phi3": (Phi3ForCausalLM, Phi3Config(**PHI3, rope_parameters=PARTIAL, sliding_window=6), True),
+    "phi3, longrope": (Phi3ForCausalLM, Phi3Config(**PHI3, rope_parameters=LONGROPE, original_max_position_embeddings=20), True),
+    "smollm3": (
+        SmolLM3ForCausalLM,
+        SmolLM3Config(**SIZES, no_rope_layers=[0, 1], use_sliding_window=True, sliding_window=6, rope_parameters=SHORT),
+        True,
+    ),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config(**SIZES, rope_parameters=SHORT), True),
+    "olmo3": (
+        Olmo3ForCausalLM,
+        Olmo3Config(
+            **SIZES, sliding_window=6, layer_types=SLIDING_AND_FULL, max_position_embeddings=64, rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+                "full_attention": {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16},
+            },
+        ),
+        True,
+    ),
     "gemma2": (
         Gemma2ForCausalLM,
-        Gemma2Config(**SIZES, head_dim=8, sliding_window=6, final_logit_softcapping=2.0, attn_logit_softcapping=1.0),
-        False,
+        Gemma2Config(
+            **SIZES, head_dim=8, sliding_window=6, final_logit_softcapping=2.0, attn_logit_softcapping=1.0,
+            query_pre_attn_scalar=5, attn_implementation="eager",
+        ),
+        True,
     ),
-    "granite": (GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=4.0, embedding_multiplier=3.0), False),
+    "granite": (GraniteForCausalLM, GraniteConfig(**GRANITE, **SIZES, rope_parameters=SHORT), True),
+    "gemma": (GemmaForCausalLM, GemmaConfig(**SIZES, head_dim=16, rope_parameters=SHORT), True),
     "cohere": (CohereForCausalLM, CohereConfig(**SIZES, logit_scale=0.3), False),
     "gpt2": (
         GPT2LMHeadModel,
@@ -105,7 +164,8 @@ def test_every_architecture_greedy_as_generate_and_logprobs_as_teacher_forced(na
         for parameter in model.parameters():  # norms and biases that are not ones and zeros
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    lora = LoraConfig(target_modules=["c_attn"] if name == "gpt2" else ["q_proj", "o_proj", "gate_proj", "down_proj"])
+    targets = {"gpt2": ["c_attn"], "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}
+    lora = LoraConfig(target_modules=targets.get(config.model_type, ["q_proj", "o_proj", "gate_proj", "down_proj"]))
     policy = wrap(model, ModelConfig(), lora, temperature=1.0)
     with torch.no_grad():
         for key, parameter in policy.model.named_parameters():
@@ -114,20 +174,38 @@ def test_every_architecture_greedy_as_generate_and_logprobs_as_teacher_forced(na
     said = []
     sampler = make(policy, notify=said.append)
     for rows in (
-        kept(sampler.generate(TASKS, 1, greedy=True)),
-        kept(make(policy, decoder="plain").generate(TASKS, 1, greedy=True)),
+        kept(sampler.generate(MIXED, 1, greedy=True)),
+        kept(make(policy, decoder="plain").generate(MIXED, 1, greedy=True)),
     ):
-        for task, row in zip(TASKS, rows, strict=True):
+        for task, row in zip(MIXED, rows, strict=True):
             prompt = torch.tensor([task.prompt_ids], device=DEVICE)
             want = policy.causal_lm.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=PAD)[
                 0, prompt.shape[1] :
             ]
             assert row == want.tolist()
-    rollouts = sampler.generate(TASKS, 8)
+    rollouts = sampler.generate(MIXED, 8)
     assert len(set(rollouts.lengths().tolist())) > 3  # ragged, or this shows little
     torch.testing.assert_close(policy.logprobs(rollouts), rollouts.rollout_logprobs, atol=1e-4, rtol=0)
     assert fused(sampler) == expected and len(said) == (not expected)
     assert expected or "fused decoder" in said[0]
+
+
+def test_rows_longer_than_the_length_at_which_a_rotation_changes_use_another_decoder():
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(Phi3Config(**PHI3, rope_parameters=LONGROPE, original_max_position_embeddings=8)).to(DEVICE)
+    policy, said = wrap(model.eval(), ModelConfig(), LoraConfig(target_modules=["qkv_proj"]), temperature=1.0), []
+    rollouts = make(policy, notify=said.append).generate(MIXED[-1:], 8)
+    torch.testing.assert_close(policy.logprobs(rollouts), rollouts.rollout_logprobs, atol=1e-4, rtol=0)
+    assert any("longer than 8 tokens, above which its rotary embedding changes" in text for text in said)
+
+
+def test_bounds_of_scores_that_the_models_attention_may_leave_out_are_not_decoded():
+    kind, config, _ = MODELS["gemma2"]
+    model = kind(config)
+    check_model(model)
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(Unsupported, match="bounds the scores"):
+        check_model(model)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -6,38 +6,126 @@ attention only without a sliding window.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
+import torch
 from transformers import DynamicCache
+
+
+class LayerNorms(NamedTuple):
+    """The names of a layer's norms: of the inputs of its attention and its MLP, and of their outputs.
+
+    The norm of an output is applied before the output is added to the residual stream.
+    """
+
+    before_attention: str | None
+    after_attention: str | None
+    before_mlp: str | None
+    after_mlp: str | None
+
+
+NORMS_OF_INPUTS = LayerNorms("input_layernorm", None, "post_attention_layernorm", None)
+NORMS_ON_BOTH_SIDES = LayerNorms(
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+)
+NORMS_OF_OUTPUTS = LayerNorms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The factors and bounds that a model applies between its layers' products.
+
+    embedding: Factor of the embeddings.
+    residual: Factor of what attention and MLP add to the residual stream.
+    logit_divisor: The logits are divided by it.
+    logit_cap, score_cap: Bound c of the logits, and of the scores of attention: c tanh(x / c) takes the place of x.
+    """
+
+    embedding: float = 1.0
+    residual: float = 1.0
+    logit_divisor: float = 1.0
+    logit_cap: float | None = None
+    score_cap: float | None = None
 
 
 @dataclass(frozen=True)
 class Family:
     """The facts about one `model_type` as transformers implements it.
 
-    mlp_class: Name of the class of its MLP. That class computes down_proj(silu(gate_proj(x)) * up_proj(x)) without
-        dropout or clamping, so `fast_layers` may replace its forward.
+    mlp_class: Name of the class of its MLP, if that class computes down_proj(silu(gate_proj(x)) * up_proj(x)) without
+        dropout or clamping, so that `fast_layers` may replace its forward.
     passes_window: Its layers pass their sliding window to the attention function, where packed attention applies it.
         Other model types may have the window in the attention mask alone, which packed attention does not use.
-    has_fused_decoder: Its layers are what sampling/fused_model.py computes: RMSNorm, rotary position embeddings in
-        halves, grouped-query attention, SwiGLU, pre-norm residuals.
-    normalizes_heads: RMSNorm is applied to every head of queries and keys before the rotation, with the weights of
-        `self_attn.q_norm` and `self_attn.k_norm`.
+    has_fused_decoder: Its layers are what sampling/fused_model.py computes: RMSNorm, grouped-query attention, a gated
+        MLP, residuals. The fields below say what differs.
+    qkv, gate_up: Names of the linear layers of `self_attn` and `mlp` whose outputs, side by side, are queries, keys and
+        values, and gate and up.
+    norms: Names of the norms of a layer.
+    norm_offset: Every norm multiplies by the sum of this and its weight.
+    query_norm: Queries and keys are normalized before the rotation, with the weights of `self_attn.q_norm` and
+        `self_attn.k_norm`: every head by itself ("head"), or all heads together ("width").
+    activation: Name of the key of the configuration that has the activation of the gate.
+    embedding_class: Name of the class of its embeddings.
+    rotation_per_type: Every type of layer (`layer_types` of the configuration) has its own rotation.
+    rotated_layers: Name of the list in the configuration that has 0 for every layer without rotation.
+    find_scales: Returns the scales of a configuration for weights of a dtype.
     """
 
-    mlp_class: str
+    mlp_class: str | None
     passes_window: bool
     has_fused_decoder: bool = True
-    normalizes_heads: bool = False
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    norms: LayerNorms = NORMS_OF_INPUTS
+    norm_offset: float = 0.0
+    query_norm: Literal["head", "width"] | None = None
+    activation: str = "hidden_act"
+    embedding_class: str = "Embedding"
+    rotation_per_type: bool = False
+    rotated_layers: str | None = None
+    find_scales: Callable[[Any, torch.dtype], Scales] = lambda config, dtype: Scales()
+
+
+def _gemma_scales(config: Any, dtype: torch.dtype) -> Scales:
+    embedding = float(torch.tensor(config.hidden_size**0.5, device="cpu").to(dtype))
+    return Scales(embedding, logit_cap=getattr(config, "final_logit_softcapping", None))
+
+
+def _gemma2_scales(config: Any, dtype: torch.dtype) -> Scales:
+    return replace(_gemma_scales(config, dtype), score_cap=config.attn_logit_softcapping)
+
+
+def _granite_scales(config: Any, dtype: torch.dtype) -> Scales:
+    return Scales(config.embedding_multiplier, config.residual_multiplier, config.logits_scaling)
 
 
 FAMILIES = {
     "llama": Family("LlamaMLP", passes_window=False),  # has no sliding window
     "mistral": Family("MistralMLP", passes_window=True),
     "qwen2": Family("Qwen2MLP", passes_window=True),
-    "qwen3": Family("Qwen3MLP", passes_window=True, normalizes_heads=True),
-}
+    "qwen3": Family("Qwen3MLP", passes_window=True, query_norm="head"),
+    "granite": Family("GraniteMLP", passes_window=False, find_scales=_granite_scales),
+    "gemma": Family(
+        None, passes_window=False, norm_offset=1.0, embedding_class="GemmaTextScaledWordEmbedding",
+        find_scales=_gemma_scales,
+    ),
+    "gemma2": Family(
+        None, passes_window=True, norms=NORMS_ON_BOTH_SIDES, norm_offset=1.0, activation="hidden_activation",
+        embedding_class="Gemma2TextScaledWordEmbedding", find_scales=_gemma2_scales,
+    ),
+    "gemma3_text": Family(
+        None, passes_window=True, norms=NORMS_ON_BOTH_SIDES, norm_offset=1.0, query_norm="head", rotation_per_type=True,
+        activation="hidden_activation", embedding_class="Gemma3TextScaledWordEmbedding", find_scales=_gemma_scales,
+    ),
+    "phi3": Family(None, passes_window=True, qkv=("qkv_proj",), gate_up=("gate_up_proj",)),
+    "smollm3": Family("SmolLM3MLP", passes_window=True, rotated_layers="no_rope_layers"),
+    "olmo2": Family("Olmo2MLP", passes_window=False, norms=NORMS_OF_OUTPUTS, query_norm="width"),
+    "olmo3": Family(
+        "Olmo3MLP", passes_window=True, norms=NORMS_OF_OUTPUTS, query_norm="width", rotation_per_type=True
+    ),
+}  # fmt: skip
 
 # Recurrent model types that set the input of their states to 0 where a row is padded, seen in float32
 MASKS_PADDING: set[str] = set()

@@ -6,12 +6,14 @@ graph stays valid when the cache is freed and allocated again. decode_ops.py def
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo_core.sampling.decode_ops import DONE, DRAWN, PROMPT, SLOT, START, AttentionShape
+from grpo_core.sampling.decode_ops import DONE, DRAWN, PROMPT, SLOT, START, AttentionShape, LayerAttention, Rotation
 
 _DRAWN, _START, _PROMPT, _SLOT, _DONE = (tl.constexpr(x) for x in (DRAWN, START, PROMPT, SLOT, DONE))
 
@@ -23,6 +25,8 @@ _OFFSET, _PROMPTS, _WIDTH, _SLOTS, _LENGTH = (tl.constexpr(x) for x in range(5))
 KEYS_PER_BLOCK = 64  # keys that a program loads at once
 MIN_PROGRAMS = 256  # programs that occupy a whole GPU
 MAX_SPLITS = 16  # parts into which a row's attention may be split
+NO_NORM, NORM_HEADS, NORM_WIDTH = range(3)  # of queries and keys: none, every head by itself, all heads together
+_NO_NORM, _NORM_HEADS = tl.constexpr(NO_NORM), tl.constexpr(NORM_HEADS)
 
 
 @triton.jit
@@ -40,11 +44,41 @@ def _row_offset(layout, layer, part, slot, head, LAYERS: tl.constexpr, KV_HEADS:
     return tl.load(layout + _OFFSET) + prompts + (row * KV_HEADS + head) * tl.load(layout + _LENGTH) * DIM
 
 
+@triton.jit
+def multiply_by_weight(scaled, weight, inside, like, OFFSET: tl.constexpr):
+    """Return normalized values times OFFSET + weight. If OFFSET is 0 they are rounded to the dtype of `like` before."""
+    factor = tl.load(weight, inside, other=0.0).to(tl.float32)
+    if OFFSET == 0:
+        scaled = scaled.to(like.dtype.element_ty).to(tl.float32)
+    else:
+        factor += OFFSET
+    return scaled * factor
+
+
+@triton.jit
+def _scale_widths(qkv, stride, scales, eps, QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr):
+    """Store the factor that normalizes all query heads of one row (part 0) or all of its key heads (part 1)."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.arange(0, BLOCK)
+    size = tl.where(part == 0, QUERIES, KEYS)
+    value = tl.load(qkv + row * stride + part * QUERIES + at, at < size, other=0.0).to(tl.float32)
+    tl.store(scales + row * 2 + part, tl.rsqrt(tl.sum(value * value, 0) / size + eps))
+
+
+@triton.jit
+def _rotate(first, second, cos, sin, inside):
+    """Return the two halves of a head, rotated."""
+    c = tl.load(cos, inside, other=0.0).to(tl.float32)
+    s = tl.load(sin, inside, other=0.0).to(tl.float32)
+    return first * c - second * s, second * c + first * s
+
+
+# a head is two halves of HALF dimensions, which are rotated if ROTATES, and the rest of its DIM dimensions
 @triton.jit(do_not_specialize=["layer", "capacity"])
 def _rotate_and_store(
-    qkv, stride, q_out, cos, sin, q_weight, k_weight, eps, state, capacity, anchor, layout, layer,
-    LAYERS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    NORM: tl.constexpr,
+    qkv, stride, q_out, cos, sin, q_weight, k_weight, scales, eps, state, capacity, anchor, layout, layer,
+    LAYERS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, ROTATES: tl.constexpr,
 ):  # fmt: skip
     """Process one head of one row: normalize and rotate a query or key, and write it to `q_out` or to the cache.
 
@@ -56,42 +90,42 @@ def _rotate_and_store(
     if tl.load(column + _DONE * capacity) == 0:
         place = tl.load(column + _DRAWN * capacity) - 1
         half = tl.arange(0, BLOCK_HALF)
-        inside = half < DIM // 2
-        source = qkv + row * stride + head * DIM + half
-        first = tl.load(source, inside, other=0.0).to(tl.float32)
-        second = tl.load(source + DIM // 2, inside, other=0.0).to(tl.float32)
+        inside = half < HALF
+        source = qkv + row * stride + head * DIM
+        first = tl.load(source + half, inside, other=0.0).to(tl.float32)
+        second = tl.load(source + HALF + half, inside, other=0.0).to(tl.float32)
+        if 2 * HALF < DIM:
+            rest_at = 2 * HALF + tl.arange(0, BLOCK_REST)
+            rest = tl.load(source + rest_at, rest_at < DIM, other=0.0).to(tl.float32)
         if head < HEADS + KV_HEADS:
-            if NORM:
-                scale = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / DIM + eps)
-                weight = tl.where(head < HEADS, q_weight, k_weight) + half
-                dtype = q_out.dtype.element_ty
-                first = (first * scale).to(dtype).to(tl.float32) * tl.load(weight, inside, other=0.0).to(tl.float32)
-                second = (second * scale).to(dtype).to(tl.float32) * tl.load(weight + DIM // 2, inside, other=0.0).to(
-                    tl.float32
-                )
-            position = tl.load(column + _START * capacity) + place
-            c = tl.load(cos + position * (DIM // 2) + half, inside, other=0.0).to(tl.float32)
-            s = tl.load(sin + position * (DIM // 2) + half, inside, other=0.0).to(tl.float32)
-            rotated_first = first * c - second * s
-            second = second * c + first * s
-            first = rotated_first
+            if NORM != _NO_NORM:
+                weight = tl.where(head < HEADS, q_weight, k_weight)
+                if NORM == _NORM_HEADS:
+                    squares = tl.sum(first * first, 0) + tl.sum(second * second, 0)
+                    if 2 * HALF < DIM:
+                        squares += tl.sum(rest * rest, 0)
+                    scale = tl.rsqrt(squares / DIM + eps)
+                else:
+                    weight += tl.where(head < HEADS, head, head - HEADS) * DIM
+                    scale = tl.load(scales + row * 2 + tl.where(head < HEADS, 0, 1))
+                first = multiply_by_weight(first * scale, weight + half, inside, q_out, OFFSET)
+                second = multiply_by_weight(second * scale, weight + HALF + half, inside, q_out, OFFSET)
+                if 2 * HALF < DIM:
+                    rest = multiply_by_weight(rest * scale, weight + rest_at, rest_at < DIM, q_out, OFFSET)
+            if ROTATES:
+                at = (tl.load(column + _START * capacity) + place) * HALF + half
+                first, second = _rotate(first, second, cos + at, sin + at, inside)
         if head < HEADS:
-            target = q_out + (row * HEADS + head) * DIM + half
+            target = q_out + (row * HEADS + head) * DIM
         else:
             part = (head - HEADS) // KV_HEADS
-            offset = _row_offset(
-                layout,
-                layer,
-                part,
-                tl.load(column + _SLOT * capacity),
-                (head - HEADS) % KV_HEADS,
-                LAYERS,
-                KV_HEADS,
-                DIM,
-            )
-            target = anchor + offset + place * DIM + half
-        tl.store(target, first, inside)
-        tl.store(target + DIM // 2, second, inside)
+            slot, kv_head = tl.load(column + _SLOT * capacity), (head - HEADS) % KV_HEADS
+            offset = _row_offset(layout, layer, part, slot, kv_head, LAYERS, KV_HEADS, DIM)
+            target = anchor + offset + place * DIM
+        tl.store(target + half, first, inside)
+        tl.store(target + HALF + half, second, inside)
+        if 2 * HALF < DIM:
+            tl.store(target + rest_at, rest, rest_at < DIM)
 
 
 @triton.jit
@@ -100,13 +134,33 @@ def _token_offsets(at, start, prompt_offset, row_offset, DIM: tl.constexpr):
     return tl.multiple_of(tl.where(at >= start, row_offset + (at - start) * DIM, prompt_offset + at * DIM), 8)
 
 
-# the tokens of a row are its prompt's and its own; with one part the result goes to `out`; with several, the result of
-# each part and the log of its sum of exponentials go to `parts` and `logsums`, which `_combine` reads
+@triton.jit
+def _find_part(total, split, splits, BLOCK_K: tl.constexpr, WINDOW: tl.constexpr):
+    """Return the first token of one part of a row's tokens and the one after its last."""
+    seen = total
+    if WINDOW != 0:
+        seen = tl.minimum(total, WINDOW)
+    size = tl.cdiv(tl.cdiv(seen, splits), BLOCK_K) * BLOCK_K
+    low = total - seen + split * size
+    return low, tl.minimum(low + size, total)
+
+
+@triton.jit
+def _bound(scores, CAP: tl.constexpr):
+    """Return CAP * tanh(scores / CAP), or the scores themselves if CAP is 0."""
+    if CAP != 0:
+        scores = CAP * (2 * tl.sigmoid(2 * scores / CAP) - 1)
+    return scores
+
+
+# the tokens of a row are its prompt's and its own, of which it sees the last WINDOW, or all if WINDOW is 0; with one
+# part the result goes to `out`; with several, the result of each part and the log of its sum of exponentials go to
+# `parts` and `logsums`, which `_combine` reads
 @triton.jit(do_not_specialize=["layer", "capacity"])
 def _attend(
     q, out, parts, logsums, state, capacity, anchor, layout, layer, scale,
     LAYERS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Attend with the query heads of one row that share a key head, to one of several parts of the row's tokens."""
     row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -115,8 +169,7 @@ def _attend(
     if tl.load(column + _DONE * capacity) == 0:
         start = tl.load(column + _START * capacity)
         total = start + tl.load(column + _DRAWN * capacity)
-        split_size = tl.cdiv(tl.cdiv(total, splits), BLOCK_K) * BLOCK_K
-        low, high = split * split_size, tl.minimum(split * split_size + split_size, total)
+        low, high = _find_part(total, split, splits, BLOCK_K, WINDOW)
         prompt, slot = tl.load(column + _PROMPT * capacity), tl.load(column + _SLOT * capacity)
         k_prompt = _prompt_offset(layout, layer, 0, prompt, kv_head, LAYERS, KV_HEADS, DIM)
         v_prompt = _prompt_offset(layout, layer, 1, prompt, kv_head, LAYERS, KV_HEADS, DIM)
@@ -138,8 +191,8 @@ def _attend(
             key_mask = inside[:, None] & (d < DIM)[None, :]
             keys = tl.load(anchor + k_at[:, None] + d[None, :], key_mask, other=0.0)
             values = tl.load(anchor + v_at[:, None] + d[None, :], key_mask, other=0.0)
-            scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
-            scores = tl.where(inside[None, :], scores * scale, -1e30)
+            scores = _bound(tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale, CAP)
+            scores = tl.where(inside[None, :], scores, -1e30)
             new_maximum = tl.maximum(maximum, tl.max(scores, 1))
             weights = tl.exp(scores - new_maximum[:, None])  # at least one key of a block is inside
             rescale = tl.exp(maximum - new_maximum)
@@ -209,30 +262,14 @@ class TritonCache:
     def keep_rows(self, state: Tensor) -> None:
         """Do nothing: every row keeps its slot."""
 
-    def begin_step(self, state: Tensor, cos: Tensor, sin: Tensor) -> None:
-        self._state, self._cos, self._sin = state, cos, sin
+    def begin_step(self, state: Tensor, rotations: Sequence[Rotation]) -> None:
+        self._state, self._rotations = state, rotations
 
-    def attend(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor, own: LayerAttention) -> Tensor:
         s, state, rows = self.shape, self._state, len(qkv)
         sizes = (s.layers, s.heads, s.kv_heads, s.head_dim)
-        q = qkv.new_empty(rows, s.heads * s.head_dim)
         memory = (state, state.stride(0), self.anchor, self.layout, layer)
-        norm_weights = (qkv, qkv) if q_norm is None else (q_norm, k_norm)  # without norms they are not read
-        block_half = triton.next_power_of_2(s.head_dim // 2)
-        _rotate_and_store[(rows, s.heads + 2 * s.kv_heads)](
-            qkv,
-            qkv.stride(0),
-            q,
-            self._cos,
-            self._sin,
-            *norm_weights,
-            s.eps,
-            *memory,
-            *sizes,
-            block_half,
-            q_norm is not None,
-            num_warps=1,
-        )
+        q = self._rotate_and_store(qkv, own, memory, sizes)
         out, splits = torch.empty_like(q), _count_splits(rows * s.kv_heads)
         parts = torch.empty(rows * s.heads * splits, s.head_dim, dtype=torch.float32, device=q.device)
         logsums = torch.empty(rows * s.heads * splits, dtype=torch.float32, device=q.device)
@@ -241,14 +278,36 @@ class TritonCache:
         precision = "ieee" if q.dtype == torch.float32 else "tf32"
         is_wide = block_d * q.element_size() >= 512  # such heads need smaller blocks to fit into shared memory
         block_k = KEYS_PER_BLOCK // 2 if is_wide else KEYS_PER_BLOCK
-        options = {"num_warps": 4, "num_stages": 1 if is_wide else 3}
+        options = {"num_warps": 4, "num_stages": 1 if is_wide and q.element_size() > 2 else 3}
         _attend[(rows, s.kv_heads, splits)](
-            q, out, parts, logsums, *memory, s.head_dim**-0.5, *sizes, block_d, block_q, block_k, precision, **options
-        )
+            q, out, parts, logsums, *memory, s.scale, *sizes, block_d, block_q, block_k, precision, own.window or 0,
+            s.score_cap or 0.0, **options,
+        )  # fmt: skip
         if splits > 1:
             sizes = (s.heads, s.head_dim, block_d, MAX_SPLITS)
             _combine[(rows, s.heads)](parts, logsums, out, state, state.stride(0), splits, *sizes, num_warps=2)
         return out
+
+    def _rotate_and_store(self, qkv: Tensor, own: LayerAttention, memory: tuple, sizes: tuple[int, ...]) -> Tensor:
+        """Store the keys and values of `qkv` in the cache; return the queries, [R, heads dim]."""
+        s, rows = self.shape, len(qkv)
+        q = qkv.new_empty(rows, s.heads * s.head_dim)
+        norm, weights, scales = NO_NORM, (qkv, qkv), qkv  # what is not read is passed as qkv
+        if own.q_norm is not None and own.k_norm is not None:
+            norm = NORM_HEADS if len(own.q_norm) == s.head_dim else NORM_WIDTH
+            weights = (own.q_norm, own.k_norm)
+        if norm == NORM_WIDTH:
+            scales = torch.empty(rows, 2, dtype=torch.float32, device=qkv.device)
+            widths = (s.heads * s.head_dim, s.kv_heads * s.head_dim)
+            _scale_widths[(rows, 2)](qkv, qkv.stride(0), scales, s.eps, *widths, triton.next_power_of_2(widths[0]))
+        rotation = (qkv, qkv) if own.rotation is None else self._rotations[own.rotation]
+        half = s.head_dim // 2 if own.rotation is None else s.rotated // 2
+        blocks = (triton.next_power_of_2(half), triton.next_power_of_2(max(1, s.head_dim - 2 * half)))
+        _rotate_and_store[(rows, s.heads + 2 * s.kv_heads)](
+            qkv, qkv.stride(0), q, *rotation, *weights, scales, s.eps, *memory, *sizes, half, *blocks, norm,
+            s.norm_offset, own.rotation is not None, num_warps=1,
+        )  # fmt: skip
+        return q
 
 
 def _count_splits(programs: int) -> int:

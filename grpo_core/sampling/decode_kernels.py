@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_core.batch import SamplingParams
-from grpo_core.sampling.attention_kernels import TABLE_WIDTH, TritonCache
-from grpo_core.sampling.decode_ops import DONE, DRAWN, LIMIT, ROW, TOKEN, AttentionShape, Tables, TorchOps
+from grpo_core.sampling.attention_kernels import TABLE_WIDTH, TritonCache, multiply_by_weight
+from grpo_core.sampling.decode_ops import DONE, DRAWN, LIMIT, ROW, TOKEN, Activation, AttentionShape, Tables, TorchOps
 
 _TOKEN, _DRAWN, _LIMIT, _ROW, _DONE = (tl.constexpr(x) for x in (TOKEN, DRAWN, LIMIT, ROW, DONE))
 _TABLE_WIDTH = tl.constexpr(TABLE_WIDTH)
@@ -23,33 +23,52 @@ TOKENS_PER_CHUNK = 4096  # of the vocabulary, processed by one program
 ACTIVATIONS_PER_PROGRAM = 1024  # of the gated activation
 
 
+@triton.jit
+def _normalize(value, weight, inside, like, eps, H: tl.constexpr, OFFSET: tl.constexpr):
+    """Return RMSNorm(value) * (OFFSET + weight) in float32."""
+    wide = value.to(tl.float32)
+    scaled = wide * tl.rsqrt(tl.sum(wide * wide, 0) / H + eps)
+    return multiply_by_weight(scaled, weight, inside, like, OFFSET)
+
+
 @triton.jit(do_not_specialize=["adds"])
-def _add_norm(x, delta, delta_stride, weight, out, eps, adds, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Process one row: add `delta` to x in place if `adds` is not 0, and store RMSNorm(x) * weight."""
+def _add_norm(
+    x, delta, delta_stride, weight, delta_weight, out, eps, delta_scale, adds, H: tl.constexpr, BLOCK_H: tl.constexpr,
+    NORMS_X: tl.constexpr, NORMS_DELTA: tl.constexpr, OFFSET: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    """Process one row: add `delta` to x in place if `adds` is not 0, and store RMSNorm(x) * (OFFSET + weight).
+
+    Before it is added, `delta` is normalized if NORMS_DELTA, and multiplied by `delta_scale` if SCALES.
+    """
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK_H)
     inside = at < H
     value = tl.load(x + row * H + at, inside, other=0.0)
     if adds != 0:
         change = tl.load(delta + row * delta_stride + at, inside, other=0.0)
+        if NORMS_DELTA:
+            change = _normalize(change, delta_weight + at, inside, x, eps, H, OFFSET).to(change.dtype)
+        if SCALES:
+            change = (change.to(tl.float32) * delta_scale).to(change.dtype)
         value = (value.to(tl.float32) + change.to(tl.float32)).to(value.dtype)
         tl.store(x + row * H + at, value, inside)
-    wide = value.to(tl.float32)
-    scaled = wide * tl.rsqrt(tl.sum(wide * wide, 0) / H + eps)
-    scale = tl.load(weight + at, inside, other=0.0).to(tl.float32)
-    tl.store(out + row * H + at, scaled.to(value.dtype).to(tl.float32) * scale, inside)
+    if NORMS_X:
+        tl.store(out + row * H + at, _normalize(value, weight + at, inside, x, eps, H, OFFSET), inside)
 
 
 @triton.jit
-def _silu_mul(gate_up, stride, out, INNER: tl.constexpr, BLOCK_I: tl.constexpr):
-    """Store silu(gate) * up for one block of one row."""
+def _gate_mul(gate_up, stride, out, INNER: tl.constexpr, BLOCK_I: tl.constexpr, IS_SILU: tl.constexpr):
+    """Store activation(gate) * up for one block of one row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     inside = at < INNER
     gate = tl.load(gate_up + row * stride + at, inside, other=0.0)
     up = tl.load(gate_up + row * stride + INNER + at, inside, other=0.0).to(tl.float32)
     wide = gate.to(tl.float32)
-    active = (wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32)
+    argument = wide
+    if not IS_SILU:  # 0.5 x (1 + tanh(u)) = x sigmoid(2 u), with 2 u = sqrt(8 / pi) (x + 0.044715 x^3)
+        argument = 1.5957691216057308 * (wide + 0.044715 * wide * wide * wide)
+    active = (wide * tl.sigmoid(argument)).to(gate.dtype).to(tl.float32)
     tl.store(out + row * INNER + at, active * up, inside)
 
 
@@ -145,19 +164,35 @@ class TritonOps(TorchOps):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        out, width = torch.empty_like(x), x.shape[1]
+    def add_norm(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        weight: Tensor | None,
+        eps: float,
+        *,
+        delta_weight: Tensor | None = None,
+        offset: float = 0.0,
+        delta_scale: float = 1.0,
+    ) -> Tensor:
+        if delta is None and weight is None:
+            return x
+        out, width = x if weight is None else torch.empty_like(x), x.shape[1]
         block = triton.next_power_of_2(width)
-        added = (x, 0) if delta is None else (delta, delta.stride(0))  # without a delta x is passed and not read
+        added = (x, 0) if delta is None else (delta, delta.stride(0))  # what is not read is passed as x
+        weights = (x if weight is None else weight, x if delta_weight is None else delta_weight)
+        flags = (weight is not None, delta_weight is not None, offset, delta_scale != 1.0)
         warps = min(8, max(1, block // 512))
-        _add_norm[(len(x),)](x, *added, weight, out, eps, int(delta is not None), width, block, num_warps=warps)
+        _add_norm[(len(x),)](
+            x, *added, *weights, out, eps, delta_scale, int(delta is not None), width, block, *flags, num_warps=warps
+        )
         return out
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def gate_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
         rows, inner = len(gate_up), gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, inner)
         grid = (rows, triton.cdiv(inner, ACTIVATIONS_PER_PROGRAM))
-        _silu_mul[grid](gate_up, gate_up.stride(0), out, inner, ACTIVATIONS_PER_PROGRAM)
+        _gate_mul[grid](gate_up, gate_up.stride(0), out, inner, ACTIVATIONS_PER_PROGRAM, activation == "silu")
         return out
 
     def draw(self, logits: Tensor, state: Tensor, tables: Tables, settings: SamplingParams) -> None:

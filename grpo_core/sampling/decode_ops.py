@@ -6,7 +6,9 @@ fields are the constants below. `Tables` holds the inputs and outputs of the who
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +31,43 @@ FIELDS = 8
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """The sizes of a model's attention, and the epsilon of its norms."""
+    """The sizes of a model's attention, and what all of its layers share.
+
+    eps, norm_offset: Of the norms of queries and keys, which multiply by norm_offset + weight.
+    scale: Factor of the scores.
+    rotated: Number of dimensions of a head that are rotated, the first ones.
+    score_cap: Bound c of the scores: c tanh(x / c) takes the place of the score x.
+    """
 
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
     eps: float
+    scale: float
+    rotated: int
+    norm_offset: float = 0.0
+    score_cap: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """The settings and weights of one layer's attention.
+
+    q_norm, k_norm: Weights of the norms of queries and keys, if there are norms: [dim] if every head is normalized by
+        itself, [heads dim] and [kv_heads dim] if all are normalized together.
+    rotation: Index of the layer's table of rotations; None without rotation.
+    window: Number of tokens that a token sees, itself included; None if it sees all before it.
+    """
+
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    rotation: int | None = 0
+    window: int | None = None
+
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin, [positions, rotated / 2] each
+Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclass
@@ -65,16 +97,32 @@ class TorchOps:
             return (weight @ x.t()).t()
         return F.linear(x, weight, bias)
 
-    def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        """Add `delta` to x [R, H] in place, then return RMSNorm(x) * weight."""
-        if delta is not None:
-            x += delta
-        return F.rms_norm(x, (x.shape[1],), weight, eps)
+    def add_norm(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        weight: Tensor | None,
+        eps: float,
+        *,
+        delta_weight: Tensor | None = None,
+        offset: float = 0.0,
+        delta_scale: float = 1.0,
+    ) -> Tensor:
+        """Add delta_scale * delta to x [R, H] in place, then return RMSNorm(x) * (offset + weight).
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """Return silu(gate) * up [R, I] for [gate, up] [R, 2 I]."""
+        With `delta_weight`, RMSNorm(delta) * (offset + delta_weight) takes the place of `delta`. Without `weight`, x
+        itself is returned.
+        """
+        if delta is not None:
+            if delta_weight is not None:
+                delta = rms_norm(delta, delta_weight, eps, offset)
+            x += delta if delta_scale == 1.0 else delta * delta_scale
+        return x if weight is None else rms_norm(x, weight, eps, offset)
+
+    def gate_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        """Return activation(gate) * up [R, I] for [gate, up] [R, 2 I]."""
         gate, up = gate_up.chunk(2, dim=1)
-        return F.silu(gate).mul_(up)
+        return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")).mul_(up)
 
     def draw(self, logits: Tensor, state: Tensor, tables: Tables, settings: SamplingParams) -> None:
         """Draw the next token of every row that is not done from logits [R, V]; write it to `state` and `tables`."""
@@ -136,23 +184,33 @@ class TorchCache:
             layer[:, : len(slots)] = layer[:, slots]
         state[SLOT] = torch.arange(len(slots), device=state.device)
 
-    def begin_step(self, state: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Prepare what the layers of a step share. `cos` and `sin` are [positions, dim / 2]."""
+    def begin_step(self, state: Tensor, rotations: Sequence[Rotation]) -> None:
+        """Prepare what the layers of a step share."""
         position = state[START] + state[DRAWN] - 1
-        width = int(position.max()) + 1
+        self._width = int(position.max()) + 1
         self._at = (torch.arange(len(position), device=position.device), position)
-        self._width, self._cos, self._sin = width, cos[position][:, None], sin[position][:, None]
-        visible = torch.arange(width, device=position.device) <= position[:, None]
-        bias = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device).masked_fill(~visible, -torch.inf)
-        self._mask = None if bool(visible.all()) else bias[:, None, None]
+        self._rotations = [(cos[position][:, None], sin[position][:, None]) for cos, sin in rotations]
+        self._masks: dict[int | None, Tensor | None] = {}
 
-    def attend(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
+    def _mask(self, window: int | None) -> Tensor | None:
+        """Return what is added to the scores of a layer with this window; None if every row sees all tokens."""
+        if window not in self._masks:
+            at, position = torch.arange(self._width, device=self._at[1].device), self._at[1][:, None]
+            visible = at <= position
+            if window is not None:
+                visible &= at > position - window
+            bias = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device).masked_fill(~visible, -torch.inf)
+            self._masks[window] = None if bool(visible.all()) else bias[:, None, None]
+        return self._masks[window]
+
+    def attend(self, layer: int, qkv: Tensor, own: LayerAttention) -> Tensor:
         """Return the attention of one new token per row, [R, heads dim], and store its key and value.
 
         `qkv` is [R, (heads + 2 kv_heads) dim], before norms and rotation.
         """
         heads, kv_heads, dim = self.shape.heads, self.shape.kv_heads, self.shape.head_dim
-        q, k, v = normalize_and_rotate(qkv.reshape(len(qkv), -1, dim), self.shape, self._cos, self._sin, q_norm, k_norm)
+        rotation = None if own.rotation is None else self._rotations[own.rotation]
+        q, k, v = normalize_and_rotate(qkv.reshape(len(qkv), -1, dim), self.shape, own, rotation)
         keys, values = self.rows[layer, 0, : len(qkv)], self.rows[layer, 1, : len(qkv)]
         row, position = self._at
         keys[row, :, position], values[row, :, position] = k, v
@@ -160,25 +218,45 @@ class TorchCache:
         # query heads that share a key head are treated as positions, so that keys need not be repeated; on two threads
         # this is faster than SDPA for one position
         grouped = q.reshape(len(qkv), kv_heads, heads // kv_heads, dim)
-        scores = (grouped * dim**-0.5) @ keys.transpose(2, 3)
-        if self._mask is not None:
-            scores += self._mask
+        scores = (grouped * self.shape.scale) @ keys.transpose(2, 3)
+        if self.shape.score_cap is not None:
+            scores = self.shape.score_cap * torch.tanh(scores / self.shape.score_cap)
+        mask = self._mask(own.window)
+        if mask is not None:
+            scores += mask
         return (scores.softmax(dim=-1) @ values).reshape(len(qkv), -1)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """Return RMSNorm(x) * (offset + weight) over the last dimension."""
+    if offset == 0.0:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, weight.float() + offset, eps).to(x.dtype)
+
+
 def normalize_and_rotate(
-    qkv: Tensor, shape: AttentionShape, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None
+    qkv: Tensor, shape: AttentionShape, own: LayerAttention, rotation: Rotation | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split [..., heads + 2 kv_heads, dim] into q, k and v; normalize q and k if there are norms, and rotate them.
 
-    The rotation is RoPE (arXiv:2104.09864) over the two halves of a head, as in Llama. `cos` and `sin` are
-    [..., 1, dim / 2].
+    The rotation is RoPE (arXiv:2104.09864) over the two halves of the rotated dimensions, as in Llama. Its `cos` and
+    `sin` are [..., 1, rotated / 2].
     """
     qk, v = qkv.split([shape.heads + shape.kv_heads, shape.kv_heads], dim=-2)
-    if q_norm is not None and k_norm is not None:
-        weight = torch.cat([q_norm.expand(shape.heads, -1), k_norm.expand(shape.kv_heads, -1)])
-        qk = F.rms_norm(qk, (shape.head_dim,), eps=shape.eps) * weight
-    first, second = qk.chunk(2, dim=-1)
-    rotated = [torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)]
-    q, k = torch.cat(rotated, dim=-1).split([shape.heads, shape.kv_heads], dim=-2)
+    if own.q_norm is not None and own.k_norm is not None:
+        parts = zip(qk.split([shape.heads, shape.kv_heads], dim=-2), (own.q_norm, own.k_norm), strict=True)
+        qk = torch.cat([_normalize_heads(x, weight, shape) for x, weight in parts], dim=-2)
+    if rotation is not None:
+        cos, sin = rotation
+        first, second, rest = qk.split([shape.rotated // 2] * 2 + [shape.head_dim - shape.rotated], dim=-1)
+        if cos.dtype != qk.dtype:
+            first, second = first.to(cos.dtype), second.to(cos.dtype)
+        rotated = [torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)]
+        qk = torch.cat([*rotated, rest] if rest.shape[-1] else rotated, dim=-1).to(qkv.dtype)
+    q, k = qk.split([shape.heads, shape.kv_heads], dim=-2)
     return q, k, v
+
+
+def _normalize_heads(x: Tensor, weight: Tensor, shape: AttentionShape) -> Tensor:
+    """Normalize x [..., n, dim] over as many values as `weight` has: each head, or all heads together."""
+    return rms_norm(x.reshape(*x.shape[:-2], -1, len(weight)), weight, shape.eps, shape.norm_offset).reshape(x.shape)

@@ -1,13 +1,15 @@
-"""The computation of one decode step of a Llama-like model as a few large products, from the model's live weights.
+"""The computation of one decode step of a dense model as a few large products, from the model's live weights.
 
-The projections q, k and v are joined into one product, gate and up into another, each followed by the rows of LoRA's A.
-Frozen weights are not copied: the model's own weights become views of the joined ones. Only LoRA's small factors are
-copied, by `refresh`, so a change of the adapter (an optimizer step, the reference) needs no new captured graph.
+The model's family (model/families.py) says what differs from Llama. The projections q, k and v are joined into one
+product, gate and up into another, each followed by the rows of LoRA's A. Frozen weights are not copied: the model's own
+weights become views of the joined ones. Only LoRA's small factors are copied, by `refresh`, so a change of the adapter
+(an optimizer step, the reference) needs no new captured graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +18,22 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grpo_core.counts import quantify
-from grpo_core.model.families import FAMILIES, head_dim
+from grpo_core.model.families import FAMILIES, Family, head_dim
+from grpo_core.model.rotation import find_rotations
 from grpo_core.sampling.computation import CallSize, Unsupported
-from grpo_core.sampling.decode_ops import TOKEN, AttentionShape, TorchOps, normalize_and_rotate
+from grpo_core.sampling.decode_ops import (
+    TOKEN,
+    Activation,
+    AttentionShape,
+    LayerAttention,
+    Rotation,
+    TorchOps,
+    normalize_and_rotate,
+)
 
 # without cuDNN, which takes up to a second for every new shape
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 MAX_PREFILL_BYTES = 111e6  # on a GPU: activations of the widest layer for the prompts that are prefilled together
 MAX_PREFILL_CPU_TOKENS = 2048  # on the CPU: tokens that are prefilled together; more are no faster
 
@@ -82,23 +94,32 @@ class JoinedLinear:
 class FusedLayer:
     """One transformer layer as four products and its norms."""
 
-    def __init__(self, layer: nn.Module, normalizes_heads: bool, ops: TorchOps) -> None:
+    def __init__(
+        self, layer: nn.Module, family: Family, rotation: int | None, window: int | None, ops: TorchOps
+    ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.input_norm, self.post_norm = layer.input_layernorm, layer.post_attention_layernorm
-        self.q_norm, self.k_norm = (attention.q_norm, attention.k_norm) if normalizes_heads else (None, None)
-        self.qkv = JoinedLinear([attention.q_proj, attention.k_proj, attention.v_proj], ops)
+        self._norms = [None if name is None else getattr(layer, name) for name in family.norms]
+        self._head_norms = (attention.q_norm, attention.k_norm) if family.query_norm else None
+        self._rotation, self._window = rotation, window
+        self.qkv = JoinedLinear([getattr(attention, name) for name in family.qkv], ops)
         self.o = JoinedLinear([attention.o_proj], ops)
-        self.gate_up = JoinedLinear([mlp.gate_proj, mlp.up_proj], ops)
+        self.gate_up = JoinedLinear([getattr(mlp, name) for name in family.gate_up], ops)
         self.down = JoinedLinear([mlp.down_proj], ops)
         self.products = (self.qkv, self.o, self.gate_up, self.down)
 
     @property
-    def head_norms(self) -> tuple[Tensor | None, Tensor | None]:
-        """The weights of the norms of queries and keys; None for a family without these norms."""
-        return (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
+    def norms(self) -> list[Tensor | None]:
+        """The weights of the norms before and after attention, and before and after the MLP; None for no norm."""
+        return [None if norm is None else norm.weight for norm in self._norms]
+
+    @property
+    def attention(self) -> LayerAttention:
+        """The settings and weights of the layer's attention."""
+        weights = (None, None) if self._head_norms is None else [norm.weight for norm in self._head_norms]
+        return LayerAttention(*weights, self._rotation, self._window)
 
 
-Attend = Callable[[int, Tensor, FusedLayer], Tensor]  # (layer index, qkv, layer) -> attention [R, heads dim]
+Attend = Callable[[int, Tensor, LayerAttention], Tensor]  # (index of the layer, qkv, own) -> attention [R, heads dim]
 
 
 class FusedModel:
@@ -111,29 +132,47 @@ class FusedModel:
     def __init__(self, model: Any, ops: TorchOps) -> None:
         check_model(model)
         config, body = model.config, model.model
+        family = FAMILIES[config.model_type]
         dim = head_dim(config)
         if dim % ops.head_multiple:
             raise Unsupported(f"its heads have {dim} dimensions, which is not a multiple of {ops.head_multiple}")
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.shape = AttentionShape(len(body.layers), heads, kv_heads, dim, config.rms_norm_eps)
-        self.model, self.ops, self.rotary = model, ops, body.rotary_emb
-        self.embedding, self.norm, self.head = body.embed_tokens, body.norm, model.lm_head
+        self.model, self.ops, self.rotary, self.rotations = model, ops, body.rotary_emb, find_rotations(config)
+        self.embedding, self.final_norm, self.head = body.embed_tokens, body.norm, model.lm_head
         self.dtype, self.device = self.embedding.weight.dtype, self.embedding.weight.device
+        self.scales, self.activation = family.find_scales(config, self.dtype), _activation(config, family)
+        self._kinds = sorted(set(config.layer_types)) if family.rotation_per_type else [None]
+        self._tables: list[Rotation] = []
+        [rotated] = {cos.shape[1] * 2 for cos, _ in self._make_tables(1)}
+        self.shape = AttentionShape(
+            len(body.layers), config.num_attention_heads, config.num_key_value_heads, dim, config.rms_norm_eps,
+            body.layers[0].self_attn.scaling, rotated, family.norm_offset, self.scales.score_cap,
+        )  # fmt: skip
+        self._add_norm = partial(
+            ops.add_norm, eps=self.shape.eps, offset=family.norm_offset, delta_scale=self.scales.residual
+        )
         self.layers = []
-        for layer in body.layers:
-            self.layers.append(FusedLayer(layer, FAMILIES[config.model_type].normalizes_heads, ops))
+        for i, layer in enumerate(body.layers):
+            rotation, window = self._kind_of(i, family), layer_window(config, family, i)
+            self.layers.append(FusedLayer(layer, family, rotation, window, ops))
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # the weights' old memory is too fragmented for the next layer
-        self.cos = self.sin = self.embedding.weight.new_zeros(0, dim // 2)
         self.cache = ops.make_cache(self.shape, self.dtype, self.device)
+
+    def _kind_of(self, layer: int, family: Family) -> int | None:
+        """Return the index of a layer's rotation; None for a layer without."""
+        config = self.model.config
+        if family.rotated_layers and not getattr(config, family.rotated_layers)[layer]:
+            return None
+        return self._kinds.index(config.layer_types[layer]) if family.rotation_per_type else 0
 
     def check(self, positions: int) -> None:
         """Raise Unsupported unless the model, with its adapter as it is now, supports rows of `positions` tokens."""
         check_model(self.model)
-        window = sliding_window(self.model.config)
-        if window is not None and positions > window:
+        if self.rotations.key(positions - 1) != self.rotations.key(1):  # the last token is not an input
+            limit = min(rule.limit for rule in self.rotations.rules)
             raise Unsupported(
-                f"prompts and completions could become longer than its sliding window of {quantify(window, 'token')}"
+                f"prompts and completions could become longer than {quantify(limit, 'token')}, above which its rotary "
+                f"embedding changes"
             )
 
     def refresh(self, positions: int) -> bool:
@@ -152,32 +191,48 @@ class FusedModel:
         return tuple((name, weight.data_ptr(), weight.requires_grad) for name, weight in weights)
 
     def _extend_rotations(self, positions: int) -> bool:
-        """Let the table of rotations cover `positions` positions. Return whether it grew, which it does by doubling."""
-        if len(self.cos) >= positions:
+        """Let the tables of rotations cover `positions` positions. Return whether they grew, which is by doubling."""
+        if self._tables and len(self._tables[0][0]) >= positions:
             return False
-        count = 1 << max(9, (positions - 1).bit_length())
-        cos, sin = self.rotary(self.embedding.weight[:1], torch.arange(count, device=self.device)[None])
-        if cos.shape[2] != self.shape.head_dim:
-            raise Unsupported("its rotary embedding rotates only a part of each head")
-        self.cos, self.sin = (x[0, :, : x.shape[2] // 2].contiguous() for x in (cos, sin))
+        self._tables = self._make_tables(1 << max(9, (positions - 1).bit_length()))
         return True
+
+    def _make_tables(self, count: int) -> list[Rotation]:
+        """Return the table of each kind of rotation for `count` positions.
+
+        Above the position at which a rotation changes, a table repeats its last row, which no row of a call reads.
+        """
+        last = min([count, *(rule.limit for rule in self.rotations.rules)]) - 1
+        places, tables = torch.arange(count, device=self.device).clamp(max=last)[None], []
+        for kind in self._kinds:
+            cos, sin = self.rotary(self.embedding.weight[:1], places, *(() if kind is None else (kind,)))
+            tables.append(tuple(x[0, :, : x.shape[2] // 2].contiguous() for x in (cos, sin)))
+        return tables
 
     def hidden(self, x: Tensor, attend: Attend) -> Tensor:
         """Return the final hidden states of the embedded tokens x [R, H], which are overwritten."""
-        delta, norm = None, self.ops.add_norm
+        add_norm, delta, after = self._add_norm, None, None
         for i, layer in enumerate(self.layers):
-            qkv = layer.qkv(norm(x, delta, layer.input_norm.weight, self.shape.eps))
-            inner = norm(x, layer.o(attend(i, qkv, layer)), layer.post_norm.weight, self.shape.eps)
-            delta = layer.down(self.ops.silu_mul(layer.gate_up(inner)))
-        return norm(x, delta, self.norm.weight, self.shape.eps)
+            before_attention, after_attention, before_mlp, after_mlp = layer.norms
+            qkv = layer.qkv(add_norm(x, delta, before_attention, delta_weight=after))
+            delta = layer.o(attend(i, qkv, layer.attention))
+            inner = layer.gate_up(add_norm(x, delta, before_mlp, delta_weight=after_attention))
+            delta, after = layer.down(self.ops.gate_mul(inner, self.activation)), after_mlp
+        return add_norm(x, delta, self.final_norm.weight, delta_weight=after)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the embeddings of `tokens`, [..., H]."""
-        return F.embedding(tokens, self.embedding.weight)
+        x = F.embedding(tokens, self.embedding.weight)
+        return x if self.scales.embedding == 1.0 else x.mul_(self.scales.embedding)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [R, V] of final hidden states [R, H]."""
-        return self.ops.linear(hidden, self.head.weight, self.head.bias)
+        logits, scales = self.ops.linear(hidden, self.head.weight, self.head.bias), self.scales
+        if scales.logit_divisor != 1.0:
+            logits.div_(scales.logit_divisor)
+        if scales.logit_cap is not None:
+            logits.div_(scales.logit_cap).tanh_().mul_(scales.logit_cap)
+        return logits
 
     def allocate(self, size: CallSize) -> bool:
         """Allocate the cache, which captured graphs find wherever it is."""
@@ -211,11 +266,8 @@ class FusedModel:
 
     def step(self, state: Tensor) -> Tensor:
         """Return the logits [R, V] after the newest token of each column of the state."""
-        self.cache.begin_step(state, self.cos, self.sin)
-        attend = self.cache.attend
-        return self.logits(
-            self.hidden(self.embed(state[TOKEN]), lambda i, qkv, layer: attend(i, qkv, *layer.head_norms))
-        )
+        self.cache.begin_step(state, self._tables)
+        return self.logits(self.hidden(self.embed(state[TOKEN]), self.cache.attend))
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         """Compute the prompts: their keys and values, and the hidden states [N, H] after each prompt's last token."""
@@ -238,17 +290,38 @@ class FusedModel:
         What is computed after a prompt's end is never read.
         """
         heads, dim = self.shape.heads, self.shape.head_dim
-        cos, sin = (x[:width, None] for x in (self.cos, self.sin))
+        rotations = [(cos[:width, None], sin[:width, None]) for cos, sin in self._tables]
 
-        def attend(i: int, qkv: Tensor, layer: FusedLayer) -> Tensor:
-            parts = normalize_and_rotate(qkv.reshape(count, width, -1, dim), self.shape, cos, sin, *layer.head_norms)
+        def attend(i: int, qkv: Tensor, own: LayerAttention) -> Tensor:
+            rotation = None if own.rotation is None else rotations[own.rotation]
+            parts = normalize_and_rotate(qkv.reshape(count, width, -1, dim), self.shape, own, rotation)
             q, k, v = (x.transpose(1, 2) for x in parts)
             self.cache.store_prompts(i, first, k, v)
-            with sdpa_kernel(BACKENDS):
-                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            return out.transpose(1, 2).reshape(count * width, heads * dim)
+            return (
+                attend_to_prompts(q, k, v, self.shape, own.window).transpose(1, 2).reshape(count * width, heads * dim)
+            )
 
         return attend
+
+
+def attend_to_prompts(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, window: int | None) -> Tensor:
+    """Return causal attention [n, heads, w, dim] of q [n, heads, w, dim] to k and v [n, kv_heads, w, dim]."""
+    width = q.shape[2]
+    if shape.score_cap is None and (window is None or width <= window):
+        with sdpa_kernel(BACKENDS):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=shape.scale, enable_gqa=True)
+    mask = torch.ones(width, width, dtype=torch.bool, device=q.device).tril()
+    if window is not None:
+        mask = mask.triu(1 - window)
+    k, v = (x.repeat_interleave(shape.heads // shape.kv_heads, dim=1) for x in (k, v))
+    if shape.score_cap is None:
+        with sdpa_kernel(BACKENDS):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=shape.scale)
+    out = torch.empty_like(q)
+    for i in range(len(q)):  # one prompt at a time, because the scores are [heads, w, w]
+        scores = torch.tanh(q[i] @ k[i].transpose(1, 2) * (shape.scale / shape.score_cap)) * shape.score_cap
+        out[i] = scores.masked_fill(~mask, -torch.inf).float().softmax(dim=-1).to(v.dtype) @ v[i]
+    return out
 
 
 def check_model(model: Any) -> None:
@@ -262,17 +335,20 @@ def check_model(model: Any) -> None:
     supported = [name for name, family in FAMILIES.items() if family.has_fused_decoder]
     if config.model_type not in supported:
         raise Unsupported(f"its model type is {config.model_type}; the fused decoder supports {', '.join(supported)}")
-    if config.hidden_act not in ("silu", "swish"):
-        raise Unsupported(f"its activation is {config.hidden_act}; the fused decoder supports silu")
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type in ("dynamic", "longrope"):
-        raise Unsupported(f"its rotary embedding ({rope_type}) depends on the length of the sequence")
+    family = FAMILIES[config.model_type]
+    _activation(config, family)
+    if any(rule.each_length for rule in find_rotations(config).rules):
+        raise Unsupported("its rotary embedding (dynamic) depends on the length of the sequence")
+    has_cap = family.find_scales(config, torch.float32).score_cap is not None
+    if has_cap and config._attn_implementation == "sdpa":  # which leaves out the bound
+        raise Unsupported("it bounds the scores of attention, which sdpa does not support")
     if any("_active_adapter" in vars(module) and not hasattr(module, "lora_A") for module in model.modules()):
         raise Unsupported("its adapter trains whole modules or embeddings")
     for module in (model.lm_head, model.model.embed_tokens):
         if hasattr(module, "lora_A"):
             raise Unsupported("its embeddings or its head have an adapter")
-        if type(module) not in (nn.Linear, nn.Embedding):
+        is_embedding = isinstance(module, nn.Embedding) and type(module).__name__ == family.embedding_class
+        if type(module) is not nn.Linear and not is_embedding:
             raise Unsupported(f"its {type(module).__name__} is not a plain linear or embedding layer")
     parts = [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]
     linears = [module for part in parts for name, module in part.named_children() if name.endswith("_proj")]
@@ -283,11 +359,20 @@ def check_model(model: Any) -> None:
         raise Unsupported("it trains base weights together with an adapter")
 
 
-def sliding_window(config: Any) -> int | None:
-    """Return the number of tokens that a layer with a sliding window sees; None if every layer sees all tokens."""
-    layer_types = getattr(config, "layer_types", None)
-    has_window = "sliding_attention" in layer_types if layer_types else getattr(config, "use_sliding_window", True)
-    return getattr(config, "sliding_window", None) if has_window else None
+def layer_window(config: Any, family: Family, layer: int) -> int | None:
+    """Return the number of tokens that a layer sees; None if it sees all."""
+    if not family.passes_window:
+        return None
+    kinds = getattr(config, "layer_types", None)
+    is_sliding = kinds[layer] == "sliding_attention" if kinds else getattr(config, "use_sliding_window", True)
+    return getattr(config, "sliding_window", None) if is_sliding else None
+
+
+def _activation(config: Any, family: Family) -> Activation:
+    name = getattr(config, family.activation)
+    if name not in ACTIVATIONS:
+        raise Unsupported(f"its activation is {name}; the fused decoder supports {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
 
 
 def check_linear(linear: nn.Module, base: nn.Module) -> None:
