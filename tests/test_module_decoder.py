@@ -215,3 +215,29 @@ def test_the_experts_are_those_that_the_plain_decoder_records(rows_at_once):
         assert torch.equal(got.routed_experts, want.routed_experts)
         assert torch.equal(got.prompt_routed_experts[want.prompt_mask], want.prompt_routed_experts[want.prompt_mask])
     assert sampler.generate(tasks(61)[:1], 2, max_new_tokens=3).routed_experts.shape[:2] == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_moe"])
+def test_with_graphs_the_draws_are_the_same(name, monkeypatch):
+    """Stand-ins for graphs on a CPU: columns beyond the rows, and the run that capturing requires, change no draw."""
+    policy = adapted(name)
+    want = make_sampler(policy.causal_lm, "plain").generate(tasks(61), 3)
+    sampler = make_sampler(policy.causal_lm, "modules", rows_at_once=5)
+    sampler.generate(tasks(61)[:1], 1, max_new_tokens=1)
+    decoder, captured = sampler._decoders["modules"], []
+
+    def capture(function, pool):
+        function()
+        captured.append(function)
+        return SimpleNamespace(replay=function)
+
+    monkeypatch.setattr(graph_decoder, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    decoder.on_gpu = True
+    agree(sampler.generate(tasks(61), 3), want)
+    assert len(captured) == 1 and decoder._state.shape[1] == 16
+    if name == "qwen3_moe":  # experts with an adapter of their own: switching it off needs another graph
+        state = decoder.computation._switches
+        with policy.reference():
+            assert decoder.computation.refresh(0) and decoder.computation._switches != state
+            assert not decoder.computation.refresh(0)

@@ -11,7 +11,8 @@ import torch
 def capture(function: Callable[[], Any], pool: Any = None) -> torch.cuda.CUDAGraph:
     """Return `function` as a graph, which reads and writes the memory that the function uses now.
 
-    The function is run once before, which capturing requires. `pool` is the memory pool of the graph.
+    The function is run once before, which capturing requires, and not while it is captured. `pool` is the memory pool
+    of the graph.
 
     Raises:
         RuntimeError: the function waits for the GPU, or does something else that no graph can hold.

@@ -218,30 +218,26 @@ class GraphDecoder:
 
     def _step(self, size: int) -> None:
         """Compute one token of the first `size` columns; on a GPU by replaying a graph, captured when first needed."""
+        key = (size, self._settings)
         if not self.on_gpu:
             self._compute_step(size)
-            return
-        key = (size, self._settings)
-        if key not in self._graphs:
+        elif key in self._graphs:
+            self._graphs[key].replay()
+        else:
             self._graphs[key] = self._capture(size)
-        self._graphs[key].replay()
 
     def _capture(self, size: int) -> torch.cuda.CUDAGraph:
-        """Capture `_compute_step` as a graph.
+        """Compute one token of the first `size` columns, and capture the computation as a graph for later tokens.
 
-        Capturing requires one run before. In it all rows are marked as done, so it changes nothing.
+        The run that capturing requires is that token: one run more would change the states of recurrent layers.
         """
-        done = self._state[DONE].clone()
-        self._state[DONE] = 1
         try:
-            graph = capture(partial(self._compute_step, size), self._pool)
+            return capture(partial(self._compute_step, size), self._pool)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             self._obstacle = f"its forward cannot be captured as a graph: {first_line(error)}"
             raise Unsupported(self._obstacle) from error
-        self._state[DONE] = done
-        return graph
 
 
 def _make_ops(device: torch.device) -> TorchOps:

@@ -64,6 +64,9 @@ class ModuleModel:
         self._layers = [LayerMemory(layer) for layer in live.cache.layers]
         configs = [model.config, model.config.get_text_config(), *(getattr(m, "config", None) for m in model.modules())]
         self._configs = [*{id(config): config for config in configs if config is not None}.values()]
+        joined = {id(linear) for group in self._joined for linear in group.joined.linears}
+        self._tuned = [m for m in model.modules() if hasattr(m, "_disable_adapters") and id(m) not in joined]
+        self._switches: list[tuple] = []
         self._caches: dict[int, Any] = {}
         self._first_logits = torch.zeros(0)
         if not any(self._is_right(variant) for variant in self._list_variants()):
@@ -116,10 +119,14 @@ class ModuleModel:
         return tuple((name, weight.data_ptr(), weight.dtype) for name, weight in self.model.named_parameters())
 
     def refresh(self, positions: int) -> bool:
-        """Copy the adapter of joined layers as it is now; all other modules read their weights as they are."""
+        """Copy the adapter of joined layers as it is now; all other modules read their weights as they are.
+
+        Return whether an adapter was switched on or off in a module that reads its own: a graph holds what it did.
+        """
         for group in self._joined:
             group.joined.refresh()
-        return False
+        before, self._switches = self._switches, [_switch(module) for module in self._tuned]
+        return before != self._switches
 
     def allocate(self, size: CallSize) -> bool:
         """Allocate memory for the prompts, and for the rows unless there is enough from an earlier call."""
@@ -327,6 +334,15 @@ class ModuleModel:
         else:
             weights = scores.softmax(dim=-1)
         return (weights.to(values.dtype) @ values).reshape(rows, 1, heads, values.shape[-1])
+
+
+def _switch(module: Any) -> tuple:
+    """Return which adapters a module of PEFT applies."""
+    return (
+        module._disable_adapters,
+        str(getattr(module, "active_adapters", None)),
+        bool(getattr(module, "merged", False)),
+    )
 
 
 def load_kernels() -> Any:
