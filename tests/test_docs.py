@@ -22,6 +22,7 @@ from grpo_core.config.files import load
 from grpo_core.config.presets import PRESETS
 from grpo_core.config.sections import RunConfig
 from grpo_core.config.study import load_study
+from grpo_core.model.families import FAMILIES
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
@@ -205,6 +206,11 @@ def test_every_link_leads_somewhere(page):
         target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_the_types_of_the_fused_decoder_are_on_the_page_of_models():
+    table = (ROOT / "docs" / "models.md").read_text().partition("differs from Llama by |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.M) == [name for name, family in FAMILIES.items() if family.has_fused_decoder]
 
 
 def test_every_page_is_reached_from_the_readme():

@@ -1,5 +1,7 @@
 """The sampler by either decoder; on the GPU where there is one."""
 
+import copy
+
 import pytest
 import torch
 from fakes import EOS, PAD, VOCAB, Alphabet, FixedTasks, tiny_policy
@@ -201,7 +203,7 @@ def test_rows_longer_than_the_length_at_which_a_rotation_changes_use_another_dec
 
 def test_bounds_of_scores_that_the_models_attention_may_leave_out_are_not_decoded():
     kind, config, _ = MODELS["gemma2"]
-    model = kind(config)
+    model = kind(copy.deepcopy(config))
     check_model(model)
     model.config._attn_implementation = "sdpa"
     with pytest.raises(Unsupported, match="bounds the scores"):

@@ -106,7 +106,6 @@ FAMILIES = {
     "mistral": Family("MistralMLP", passes_window=True),
     "qwen2": Family("Qwen2MLP", passes_window=True),
     "qwen3": Family("Qwen3MLP", passes_window=True, query_norm="head"),
-    "granite": Family("GraniteMLP", passes_window=False, find_scales=_granite_scales),
     "gemma": Family(
         None, passes_window=False, norm_offset=1.0, embedding_class="GemmaTextScaledWordEmbedding",
         find_scales=_gemma_scales,
@@ -125,6 +124,7 @@ FAMILIES = {
     "olmo3": Family(
         "Olmo3MLP", passes_window=True, norms=NORMS_OF_OUTPUTS, query_norm="width", rotation_per_type=True
     ),
+    "granite": Family("GraniteMLP", passes_window=False, find_scales=_granite_scales),
 }  # fmt: skip
 
 # Recurrent model types that set the input of their states to 0 where a row is padded, seen in float32

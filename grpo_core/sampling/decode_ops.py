@@ -259,4 +259,7 @@ def normalize_and_rotate(
 
 def _normalize_heads(x: Tensor, weight: Tensor, shape: AttentionShape) -> Tensor:
     """Normalize x [..., n, dim] over as many values as `weight` has: each head, or all heads together."""
-    return rms_norm(x.reshape(*x.shape[:-2], -1, len(weight)), weight, shape.eps, shape.norm_offset).reshape(x.shape)
+    joined = x.reshape(*x.shape[:-2], -1, len(weight))
+    if shape.norm_offset == 0.0:  # rounded before the product with the weight, as Qwen3 does
+        return (F.rms_norm(joined, weight.shape, eps=shape.eps) * weight).reshape(x.shape)
+    return rms_norm(joined, weight, shape.eps, shape.norm_offset).reshape(x.shape)
