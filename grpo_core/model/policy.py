@@ -24,7 +24,7 @@ from grpo_core.batch import Rollouts, take
 from grpo_core.config.lora_checks import use_settings_of_adapter
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model import fast_layers, packed_attention
-from grpo_core.model.adapter import add_adapter, base_values, load_adapter, use_adapter
+from grpo_core.model.adapter import add_adapter, base_values, load_adapter, save_adapter, use_adapter
 from grpo_core.model.base_model import load_base_model
 from grpo_core.model.logprobs import (
     Statistics,
@@ -280,8 +280,10 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Write the trained adapter in PEFT's format, or the whole model if there is no adapter."""
-        only = {"selected_adapters": [self.model.active_adapter]} if isinstance(self.model, PeftModel) else {}
-        self.model.save_pretrained(folder, **only)
+        if isinstance(self.model, PeftModel):
+            save_adapter(self.model, folder)
+        else:
+            self.model.save_pretrained(folder)
         apply_umask(*folder.glob("*.safetensors"))
 
     @cached_property
