@@ -105,6 +105,31 @@ def test_fault_1_attention_that_changes_its_mask_is_not_packed():
     assert policy.layout == "grid"
 
 
+@pytest.mark.parametrize("fault, problem", {
+    "positions": r"fails \(TypeError: .*position_ids.*\)", "length": r"fails \(RuntimeError: the rows are too long \(.*, line \d+\)\)",
+    "mask": "gives other hidden states than that of each row alone",
+}.items())  # fmt: skip
+def test_a_model_whose_rows_cannot_share_a_grid_is_refused(fault, problem):
+    """As Reformer, which fails where it pads rows that have positions."""
+    policy = tiny_policy(lora_noise=0.1)
+    policy.causal_lm.set_attn_implementation("eager")  # so the grid is the layout
+    body, own = policy._body, policy._body.forward
+
+    def forward(input_ids, attention_mask=None, position_ids=None, **options):
+        if fault == "positions" and position_ids is not None:
+            raise TypeError("forward() got an unexpected keyword argument 'position_ids'")
+        if fault == "length" and position_ids is not None and input_ids.shape[1] > 64:
+            raise RuntimeError("the rows are too long")
+        if fault == "mask" and attention_mask is not None:  # it reads the mask as if rows were padded on the left
+            attention_mask = attention_mask.flip(1)
+        return own(input_ids, attention_mask=attention_mask, position_ids=position_ids, **options)
+
+    body.forward = forward
+    with pytest.raises(ConfigError, match=f"model at model.path is not supported: .* that are padded on the right {problem}"):
+        policy.layout  # noqa: B018
+    assert body.forward is forward
+
+
 def test_fault_1_a_trial_restores_attributes_buffers_modes_and_generators():
     """FAULTS #1: law 13, a probe leaves no trace."""
     model = tiny_policy().causal_lm

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from grpo_core.config.sections import LoraConfig
 from grpo_core.counts import quantify
-from grpo_core.model.composite import map_keys, rename_files
+from grpo_core.model.composite import map_keys, names_of, rename_files
 from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.loading import describe_misfit
 from grpo_core.model.lora_targets import find_unadaptable
@@ -121,7 +121,10 @@ def check_complete(report: Any, name: str, description: str, model_path: str) ->
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the trained adapter in PEFT's format, with the names of the model that plain transformers opens."""
     model.save_pretrained(str(folder), selected_adapters=[model.active_adapter])
-    rename_files(model, folder)
+    if names := names_of(base := model.get_base_model()):
+        tuner: Any = model.base_model
+        copied = [name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+        rename_files(folder, names, tuner.targeted_module_names, copied)
 
 
 @contextmanager

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -69,22 +67,20 @@ def map_keys(model: Any) -> dict[str, str] | None:
     return {rf"^{re.escape(outer)}\.": f"{inner}." for inner, outer in names_of(model).items()} or None
 
 
-def rename_files(model: PeftModel, folder: Path) -> None:
-    """Rename what an adapter's files in `folder` name, if plain transformers opens a composite model."""
-    names = names_of(model.get_base_model())
-    if not names:
-        return
+def rename_files(folder: Path, names: Mapping[str, str], targeted: Iterable[str], copied: Sequence[str]) -> None:
+    """Rename what the files of an adapter in `folder` name, from the text model to the composite model.
+
+    `targeted` are the names of all modules that have an adapter, also another one, and `copied` those of modules that
+    are trained whole.
+    """
     file = folder / "adapter_model.safetensors"
     weights = {key.removeprefix(PEFT_PREFIX): x for key, x in load_file(file).items()}
     renamed = {PEFT_PREFIX + rename(name, names): x for name, x in weights.items()}
     save_file(renamed, file, metadata={"format": "pt"})
     path = folder / "adapter_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    tuner: Any = model.base_model
-    targeted = {*tuner.targeted_module_names} & {name.partition(".lora_")[0] for name in weights}  # not a teacher's
-    copied = [name for name, x in model.get_base_model().named_modules() if isinstance(x, ModulesToSaveWrapper)]
-    fitting = _fit_both(settings, targeted, copied, names)
-    path.write_text(json.dumps(fitting, indent=2), encoding="utf-8")
+    own = {*targeted} & {name.partition(".lora_")[0] for name in weights}
+    path.write_text(json.dumps(_fit_both(settings, own, copied, names), indent=2), encoding="utf-8")
 
 
 def rename(name: str, names: Mapping[str, str]) -> str:

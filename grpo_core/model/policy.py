@@ -72,9 +72,16 @@ class Policy:
 
     @cached_property
     def layout(self) -> Layout:
-        """The layout in which rows share a forward of this model (packing.py), found by trying in evaluation mode."""
+        """The layout in which rows share a forward of this model (packing.py), found by trying in evaluation mode.
+
+        Raises:
+            ConfigError: rows cannot share a forward, not even in a grid.
+        """
         with torch.no_grad(), evaluation_mode(self._modules):
-            return packed_attention.find_layout(self.causal_lm, self._hidden)
+            layout = packed_attention.find_layout(self.causal_lm, self._hidden)
+            if layout == "grid":
+                packed_attention.check_grid(self.causal_lm, self._hidden, self._body, self._rotations)
+        return layout
 
     def plan(self, rollouts: Rollouts, budget: Budget | None = None, rows: Sequence[int] | None = None) -> Plan:
         """Divide `rows` (default: all) into as few forwards as `budget` allows. Reads the device once."""
