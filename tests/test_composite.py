@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForMultimodalLM
 
 from grpo_core.cli import main
 from grpo_core.commands.open_policy import open_source
@@ -94,9 +95,14 @@ def test_an_adapter_opens_on_the_composite_model(folders, tmp_path, settings):
 @pytest.mark.parametrize("name", ["gemma4", "mistral3", "qwen3_5", "llama4", "qwen3_5_moe"])
 def test_an_adapter_opens_on_every_kind_of_composite_model(folders, tmp_path, name):
     policy = train(folders(name), target_modules=["q_proj", "v_proj"])
-    assert bool(names_of(policy.causal_lm)) == (name in OPENED_WHOLE)
+    names = names_of(policy.causal_lm)
+    assert names["model"] == ("model.language_model" if name in OPENED_WHOLE else "model")
     policy.save(tmp_path / "adapter")
     check_both(folders(name), tmp_path / "adapter", policy)
+    if name not in OPENED_WHOLE:  # and no weight is left out in silence where the names are others
+        whole = AutoModelForMultimodalLM.from_pretrained(folders(name), dtype=torch.float32)
+        with pytest.raises(ValueError, match="not found in the base model"):
+            PeftModel.from_pretrained(whole, tmp_path / "adapter")
 
 
 @pytest.mark.slow

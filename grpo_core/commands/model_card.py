@@ -112,11 +112,14 @@ def _front_matter(opened: OpenedPolicy, adapter: bool) -> str:
 
 def _describe_model(opened: OpenedPolicy, adapter: bool, run: RunFolder | None) -> str:
     kind = f"A LoRA adapter (rank {opened.config.lora.r}) for" if adapter else "A causal language model, made from"
-    if is_composite(load_whole_config(opened.config.model)):  # it was loaded without the towers
+    whole, classes = load_whole_config(opened.config.model), ""
+    if is_composite(whole):  # it was loaded without the towers
         kind += " the text model of"
+        fit = f"It fits the model that {find_auto_class(whole).__name__} opens, and no other class of this model."
+        classes = f" {fit}" if adapter else ""
     method = "supervised fine-tuning" if run and run.is_supervised else "GRPO"
     training = f", trained by {method} with grpo_core" if run else ""
-    return f"{kind} {base_name(opened)}{training}."
+    return f"{kind} {base_name(opened)}{training}.{classes}"
 
 
 def _loading_code(opened: OpenedPolicy, adapter: bool, dtype: str) -> str:

@@ -1,8 +1,8 @@
 """Name the modules of a text model as the composite model does that plain transformers opens.
 
 Of a composite model, text model and towers, a run loads the text model alone. Plain transformers opens some of them
-whole. The files of an adapter have the names of the model that plain transformers opens, so that PEFT loads them there;
-a run reads both kinds of names.
+whole. The files of an adapter have the names of the model that plain transformers opens, so that PEFT loads them there,
+and whole names of modules, so that PEFT refuses them on another class. A run reads both kinds of names.
 """
 
 from __future__ import annotations
@@ -37,20 +37,18 @@ def find_auto_class(whole: PretrainedConfig) -> type[Any]:
 def find_names(whole: PretrainedConfig, text: nn.Module) -> dict[str, str]:
     """Return the prefixes of names in the text model, each with the prefix in the model that transformers opens.
 
-    Empty if transformers opens the text model itself, or cannot build the composite one.
+    They are equal if transformers opens the text model itself. Empty if it cannot build the composite one.
     """
     try:
         with torch.device("meta"):
             opened = find_auto_class(whole).from_config(whole)
     except Exception:  # it needs a package that is not installed; then nobody can open it here
         return {}
-    if type(opened) is type(text):
-        return {}
     modules = [(_name_of(model, model.get_input_embeddings()), model) for model in (text, opened)]
     bodies = [name.rpartition(".")[0] for name, _ in modules]
     heads = [_name_of(model, model.get_output_embeddings()) for _, model in modules]
     pairs = zip((bodies[0], heads[0]), (bodies[1], heads[1]), strict=True)
-    return {inner: outer for inner, outer in pairs if inner and outer and inner != outer}
+    return {inner: outer for inner, outer in pairs if inner and outer}
 
 
 def _name_of(model: nn.Module, module: nn.Module | None) -> str:
@@ -135,7 +133,8 @@ def _match_modules(targeted: Iterable[str], names: Mapping[str, str]) -> str:
         ends.setdefault((prefix, before, "|".join(layers)), []).append(re.escape(after))
     parts = []
     for (prefix, before, layers), last in ends.items():
-        begin = f"(?:{re.escape(prefix)}|{re.escape(names[prefix])})" if prefix else ""
+        prefixes = [re.escape(name) for name in dict.fromkeys((prefix, names.get(prefix, "")))]
+        begin = f"(?:{'|'.join(prefixes)})" if prefix else ""
         end = rf"\.(?:{layers})\.(?:{'|'.join(last)})" if layers else ""
         parts.append(begin + re.escape(before) + end)
     return "|".join(parts)
