@@ -28,7 +28,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import models
 
 IDS = torch.arange(3, 40)[None]
-OPENED_WHOLE = ["gemma3", "gemma4", "mistral3"]  # where the auto class of plain transformers loads the towers too
+OUTER = {  # the name of the text model, where the auto class of plain transformers loads the towers too
+    "gemma3": "model.language_model", "gemma4": "model.language_model", "mistral3": "model.language_model", "smolvlm": "model.text_model",
+}  # fmt: skip
 SETTINGS = {
     "attention": {"target_modules": ["q_proj", "v_proj"]},
     "all linear": {"target_modules": "all-linear"},
@@ -92,14 +94,14 @@ def test_an_adapter_opens_on_the_composite_model(folders, tmp_path, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma4", "mistral3", "qwen3_5", "llama4", "qwen3_5_moe"])
+@pytest.mark.parametrize("name", ["gemma4", "mistral3", "smolvlm", "qwen3_5", "llama4", "qwen3_5_moe"])
 def test_an_adapter_opens_on_every_kind_of_composite_model(folders, tmp_path, name):
     policy = train(folders(name), target_modules=["q_proj", "v_proj"])
     names = names_of(policy.causal_lm)
-    assert names["model"] == ("model.language_model" if name in OPENED_WHOLE else "model")
+    assert names["model"] == OUTER.get(name, "model")
     policy.save(tmp_path / "adapter")
     check_both(folders(name), tmp_path / "adapter", policy)
-    if name not in OPENED_WHOLE:  # and no weight is left out in silence where the names are others
+    if name not in OUTER:  # and no weight is left out in silence where the names are others
         whole = AutoModelForMultimodalLM.from_pretrained(folders(name), dtype=torch.float32)
         with pytest.raises(ValueError, match="not found in the base model"):
             PeftModel.from_pretrained(whole, tmp_path / "adapter")

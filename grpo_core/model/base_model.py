@@ -85,6 +85,7 @@ def _name_text_weights(config: PretrainedConfig) -> dict[str, str]:
         r"^language_model\.lm_head\.": "lm_head.",
         r"^language_model\.model\.": f"{prefix}.",
         r"^model\.language_model\.": f"{prefix}.",
+        r"^model\.text_model\.": f"{prefix}.",
     }
 
 
