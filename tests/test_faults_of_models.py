@@ -498,15 +498,19 @@ def test_fault_11_the_state_of_recurrent_layers_goes_with_its_row(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("share", [0.0, 0.2])
-def test_padding_that_enters_a_state_a_little_is_noticed(dtype, share, monkeypatch):
-    """Beside much padding a short prompt shows even a part of it that a row with little padding would not show."""
+@pytest.mark.parametrize("leak", [None, "input", "constant"])
+def test_padding_that_enters_a_state_a_little_is_noticed(dtype, leak, monkeypatch):
+    """Its token or its number: beside much padding a short prompt shows what one with little padding would not show."""
     torch.manual_seed(0)
     model = RECURRENT["lfm2"]().eval().to(dtype)
     own = modeling_lfm2.apply_mask_to_padding_states
-    leak = lambda states, mask: share * states + (1 - share) * own(states, mask)  # noqa: E731
-    monkeypatch.setattr(modeling_lfm2, "apply_mask_to_padding_states", leak)
-    assert find_method(model, 5) == ("cached" if share else "padded")  # the embedding of token 0 is 0
+
+    def mask_partly(states, mask):
+        masked = own(states, mask)
+        return masked + {None: 0, "input": 0.2, "constant": 1}[leak] * (states - masked if leak == "input" else (states != masked).to(dtype))
+
+    monkeypatch.setattr(modeling_lfm2, "apply_mask_to_padding_states", mask_partly)
+    assert find_method(model, 5) == ("cached" if leak else "padded")  # the embedding of token 0 is 0
 
 
 @pytest.mark.parametrize("name", RECURRENT)
