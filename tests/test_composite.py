@@ -3,6 +3,7 @@
 import re
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -165,6 +166,16 @@ def test_an_adapter_in_the_names_of_the_text_model_opens_too(folders, tmp_path):
     policy.model.save_pretrained(tmp_path / "adapter")
     again = load_policy(ModelConfig(str(folders("gemma3"))), LoraConfig(path=str(tmp_path / "adapter")), dtype=torch.float32, temperature=1.0)
     assert torch.equal(logits(again.causal_lm), logits(policy.causal_lm))
+
+
+def test_a_list_of_targets_may_be_written_beside_the_adapter(folders, tmp_path):
+    """As in a configuration file from which both runs start."""
+    train(folders("gemma3"), target_modules=["q_proj", "v_proj", "lm_head"]).save(tmp_path / "adapter")
+    lora = LoraConfig(path=str(tmp_path / "adapter"), r=4, alpha=8, dropout=0.0, target_modules=["v_proj", "self_attn.q_proj", "lm_head"])
+    assert use_settings_of_adapter(lora, {"target_modules"}).target_modules != lora.target_modules
+    for others in (["q_proj"], ["q_proj", "v_proj"], ["q_proj", "v_proj", "lm_head", "layers"]):
+        with pytest.raises(ConfigError, match="lora.target_modules is .*, but the adapter"):
+            use_settings_of_adapter(replace(lora, target_modules=others), {"target_modules"})
 
 
 def test_the_expression_means_the_same_modules_in_both_models():
