@@ -39,7 +39,7 @@ PLACES = {  # heavy dependency -> the modules that may import it
     "matplotlib": {"report/png"},
     "tokenizers": {"model/new_model"},
     "huggingface_hub": {"commands/export", "data/rows"},
-    "safetensors": {"training/saved_batches", "training/checkpoint", "commands/export"},
+    "safetensors": {"training/saved_batches", "model/composite", "training/checkpoint", "commands/export"},
     "triton": {"sampling/decode_kernels", "sampling/attention_kernels", "sampling/state_kernels", "model/kernels"},
 }
 TRANSFORMERS = {"data", "model", "sampling", "training", "commands"}  # the folders that may import it

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from grpo_core.batch import Task
 from grpo_core.config.sections import DataConfig, SftConfig, TargetConfig
-from grpo_core.data.encoding import describe_prompt_changes, encode_prompts, encode_targets
+from grpo_core.data.encoding import describe_prompt_changes, encode_prompts, encode_targets, find_turn_end
 from grpo_core.data.prompts import make_tasks
 from grpo_core.data.rows import load_rows
 from grpo_core.model.loading import load_tokenizer
@@ -89,6 +89,19 @@ def test_fault_7_an_ordinary_tokenizer_is_left_alone():
     texts = ["Question: a\n", "b"]
     assert encode_prompts(tokenizer, texts, add_special_tokens=True) == tokenizer(texts)["input_ids"]
     assert describe_prompt_changes(tokenizer, DataConfig(), [Task(0, texts[0], [1], {})]) == []
+
+
+@pytest.mark.parametrize("template, end", {
+    "{% for m in messages %}{{ m.content }}:{% endfor %}": LETTERS.index(":") + 3,  # as Gemma's <end_of_turn>
+    "{% for m in messages %}{{ m.content }}</s>\n{% endfor %}": EOS, "{% for m in messages %}{{ m.content }}\n:{% endfor %}": None,
+    "{{ messages[0].content }}:": None, "{{ raise_exception('no assistant') }}": None,
+}.items())  # fmt: skip
+def test_a_turn_of_the_assistant_ends_with_the_templates_own_token(template, end):
+    tokenizer = make_tokenizer(before=["<s>"])
+    tokenizer.chat_template = template
+    ends = {EOS, LETTERS.index(":") + 3}
+    assert find_turn_end(tokenizer, DataConfig(prompt="chat"), ends) == end
+    assert find_turn_end(tokenizer, DataConfig(), ends) is None
 
 
 @pytest.mark.parametrize("scheme", ["first", "always"])

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import tiny_models
 import torch
 import transformers
 from fakes import EOS, Alphabet, tiny_policy
@@ -12,6 +13,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from test_packing import forwards, grouped_rollouts
 from test_policy import naive_logprobs
+from transformers.models.lfm2 import modeling_lfm2
 
 from grpo_core.batch import Rollouts, Task, take
 from grpo_core.commands.export import untie_adapted_embeddings
@@ -103,6 +105,31 @@ def test_fault_1_attention_that_changes_its_mask_is_not_packed():
 
     layer.forward = forward
     assert policy.layout == "grid"
+
+
+@pytest.mark.parametrize("fault, problem", {
+    "positions": r"fails \(TypeError: .*position_ids.*\)", "length": r"fails \(RuntimeError: the rows are too long \(.*, line \d+\)\)",
+    "mask": "gives other hidden states than that of each row alone",
+}.items())  # fmt: skip
+def test_a_model_whose_rows_cannot_share_a_grid_is_refused(fault, problem):
+    """As Reformer, which fails where it pads rows that have positions."""
+    policy = tiny_policy(lora_noise=0.1)
+    policy.causal_lm.set_attn_implementation("eager")  # so the grid is the layout
+    body, own = policy._body, policy._body.forward
+
+    def forward(input_ids, attention_mask=None, position_ids=None, **options):
+        if fault == "positions" and position_ids is not None:
+            raise TypeError("forward() got an unexpected keyword argument 'position_ids'")
+        if fault == "length" and position_ids is not None and input_ids.shape[1] > 64:
+            raise RuntimeError("the rows are too long")
+        if fault == "mask" and attention_mask is not None:  # it reads the mask as if rows were padded on the left
+            attention_mask = attention_mask.flip(1)
+        return own(input_ids, attention_mask=attention_mask, position_ids=position_ids, **options)
+
+    body.forward = forward
+    with pytest.raises(ConfigError, match=f"model at model.path is not supported: .* that are padded on the right {problem}"):
+        policy.layout  # noqa: B018
+    assert body.forward is forward
 
 
 def test_fault_1_a_trial_restores_attributes_buffers_modes_and_generators():
@@ -450,7 +477,12 @@ def test_a_model_that_sees_later_tokens_is_refused():
 RECURRENT = {  # layers with a state beside layers with attention, and without
     "lfm2": lambda: transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**SIZES, num_key_value_heads=2, layer_types=["conv", "full_attention"])),
     "mamba": lambda: transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.2, eos_token_id=EOS)),
+    "mamba2": lambda: transformers.Mamba2ForCausalLM(transformers.Mamba2Config(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=4, head_dim=16, n_groups=1, chunk_size=8, initializer_range=0.2, eos_token_id=EOS)),
+    "qwen3_next": lambda: transformers.AutoModelForCausalLM.from_config(tiny_models.make_config("qwen3_next", VOCAB, eos_token_id=EOS)),
 }  # fmt: skip
+
+
+PADDED = ["lfm2", "mamba2", "qwen3_next"]  # whose layers keep padding out of their states
 
 
 @pytest.mark.parametrize("name", RECURRENT)
@@ -459,8 +491,26 @@ def test_fault_11_the_state_of_recurrent_layers_goes_with_its_row(name):
     torch.manual_seed(0)
     model = RECURRENT[name]().eval()
     sampler = Sampler(model, Padless(), max_new_tokens=12, notify=lambda message: None)
-    check_sampled(model, sampler, lengths=(3, 5, 3, 1))
-    assert sampler._plain.method == "cached"
+    check_sampled(model, sampler, lengths=(3, 5, 3, 1, 20))
+    assert sampler._plain.method == ("padded" if name in PADDED else "cached")
+    if name != "qwen3_next":  # whose tokens go to other experts by rounding
+        assert find_method(model.to(torch.bfloat16), 0) == sampler._plain.method
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("leak", [None, "input", "constant"])
+def test_padding_that_enters_a_state_a_little_is_noticed(dtype, leak, monkeypatch):
+    """Its token or its number: beside much padding a short prompt shows what one with little padding would not show."""
+    torch.manual_seed(0)
+    model = RECURRENT["lfm2"]().eval().to(dtype)
+    own = modeling_lfm2.apply_mask_to_padding_states
+
+    def mask_partly(states, mask):
+        masked = own(states, mask)
+        return masked + {None: 0, "input": 0.2, "constant": 1}[leak] * (states - masked if leak == "input" else (states != masked).to(dtype))
+
+    monkeypatch.setattr(modeling_lfm2, "apply_mask_to_padding_states", mask_partly)
+    assert find_method(model, 5) == ("cached" if leak else "padded")  # the embedding of token 0 is 0
 
 
 @pytest.mark.parametrize("name", RECURRENT)

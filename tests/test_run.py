@@ -214,6 +214,14 @@ RUNS = {  # of two steps, on two processes
 }  # fmt: skip
 
 
+WIDE = {  # an adapter with more than LoRA's two factors
+    "lora__use_dora": "true", "lora__use_rslora": "true", "lora__modules_to_save": "[norm]", "lora__trainable_token_indices": "[5, 6]",
+    "lora__rank_pattern": "{q_proj: 4}", "lora__target_modules": "[q_proj, up_proj]", "loss__kl_coef": 0.1, "engine__schedule": "constant",
+    "engine__learning_rate": 0.003, "checkpoint__every": 1, "rewards": "[{name: num_unique_chars}]",
+}  # fmt: skip
+RUNS["wide"] = RUNS["wide, cut"] = WIDE
+
+
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
     """The folder of RUNS, trained one after another by the same two processes."""
@@ -222,8 +230,11 @@ def on_two(tmp_path_factory):
     jobs = []
     for name, settings in RUNS.items():
         own = {key: str(value).replace("FILE", str(folder / "mine.py")) for key, value in settings.items()}
-        words = [*TINY, *overrides(folder / name, trainer__num_steps=2, **own)]
+        words = [*TINY, *overrides(folder / name, trainer__num_steps=1 if "cut" in name else 2, **own)]
         jobs.append({"cwd": str(ROOT), "kind": "main", "arguments": words})
+        if "cut" in name:
+            again = ["train", f"resume={folder / name / 'tiny'}", "trainer.num_steps=2"]
+            jobs.append({"cwd": str(ROOT), "kind": "main", "arguments": again})
     (folder / "jobs.json").write_text(json.dumps(jobs))
     worker, answer = ROOT / "tests" / "workers" / "commands.py", folder / "problems.json"
     codes, written = wait_for(start_two_ranks(worker, folder / "jobs.json", answer, environment=child_environment()))
@@ -247,6 +258,20 @@ def test_every_deepspeed_json_trains_the_same(on_two):
     norms = [[row.pop("grad_norm") for row in one] for one in rows]  # summed in another order with offload
     assert len(rows) == 3 and rows[0] == rows[1] == rows[2]
     assert norms[1] == pytest.approx(norms[0], rel=2**-22) and norms[2] == pytest.approx(norms[0], rel=2**-22)
+
+
+def test_an_adapter_with_all_options_trains_on_two_ranks_as_on_one_and_resumes(on_two, tmp_path, here):
+    """DoRA, rsLoRA, a module trained whole, single tokens and ranks by name: metrics up to rounding; resumed, bitwise."""
+    assert here(*TINY, *overrides(tmp_path, trainer__num_steps=2, **WIDE)).returncode == 0
+    one, two, cut = (without_times(read(folder / "tiny" / "metrics.jsonl")) for folder in (tmp_path, on_two / "wide", on_two / "wide, cut"))
+    assert two == cut and two[1]["grad_norm"] > 0 and two[1]["kl"] > 0
+    for key in ("loss", "kl", "grad_norm", "adapter_norm", "reward", "entropy", "length", "learning_rate"):
+        assert [row[key] for row in two] == pytest.approx([row[key] for row in one], rel=1e-4, abs=1e-6), key
+    weights = [load_file(folder / "tiny" / "adapter" / "adapter_model.safetensors") for folder in (tmp_path, on_two / "wide", on_two / "wide, cut")]
+    assert {name.rpartition(".")[2] for name in weights[0]} >= {"trainable_tokens_delta", "lora_magnitude_vector", "weight"}
+    for name, value in weights[1].items():
+        torch.testing.assert_close(value, weights[0][name], atol=1e-4, rtol=0, msg=name)
+        assert torch.equal(value, weights[2][name]), name
 
 
 def test_a_reward_that_goes_wrong_on_one_rank_is_counted_and_told_and_too_often_ends_the_run(tmp_path, environment):

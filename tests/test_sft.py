@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -14,6 +15,7 @@ from test_run import overrides, read, without_times
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_core.batch import Task, TrainBatch
+from grpo_core.cli import main
 from grpo_core.config.files import load
 from grpo_core.config.sections import LoraConfig, LossConfig, ModelConfig, RunConfig, SftConfig, TargetConfig
 from grpo_core.data.word_problems import make_word_problems
@@ -322,3 +324,41 @@ def test_a_run_that_learns_nothing_and_one_that_is_not_finite_end(tmp_path, grou
     assert [path.name for path in checkpoint.list_checkpoints(run.folder / "checkpoints")] == ["step-000001"]
     assert (run.folder / "incidents" / "step-000002-rank-0.safetensors").exists()
     assert [row["skipped"] for row in read(run.folder / "metrics.jsonl")] == [0, 1, 1]
+
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}ED{% endfor %}{% if add_generation_prompt %}<me>{% if thinks %}<think>{% endif %}{% endif %}"
+
+
+@pytest.mark.slow
+def test_a_chat_template_and_stop_strings_hold_in_sft_and_evaluate(tmp_path, capsys):
+    """The prompts of targets and of held-out problems, the end of a target, and the end of a sampled answer."""
+    model, (end,) = tmp_path / "model", load_tokenizer("builtin:tiny")("ED", add_special_tokens=False)["input_ids"][-1:]
+    shutil.copytree(ROOT / "grpo_core" / "builtin" / "tiny", model)
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [settings["eos_token_id"], end]}))
+    template = CHAT.replace("ED", load_tokenizer("builtin:tiny").decode([end]))
+    words = [
+        f"model.path={model}", f"output_dir={tmp_path}", "name=chat", "trainer.num_steps=2", "trainer.completions_per_step=8", "data.limit=40",
+        "data.prompt=chat", f"data.chat_template={template}", "data.chat_template_kwargs={thinks: true}", "sampling.stop=['=']",
+        "sampling.max_new_tokens=16", "evaluation.num_tasks=6", "evaluation.every=2", "engine.learning_rate=0.001",
+    ]  # fmt: skip
+    targets, build = [], sft.build_target_rollouts
+
+    def keep(tasks, *given, **named):
+        targets.append((tasks, build(tasks, *given, **named)))
+        return targets[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "build_target_rollouts", keep)
+        sft.run_sft(load(TINY, words))
+    run = tmp_path / "chat"
+    for tasks, rollouts in targets:
+        assert all(task.prompt.startswith("<user>") and task.prompt.endswith("<me><think>") for task in tasks)
+        last = rollouts.completion_ids.gather(1, rollouts.lengths()[:, None] - 1)
+        assert (last == end).all()
+    assert main(["evaluate", str(run), "--limit", "6", "--samples", "2"]) == 0
+    for file in ("evaluation_completions.jsonl", "evaluate/completions.jsonl"):
+        rows = [json.loads(line) for line in (run / file).read_text().splitlines()]
+        assert all(row["prompt"].endswith("<me><think>") for row in rows if "prompt" in row)
+        stopped = [row for row in rows if "=" in row["text"]]
+        assert stopped and all(row["text"].endswith("=") and row["text"].count("=") == 1 and not row["truncated"] for row in stopped)

@@ -17,6 +17,8 @@ from grpo_core.config.sections import LoraConfig, RunConfig
 from grpo_core.counts import quantify
 from grpo_core.data.encoding import apply_chat_template
 from grpo_core.data.eval_sets import describe_set
+from grpo_core.model.composite import find_auto_class
+from grpo_core.model.loading import is_composite, load_whole_config
 from grpo_core.monitor.run_log import describe_evaluation
 from grpo_core.report.eval_sets import collect_accuracies, label_set
 from grpo_core.report.run_reader import RunFolder, read_run
@@ -28,12 +30,16 @@ EXAMPLE_PROMPT = "Why is the sky blue?"  # used otherwise
 LOAD_ADAPTER = """\
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {classes}, AutoTokenizer
 
 folder = "."  # the folder of this file, or the name of the hub repository
-model = AutoModelForCausalLM.from_pretrained("{base}", dtype={dtype}{options})
+{config}model = {auto}.from_pretrained("{base}", dtype={dtype}{options})
 model = PeftModel.from_pretrained(model, folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
+"""
+LOAD_CONFIG = """\
+config = AutoConfig.from_pretrained("{base}"{options})
+config.get_text_config().update({rope})
 """
 LOAD_MERGED = """\
 import torch
@@ -106,18 +112,27 @@ def _front_matter(opened: OpenedPolicy, adapter: bool) -> str:
 
 def _describe_model(opened: OpenedPolicy, adapter: bool, run: RunFolder | None) -> str:
     kind = f"A LoRA adapter (rank {opened.config.lora.r}) for" if adapter else "A causal language model, made from"
+    whole, classes = load_whole_config(opened.config.model), ""
+    if is_composite(whole):  # it was loaded without the towers
+        kind += " the text model of"
+        fit = f"It fits the model that {find_auto_class(whole).__name__} opens, and no other class of this model."
+        classes = f" {fit}" if adapter else ""
     method = "supervised fine-tuning" if run and run.is_supervised else "GRPO"
     training = f", trained by {method} with grpo_core" if run else ""
-    return f"{kind} {base_name(opened)}{training}."
+    return f"{kind} {base_name(opened)}{training}.{classes}"
 
 
 def _loading_code(opened: OpenedPolicy, adapter: bool, dtype: str) -> str:
     config = opened.config
     text = opened.policy.causal_lm.config.get_text_config()
     options = f", revision={config.model.revision!r}" if config.model.revision else ""
+    auto = find_auto_class(load_whole_config(config.model)).__name__ if adapter else ""
+    values = {"base": base_name(opened), "dtype": DTYPES[dtype], "auto": auto, "classes": auto, "config": ""}
     if config.model.rope:
-        options += f", rope_parameters={text.rope_parameters}, max_position_embeddings={text.max_position_embeddings}"
-    values = {"base": base_name(opened), "dtype": DTYPES[dtype], "options": options}
+        rope = {name: getattr(text, name) for name in ("rope_parameters", "max_position_embeddings")}
+        values["config"] = LOAD_CONFIG.format(base=base_name(opened), options=options, rope=rope)
+        values["classes"], options = f"AutoConfig, {auto}", f"{options}, config=config"
+    values["options"] = options
     load = (LOAD_ADAPTER if adapter else LOAD_MERGED).format(**values)
     prompt = EXAMPLE_PROMPT
     if "{question}" in config.data.template and config.data.prompt == "template":

@@ -185,7 +185,7 @@ def use_settings_of_adapter(lora: LoraConfig, written: Collection[str] | None = 
         own = getattr(lora, name)
         asks = own != defaults[name] or own not in (None, False, {})  # null, false and {} ask for nothing
         is_written = asks and name in written if written is not None else own != defaults[name]
-        if is_written and not _is_equal(own, values[name]):
+        if is_written and not _is_equal(name, own, values[name]):
             raise ConfigError(
                 f"lora.{name} is {own!r}, but the adapter of lora.path ({lora.path}) has {values[name]!r}; its own "
                 f"settings count, so leave lora.{name} out or set it to the same"
@@ -207,11 +207,27 @@ def _describe_unsupported(settings: dict[str, Any]) -> str | None:
     return None
 
 
-def _is_equal(own: Any, theirs: Any) -> bool:
-    """Return whether two settings are equal; the order of names does not count."""
+def _is_equal(name: str, own: Any, theirs: Any) -> bool:
+    """Return whether two settings are equal; the order of names does not count.
+
+    The adapter of a composite model has an expression that lists its modules (model/composite.py): there the last part
+    of every name counts.
+    """
+    if name == "target_modules" and isinstance(own, list) and isinstance(theirs, str):
+        return {target.rpartition(".")[2] for target in own} == _list_last_names(theirs)
     if isinstance(own, list) and isinstance(theirs, list):
         return _as_set(own) == _as_set(theirs)
     return bool(own == theirs)
+
+
+def _list_last_names(expression: str) -> set[str]:
+    r"""Return the last part of every module's name that an expression lists.
+
+    >>> sorted(_list_last_names(r"(?:a|a\.b)\.layers\.(?:0|1)\.(?:mlp\.up|mlp\.down)|head"))
+    ['down', 'head', 'up']
+    """
+    without_prefixes = re.sub(r"\(\?:[^()]*\)(?=\\\.)", "", expression)
+    return {*re.findall(r"(\w+)(?=[|)]|$)", without_prefixes)}
 
 
 def _as_set(values: Sequence[Any]) -> set[str]:

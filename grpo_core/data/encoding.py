@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +12,7 @@ from grpo_core.batch import Task
 from grpo_core.config.sections import DataConfig
 
 PROBE = "a"  # a text that every tokenizer can encode
+REPLY = "reply"  # a turn of the assistant, of which the end is looked for
 ANCHORS = ("\n", "a", "=", "1", ".")  # texts in front of a target, one of which does not merge with its beginning
 
 
@@ -44,6 +45,24 @@ def apply_chat_template(
     """Return a chat in the tokenizer's chat template with the variables of data.chat_template_kwargs."""
     options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     return tokenizer.apply_chat_template(list(messages), **options, **config.chat_template_kwargs)
+
+
+def find_turn_end(tokenizer: PreTrainedTokenizerBase, config: DataConfig, eos_ids: Collection[int]) -> int | None:
+    """Return the end-of-sequence token with which the chat template ends a turn of the assistant.
+
+    It may be another than the tokenizer's, as <end_of_turn> of Gemma. None without a chat template, or if the template
+    ends a turn in another way.
+    """
+    if config.prompt != "chat":
+        return None
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": REPLY}]
+    try:
+        text = apply_chat_template(tokenizer, turns, config, add_generation_prompt=False)
+    except Exception:  # the template is a program of the model's author, and may take no such turns
+        return None
+    _, reply, rest = text.rpartition(REPLY)
+    ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if reply else []
+    return next((token for token in ids[:1] if token in eos_ids), None)
 
 
 def cut_left(tokenizer: PreTrainedTokenizerBase, ids: list[int], limit: int) -> list[int]:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from grpo_core.config.sections import LoraConfig
 from grpo_core.counts import quantify
+from grpo_core.model.composite import map_keys, names_of, rename_files
 from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.loading import describe_misfit
 from grpo_core.model.lora_targets import find_unadaptable
@@ -90,21 +91,40 @@ def load_adapter(base: PreTrainedModel, folder: Path, model_path: str) -> PeftMo
         ConfigError: the adapter does not fit the model, or holds a value that is not finite.
     """
     try:
-        model: Any = PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=False)
-        report = model.load_adapter(str(folder), ADAPTER, is_trainable=True, autocast_adapter_dtype=False)
+        options: Any = {"is_trainable": True, "autocast_adapter_dtype": False, "key_mapping": map_keys(base)}
+        model: Any = PeftModel.from_pretrained(base, folder, **options)
+        report = model.load_adapter(str(folder), ADAPTER, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"the adapter in {folder} does not fit the model {model_path}: {describe_misfit(error)}"
         ) from error
-    if names := report.missing_keys or report.unexpected_keys:  # PEFT goes on without these weights
+    check_complete(report, ADAPTER, f"the adapter in {folder}", model_path)
+    check_finite(model, f"the adapter in {folder}")
+    return model
+
+
+def check_complete(report: Any, name: str, description: str, model_path: str) -> None:
+    """Refuse an adapter that PEFT loaded as `name` without some of its weights.
+
+    Raises:
+        ConfigError: its files lack a weight, or hold one for which the model has no place.
+    """
+    if names := report.missing_keys or report.unexpected_keys:
         problem = "its files lack" if report.missing_keys else "the model has no place for"
         others = f" and {quantify(len(names) - 1, 'other')}" if len(names) > 1 else ""
         raise ConfigError(
-            f"the adapter in {folder} does not fit the model {model_path}: {problem} the weight "
-            f"{names[0].removeprefix('base_model.model.').replace('.default.', '.')}{others}"
+            f"{description} does not fit the model {model_path}: {problem} the weight "
+            f"{names[0].removeprefix('base_model.model.').replace(f'.{name}.', '.')}{others}"
         )
-    check_finite(model, f"the adapter in {folder}")
-    return model
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the trained adapter in PEFT's format, with the names of the model that plain transformers opens."""
+    model.save_pretrained(str(folder), selected_adapters=[model.active_adapter])
+    if names := names_of(base := model.get_base_model()):
+        tuner: Any = model.base_model
+        copied = [name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+        rename_files(folder, names, tuner.targeted_module_names, copied)
 
 
 @contextmanager

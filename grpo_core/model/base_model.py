@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from grpo_core.config.sections import ModelConfig
 from grpo_core.counts import quantify
+from grpo_core.model.composite import ATTRIBUTE, find_names
 from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.loading import (
     at_revision,
@@ -62,6 +63,8 @@ def load_base_model(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
         has_sentence = isinstance(error, (OSError, ValueError, ImportError))
         raise ConfigError(prefix + (first_line(error) if has_sentence else summarize_error(error))) from error
     _forget_names(base, names)
+    if names:
+        setattr(base, ATTRIBUTE, find_names(whole, base))
     if problem := _describe_wrong_weights(report):
         raise ConfigError(prefix + problem)
     check_finite(base, f"the model {model.path}")
@@ -82,6 +85,7 @@ def _name_text_weights(config: PretrainedConfig) -> dict[str, str]:
         r"^language_model\.lm_head\.": "lm_head.",
         r"^language_model\.model\.": f"{prefix}.",
         r"^model\.language_model\.": f"{prefix}.",
+        r"^model\.text_model\.": f"{prefix}.",
     }
 
 

@@ -127,9 +127,6 @@ FAMILIES = {
     "granite": Family("GraniteMLP", passes_window=False, find_scales=_granite_scales),
 }  # fmt: skip
 
-# Recurrent model types that set the input of their states to 0 where a row is padded, seen in float32
-MASKS_PADDING: set[str] = set()
-
 # Linear layers that PEFT does not adapt in these model types: kernels read their weight without calling the layer
 UNADAPTABLE = {name: ("out_proj", "conv1d") for name in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")}
 
@@ -150,8 +147,3 @@ def has_recurrent_layers(model: Any) -> bool:
     except Exception:  # a model type whose cache transformers cannot make from the configuration
         return True
     return any(base.__name__.startswith("LinearAttention") for layer in layers for base in type(layer).__mro__)
-
-
-def masks_padding(model: Any) -> bool:
-    """Return whether the model may be tried with padded prompts: padding cannot enter a state of its layers."""
-    return not has_recurrent_layers(model) or model.config.get_text_config().model_type in MASKS_PADDING

@@ -7,6 +7,7 @@ causal, so rows padded on the right need no mask.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +18,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from grpo_core.batch import Rollouts
+from grpo_core.batch import Rollouts, take
 from grpo_core.model.families import FAMILIES, has_recurrent_layers, head_dim
 from grpo_core.model.packing import AttentionRows, Budget, Layout, Packing, Segments, plan
-from grpo_core.model.trial import is_same, without_trace
+from grpo_core.model.rotation import Rotations
+from grpo_core.model.trial import EXACT_DTYPES, is_same, without_trace
+from grpo_core.schema import ConfigError, summarize_error
 
+LONG_ROW = 72  # tokens
+ROUGH_ROW_TOLERANCE = 0.15  # relative, of the hidden states of one row in 16 bits
 MAX_HEAD_DIM = 192  # that flash attention's backward supports on every GPU
 WIDE_HEAD_CAPABILITIES = {(8, 0), (9, 0), (10, 0)}  # compute capabilities of GPUs where it supports wider heads
 # arguments of an attention function that change the scores or the tokens that are seen
@@ -57,6 +62,58 @@ def supports_segments(model: PreTrainedModel) -> bool:
     # checked here, because find_layout tries only the forward
     supports_backward = head_dim(model.config) <= MAX_HEAD_DIM or capability in WIDE_HEAD_CAPABILITIES
     return capability[0] >= 8 and supports_backward and hasattr(torch.ops.aten, "_flash_attention_forward")
+
+
+def check_grid(
+    model: PreTrainedModel, hidden: Callable[[Rollouts, Packing], Tensor], body: nn.Module, rotations: Rotations
+) -> None:
+    """Check that two rows in a grid have the hidden states that `body`, the model without its head, gives each alone.
+
+    In 16 bits a token may go to another expert, so there the best row counts. The model is not changed.
+
+    Raises:
+        ConfigError: the states differ, or the model cannot compute a grid.
+    """
+    rollouts, problem = _make_long_rows(model), None
+    with without_trace(model):
+        try:
+            same = []
+            for packing in plan(rollouts, Budget(math.inf), layout="grid", rotations=rotations):
+                part, rows = take(rollouts, packing.rows), packing.rows.tolist()
+                states = hidden(part, packing).split(part.lengths().tolist())
+                alone = [_compute_alone(body, rollouts, row) for row in rows]
+                same += [
+                    is_same(*pair, rough_tolerance=ROUGH_ROW_TOLERANCE) for pair in zip(states, alone, strict=True)
+                ]
+            if not (all(same) if model.dtype in EXACT_DTYPES else any(same)):
+                problem = "gives other hidden states than that of each row alone"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the model does not accept a mask or positions, or fails with them
+            problem = f"fails ({summarize_error(error)})"
+    if problem:
+        raise ConfigError(
+            f"the {model.config.model_type} model at model.path is not supported: its forward of several rows that are "
+            f"padded on the right {problem}"
+        )
+
+
+def _make_long_rows(model: PreTrainedModel) -> Rollouts:
+    """Return two rows of different lengths, longer than the windows and chunks of most models where these are small."""
+    config = model.config.get_text_config()
+    width = min(LONG_ROW, getattr(config, "max_position_embeddings", None) or LONG_ROW) // 2
+    ids = torch.arange(4 * width, device=model.device).view(2, 2 * width) % config.vocab_size
+    mask = torch.ones(2, width, dtype=torch.bool, device=ids.device)
+    mask[1, -2:] = False
+    return Rollouts(ids[:, :width], mask, ids[:, width:], mask, torch.zeros(2, width, device=ids.device), mask[:, -1])
+
+
+def _compute_alone(body: nn.Module, rollouts: Rollouts, row: int) -> Tensor:
+    """Return the hidden states that predict the completion of one row, from a forward of its tokens and no more."""
+    prompt = rollouts.prompt_ids[row][rollouts.prompt_mask[row]]
+    completion = rollouts.completion_ids[row][rollouts.completion_mask[row]]
+    ids = torch.cat([prompt, completion[:-1]])
+    return body(ids[None], use_cache=False).last_hidden_state[0, len(prompt) - 1 :]
 
 
 def _matches_grid(model: PreTrainedModel, hidden: Callable[[Rollouts, Packing], Tensor], layout: Layout) -> bool:

@@ -24,7 +24,7 @@ from grpo_core.batch import Rollouts, take
 from grpo_core.config.lora_checks import use_settings_of_adapter
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model import fast_layers, packed_attention
-from grpo_core.model.adapter import add_adapter, base_values, load_adapter, use_adapter
+from grpo_core.model.adapter import add_adapter, base_values, load_adapter, save_adapter, use_adapter
 from grpo_core.model.base_model import load_base_model
 from grpo_core.model.logprobs import (
     Statistics,
@@ -81,9 +81,16 @@ class Policy:
 
     @cached_property
     def layout(self) -> Layout:
-        """The layout in which rows share a forward of this model (packing.py), found by trying in evaluation mode."""
+        """The layout in which rows share a forward of this model (packing.py), found by trying in evaluation mode.
+
+        Raises:
+            ConfigError: rows cannot share a forward, not even in a grid.
+        """
         with torch.no_grad(), evaluation_mode(self._modules):
-            return packed_attention.find_layout(self.causal_lm, self._hidden)
+            layout = packed_attention.find_layout(self.causal_lm, self._hidden)
+            if layout == "grid":
+                packed_attention.check_grid(self.causal_lm, self._hidden, self._body, self._rotations)
+        return layout
 
     @cached_property
     def routers(self) -> Routers | None:
@@ -318,8 +325,10 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Write the trained adapter in PEFT's format, or the whole model if there is no adapter."""
-        only = {"selected_adapters": [self.model.active_adapter]} if isinstance(self.model, PeftModel) else {}
-        self.model.save_pretrained(folder, **only)
+        if isinstance(self.model, PeftModel):
+            save_adapter(self.model, folder)
+        else:
+            self.model.save_pretrained(folder)
         apply_umask(*folder.glob("*.safetensors"))
 
     @cached_property

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core.batch import Rollouts
 from grpo_core.config.lora_checks import read_adapter
 from grpo_core.config.sections import LoraConfig, ModelConfig, RunConfig
+from grpo_core.model.adapter import check_complete
+from grpo_core.model.composite import map_keys
 from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.loading import (
     check_vocabulary,
@@ -146,12 +149,14 @@ def load_teacher(config: RunConfig, policy: Policy, dtype: torch.dtype, device: 
     if adapter is None:
         return Teacher(policy)
     try:
-        policy.model.load_adapter(adapter, TEACHER_ADAPTER, is_trainable=False, autocast_adapter_dtype=False)
+        options: Any = {"autocast_adapter_dtype": False, "key_mapping": map_keys(policy.causal_lm)}
+        report = policy.model.load_adapter(adapter, TEACHER_ADAPTER, is_trainable=False, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"the adapter in {adapter} (teacher.adapter) does not fit the model {config.model.path}: "
             f"{describe_misfit(error)}"
         ) from error
+    check_complete(report, TEACHER_ADAPTER, f"the adapter in {adapter} (teacher.adapter)", config.model.path)
     teacher = Teacher(policy, TEACHER_ADAPTER)
     for _, parameter in teacher.own_parameters():
         parameter.requires_grad_(False)

@@ -18,6 +18,7 @@ from grpo_core.batch import Rollouts, Task, TrainBatch
 from grpo_core.config.precision import DTYPES, dtype_name
 from grpo_core.config.sections import RunConfig, use_supervised_objective
 from grpo_core.counts import quantify
+from grpo_core.data.encoding import find_turn_end
 from grpo_core.data.eval_sets import group_by_set, load_eval_sets, name_set
 from grpo_core.data.rows import name_split
 from grpo_core.distributed import ranks, signals
@@ -107,9 +108,10 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
             policy = load_policy(config.model, run_start.lora(config), dtype=dtype, temperature=TEMPERATURE)
     per_step = config.trainer.completions_per_step
     run = assemble(config, run_start, policy, prepared, per_step, dtype, longest)
-    eos = tokenizer.eos_token_id
+    eos_ids = find_eos_ids(policy.causal_lm, tokenizer)
+    eos = find_turn_end(tokenizer, config.data, eos_ids)
     if eos is None:
-        eos = min(find_eos_ids(policy.causal_lm, tokenizer))
+        eos = min(eos_ids) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     make_targets = partial(
         build_target_rollouts, config=config.sft, tokenizer=tokenizer, eos=eos, device=run.sampler.device
     )
