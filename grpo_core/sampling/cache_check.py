@@ -124,7 +124,7 @@ def check_steps(computation: Computation, model: Any) -> bool:
             state[DRAWN] = t + 1
             logits = computation.step(state)
         expected = [_logits_of(model, rows[i]) for i in state[PROMPT].tolist()]
-        return _agree(list(logits), expected)
+        return _agree(list(logits), expected, model.dtype)
 
 
 def _decode(method: Method, model: Any, rows: list[list[int]], pad_id: int) -> Tensor:

@@ -20,7 +20,7 @@ import grpo_core.model.packed_attention  # noqa: F401  registers the attention f
 from grpo_core.counts import quantify
 from grpo_core.model.rotation import find_rotations
 from grpo_core.model.routing import RoutedForward, Routers, watching
-from grpo_core.sampling.cache_check import check_steps
+from grpo_core.sampling.cache_check import CACHE_ERRORS, check_steps
 from grpo_core.sampling.computation import CallSize, Unsupported
 from grpo_core.sampling.cuda_graph import capture
 from grpo_core.sampling.decode_ops import DRAWN, FIELDS, PROMPT, SLOT, START, TOKEN, TorchOps
@@ -90,7 +90,7 @@ class ModuleModel:
         try:
             self.refresh(0)
             return check_steps(self, self.model) and (self.device.type != "cuda" or self._try_capture())
-        except (Unsupported, TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        except (Unsupported, *CACHE_ERRORS) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             return False
