@@ -146,7 +146,10 @@ def test_a_model_that_differs_is_decoded_without_the_faster_functions(monkeypatc
     monkeypatch.setattr(module_model, "find_joined_calls", wrong)
     sampler = make_sampler(policy.causal_lm, "modules")
     agree(sampler.generate(tasks(61), 2), want)
-    assert sampler.decoder_name == "modules" and sampler._decoders["modules"].computation._variant.substitutes == []
+    computation = sampler._decoders["modules"].computation
+    assert sampler.decoder_name == "modules" and computation._variant.substitutes == []
+    with policy.reference():  # the layers read their own adapter now, so a graph holds whether it is on
+        assert computation.refresh(0)
 
 
 def test_a_model_whose_cache_cannot_be_used_is_decoded_by_the_plain_decoder_with_a_note():

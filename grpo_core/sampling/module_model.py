@@ -64,8 +64,6 @@ class ModuleModel:
         self._layers = [LayerMemory(layer) for layer in live.cache.layers]
         configs = [model.config, model.config.get_text_config(), *(getattr(m, "config", None) for m in model.modules())]
         self._configs = [*{id(config): config for config in configs if config is not None}.values()]
-        joined = {id(linear) for group in self._joined for linear in group.joined.linears}
-        self._tuned = [m for m in model.modules() if hasattr(m, "_disable_adapters") and id(m) not in joined]
         self._switches: list[tuple] = []
         self._caches: dict[int, Any] = {}
         self._first_logits = torch.zeros(0)
@@ -87,6 +85,8 @@ class ModuleModel:
     def _is_right(self, variant: Variant) -> bool:
         """Return whether a variant, which is used from now on, computes what the model computes."""
         self._variant = variant
+        replaced = {id(owner) for owner, name, _ in variant.substitutes if name == "forward"}
+        self._tuned = [m for m in self.model.modules() if hasattr(m, "_disable_adapters") and id(m) not in replaced]
         try:
             self.refresh(0)
             return check_steps(self, self.model) and (self.device.type != "cuda" or self._try_capture())
