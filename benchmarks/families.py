@@ -1,6 +1,6 @@
 """Time the sampler at the shapes of model families, next to vLLM, on a GPU.
 
-    python benchmarks/families.py [--out FILE] [--sides ours,vllm] [--limit SECONDS] [SHAPE ...]     vllm==0.22.1 for its side
+    python benchmarks/families.py [--sides ours,vllm] [--limit SECONDS] [SHAPE ...]     on a GPU, with vllm==0.22.1 for its side
     python benchmarks/families.py --check                                      tiny shapes on a CPU, ours alone; records nothing
     python benchmarks/families.py side ours|vllm SHAPE                         one side in this process; the first command starts it
 
@@ -11,6 +11,7 @@ weights, and no prefix caching.
 """
 
 import argparse
+import datetime
 import json
 import os
 import statistics
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +89,10 @@ SHAPES = {
     }),
 }  # fmt: skip
 PROMPT, NEW, GROUP, ROWS, TIMES = 128, 256, 8, (32, 256), 2
+REACH = {  # of vLLM's time, for the numbers of ROWS
+    "gemma3_1b": (0.7, 0.5), "qwen3_5_0.8b": (1.0, 0.8), "qwen3_5_4b": (1.0, 0.8), "lfm2_1.2b": (1.2, 1.0), "granite4_h_1b": (1.2, 1.0),
+    "phi4_mini": (0.9, 0.8), "smollm3_3b": (0.9, 0.8),
+}  # fmt: skip
 
 
 def make_config(name, check=False):
@@ -220,26 +226,47 @@ def start_side(side, name, limit):
     return results
 
 
+def to_row(name, rows, results):
+    """Return the row of benchmarks/results for one shape and number of rows, from the results of both sides."""
+    import torch
+
+    sides = {result["side"]: result for result in results if result["shape"] == name and result.get("rows") == rows}
+    ours, peer = (sides.get(side, {}).get("ms_per_step") for side in ("ours", "vllm"))
+    reach = REACH.get(name, (None, None))[ROWS.index(rows)]
+    return {
+        "bench": f"families/decode/{name}/{rows}", "what": f"a token step of {rows} rows, prompt {PROMPT}, {NEW} new tokens",
+        "ours": ours, "peer": peer, "peer_name": "vLLM 0.22.1, without LoRA", "ratio": ours / peer if ours and peer else None,
+        "unit": "ms", "reach": reach and f"at most {reach} of vLLM", "met": ours <= reach * peer if ours and peer and reach else None,
+        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
+        "command": f"python benchmarks/families.py {name}", "date": datetime.date.today().isoformat(), "detail": sides.get("ours"),
+    }  # fmt: skip
+
+
+def keep(rows):
+    """Put the rows in the place of earlier ones of the same name."""
+    stored = {row["bench"]: row for row in json.loads(OUT.read_text())} if OUT.exists() else {}
+    stored |= {row["bench"]: row for row in rows}
+    OUT.write_text("[\n" + ",\n".join(json.dumps(stored[name]) for name in sorted(stored)) + "\n]\n")
+
+
 def main():
-    """Run the shapes, print each result, and add them to the results."""
+    """Run the shapes; print each result when it is there, and store a row for each shape and number of rows."""
     if sys.argv[1:2] == ["side"]:
         return run_side(*sys.argv[2:4])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=", ".join(SHAPES))
-    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--sides", default="ours,vllm")
     parser.add_argument("--limit", type=int, default=200, help="seconds for one side of one shape")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     if options.check:
         return run_side("ours", "gemma3_1b", check=True)
-    rows = []
     for name in options.shapes or SHAPES:
-        for side in options.sides.split(","):
-            for row in start_side(side, name, options.limit):
-                print(json.dumps(row), flush=True)
-                rows.append(row)
-    options.out.write_text(json.dumps(rows, indent=1) + "\n")
+        results = [row for side in options.sides.split(",") for row in start_side(side, name, options.limit)]
+        for result in results:
+            print(json.dumps(result), flush=True)
+        keep([to_row(name, rows, results) for rows in ROWS])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ DEFAULT = "configs/tiny.yaml"  # as on a machine without a GPU, which the sandbo
 SMALL_FORMS = {  # benchmark -> the words that start it in a small form, in which it records nothing: test_benchmarks.py does
     "decode_parts": ["--check"], "losses": ["--check"], "smollm2": ["--check"], "trl_parity": ["--check"],
     "sampling": ["--check"], "layouts": ["--check"], "precision": ["--check"], "embedded": ["--check"],
-    "results": ["check"], "experiments": ["--list"], "soak": ["--check"],
+    "results": ["check"], "experiments": ["--list"], "soak": ["--check"], "families": ["--check"],
     "learning": ["--check"], "update": ["--check"], "update_parts": ["--check"], "peers": ["--check"], "models": ["--check"],
 }  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)

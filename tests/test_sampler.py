@@ -185,10 +185,10 @@ def test_every_architecture_greedy_as_generate_and_logprobs_as_teacher_forced(na
                 0, prompt.shape[1] :
             ]
             assert row == want.tolist()
-    rollouts = sampler.generate(MIXED, 8)
+    rollouts = sampler.generate(MIXED, 24)
     assert len(set(rollouts.lengths().tolist())) > 3  # ragged, or this shows little
     torch.testing.assert_close(policy.logprobs(rollouts), rollouts.rollout_logprobs, atol=1e-4, rtol=0)
-    assert fused(sampler) == expected and len(said) == (not expected)
+    assert fused(sampler) == expected and (not said if expected else said)
     assert expected or "fused decoder" in said[0]
 
 

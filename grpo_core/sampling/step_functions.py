@@ -96,7 +96,8 @@ def _find_kind(module: Any, kernels: Any) -> tuple[int, int] | None:
         return None
     weight = module.weight
     generator = torch.Generator("cpu").manual_seed(0)
-    x, gate = (torch.randn(3, weight.shape[0], generator=generator).to(weight.device, weight.dtype) for _ in range(2))
+    draws = (torch.randn(3, weight.shape[0], generator=generator, device="cpu") for _ in range(2))
+    x, gate = (draw.to(weight.device, weight.dtype) for draw in draws)
     is_gated = "Gated" in type(module).__name__
     inputs = (x, gate) if is_gated else (x,)
     try:
