@@ -123,6 +123,10 @@ def test_every_option_computes_what_plain_peft_computes(name, tied, tmp_path):
     assert (sampler.decoder_name == "fused", len(notes)) == (is_fused, 0 if is_fused else 1)
     naive = naive_logprobs(Policy(plain), drawn) * drawn.completion_mask
     torch.testing.assert_close(drawn.rollout_logprobs, naive, atol=1e-4, rtol=0)
+    modules = Sampler(policy.model, Alphabet(), max_new_tokens=8, decoder="modules", notify=notes.append)
+    again = modules.generate(TASKS, 3)
+    assert modules.decoder_name == "modules" and torch.equal(again.completion_ids, drawn.completion_ids)
+    torch.testing.assert_close(again.rollout_logprobs, drawn.rollout_logprobs, atol=1e-4, rtol=0)
     for i, task in enumerate(TASKS):
         ids, length = torch.tensor([task.prompt_ids]), int(greedy.lengths()[i])
         out = plain.generate(input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=EOS, pad_token_id=0)
