@@ -26,7 +26,7 @@ PROMPTS = (5, 11, 2, 8)
 REPRESENTATIVES = ["gpt_oss", "qwen3_5_text", "codegen"]
 OTHERS = [  # in the soak suite, and on a GPU
     "gemma3_text", "phi3", "smollm3", "olmo3", "lfm2", "granitemoehybrid", "falcon_h1", "nemotron_h", "jamba", "zamba2",
-    "mamba2", "qwen3_next", "olmo_hybrid", "qwen3_moe", "mixtral",
+    "llama4_text", "mamba", "mamba2", "qwen3_next", "olmo_hybrid", "qwen3_moe", "mixtral",
 ]  # fmt: skip
 
 

@@ -19,8 +19,9 @@ Name = tuple[str, int | None]  # an attribute of a cache's layer, and the key in
 class LayerMemory:
     """The memory of one layer's cache: that of the prompts, and that of the rows."""
 
-    def __init__(self, template: Any) -> None:
+    def __init__(self, template: Any, kind: str = "") -> None:
         self.template = template  # a layer of transformers' cache, filled by a trial
+        self.is_chunked = kind == "chunked_attention"
         self.samples = {name: tensor[:0].clone() for name, tensor in _tensors(template)}
         self.prompts: dict[Name, Tensor] = {}
         self.rows: dict[Name, Tensor] = {}
@@ -35,8 +36,14 @@ class LayerMemory:
 
     @property
     def window(self) -> int | None:
-        """The number of tokens that the layer sees, if it has a sliding window."""
+        """The number of tokens that the layer sees, if it has a sliding window, or that a chunk has."""
         return getattr(self.template, "sliding_window", None)
+
+    def first_visible(self, position: Tensor) -> Tensor | None:
+        """Return the first position that a token at `position` [...] sees; None if it sees all before it."""
+        if self.window is None:
+            return None
+        return position - position % self.window if self.is_chunked else position - self.window + 1
 
     @staticmethod
     def _shape(name: Name, sample: Tensor, tokens: int) -> tuple[int, ...]:

@@ -61,7 +61,8 @@ class ModuleModel:
         with torch.no_grad():
             self._joined = find_joined_calls(model, live.prefill, ops)
         self._template = live.cache
-        self._layers = [LayerMemory(layer) for layer in live.cache.layers]
+        kinds = getattr(model.config.get_text_config(), "layer_types", None) or [""] * len(live.cache.layers)
+        self._layers = [LayerMemory(layer, kind) for layer, kind in zip(live.cache.layers, kinds, strict=False)]
         configs = [model.config, model.config.get_text_config(), *(getattr(m, "config", None) for m in model.modules())]
         self._configs = [*{id(config): config for config in configs if config is not None}.values()]
         self._switches: list[tuple] = []
@@ -109,7 +110,7 @@ class ModuleModel:
     def check(self, positions: int) -> None:
         """Raise Unsupported if rows of `positions` tokens are longer than a window that the model itself applies."""
         windows = [layer.window for layer in self._layers if layer.window is not None]
-        if windows and positions > min(windows) and not self._applies_windows:
+        if windows and positions > min(windows) and not self._variant.passes_rows:
             raise Unsupported(
                 f"prompts and completions could become longer than its window of {quantify(min(windows), 'token')}"
             )
@@ -211,11 +212,14 @@ class ModuleModel:
             cache = copy.copy(self._template)
             cache.layers = [layer.make_layer(size, partial(self._update, layer)) for layer in self._layers]
             self._caches[size] = cache
-        if self._variant.passes_rows:
-            mask: Tensor = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        options: dict[str, Any] = {}
+        if not self._layer_of:  # no layer has keys
+            mask = None
+        elif self._variant.passes_rows:
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
             options = {"attend_rows": self._attend}
         else:
-            mask, options = self._bias(self._visible(None)), {}
+            mask = self._bias(None)
         with self._installed(), self._implementations(), self._recording() as routed:
             logits = next_logits(
                 self.model, state[TOKEN][:, None], self._caches[size], attention_mask=mask,
@@ -265,12 +269,6 @@ class ModuleModel:
         if find_rotations(self.model.config):
             raise Unsupported("its rotary embedding depends on the length of the sequence")
 
-    @property
-    def _applies_windows(self) -> bool:
-        """True if `_attend` applies the windows of all layers."""
-        kinds = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
-        return self._variant.passes_rows and "chunked_attention" not in kinds
-
     def _parts(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Yield the numbers of prompts that are computed together."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -292,15 +290,13 @@ class ModuleModel:
             stored[row, :, position] = new[:, :, 0]
         return memory[0], memory[1]
 
-    def _visible(self, window: int | None) -> Tensor:
-        """Return which tokens of its slot each row sees, [R, T]."""
-        position = self._at[1][:, None]
+    def _bias(self, layer: LayerMemory | None) -> Tensor:
+        """Return what is added to the scores: the least number where a row does not see a token, [R, 1, 1, T]."""
+        dtype, position = self.model.dtype, self._at[1][:, None]
         at = torch.arange(self._tokens, device=self.device)
         visible = at <= position
-        return visible if window is None else visible & (at > position - window)
-
-    def _bias(self, visible: Tensor) -> Tensor:
-        dtype = self.model.dtype
+        if layer is not None and (first := layer.first_visible(position)) is not None:
+            visible &= at >= first
         bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         return bias.masked_fill(~visible, torch.finfo(dtype).min)[:, None, None]
 
@@ -323,11 +319,11 @@ class ModuleModel:
         if any(value is not None for value in others.values()):
             raise Unsupported(f"its attention has the options {', '.join(others)}")
         rows, heads, _, dim = query.shape
-        window = self._layer_of[keys.data_ptr()].window
+        layer = self._layer_of[keys.data_ptr()]
         grouped = query.reshape(rows, keys.shape[1], heads // keys.shape[1], dim)
         scores = grouped @ keys.transpose(2, 3) * (dim**-0.5 if scaling is None else scaling)
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        scores = (scores + self._bias(self._visible(window))).float()
+        scores = (scores + self._bias(layer)).float()
         if s_aux is not None:
             column = s_aux.view(1, keys.shape[1], -1, 1).expand(rows, -1, -1, 1)
             weights = torch.cat([scores, column.float()], dim=-1).softmax(dim=-1)[..., :-1]
