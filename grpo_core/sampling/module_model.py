@@ -53,7 +53,7 @@ class ModuleModel:
     def __init__(self, model: Any, method: Method, pad_id: int, ops: TorchOps, routers: Routers | None = None) -> None:
         if method == "uncached":
             raise Unsupported("its cache cannot be used")
-        self.model, self.method, self.pad_id, self.ops = model, method, pad_id, ops
+        self.model, self.method, self.pad_id = model, method, pad_id
         self.device, self._columns, self._tokens = model.device, 0, 0
         self._experts = None if routers is None else ExpertTable(routers, model.device)
         self._check_rotations()
