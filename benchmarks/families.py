@@ -363,7 +363,7 @@ def stamp(command):
     }  # fmt: skip
 
 
-def to_row(name, rows, results, stored):
+def to_row(name, rows, results):
     """Return the row of benchmarks/results for one shape and number of rows, from the results of its sides; None without any."""
     sides = {result["side"]: result for result in results if result["shape"] == name and result.get("rows") == rows}
     detail = dict(sides.get("ours", {}))
@@ -374,7 +374,7 @@ def to_row(name, rows, results, stored):
     reach, ours = reaches[ROWS.index(rows)], detail["ms_per_step"]
     peers = {
         "vllm": sides.get("vllm", {}).get("ms_per_step"), "floor": detail.get("floor_ms"), "10 ms": 10.0,
-        "qwen3_8b": stored.get(f"families/decode/qwen3_8b/{rows}", {}).get("ours"),
+        "qwen3_8b": next((r["ms_per_step"] for r in results if (r["shape"], r["side"], r.get("rows")) == ("qwen3_8b", "ours", rows)), None),
     }  # fmt: skip
     peer = peers[peer_name]
     return {
@@ -427,7 +427,7 @@ def main():
     for start in range(0, len(names), options.together):
         batch = names[start : start + options.together]
         results = run_together(batch, options.sides.split(","), options.limit)
-        keep([to_row(name, rows, results, load()) for name in batch for rows in ROWS])
+        keep([to_row(name, rows, results) for name in batch for rows in ROWS])
     return None
 
 
