@@ -7,9 +7,10 @@ configuration. A user's function needs no registration: `name: file.py:function`
 
 Further facts about a reward, as attributes of the function:
 
-    never_null  columns that must have a value in every row
-    gold        {column: function}, which returns None for a gold answer that the reward cannot judge
-    answer      function that returns the final answer of a completion, for the majority vote of an evaluation
+    never_null   columns that must have a value in every row
+    gold         {column: function}, which returns None for a gold answer that the reward cannot judge
+    answer       function that returns the final answer of a completion, for the majority vote of an evaluation
+    own_process  True: the reward runs in a process of its own with a time limit, as a user's function does
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from grpo_core.objective.answers import (
 from grpo_core.objective.numbers import final_number, read_gold
 from grpo_core.registry import Registry
 
-REWARDS = Registry("reward")
+REWARDS = Registry("reward", allows_async=True)
 
 
 @REWARDS.register("has_think_tags")
