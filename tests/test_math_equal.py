@@ -7,6 +7,7 @@ import pytest
 
 from grpo_core.config.files import load
 from grpo_core.objective.rewards import REWARDS
+from grpo_core.registry import Registry
 from grpo_core.schema import ConfigError
 from grpo_core.scoring import math_equal as module
 from grpo_core.scoring.limited_calls import LimitedCalls
@@ -48,7 +49,7 @@ EQUAL = [
     ("1/3", "#### 0.333333"), (r"\frac{\pi}{4}", r"\boxed{\dfrac{1}{4}\pi}"), (r"2\sqrt{3} \text{ cm}", r"#### 2\sqrt{3} cm"),
     (r"2\sqrt{3}", "Therefore the length is $2\\sqrt{3}$."), (r"2\sqrt{3}", "so x = 2\\sqrt{3}"), (r"2\sqrt{3}", r"\boxed{x = 2\sqrt{3}}"),
     ("8", "#### 3 + 5"), ("$x < 3$", r"\boxed{3 > x}"), (r"\sqrt{2}\%", r"\boxed{\sqrt{2}\%}"), ("no solution", r"\boxed{\text{No solution.}}"),
-    ("n!", r"\boxed{n!}"), ("\\text{even}", "The answer is **even**."),
+    ("n!", r"\boxed{n!}"), ("2x + 3y = 5", r"\boxed{3y + 2x = 5}"), ("\\text{even}", "The answer is **even**."),
 ]  # fmt: skip
 UNEQUAL = [
     ("3x", r"\boxed{3y}"), ("(1, 2)", r"\boxed{(2, 1)}"), (r"2\sqrt{3}", r"\boxed{2\sqrt{5}}"), ("3", "#### 3 + 5"), ("7", ""),
@@ -157,7 +158,7 @@ def test_limited_calls(what):
     calls = LimitedCalls(fork_bombs)
     assert calls.call("a", seconds=20) == "a"
     start = time.monotonic()
-    assert calls.call(what, seconds=0.3) is None and time.monotonic() - start < 2
+    assert calls.call(what, seconds=0.3 if what == "spin" else 20) is None and time.monotonic() - start < 2
     assert calls.call("b", seconds=20) == "b"
     calls.close()
     calls.close()
@@ -193,6 +194,8 @@ def test_without_the_library_there_is_one_sentence(monkeypatch):
     assert "math_equal" in REWARDS.functions  # it is listed all the same
 
 
-def test_its_name_is_taken():
-    with pytest.raises(ConfigError, match="'math_equal' is registered twice"):
-        REWARDS.register("math_equal")(lambda completions: [])
+def test_its_name_is_taken_also_before_its_module_is_imported():
+    registry = Registry("reward", modules={"math_equal": module.__name__})
+    for taken in (REWARDS, registry):
+        with pytest.raises(ConfigError, match="'math_equal' is registered twice"):
+            taken.register("math_equal")(lambda completions: [])
