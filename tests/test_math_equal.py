@@ -20,8 +20,6 @@ needs_library = pytest.mark.skipif(importlib.util.find_spec("math_verify") is No
 
 @pytest.fixture(scope="module", autouse=True)
 def warm():
-    if importlib.util.find_spec("math_verify"):
-        module.prepare()
     yield
     module._COMPARISONS.close()
 
@@ -49,13 +47,14 @@ EQUAL = [
     ("1/3", "#### 0.333333"), (r"\frac{\pi}{4}", r"\boxed{\dfrac{1}{4}\pi}"), (r"2\sqrt{3} \text{ cm}", r"#### 2\sqrt{3} cm"),
     (r"2\sqrt{3}", "Therefore the length is $2\\sqrt{3}$."), (r"2\sqrt{3}", "so x = 2\\sqrt{3}"), (r"2\sqrt{3}", r"\boxed{x = 2\sqrt{3}}"),
     ("8", "#### 3 + 5"), ("$x < 3$", r"\boxed{3 > x}"), (r"\sqrt{2}\%", r"\boxed{\sqrt{2}\%}"), ("no solution", r"\boxed{\text{No solution.}}"),
-    ("n!", r"\boxed{n!}"), ("2x + 3y = 5", r"\boxed{3y + 2x = 5}"), ("\\text{even}", "The answer is **even**."),
+    ("n!", r"\boxed{n!}"), ("y = 2x + 3", r"\boxed{y = 2x+3}"), ("y = 2x + 3", r"\boxed{2x + 3}"), ("x = 1, y = 2", r"\boxed{x = 1, y = 2}"), ("2x + 3y = 5", r"\boxed{3y + 2x = 5}"), ("\\text{even}", "The answer is **even**."),
 ]  # fmt: skip
 UNEQUAL = [
     ("3x", r"\boxed{3y}"), ("(1, 2)", r"\boxed{(2, 1)}"), (r"2\sqrt{3}", r"\boxed{2\sqrt{5}}"), ("3", "#### 3 + 5"), ("7", ""),
     ("1/3", "#### 0.33"), ("3", r"\boxed{4}"), ("1000000", "#### 1000001"), ("x^2", r"\boxed{x^3}"), (r"\{1, 2\}", r"\boxed{1}"),
     ("Evelyn", r"\boxed{Sam}"), (r"2\sqrt{3}", "I do not know."), ("[0, 1)", r"\boxed{[0, 1]}"), ("3", r"\boxed{}"), ("0", r"\boxed{\text{no}}"),
-    ("2", "I add 1 and 2 and get \\boxed{5}"), ("1e-7", "#### 2e-7"), ("5", r"\boxed{-5}"), ("(a, b)", r"\boxed{[a, b]}"), ("n!", r"\boxed{n}"), ("no solution", r"\boxed{no}"),
+    ("2", "I add 1 and 2 and get \\boxed{5}"), ("1e-7", "#### 2e-7"), ("5", r"\boxed{-5}"), ("(a, b)", r"\boxed{[a, b]}"), ("n!", r"\boxed{n}"), ("2x + 3y = 5", r"\boxed{x + y = 5}"),
+    ("y = 2x + 3", r"\boxed{x = 2x + 3}"), ("2x + 3y = 5", r"\boxed{5}"), ("x = 1, y = 2", r"\boxed{x = 2, y = 1}"), ("no solution", r"\boxed{no}"),
 ]  # fmt: skip
 
 
@@ -113,7 +112,7 @@ def test_the_unit_of_an_answer():
 ])  # fmt: skip
 def test_the_gold_answers(value, golds):
     assert read_golds(value) == golds
-    if golds is None:
+    if golds is None and importlib.util.find_spec("math_verify"):
         assert judge("#### 3", value) is None
 
 

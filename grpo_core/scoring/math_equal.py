@@ -6,6 +6,7 @@ matrices, equations) are parsed and compared by the library math-verify, in a ch
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Sequence
@@ -36,6 +37,9 @@ _UNIT = re.compile(
 _WORD_UNIT = re.compile(r"(?<=\d|\}|\))\s*[A-Za-z]{2,}(?:\s[A-Za-z]{2,}){0,2}(?:\^?\{?\d\}?|[²³])?\Z")
 _RAISED = str.maketrans("²³−", "23-")
 _WORDS = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]+)*")  # "no solution", but not x, whose brackets may be an interval's
+_EQUATION = re.compile(  # of variables, such as 2x + y = 5: it is not the number 5, as x = 5 and 2 + 3 = 5 are
+    r"(?:(?<![A-Za-z\\])[A-Za-z]\s*[-+*/^]|[-+*/^\d]\s*[A-Za-z](?![A-Za-z]))[^=]*="
+)
 _CLAUSES = re.compile(r"=|≈|\bis\b|\bare\b|:")
 
 
@@ -60,8 +64,9 @@ def final_answer(text: str) -> Fraction | str | None:
     return final_text(text) if number is None else number
 
 
+@functools.cache
 def prepare() -> None:
-    """Import the library, and let its parser see a few expressions."""
+    """Import the library, and let its parser see a few expressions, once, before the time of a comparison begins."""
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time limit of its own
     for text in WARM_UP:
         _parse(text)
@@ -106,6 +111,7 @@ def math_equal(
     answer stands after the last ####, else in the last \boxed{}, else after "answer is", else (unless `strict`) in the
     last line. A comparison of more than `seconds` counts as not equal. It uses https://github.com/huggingface/Math-Verify.
     """
+    prepare()
     texts = cut_all_thinking(completions, prompts) if outside_thinking else completions
     judged: dict[tuple[str, str], bool] = {}  # a group often has the same answer several times
     rewards: list[float | None] = []
@@ -133,7 +139,7 @@ def _is_equal(final: str, number: Fraction | None, gold: str, percent: str, unit
     if units == "compare" and (unit := read_unit(gold)) and read_unit(final) != unit:
         return False
     scales = _list_scales(bool(_PERCENT.search(gold)), bool(_PERCENT.search(final)), percent)
-    gold_numbers = read_gold(gold)
+    gold_numbers = None if _EQUATION.search(gold) else read_gold(gold)
     if gold_numbers is not None and number is not None:
         return any(
             _is_near(number * scale, value * gold_scale) for value in gold_numbers for gold_scale, scale in scales
@@ -201,13 +207,16 @@ def _parse(text: str) -> list[Any]:
 
 
 def _compare(gold: str, answer: str) -> bool:
-    """Return whether two answers are equal as expressions; also what stands behind the last = or "is" of `answer`."""
+    """Return whether two answers are equal as expressions.
+
+    Where `gold` is no equation, what stands behind the last = or "is" of `answer` may be the equal one.
+    """
     from math_verify import verify
 
     wanted = _parse(gold)
     if not wanted:
         return False
-    parts = dict.fromkeys([answer, _CLAUSES.split(answer)[-1].strip()])
+    parts = [answer] if "=" in gold else [answer, _CLAUSES.split(answer)[-1].strip()]
     return any(verify(wanted, _parse(part), timeout_seconds=None) for part in parts if part)
 
 
