@@ -9,13 +9,16 @@ A function whose first parameter is named `groups` gets whole groups, N lists of
 group; it returns N lists of G numbers. A function with a parameter `other_rewards` is called after the other rewards
 and gets their values by name, in the form of the completions.
 
+The keyword argument `reward_timeout`, if a function has it, is trainer.reward_timeout unless it is set.
+
 Further facts about a reward, as attributes of the function:
 
     never_null   columns that must have a value in every row
     gold         {column: function}, which returns None for a gold answer that the reward cannot judge
     answer       function that returns the final answer of a completion, for the majority vote of an evaluation
     names_reward argument that names another reward of the run
-    prepare      function that is called once, when the process of a reward with `own_process` starts
+    prepare      function of all arguments, called once when the process of a reward with `own_process` starts; it may
+                 raise ConfigError, whose message is a verb phrase
     own_process  True: the reward runs in a process of its own with a time limit, as a user's function does
 """
 
@@ -40,8 +43,12 @@ from grpo_core.objective.numbers import final_number, read_gold
 from grpo_core.registry import Registry
 
 OTHER_REWARDS = "other_rewards"
+MODULES = {  # of rewards that need more than mathematics
+    "math_equal": "grpo_core.scoring.math_equal",
+    "python_tests": "grpo_core.scoring.python_tests",
+}
 
-REWARDS = Registry("reward", allows_async=True, modules={"math_equal": "grpo_core.scoring.math_equal"})
+REWARDS = Registry("reward", allows_async=True, modules=MODULES)
 
 
 @REWARDS.register("has_think_tags")

@@ -13,6 +13,7 @@ from torch import Tensor
 from grpo_core.batch import Task
 from grpo_core.objective.rewards import OTHER_REWARDS, REWARDS
 from grpo_core.registry import get_fact
+from grpo_core.schema import keyword_arguments
 from grpo_core.scoring.async_reward import AsyncReward, is_async
 from grpo_core.scoring.reward_call import RewardOutcome, attempt
 from grpo_core.scoring.reward_worker import RewardWorker
@@ -45,14 +46,18 @@ def build_reward(name: str, args: dict[str, Any] | None = None, *, timeout: floa
     """Return the reward `name` with its arguments bound.
 
     A reward from a user's file, or with the fact `own_process`, runs in a process of its own. It, and an async reward,
-    may take `timeout` seconds for a batch.
+    may take `timeout` seconds for a batch, which is also its argument `reward_timeout`, if it has one that `args` does
+    not set.
 
     Raises:
         ConfigError: there is no such reward, or it does not take `args`.
     """
+    args = dict(args or {})
+    if "reward_timeout" in keyword_arguments(REWARDS.get(name)):
+        args.setdefault("reward_timeout", timeout)
     function = REWARDS.build(name, args)
     if ".py:" in name or get_fact(function, "own_process"):
-        return RewardWorker(name, args or {}, timeout)
+        return RewardWorker(name, args, timeout)
     return AsyncReward(function, timeout) if is_async(function) else function
 
 
