@@ -66,12 +66,6 @@ def final_answer(text: str) -> Fraction | str | None:
     return final_text(text) if number is None else number
 
 
-def prepare(arguments: dict[str, Any]) -> None:
-    """Check the arguments and load the library, before the time of a batch begins."""
-    check_seconds(arguments)
-    load_library()
-
-
 @functools.cache
 def load_library() -> None:
     """Import the library, and let its parser see a few expressions."""
@@ -103,7 +97,8 @@ def _check_seconds(value: float) -> str | None:
     },
     needs=("math_verify", "math"),
     own_process=True,
-    prepare=prepare,
+    prepare=load_library,
+    check_arguments=check_seconds,
 )
 def math_equal(
     completions: Sequence[str],
