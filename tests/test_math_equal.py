@@ -20,6 +20,8 @@ needs_library = pytest.mark.skipif(importlib.util.find_spec("math_verify") is No
 
 @pytest.fixture(scope="module", autouse=True)
 def warm():
+    if importlib.util.find_spec("math_verify"):
+        module.load_library()
     yield
     module._COMPARISONS.close()
 
