@@ -146,6 +146,7 @@ slow = functools.partial(judge, seconds=100.0)
 """
 
 
+@pytest.mark.slow
 def test_a_users_async_reward_runs_in_its_process_with_one_loop_for_all_calls(tmp_path):
     (tmp_path / "mine.py").write_text(FILE)
     names = [f"{tmp_path / 'mine.py'}:{name}" for name in ("judge", "slow")]

@@ -167,6 +167,7 @@ def test_limited_calls(what):
     calls.close()
 
 
+@pytest.mark.slow
 @needs_library
 def test_it_runs_in_a_process_of_its_own():
     reward = build_reward("math_equal", {"percent": "number"}, timeout=20)

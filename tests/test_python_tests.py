@@ -115,6 +115,7 @@ def test_several_run_at_once_and_those_beyond_the_time_of_the_batch_are_not_judg
     assert values == [0.0] * 4 + [None] * 2 and time.monotonic() - start < 2.5
 
 
+@pytest.mark.slow
 def test_it_runs_in_a_process_of_its_own_within_its_time():
     reward = build_reward("python_tests", {"share": True}, timeout=20)
     assert isinstance(reward, RewardWorker) and reward.args == {"share": True, "reward_timeout": 20}
