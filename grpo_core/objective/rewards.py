@@ -5,14 +5,26 @@ that the completion cannot be scored; it is then left out of its group. The func
 names as arguments, or all columns if it takes **kwargs. Its keyword-only arguments with a default are its
 configuration. A user's function needs no registration: `name: file.py:function`.
 
+A function whose first parameter is named `groups` gets whole groups, N lists of G completions, and each column once per
+group; it returns N lists of G numbers. A function with a parameter `other_rewards` is called after the other rewards
+and gets their values by name, in the form of the completions.
+
+The keyword argument `reward_timeout`, if a function has it, is trainer.reward_timeout unless it is set.
+
 Further facts about a reward, as attributes of the function:
 
-    never_null  columns that must have a value in every row
-    gold        {column: function}, which returns None for a gold answer that the reward cannot judge
-    answer      function that returns the final answer of a completion, for the majority vote of an evaluation
+    never_null       columns that must have a value in every row
+    gold             {column: function}, which returns None for a gold answer that the reward cannot judge
+    answer           function that returns the final answer of a completion, for the majority vote of an evaluation
+    names_reward     argument that names another reward of the run
+    check_arguments  function of all arguments by name, which returns "ARGUMENT is ...; it must be ...", or None
+    own_process      True: the reward runs in a process of its own with a time limit, as a user's function does
+    prepare          function that is called once, when that process starts
 """
 
-from collections.abc import Sequence
+import inspect
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from grpo_core.objective.answers import (
@@ -26,10 +38,17 @@ from grpo_core.objective.answers import (
     final_choice,
     final_text,
 )
+from grpo_core.objective.countdown import find_equation, read_number, read_numbers, solve
 from grpo_core.objective.numbers import final_number, read_gold
 from grpo_core.registry import Registry
 
-REWARDS = Registry("reward")
+OTHER_REWARDS = "other_rewards"
+MODULES = {  # of rewards that need more than mathematics
+    "math_equal": "grpo_core.scoring.math_equal",
+    "python_tests": "grpo_core.scoring.python_tests",
+}
+
+REWARDS = Registry("reward", allows_async=True, modules=MODULES)
 
 
 @REWARDS.register("has_think_tags")
@@ -137,6 +156,72 @@ def choice_match(
     accepted = [accepted_choices(gold, letters) for gold in answer]
     finals = [final_choice(text, letters, strict=strict) for text in texts]
     return _compare(finals, accepted)
+
+
+@REWARDS.register("countdown", never_null=("nums", "target"), gold={"nums": read_numbers, "target": read_number})
+def countdown(
+    completions: Sequence[str],
+    prompts: Sequence[str] | None = None,
+    *,
+    nums: Sequence[Any],
+    target: Sequence[Any],
+    use_all: bool = True,
+    other_value: float = 0.0,
+    strict: bool = False,
+    outside_thinking: bool = True,
+) -> list[float | None]:
+    """1.0 if the completion's equation makes the column `target` from the numbers of the column `nums`, else 0.0.
+
+    Each number must be used once, or at most once if `use_all` is off. An equation of these numbers with another value
+    gets `other_value`. None if a column has no numbers (objective/countdown.py has the grammar).
+    """
+    texts = cut_all_thinking(completions, prompts) if outside_thinking else completions
+    rewards: list[float | None] = []
+    for text, gold_numbers, gold in zip(texts, nums, target, strict=True):
+        available, aim = read_numbers(gold_numbers), read_number(gold)
+        if available is None or aim is None:
+            rewards.append(None)
+            continue
+        solved = solve(find_equation(text, strict=strict))
+        value, used = solved or (None, [])
+        missing, others = Counter(available) - Counter(used), Counter(used) - Counter(available)
+        is_allowed = solved is not None and not others and not (use_all and missing)
+        rewards.append((1.0 if value == aim else other_value) if is_allowed else 0.0)
+    return rewards
+
+
+@REWARDS.register("length_by_pass_rate", names_reward="of")
+def length_by_pass_rate(
+    groups: Sequence[Sequence[str]],
+    *,
+    other_rewards: Mapping[str, Sequence[Sequence[float | None]]],
+    of: str = "correct_answer",
+    scale: float = 1000.0,
+) -> list[list[float | None]]:
+    """-length / scale * max(pass rate, 1 / G): a completion costs its length, the more the easier its prompt is.
+
+    The pass rate is the share of 1.0 among the values of the reward `of` in the group; None where it has no value. The
+    length is in characters. After arXiv:2506.05256.
+    """
+    rewards: list[list[float | None]] = []
+    for texts, values in zip(groups, other_rewards[of], strict=True):
+        judged = [value for value in values if value is not None]
+        if not judged:
+            rewards.append([None] * len(texts))
+            continue
+        pass_rate = sum(value == 1.0 for value in judged) / len(judged)
+        rewards.append([-len(text) / scale * max(pass_rate, 1 / len(texts)) for text in texts])
+    return rewards
+
+
+def takes_groups(function: Callable) -> bool:
+    """Return whether `function` takes whole groups, which the name of its first parameter says."""
+    return next(iter(inspect.signature(function).parameters), "") == "groups"
+
+
+def reads_other_rewards(function: Callable) -> bool:
+    """Return whether `function` is called after the other rewards, with their values."""
+    return OTHER_REWARDS in inspect.signature(function).parameters
 
 
 def cut_all_thinking(completions: Sequence[str], prompts: Sequence[str] | None) -> list[str]:

@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from grpo_core.batch import Task
-from grpo_core.objective.rewards import REWARDS
+from grpo_core.objective.rewards import OTHER_REWARDS, REWARDS
+from grpo_core.registry import get_fact
+from grpo_core.schema import keyword_arguments
+from grpo_core.scoring.async_reward import AsyncReward, is_async
 from grpo_core.scoring.reward_call import RewardOutcome, attempt
 from grpo_core.scoring.reward_worker import RewardWorker
+
+RunningReward = RewardWorker | AsyncReward  # takes a batch by `submit`, and returns its `result` later
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,8 @@ class Reward:
 
     name: str
     weight: float
-    function: Callable[..., list[float | None]] | RewardWorker
+    function: Callable | RunningReward
+    reads_others: bool = False  # called after the others, with their values (`rewards.reads_other_rewards`)
 
 
 @dataclass(frozen=True)
@@ -36,22 +42,29 @@ class Scores:
     failures: tuple[str, ...] = ()  # one sentence for each reward that failed
 
 
-def build_reward(name: str, args: dict[str, Any] | None = None, *, timeout: float) -> Callable | RewardWorker:
+def build_reward(name: str, args: dict[str, Any] | None = None, *, timeout: float) -> Callable | RunningReward:
     """Return the reward `name` with its arguments bound.
 
-    A reward from a user's file runs in a process of its own, which may take `timeout` seconds for a batch.
+    A reward from a user's file, or with the fact `own_process`, runs in a process of its own. It, and an async reward,
+    may take `timeout` seconds for a batch, which is also its argument `reward_timeout`, if it has one that `args` does
+    not set.
 
     Raises:
         ConfigError: there is no such reward, or it does not take `args`.
     """
+    args = dict(args or {})
+    if "reward_timeout" in keyword_arguments(REWARDS.get(name)):
+        args.setdefault("reward_timeout", timeout)
     function = REWARDS.build(name, args)
-    return RewardWorker(name, args or {}, timeout) if ".py:" in name else function
+    if ".py:" in name or get_fact(function, "own_process"):
+        return RewardWorker(name, args, timeout)
+    return AsyncReward(function, timeout) if is_async(function) else function
 
 
-def close_workers(functions: Iterable[Callable | RewardWorker]) -> None:
-    """End the processes of rewards that have their own."""
+def close_rewards(functions: Iterable[Callable | RunningReward]) -> None:
+    """End the processes of rewards that have their own, and the calls of async rewards."""
     for function in functions:
-        if isinstance(function, RewardWorker):
+        if isinstance(function, RunningReward):
             function.close()
 
 
@@ -61,7 +74,10 @@ def score(
     completions: Sequence[str],  # B = N * G texts, prompt-major
     group_size: int,
 ) -> Scores:
-    """Call every reward on all completions, those in processes of their own in parallel, and add them up by weight.
+    """Call every reward on all completions and add them up by weight.
+
+    Those in processes of their own and async ones run at the same time; those that read the others' values run after
+    these.
 
     Where a reward returns None or fails (see `reward_call.attempt`), it is left out of the sum. Without rewards the
     sum is NaN.
@@ -69,9 +85,10 @@ def score(
     rows = [task for task in tasks for _ in range(group_size)]
     columns = {name: [task.columns[name] for task in rows] for name in rows[0].columns}
     columns["prompts"] = [task.prompt for task in rows]
-    outcomes = _call_all([reward.function for reward in rewards], list(completions), columns)
+    outcomes = _call_all(rewards, list(completions), columns, group_size)
     by_name, failed, failures = {}, {}, []
-    for reward, outcome in zip(rewards, outcomes, strict=True):
+    for reward in rewards:
+        outcome = outcomes[reward.name]
         values = [math.nan if value is None else value for value in outcome.values]
         by_name[reward.name] = torch.tensor(values, dtype=torch.float32, device="cpu").view(-1, group_size)
         failed[reward.name] = torch.tensor(outcome.failed, device="cpu").view(-1, group_size)
@@ -88,14 +105,29 @@ def score(
 
 
 def _call_all(
-    functions: list[Callable | RewardWorker], completions: list[str], columns: dict[str, Any]
-) -> list[RewardOutcome]:
-    workers = [function for function in functions if isinstance(function, RewardWorker)]
-    for worker in workers:  # those that load again do so side by side, before any batch has its time limit
-        worker.wait_until_ready()
-    for worker in workers:
-        worker.submit(completions, columns)
-    return [
-        function.result() if isinstance(function, RewardWorker) else attempt(function, completions, columns)
-        for function in functions
-    ]
+    rewards: Sequence[Reward], completions: list[str], columns: dict[str, Any], group_size: int
+) -> dict[str, RewardOutcome]:
+    """Return the outcome of every reward by its name."""
+    first, second = ([reward for reward in rewards if reward.reads_others == late] for late in (False, True))
+    outcomes = _call_together(first, completions, columns, group_size)
+    if not second:
+        return outcomes
+    others = {name: outcome.values for name, outcome in outcomes.items()}
+    return outcomes | _call_together(second, completions, {**columns, OTHER_REWARDS: others}, group_size)
+
+
+def _call_together(
+    rewards: Sequence[Reward], completions: list[str], columns: dict[str, Any], group_size: int
+) -> dict[str, RewardOutcome]:
+    running = {reward.name: reward.function for reward in rewards if isinstance(reward.function, RunningReward)}
+    for function in running.values():  # those that load again do so side by side, before any batch has its time limit
+        if isinstance(function, RewardWorker):
+            function.wait_until_ready()
+    for function in running.values():
+        function.submit(completions, columns, group_size)
+    here = {  # meanwhile
+        reward.name: attempt(reward.function, completions, columns, group_size)
+        for reward in rewards
+        if reward.name not in running
+    }
+    return here | {name: function.result() for name, function in running.items()}

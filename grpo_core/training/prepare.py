@@ -31,7 +31,7 @@ from grpo_core.objective.kl import KLS, TEACHER_KLS
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.objective import Objective, learns_from_ties
 from grpo_core.objective.rejections import REJECTIONS
-from grpo_core.objective.rewards import REWARDS
+from grpo_core.objective.rewards import REWARDS, reads_other_rewards
 from grpo_core.objective.truncation import TRUNCATIONS
 from grpo_core.registry import get_fact
 from grpo_core.sampling.end_of_sequence import check_eos_ids
@@ -205,7 +205,12 @@ def build_objective(config: RunConfig) -> Objective:
 def make_rewards(config: RunConfig) -> list[Reward]:
     """Return the configured rewards with their arguments bound. A reward from a user's file runs in its own process."""
     timeout = config.trainer.reward_timeout
-    return [Reward(r.name, r.weight, build_reward(r.name, r.args, timeout=timeout)) for r in config.rewards]
+    return [
+        Reward(
+            r.name, r.weight, build_reward(r.name, r.args, timeout=timeout), reads_other_rewards(REWARDS.get(r.name))
+        )
+        for r in config.rewards
+    ]
 
 
 def make_sampler(
