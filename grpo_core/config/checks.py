@@ -112,7 +112,13 @@ def _check_secrets(value: Any, key: str) -> None:
 
 
 def _check_rewards(config: RunConfig) -> None:
-    _check_takes_completions(config.evaluation.reward, REWARDS.get(config.evaluation.reward))
+    correctness = REWARDS.get(config.evaluation.reward)
+    _check_takes_completions(config.evaluation.reward, correctness)
+    if required := get_fact(correctness, "required"):
+        raise ConfigError(
+            f"evaluation.reward is {config.evaluation.reward!r}, which needs the argument {required[0]}; only a reward "
+            f"that needs no arguments can measure the accuracy"
+        )
     for i, reward in enumerate(config.rewards):
         function = REWARDS.build(reward.name, reward.args, f"rewards[{i}].args")
         _check_takes_completions(reward.name, function)

@@ -107,6 +107,17 @@ def render_prompt(row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBa
     return render_chat([*system, {"role": "user", "content": text}], tokenizer, config)
 
 
+def make_conversation(row: Row, config: DataConfig) -> list[dict[str, str]]:
+    """Return the turns that the prompt of a row consists of: data.system, and data.template as the user's turn.
+
+    Raises:
+        ConfigError: a column of the template is missing or holds neither text nor a number.
+    """
+    _check_template_columns([row], ["a row"], config.template)
+    system = [{"role": "system", "content": config.system}] if config.system and config.prompt == "chat" else []
+    return [*system, {"role": "user", "content": config.template.format(**row)}]
+
+
 def render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
     """Return a chat in the model's chat template, up to the place where the assistant's turn begins.
 

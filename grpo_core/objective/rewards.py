@@ -10,6 +10,7 @@ Further facts about a reward, as attributes of the function:
     never_null  columns that must have a value in every row
     gold        {column: function}, which returns None for a gold answer that the reward cannot judge
     answer      function that returns the final answer of a completion, for the majority vote of an evaluation
+    required    arguments that the configuration must set
 """
 
 from collections.abc import Sequence
@@ -137,6 +138,15 @@ def choice_match(
     accepted = [accepted_choices(gold, letters) for gold in answer]
     finals = [final_choice(text, letters, strict=strict) for text in texts]
     return _compare(finals, accepted)
+
+
+@REWARDS.register("reward_model", required=("path",))
+def reward_model(completions: Sequence[str], *, prompts: Sequence[str], path: str = "") -> list[float | None]:
+    """The logit of a sequence classification model with one label at `path`, for the prompt and the completion.
+
+    A run computes it in the training process (model/reward_model.py), so it cannot be called as a function.
+    """
+    raise ValueError("reward_model computes in a run; load_reward_model in grpo_core.model.reward_model loads it")
 
 
 def cut_all_thinking(completions: Sequence[str], prompts: Sequence[str] | None) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
+from grpo_core.config.precision import resolve_dtype
 from grpo_core.config.sections import RunConfig, SamplingConfig
 from grpo_core.counts import quantify
 from grpo_core.data.encoding import describe_prompt_changes
@@ -15,6 +16,7 @@ from grpo_core.data.eval_sets import group_by_set, name_set
 from grpo_core.data.prompts import encode_teacher_prompts
 from grpo_core.data.rows import name_split
 from grpo_core.data.tasks import find_offered_tasks, read_tasks
+from grpo_core.distributed import ranks
 from grpo_core.model.adapter_check import check_targets
 from grpo_core.model.loading import (
     check_lengths,
@@ -23,6 +25,8 @@ from grpo_core.model.loading import (
     load_tokenizer_of,
 )
 from grpo_core.model.policy import Policy
+from grpo_core.model.reward_model import NAME as REWARD_MODEL
+from grpo_core.model.reward_model import check_reward_model, load_reward_model
 from grpo_core.model.routing import check_can_route, check_has_routers
 from grpo_core.model.teacher import check_teacher, model_of_teacher
 from grpo_core.objective.advantages import ADVANTAGES
@@ -86,6 +90,8 @@ def prepare(
     prompts = [task.prompt_ids for task in (*tasks, *eval_tasks)]
     check_lengths(prompts, config.sampling.max_new_tokens, model_config)
     check_targets(model_config, config.lora, config.model.trust_remote_code)
+    if scores_training_tasks:
+        check_reward_model(config, tasks)
     for key, value in find_routing_keys(config).items():
         check_has_routers(model_config, key, value, config.model.trust_remote_code)
     return Prepared(tokenizer, model_config, tasks, eval_tasks, num_too_long, warnings)
@@ -203,9 +209,17 @@ def build_objective(config: RunConfig) -> Objective:
 
 
 def make_rewards(config: RunConfig) -> list[Reward]:
-    """Return the configured rewards with their arguments bound. A reward from a user's file runs in its own process."""
-    timeout = config.trainer.reward_timeout
-    return [Reward(r.name, r.weight, build_reward(r.name, r.args, timeout=timeout)) for r in config.rewards]
+    """Return the configured rewards with their arguments bound.
+
+    A reward from a user's file runs in its own process; a reward model's weights are loaded onto this rank's device.
+    """
+    timeout, rewards = config.trainer.reward_timeout, []
+    for reward in config.rewards:
+        function = build_reward(reward.name, reward.args, timeout=timeout)
+        if reward.name == REWARD_MODEL:
+            function = load_reward_model(config, resolve_dtype(config.model.precision), ranks.device())
+        rewards.append(Reward(reward.name, reward.weight, function))
+    return rewards
 
 
 def make_sampler(
