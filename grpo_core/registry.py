@@ -36,8 +36,8 @@ def _place(function: Callable) -> tuple[str, str]:
 class Registry:
     """A registry of pure functions: it finds a function by its name or `file.py:function`, and binds its arguments."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, *, allows_async: bool = False) -> None:
+        self.kind, self.allows_async = kind, allows_async
         self.functions: dict[str, Callable] = {}
 
     def register(self, name: str, **facts: Any) -> Callable[[Callable], Callable]:
@@ -92,16 +92,14 @@ class Registry:
         """Return `function`, which may be a function, a partial or a callable object.
 
         Raises:
-            ConfigError: it is a class, is asynchronous, or has no signature.
+            ConfigError: it is a class, an async generator, async where that is not allowed, or has no signature.
         """
         inner = unwrap(function)
         if inspect.isclass(inner):
             raise ConfigError(f"{self.kind} {name!r} is a class; name a function, or an object of the class")
-        if inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner):
-            raise ConfigError(
-                f"{self.kind} {name!r} is an async function, which is not supported; define it with def, and run what "
-                f"it awaits with asyncio.run"
-            )
+        if inspect.isasyncgenfunction(inner) or (inspect.iscoroutinefunction(inner) and not self.allows_async):
+            kind = "generator" if inspect.isasyncgenfunction(inner) else "function"
+            raise ConfigError(f"{self.kind} {name!r} is an async {kind}, which is not supported")
         try:
             inspect.signature(function)
         except (ValueError, TypeError):

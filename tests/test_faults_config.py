@@ -406,6 +406,7 @@ class SlowJudge:
 slow_judge = SlowJudge()
 async def stream(completions): yield 0.0
 def hidden(completions): return slow(completions)
+def untold(completions): return stream(completions)
 def nothing(): return []
 def odd(completions, *, limit: "Unknown" = 3): return [float(limit) for _ in completions]
 builtin = max
@@ -429,11 +430,17 @@ def test_fault_23_partials_and_callable_objects_are_accepted(file):
         load(TINY, [f"rewards={file}:judge", "rewards[0].args.strict=x"])
 
 
-@pytest.mark.parametrize("name", ["slow", "slow_partial", "later", "slow_judge", "stream"])
+@pytest.mark.parametrize("name", ["slow", "slow_partial", "later", "slow_judge"])
 @pytest.mark.parametrize("key", ["rewards", "evaluation.reward"])
-def test_n22_an_async_reward_is_refused_at_load(file, name, key):
-    with pytest.raises(ValueError, match="is an async function, which is not supported"):
-        load(TINY, [f"{key}={file}:{name}"])
+def test_n22_an_async_reward_is_taken(file, name, key):
+    load(TINY, [f"{key}={file}:{name}"])
+    assert attempt(REWARDS.build(f"{file}:{name}"), ["a"], {}).values == [0.0]
+
+
+@pytest.mark.parametrize("word", ["rewards={}:stream", "evaluation.reward={}:stream", "loss.name={}:slow", "advantage.name={}:slow"])
+def test_n22_an_async_generator_and_other_async_functions_are_refused_at_load(file, word):
+    with pytest.raises(ValueError, match=r"is an async (function|generator), which is not supported$"):
+        load(TINY, [word.format(file)])
 
 
 @pytest.mark.parametrize("name, sentence", [
@@ -458,9 +465,10 @@ def test_fault_23_a_result_without_an_order_is_no_list(result, sentence):
 
 
 @pytest.mark.filterwarnings("error")
-def test_n22_a_function_that_returns_a_coroutine_fails_in_a_sentence(file):
-    outcome = attempt(REWARDS.get(f"{file}:hidden"), ["a"], {})
-    assert all(outcome.failed) and "is asynchronous, which is not supported" in outcome.why
+def test_n22_a_function_that_returns_a_coroutine_is_awaited(file):
+    assert attempt(REWARDS.get(f"{file}:hidden"), ["a"], {}).values == [0.0]
+    outcome = attempt(REWARDS.get(f"{file}:untold"), ["a"], {})
+    assert all(outcome.failed) and "it must return a list with a number for each" in outcome.why
 
 
 def test_fault_23_a_reward_that_changes_its_inputs_changes_nothing_else():

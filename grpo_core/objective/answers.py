@@ -79,8 +79,8 @@ def normalise_text(text: str) -> str:
     return ("." if is_decimal else "") + bare.rstrip(_EDGES)
 
 
-def final_text(text: str, *, strict: bool = False) -> str | None:
-    r"""Return the normalised answer of a completion, or None if it has none.
+def find_answer(text: str, *, strict: bool = False) -> str | None:
+    r"""Return the text in which a completion states its answer, or None.
 
     It is the line after the last ####, else the content of the last \boxed{}, else what follows the last "answer is" or
     "answer:" on its line, else (unless `strict`) the last line.
@@ -91,6 +91,12 @@ def final_text(text: str, *, strict: bool = False) -> str | None:
             answer = text[ends[-1] :].strip().partition("\n")[0]
         elif not strict:
             answer = text.strip().rpartition("\n")[2]
+    return answer
+
+
+def final_text(text: str, *, strict: bool = False) -> str | None:
+    """Return the normalised answer of a completion (see `find_answer`), or None if it has none."""
+    answer = find_answer(text, strict=strict)
     answer = normalise_text(answer[:MAX_ANSWER_CHARS]) if answer else ""
     return answer or None
 

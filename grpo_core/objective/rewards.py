@@ -7,12 +7,14 @@ configuration. A user's function needs no registration: `name: file.py:function`
 
 Further facts about a reward, as attributes of the function:
 
-    never_null  columns that must have a value in every row
-    gold        {column: function}, which returns None for a gold answer that the reward cannot judge
-    answer      function that returns the final answer of a completion, for the majority vote of an evaluation
-    required    arguments that the configuration must set
+    never_null   columns that must have a value in every row
+    gold         {column: function}, which returns None for a gold answer that the reward cannot judge
+    answer       function that returns the final answer of a completion, for the majority vote of an evaluation
+    own_process  True: the reward runs in a process of its own with a time limit, as a user's function does
+    required     arguments that the configuration must set
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,10 +29,11 @@ from grpo_core.objective.answers import (
     final_choice,
     final_text,
 )
+from grpo_core.objective.countdown import find_equation, read_number, read_numbers, solve
 from grpo_core.objective.numbers import final_number, read_gold
 from grpo_core.registry import Registry
 
-REWARDS = Registry("reward")
+REWARDS = Registry("reward", allows_async=True)
 
 
 @REWARDS.register("has_think_tags")
@@ -138,6 +141,38 @@ def choice_match(
     accepted = [accepted_choices(gold, letters) for gold in answer]
     finals = [final_choice(text, letters, strict=strict) for text in texts]
     return _compare(finals, accepted)
+
+
+@REWARDS.register("countdown", never_null=("nums", "target"), gold={"nums": read_numbers, "target": read_number})
+def countdown(
+    completions: Sequence[str],
+    prompts: Sequence[str] | None = None,
+    *,
+    nums: Sequence[Any],
+    target: Sequence[Any],
+    use_all: bool = True,
+    other_value: float = 0.0,
+    strict: bool = False,
+    outside_thinking: bool = True,
+) -> list[float | None]:
+    """1.0 if the completion's equation makes the column `target` from the numbers of the column `nums`, else 0.0.
+
+    Each number must be used once, or at most once if `use_all` is off. An equation of these numbers with another value
+    gets `other_value`. None if a column has no numbers (objective/countdown.py has the grammar).
+    """
+    texts = cut_all_thinking(completions, prompts) if outside_thinking else completions
+    rewards: list[float | None] = []
+    for text, gold_numbers, gold in zip(texts, nums, target, strict=True):
+        available, aim = read_numbers(gold_numbers), read_number(gold)
+        if available is None or aim is None:
+            rewards.append(None)
+            continue
+        solved = solve(find_equation(text, strict=strict))
+        value, used = solved or (None, [])
+        missing, others = Counter(available) - Counter(used), Counter(used) - Counter(available)
+        is_allowed = solved is not None and not others and not (use_all and missing)
+        rewards.append((1.0 if value == aim else other_value) if is_allowed else 0.0)
+    return rewards
 
 
 @REWARDS.register("reward_model", required=("path",))

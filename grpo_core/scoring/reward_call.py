@@ -11,6 +11,7 @@ from typing import Any
 
 from grpo_core.counts import quantify
 from grpo_core.schema import keyword_arguments, summarize_error
+from grpo_core.scoring.event_loop import shared_loop
 
 MAX_REWARD = 1e6  # absolute value; beyond it a reward is a mistake, and float32 cannot resolve differences
 
@@ -27,14 +28,22 @@ class RewardOutcome:
 def attempt(function: Callable, completions: list[str], columns: dict[str, Any]) -> RewardOutcome:
     """Call a reward and catch its failures.
 
-    `columns` has one value per completion and name; `function` gets those that it has parameters for. It fails on all
-    completions if it raises (or calls sys.exit), or does not return one value per completion, and on a single
-    completion if its value is neither None nor a number of at most MAX_REWARD in absolute value.
+    `columns` has one value per completion and name; `function` gets those that it has parameters for. It may be async.
+    It fails on all completions if it raises (or calls sys.exit), or does not return one value per completion, and on a
+    single completion if its value is neither None nor a number of at most MAX_REWARD in absolute value.
     """
-    count = len(completions)
+
+    def get_values() -> Any:
+        values = call_reward(function, completions, columns)
+        return shared_loop().run(values) if inspect.isawaitable(values) else values
+
+    return collect_outcome(get_values, len(completions))
+
+
+def collect_outcome(get_values: Callable[[], Any], count: int) -> RewardOutcome:
+    """Return the outcome of a reward on `count` completions: `get_values` returns its values or raises its failure."""
     try:
-        own = {name: [_copy(value) for value in values] for name, values in columns.items()}
-        values = _call(function, list(completions), own)  # copies, which the reward may change
+        values = get_values()
         if problem := _describe_wrong_result(values):
             return failed_outcome(count, problem)
         values = list(values)
@@ -72,22 +81,23 @@ def list_needed_columns(function: Callable) -> list[str]:
     return [p.name for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
 
 
-def _call(function: Callable, completions: list[str], available: dict[str, Any]) -> list[float | None]:
-    """Call `function` with the completions and the columns that it has parameters for.
+def call_reward(function: Callable, completions: list[str], columns: dict[str, Any]) -> Any:
+    """Return what `function` returns for copies of the completions and of the columns that it has parameters for.
 
     A keyword-only parameter with a default is configuration, so a column of that name is not passed.
     """
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     configuration = keyword_arguments(function)
-    columns = {
-        name: values
-        for name, values in available.items()
+    texts = list(completions)
+    columns = {  # copies, which the reward may change
+        name: [_copy(value) for value in values]
+        for name, values in columns.items()
         if (takes_all or name in parameters) and name not in configuration
     }
     if "completions" in parameters:
-        return function(completions=completions, **columns)
-    return function(completions, **columns)
+        return function(completions=texts, **columns)
+    return function(texts, **columns)
 
 
 def _copy(value: Any) -> Any:
@@ -97,10 +107,6 @@ def _copy(value: Any) -> Any:
 
 def _describe_wrong_result(values: Any) -> str | None:
     """Return why the result of a reward cannot be a value for each completion, as a verb phrase, or None."""
-    if inspect.isawaitable(values) or hasattr(values, "__aiter__"):
-        if inspect.iscoroutine(values):
-            values.close()  # otherwise Python warns that it was never awaited
-        return "is asynchronous, which is not supported; it must return a list with a number for each"
     ordered = hasattr(values, "__iter__") and not isinstance(values, (str, bytes, bytearray, memoryview, Mapping, Set))
     if ordered or isinstance(values, ValuesView):
         return None

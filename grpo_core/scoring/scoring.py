@@ -12,8 +12,12 @@ from torch import Tensor
 
 from grpo_core.batch import Task
 from grpo_core.objective.rewards import REWARDS
+from grpo_core.registry import get_fact
+from grpo_core.scoring.async_reward import AsyncReward, is_async
 from grpo_core.scoring.reward_call import RewardOutcome, attempt
 from grpo_core.scoring.reward_worker import RewardWorker
+
+RunningReward = RewardWorker | AsyncReward  # takes a batch by `submit`, and returns its `result` later
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Reward:
 
     name: str
     weight: float
-    function: Callable[..., list[float | None]] | RewardWorker
+    function: Callable | RunningReward
 
 
 @dataclass(frozen=True)
@@ -36,22 +40,25 @@ class Scores:
     failures: tuple[str, ...] = ()  # one sentence for each reward that failed
 
 
-def build_reward(name: str, args: dict[str, Any] | None = None, *, timeout: float) -> Callable | RewardWorker:
+def build_reward(name: str, args: dict[str, Any] | None = None, *, timeout: float) -> Callable | RunningReward:
     """Return the reward `name` with its arguments bound.
 
-    A reward from a user's file runs in a process of its own, which may take `timeout` seconds for a batch.
+    A reward from a user's file, or with the fact `own_process`, runs in a process of its own. It, and an async reward,
+    may take `timeout` seconds for a batch.
 
     Raises:
         ConfigError: there is no such reward, or it does not take `args`.
     """
     function = REWARDS.build(name, args)
-    return RewardWorker(name, args or {}, timeout) if ".py:" in name else function
+    if ".py:" in name or get_fact(function, "own_process"):
+        return RewardWorker(name, args or {}, timeout)
+    return AsyncReward(function, timeout) if is_async(function) else function
 
 
-def close_workers(functions: Iterable[Callable | RewardWorker]) -> None:
-    """End the processes of rewards that have their own."""
+def close_rewards(functions: Iterable[Callable | RunningReward]) -> None:
+    """End the processes of rewards that have their own, and the calls of async rewards."""
     for function in functions:
-        if isinstance(function, RewardWorker):
+        if isinstance(function, RunningReward):
             function.close()
 
 
@@ -61,7 +68,9 @@ def score(
     completions: Sequence[str],  # B = N * G texts, prompt-major
     group_size: int,
 ) -> Scores:
-    """Call every reward on all completions, those in processes of their own in parallel, and add them up by weight.
+    """Call every reward on all completions and add them up by weight.
+
+    Those in processes of their own and async ones run at the same time.
 
     Where a reward returns None or fails (see `reward_call.attempt`), it is left out of the sum. Without rewards the
     sum is NaN.
@@ -88,14 +97,19 @@ def score(
 
 
 def _call_all(
-    functions: list[Callable | RewardWorker], completions: list[str], columns: dict[str, Any]
+    functions: list[Callable | RunningReward], completions: list[str], columns: dict[str, Any]
 ) -> list[RewardOutcome]:
-    workers = [function for function in functions if isinstance(function, RewardWorker)]
-    for worker in workers:  # those that load again do so side by side, before any batch has its time limit
-        worker.wait_until_ready()
-    for worker in workers:
-        worker.submit(completions, columns)
+    for function in functions:  # those that load again do so side by side, before any batch has its time limit
+        if isinstance(function, RewardWorker):
+            function.wait_until_ready()
+    for function in functions:
+        if isinstance(function, RunningReward):
+            function.submit(completions, columns)
+    here = {  # meanwhile
+        i: attempt(function, completions, columns)
+        for i, function in enumerate(functions)
+        if not isinstance(function, RunningReward)
+    }
     return [
-        function.result() if isinstance(function, RewardWorker) else attempt(function, completions, columns)
-        for function in functions
+        function.result() if isinstance(function, RunningReward) else here[i] for i, function in enumerate(functions)
     ]

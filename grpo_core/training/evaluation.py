@@ -17,8 +17,7 @@ from grpo_core.monitor.progress import progress_bar
 from grpo_core.random_keys import Key, make_key
 from grpo_core.report.eval_sets import merge_sets
 from grpo_core.sampling.sampler import Sampler
-from grpo_core.scoring.reward_worker import RewardWorker
-from grpo_core.scoring.scoring import Reward, score
+from grpo_core.scoring.scoring import Reward, RunningReward, score
 from grpo_core.training.eval_statistics import wilson_interval
 from grpo_core.training.run import Run
 
@@ -29,7 +28,7 @@ REWARD_NAME = "of the evaluation"  # completes "reward ..." in the warning about
 def evaluate(
     sampler: Sampler,
     tasks: Sequence[Task],
-    reward: Callable | RewardWorker,
+    reward: Callable | RunningReward,
     *,
     batch_size: int,
     settings: SamplingParams = GREEDY,

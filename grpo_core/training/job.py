@@ -15,7 +15,7 @@ from grpo_core.monitor import run_lock
 from grpo_core.monitor.run_log import describe_evaluation
 from grpo_core.report.eval_sets import label_set, split_sets
 from grpo_core.schema import ConfigError
-from grpo_core.scoring.scoring import close_workers
+from grpo_core.scoring.scoring import close_rewards
 from grpo_core.training import checkpoint
 from grpo_core.training.run import Run
 from grpo_core.training.setup import setup
@@ -55,7 +55,7 @@ def close_at_end(run: Run) -> Iterator[None]:
         raise
     finally:
         run.log.close()
-        close_workers([*(reward.function for reward in run.rewards), run.eval_reward])
+        close_rewards([*(reward.function for reward in run.rewards), run.eval_reward])
         watchdog.stop()
         gc.unfreeze()
 
