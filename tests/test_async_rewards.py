@@ -26,7 +26,7 @@ async def lengths(completions, answer, *, seconds: float = 0.0):
 
 @pytest.fixture
 def registered(monkeypatch):
-    monkeypatch.setattr(REWARDS, "functions", {**REWARDS.functions, "lengths": lengths})
+    monkeypatch.setitem(REWARDS.functions, "lengths", lengths)
 
 
 def call(function, timeout=5.0, texts=TEXTS):

@@ -10,6 +10,7 @@ Further facts about a reward, as attributes of the function:
     never_null   columns that must have a value in every row
     gold         {column: function}, which returns None for a gold answer that the reward cannot judge
     answer       function that returns the final answer of a completion, for the majority vote of an evaluation
+    prepare      function that is called once, when the process of a reward with `own_process` starts
     own_process  True: the reward runs in a process of its own with a time limit, as a user's function does
     required     arguments that the configuration must set
 """
@@ -33,7 +34,7 @@ from grpo_core.objective.countdown import find_equation, read_number, read_numbe
 from grpo_core.objective.numbers import final_number, read_gold
 from grpo_core.registry import Registry
 
-REWARDS = Registry("reward", allows_async=True)
+REWARDS = Registry("reward", allows_async=True, modules={"math_equal": "grpo_core.scoring.math_equal"})
 
 
 @REWARDS.register("has_think_tags")

@@ -1,0 +1,214 @@
+r"""The reward `math_equal`: the completion's answer equals a gold answer, in whatever form both are written.
+
+Numbers are read and compared exactly (objective/numbers.py). Other answers (roots, variables, sets, intervals,
+matrices, equations) are parsed and compared by the library math-verify, in a child process with a time limit.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from grpo_core.objective.answers import final_text, find_answer, normalise_text
+from grpo_core.objective.numbers import final_number, read_gold
+from grpo_core.objective.rewards import REWARDS, cut_all_thinking
+from grpo_core.scoring.limited_calls import LimitedCalls
+
+PERCENTS = ("either", "number", "fraction")  # what 50% equals: 50 and 0.5, 50, or 0.5
+UNITS = ("ignore", "compare")
+MAX_CHARS = 500  # of an answer; a longer one is a solution and cannot be judged
+DIGITS = 6  # significant ones to which a decimal must equal a gold answer that is not whole
+WARM_UP = (r"\frac{1}{2}", r"2\sqrt{3}", "(x+1)^2", r"\{1, 2\}", "x=3", "[0, 1)")  # the parser is slow at first
+
+_MINUS = re.compile("[−–‐‑‒﹣－]")
+_PERCENT = re.compile(r"\s*(?:\\?%|％|\bper\s?cent\b)")
+_DELIMITERS = re.compile(r"(?<!\\)\$|\\[()\[\]]")
+_CURRENCY = re.compile(r"(?:\\\$|[€£¥])\s*")
+_LATEX_UNIT = re.compile(r"\\(?:text(?:rm|bf|it)?|math(?:rm|bf|it)|mbox)\s*\{\s*([^{}]*?)\s*\}|\\[,;:! ]|~")
+_UNIT = re.compile(
+    r"""(?<=[\d)}\s])(?P<unit>[A-Za-zµΩ°][A-Za-zµΩ°]*(?:\s?[/·*]\s?[A-Za-z]+)*)
+        \s?(?:\^?\s?\{?(?P<power>[-−]?[1-9])\}?|(?P<raised>[²³]))?\s*\Z""",
+    re.X,
+)
+_WORD_UNIT = re.compile(r"(?<=\d|\}|\))\s*[A-Za-z]{2,}(?:\s[A-Za-z]{2,}){0,2}(?:\^?\{?\d\}?|[²³])?\Z")
+_RAISED = str.maketrans("²³−", "23-")
+_WORDS = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]+)*")  # "no solution", but not x, whose brackets may be an interval's
+_CLAUSES = re.compile(r"=|≈|\bis\b|\bare\b|:")
+
+
+def read_golds(value: Any) -> list[str] | None:
+    """Return the gold answers of a row as texts, or None if it has none of at most MAX_CHARS. A list accepts any item.
+
+    A text with an answer mark, a box or "answer is" is read as a completion is: "...so it is #### 7" is 7.
+    """
+    if isinstance(value, (list, tuple)):
+        return [text for item in value for text in read_golds(item) or ()] or None
+    if value is None or isinstance(value, (bool, dict, set)):
+        return None
+    text = str(value).strip()
+    marked = find_answer(text, strict=True)
+    text = text if marked is None else marked.strip()
+    return [text] if 0 < len(text) <= MAX_CHARS else None
+
+
+def final_answer(text: str) -> Fraction | str | None:
+    """Return the final number of a completion, else its final text, for a majority vote."""
+    number = final_number(text)
+    return final_text(text) if number is None else number
+
+
+def prepare() -> None:
+    """Import the library, and let its parser see a few expressions."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time limit of its own
+    for text in WARM_UP:
+        _parse(text)
+
+
+def _check_percent(value: str) -> str | None:
+    return None if value in PERCENTS else f"it must be one of {', '.join(PERCENTS)}"
+
+
+def _check_units(value: str) -> str | None:
+    return None if value in UNITS else f"it must be one of {', '.join(UNITS)}"
+
+
+def _check_seconds(value: float) -> str | None:
+    return None if 0 < value < float("inf") else "it must be above 0"
+
+
+@REWARDS.register(
+    "math_equal",
+    never_null=("answer",),
+    gold={"answer": read_golds},
+    answer=final_answer,
+    argument_limits={"percent": _check_percent, "units": _check_units, "seconds": _check_seconds},
+    needs=("math_verify", "math"),
+    own_process=True,
+    prepare=prepare,
+)
+def math_equal(
+    completions: Sequence[str],
+    prompts: Sequence[str] | None = None,
+    *,
+    answer: Sequence[Any],
+    percent: str = "either",
+    units: str = "ignore",
+    seconds: float = 2.0,
+    strict: bool = False,
+    outside_thinking: bool = False,
+) -> list[float | None]:
+    r"""1.0 if the completion's answer equals that of the column `answer` in whatever form, else 0.0; None without one.
+
+    3/4, 0.75 and \frac{3}{4} are equal, as are 2\sqrt{3} and \sqrt{12}, (x+1)^2 and x^2+2x+1, {1,2} and 2, 1. The
+    answer stands after the last ####, else in the last \boxed{}, else after "answer is", else (unless `strict`) in the
+    last line. A comparison of more than `seconds` counts as not equal. It uses https://github.com/huggingface/Math-Verify.
+    """
+    texts = cut_all_thinking(completions, prompts) if outside_thinking else completions
+    judged: dict[tuple[str, str], bool] = {}  # a group often has the same answer several times
+    rewards: list[float | None] = []
+    for text, gold in zip(texts, answer, strict=True):
+        golds = read_golds(gold)
+        if golds is None:
+            rewards.append(None)
+            continue
+        final = find_answer(text, strict=strict)
+        number = final_number(text, strict=strict)
+        is_right = False
+        for wanted in golds if final is not None else ():
+            key = (f"{number} {final}", wanted)
+            if key not in judged:
+                judged[key] = _is_equal(final, number, wanted, percent, units, seconds)
+            is_right = is_right or judged[key]
+        rewards.append(float(is_right))
+    return rewards
+
+
+def _is_equal(final: str, number: Fraction | None, gold: str, percent: str, units: str, seconds: float) -> bool:
+    """Return whether the answer `final`, which is the number `number` unless that is None, equals `gold`."""
+    if len(final) > MAX_CHARS and number is None:
+        return False
+    if units == "compare" and (unit := read_unit(gold)) and read_unit(final) != unit:
+        return False
+    scales = _list_scales(bool(_PERCENT.search(gold)), bool(_PERCENT.search(final)), percent)
+    gold_numbers = read_gold(gold)
+    if gold_numbers is not None and number is not None:
+        return any(
+            _is_near(number * scale, value * gold_scale) for value in gold_numbers for gold_scale, scale in scales
+        )
+    if _WORDS.fullmatch(words := normalise_text(gold)) and normalise_text(final) == words:
+        return True
+    pairs = [(_scale(_tidy(gold), gold_scale), _scale(_tidy(final), scale)) for gold_scale, scale in scales]
+    return any(_COMPARISONS.call(*pair, seconds=seconds) for pair in pairs)
+
+
+def _list_scales(gold_is_percent: bool, is_percent: bool, percent: str) -> list[tuple[Fraction, Fraction]]:
+    """Return the pairs of factors of gold answer and answer with which the two are compared."""
+    whole, hundredth = Fraction(1), Fraction(1, 100)
+    if gold_is_percent == is_percent:
+        return [(whole, whole)]
+    as_fraction = (hundredth, whole) if gold_is_percent else (whole, hundredth)
+    return {"number": [(whole, whole)], "fraction": [as_fraction]}.get(percent, [(whole, whole), as_fraction])
+
+
+def _is_near(number: Fraction, gold: Fraction) -> bool:
+    """Return whether two numbers are equal, to DIGITS significant digits if `gold` is not whole."""
+    if number == gold or gold.denominator == 1:
+        return number == gold
+    try:
+        return f"{float(number):.{DIGITS}g}" == f"{float(gold):.{DIGITS}g}"
+    except OverflowError:
+        return False
+
+
+def read_unit(text: str) -> str:
+    r"""Return the unit at the end of an answer, such as "m^2" of "25 m2" and of "25 \text{ m}^2"; empty if none."""
+    if len(re.findall(r"(?<!\\)\$", text)) == 1:  # no delimiter
+        text = text.replace("$", r"\$")
+    text = _DELIMITERS.sub("", _LATEX_UNIT.sub(lambda match: f" {match[1] or ''}", text)).strip().rstrip(".")
+    if currency := _CURRENCY.match(text):
+        return currency[0].strip().lstrip("\\")
+    match = _UNIT.search(re.sub(r"\^\s?\{?\s?\\circ\s?\}?|\\degree", "°", text))
+    if match is None:
+        return ""
+    words = [
+        word.lower().removesuffix("s") if len(word) > 3 else word for word in re.split(r"\s*[/·*]\s*", match["unit"])
+    ]
+    power = (match["power"] or match["raised"] or "").translate(_RAISED)
+    return "/".join(words) + (f"^{power}" if power else "")
+
+
+def _tidy(text: str) -> str:
+    """Return an answer without percent sign, currency sign, unit in words, and punctuation at its end."""
+    text = _PERCENT.sub("", _MINUS.sub("-", text)).strip().rstrip(".,;").rstrip()
+    if len(_DELIMITERS.findall(text)) == 2 and _DELIMITERS.match(text) and _DELIMITERS.search(text[-2:]):
+        text = _DELIMITERS.sub("", text).strip()
+    return _WORD_UNIT.sub("", _CURRENCY.sub("", text))
+
+
+def _scale(text: str, scale: Fraction) -> str:
+    return text if scale == 1 else rf"\frac{{{text}}}{{{scale.denominator}}}"
+
+
+def _parse(text: str) -> list[Any]:
+    """Return the expressions in an answer; the whole of it is one unless it marks them by $ or \\(."""
+    from math_verify import parse
+
+    marked = text if _DELIMITERS.search(text) else f"${text}$"
+    return parse(marked, fallback_mode="no_fallback", parsing_timeout=None)
+
+
+def _compare(gold: str, answer: str) -> bool:
+    """Return whether two answers are equal as expressions; also what stands behind the last = or "is" of `answer`."""
+    from math_verify import verify
+
+    wanted = _parse(gold)
+    if not wanted:
+        return False
+    parts = dict.fromkeys([answer, _CLAUSES.split(answer)[-1].strip()])
+    return any(verify(wanted, _parse(part), timeout_seconds=None) for part in parts if part)
+
+
+_COMPARISONS = LimitedCalls(_compare)
