@@ -34,6 +34,7 @@ PLACES = {  # heavy dependency -> the modules that may import it
     "wandb": {"monitor/trackers"},
     "trackio": {"monitor/trackers"},
     "mlflow": {"monitor/trackers"},
+    "httpx": {"scoring/chat_client"},
     "deepspeed": {"training/engine"},
     "peft": {"model/adapter", "model/policy"},
     "datasets": {"data/rows"},

@@ -118,6 +118,19 @@ def make_conversation(row: Row, config: DataConfig) -> list[dict[str, str]]:
     return [*system, {"role": "user", "content": config.template.format(**row)}]
 
 
+def show_prompt(prompt: str, row: Row, config: DataConfig) -> str:
+    """Return the prompt of a row without the tokens of the policy's chat template: its turns, the roles in front.
+
+    A user's turn alone is its text.
+    """
+    if config.prompt != "chat":
+        return prompt
+    turns = make_conversation(row, config)
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
 def render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
     """Return a chat in the model's chat template, up to the place where the assistant's turn begins.
 

@@ -13,6 +13,7 @@ Further facts about a reward, as attributes of the function:
     prepare      function that is called once, when the process of a reward with `own_process` starts
     own_process  True: the reward runs in a process of its own with a time limit, as a user's function does
     required     arguments that the configuration must set
+    reads        function that returns, for the arguments, the columns that they name
 """
 
 from collections import Counter
@@ -34,7 +35,11 @@ from grpo_core.objective.countdown import find_equation, read_number, read_numbe
 from grpo_core.objective.numbers import final_number, read_gold
 from grpo_core.registry import Registry
 
-REWARDS = Registry("reward", allows_async=True, modules={"math_equal": "grpo_core.scoring.math_equal"})
+REWARDS = Registry(
+    "reward",
+    allows_async=True,
+    modules={"math_equal": "grpo_core.scoring.math_equal", "judge": "grpo_core.scoring.judge"},
+)
 
 
 @REWARDS.register("has_think_tags")

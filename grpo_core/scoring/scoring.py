@@ -14,10 +14,13 @@ from grpo_core.batch import Task
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.registry import get_fact
 from grpo_core.scoring.async_reward import AsyncReward, is_async
+from grpo_core.scoring.judge import NAME as JUDGE
+from grpo_core.scoring.judge import Judge, JudgeSettings
+from grpo_core.scoring.kept_answers import KeptAnswers
 from grpo_core.scoring.reward_call import RewardOutcome, attempt
 from grpo_core.scoring.reward_worker import RewardWorker
 
-RunningReward = RewardWorker | AsyncReward  # takes a batch by `submit`, and returns its `result` later
+RunningReward = RewardWorker | AsyncReward | Judge  # takes a batch by `submit`, and returns its `result` later
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,14 @@ def build_reward(name: str, args: dict[str, Any] | None = None, *, timeout: floa
     """Return the reward `name` with its arguments bound.
 
     A reward from a user's file, or with the fact `own_process`, runs in a process of its own. It, and an async reward,
-    may take `timeout` seconds for a batch.
+    may take `timeout` seconds for a batch; a judge has a budget of its own.
 
     Raises:
         ConfigError: there is no such reward, or it does not take `args`.
     """
     function = REWARDS.build(name, args)
+    if name == JUDGE:
+        return Judge(JudgeSettings(**(args or {})), KeptAnswers(None))
     if ".py:" in name or get_fact(function, "own_process"):
         return RewardWorker(name, args or {}, timeout)
     return AsyncReward(function, timeout) if is_async(function) else function
@@ -60,6 +65,13 @@ def close_rewards(functions: Iterable[Callable | RunningReward]) -> None:
     for function in functions:
         if isinstance(function, RunningReward):
             function.close()
+
+
+def start_step(rewards: Iterable[Reward]) -> None:
+    """Give the rewards that have a budget for each step a new one."""
+    for reward in rewards:
+        if isinstance(reward.function, Judge):
+            reward.function.start_step()
 
 
 def score(

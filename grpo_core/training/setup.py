@@ -148,7 +148,7 @@ def assemble(
     longest = (max(len(task.prompt_ids) for task in tasks), longest_completion or config.sampling.max_new_tokens)
     rows = trainer.completions_per_step // world_size // trainer.num_minibatches
     taught = None if teacher is None else Taught(teacher, find_longest_teacher_prompt(tasks))
-    rewards = make_rewards(config)  # a reward model takes memory, so it loads before the budgets are found
+    rewards = make_rewards(config, start.folder)  # before the budgets: a reward model takes memory
     return Run(
         config=config,
         folder=start.folder,
