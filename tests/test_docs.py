@@ -168,7 +168,8 @@ def test_every_key_and_override_in_backticks_is_one(page):
                 try:
                     load(ROOT / "configs" / "tiny.yaml", shlex.split(code) if "'" in code else [code])
                 except ValueError as error:
-                    wrong.append(f"{code}: {error}")
+                    if "which is not installed: pip install" not in str(error):  # an extra
+                        wrong.append(f"{code}: {error}")
     # what was once a key, and is quoted in a message about it
     assert [one for one in wrong if one != "trainer.micro_batch_size"] == []
 

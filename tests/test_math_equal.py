@@ -7,6 +7,7 @@ import pytest
 
 from grpo_core.config.files import load
 from grpo_core.objective.rewards import REWARDS
+from grpo_core.registry import Registry
 from grpo_core.schema import ConfigError
 from grpo_core.scoring import math_equal as module
 from grpo_core.scoring.limited_calls import LimitedCalls
@@ -19,8 +20,6 @@ needs_library = pytest.mark.skipif(importlib.util.find_spec("math_verify") is No
 
 @pytest.fixture(scope="module", autouse=True)
 def warm():
-    if importlib.util.find_spec("math_verify"):
-        module.prepare()
     yield
     module._COMPARISONS.close()
 
@@ -48,13 +47,14 @@ EQUAL = [
     ("1/3", "#### 0.333333"), (r"\frac{\pi}{4}", r"\boxed{\dfrac{1}{4}\pi}"), (r"2\sqrt{3} \text{ cm}", r"#### 2\sqrt{3} cm"),
     (r"2\sqrt{3}", "Therefore the length is $2\\sqrt{3}$."), (r"2\sqrt{3}", "so x = 2\\sqrt{3}"), (r"2\sqrt{3}", r"\boxed{x = 2\sqrt{3}}"),
     ("8", "#### 3 + 5"), ("$x < 3$", r"\boxed{3 > x}"), (r"\sqrt{2}\%", r"\boxed{\sqrt{2}\%}"), ("no solution", r"\boxed{\text{No solution.}}"),
-    ("n!", r"\boxed{n!}"), ("\\text{even}", "The answer is **even**."),
+    ("n!", r"\boxed{n!}"), ("y = 2x + 3", r"\boxed{y = 2x+3}"), ("y = 2x + 3", r"\boxed{2x + 3}"), ("x = 1, y = 2", r"\boxed{x = 1, y = 2}"), ("2x + 3y = 5", r"\boxed{3y + 2x = 5}"), ("\\text{even}", "The answer is **even**."),
 ]  # fmt: skip
 UNEQUAL = [
     ("3x", r"\boxed{3y}"), ("(1, 2)", r"\boxed{(2, 1)}"), (r"2\sqrt{3}", r"\boxed{2\sqrt{5}}"), ("3", "#### 3 + 5"), ("7", ""),
     ("1/3", "#### 0.33"), ("3", r"\boxed{4}"), ("1000000", "#### 1000001"), ("x^2", r"\boxed{x^3}"), (r"\{1, 2\}", r"\boxed{1}"),
     ("Evelyn", r"\boxed{Sam}"), (r"2\sqrt{3}", "I do not know."), ("[0, 1)", r"\boxed{[0, 1]}"), ("3", r"\boxed{}"), ("0", r"\boxed{\text{no}}"),
-    ("2", "I add 1 and 2 and get \\boxed{5}"), ("1e-7", "#### 2e-7"), ("5", r"\boxed{-5}"), ("(a, b)", r"\boxed{[a, b]}"), ("n!", r"\boxed{n}"), ("no solution", r"\boxed{no}"),
+    ("2", "I add 1 and 2 and get \\boxed{5}"), ("1e-7", "#### 2e-7"), ("5", r"\boxed{-5}"), ("(a, b)", r"\boxed{[a, b]}"), ("n!", r"\boxed{n}"), ("2x + 3y = 5", r"\boxed{x + y = 5}"),
+    ("y = 2x + 3", r"\boxed{x = 2x + 3}"), ("2x + 3y = 5", r"\boxed{5}"), ("x = 1, y = 2", r"\boxed{x = 2, y = 1}"), ("no solution", r"\boxed{no}"),
 ]  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def test_the_unit_of_an_answer():
 ])  # fmt: skip
 def test_the_gold_answers(value, golds):
     assert read_golds(value) == golds
-    if golds is None:
+    if golds is None and importlib.util.find_spec("math_verify"):
         assert judge("#### 3", value) is None
 
 
@@ -157,7 +157,7 @@ def test_limited_calls(what):
     calls = LimitedCalls(fork_bombs)
     assert calls.call("a", seconds=20) == "a"
     start = time.monotonic()
-    assert calls.call(what, seconds=0.3) is None and time.monotonic() - start < 2
+    assert calls.call(what, seconds=0.3 if what == "spin" else 20) is None and time.monotonic() - start < 2
     assert calls.call("b", seconds=20) == "b"
     calls.close()
     calls.close()
@@ -193,6 +193,8 @@ def test_without_the_library_there_is_one_sentence(monkeypatch):
     assert "math_equal" in REWARDS.functions  # it is listed all the same
 
 
-def test_its_name_is_taken():
-    with pytest.raises(ConfigError, match="'math_equal' is registered twice"):
-        REWARDS.register("math_equal")(lambda completions: [])
+def test_its_name_is_taken_also_before_its_module_is_imported():
+    registry = Registry("reward", modules={"math_equal": module.__name__})
+    for taken in (REWARDS, registry):
+        with pytest.raises(ConfigError, match="'math_equal' is registered twice"):
+            taken.register("math_equal")(lambda completions: [])

@@ -20,10 +20,10 @@ from grpo_core.config.rope_checks import check_rope
 from grpo_core.config.sections import RunConfig
 from grpo_core.config.teacher_checks import HOW_TO_SET, asks_for_teacher, check_teacher
 from grpo_core.objective.advantages import ADVANTAGES
-from grpo_core.objective.rewards import REWARDS
+from grpo_core.objective.rewards import REWARDS, reads_other_rewards
 from grpo_core.objective.truncation import TRUNCATIONS
 from grpo_core.registry import get_fact
-from grpo_core.schema import MAX_PATH_BYTES, ConfigError, describe_impossible_path
+from grpo_core.schema import MAX_PATH_BYTES, ConfigError, describe_impossible_path, keyword_arguments
 
 
 def check(config: RunConfig) -> None:
@@ -119,9 +119,15 @@ def _check_rewards(config: RunConfig) -> None:
             f"evaluation.reward is {config.evaluation.reward!r}, which needs the argument {required[0]}; only a reward "
             f"that needs no arguments can measure the accuracy"
         )
+    if reads_other_rewards(correctness):
+        raise ConfigError(
+            f"evaluation.reward is {config.evaluation.reward!r}, which reads the other rewards; an evaluation has none"
+        )
     for i, reward in enumerate(config.rewards):
         function = REWARDS.build(reward.name, reward.args, f"rewards[{i}].args")
         _check_takes_completions(reward.name, function)
+        if reads_other_rewards(function):
+            _check_other_rewards(config, i, function)
     is_taught = config.teacher.trains or asks_for_teacher(config)
     if len({reward.name for reward in config.rewards}) < len(config.rewards) or not (config.rewards or is_taught):
         hint = "" if config.rewards else f"; only with a teacher there may be none: {HOW_TO_SET}"
@@ -143,6 +149,20 @@ def _check_takes_completions(name: str, function: Callable) -> None:
     positional = ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD", "VAR_POSITIONAL")
     if "completions" not in parameters and not any(p.kind.name in positional for p in parameters.values()):
         raise ConfigError(f"reward {name} takes no completions; its first parameter must be the list of completions")
+
+
+def _check_other_rewards(config: RunConfig, i: int, function: Callable) -> None:
+    """Check that the rewards that reward `i` reads are among the others, and do not read others themselves."""
+    name = config.rewards[i].name
+    readable = [reward.name for reward in config.rewards if not reads_other_rewards(REWARDS.get(reward.name))]
+    if not readable:
+        raise ConfigError(f"rewards[{i}] is {name}, which reads the values of other rewards, but there is none")
+    argument = get_fact(function, "names_reward")
+    wanted = argument and keyword_arguments(function)[argument].default
+    if argument and wanted not in readable:
+        raise ConfigError(
+            f"rewards[{i}].args.{argument} is {wanted!r}; it must be another reward of the run: {', '.join(readable)}"
+        )
 
 
 def _check_objective(config: RunConfig) -> None:

@@ -19,7 +19,7 @@ from grpo_core.data.encoding import apply_chat_template, cut_left, encode_prompt
 from grpo_core.data.rows import Row, Rows
 from grpo_core.schema import ConfigError, list_known, summarize_error
 
-RESERVED_COLUMNS = ("completions", "prompts")  # rewards receive them beside the columns of the data
+RESERVED_COLUMNS = ("completions", "prompts", "other_rewards")  # rewards receive them beside the columns of the data
 
 
 def make_tasks(rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Task], int]:
@@ -186,7 +186,7 @@ def _check_columns(rows: Sequence[Row], places: Sequence[str]) -> None:
     for name in RESERVED_COLUMNS:
         if name in rows[0]:
             raise ConfigError(
-                f"the data has a column {name!r}, which is the name of an argument that every reward gets; rename it: "
+                f"the data has a column {name!r}, which is the name of an argument that rewards get; rename it: "
                 f"data.columns={{NEW: {name}}}"
             )
     for name in rows[0]:

@@ -5,19 +5,28 @@ that the completion cannot be scored; it is then left out of its group. The func
 names as arguments, or all columns if it takes **kwargs. Its keyword-only arguments with a default are its
 configuration. A user's function needs no registration: `name: file.py:function`.
 
+A function whose first parameter is named `groups` gets whole groups, N lists of G completions, and each column once per
+group; it returns N lists of G numbers. A function with a parameter `other_rewards` is called after the other rewards
+and gets their values by name, in the form of the completions.
+
+The keyword argument `reward_timeout`, if a function has it, is trainer.reward_timeout unless it is set.
+
 Further facts about a reward, as attributes of the function:
 
     never_null   columns that must have a value in every row
     gold         {column: function}, which returns None for a gold answer that the reward cannot judge
     answer       function that returns the final answer of a completion, for the majority vote of an evaluation
-    prepare      function that is called once, when the process of a reward with `own_process` starts
+    names_reward argument that names another reward of the run
+    prepare      function of all arguments, called once when the process of a reward with `own_process` starts; it may
+                 raise ConfigError, whose message is a verb phrase
     own_process  True: the reward runs in a process of its own with a time limit, as a user's function does
     required     arguments that the configuration must set
     reads        function that returns, for the arguments, the columns that they name
 """
 
+import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from grpo_core.objective.answers import (
@@ -35,11 +44,14 @@ from grpo_core.objective.countdown import find_equation, read_number, read_numbe
 from grpo_core.objective.numbers import final_number, read_gold
 from grpo_core.registry import Registry
 
-REWARDS = Registry(
-    "reward",
-    allows_async=True,
-    modules={"math_equal": "grpo_core.scoring.math_equal", "judge": "grpo_core.scoring.judge"},
-)
+OTHER_REWARDS = "other_rewards"
+MODULES = {  # of rewards that need more than mathematics
+    "judge": "grpo_core.scoring.judge",
+    "math_equal": "grpo_core.scoring.math_equal",
+    "python_tests": "grpo_core.scoring.python_tests",
+}
+
+REWARDS = Registry("reward", allows_async=True, modules=MODULES)
 
 
 @REWARDS.register("has_think_tags")
@@ -188,6 +200,40 @@ def reward_model(completions: Sequence[str], *, prompts: Sequence[str], path: st
     A run computes it in the training process (model/reward_model.py), so it cannot be called as a function.
     """
     raise ValueError("reward_model computes in a run; load_reward_model in grpo_core.model.reward_model loads it")
+
+
+@REWARDS.register("length_by_pass_rate", names_reward="of")
+def length_by_pass_rate(
+    groups: Sequence[Sequence[str]],
+    *,
+    other_rewards: Mapping[str, Sequence[Sequence[float | None]]],
+    of: str = "correct_answer",
+    scale: float = 1000.0,
+) -> list[list[float | None]]:
+    """-length / scale * max(pass rate, 1 / G): a completion costs its length, the more the easier its prompt is.
+
+    The pass rate is the share of 1.0 among the values of the reward `of` in the group; None where it has no value. The
+    length is in characters. After arXiv:2506.05256.
+    """
+    rewards: list[list[float | None]] = []
+    for texts, values in zip(groups, other_rewards[of], strict=True):
+        judged = [value for value in values if value is not None]
+        if not judged:
+            rewards.append([None] * len(texts))
+            continue
+        pass_rate = sum(value == 1.0 for value in judged) / len(judged)
+        rewards.append([-len(text) / scale * max(pass_rate, 1 / len(texts)) for text in texts])
+    return rewards
+
+
+def takes_groups(function: Callable) -> bool:
+    """Return whether `function` takes whole groups, which the name of its first parameter says."""
+    return next(iter(inspect.signature(function).parameters), "") == "groups"
+
+
+def reads_other_rewards(function: Callable) -> bool:
+    """Return whether `function` is called after the other rewards, with their values."""
+    return OTHER_REWARDS in inspect.signature(function).parameters
 
 
 def cut_all_thinking(completions: Sequence[str], prompts: Sequence[str] | None) -> list[str]:

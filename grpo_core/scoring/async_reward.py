@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
 
+from grpo_core.objective.rewards import takes_groups
 from grpo_core.schema import unwrap
 from grpo_core.scoring.event_loop import shared_loop
 from grpo_core.scoring.reward_call import RewardOutcome, call_reward, collect_outcome, failed_outcome
@@ -28,16 +29,17 @@ class AsyncReward:
         self.function, self.timeout = function, timeout
         self._future: Future[Any] | None = None
 
-    def submit(self, completions: list[str], columns: dict[str, Any]) -> None:
+    def submit(self, completions: list[str], columns: dict[str, Any], group_size: int = 1) -> None:
         """Start the call for a batch."""
+        self._group_size = group_size if takes_groups(self.function) else None
         self._count, self._deadline = len(completions), time.monotonic() + self.timeout
-        self._future = shared_loop().start(self._call(completions, columns))
+        self._future = shared_loop().start(self._call(completions, columns, group_size))
 
     def result(self) -> RewardOutcome:
         """Return the outcome of the submitted batch; a failure on all completions beyond the time limit."""
         assert self._future is not None, "submit comes first"
         if wait([self._future], timeout=max(0.0, self._deadline - time.monotonic())).done:
-            return collect_outcome(self._future.result, self._count)
+            return collect_outcome(self._future.result, self._count, self._group_size)
         self.close()
         if not shared_loop().responds(CANCEL_TIMEOUT):
             shared_loop.cache_clear()  # the call blocks the loop, and a thread cannot be ended
@@ -48,5 +50,5 @@ class AsyncReward:
         if self._future is not None:
             self._future.cancel()
 
-    async def _call(self, completions: list[str], columns: dict[str, Any]) -> Any:
-        return await call_reward(self.function, completions, columns)
+    async def _call(self, completions: list[str], columns: dict[str, Any], group_size: int) -> Any:
+        return await call_reward(self.function, completions, columns, group_size)

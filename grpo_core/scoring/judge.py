@@ -267,7 +267,7 @@ class Judge:
         """Begin a step, which has the whole budget."""
         self._left = self.settings.budget
 
-    def submit(self, completions: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
+    def submit(self, completions: Sequence[str], columns: Mapping[str, Sequence[Any]], group_size: int = 1) -> None:
         """Ask about a batch, as far as its answers are not kept."""
         questions = write_questions(self.settings, completions, columns, self._show_prompt)
         self._rows = self._loop.run(self._on_loop(lambda: self._session.start(questions)))

@@ -6,8 +6,10 @@ matrices, equations) are parsed and compared by the library math-verify, in a ch
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
+import time
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from grpo_core.objective.answers import final_text, find_answer, normalise_text
 from grpo_core.objective.numbers import final_number, read_gold
 from grpo_core.objective.rewards import REWARDS, cut_all_thinking
+from grpo_core.scoring.deadline import check_seconds, compute_deadline
 from grpo_core.scoring.limited_calls import LimitedCalls
 
 PERCENTS = ("either", "number", "fraction")  # what 50% equals: 50 and 0.5, 50, or 0.5
@@ -36,6 +39,9 @@ _UNIT = re.compile(
 _WORD_UNIT = re.compile(r"(?<=\d|\}|\))\s*[A-Za-z]{2,}(?:\s[A-Za-z]{2,}){0,2}(?:\^?\{?\d\}?|[²³])?\Z")
 _RAISED = str.maketrans("²³−", "23-")
 _WORDS = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]+)*")  # "no solution", but not x, whose brackets may be an interval's
+_EQUATION = re.compile(  # of variables, such as 2x + y = 5: it is not the number 5, as x = 5 and 2 + 3 = 5 are
+    r"(?:(?<![A-Za-z\\])[A-Za-z]\s*[-+*/^]|[-+*/^\d]\s*[A-Za-z](?![A-Za-z]))[^=]*="
+)
 _CLAUSES = re.compile(r"=|≈|\bis\b|\bare\b|:")
 
 
@@ -60,7 +66,14 @@ def final_answer(text: str) -> Fraction | str | None:
     return final_text(text) if number is None else number
 
 
-def prepare() -> None:
+def prepare(arguments: dict[str, Any]) -> None:
+    """Check the arguments and load the library, before the time of a batch begins."""
+    check_seconds(arguments)
+    load_library()
+
+
+@functools.cache
+def load_library() -> None:
     """Import the library, and let its parser see a few expressions."""
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time limit of its own
     for text in WARM_UP:
@@ -84,7 +97,10 @@ def _check_seconds(value: float) -> str | None:
     never_null=("answer",),
     gold={"answer": read_golds},
     answer=final_answer,
-    argument_limits={"percent": _check_percent, "units": _check_units, "seconds": _check_seconds},
+    argument_limits={
+        **{"percent": _check_percent, "units": _check_units},
+        **dict.fromkeys(("seconds", "reward_timeout"), _check_seconds),
+    },
     needs=("math_verify", "math"),
     own_process=True,
     prepare=prepare,
@@ -99,15 +115,19 @@ def math_equal(
     seconds: float = 2.0,
     strict: bool = False,
     outside_thinking: bool = False,
+    reward_timeout: float = 30.0,
 ) -> list[float | None]:
     r"""1.0 if the completion's answer equals that of the column `answer` in whatever form, else 0.0; None without one.
 
     3/4, 0.75 and \frac{3}{4} are equal, as are 2\sqrt{3} and \sqrt{12}, (x+1)^2 and x^2+2x+1, {1,2} and 2, 1. The
     answer stands after the last ####, else in the last \boxed{}, else after "answer is", else (unless `strict`) in the
-    last line. A comparison of more than `seconds` counts as not equal. It uses https://github.com/huggingface/Math-Verify.
+    last line. A comparison of more than `seconds` counts as not equal; None for those beyond `reward_timeout`. It uses
+    https://github.com/huggingface/Math-Verify.
     """
+    load_library()
+    deadline = compute_deadline(reward_timeout)
     texts = cut_all_thinking(completions, prompts) if outside_thinking else completions
-    judged: dict[tuple[str, str], bool] = {}  # a group often has the same answer several times
+    judged: dict[tuple[str, str], bool | None] = {}  # a group often has the same answer several times
     rewards: list[float | None] = []
     for text, gold in zip(texts, answer, strict=True):
         golds = read_golds(gold)
@@ -116,30 +136,37 @@ def math_equal(
             continue
         final = find_answer(text, strict=strict)
         number = final_number(text, strict=strict)
-        is_right = False
+        results: list[bool | None] = []
         for wanted in golds if final is not None else ():
             key = (f"{number} {final}", wanted)
             if key not in judged:
-                judged[key] = _is_equal(final, number, wanted, percent, units, seconds)
-            is_right = is_right or judged[key]
-        rewards.append(float(is_right))
+                judged[key] = _is_equal(
+                    final, number, wanted, percent, units, min(seconds, deadline - time.monotonic())
+                )
+            results.append(judged[key])
+        rewards.append(1.0 if True in results else None if None in results else 0.0)
     return rewards
 
 
-def _is_equal(final: str, number: Fraction | None, gold: str, percent: str, units: str, seconds: float) -> bool:
-    """Return whether the answer `final`, which is the number `number` unless that is None, equals `gold`."""
+def _is_equal(final: str, number: Fraction | None, gold: str, percent: str, units: str, seconds: float) -> bool | None:
+    """Return whether the answer `final`, which is the number `number` unless that is None, equals `gold`.
+
+    None if only the library can say it, and no `seconds` are left.
+    """
     if len(final) > MAX_CHARS and number is None:
         return False
     if units == "compare" and (unit := read_unit(gold)) and read_unit(final) != unit:
         return False
     scales = _list_scales(bool(_PERCENT.search(gold)), bool(_PERCENT.search(final)), percent)
-    gold_numbers = read_gold(gold)
+    gold_numbers = None if _EQUATION.search(gold) else read_gold(gold)
     if gold_numbers is not None and number is not None:
         return any(
             _is_near(number * scale, value * gold_scale) for value in gold_numbers for gold_scale, scale in scales
         )
     if _WORDS.fullmatch(words := normalise_text(gold)) and normalise_text(final) == words:
         return True
+    if seconds <= 0:
+        return None
     pairs = [(_scale(_tidy(gold), gold_scale), _scale(_tidy(final), scale)) for gold_scale, scale in scales]
     return any(_COMPARISONS.call(*pair, seconds=seconds) for pair in pairs)
 
@@ -201,13 +228,16 @@ def _parse(text: str) -> list[Any]:
 
 
 def _compare(gold: str, answer: str) -> bool:
-    """Return whether two answers are equal as expressions; also what stands behind the last = or "is" of `answer`."""
+    """Return whether two answers are equal as expressions.
+
+    Where `gold` is no equation, what stands behind the last = or "is" of `answer` may be the equal one.
+    """
     from math_verify import verify
 
     wanted = _parse(gold)
     if not wanted:
         return False
-    parts = dict.fromkeys([answer, _CLAUSES.split(answer)[-1].strip()])
+    parts = [answer] if "=" in gold else [answer, _CLAUSES.split(answer)[-1].strip()]
     return any(verify(wanted, _parse(part), timeout_seconds=None) for part in parts if part)
 
 

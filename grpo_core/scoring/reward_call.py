@@ -6,11 +6,12 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Set, ValuesView
+from collections.abc import Callable, Collection, Mapping, Sequence, Set, ValuesView
 from dataclasses import dataclass
 from typing import Any
 
 from grpo_core.counts import quantify
+from grpo_core.objective.rewards import OTHER_REWARDS, takes_groups
 from grpo_core.registry import get_fact
 from grpo_core.schema import keyword_arguments, summarize_error
 from grpo_core.scoring.event_loop import shared_loop
@@ -27,26 +28,34 @@ class RewardOutcome:
     why: str | None = None  # the reason of the first failure, as a verb phrase
 
 
-def attempt(function: Callable, completions: list[str], columns: dict[str, Any]) -> RewardOutcome:
+def attempt(function: Callable, completions: list[str], columns: dict[str, Any], group_size: int = 1) -> RewardOutcome:
     """Call a reward and catch its failures.
 
-    `columns` has one value per completion and name; `function` gets those that it has parameters for. It may be async.
-    It fails on all completions if it raises (or calls sys.exit), or does not return one value per completion, and on a
-    single completion if its value is neither None nor a number of at most MAX_REWARD in absolute value.
+    `columns` has one value per completion and name; `function` gets those that it has parameters for. It may be async,
+    and take groups of `group_size` completions (`takes_groups`). It fails on all completions if it raises (or calls
+    sys.exit), or does not return one value per completion, and on a single completion if its value is neither None nor
+    a number of at most MAX_REWARD in absolute value.
     """
 
     def get_values() -> Any:
-        values = call_reward(function, completions, columns)
+        values = call_reward(function, completions, columns, group_size)
         return shared_loop().run(values) if inspect.isawaitable(values) else values
 
-    return collect_outcome(get_values, len(completions))
+    return collect_outcome(get_values, len(completions), group_size if takes_groups(function) else None)
 
 
-def collect_outcome(get_values: Callable[[], Any], count: int) -> RewardOutcome:
-    """Return the outcome of a reward on `count` completions: `get_values` returns its values or raises its failure."""
+def collect_outcome(get_values: Callable[[], Any], count: int, group_size: int | None = None) -> RewardOutcome:
+    """Return the outcome of a reward on `count` completions: `get_values` returns its values or raises its failure.
+
+    With `group_size` these are lists of the values of a group.
+    """
     try:
         values = get_values()
-        if problem := _describe_wrong_result(values):
+        if group_size is not None:
+            values, problem = _join_groups(values, count, group_size)
+        else:
+            problem = _describe_wrong_result(values)
+        if problem:
             return failed_outcome(count, problem)
         values = list(values)
     except (Exception, SystemExit) as error:
@@ -71,7 +80,7 @@ def failed_outcome(count: int, why: str) -> RewardOutcome:
 
 def find_missing_columns(function: Callable, columns: Collection[str]) -> list[str]:
     """Return the columns that `function` needs and data with `columns` does not have."""
-    available = {*columns, "completions", "prompts"}
+    available = {*columns, "completions", "prompts", OTHER_REWARDS}
     bound = function.keywords if isinstance(function, functools.partial) else {}
     reads = get_fact(function, "reads")  # of the columns that its arguments name
     needed = [*list_needed_columns(function), *(reads(**bound) if reads else ())]
@@ -86,23 +95,50 @@ def list_needed_columns(function: Callable) -> list[str]:
     return [p.name for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
 
 
-def call_reward(function: Callable, completions: list[str], columns: dict[str, Any]) -> Any:
+def call_reward(function: Callable, completions: list[str], columns: dict[str, Any], group_size: int = 1) -> Any:
     """Return what `function` returns for copies of the completions and of the columns that it has parameters for.
 
-    A keyword-only parameter with a default is configuration, so a column of that name is not passed.
+    A keyword-only parameter with a default is configuration, so a column of that name is not passed. A function that
+    takes groups gets a column's value once per group.
     """
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     configuration = keyword_arguments(function)
-    texts = list(completions)
-    columns = {  # copies, which the reward may change
-        name: [_copy(value) for value in values]
-        for name, values in columns.items()
-        if (takes_all or name in parameters) and name not in configuration
-    }
+    by_group = takes_groups(function)
+
+    def shape(values: Sequence[Any]) -> list[Any]:
+        return _split_groups(values, group_size) if by_group else list(values)
+
+    own: dict[str, Any] = {}  # copies, which the reward may change
+    for name, values in columns.items():
+        if name == OTHER_REWARDS and name in parameters:
+            own[name] = {other: shape(numbers) for other, numbers in values.items()}
+        elif (takes_all or name in parameters) and name not in configuration and name != OTHER_REWARDS:
+            own[name] = [_copy(value) for value in (values[::group_size] if by_group else values)]
     if "completions" in parameters:
-        return function(completions=texts, **columns)
-    return function(texts, **columns)
+        return function(completions=shape(completions), **own)
+    return function(shape(completions), **own)
+
+
+def _split_groups(values: Sequence[Any], group_size: int) -> list[list[Any]]:
+    return [list(values[start : start + group_size]) for start in range(0, len(values), group_size)]
+
+
+def _join_groups(values: Any, count: int, group_size: int) -> tuple[list[Any], str | None]:
+    """Return the values of all groups as one list, and why they are not N lists of G as a verb phrase, or None."""
+    must = f"it must return {quantify(count // group_size, 'list')} of {quantify(group_size, 'value')}"
+    if _describe_wrong_result(values):
+        return [], f"returned {repr(values)[:40]}; {must}"
+    groups = list(values)
+    if len(groups) * group_size != count:
+        return [], f"returned {quantify(len(groups), 'list')}; {must}"
+    for i, group in enumerate(groups):
+        if _describe_wrong_result(group):
+            return [], f"returned {repr(group)[:40]} for group {i}; {must}"
+        groups[i] = list(group)
+        if len(groups[i]) != group_size:
+            return [], f"returned {quantify(len(groups[i]), 'value')} for group {i}; {must}"
+    return [value for group in groups for value in group], None
 
 
 def _copy(value: Any) -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.registry import get_fact
-from grpo_core.schema import ConfigError, describe_exit, summarize_error
+from grpo_core.schema import ConfigError, describe_exit, keyword_arguments, summarize_error
 from grpo_core.scoring.reward_call import RewardOutcome, attempt, failed_outcome
 from grpo_core.scoring.supervise import interruptible, run_supervised
 
@@ -68,11 +68,11 @@ class RewardWorker:
         self._problem = self._start_problem
         return self._is_ready
 
-    def submit(self, completions: list[str], columns: dict[str, Any]) -> None:
+    def submit(self, completions: list[str], columns: dict[str, Any], group_size: int = 1) -> None:
         """Send a batch to the process; its time limit starts when the process is ready."""
         self._count, self._problem = len(completions), None
         try:
-            request = pickle.dumps((completions, columns))
+            request = pickle.dumps((completions, columns, group_size))
         except Exception as error:
             self._problem = f"cannot be sent its columns, which cannot be pickled: {error}"
             return
@@ -198,7 +198,7 @@ def _serve(connection: socket.socket, name: str, args: dict[str, Any]) -> None:
         with interruptible():
             function = REWARDS.build(name, args)
             if prepare := get_fact(function, "prepare"):
-                prepare()
+                prepare({key: p.default for key, p in keyword_arguments(function).items()})
     except ConfigError as error:
         send({"error": str(error)})
         return
@@ -207,10 +207,10 @@ def _serve(connection: socket.socket, name: str, args: dict[str, Any]) -> None:
         return
     send({"ready": True})
     while head := stream.read(SIZE.size):
-        completions, columns = pickle.loads(stream.read(SIZE.unpack(head)[0]))
+        completions, columns, group_size = pickle.loads(stream.read(SIZE.unpack(head)[0]))
         try:
             with interruptible():
-                outcome = attempt(function, completions, columns)
+                outcome = attempt(function, completions, columns, group_size)
         except KeyboardInterrupt as error:
             outcome = failed_outcome(len(completions), f"was interrupted: {summarize_error(error)}")
         if os.getpid() != own_pid:  # a fork that the reward has left running

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from grpo_core.batch import Task
-from grpo_core.objective.rewards import REWARDS
+from grpo_core.objective.rewards import OTHER_REWARDS, REWARDS
 from grpo_core.registry import get_fact
+from grpo_core.schema import keyword_arguments
 from grpo_core.scoring.async_reward import AsyncReward, is_async
 from grpo_core.scoring.judge import NAME as JUDGE
 from grpo_core.scoring.judge import Judge, JudgeSettings
@@ -30,6 +31,7 @@ class Reward:
     name: str
     weight: float
     function: Callable | RunningReward
+    reads_others: bool = False  # called after the others, with their values (`rewards.reads_other_rewards`)
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,20 @@ def build_reward(name: str, args: dict[str, Any] | None = None, *, timeout: floa
     """Return the reward `name` with its arguments bound.
 
     A reward from a user's file, or with the fact `own_process`, runs in a process of its own. It, and an async reward,
-    may take `timeout` seconds for a batch; a judge has a budget of its own.
+    may take `timeout` seconds for a batch, which is also its argument `reward_timeout`, if it has one that `args` does
+    not set. A judge has a budget of its own.
 
     Raises:
         ConfigError: there is no such reward, or it does not take `args`.
     """
+    args = dict(args or {})
+    if "reward_timeout" in keyword_arguments(REWARDS.get(name)):
+        args.setdefault("reward_timeout", timeout)
     function = REWARDS.build(name, args)
     if name == JUDGE:
-        return Judge(JudgeSettings(**(args or {})), KeptAnswers(None))
+        return Judge(JudgeSettings(**args), KeptAnswers(None))
     if ".py:" in name or get_fact(function, "own_process"):
-        return RewardWorker(name, args or {}, timeout)
+        return RewardWorker(name, args, timeout)
     return AsyncReward(function, timeout) if is_async(function) else function
 
 
@@ -82,7 +88,8 @@ def score(
 ) -> Scores:
     """Call every reward on all completions and add them up by weight.
 
-    Those in processes of their own and async ones run at the same time.
+    Those in processes of their own and async ones run at the same time; those that read the others' values run after
+    these.
 
     Where a reward returns None or fails (see `reward_call.attempt`), it is left out of the sum. Without rewards the
     sum is NaN.
@@ -90,9 +97,10 @@ def score(
     rows = [task for task in tasks for _ in range(group_size)]
     columns = {name: [task.columns[name] for task in rows] for name in rows[0].columns}
     columns["prompts"] = [task.prompt for task in rows]
-    outcomes = _call_all([reward.function for reward in rewards], list(completions), columns)
+    outcomes = _call_all(rewards, list(completions), columns, group_size)
     by_name, failed, failures = {}, {}, []
-    for reward, outcome in zip(rewards, outcomes, strict=True):
+    for reward in rewards:
+        outcome = outcomes[reward.name]
         values = [math.nan if value is None else value for value in outcome.values]
         by_name[reward.name] = torch.tensor(values, dtype=torch.float32, device="cpu").view(-1, group_size)
         failed[reward.name] = torch.tensor(outcome.failed, device="cpu").view(-1, group_size)
@@ -109,19 +117,29 @@ def score(
 
 
 def _call_all(
-    functions: list[Callable | RunningReward], completions: list[str], columns: dict[str, Any]
-) -> list[RewardOutcome]:
-    for function in functions:  # those that load again do so side by side, before any batch has its time limit
+    rewards: Sequence[Reward], completions: list[str], columns: dict[str, Any], group_size: int
+) -> dict[str, RewardOutcome]:
+    """Return the outcome of every reward by its name."""
+    first, second = ([reward for reward in rewards if reward.reads_others == late] for late in (False, True))
+    outcomes = _call_together(first, completions, columns, group_size)
+    if not second:
+        return outcomes
+    others = {name: outcome.values for name, outcome in outcomes.items()}
+    return outcomes | _call_together(second, completions, {**columns, OTHER_REWARDS: others}, group_size)
+
+
+def _call_together(
+    rewards: Sequence[Reward], completions: list[str], columns: dict[str, Any], group_size: int
+) -> dict[str, RewardOutcome]:
+    running = {reward.name: reward.function for reward in rewards if isinstance(reward.function, RunningReward)}
+    for function in running.values():  # those that load again do so side by side, before any batch has its time limit
         if isinstance(function, RewardWorker):
             function.wait_until_ready()
-    for function in functions:
-        if isinstance(function, RunningReward):
-            function.submit(completions, columns)
+    for function in running.values():
+        function.submit(completions, columns, group_size)
     here = {  # meanwhile
-        i: attempt(function, completions, columns)
-        for i, function in enumerate(functions)
-        if not isinstance(function, RunningReward)
+        reward.name: attempt(reward.function, completions, columns, group_size)
+        for reward in rewards
+        if reward.name not in running
     }
-    return [
-        function.result() if isinstance(function, RunningReward) else here[i] for i, function in enumerate(functions)
-    ]
+    return here | {name: function.result() for name, function in running.items()}

@@ -37,7 +37,7 @@ from grpo_core.objective.kl import KLS, TEACHER_KLS
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.objective import Objective, learns_from_ties
 from grpo_core.objective.rejections import REJECTIONS
-from grpo_core.objective.rewards import REWARDS
+from grpo_core.objective.rewards import REWARDS, reads_other_rewards
 from grpo_core.objective.truncation import TRUNCATIONS
 from grpo_core.registry import get_fact
 from grpo_core.sampling.end_of_sequence import check_eos_ids
@@ -231,7 +231,8 @@ def make_rewards(config: RunConfig, folder: Path | None = None) -> list[Reward]:
             function = make_judge(config, reward.args, folder)
         else:
             function = build_reward(reward.name, reward.args, timeout=timeout)
-        rewards.append(Reward(reward.name, reward.weight, function))
+        reads_others = reads_other_rewards(REWARDS.get(reward.name))
+        rewards.append(Reward(reward.name, reward.weight, function, reads_others))
     return rewards
 
 

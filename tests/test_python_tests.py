@@ -1,0 +1,126 @@
+"""The reward `python_tests`: code that passes its tests counts, and code that breaks a limit costs only itself."""
+
+import json
+import os
+import sys
+import time
+
+import pytest
+
+from grpo_core.objective.rewards import REWARDS
+from grpo_core.schema import ConfigError
+from grpo_core.scoring.python_tests import find_code, python_tests, read_tests, run_tests
+from grpo_core.scoring.reward_worker import RewardWorker
+from grpo_core.scoring.scoring import build_reward
+
+GOOD = "def add(a, b):\n    return a + b"
+TESTS = ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]
+LIMITS = {"seconds": 10.0, "memory": 2**30, "file_size": 2**20}
+
+
+def block(code):
+    return f"Here it is:\n```python\n{code}\n```\nDone."
+
+
+def judge(code, tests=TESTS, **args):
+    return python_tests([block(code)], tests=[tests], **{"seconds": 10.0, **args})[0]
+
+
+@pytest.mark.parametrize("value, tests", [
+    ("assert f()", ["assert f()"]), (TESTS, TESTS), (json.dumps(TESTS), TESTS),
+    ([{"input": "1\n", "output": "2", "type": "stdin_stdout"}], [["1\n", "2"]]), ({"inputs": ["1"], "outputs": ["2"]}, [["1", "2"]]),
+    ('{"inputs": ["1", "3"], "outputs": ["2", "4"]}', [["1", "2"], ["3", "4"]]),
+    (None, None), ("", None), ([], None), (["assert f()", ""], None), ([{"input": "1"}], None), ({"inputs": [1], "outputs": [2]}, None),
+    ({"fn_name": "f", "inputs": ["1"], "outputs": ["2"]}, None), ("[broken", None), (3, None), ([["a"]], None),
+])  # fmt: skip
+def test_the_column(value, tests):
+    assert read_tests(value) == tests
+    if tests is None:
+        assert judge(GOOD, value) is None
+
+
+@pytest.mark.parametrize("text, code", [
+    (block("x = 1"), "x = 1\n"), ("```\nx = 1\n```", "x = 1\n"), ("```py\nx = 1\n```\nand\n```Python\nx = 2\n```", "x = 2\n"),
+    ("```python\nx = 1\n```\n```python\ncut", "x = 1\n"), ("```bash\nls\n```", None), ("x = 1", None), ("", None), ("```python\ncut", None),
+])  # fmt: skip
+def test_the_code_of_a_completion(text, code):
+    assert find_code(text) == code
+
+
+def test_what_counts():
+    half = "def add(a, b):\n    return 0"
+    assert judge(GOOD) == 1.0 and judge(half) == 0.0 and judge(half, share=True) == 0.5
+    assert python_tests(["no code", f"<think>{block(GOOD)}</think> No.", block("def add(")], tests=[TESTS] * 3) == [0.0] * 3
+    assert python_tests([f"<think>{block(GOOD)}</think> No."], tests=[TESTS], outside_thinking=False) == [1.0]
+    dataclass = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\ndef add(a, b):\n    return P(a + b).x"
+    main = GOOD + "\nif __name__ == '__main__':\n    raise SystemExit(1)"
+    assert python_tests([block(dataclass), block(main)], tests=[TESTS] * 2) == [1.0, 1.0]
+
+
+def test_programs_with_stdin_and_stdout():
+    tests = [["3\n", "6\n"], ["5", "10"]]
+    main = "if __name__ == '__main__':\n    print(int(input()) * 2)\n    raise SystemExit"
+    raw = "import os, sys\nsys.stdout.buffer.write(b'%d ' % (2 * int(open(0).read())))"
+    wrong = "print(6)"
+    fails = "print(int(input()) * 2)\nraise ValueError"
+    answers = [run_tests(code, tests, LIMITS) for code in (main, raw, wrong, fails)]
+    assert answers == [[True, True], [True, True], [True, False], [False, False]]
+
+
+@pytest.mark.parametrize("code, passed", [
+    ("import os\nos._exit(0)", []),
+    ("import sys\nsys.exit(0)", []),
+    ("raise KeyboardInterrupt", []),
+    ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", []),
+    ("def add(a, b):\n    raise SystemExit(0)", [False, False]),
+    ("x = bytearray(2 * 2**30)", []),
+    ("def add(a, b):\n    return [0] * 2**29 and 3", [False, False]),
+    ("with open('f', 'wb') as file:\n    file.write(bytes(2**21))", []),
+    ("def add(a, b):\n    return add(b, a)", [False, False]),
+    ("import os\nos.fork()", []),
+    ("import subprocess\nsubprocess.run(['true'])", []),
+    ("import os\nos.system('true') == 0 or 1 / 0", []),
+    ("import multiprocessing\nmultiprocessing.Process(target=print).start()", []),
+    ("import threading\nthread = threading.Thread(target=print)\nthread.start()\nthread.join()\n" + GOOD, [True, True]),
+    ("import os\nassert not {'SECRET', 'HF_TOKEN'} & {*os.environ} and os.listdir('.') == []\n" + GOOD, [True, True]),
+    ("import grpo_core_is_not_here", []),
+    ("print('1' * 1000)\n" + GOOD, [True, True]),
+])  # fmt: skip
+def test_limits(code, passed, monkeypatch):
+    monkeypatch.setenv("SECRET", "x")
+    assert run_tests(code, TESTS, LIMITS) == passed
+
+
+def test_a_program_without_end_costs_its_seconds_and_what_passed_before_counts():
+    start = time.monotonic()
+    tests = [TESTS[0], "while True: pass", TESTS[1]]
+    assert run_tests(GOOD, tests, {**LIMITS, "seconds": 1.0}) == [True] and 1 <= time.monotonic() - start < 3
+    asleep = "import time\ntime.sleep(100)"
+    assert run_tests(asleep, TESTS, {**LIMITS, "seconds": 0.5}) == [] and time.monotonic() - start < 4
+
+
+def test_it_leaves_no_file_and_no_descriptor(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+    assert judge("open('left', 'w').write('x')\n" + GOOD) == 1.0
+    assert os.listdir(tmp_path) == []
+    assert sys.platform != "linux" or len(os.listdir("/proc/self/fd")) == before
+
+
+def test_several_run_at_once_and_those_beyond_the_time_of_the_batch_are_not_judged():
+    start = time.monotonic()
+    asleep = block("import time\ntime.sleep(100)")
+    values = python_tests([asleep] * 6, tests=[TESTS] * 6, seconds=0.8, at_once=2, reward_timeout=2.5)
+    assert values == [0.0] * 4 + [None] * 2 and time.monotonic() - start < 2.5
+
+
+def test_it_runs_in_a_process_of_its_own_within_its_time():
+    reward = build_reward("python_tests", {"share": True}, timeout=20)
+    assert isinstance(reward, RewardWorker) and reward.args == {"share": True, "reward_timeout": 20}
+    reward.submit([block(GOOD), "none", "x"], {"tests": [TESTS, TESTS, None], "prompts": ["p"] * 3})
+    assert reward.result().values == [1.0, 0.0, None]
+    reward.close()
+    with pytest.raises(ConfigError, match=r"reward python_tests has the argument seconds 9; it must be below 8, 0.8 of trainer.reward_timeout"):
+        build_reward("python_tests", {"seconds": 9.0}, timeout=10)
+    with pytest.raises(ConfigError, match=r"at_once is 0; it must be above 0"):
+        REWARDS.build("python_tests", {"at_once": 0})
