@@ -214,10 +214,14 @@ class JudgeSession:
         except NoAnswer as error:
             return None, str(error)
 
-    async def stop(self) -> None:
-        """End all requests and close the connections."""
+    def cancel(self) -> None:
+        """End all requests."""
         for task in self._tasks.values():
             task.cancel()
+
+    async def stop(self) -> None:
+        """End all requests and close the connections."""
+        self.cancel()
         if self._http is not None:
             await self._http.aclose()
         self._answers.close()
@@ -229,8 +233,13 @@ class JudgeSession:
             return answer
         if key not in self._tasks:
             self._tasks[key] = asyncio.create_task(self._ask(key, body))
-            self._tasks[key].add_done_callback(lambda task: self._tasks.pop(key, None))
+            self._tasks[key].add_done_callback(lambda task: self._forget(key, task))
         return self._tasks[key]
+
+    def _forget(self, key: str, task: asyncio.Task) -> None:
+        del self._tasks[key]
+        if not task.cancelled():
+            task.exception()  # else asyncio prints the error of a request whose row nothing reads
 
     async def _ask(self, key: str, body: Mapping[str, Any]) -> str:
         async with self._limit:
@@ -267,6 +276,11 @@ class Judge:
         """Begin a step, which has the whole budget."""
         self._left = self.settings.budget
 
+    def ask_ahead(self, completions: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
+        """Begin to ask about completions that `submit` will bring later, without waiting."""
+        questions = write_questions(self.settings, completions, columns, self._show_prompt)
+        self._loop.start(self._on_loop(lambda: self._session.start(questions)))
+
     def submit(self, completions: Sequence[str], columns: Mapping[str, Sequence[Any]], group_size: int = 1) -> None:
         """Ask about a batch, as far as its answers are not kept."""
         questions = write_questions(self.settings, completions, columns, self._show_prompt)
@@ -278,10 +292,15 @@ class Judge:
         spent = self._loop.run(wait_for(self._rows, seconds))
         if self._left is not None:
             self._left = max(0.0, self._left - spent)
-        scores = self._loop.run(self._on_loop(lambda: [self._session.read(row) for row in self._rows]))
+        scores = self._loop.run(self._on_loop(self._read_rows))
         values = [score for score, _ in scores]
         reasons = [reason for _, reason in scores if reason is not None] + [*filter(None, [self._answers.problem])]
         return RewardOutcome(values, [value is None for value in values], self._explain(*reasons[:1]))
+
+    def _read_rows(self) -> list[tuple[float | None, str | None]]:
+        scores = [self._session.read(row) for row in self._rows]
+        self._session.cancel()
+        return scores
 
     def close(self) -> None:
         """End all requests."""

@@ -80,6 +80,27 @@ def start_step(rewards: Iterable[Reward]) -> None:
             reward.function.start_step()
 
 
+def ask_ahead(rewards: Iterable[Reward], tasks: Sequence[Task]) -> Callable[[int, list[str]], None] | None:
+    """Return a function that lets judges begin with the completions of a task; None without a judge.
+
+    It changes no value: `score` gives all completions to every reward, and a judge that has begun has its answers
+    sooner.
+    """
+    judges = [reward.function for reward in rewards if isinstance(reward.function, Judge)]
+
+    def ask(number: int, completions: list[str]) -> None:
+        for judge in judges:
+            judge.ask_ahead(completions, make_columns([tasks[number]] * len(completions)))
+
+    return ask if judges else None
+
+
+def make_columns(rows: Sequence[Task]) -> dict[str, list[Any]]:
+    """Return what a reward reads beside the completions: for each column, and the prompts, a value per completion."""
+    columns = {name: [task.columns[name] for task in rows] for name in rows[0].columns}
+    return {**columns, "prompts": [task.prompt for task in rows]}
+
+
 def score(
     rewards: Sequence[Reward],
     tasks: Sequence[Task],  # N
@@ -94,9 +115,7 @@ def score(
     Where a reward returns None or fails (see `reward_call.attempt`), it is left out of the sum. Without rewards the
     sum is NaN.
     """
-    rows = [task for task in tasks for _ in range(group_size)]
-    columns = {name: [task.columns[name] for task in rows] for name in rows[0].columns}
-    columns["prompts"] = [task.prompt for task in rows]
+    columns = make_columns([task for task in tasks for _ in range(group_size)])
     outcomes = _call_all(rewards, list(completions), columns, group_size)
     by_name, failed, failures = {}, {}, []
     for reward in rewards:
