@@ -115,7 +115,7 @@ def key_hint(key: str, value: Any = None) -> str | None:
 
 
 def value_hint(kind: str, value: Any) -> str | None:
-    """Return a hint for an unknown value, or None; `kind` is loss, advantage or engine.schedule."""
+    """Return a hint for an unknown value, or None; `kind` is loss, advantage, reward or engine.schedule."""
     hints, value = [], str(value)
     if kind == "loss" and value in LOSS_TYPES:
         loss, average = LOSS_TYPES[value]
@@ -126,4 +126,6 @@ def value_hint(kind: str, value: Any) -> str | None:
         hints.append(f"TRL's scale_rewards={value} is advantage.name={SCALES[value]}")
     if kind == "engine.schedule" and value in SCHEDULES:
         hints.append(f"use {SCHEDULES[value]}")
+    if kind == "reward" and "/" in value:
+        hints.append(f"the reward of a model is {{name: reward_model, args: {{path: {value}}}}}")
     return "; ".join(hints) or None

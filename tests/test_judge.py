@@ -468,6 +468,7 @@ def test_a_key_that_is_no_header_is_not_shown(key, monkeypatch):
     ({"at_once": 0}, "rewards[0].args.at_once is 0; it must be at least 1"),
     ({"budget": 0}, "rewards[0].args.budget is 0.0; it must be above 0"),
     ({"key_from": "my key-123"}, "key_from of the judge is no name of an environment variable; it names the one with the key"),
+    ({"options": {"model": "x"}}, "it must not have model, which the judge sets"),
     ({"options": [1]}, "rewards[0].args.options is [1]"),
 ])  # fmt: skip
 def test_arguments_that_cannot_be_are_refused_in_a_sentence(args, sentence):

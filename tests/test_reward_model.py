@@ -170,6 +170,8 @@ def test_the_configuration_names_a_path_and_correctness_is_no_reward_model():
         load(TINY, ["rewards=reward_model"])
     with pytest.raises(ConfigError, match=r"^evaluation.reward is 'reward_model', which needs the argument path"):
         load(TINY, ["evaluation.reward=reward_model"])
+    with pytest.raises(ConfigError, match=r"^unknown reward 'org/model'; the reward of a model is \{name: reward_model, args: \{path: org/model\}\}"):
+        load(TINY, ["rewards=org/model"])
     assert load(TINY, ["rewards={name: reward_model, args: {path: some/model}}"]).rewards[0].args == {"path": "some/model"}
     outcome = attempt(REWARDS.build("reward_model", {"path": "some/model"}), ["a"], {"prompts": ["b"]})
     assert "computes in a run" in outcome.why

@@ -66,6 +66,11 @@ def _check_pattern(pattern: str) -> str | None:
     return None if groups == 1 else "it must have one group, (...), around the number"
 
 
+def _check_options(options: dict[str, Any] | None) -> str | None:
+    taken = {"model", "messages"} & {*(options or {})}
+    return f"it must not have {min(taken)}, which the judge sets" if taken else None
+
+
 def _check_key_from(name: str) -> str | None:
     if VARIABLE.fullmatch(name):
         return None
@@ -137,6 +142,7 @@ class JudgeSettings:
         "template": _check_template,
         "pattern": _check_pattern,
         "key_from": _check_key_from,
+        "options": _check_options,
         "at_once": _at_least(1),
         "retries": _at_least(0),
         "request_timeout": _above_zero,
