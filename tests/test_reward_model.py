@@ -22,6 +22,7 @@ from grpo_core.batch import Task
 from grpo_core.commands.dry_run import describe_memory
 from grpo_core.config.files import load
 from grpo_core.config.sections import DataConfig, RewardConfig, RunConfig
+from grpo_core.data.turns import add_completion
 from grpo_core.model import reward_model
 from grpo_core.model.policy import load_policy
 from grpo_core.model.reward_model import check_reward_model, load_reward_model
@@ -106,6 +107,12 @@ def test_the_system_turn_of_the_policy_is_the_reward_models_too(tmp_path):
     values = score([Reward("reward_model", 1.0, load_here(tmp_path, **data))], [task], ["yes", "no"], 2).rewards.tolist()[0]
     chats = [f"<system>Be brief.|<user>Q: Why?|<assistant>{text}|" for text in ("yes", "no")]
     assert values == pytest.approx(plain_logits(tmp_path, chats, special=False), abs=2e-5)
+
+
+def test_a_completion_is_a_turn_of_the_assistant_or_the_rest_of_one():
+    turns = [{"role": "user", "content": "a"}]
+    assert add_completion(turns, "b") == [*turns, {"role": "assistant", "content": "b"}]
+    assert add_completion([*turns, {"role": "assistant", "content": "b"}], "c") == [*turns, {"role": "assistant", "content": "bc"}]
 
 
 def test_a_value_depends_on_its_own_group_alone(tmp_path, monkeypatch):

@@ -107,30 +107,6 @@ def render_prompt(row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBa
     return render_chat([*system, {"role": "user", "content": text}], tokenizer, config)
 
 
-def make_conversation(row: Row, config: DataConfig) -> list[dict[str, str]]:
-    """Return the turns that the prompt of a row consists of: data.system, and data.template as the user's turn.
-
-    Raises:
-        ConfigError: a column of the template is missing or holds neither text nor a number.
-    """
-    _check_template_columns([row], ["a row"], config.template)
-    system = [{"role": "system", "content": config.system}] if config.system and config.prompt == "chat" else []
-    return [*system, {"role": "user", "content": config.template.format(**row)}]
-
-
-def show_prompt(prompt: str, row: Row, config: DataConfig) -> str:
-    """Return the prompt of a row without the tokens of the policy's chat template: its turns, the roles in front.
-
-    A user's turn alone is its text.
-    """
-    if config.prompt != "chat":
-        return prompt
-    turns = make_conversation(row, config)
-    if len(turns) == 1:
-        return turns[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-
-
 def render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
     """Return a chat in the model's chat template, up to the place where the assistant's turn begins.
 

@@ -24,7 +24,7 @@ from transformers import (
 from grpo_core.batch import Task
 from grpo_core.config.sections import DataConfig, ModelConfig, RunConfig
 from grpo_core.counts import quantify
-from grpo_core.data.prompts import make_conversation
+from grpo_core.data.turns import add_completion, list_turns
 from grpo_core.model.base_model import describe_wrong_weights
 from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.loading import (
@@ -96,8 +96,8 @@ def encode(
 ) -> list[int]:
     """Return the tokens that the reward model sees of a completion; `row` has the columns of the prompt's task."""
     if tokenizer.chat_template:
-        messages = [*make_conversation(row, data), {"role": "assistant", "content": completion}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        turns = add_completion(list_turns(row, data), completion)
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     return tokenizer(prompt + completion)["input_ids"]
 

@@ -15,9 +15,10 @@ from grpo_core.config.sections import RunConfig, SamplingConfig
 from grpo_core.counts import quantify
 from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.eval_sets import group_by_set, name_set
-from grpo_core.data.prompts import encode_teacher_prompts, show_prompt
+from grpo_core.data.prompts import encode_teacher_prompts
 from grpo_core.data.rows import name_split
 from grpo_core.data.tasks import find_offered_tasks, read_tasks
+from grpo_core.data.turns import show_prompt
 from grpo_core.distributed import ranks
 from grpo_core.model.adapter_check import check_targets
 from grpo_core.model.loading import (
