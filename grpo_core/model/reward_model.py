@@ -6,6 +6,7 @@ the rows of a prompt are one batch, or several of at most MAX_TOKENS, whatever e
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -145,7 +146,7 @@ def check_reward_model(config: RunConfig, tasks: Sequence[Task]) -> None:
             f"{_key(config)} is {path!r}, whose tokenizer has no chat template, but data.prompt is chat; choose a "
             f"reward model with a chat template, or data.prompt template"
         )
-    longest = sorted(tasks, key=lambda task: -len(task.prompt))[:MAX_MEASURED]
+    longest = heapq.nlargest(MAX_MEASURED, tasks, key=lambda task: len(task.prompt))
     try:
         rows = [encode(tokenizer, config.data, task.prompt, "", task.columns) for task in longest]
     except ConfigError:
