@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import threading
 import time
 from contextlib import contextmanager
@@ -9,8 +10,9 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
+import conftest
 import pytest
-from conftest import ROOT
+from conftest import ROOT, start_two_ranks
 from test_loop import make_run, rows
 
 from grpo_core.batch import Task
@@ -524,9 +526,7 @@ def test_a_run_that_is_resumed_or_replayed_asks_nothing_again(tmp_path, here):
         assert done.returncode == 0, done.stderr
         before, asked = rows(tmp_path / "judged"), len(server.requests)
         assert all(row["rewards/judge_std"] > 0 and row["failed/judge"] == 0 for row in before) and 16 < asked <= 48
-        (last,) = (path for path in (tmp_path / "judged" / "checkpoints").glob("step-*3"))
-        for path in (*last.iterdir(), last):
-            path.rmdir() if path.is_dir() else path.unlink()
+        shutil.rmtree(tmp_path / "judged" / "checkpoints" / "step-000003")
         done = here("train", *words, "trainer.num_steps=3", "resume=auto")
         assert done.returncode == 0 and len(server.requests) == asked, done.stderr
         after = rows(tmp_path / "judged")
@@ -535,3 +535,19 @@ def test_a_run_that_is_resumed_or_replayed_asks_nothing_again(tmp_path, here):
         assert len(server.requests) == asked
     written = [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
     assert written == [] and KEY not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_keep_a_file_each_and_one_rank_reads_both(tmp_path, here, environment):
+    with serving(lambda question, number: chat(f"Score: {sum(map(ord, question)) % 11}")) as server:
+        reward = json.dumps([{"name": "judge", "args": {"url": server.url, "model": "m", "at_once": 4}}])
+        words = ["--config", TINY, *SHORT, f"rewards={reward}", f"output_dir={tmp_path}", "name=two", "checkpoint.every=1"]
+        environment = {**environment, "JUDGE_API_KEY": KEY}
+        codes, written = conftest.wait_for(start_two_ranks("-m", "grpo_core", "train", *words, "trainer.num_steps=2", environment=environment))
+        assert codes == [0, 0] and KEY not in str(written), written
+        before, asked = rows(tmp_path / "two"), len(server.requests)
+        assert server.most_open <= 4 and {path.name for path in (tmp_path / "two" / "judge").iterdir()} == {"rank-0.jsonl", "rank-1.jsonl"}
+        shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-000002")
+        done = here("train", *words, "trainer.num_steps=2", "resume=auto")
+        assert done.returncode == 0 and len(server.requests) == asked, done.stderr
+    assert [row["reward"] for row in rows(tmp_path / "two")] == [row["reward"] for row in before]

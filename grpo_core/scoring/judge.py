@@ -47,7 +47,9 @@ def list_template_columns(template: str) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in PARTS]
 
 
-def _check_template(template: str) -> str | None:
+def _check_template(template: str | None) -> str | None:
+    if template is None:
+        return None
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
@@ -92,7 +94,7 @@ class JudgeSettings:
 
     url: str
     model: str
-    template: str = TEMPLATE
+    template: str | None = None  # None: TEMPLATE
     pattern: str = PATTERN  # its last match in the answer is the score
     lowest: float = 0.0  # a score outside of these limits is a failure
     highest: float = 10.0
@@ -134,7 +136,7 @@ class JudgeSettings:
     NAME,
     required=("url", "model"),
     needs=("httpx", "judge"),
-    reads=lambda template=TEMPLATE, **args: list_template_columns(template),
+    reads=lambda template=None, **args: list_template_columns(template or TEMPLATE),
     argument_limits={
         "url": lambda url: (
             None if url.startswith(("http://", "https://")) else "it must begin with http:// or https://"
@@ -155,7 +157,7 @@ async def judge(
     prompts: Sequence[str],
     url: str = "",
     model: str = "",
-    template: str = JudgeSettings.template,
+    template: str | None = JudgeSettings.template,
     pattern: str = JudgeSettings.pattern,
     lowest: float = JudgeSettings.lowest,
     highest: float = JudgeSettings.highest,
@@ -349,13 +351,14 @@ def write_questions(
     show_prompt: Callable[[str, Mapping[str, Any]], str] = lambda prompt, row: prompt,
 ) -> list[str | NoAnswer]:
     """Return the filled template for each completion, or why it cannot be filled in."""
+    template = TEMPLATE if settings.template is None else settings.template
     questions: list[str | NoAnswer] = []
     for i, completion in enumerate(completions):
         row = {name: values[i] for name, values in columns.items()}
         prompt = row.pop("prompts", "")
         try:
             parts = {"prompt": show_prompt(prompt, row), "completion": completion}
-            questions.append(settings.template.format(**{**row, **parts}))
+            questions.append(template.format(**{**row, **parts}))
         except Exception as error:  # the values of columns are of any type
             questions.append(NoAnswer(f"cannot be asked, because its template cannot be filled in: {error!r}"))
     return questions
