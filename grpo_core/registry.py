@@ -139,6 +139,9 @@ class Registry:
         """
         function, key = self.get(name), key or f"{self.kind}.args"
         args = check_arguments(function, args or {}, key)
+        for argument in get_fact(function, "required", ()):
+            if not args.get(argument):
+                raise ConfigError(f"{key}.{argument} is not set, and the {self.kind} {name} needs it")
         for argument, check in (get_fact(function, "argument_limits") or {}).items():
             if argument in args and (must_be := check(args[argument])):
                 raise ConfigError(f"{key}.{argument} is {args[argument]!r}; {must_be}")

@@ -68,7 +68,7 @@ OPTION_HINTS = {  # TRL option -> what to use here
     "run_name": "name",
     "logging_steps": "log.every",
     "log_completions": "log.completions",
-    "report_to": "log.tensorboard=true or log.wandb=PROJECT",
+    "report_to": "log.tensorboard=true, log.wandb=PROJECT, log.trackio=PROJECT or log.mlflow=EXPERIMENT",
     "push_to_hub": "the command python -m grpo_core export RUN --push ORG/NAME after the run",
     "hub_model_id": "the command python -m grpo_core export RUN --push ORG/NAME after the run",
 }
@@ -134,4 +134,6 @@ def value_hint(kind: str, value: Any) -> str | None:
         hints.append(f"instead of TRL's {value} use {REWARDS[value]}")
     if kind == "engine.schedule" and value in SCHEDULES:
         hints.append(f"use {SCHEDULES[value]}")
+    if kind == "reward" and "/" in value:
+        hints.append(f"the reward of a model is {{name: reward_model, args: {{path: {value}}}}}")
     return "; ".join(hints) or None

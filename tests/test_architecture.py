@@ -32,6 +32,9 @@ HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 PLACES = {  # heavy dependency -> the modules that may import it
     "click": {"cli"},
     "wandb": {"monitor/trackers"},
+    "trackio": {"monitor/trackers"},
+    "mlflow": {"monitor/trackers"},
+    "httpx": {"scoring/chat_client"},
     "deepspeed": {"training/engine"},
     "peft": {"model/adapter", "model/policy"},
     "datasets": {"data/rows"},

@@ -122,6 +122,8 @@ def test_attack_5_other_types_are_read_as_before(tmp_path):
     for word in ("true", "no"):
         with pytest.raises(ValueError, match=f"log.wandb is '{word}'; it must be the name of a project, or null"):
             load_text(tmp_path, f"log: {{wandb: {word}}}\n")
+    with pytest.raises(ValueError, match="log.mlflow is 'on'; it must be the name of an experiment, or null"):
+        load_text(tmp_path, "log: {mlflow: on}\n")
 
 
 EMPTY = ["trainer:\n", "trainer: # nothing\n", "trainer: {}\n", "trainer: null\n", "data: {columns: }\n", "loss: {args: , rollout_correction: }\n",

@@ -134,7 +134,7 @@ def test_in_the_configuration(train, overrides, sentence):
     ("engine.lr_scheduler_type=cosine", "use engine.schedule"),
     ("engine.schedule=constant_with_warmup", "engine.schedule is 'constant_with_warmup'; use constant, with engine.warmup_steps"),
     ("engine.schedule=greedy", "engine.schedule is 'greedy'; it must be one of cosine, linear, constant"),
-    ("report_to=wandb", "use log.tensorboard=true or log.wandb=PROJECT"),
+    ("report_to=wandb", "use log.tensorboard=true, log.wandb=PROJECT, log.trackio=PROJECT or log.mlflow=EXPERIMENT"),
     ("use_vllm=true", "TRL's use_vllm has no counterpart, because the sampler"),
     ("peft_config.r=8", "use the section lora"),
     ("loss_type=dapo", "unknown key loss_type; TRL's dapo is loss.name=grpo with loss.average=token; preset=dapo sets the complete objective"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,12 +24,13 @@ from grpo_core.model.families import head_dim
 from grpo_core.model.memory import Taught, find_budgets
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.quieten import quieten
+from grpo_core.model.reward_model import RewardModel
 from grpo_core.model.teacher import Teacher, load_teacher
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.random_keys import make_key
 from grpo_core.report.eval_sets import label_set
 from grpo_core.schema import ConfigError, printable
-from grpo_core.scoring.scoring import score
+from grpo_core.scoring.scoring import Reward, score
 from grpo_core.training.deepspeed_config import deepspeed_config
 from grpo_core.training.prepare import Prepared, check_routing, make_rewards, make_sampler, prepare, prepare_teacher
 from grpo_core.training.resume import RunStart, check_num_steps, look_up_start
@@ -88,10 +89,11 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
         teacher = load_teacher(config, policy, dtype, ranks.device())
         policy.model.to(ranks.device())
         check_routing(config, policy)
-    yield "Memory of one process\n" + _indent(describe_memory(config, policy, tasks, per_rank, teacher))
+        rewards = make_rewards(config)
+    yield "Memory of one process\n" + _indent(describe_memory(config, policy, tasks, per_rank, teacher, rewards))
     if step < num_steps:
         yield f"One group{_of_step(step)}, sampled and scored\n" + _indent(
-            describe_group(config, policy, tokenizer, first)
+            describe_group(config, policy, tokenizer, first, rewards)
         )
     conflict = _describe_conflict(folder, config)
     yield f"Nothing was written. Without --dry-run the run folder would be {folder}{conflict}."
@@ -179,7 +181,12 @@ def describe_prompt(task: Task, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def describe_memory(
-    config: RunConfig, policy: Policy, tasks: list[Task], per_rank: int, teacher: Teacher | None = None
+    config: RunConfig,
+    policy: Policy,
+    tasks: list[Task],
+    per_rank: int,
+    teacher: Teacher | None = None,
+    rewards: Sequence[Reward] = (),
 ) -> str:
     """Return the bytes of weights, gradients, optimizer state and key-value cache, one per line.
 
@@ -209,6 +216,13 @@ def describe_memory(
     if of_teacher:
         count = sum(p.numel() for p in of_teacher)
         lines.insert(1, f"{_format_bytes(_count_bytes(of_teacher))} weights of the teacher ({count:,} parameters)")
+    for reward in rewards:
+        if isinstance(reward.function, RewardModel):
+            of_reward = reward.function.parameters()
+            count = sum(p.numel() for p in of_reward)
+            lines.insert(
+                1, f"{_format_bytes(_count_bytes(of_reward))} weights of the reward model ({count:,} parameters)"
+            )
     if not torch.cuda.is_available():
         return "\n".join([*lines, "the activations of an update are not included: they are measured on a GPU only"])
     torch.cuda.reset_peak_memory_stats()
@@ -226,10 +240,12 @@ def cache_bytes_per_token(policy: Policy) -> int:
     return 2 * config.num_hidden_layers * heads * head_dim(config) * policy.causal_lm.dtype.itemsize
 
 
-def describe_group(config: RunConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, task: Task) -> str:
+def describe_group(
+    config: RunConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, task: Task, rewards: Sequence[Reward]
+) -> str:
     """Sample and score one group; return its completions with their rewards."""
     lines: list[str] = []
-    sampler, rewards = make_sampler(config.sampling, policy, tokenizer, lines.append), make_rewards(config)
+    sampler = make_sampler(config.sampling, policy, tokenizer, lines.append)
     with show_elapsed("sampling one group"):
         rollouts = sampler.generate([task], config.sampling.group_size)
     scores = score(rewards, [task], rollouts.completions, config.sampling.group_size)

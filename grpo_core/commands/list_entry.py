@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from grpo_core.config.files import to_inline_yaml
 from grpo_core.config.formula import get_formula
+from grpo_core.registry import get_fact
 from grpo_core.schema import keyword_arguments
 
 INDENT = " " * 24  # of every line below an entry's first one
@@ -17,9 +18,11 @@ def format_entry(name: str, function: Callable) -> str:
     """Return the name and formula of a function; below them its arguments with defaults, and its sources."""
     lines = [f"  {name:<22} {get_formula(function)}"]
     if parameters := keyword_arguments(function):
-        lines.append(
-            f"{INDENT} args: {', '.join(f'{key} = {to_inline_yaml(p.default)}' for key, p in parameters.items())}"
-        )
+        required = get_fact(function, "required", ())
+        values = {
+            key: "(must be set)" if key in required else to_inline_yaml(p.default) for key, p in parameters.items()
+        }
+        lines.append(f"{INDENT} args: {', '.join(f'{key} = {value}' for key, value in values.items())}")
     if sources := find_sources(function):
         lines.append(f"{INDENT} {', '.join(sources)}")
     return "\n".join(lines)

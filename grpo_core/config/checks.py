@@ -50,8 +50,10 @@ def check(config: RunConfig) -> None:
     _check_selection(config)
     _check_objective(config)
     check_teacher(config)
-    if (config.log.wandb or "").lower() in ("true", "false", "yes", "no", "on", "off"):
-        raise ConfigError(f"log.wandb is {config.log.wandb!r}; it must be the name of a project, or null")
+    for name, noun in (("wandb", "a project"), ("trackio", "a project"), ("mlflow", "an experiment")):
+        value = getattr(config.log, name)
+        if (value or "").lower() in ("true", "false", "yes", "no", "on", "off"):
+            raise ConfigError(f"log.{name} is {value!r}; it must be the name of {noun}, or null")
     if config.name in ("", ".", "..") or "/" in config.name:
         raise ConfigError(f"name is {config.name!r}; it must be the name of one folder, which is created in output_dir")
     if config.resume is not None and config.overwrite:
@@ -112,6 +114,11 @@ def _check_secrets(value: Any, key: str) -> None:
 def _check_rewards(config: RunConfig) -> None:
     function = REWARDS.get(config.evaluation.reward)
     _check_takes_completions(config.evaluation.reward, function)
+    if required := get_fact(function, "required"):
+        raise ConfigError(
+            f"evaluation.reward is {config.evaluation.reward!r}, which needs the argument {required[0]}; only a reward "
+            f"that needs no arguments can measure the accuracy"
+        )
     if problem := _describe_wrong_arguments(config, function):
         raise ConfigError(f"evaluation.reward is {config.evaluation.reward!r}, whose argument {problem}")
     if reads_other_rewards(function):

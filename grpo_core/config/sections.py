@@ -265,6 +265,8 @@ class LogConfig:
     exact_kl_tokens: int = 256  # tokens per rank on which the KL is measured
     tensorboard: bool = False  # event files in <run folder>/tensorboard
     wandb: str | None = None  # name of a Weights & Biases project; null: off
+    trackio: str | None = None  # name of a trackio project; null: off
+    mlflow: str | None = None  # name of an MLflow experiment; null: off
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,13 @@ def _parse_structure(text: str, takes_text: bool, item: Any, key: str) -> Any:
             return text
         reason = " ".join(str(getattr(error, "problem", None) or first_line(error)).split())
         raise ConfigError(f"{key} is {text!r}, which is not YAML: {reason}") from None
-    is_template = isinstance(value, dict) and is_dataclass(item) and takes_text and set(value.values()) == {None}
+    is_template = (
+        isinstance(value, dict)
+        and is_dataclass(item)
+        and takes_text
+        and bool(value)
+        and all(inner is None for inner in value.values())
+    )
     return text if is_template and not value.keys() & {f.name for f in fields(item)} else value
 
 

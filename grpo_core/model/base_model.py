@@ -65,7 +65,7 @@ def load_base_model(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     _forget_names(base, names)
     if names:
         setattr(base, ATTRIBUTE, find_names(whole, base))
-    if problem := _describe_wrong_weights(report):
+    if problem := describe_wrong_weights(report):
         raise ConfigError(prefix + problem)
     check_finite(base, f"the model {model.path}")
     for note in _list_notes(base, {} if names else report):  # the towers of a composite model are not used
@@ -98,7 +98,7 @@ def _forget_names(model: PreTrainedModel, names: Mapping[str, str]) -> None:
         ]
 
 
-def _describe_wrong_weights(report: Mapping[str, Any]) -> str | None:
+def describe_wrong_weights(report: Mapping[str, Any]) -> str | None:
     """Return a clause about weights that the files lack or hold in another size; None if there are none."""
     if mismatched := sorted(report.get("mismatched_keys", ())):
         name, in_files, in_model = mismatched[0]

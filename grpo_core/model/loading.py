@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import (
@@ -229,3 +230,12 @@ def _hub_hint(path: str) -> str:
     if not is_folder and _is_hub_run(path):
         return f"; {path} is a run; did you mean {path}/adapter, downloaded into a folder?"
     return "" if is_folder else "; if the hub cannot be reached, set model.path to a folder that holds the model"
+
+
+@contextmanager
+def using_key(key: str) -> Iterator[None]:
+    """Let errors name `key` instead of model.path."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.path", key)) from error

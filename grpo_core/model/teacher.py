@@ -27,6 +27,7 @@ from grpo_core.model.loading import (
     describe_misfit,
     load_model_config,
     load_tokenizer,
+    using_key,
 )
 from grpo_core.model.logprobs import TeacherStates, is_frozen_linear
 from grpo_core.model.packing import Budget
@@ -89,7 +90,7 @@ def check_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None
     """
     teacher = config.teacher
     if teacher.path is not None:
-        with _named("teacher.path"):
+        with using_key("teacher.path"):
             own = load_tokenizer(teacher.path, config.model.trust_remote_code)
             model_config = load_model_config(model_of_teacher(config))
             check_vocabulary(model_config, tokenizer)
@@ -142,7 +143,7 @@ def load_teacher(config: RunConfig, policy: Policy, dtype: torch.dtype, device: 
     adapter = None if settings.adapter is None else Path(settings.adapter)
     if settings.path is not None:
         model = model_of_teacher(config)
-        with _named("teacher.path"):
+        with using_key("teacher.path"):
             own = load_policy(model, LoraConfig(r=0), dtype=dtype, temperature=policy.temperature, adapter=adapter)
         own.model.requires_grad_(False).to(device)
         return Teacher(own, shares_policy=False)
@@ -162,12 +163,3 @@ def load_teacher(config: RunConfig, policy: Policy, dtype: torch.dtype, device: 
         parameter.requires_grad_(False)
     check_finite(policy.model, f"the adapter in {adapter}")
     return teacher
-
-
-@contextmanager
-def _named(key: str) -> Iterator[None]:
-    """Let errors name `key` instead of model.path."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("model.path", key)) from error

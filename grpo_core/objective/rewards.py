@@ -17,6 +17,8 @@ Further facts about a reward, as attributes of the function:
     gold             {column: function}, which returns None for a gold answer that the reward cannot judge
     answer           function that returns the final answer of a completion, for the majority vote of an evaluation
     names_reward     argument that names another reward of the run
+    required         arguments that the configuration must set
+    reads            function that returns, for the arguments, the columns that they name
     check_arguments  function of all arguments by name, which returns "ARGUMENT is ...; it must be ...", or None
     own_process      True: the reward runs in a process of its own with a time limit, as a user's function does
     prepare          function that is called once, when that process starts
@@ -44,6 +46,7 @@ from grpo_core.registry import Registry
 
 OTHER_REWARDS = "other_rewards"
 MODULES = {  # of rewards that need more than mathematics
+    "judge": "grpo_core.scoring.judge",
     "math_equal": "grpo_core.scoring.math_equal",
     "python_tests": "grpo_core.scoring.python_tests",
 }
@@ -188,6 +191,15 @@ def countdown(
         is_allowed = solved is not None and not others and not (use_all and missing)
         rewards.append((1.0 if value == aim else other_value) if is_allowed else 0.0)
     return rewards
+
+
+@REWARDS.register("reward_model", required=("path",))
+def reward_model(completions: Sequence[str], *, prompts: Sequence[str], path: str = "") -> list[float | None]:
+    """The logit of a sequence classification model with one label at `path`, for the prompt and the completion.
+
+    A run computes it in the training process (model/reward_model.py), so it cannot be called as a function.
+    """
+    raise ValueError("reward_model computes in a run; load_reward_model in grpo_core.model.reward_model loads it")
 
 
 @REWARDS.register("length_by_pass_rate", names_reward="of")

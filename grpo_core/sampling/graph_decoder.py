@@ -94,6 +94,7 @@ class GraphDecoder:
         prompts, rows, longest = request.prompts, len(request.limits), int(request.limits.max())
         width, slots = max(len(prompt) for prompt in prompts), min(max_rows, rows)
         self._settings, self._group_size, self._is_stopped = request.settings, request.group_size, request.is_stopped
+        self._on_ended, self._reported = request.on_ended, torch.zeros(rows, dtype=torch.bool, device="cpu")
         self._prepare(width + longest, slots, rows, longest)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu").repeat_interleave(request.group_size)
         self._bounds = torch.stack([lengths, request.limits.cpu()]).to(self.device)  # START and LIMIT of each row
@@ -150,6 +151,7 @@ class GraphDecoder:
         while True:
             state = self._state[:, :n].cpu()
             done = self._mark_stopped(state, state[DONE] == 1)
+            self._report_ended(state[ROW, done])
             free = done.nonzero().squeeze(1)
             if started < rows and len(free):
                 free = free[: rows - started]
@@ -179,6 +181,16 @@ class GraphDecoder:
         stopped = live[self._is_stopped(ids, state[DRAWN, live]).cpu()]
         self._state[DONE, stopped.to(self._state.device)] = 1
         return done.index_fill(0, stopped, True)
+
+    def _report_ended(self, rows: Tensor) -> None:
+        """Pass on those of the rows that have ended which were not passed on before."""
+        if self._on_ended is None:
+            return
+        new = rows[~self._reported[rows]]
+        self._reported[new] = True
+        if len(new):
+            index = new.to(self._state.device)
+            self._on_ended(new, self._tables.ids[index], self._tables.lengths[index])
 
     def _steps_between_checks(self, n: int) -> int:
         """Return the steps of n rows between two checks for rows that have ended.

@@ -107,6 +107,9 @@ class PlainDecoder:
             if request.is_stopped is not None and (request.watch is not None or (t + 1) % STOP_EVERY == 0):
                 continues &= ~request.is_stopped(draws.ids[rows], draws.lengths[rows])
             if not continues.all():
+                if request.on_ended is not None:
+                    ended_rows = rows[~continues]
+                    request.on_ended(ended_rows, draws.ids[ended_rows], draws.lengths[ended_rows])
                 rows, token = rows[continues], token[continues]
                 live.select(continues.nonzero().squeeze(1))
             if len(rows) == 0:

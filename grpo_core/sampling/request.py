@@ -24,6 +24,8 @@ class DecodeRequest:
     watch: Watch | None = None  # only the plain decoder calls it
     # (ids [R, T], lengths [R]) -> [R] whether a row needs no more tokens, because a stop string is in it
     is_stopped: Callable[[Tensor, Tensor], Tensor] | None = None
+    # receives rows [R] that have drawn their last token, once each, with their ids [R, T] and lengths [R]
+    on_ended: Callable[[Tensor, Tensor, Tensor], None] | None = None
 
 
 @dataclass(frozen=True)

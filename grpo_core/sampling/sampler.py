@@ -25,6 +25,7 @@ from grpo_core.sampling.cache_check import find_method
 from grpo_core.sampling.computation import Computation, Unsupported
 from grpo_core.sampling.decode_ops import TorchOps
 from grpo_core.sampling.end_of_sequence import find_eos_ids
+from grpo_core.sampling.finished_groups import FinishedGroups, OnGroup
 from grpo_core.sampling.fused_model import FusedModel
 from grpo_core.sampling.graph_decoder import GraphDecoder
 from grpo_core.sampling.live_rows import pad_left
@@ -117,13 +118,15 @@ class Sampler:
         max_new_tokens: int | None = None,
         limits: Tensor | None = None,
         watch: Watch | None = None,
+        on_group: OnGroup | None = None,
     ) -> Rollouts:
         """Draw `group_size` completions of every task: B = N * G rows, prompt-major, of at most max_new_tokens tokens.
 
         `settings` replaces the sampler's temperature and `greedy`, and `max_new_tokens` its own. `limits` [B] int64, at
         least 1, lowers max_new_tokens for single rows. `watch` receives row indices and their tokens as they are drawn,
-        which needs the plain decoder. The log-probs are those of the drawn tokens at the sampling temperature, greedy
-        or not.
+        which needs the plain decoder. `on_group` receives the texts of a group as soon as all of its completions have
+        ended (finished_groups.py); it must return at once. The log-probs are those of the drawn tokens at the sampling
+        temperature, greedy or not.
 
         Raises:
             ConfigError: a prompt is empty, or too long for max_new_tokens to follow it; see also `check_model`.
@@ -141,7 +144,8 @@ class Sampler:
             limits = torch.full((len(tasks) * group_size,), longest, device="cpu")
         assert limits.shape == (len(tasks) * group_size,) and 1 <= limits.min() <= limits.max() <= longest
         is_stopped = self._stop and self._stop.are_in
-        draws = self._decode(DecodeRequest(prompts, group_size, limits, settings, noise, watch, is_stopped))
+        on_ended = None if on_group is None else FinishedGroups(group_size, self._decode_rows, on_group).add
+        draws = self._decode(DecodeRequest(prompts, group_size, limits, settings, noise, watch, is_stopped, on_ended))
         if self._stop:
             draws = self._stop.cut(draws, self.pad_id)
         prompt_ids, prompt_mask = (
@@ -208,6 +212,11 @@ class Sampler:
                     )
         decode = partial(decode_completions, self.tokenizer, hidden=self._hidden_ids)
         return StopStrings(stop, decode) if stop else None
+
+    def _decode_rows(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Return the texts of completions as they were drawn."""
+        rows = [self._stop.cut_row(row) for row in rows] if self._stop else rows
+        return decode_completions(self.tokenizer, rows, self._hidden_ids)
 
     def _decode_texts(self, draws: Draws) -> tuple[str, ...]:
         ids = [row[:length] for row, length in zip(draws.ids.tolist(), draws.lengths.tolist(), strict=True)]

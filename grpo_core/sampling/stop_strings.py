@@ -64,6 +64,10 @@ class StopStrings:
             routed_experts=None if draws.routed_experts is None else draws.routed_experts[:, :used],
         )
 
+    def cut_row(self, row: Sequence[int]) -> Sequence[int]:
+        """Return the ids of a completion up to the token that completes its first stop string."""
+        return row[: self._find_end(row)] if self._is_in(self.decode([row])[0]) else row
+
     def _find_end(self, row: Sequence[int]) -> int:
         """Return the least number of tokens of `row` whose text has a stop string; the text of all of them has one."""
         low, high = 1, len(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence, Set, ValuesView
@@ -11,6 +12,7 @@ from typing import Any
 
 from grpo_core.counts import quantify
 from grpo_core.objective.rewards import OTHER_REWARDS, takes_groups
+from grpo_core.registry import get_fact
 from grpo_core.schema import keyword_arguments, summarize_error
 from grpo_core.scoring.event_loop import shared_loop
 
@@ -79,7 +81,10 @@ def failed_outcome(count: int, why: str) -> RewardOutcome:
 def find_missing_columns(function: Callable, columns: Collection[str]) -> list[str]:
     """Return the columns that `function` needs and data with `columns` does not have."""
     available = {*columns, "completions", "prompts", OTHER_REWARDS}
-    return [name for name in list_needed_columns(function) if name not in available]
+    bound = function.keywords if isinstance(function, functools.partial) else {}
+    reads = get_fact(function, "reads")  # of the columns that its arguments name
+    needed = [*list_needed_columns(function), *(reads(**bound) if reads else ())]
+    return [name for name in needed if name not in available]
 
 
 def list_needed_columns(function: Callable) -> list[str]:

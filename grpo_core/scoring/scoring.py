@@ -15,10 +15,13 @@ from grpo_core.objective.rewards import OTHER_REWARDS, REWARDS
 from grpo_core.registry import get_fact
 from grpo_core.schema import keyword_arguments
 from grpo_core.scoring.async_reward import AsyncReward, is_async
+from grpo_core.scoring.judge import NAME as JUDGE
+from grpo_core.scoring.judge import Judge, JudgeSettings
+from grpo_core.scoring.kept_answers import KeptAnswers
 from grpo_core.scoring.reward_call import RewardOutcome, attempt
 from grpo_core.scoring.reward_worker import RewardWorker
 
-RunningReward = RewardWorker | AsyncReward  # takes a batch by `submit`, and returns its `result` later
+RunningReward = RewardWorker | AsyncReward | Judge  # takes a batch by `submit`, and returns its `result` later
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def build_reward(name: str, args: dict[str, Any] | None = None, *, timeout: floa
 
     A reward from a user's file, or with the fact `own_process`, runs in a process of its own. It, and an async reward,
     may take `timeout` seconds for a batch, which is also its argument `reward_timeout`, if it has one that `args` does
-    not set.
+    not set. A judge has a budget of its own.
 
     Raises:
         ConfigError: there is no such reward, or it does not take `args`.
@@ -56,6 +59,8 @@ def build_reward(name: str, args: dict[str, Any] | None = None, *, timeout: floa
     if "reward_timeout" in keyword_arguments(REWARDS.get(name)):
         args.setdefault("reward_timeout", timeout)
     function = REWARDS.build(name, args)
+    if name == JUDGE:
+        return Judge(JudgeSettings(**args), KeptAnswers(None))
     if ".py:" in name or get_fact(function, "own_process"):
         return RewardWorker(name, args, timeout)
     return AsyncReward(function, timeout) if is_async(function) else function
@@ -66,6 +71,34 @@ def close_rewards(functions: Iterable[Callable | RunningReward]) -> None:
     for function in functions:
         if isinstance(function, RunningReward):
             function.close()
+
+
+def start_step(rewards: Iterable[Reward]) -> None:
+    """Give the rewards that have a budget for each step a new one."""
+    for reward in rewards:
+        if isinstance(reward.function, Judge):
+            reward.function.start_step()
+
+
+def ask_ahead(rewards: Iterable[Reward], tasks: Sequence[Task]) -> Callable[[int, list[str]], None] | None:
+    """Return a function that lets judges begin with the completions of a task; None without a judge.
+
+    It changes no value: `score` gives all completions to every reward, and a judge that has begun has its answers
+    sooner.
+    """
+    judges = [reward.function for reward in rewards if isinstance(reward.function, Judge)]
+
+    def ask(number: int, completions: list[str]) -> None:
+        for judge in judges:
+            judge.ask_ahead(completions, make_columns([tasks[number]] * len(completions)))
+
+    return ask if judges else None
+
+
+def make_columns(rows: Sequence[Task]) -> dict[str, list[Any]]:
+    """Return what a reward reads beside the completions: for each column, and the prompts, a value per completion."""
+    columns = {name: [task.columns[name] for task in rows] for name in rows[0].columns}
+    return {**columns, "prompts": [task.prompt for task in rows]}
 
 
 def score(
@@ -82,9 +115,7 @@ def score(
     Where a reward returns None or fails (see `reward_call.attempt`), it is left out of the sum. Without rewards the
     sum is NaN.
     """
-    rows = [task for task in tasks for _ in range(group_size)]
-    columns = {name: [task.columns[name] for task in rows] for name in rows[0].columns}
-    columns["prompts"] = [task.prompt for task in rows]
+    columns = make_columns([task for task in tasks for _ in range(group_size)])
     outcomes = _call_all(rewards, list(completions), columns, group_size)
     by_name, failed, failures = {}, {}, []
     for reward in rewards:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
+from grpo_core.config.precision import resolve_dtype
 from grpo_core.config.sections import RunConfig, SamplingConfig
 from grpo_core.counts import quantify
 from grpo_core.data.encoding import describe_prompt_changes
@@ -15,6 +18,8 @@ from grpo_core.data.eval_sets import group_by_set, name_set
 from grpo_core.data.prompts import encode_teacher_prompts
 from grpo_core.data.rows import name_split
 from grpo_core.data.tasks import find_offered_tasks, read_tasks
+from grpo_core.data.turns import show_prompt
+from grpo_core.distributed import ranks
 from grpo_core.model.adapter_check import check_targets
 from grpo_core.model.loading import (
     check_lengths,
@@ -23,6 +28,8 @@ from grpo_core.model.loading import (
     load_tokenizer_of,
 )
 from grpo_core.model.policy import Policy
+from grpo_core.model.reward_model import NAME as REWARD_MODEL
+from grpo_core.model.reward_model import check_reward_model, load_reward_model
 from grpo_core.model.routing import check_can_route, check_has_routers
 from grpo_core.model.teacher import check_teacher, model_of_teacher
 from grpo_core.objective.advantages import ADVANTAGES
@@ -37,6 +44,9 @@ from grpo_core.registry import get_fact
 from grpo_core.sampling.end_of_sequence import check_eos_ids
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
+from grpo_core.scoring.judge import NAME as JUDGE
+from grpo_core.scoring.judge import Judge, JudgeSettings
+from grpo_core.scoring.kept_answers import KeptAnswers
 from grpo_core.scoring.reward_call import find_missing_columns
 from grpo_core.scoring.scoring import Reward, build_reward
 from grpo_core.training.gold_answers import check_gold_answers
@@ -86,6 +96,11 @@ def prepare(
     prompts = [task.prompt_ids for task in (*tasks, *eval_tasks)]
     check_lengths(prompts, config.sampling.max_new_tokens, model_config)
     check_targets(model_config, config.lora, config.model.trust_remote_code)
+    if scores_training_tasks:
+        check_reward_model(config, tasks)
+        for reward in config.rewards:
+            if reward.name == JUDGE:
+                JudgeSettings(**reward.args)  # refuses arguments that exclude each other
     for key, value in find_routing_keys(config).items():
         check_has_routers(model_config, key, value, config.model.trust_remote_code)
     return Prepared(tokenizer, model_config, tasks, eval_tasks, num_too_long, warnings)
@@ -146,11 +161,12 @@ def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task], 
     `source` names the data of all tasks; by default it is as configured.
     """
     data = config.data
-    uses = [(reward.name, tasks, source or name_split(data.path, data.split)) for reward in config.rewards]
-    sets = group_by_set(eval_tasks).items()
-    uses += [(config.evaluation.reward, set_tasks, source or name_set(config, name)) for name, set_tasks in sets]
-    for name, rows, place in uses:
-        if rows and (missing := find_missing_columns(REWARDS.get(name), rows[0].columns)):
+    place = source or name_split(data.path, data.split)
+    uses = [(reward.name, reward.args, tasks, place) for reward in config.rewards]
+    for set_name, set_tasks in group_by_set(eval_tasks).items():
+        uses.append((config.evaluation.reward, {}, set_tasks, source or name_set(config, set_name)))
+    for name, args, rows, place in uses:
+        if rows and (missing := find_missing_columns(REWARDS.build(name, args), rows[0].columns)):
             columns = ", ".join(rows[0].columns)
             raise ConfigError(
                 f"reward {name} needs the column {missing[0]!r}, but the data has only the columns {columns}; "
@@ -202,15 +218,31 @@ def build_objective(config: RunConfig) -> Objective:
     )
 
 
-def make_rewards(config: RunConfig) -> list[Reward]:
-    """Return the configured rewards with their arguments bound. A reward from a user's file runs in its own process."""
-    timeout = config.trainer.reward_timeout
-    return [
-        Reward(
-            r.name, r.weight, build_reward(r.name, r.args, timeout=timeout), reads_other_rewards(REWARDS.get(r.name))
-        )
-        for r in config.rewards
-    ]
+def make_rewards(config: RunConfig, folder: Path | None = None) -> list[Reward]:
+    """Return the configured rewards with their arguments bound.
+
+    A reward from a user's file runs in its own process; a reward model's weights are loaded onto this rank's device; a
+    judge keeps its answers in the run folder `folder`, if there is one.
+    """
+    timeout, rewards = config.trainer.reward_timeout, []
+    for reward in config.rewards:
+        if reward.name == REWARD_MODEL:
+            function = load_reward_model(config, resolve_dtype(config.model.precision), ranks.device())
+        elif reward.name == JUDGE:
+            function = make_judge(config, reward.args, folder)
+        else:
+            function = build_reward(reward.name, reward.args, timeout=timeout)
+        reads_others = reads_other_rewards(REWARDS.get(reward.name))
+        rewards.append(Reward(reward.name, reward.weight, function, reads_others))
+    return rewards
+
+
+def make_judge(config: RunConfig, args: dict[str, Any], folder: Path | None) -> Judge:
+    """Return the judge of this rank, which gets its share of the requests at a time, but at least one."""
+    settings = JudgeSettings(**args)
+    settings = replace(settings, at_once=max(1, settings.at_once // ranks.world_size()))
+    answers = KeptAnswers(None if folder is None else folder / "judge", ranks.rank())
+    return Judge(settings, answers, show_prompt=lambda prompt, row: show_prompt(prompt, row, config.data))
 
 
 def make_sampler(

@@ -21,7 +21,7 @@ from grpo_core.objective.advantages import compute_advantages, tie_small_spreads
 from grpo_core.objective.inputs import CORRECTION_INPUTS
 from grpo_core.objective.objective import Objective
 from grpo_core.registry import get_fact
-from grpo_core.scoring.scoring import Scores, score
+from grpo_core.scoring.scoring import Scores, ask_ahead, score, start_step
 from grpo_core.training.distillation import add_teacher_advantages
 from grpo_core.training.run import Run
 
@@ -33,6 +33,7 @@ def collect(run: Run, step: int, stats: Stats) -> tuple[list[Task], Rollouts, Sc
     times at most. DAPO, arXiv:2503.14476.
     """
     tasks = run.tasks.batch(step)
+    start_step(run.rewards)
     rollouts, scores = _sample_and_score(run, tasks)
     if run.config.sampling.dynamic_attempts:
         tasks, rollouts, scores = _resample(run, step, stats, tasks, rollouts, scores)
@@ -181,7 +182,8 @@ def groups_without_signal(objective: Objective, rollouts: Rollouts, scores: Scor
 def _sample_and_score(run: Run, tasks: list[Task]) -> tuple[Rollouts, Scores]:
     group_size = run.config.sampling.group_size
     with run.log.phase("sample"):
-        rollouts = run.sampler.generate(tasks, group_size)
+        on_group = ask_ahead(run.rewards, tasks)  # finished groups are judged while others still decode
+        rollouts = run.sampler.generate(tasks, group_size, **({"on_group": on_group} if on_group else {}))
     with run.log.phase("reward"):
         return rollouts, score(run.rewards, tasks, rollouts.completions, group_size)
 

@@ -148,6 +148,7 @@ def assemble(
     longest = (max(len(task.prompt_ids) for task in tasks), longest_completion or config.sampling.max_new_tokens)
     rows = trainer.completions_per_step // world_size // trainer.num_minibatches
     taught = None if teacher is None else Taught(teacher, find_longest_teacher_prompt(tasks))
+    rewards = make_rewards(config, start.folder)  # before the budgets: a reward model takes memory
     return Run(
         config=config,
         folder=start.folder,
@@ -160,7 +161,7 @@ def assemble(
         policy=policy,
         sampler=make_sampler(config.sampling, policy, tokenizer, log.info, records_routing=True),
         engine=engine,
-        rewards=make_rewards(config),
+        rewards=rewards,
         eval_reward=build_reward(config.evaluation.reward, timeout=trainer.reward_timeout),
         objective=build_objective(config),
         budgets=find_budgets(config, policy, longest, rows, log.info, taught),

@@ -1,0 +1,43 @@
+"""The prompt of a row as turns, for a judge and a reward model, which have chat templates of their own."""
+
+from __future__ import annotations
+
+from grpo_core.config.sections import DataConfig
+from grpo_core.data.prompts import is_text, list_template_fields
+from grpo_core.data.rows import Row
+from grpo_core.schema import ConfigError
+
+Turn = dict[str, str]  # role and content
+
+
+def list_turns(row: Row, config: DataConfig) -> list[Turn]:
+    """Return the turns that the prompt of a row consists of: data.system, and data.template as the user's turn.
+
+    Raises:
+        ConfigError: a column of the template is missing or holds neither text nor a number.
+    """
+    for name in list_template_fields(config.template):
+        if not is_text(row.get(name)):
+            raise ConfigError(f"data.template uses the column {name!r}, which holds no text")
+    system = [{"role": "system", "content": config.system}] if config.system and config.prompt == "chat" else []
+    return [*system, {"role": "user", "content": config.template.format(**row)}]
+
+
+def add_completion(turns: list[Turn], completion: str) -> list[Turn]:
+    """Return the turns with the completion as the assistant's, or as the rest of its turn if that is the last."""
+    if turns[-1]["role"] != "assistant":
+        return [*turns, {"role": "assistant", "content": completion}]
+    return [*turns[:-1], {**turns[-1], "content": turns[-1]["content"] + completion}]
+
+
+def show_prompt(prompt: str, row: Row, config: DataConfig) -> str:
+    """Return the prompt of a row without the tokens of the policy's chat template: its turns, the roles in front.
+
+    A user's turn alone is its text.
+    """
+    if config.prompt != "chat":
+        return prompt
+    turns = list_turns(row, config)
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
