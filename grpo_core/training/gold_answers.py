@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from grpo_core.batch import Task
@@ -56,16 +57,56 @@ def check_gold_answers(
     return sentences
 
 
+def drop_unjudged(
+    config: RunConfig, tasks: list[Task], eval_tasks: list[Task]
+) -> tuple[list[Task], list[Task], list[str]]:
+    """Leave out the tasks whose gold answers cannot be judged, if data.bad_rows is drop, with a sentence that counts.
+
+    That is a training task that none of the rewards with a gold answer can judge, and an evaluation task that
+    evaluation.reward cannot judge. Where no task would be left they all stay, for `check_gold_answers` to refuse.
+    """
+    if config.data.bad_rows != "drop":
+        return tasks, eval_tasks, []
+    sentences, parts = [], []
+    uses = (("training", config.rewards, tasks), ("evaluation", [RewardConfig(config.evaluation.reward)], eval_tasks))
+    for kind, rewards, rows in uses:
+        readers = [reader for reward in rewards if (reader := _list_readers(reward))]
+        unjudged = {i for i, task in enumerate(rows) if readers and not any(_can_judge(task, x) for x in readers)}
+        if not unjudged or len(unjudged) == len(rows):
+            parts.append(rows)
+            continue
+        parts.append([task for i, task in enumerate(rows) if i not in unjudged])
+        examples = ", ".join(f"row {rows[i].index + 1}" for i in sorted(unjudged)[:MAX_EXAMPLES])
+        sentences.append(
+            f"{quantify(len(unjudged), 'row is', 'rows are')} left out of {quantify(len(rows), 'row')} of the {kind} "
+            f"data, because data.bad_rows is drop and no reward can judge the gold answer: {examples}"
+        )
+    return parts[0], parts[1], sentences
+
+
 def find_unjudged(reward: RewardConfig, tasks: Sequence[Task]) -> dict[str, list[Task]]:
     """Return the tasks that a reward cannot judge, by the column with the gold answer; only columns that have some."""
     unread: dict[str, list[Task]] = {}
-    for column, read in (get_fact(REWARDS.get(reward.name), "gold") or {}).items():
-        names = [*inspect.signature(read).parameters][1:]
-        args = {name: value for name, value in reward.args.items() if name in names}
-        rows = [task for task in tasks if read(task.columns[column], **args) is None]
+    for column, read in _list_readers(reward).items():
+        rows = [task for task in tasks if read(task.columns[column]) is None]
         if rows:
             unread[column] = rows
     return unread
+
+
+def _list_readers(reward: RewardConfig) -> dict[str, Callable[[Any], Any]]:
+    """Return the columns with the gold answers of a reward, each with the function that reads it, arguments bound."""
+    readers = {}
+    for column, read in (get_fact(REWARDS.get(reward.name), "gold") or {}).items():
+        names = [*inspect.signature(read).parameters][1:]
+        readers[column] = partial(read, **{name: value for name, value in reward.args.items() if name in names})
+    return readers
+
+
+def _can_judge(task: Task, readers: dict[str, Callable[[Any], Any]]) -> bool:
+    """Return whether a task has a gold answer in every column; a missing column is reported by `check_columns`."""
+    values = [(task.columns[column], read) for column, read in readers.items() if column in task.columns]
+    return all(value is not None and read(value) is not None for value, read in values)
 
 
 def _describe_remedy(config: RunConfig, kind: str) -> str:

@@ -39,7 +39,7 @@ from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.reward_call import find_missing_columns
 from grpo_core.scoring.scoring import Reward, build_reward
-from grpo_core.training.gold_answers import check_gold_answers
+from grpo_core.training.gold_answers import check_gold_answers, drop_unjudged
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,12 @@ def prepare(
     offered = find_offered_tasks(config) if tokenizer is None else None
     if tokenizer is None:
         tokenizer = load_tokenizer_of(config)
-    tasks, eval_tasks, (num_too_long, num_eval_too_long) = offered or read_tasks(config, tokenizer)
+    tasks, eval_tasks, (num_too_long, num_eval_too_long), notes = offered or read_tasks(config, tokenizer)
     scored_tasks = tasks if scores_training_tasks else []
+    scored_tasks, eval_tasks, sentences = drop_unjudged(config, scored_tasks, eval_tasks)
+    tasks = scored_tasks if scores_training_tasks else tasks
     check_columns(config, scored_tasks, eval_tasks)
-    warnings = describe_prompt_changes(tokenizer, config.data, [*tasks, *eval_tasks])
+    warnings = notes + sentences + describe_prompt_changes(tokenizer, config.data, [*tasks, *eval_tasks])
     warnings += check_gold_answers(config, scored_tasks, eval_tasks)
     if num_eval_too_long:
         warnings.append(_describe_long_eval_prompts(config, num_eval_too_long))
