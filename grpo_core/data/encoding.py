@@ -121,7 +121,14 @@ def _describe_chat_template(tokenizer: PreTrainedTokenizerBase, config: DataConf
 
 
 def encode_targets(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], texts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of each task's target as they continue its prompt, without an end-of-sequence token.
+    """Return the token ids of each task's target as they continue its prompt, without an end-of-sequence token."""
+    return encode_continuations(tokenizer, [task.prompt for task in tasks], texts)
+
+
+def encode_continuations(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], texts: Sequence[str]
+) -> list[list[int]]:
+    """Return the token ids of texts as they continue their prompts.
 
     A tokenizer that marks the beginning of a text, as SentencePiece does with a space, would mark that of a target too,
     where sampling never meets it. There the target is encoded behind its prompt, or behind another text if the prompt's
@@ -136,10 +143,9 @@ def encode_targets(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], te
     alone = encode(texts)
     if not _marks_beginnings(tokenizer):
         return alone
-    prompts = encode([task.prompt for task in tasks])
-    whole = encode([task.prompt + text for task, text in zip(tasks, texts, strict=True)])
+    whole = encode([prompt + text for prompt, text in zip(prompts, texts, strict=True)])
     rows = []
-    for i, (prompt, row) in enumerate(zip(prompts, whole, strict=True)):
+    for i, (prompt, row) in enumerate(zip(encode(prompts), whole, strict=True)):
         ids = row[len(prompt) :] if row[: len(prompt)] == prompt else None
         rows.append(_encode_behind_anchor(encode, texts[i], alone[i]) if ids is None else ids)
     return rows
