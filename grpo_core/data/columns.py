@@ -1,4 +1,4 @@
-"""Give the columns of the data other names; a name may be a path into a nested value, such as reward_model.truth."""
+"""Give the columns of the data other names; a name may be a path into a nested value, as in reward_model.truth."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from grpo_core.schema import ConfigError, list_known
 
 MISSING = object()  # a place that a row does not have; None is a value
 INDEX = re.compile(r"-?\d+")
+
+
+def is_conversation(value: Any) -> bool:
+    """Return whether a column's value is a list of messages with roles."""
+    is_list = isinstance(value, (list, tuple)) and bool(value)
+    return is_list and all(isinstance(message, Mapping) and "role" in message for message in value)
 
 
 def check_names(rows: Sequence[Row], columns: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.config.sections import DataConfig
+from grpo_core.data.columns import is_conversation
 from grpo_core.data.encoding import apply_chat_template
 from grpo_core.schema import summarize_error
 
@@ -16,12 +17,6 @@ Message = dict[str, Any]  # role, content, and what else a chat template may rea
 
 class BadRow(ValueError):
     """A row that cannot be a task; the message is the rest of a sentence that begins with the row's place."""
-
-
-def is_conversation(value: Any) -> bool:
-    """Return whether a column's value is a list of messages with roles."""
-    is_list = isinstance(value, (list, tuple)) and bool(value)
-    return is_list and all(isinstance(message, Mapping) and "role" in message for message in value)
 
 
 def read_conversation(value: Any) -> list[Message]:

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core.batch import Task
 from grpo_core.config.sections import DataConfig
 from grpo_core.counts import quantify
-from grpo_core.data.columns import check_names, rename
+from grpo_core.data.columns import check_names, is_conversation, rename
 from grpo_core.data.encoding import apply_chat_template, cut_left, encode_prompts
-from grpo_core.data.messages import BadRow, is_conversation, read_conversation, render_conversation, split_last_turn
+from grpo_core.data.messages import BadRow, read_conversation, render_conversation, split_last_turn
 from grpo_core.data.rows import Row, Rows
 from grpo_core.schema import ConfigError, summarize_error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_core.config.sections import DataConfig
-from grpo_core.config.text_files import parse_json, read_text
+from grpo_core.config.text_files import decode_text, parse_json, read_text
 from grpo_core.counts import quantify
 from grpo_core.data.csv_rows import read_csv_rows
 from grpo_core.data.word_problems import make_word_problems
@@ -94,6 +95,18 @@ def load_rows(path: str, subset: str | None, split: str, limit: int | None) -> R
     return Rows(({name: row.get(name) for name in columns} for row in rows[:limit]), source=name_split(path, split))
 
 
+def peek_rows(path: str, subset: str | None, split: str, count: int) -> list[Row]:
+    """Return at most `count` first rows of a split, without reading more of a large file than they take.
+
+    Raises:
+        ConfigError: as `load_rows`.
+    """
+    local = Path(path)
+    if local.is_file() and local.suffix in FORMATS and FORMATS[local.suffix] == "json" and split == "train":
+        return _read_json_rows(local, count)[:count]
+    return _read_rows(path, subset, split, count)[:count]
+
+
 def _read_rows(path: str, subset: str | None, split: str, limit: int | None) -> list[Row]:
     local = Path(path)
     if subset is not None and (path.startswith("builtin:") or local.is_file()):
@@ -124,13 +137,13 @@ def _read_rows(path: str, subset: str | None, split: str, limit: int | None) -> 
     return _read_with_datasets(path, subset, split)
 
 
-def _read_json_rows(path: Path) -> list[Row]:
-    """Read a file with one JSON object per line, or with one JSON list of objects.
+def _read_json_rows(path: Path, count: int | None = None) -> list[Row]:
+    """Read a file with one JSON object per line, of which the first `count` if given, or with one JSON list of objects.
 
     Raises:
         ConfigError: the file is neither; the message names the line.
     """
-    text = read_text(path)
+    text = read_text(path) if count is None else _read_lines(path, count)
     if text.lstrip().startswith("["):
         rows = [(f"item {i}", row) for i, row in enumerate(parse_json(text, str(path)), 1)]
     else:
@@ -142,6 +155,24 @@ def _read_json_rows(path: Path) -> list[Row]:
                 f"{path}, {place}, is {json.dumps(row)[:40]}; it must be an object whose keys are the columns"
             )
     return [row for _, row in rows]
+
+
+def _read_lines(path: Path, count: int) -> str:
+    """Return the lines of a file up to the `count`-th that is not empty; the whole file if it is one JSON list."""
+    lines: list[bytes] = []
+    left = count
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if left == count and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                    return read_text(path)
+                lines.append(line)
+                left -= bool(line.strip())
+                if not left:
+                    break
+    except OSError:
+        return read_text(path)  # which says why the file cannot be read
+    return decode_text(b"".join(lines), str(path))
 
 
 def _read_with_datasets(path: str, subset: str | None, split: str) -> list[Row]:
