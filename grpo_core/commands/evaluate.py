@@ -22,7 +22,7 @@ from grpo_core.counts import quantify
 from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.eval_sets import describe_set, load_eval_sets
 from grpo_core.data.prompts import make_tasks
-from grpo_core.data.rows import Rows, describe_eval_source, load_rows, load_splits, name_split
+from grpo_core.data.rows import describe_eval_source, load_rows, load_splits, name_split
 from grpo_core.distributed import ranks
 from grpo_core.monitor.completion_rows import completion_rows
 from grpo_core.monitor.progress import progress_bar
@@ -166,14 +166,14 @@ def load_problems(
         rows, path = load_rows(data, config.subset if data == config.path else None, split, limit), data
     elif name := _choose_set(opened.config, eval_set):
         rows = load_eval_sets(opened.config)[1][name]
-        rows = Rows(rows[:limit], rows.numbers[:limit])
+        rows = rows.select(range(len(rows))[:limit])
         path, split = describe_set(opened.config, name)
         split = f"{split}, evaluation set {label_set(name, opened.config.evaluation.selecting_set)}"
     else:
         # rows held out of the training data depend on their number, so `limit` must not change it
         count = (limit or ALL_ROWS) if has_eval_data else opened.config.evaluation.num_tasks
         rows = load_splits(config, count)[1]
-        rows = Rows(rows[:limit], rows.numbers[:limit], rows.source)
+        rows = rows.select(range(len(rows))[:limit])
         path, split = describe_eval_source(config)
     if not rows:
         raise ConfigError("the run has held out no problems (evaluation.num_tasks is 0); name a data set with --data")

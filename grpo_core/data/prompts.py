@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
@@ -55,32 +55,77 @@ def make_tasks(
     rows = [rename(row, config.columns) for row in rows]
     form = find_prompt_form(rows, config)
     check_form(rows[0], form, config, tokenizer)
-    faults: dict[int, str] = {}  # place in rows -> the rest of a sentence that begins with the row
-    prompts: dict[int, str] = {}
+    encoded, faults = encode_rows(rows, form, config, tokenizer)
+    handle_bad_rows({numbers[i]: fault for i, fault in faults.items()}, len(rows), source, config, notes)
+    too_long = handle_long_prompts(encoded, config, tokenizer)
+    refuse_long_prompts({numbers[i]: length for i, length in too_long.items()}, len(rows), source, config)
+    tasks = [Task(numbers[i], x.prompt, x.ids, x.row) for i, x in encoded.items()]
+    check_any_left(tasks, config)
+    return tasks, len(too_long)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row with its prompt."""
+
+    row: Row
+    prompt: str
+    ids: list[int]
+
+
+def encode_rows(
+    rows: Iterable[Row], form: PromptForm, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[int, Encoded], dict[int, str]]:
+    """Return the rows with their prompts, and what is wrong with the others, both by their places in `rows`."""
+    faults: dict[int, str] = {}
+    prompts: dict[int, tuple[Row, str]] = {}
     for i, row in enumerate(rows):
         try:
-            rows[i], prompts[i] = make_prompt(row, form, config, tokenizer)
+            prompts[i] = make_prompt(row, form, config, tokenizer)
         except BadRow as error:
             faults[i] = str(error)
-    encoded = encode_prompts(tokenizer, [*prompts.values()], add_special_tokens=config.prompt != "chat")
-    ids = dict(zip(prompts, encoded, strict=True))
-    faults |= {i: "the prompt is empty; it needs at least one token" for i, row_ids in ids.items() if not row_ids}
-    handle_bad_rows({numbers[i]: faults[i] for i in sorted(faults)}, len(rows), source, config, notes)
+    texts = [prompt for _, prompt in prompts.values()]
+    ids = encode_prompts(tokenizer, texts, add_special_tokens=config.prompt != "chat")
+    encoded = {}
+    for (i, (row, prompt)), row_ids in zip(prompts.items(), ids, strict=True):
+        if row_ids:
+            encoded[i] = Encoded(row, prompt, row_ids)
+        else:
+            faults[i] = "the prompt is empty; it needs at least one token"
+    return encoded, dict(sorted(faults.items()))
+
+
+def handle_long_prompts(
+    encoded: dict[int, Encoded], config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[int, int]:
+    """Cut or remove the prompts longer than max_prompt_tokens, and return their lengths by their places."""
     limit = config.max_prompt_tokens
-    too_long = [i for i in ids if len(ids[i]) > limit]
-    if too_long and config.long_prompts == "error":
+    too_long = {i: len(x.ids) for i, x in encoded.items() if len(x.ids) > limit}
+    for i in too_long:
+        if config.long_prompts == "truncate_left":
+            ids = cut_left(tokenizer, encoded[i].ids, limit)
+            encoded[i] = Encoded(encoded[i].row, tokenizer.decode(ids), ids)
+        else:
+            del encoded[i]
+    return too_long
+
+
+def refuse_long_prompts(too_long: Mapping[int, int], count: int, source: str, config: DataConfig) -> None:
+    """Raise ConfigError if long_prompts is error and prompts are too long: the lengths by the numbers of their rows."""
+    if config.long_prompts != "error":
+        return
+    for number, length in too_long.items():
         raise ConfigError(
-            f"{name_row(numbers[too_long[0]], source)}: the prompt has {quantify(len(ids[too_long[0]]), 'token')}, "
-            f"more than data.max_prompt_tokens ({limit}), as have {len(too_long):,} of {quantify(len(ids), 'prompt')}; "
-            f"raise it, or set data.long_prompts to drop or truncate_left"
+            f"{name_row(number, source)}: the prompt has {quantify(length, 'token')}, more than data.max_prompt_tokens "
+            f"({config.max_prompt_tokens}), as have {len(too_long):,} of {quantify(count, 'prompt')}; raise it, or set "
+            f"data.long_prompts to drop or truncate_left"
         )
-    for i in too_long if config.long_prompts == "truncate_left" else ():
-        ids[i] = cut_left(tokenizer, ids[i], limit)
-        prompts[i] = tokenizer.decode(ids[i])
-    tasks = [Task(numbers[i], prompts[i], row_ids, rows[i]) for i, row_ids in ids.items() if 0 < len(row_ids) <= limit]
+
+
+def check_any_left(tasks: Sequence[Any], config: DataConfig) -> None:
+    """Raise ConfigError if no prompt is short enough."""
     if not tasks:
-        raise ConfigError(f"data.max_prompt_tokens is {limit}; every prompt is longer than that")
-    return tasks, len(too_long)
+        raise ConfigError(f"data.max_prompt_tokens is {config.max_prompt_tokens}; every prompt is longer than that")
 
 
 def find_prompt_form(rows: Sequence[Row], config: DataConfig) -> PromptForm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,11 @@ from grpo_core.batch import Task
 from grpo_core.config.sections import RunConfig
 from grpo_core.data.eval_sets import load_eval_sets
 from grpo_core.data.prompts import make_tasks
+from grpo_core.data.rows_on_disk import RowsOnDisk
+from grpo_core.data.tasks_on_disk import make_tasks_on_disk
 
 # to train on, to evaluate on, the numbers of prompts of both that were too long, and sentences about bad rows
-Tasks = tuple[list[Task], list[Task], tuple[int, int], list[str]]
+Tasks = tuple[Sequence[Task], list[Task], tuple[int, int], list[str]]
 
 _offered: tuple[Any, Tasks] | None = None  # the keys that the tasks depend on, and the tasks
 
@@ -26,7 +29,11 @@ def read_tasks(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tasks:
     """
     rows, sets = load_eval_sets(config)
     notes: list[str] = []
-    tasks, num_too_long = make_tasks(rows, config.data, tokenizer, notes)
+    tasks: Sequence[Task]
+    if isinstance(rows, RowsOnDisk):
+        tasks, num_too_long = make_tasks_on_disk(rows, config.data, tokenizer, notes)
+    else:
+        tasks, num_too_long = make_tasks(rows, config.data, tokenizer, notes)
     eval_tasks: list[Task] = []
     num_eval_too_long = 0
     for name, eval_rows in sets.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (  # a user's turn is a prompt of configs/tiny.yaml, and the ass
 
 
 def new_model(
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     vocab_size: int = 768,
     hidden_size: int = 128,
@@ -50,7 +50,7 @@ def new_model(
     return Qwen2ForCausalLM(config), tokenizer
 
 
-def new_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2Tokenizer:
+def new_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     """Return the tokenizer of `new_model`, of the class that transformers loads for a Qwen2 folder."""
     qwen2 = Qwen2Tokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE())

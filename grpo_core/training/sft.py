@@ -22,6 +22,7 @@ from grpo_core.counts import quantify
 from grpo_core.data.encoding import find_turn_end
 from grpo_core.data.eval_sets import group_by_set, load_eval_sets, name_set
 from grpo_core.data.rows import name_split
+from grpo_core.data.tasks_on_disk import split_into_parts
 from grpo_core.distributed import ranks, signals
 from grpo_core.model.new_model import new_model
 from grpo_core.model.policy import load_policy, wrap
@@ -124,14 +125,20 @@ def find_longest(config: RunConfig, prepared: Prepared, column: str | None) -> i
     Raises:
         ConfigError: see `find_longest_target` and `find_longest_conversation`.
     """
-    sources = [(prepared.tasks, f"the data, {name_split(config.data.path, config.data.split)}")]
+    sources: list[tuple[Sequence[Task], str]] = [
+        (prepared.tasks, f"the data, {name_split(config.data.path, config.data.split)}")
+    ]
     sources += [
         (tasks, f"the evaluation data, {name_set(config, name)}")
         for name, tasks in group_by_set(prepared.eval_tasks).items()
     ]
     tokenizer, model = prepared.tokenizer, prepared.model_config
     if column is None:
-        return max(find_longest_target(config.sft, tasks, tokenizer, model, source) for tasks, source in sources)
+        return max(
+            find_longest_target(config.sft, part, tokenizer, model, source)
+            for tasks, source in sources
+            for part in split_into_parts(tasks)
+        )
     return max(
         find_longest_conversation(tasks, column, config.data, tokenizer, model, source) for tasks, source in sources
     )
@@ -220,7 +227,7 @@ def compute_held_out_loss(run: Run, make_targets: MakeTargets, tasks: list[Task]
 def _new_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a new small model, and a tokenizer that was trained on the training rows."""
     rows, _ = load_eval_sets(config)
-    return new_model([" ".join(map(str, row.values())) for row in rows], **config.sft.new_model)
+    return new_model((" ".join(map(str, row.values())) for row in rows), **config.sft.new_model)
 
 
 def _format_row(row: dict[str, float]) -> str:

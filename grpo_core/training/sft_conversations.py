@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from grpo_core.counts import quantify
 from grpo_core.data.assistant_tokens import encode_conversation
 from grpo_core.data.messages import BadRow, read_conversation
 from grpo_core.data.prompts import ends_with_assistant, find_conversation_column, handle_bad_rows
+from grpo_core.data.tasks_on_disk import list_rows, select_tasks
 from grpo_core.schema import ConfigError
 from grpo_core.training.prepare import Prepared
 from grpo_core.training.sft_targets import pad_right
@@ -26,10 +28,11 @@ def find_answered_column(config: DataConfig, tasks: Sequence[Task]) -> str | Non
 
     With data.last_turn drop or continue that turn is no target, so the answers are those of sft.targets.
     """
-    column = find_conversation_column([task.columns for task in tasks], config.template)
+    first = [row for _, row in islice(list_rows(tasks), 1)]  # a task has messages if the others have
+    column = find_conversation_column(first, config.template)
     if column is None or config.last_turn != "gold":
         return None
-    return column if any(ends_with_assistant(task.columns[column]) for task in tasks) else None
+    return column if any(ends_with_assistant(row[column]) for _, row in list_rows(tasks)) else None
 
 
 def leave_out_unanswered(prepared: Prepared, column: str, config: DataConfig) -> Prepared:
@@ -46,16 +49,15 @@ def leave_out_unanswered(prepared: Prepared, column: str, config: DataConfig) ->
     notes: list[str] = []
     parts = []
     for tasks in (prepared.tasks, prepared.eval_tasks):
-        answered = [task for task in tasks if _has_answer(task, column)]
-        fault = f"column {column!r} has no turn of the assistant to train"
-        faults = {task.index: fault for task in tasks if not _has_answer(task, column)}
+        fault, faults, answered = f"column {column!r} has no turn of the assistant to train", {}, []
+        for place, (number, row) in enumerate(list_rows(tasks)):
+            if any(message["role"] == "assistant" for message in row[column]):
+                answered.append(place)
+            else:
+                faults[number] = fault
         handle_bad_rows(faults, len(tasks), "", config, notes)
-        parts.append(answered)
-    return replace(prepared, tasks=parts[0], eval_tasks=parts[1], warnings=prepared.warnings + notes)
-
-
-def _has_answer(task: Task, column: str) -> bool:
-    return any(message["role"] == "assistant" for message in task.columns[column])
+        parts.append(select_tasks(tasks, answered))
+    return replace(prepared, tasks=parts[0], eval_tasks=list(parts[1]), warnings=prepared.warnings + notes)
 
 
 def build_conversation_rollouts(
