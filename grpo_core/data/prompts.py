@@ -309,7 +309,7 @@ def fill_template(row: Row, template: str, key: str) -> str:
     """
     try:
         return template.format(**row)
-    except (ValueError, KeyError, IndexError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ConfigError(f"{key} {template!r} cannot be filled in: {error}") from None
 
 
@@ -373,6 +373,6 @@ def check_text(row: Row, name: str, key: str) -> None:
     if is_text(value) or (isinstance(value, list) and value and all(map(_is_number, value))):
         return
     if is_conversation(value):
-        raise BadRow(f"column {name!r} holds messages, which {key} may only use alone, as {{{name}}}")
+        raise BadRow(f"column {name!r} holds messages, which {key} may only use alone, as {{{name}}}, in all rows")
     text = "null" if value is None else repr(str(value)[:40])
     raise BadRow(f"column {name!r}, which {key} uses, is {text}; it must be text or a number")
