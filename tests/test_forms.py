@@ -161,8 +161,9 @@ def test_a_form_that_needs_the_extra_names_the_command_that_installs_it(name, mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "math_verify" else find(name, *rest))
     with pytest.raises(ConfigError, match=r"whose reward math_equal needs math-verify, which is not installed: pip install -e '.\[math\]'; or choose other"):
         keys_of(name)
-    keys, _ = keys_of(name, "rewards=text_match", "evaluation.reward=text_match")
-    assert "rewards" not in keys
+    for word in ("evaluation.reward=text_match", "evaluation.num_tasks=0"):
+        keys, _ = keys_of(name, "rewards=text_match", word)
+        assert "rewards" not in keys and "evaluation.reward" not in keys
 
 
 def test_sft_gets_the_targets_of_the_form():

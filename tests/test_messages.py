@@ -101,6 +101,7 @@ def test_a_teacher_sees_the_last_turn_of_the_user_in_its_own_template():
 @pytest.mark.parametrize("row, settings, message", [
     ({"messages": [USER]}, {"prompt": "template"}, "data.prompt is template, but the column 'messages' holds messages.*set data.prompt to chat"),
     ({"messages": [USER]}, {"template": "{question}"}, r"has the columns messages; set data.template='\{messages\}' and data.prompt=chat"),
+    ({"messages": [{"from": "human", "value": "2 + 3?"}]}, {}, "column 'messages', which data.template uses, is a list with the keys from, value; messages have role and content"),
     ({"messages": [USER]}, {"template": "Q: {messages}"}, r"column 'messages' holds messages, which data.template may only use alone, as \{messages\}"),
 ])  # fmt: skip
 def test_the_key_that_is_missing_for_messages_is_named(row, settings, message):

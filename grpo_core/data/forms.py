@@ -182,6 +182,8 @@ def recognise(
             f"completions are scored; name the rewards, such as rewards=my_rewards.py:my_reward"
         )
     form_keys = _list_keys(form, rows, reward, supervised)
+    if "evaluation.num_tasks" in written and not config.evaluation.num_tasks:  # no evaluation needs a reward
+        form_keys.pop("evaluation.reward", None)
     keys |= {key: value for key, value in form_keys.items() if not _is_written(key, written)}
     _check_library(form, data.path, keys)
     return keys, _describe(form, data.path, config, keys)

@@ -374,5 +374,10 @@ def check_text(row: Row, name: str, key: str) -> None:
         return
     if is_conversation(value):
         raise BadRow(f"column {name!r} holds messages, which {key} may only use alone, as {{{name}}}, in all rows")
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        names = ", ".join(map(str, value[0]))
+        raise BadRow(
+            f"column {name!r}, which {key} uses, is a list with the keys {names}; messages have role and content"
+        )
     text = "null" if value is None else repr(str(value)[:40])
     raise BadRow(f"column {name!r}, which {key} uses, is {text}; it must be text or a number")
