@@ -164,7 +164,7 @@ def recognise(
             reward needs is not installed.
     """
     data = config.data
-    if data.path.startswith("builtin:"):
+    if ":" in data.path and not Path(data.path).exists():  # rows that are generated, such as builtin:word_problems
         return {}, None
     keys: dict[str, Any] = {}
     if Path(data.path).is_file():  # which has no splits, whatever the data of the configuration file had
