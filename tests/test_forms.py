@@ -32,7 +32,7 @@ EXPECTED = {
     "math": ("MATH", {"question": "problem", "answer": "solution"}, "chat", "{question}\nThink", "math_equal"),
     "dapo_math": ("DAPO-Math", {"answer": TRUTH}, "chat", "{prompt}", "correct_answer"),
     "dapo_math_processed": ("DAPO-Math", {"answer": "solution"}, "chat", "{prompt}\nThink", "correct_answer"),
-    "countdown": ("Countdown", {}, "chat", "Write an equation whose result is {target}.", "countdown"),
+    "countdown": ("Countdown", {}, "chat", "Make {target} from the numbers {nums} with", "countdown"),
     "conversations": ("conversations", {}, "chat", "{messages}", "correct_answer"),
 }  # fmt: skip
 UNSCORED = ("trl_prompt", "trl_prompt_messages", "conversations_text")
@@ -81,6 +81,7 @@ def test_a_form_brings_its_columns_prompt_and_rewards(name, has_math):
     assert notes == [sentence]
     assert (config.data.columns, config.data.template, config.evaluation.reward) == (columns, keys["data.template"], reward)
     assert [(x.name, x.weight, x.args) for x in config.rewards] == [(reward, 1.0, {})]
+    assert config.data.max_prompt_tokens == 512 and "data.max_prompt_tokens 512 (not 128)" in sentence
 
 
 @pytest.mark.parametrize("name", UNSCORED)

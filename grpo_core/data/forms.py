@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_core.config import files
-from grpo_core.config.sections import RunConfig
+from grpo_core.config.sections import DataConfig, RunConfig
 from grpo_core.data.columns import MISSING, is_conversation, read_path
 from grpo_core.data.rows import Row, peek_rows
 from grpo_core.objective.numbers import read_gold
@@ -24,8 +24,8 @@ PEEKED_ROWS = 50  # of the data, which must all have the form
 GOLDS = ("solution", "answer", "ground_truth")  # columns with the gold answer beside TRL's prompt
 BOXED = "{question}\nThink step by step, and write the final answer in \\boxed{{}}."
 EQUATION = (
-    "Write an equation whose result is {target}. It may add, subtract, multiply and divide, and it uses each of the "
-    "numbers {nums} once. Think first, then write the equation in <answer> </answer>."
+    "Make {target} from the numbers {nums} with + - * / and brackets, each number once. Think first, then write the "
+    "equation in <answer> </answer>."
 )
 MAX_SHOWN_CHARACTERS = 60  # of a value in a sentence
 
@@ -182,6 +182,8 @@ def recognise(
             f"completions are scored; name the rewards, such as rewards=my_rewards.py:my_reward"
         )
     form_keys = _list_keys(form, rows, reward, supervised)
+    if data.max_prompt_tokens < DataConfig.max_prompt_tokens:  # a limit for the file's own data
+        form_keys["data.max_prompt_tokens"] = DataConfig.max_prompt_tokens
     if "evaluation.num_tasks" in written and not config.evaluation.num_tasks:  # no evaluation needs a reward
         form_keys.pop("evaluation.reward", None)
     keys |= {key: value for key, value in form_keys.items() if not _is_written(key, written)}
