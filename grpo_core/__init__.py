@@ -2,7 +2,7 @@
 
 These names are the stable imports; everything else may move between modules:
 
-    load_config(file, overrides)      read and check a configuration (config/files.py)
+    load_config(file, overrides)      read and check a configuration (data/forms.py)
     train(config)                     run the whole training job and return the run folder (training/job.py)
     open_source(run_or_model)         open a run or a model: policy, tokenizer, sampler (commands/open_policy.py)
     LOSSES, ADVANTAGES, REWARDS       the registries; `@REWARDS.register("mine")` adds a function
@@ -28,12 +28,11 @@ _EXPORTS = {
     "PolicyLoss": "objective.losses",
     "attempt": "scoring.reward_call",
     "center": "objective.advantages",
-    "load_config": "config.files",
+    "load_config": "data.forms",
     "open_source": "commands.open_policy",
     "token_ratio": "objective.losses",
     "train": "training.job",
 }
-_RENAMED = {"load_config": "load"}  # exported name -> name in its module
 __all__ = [*_EXPORTS]
 
 
@@ -42,7 +41,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(moved.describe_old_module(name))
     if name not in _EXPORTS:
         raise AttributeError(f"module 'grpo_core' has no attribute {name!r}")
-    return getattr(import_module(f"grpo_core.{_EXPORTS[name]}"), _RENAMED.get(name, name))
+    return getattr(import_module(f"grpo_core.{_EXPORTS[name]}"), name)
 
 
 def __dir__() -> list[str]:

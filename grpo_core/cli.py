@@ -451,9 +451,10 @@ def check_advantage(name: str, arguments: tuple[str, ...]) -> int:
 def _dry_run(config: Path | None, overrides: tuple[str, ...], processes: int, factor: str) -> int:
     """Show what a run would do in `processes` times as many processes as the variable `factor` of the environment."""
     from grpo_core.config.files import load_job
+    from grpo_core.data.forms import recognise
 
     # first, so that a mistake is reported before transformers is imported
-    loaded = load_job(config, overrides, notify=lambda sentence: print(f"note: {sentence}"))
+    loaded = load_job(config, overrides, notify=lambda sentence: print(f"note: {sentence}"), recognise=recognise)
     from grpo_core.commands.dry_run import run_dry_run
     from grpo_core.distributed.ranks import read_count
 

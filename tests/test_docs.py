@@ -34,6 +34,7 @@ READERS_OWN = {  # files that a reader is said to have
     "my_rows.jsonl": {"question": "What is 1 + 1?", "answer": "#### 2"},
     "my_problems.jsonl": {"problem": "What is 1 + 1?", "solution": "#### 2"},
     "my_prompts.jsonl": {"prompt": "What is 1 + 1?"},
+    "my_chats.jsonl": {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "#### 2"}]},
 }
 
 

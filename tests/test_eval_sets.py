@@ -106,7 +106,7 @@ def test_long_runs_an_answer_that_cannot_be_judged_is_counted_in_its_set(file):
     other = file.with_name("others.jsonl")
     other.write_text(json.dumps({"question": "a", "answer": "blue"}))
     config = of(f"data.path={file}", "evaluation.num_tasks=4", f"evaluation.sets=[dev, {{name: test, path: {other}}}]")
-    tasks, eval_tasks, _ = read_tasks(config, load_tokenizer("builtin:tiny"))
+    tasks, eval_tasks, *_ = read_tasks(config, load_tokenizer("builtin:tiny"))
     with pytest.raises(ConfigError, match=r"evaluation.reward correct_answer \(set test\) cannot judge 1 of 1 value"):
         check_gold_answers(config, tasks, eval_tasks)
 

@@ -14,7 +14,7 @@ from peft.tuners.lora.model import LoraModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_core.cli import main
-from grpo_core.commands import export
+from grpo_core.commands import export, model_card
 from grpo_core.commands.export import compare
 from grpo_core.commands.open_policy import open_source
 
@@ -218,3 +218,11 @@ def test_pushing(run, capsys, monkeypatch):
     (create, upload) = Hub.calls
     assert create == ("create", "me/tiny", {"private": True, "exist_ok": True})
     assert upload[1]["folder_path"] == run / "export-adapter" and upload[1]["ignore_patterns"] == [export.MARK]
+
+
+@pytest.mark.parametrize("template, prompt", {
+    "Question: {question}\n": "Question: What is 12 + 30?\n", "{prompt}": "What is 12 + 30?", "{problem}\n\\boxed{{}}": "What is 12 + 30?\n\\boxed{}",
+    "{a} and {b}": None, "go on": None,
+}.items())  # fmt: skip
+def test_the_example_of_a_card_stands_in_the_only_column_of_the_template(template, prompt):
+    assert model_card._fill_with_example(template) == prompt

@@ -342,9 +342,9 @@ def test_fault_2_sampling_does_not_depend_on_neighbours_and_agrees_with_the_trai
 def test_fault_2_completions_whose_rotation_would_change_are_refused():
     """FAULTS #2: they would be drawn with one rotation and trained with another."""
     config = ROTATIONS["longrope"]().config
-    check_lengths([[1] * 60, [1] * 65], 5, config)
+    check_lengths([60, 65], 5, config)
     with pytest.raises(ConfigError, match="sampling.max_new_tokens is 6, and a prompt has 60 tokens, but .* above 64 tokens"):
-        check_lengths([[1] * 60], 6, config)
+        check_lengths([60], 6, config)
 
 
 def test_fault_9_a_moving_reference_arrives_in_bf16():

@@ -48,6 +48,7 @@ def test_long_runs_the_limit_may_be_above_that_of_the_run(opened, limit):
 
 def test_long_runs_a_chat_goes_through_the_chat_template(opened, monkeypatch):
     chat = [{"role": "system", "content": "Think."}, {"role": "user", "content": "What is 2 + 3?"}]
+    monkeypatch.setattr(opened.tokenizer, "chat_template", None)
     with pytest.raises(ConfigError, match=r"prompts\[0\] is a chat, but the model's tokenizer has no chat template"):
         opened.generate([chat])
     monkeypatch.setattr(opened.tokenizer, "chat_template", CHAT_TEMPLATE)

@@ -10,7 +10,7 @@ from grpo_core.commands import evaluate
 from grpo_core.config.sections import DataConfig, EvaluationConfig, RewardConfig, RunConfig
 from grpo_core.model.loading import load_tokenizer
 from grpo_core.schema import ConfigError
-from grpo_core.training.gold_answers import check_gold_answers
+from grpo_core.training.gold_answers import check_gold_answers, drop_unjudged
 
 
 def tasks_of(answers):
@@ -92,3 +92,27 @@ def test_attack_9_evaluate_names_the_data_that_it_was_given(tmp_path, monkeypatc
     given.write_text('{"question": "Where?", "town": "Paris"}\n' * 3)
     with pytest.raises(ConfigError, match=f"needs the column 'answer', but the data has only the columns question, town; the data is {given}"):
         evaluate.run_evaluate("builtin:tiny", data=str(given))
+
+
+def test_bad_rows_drop_leaves_out_what_no_reward_can_judge_and_counts_it():
+    """A row stays if one of the rewards with a gold answer can judge it; the evaluation has its own reward."""
+    tasks, evaluated = tasks_of(["1", "a dozen", None, "2"]), tasks_of(["x", "3"])
+    config = RunConfig(data=DataConfig(bad_rows="drop"), rewards=[RewardConfig("correct_answer"), RewardConfig("think_format")])
+    train, held_out, sentences = drop_unjudged(config, tasks, evaluated)
+    assert [task.index for task in train] == [0, 3] and [task.index for task in held_out] == [1]
+    assert sentences == [
+        "2 rows are left out of 4 rows of the training data, because data.bad_rows is drop and no reward can judge the gold answer: row 2, row 3",
+        "1 row is left out of 2 rows of the evaluation data, because data.bad_rows is drop and no reward can judge the gold answer: row 1",
+    ]
+    assert check_gold_answers(config, train, held_out) == []
+    both = replace(config, rewards=[RewardConfig("correct_answer"), RewardConfig("text_match")])
+    assert [task.index for task in drop_unjudged(both, tasks, [])[0]] == [0, 1, 3]
+    formats = replace(config, rewards=[RewardConfig("think_format")])
+    assert drop_unjudged(formats, tasks, [])[0] == tasks
+
+
+def test_without_bad_rows_drop_and_where_nothing_would_be_left_all_tasks_stay():
+    tasks = tasks_of(["1", "a dozen"])
+    assert drop_unjudged(RunConfig(), tasks, tasks) == (tasks, tasks, [])
+    none = tasks_of(["a dozen", None])
+    assert drop_unjudged(RunConfig(data=DataConfig(bad_rows="drop")), none, []) == (none, [], [])

@@ -109,5 +109,8 @@ def test_what_is_read_ahead_is_what_a_rank_reads(tmp_path, monkeypatch):
 def test_what_cannot_be_read_ahead_is_told_as_ever_or_left_to_the_ranks(tmp_path):
     with pytest.raises(ConfigError, match="unknown key trainer.num_step"):
         ReadAhead(TINY, ["trainer.num_step=3"]).config()
-    ahead = ReadAhead(TINY, [f"data.path={tmp_path}/nowhere.jsonl"])
+    with pytest.raises(ConfigError, match="there is no file .*nowhere.jsonl"):
+        ReadAhead(TINY, [f"data.path={tmp_path}/nowhere.jsonl"]).config()
+    (tmp_path / "rows.jsonl").write_text('{"text": "no question"}\n')
+    ahead = ReadAhead(TINY, [f"data.path={tmp_path}/rows.jsonl"])
     assert ahead.config().data.path and ahead.tasks() is None

@@ -92,7 +92,6 @@ def test_the_control_loads(train):
     (["model.path=builtin:big"], "model.path is 'builtin:big'; known: builtin:tiny"),
     (["data.path=no-one/no-data"], "without a network, set data.path to a file or folder of this machine"),
     (["data.path=rows.jsonl"], "data: there is no file rows.jsonl"),
-    (["data.prompt=chat"], "data.prompt is chat, but the model's tokenizer has no chat template"),
     (["data.template={problem}"], "data.template uses {problem}, but the data has the columns question, cot, answer"),
     (["data.template={question:d}"], "data.template '{question:d}' cannot be filled in: Unknown format code"),
     (["data.template={question"], "is malformed"),

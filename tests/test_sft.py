@@ -87,14 +87,15 @@ def test_the_held_out_loss_is_the_models_own_whatever_the_order_and_the_seeds():
     config = SftConfig(targets=[TargetConfig("{answer}"), TargetConfig(THINK)])
 
     def answers(tasks):
-        return build_target_rollouts(tasks, config, tokenizer, tokenizer.eos_token_id, torch.device("cpu"))
+        rollouts = build_target_rollouts(tasks, config, tokenizer, tokenizer.eos_token_id, torch.device("cpu"))
+        return rollouts, rollouts.completion_mask
 
     def measure(tasks):
         budgets = Budgets(Budget(100), Budget(150))
         return sft.compute_held_out_loss(SimpleNamespace(policy=policy, budgets=budgets), answers, tasks)
 
     tasks = make_tasks(tokenizer, 12)
-    chosen = answers([replace(task, seed=make_key("held_out", task.index)) for task in tasks]).completions
+    chosen = answers([replace(task, seed=make_key("held_out", task.index)) for task in tasks])[0].completions
     thinks = [text.startswith("<think>") for text in chosen]
     assert 2 < sum(thinks) < 10
     parts = [

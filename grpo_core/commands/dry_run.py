@@ -19,6 +19,7 @@ from grpo_core.counts import name_interval, quantify
 from grpo_core.data.eval_sets import group_by_set
 from grpo_core.data.rows import describe_eval_source
 from grpo_core.data.stream import TaskStream
+from grpo_core.data.tasks_on_disk import prompt_lengths
 from grpo_core.distributed import ranks
 from grpo_core.model.families import head_dim
 from grpo_core.model.memory import Taught, find_budgets
@@ -129,7 +130,7 @@ def describe_sizes(config: RunConfig, prepared: Prepared, processes: int, per_ra
     """Return the numbers of prompts, completions, tokens, steps and optimizer steps, one per line."""
     sampling, trainer, engine = config.sampling, config.trainer, config.engine
     tasks, eval_tasks, left_out = prepared.tasks, prepared.eval_tasks, prepared.num_too_long
-    per_step, lengths = config.prompts_per_step, [len(task.prompt_ids) for task in tasks]
+    per_step, lengths = config.prompts_per_step, prompt_lengths(tasks)
     steps = count_steps(config, len(tasks), per_step)
     updates = trainer.num_minibatches * trainer.num_passes
     dropped = f" ({quantify(left_out, 'more prompt is', 'more prompts are')} too long and left out)" if left_out else ""
@@ -183,7 +184,7 @@ def describe_prompt(task: Task, tokenizer: PreTrainedTokenizerBase) -> str:
 def describe_memory(
     config: RunConfig,
     policy: Policy,
-    tasks: list[Task],
+    tasks: Sequence[Task],
     per_rank: int,
     teacher: Teacher | None = None,
     rewards: Sequence[Reward] = (),
@@ -197,7 +198,7 @@ def describe_memory(
     of_policy = [weight for weight in policy.model.parameters() if id(weight) not in own]
     weights, parameters = _count_bytes(of_policy), sum(p.numel() for p in of_policy)
     trained = sum(p.numel() for p in policy.parameters())
-    rows, longest = per_rank * config.sampling.group_size, max(len(task.prompt_ids) for task in tasks)
+    rows, longest = per_rank * config.sampling.group_size, max(prompt_lengths(tasks))
     rows_at_once = min(rows, config.sampling.rows_at_once or rows)
     cache = rows_at_once * (longest + config.sampling.max_new_tokens) * cache_bytes_per_token(policy)
     zero = deepspeed_config(config, policy.causal_lm.dtype, 1)["zero_optimization"]

@@ -22,7 +22,7 @@ from grpo_core.counts import quantify
 from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.eval_sets import describe_set, load_eval_sets
 from grpo_core.data.prompts import make_tasks
-from grpo_core.data.rows import Rows, describe_eval_source, load_rows, load_splits, name_split
+from grpo_core.data.rows import describe_eval_source, load_rows, load_splits, name_split
 from grpo_core.distributed import ranks
 from grpo_core.monitor.completion_rows import completion_rows
 from grpo_core.monitor.progress import progress_bar
@@ -35,7 +35,7 @@ from grpo_core.schema import ConfigError, describe_impossible_path, finite_or_no
 from grpo_core.scoring.scoring import Reward, build_reward, score
 from grpo_core.training import run_dir
 from grpo_core.training.eval_statistics import bootstrap_interval, majority_at_k, mcnemar, pass_at_k, wilson_interval
-from grpo_core.training.gold_answers import check_gold_answers
+from grpo_core.training.gold_answers import check_gold_answers, drop_unjudged
 from grpo_core.training.prepare import check_columns, make_rewards
 
 GREEDY = SamplingParams(greedy=True)
@@ -79,11 +79,9 @@ def run_evaluate(
         overrides.append(f"rewards={json.dumps([{'name': name} for name in rewards], ensure_ascii=False)}")
     _start(data, output)
     opened = open_source(source, overrides, config=config, notify=print)
-    tasks, description = load_problems(opened, data, split, limit, eval_set)
-    place = name_split(description["path"], description["split"])
-    check_columns(opened.config, tasks, tasks, place)
-    warnings = describe_prompt_changes(opened.tokenizer, opened.config.data, tasks)
-    warnings += check_gold_answers(opened.config, [], tasks, place)
+    warnings: list[str] = []
+    tasks, description = load_problems(opened, data, split, limit, eval_set, warnings)
+    tasks = _check_problems(opened, tasks, description, warnings)
     folder = output or (opened.folder or Path()) / name_folder(opened.steps, data)
     _make_folder(folder)
     parts = ranks.gather(answer_with_policies(opened, tasks, samples, settings, base=base))
@@ -98,6 +96,20 @@ def run_evaluate(
     print(table := format_table(result))
     _write_files(folder, result, table, rows)
     return 0
+
+
+def _check_problems(
+    opened: OpenedPolicy, tasks: list[Task], description: dict[str, Any], warnings: list[str]
+) -> list[Task]:
+    """Return the problems that are answered, count them in the description, and add what is odd about them."""
+    config, place = opened.config, name_split(description["path"], description["split"])
+    _, judged, sentences = drop_unjudged(config, [], tasks)
+    check_columns(config, judged, judged, place)
+    warnings += sentences + describe_prompt_changes(opened.tokenizer, config.data, judged)
+    warnings += check_gold_answers(config, [], judged, place)
+    description["left_out"] += len(tasks) - len(judged)
+    description["problems"] = len(judged)
+    return judged
 
 
 def name_folder(steps: int | None, data: str | None = None) -> str:
@@ -130,11 +142,16 @@ def _check_settings(temperature: float, top_k: int | None, top_p: float | None, 
 
 
 def load_problems(
-    opened: OpenedPolicy, data: str | None, split: str | None, limit: int | None, eval_set: str | None = None
+    opened: OpenedPolicy,
+    data: str | None,
+    split: str | None,
+    limit: int | None,
+    eval_set: str | None = None,
+    notes: list[str] | None = None,
 ) -> tuple[list[Task], dict]:
     """Return the problems of `data`, or the run's held-out ones without it, and their description for evaluate.json.
 
-    `eval_set` names one of evaluation.sets; None takes the first that does not select.
+    `eval_set` names one of evaluation.sets; None takes the first that does not select. `notes` is as for `make_tasks`.
 
     Raises:
         ConfigError: the data cannot be loaded, the run has no such set, or it has held out no problems.
@@ -149,18 +166,18 @@ def load_problems(
         rows, path = load_rows(data, config.subset if data == config.path else None, split, limit), data
     elif name := _choose_set(opened.config, eval_set):
         rows = load_eval_sets(opened.config)[1][name]
-        rows = Rows(rows[:limit], rows.numbers[:limit])
+        rows = rows.select(range(len(rows))[:limit])
         path, split = describe_set(opened.config, name)
         split = f"{split}, evaluation set {label_set(name, opened.config.evaluation.selecting_set)}"
     else:
         # rows held out of the training data depend on their number, so `limit` must not change it
         count = (limit or ALL_ROWS) if has_eval_data else opened.config.evaluation.num_tasks
         rows = load_splits(config, count)[1]
-        rows = Rows(rows[:limit], rows.numbers[:limit], rows.source)
+        rows = rows.select(range(len(rows))[:limit])
         path, split = describe_eval_source(config)
     if not rows:
         raise ConfigError("the run has held out no problems (evaluation.num_tasks is 0); name a data set with --data")
-    tasks, num_too_long = make_tasks(rows, config, opened.tokenizer)
+    tasks, num_too_long = make_tasks(rows, config, opened.tokenizer, notes)
     treatment = "cut" if config.long_prompts == "truncate_left" else "left_out"
     counts = {"problems": len(tasks), "left_out": 0, treatment: num_too_long}
     return tasks, {"path": path, "split": split, **counts}

@@ -30,6 +30,7 @@ from grpo_core.commands.train import announce
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.files import load_job
 from grpo_core.counts import quantify
+from grpo_core.data.forms import recognise
 from grpo_core.distributed.notices import write_notice
 from grpo_core.distributed.ranks import LOST_RANK_CODE, NO_PORT, RUN_FOLDER_VARIABLE, STORE_VARIABLE, read_count
 from grpo_core.schema import ConfigError, describe_exit
@@ -51,7 +52,7 @@ def run_launch(processes: int, config: Path | None, overrides: Sequence[str]) ->
         ConfigError: the configuration is wrong, or cannot be run by this number of processes.
     """
     ahead = ReadAhead(config, overrides) if can_fork() else None
-    loaded = ahead.config() if ahead else load_job(config, overrides)
+    loaded = ahead.config() if ahead else load_job(config, overrides, recognise=recognise)
     nodes, _ = read_nodes()
     prompts_per_rank(loaded, processes * nodes)
     check_processes(processes)

@@ -17,6 +17,7 @@ from grpo_core.config.sections import LoraConfig, RunConfig
 from grpo_core.counts import quantify
 from grpo_core.data.encoding import apply_chat_template
 from grpo_core.data.eval_sets import describe_set
+from grpo_core.data.prompts import list_template_fields
 from grpo_core.model.composite import find_auto_class
 from grpo_core.model.loading import is_composite, load_whole_config
 from grpo_core.monitor.run_log import describe_evaluation
@@ -134,12 +135,10 @@ def _loading_code(opened: OpenedPolicy, adapter: bool, dtype: str) -> str:
         values["classes"], options = f"AutoConfig, {auto}", f"{options}, config=config"
     values["options"] = options
     load = (LOAD_ADAPTER if adapter else LOAD_MERGED).format(**values)
-    prompt = EXAMPLE_PROMPT
-    if "{question}" in config.data.template and config.data.prompt == "template":
-        prompt = config.data.template.replace("{question}", EXAMPLE_QUESTION)
+    prompt = _fill_with_example(config.data.template)
     special = True
     if config.data.prompt == "chat":
-        text = config.data.template.replace("{question}", EXAMPLE_QUESTION)
+        text = prompt or EXAMPLE_QUESTION
         turns = [{"role": "system", "content": config.data.system}] if config.data.system else []
         turns.append({"role": "user", "content": text})
         prompt = apply_chat_template(opened.tokenizer, turns, config.data)
@@ -147,7 +146,13 @@ def _loading_code(opened: OpenedPolicy, adapter: bool, dtype: str) -> str:
     texts = config.sampling.stop_strings
     stop = f", stop_strings={texts!r}, tokenizer=tokenizer" if texts else ""
     longest = config.sampling.max_new_tokens
-    return load + GENERATE.format(prompt=prompt, special=special, max_new_tokens=longest, stop=stop)
+    return load + GENERATE.format(prompt=prompt or EXAMPLE_PROMPT, special=special, max_new_tokens=longest, stop=stop)
+
+
+def _fill_with_example(template: str) -> str | None:
+    """Return a template with an example question in its only column; None if it has several or none."""
+    columns = {*list_template_fields(template)}
+    return template.format(**dict.fromkeys(columns, EXAMPLE_QUESTION)) if len(columns) == 1 else None
 
 
 def _describe_accuracy(config: RunConfig, folder: Path, run: RunFolder, steps: int | None = None) -> str:

@@ -17,6 +17,7 @@ from grpo_core.config.precision import resolve_dtype
 from grpo_core.config.sections import DataConfig, LoraConfig, RunConfig
 from grpo_core.config.words import check_overrides, split_word
 from grpo_core.data.encoding import encode_prompts
+from grpo_core.data.forms import recognise
 from grpo_core.data.prompts import find_surrogate, render_chat
 from grpo_core.distributed import ranks
 from grpo_core.model.finite_weights import check_finite
@@ -206,17 +207,18 @@ def _find_source(source: str, overrides: list[str], config_file: Path | None, no
             f"{source} is a folder, but neither a run (it has no config.yaml) nor a model or adapter "
             f"(it has no JSON or safetensors files)"
         )
-    config = load(config_file, overrides) if config_file else None
+    forms = {"recognise": recognise, "notify": notify}
+    config = load(config_file, overrides, **forms) if config_file else None
     if any((path / name).exists() for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)):
         _check_adapter(path)
-        config = config or load_overrides(overrides)
+        config = config or load_overrides(overrides, **forms)
         if not any(
             split_word(word)[0] == "model.path" for word in overrides
         ):  # not that of the file `config`, which may be another
             base, revision = _find_base(path)
             config = replace(config, model=replace(config.model, path=base, revision=config.model.revision or revision))
         return _Source(config, None, f"the adapter in {path}", _find_tokenizer(path, config.model.path), adapter=path)
-    config = config or load_overrides(overrides)
+    config = config or load_overrides(overrides, **forms)
     config = replace(config, model=replace(config.model, path=source))
     return _Source(config, None, source, source)
 

@@ -16,6 +16,7 @@ from typing import Any
 from grpo_core.commands.gc_pause import pause_gc
 from grpo_core.config.files import load_job
 from grpo_core.config.sections import RunConfig
+from grpo_core.data.forms import recognise
 from grpo_core.distributed.ranks import die_with_parent
 from grpo_core.registry import observe_imports
 from grpo_core.schema import ConfigError, describe_exit
@@ -45,7 +46,7 @@ class ReadAhead:
             self._process.join()
             code = self._process.exitcode
             if code in (0, 1) or self._file is None:  # an exception other than a ConfigError, which is raised here
-                return load_job(*self._arguments)
+                return load_job(*self._arguments, recognise=recognise)
             raise ConfigError(f"the process that imported {self._file} {describe_exit(code)}") from None
         if isinstance(outcome, ConfigError):
             raise outcome
@@ -74,7 +75,7 @@ def _read(receiver: Connection, sender: Connection, config: Path | None, overrid
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher
     observe_imports(sender.send)
     try:
-        loaded = load_job(config, overrides)
+        loaded = load_job(config, overrides, recognise=recognise)
     except ConfigError as error:
         sender.send(error)
         return

@@ -8,6 +8,7 @@ from pathlib import Path
 from grpo_core.commands.train import announce, run_job
 from grpo_core.config.files import load_job
 from grpo_core.config.shipped import find_configs
+from grpo_core.data.forms import recognise
 from grpo_core.monitor.progress import print_note
 
 
@@ -18,7 +19,7 @@ def run_sft(config: Path | None, overrides: Sequence[str] = ()) -> int:
         ConfigError: the configuration is wrong, or the run cannot be set up with it.
     """
     default = find_configs() / "tiny_sft.yaml"
-    loaded = load_job(config, overrides, default=default, notify=print_note, supervised=True)
+    loaded = load_job(config, overrides, default=default, notify=print_note, supervised=True, recognise=recognise)
     announce(loaded)
     from grpo_core.training import sft  # takes seconds, so a mistake in the configuration is reported before it
 

@@ -13,6 +13,7 @@ from grpo_core.commands.errors import print_error
 from grpo_core.commands.gc_pause import pause_gc
 from grpo_core.config.files import load_job
 from grpo_core.config.sections import RunConfig
+from grpo_core.data.forms import recognise
 from grpo_core.distributed import ranks, signals
 from grpo_core.monitor.progress import print_note, print_on_main
 
@@ -23,7 +24,7 @@ def run_train(config: Path | None, overrides: Sequence[str] = ()) -> int:
     Raises:
         ConfigError: the configuration is wrong, or the run cannot be set up with it.
     """
-    loaded = load_job(config, overrides, notify=print_note)
+    loaded = load_job(config, overrides, notify=print_note, recognise=recognise)
     if ranks.RUN_FOLDER_VARIABLE not in os.environ:  # else the launcher has said so
         announce(loaded)
     with pause_gc():

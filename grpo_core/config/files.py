@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from copy import deepcopy
 from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -33,12 +34,24 @@ IN_TEMPLATE = re.compile(r"\n|\{[{%#]")  # in every Jinja template, and in no pa
 MAX_NAMED_KEYS = 8  # in a sentence about keys that differ
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), *, supervised: bool = False) -> RunConfig:
+# of a configuration, the keys of its words, and whether it is for `sft`: the keys of the data's form, and a sentence
+Recognise = Callable[[RunConfig, Collection[str], bool], tuple[dict[str, Any], str | None]]
+
+
+def load(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    supervised: bool = False,
+    recognise: Recognise | None = None,
+    notify: Callable[[str], object] = lambda sentence: None,
+) -> RunConfig:
     """Read a YAML file, apply `section.key=value` overrides (config/words.py), and check the result.
 
     `path` may be the name of a shipped configuration, such as `tiny` or `tiny.yaml`. `base: FILE` in a file names
     another file, beside it or shipped, whose keys the file overrides. `supervised` is for the command `sft`: it
-    replaces the objective by the supervised one before the check.
+    replaces the objective by the supervised one before the check. Where a word sets data.path, `recognise` names the
+    keys of the data's form (data/forms.py), which replace those of the file, and `notify` gets its sentence about them.
 
     Raises:
         ConfigError: a missing file, an unknown key, a value of the wrong type, or values that exclude each other.
@@ -52,7 +65,28 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, supervised: bool = 
             f"cannot read {path}: No such file or directory; a shipped configuration is named without a folder, "
             f"{list_known(path.stem, list_shipped())}"
         )
-    return _resolve(_layers(path, ()), overrides, supervised)
+    data = _layers(path, ())
+    return _resolve(_use_form(data, overrides, supervised, recognise, notify), overrides, supervised)
+
+
+def _use_form(
+    data: dict[str, Any],
+    overrides: Sequence[str],
+    supervised: bool,
+    recognise: Recognise | None,
+    notify: Callable[[str], object],
+) -> dict[str, Any]:
+    """Return the keys of a file with those of the data's form in place of its own, if a word sets data.path."""
+    written = {split_word(word)[0] for word in overrides}
+    if recognise is None or "data.path" not in written:
+        return data
+    keys, sentence = recognise(_build(_apply(deepcopy(data), overrides)), written, supervised)
+    if sentence:
+        notify(sentence)
+    data = deepcopy(data)
+    for key, value in keys.items():
+        set_key(data, key, value)
+    return data
 
 
 def load_job(
@@ -62,13 +96,14 @@ def load_job(
     default: Path | None = None,
     notify: Callable[[str], object] = lambda sentence: None,
     supervised: bool = False,
+    recognise: Recognise | None = None,
 ) -> RunConfig:
     """Return the configuration of a training job: that of `load`; with `resume` that of the run which it continues.
 
     A run continues from its own config.yaml, with the overrides on top. `path` then only says, by name and output_dir,
     which run auto and force mean; a resumed run keeps both. `notify` gets a sentence about its other keys that differ.
     Without `path` the file is `default`, or the shipped one for this machine. A run without a checkpoint has nothing to
-    continue, so auto and force start it anew. `supervised` is as for `load`.
+    continue, so auto and force start it anew. `supervised` and `recognise` are as for `load`.
 
     Raises:
         ConfigError: as `load`, or `resume` names a folder and the overrides another name or output_dir.
@@ -76,7 +111,7 @@ def load_job(
     file = path or default or find_default()
     folder, by_name = _find_resumed(file, overrides)
     if folder is None:
-        return load(file, overrides, supervised=supervised)
+        return load(file, overrides, supervised=supervised, recognise=recognise, notify=notify)
     file_data, words = _layers(find_file(file, Path()), ()), [*overrides]
     _apply_start(file_data, words)
     data = _layers(folder / "config.yaml", ()) | {"resume": file_data["resume"]}
@@ -191,13 +226,18 @@ def _remove_unknown_functions(data: dict[str, Any]) -> list[str]:
     return removed + [f"reward {reward['name']}" for reward in rewards if reward not in known_rewards]
 
 
-def load_overrides(overrides: Sequence[str]) -> RunConfig:
-    """Return the default configuration with `section.key=value` overrides.
+def load_overrides(
+    overrides: Sequence[str],
+    *,
+    recognise: Recognise | None = None,
+    notify: Callable[[str], object] = lambda sentence: None,
+) -> RunConfig:
+    """Return the default configuration with `section.key=value` overrides; `recognise` and `notify` are as for `load`.
 
     Raises:
         ConfigError: as `load`.
     """
-    return _resolve({}, overrides)
+    return _resolve(_use_form({}, overrides, False, recognise, notify), overrides)
 
 
 def _layers(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -234,6 +274,17 @@ def _resolve(
     With `reads_adapter` the settings of the adapter at lora.path fill in the section lora. The configuration of a run
     has them already, and the folder may be gone.
     """
+    data = _apply(data, overrides)
+    config = _build(data)
+    config = use_supervised_objective(config) if supervised else config
+    if config.lora.path and reads_adapter:
+        config = replace(config, lora=use_settings_of_adapter(config.lora, find_written(data)))
+    check(config)
+    return config
+
+
+def _apply(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the keys of a file with the overrides on top."""
     words = [split_word(override) for override in overrides]
     for key, text in words:
         if key == "preset" and (name := parse_value(text, str | None, key)) is not None:
@@ -242,14 +293,12 @@ def _resolve(
         _drop_arguments(data, key, text)
     for key, text in words:
         set_key(data, key, parse_value(text, find_type(key, data, overrides), key))
-    data = resolve_paths(data, Path())
+    return resolve_paths(data, Path())
+
+
+def _build(data: dict[str, Any]) -> RunConfig:
     build(RunConfig, data, "")  # so that a value of the wrong type is reported before a missing file
-    config = build(RunConfig, _read_files(data, Path()), "")
-    config = use_supervised_objective(config) if supervised else config
-    if config.lora.path and reads_adapter:
-        config = replace(config, lora=use_settings_of_adapter(config.lora, find_written(data)))
-    check(config)
-    return config
+    return build(RunConfig, _read_files(data, Path()), "")
 
 
 def _read_files(data: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -55,14 +55,16 @@ class DataConfig:
     limit: int | None = None  # number of rows to use, from the start; null: all
     eval_path: str | None = None  # null: data.path
     eval_split: str | None = None  # both null: the built-in test split, or held-out training rows
-    columns: dict[str, str] = field(default_factory=dict)  # name used here -> name in the data set
+    columns: dict[str, str] = field(default_factory=dict)  # name used here -> column, or path such as extra_info.split
     prompt: Literal["template", "chat"] = "template"
     template: str = "Question: {question}\n"  # the prompt; with prompt chat, the user's turn
+    last_turn: Literal["gold", "drop", "continue"] = "gold"  # the assistant's turn at the end of a conversation
     system: str | None = None  # with prompt chat, the system turn
     chat_template: str | None = None  # Jinja file, or its content, in place of the model's own chat template
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the chat template
     max_prompt_tokens: int = 512
     long_prompts: Literal["drop", "truncate_left", "error"] = "drop"  # what to do with longer prompts
+    bad_rows: Literal["error", "drop"] = "error"  # what to do with rows that cannot be tasks
     max_unjudged: float = 0.05  # share of gold answers that a reward cannot judge, above which the run is refused
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
 from grpo_core.config.sections import DataConfig
+from grpo_core.counts import quantify
 
 PROBE = "a"  # a text that every tokenizer can encode
 REPLY = "reply"  # a turn of the assistant, of which the end is looked for
@@ -20,6 +21,8 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, add_special_tokens: bool
 ) -> list[list[int]]:
     """Return the token ids of prompts: one begin token at most, and none of the tokens that end a text."""
+    if not prompts:
+        return []
     rows = tokenizer(list(prompts), add_special_tokens=add_special_tokens, return_attention_mask=False)["input_ids"]
     before, after = find_added_tokens(tokenizer) if add_special_tokens else ([], [])
     return [_remove_surplus(row, before, after, getattr(tokenizer, "bos_token_id", None)) for row in rows]
@@ -41,9 +44,14 @@ def apply_chat_template(
     config: DataConfig,
     *,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
 ) -> str:
-    """Return a chat in the tokenizer's chat template with the variables of data.chat_template_kwargs."""
+    """Return a chat in the tokenizer's chat template with the variables of data.chat_template_kwargs.
+
+    With `continue_final_message` it ends with the text of the last message.
+    """
     options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    options |= {"continue_final_message": True} if continue_final_message else {}
     return tokenizer.apply_chat_template(list(messages), **options, **config.chat_template_kwargs)
 
 
@@ -95,8 +103,11 @@ def describe_prompt_changes(tokenizer: PreTrainedTokenizerBase, config: DataConf
 
 def _describe_chat_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig, tasks: Sequence[Task]) -> list[str]:
     sentences = []
-    if config.system and any(config.system.strip() not in task.prompt for task in tasks):
+    without = sum(config.system.strip() not in task.prompt for task in tasks) if config.system else 0
+    if without == len(tasks) > 0:
         sentences.append("the model's chat template leaves data.system out of the prompts")
+    elif without:
+        sentences.append(f"data.system is not in {quantify(without, 'prompt')}, which have another system turn")
     turns = [{"role": "user", "content": "x"}]
     with contextlib.suppress(Exception):  # the template is a program of the model's author
         texts = [apply_chat_template(tokenizer, turns, config, add_generation_prompt=on) for on in (True, False)]
@@ -110,7 +121,14 @@ def _describe_chat_template(tokenizer: PreTrainedTokenizerBase, config: DataConf
 
 
 def encode_targets(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], texts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of each task's target as they continue its prompt, without an end-of-sequence token.
+    """Return the token ids of each task's target as they continue its prompt, without an end-of-sequence token."""
+    return encode_continuations(tokenizer, [task.prompt for task in tasks], texts)
+
+
+def encode_continuations(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], texts: Sequence[str]
+) -> list[list[int]]:
+    """Return the token ids of texts as they continue their prompts.
 
     A tokenizer that marks the beginning of a text, as SentencePiece does with a space, would mark that of a target too,
     where sampling never meets it. There the target is encoded behind its prompt, or behind another text if the prompt's
@@ -125,10 +143,9 @@ def encode_targets(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], te
     alone = encode(texts)
     if not _marks_beginnings(tokenizer):
         return alone
-    prompts = encode([task.prompt for task in tasks])
-    whole = encode([task.prompt + text for task, text in zip(tasks, texts, strict=True)])
+    whole = encode([prompt + text for prompt, text in zip(prompts, texts, strict=True)])
     rows = []
-    for i, (prompt, row) in enumerate(zip(prompts, whole, strict=True)):
+    for i, (prompt, row) in enumerate(zip(encode(prompts), whole, strict=True)):
         ids = row[len(prompt) :] if row[: len(prompt)] == prompt else None
         rows.append(_encode_behind_anchor(encode, texts[i], alone[i]) if ids is None else ids)
     return rows

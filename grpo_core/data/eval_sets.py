@@ -22,11 +22,12 @@ from grpo_core.data.rows import (
     name_eval_split,
     name_split,
 )
+from grpo_core.data.rows_on_disk import RowsOnDisk
 from grpo_core.random_keys import make_generator, make_key
 from grpo_core.schema import ConfigError, describe_split
 
 
-def load_eval_sets(config: RunConfig) -> tuple[Rows, dict[str, Rows]]:
+def load_eval_sets(config: RunConfig) -> tuple[Rows | RowsOnDisk, dict[str, Rows]]:
     """Return the training rows, and the rows of each evaluation set by name.
 
     Raises:
@@ -93,7 +94,7 @@ def _divide(pool: Rows, shares: dict[str, int]) -> dict[str, Rows]:
     parts, start = {}, 0
     for name, size in shares.items():
         chosen = sorted(order[start : start + size])
-        parts[name] = Rows((pool[i] for i in chosen), (pool.numbers[i] for i in chosen), pool.source)
+        parts[name] = pool.select(chosen)
         start += size
     return parts
 

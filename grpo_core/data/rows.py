@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from grpo_core.config.sections import DataConfig
-from grpo_core.config.text_files import parse_json, read_text
+from grpo_core.config.text_files import decode_text, parse_json, read_text
 from grpo_core.counts import quantify
 from grpo_core.data.csv_rows import read_csv_rows
+from grpo_core.data.rows_on_disk import JsonLines, MappedTable, Row, RowsOnDisk
 from grpo_core.data.word_problems import make_word_problems
 from grpo_core.random_keys import make_generator, make_key
 from grpo_core.schema import ConfigError, describe_eval_rows, first_line
-
-Row = dict[str, Any]
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 SPLIT_WORD = re.compile("train|test|valid|dev|eval")  # a file name with one of them belongs to a split
@@ -26,6 +29,7 @@ DIFFERENT_COLUMNS = (
     "its files differ in their columns or in the types of the values; give all the same, or name one file"
 )
 OWN_FILES = ("dataset_info.json", "dataset_infos.json", "state.json")  # of datasets: no data
+LARGE_BYTES = 512 * 2**20  # of data, above which the rows stay on disk
 BUILTIN_ROWS = {"train": 20_000, "test": 1_000}  # rows of builtin:word_problems by split
 
 
@@ -37,16 +41,23 @@ class Rows(list[Row]):
         self.numbers = list(range(len(self)) if numbers is None else numbers)
         self.source = source
 
+    def select(self, places: Iterable[int]) -> Rows:
+        """Return the rows at some places of this list."""
+        places = list(places)
+        return Rows((self[i] for i in places), (self.numbers[i] for i in places), self.source)
 
-def load_splits(config: DataConfig, num_eval: int, key: str = "evaluation.num_tasks") -> tuple[Rows, Rows]:
+
+def load_splits(config: DataConfig, num_eval: int, key: str = "evaluation.num_tasks") -> tuple[Rows | RowsOnDisk, Rows]:
     """Return the training rows and at most `num_eval` evaluation rows; if both come from one split, they are disjoint.
+
+    The training rows of a large data set stay on disk, which changes nothing but the memory that they take.
 
     Every row has every column of its split, with None where the data has no value. `key` names `num_eval` in a message.
 
     Raises:
         ConfigError: the data cannot be loaded, or has too few rows to hold out `num_eval` of them.
     """
-    train = load_rows(config.path, config.subset, config.split, config.limit)
+    train = load_training_rows(config.path, config.subset, config.split, config.limit)
     if config.eval_path is not None or config.eval_split is not None:
         held_out = load_rows(config.eval_path or config.path, config.subset, config.eval_split or "train", num_eval)
     elif config.path.startswith("builtin:"):
@@ -60,8 +71,8 @@ def load_splits(config: DataConfig, num_eval: int, key: str = "evaluation.num_ta
         # independent of the run's seed: no run may train on rows that another is evaluated on
         order = make_generator(make_key("held_out")).permutation(len(train))
         parts = (sorted(part.tolist()) for part in (order[num_eval:], order[:num_eval]))
-        train, held_out = (Rows((train[i] for i in part), part, train.source) for part in parts)
-    return train, held_out
+        train, held_out = (train.select(part) for part in parts)
+    return train, held_out if isinstance(held_out, Rows) else Rows(held_out, held_out.numbers.tolist(), held_out.source)
 
 
 def describe_eval_source(config: DataConfig) -> tuple[str, str]:
@@ -87,14 +98,48 @@ def load_rows(path: str, subset: str | None, split: str, limit: int | None) -> R
     Raises:
         ConfigError: the data cannot be loaded, or has no rows.
     """
+    return _load(path, subset, split, limit, _read_rows(path, subset, split, limit))
+
+
+def load_training_rows(path: str, subset: str | None, split: str, limit: int | None) -> Rows | RowsOnDisk:
+    """Return what `load_rows` returns; the rows of a large data set stay on disk.
+
+    Raises:
+        ConfigError: as `load_rows`.
+    """
     rows = _read_rows(path, subset, split, limit)
+    if isinstance(rows, list) or not rows or rows.num_bytes <= LARGE_BYTES:
+        return _load(path, subset, split, limit, rows)
+    count = len(rows) if limit is None else min(limit, len(rows))
+    return RowsOnDisk(rows.read, np.arange(count), name_split(path, split))
+
+
+def _load(
+    path: str, subset: str | None, split: str, limit: int | None, rows: list[Row] | JsonLines | MappedTable
+) -> Rows:
+    """Return the first rows that a reader has, in memory, as `load_rows`."""
     if not rows:
         raise ConfigError(f"data.path is {path!r} (split {split!r}), and it has no rows")
+    if not isinstance(rows, list):
+        rows = rows.read(range(len(rows))[:limit])
     columns = dict.fromkeys(name for row in rows for name in row)
     return Rows(({name: row.get(name) for name in columns} for row in rows[:limit]), source=name_split(path, split))
 
 
-def _read_rows(path: str, subset: str | None, split: str, limit: int | None) -> list[Row]:
+def peek_rows(path: str, subset: str | None, split: str, count: int) -> list[Row]:
+    """Return at most `count` first rows of a split, without reading more of a large file than they take.
+
+    Raises:
+        ConfigError: as `load_rows`.
+    """
+    local = Path(path)
+    if local.is_file() and local.suffix in FORMATS and FORMATS[local.suffix] == "json" and split == "train":
+        return _read_json_rows(local, count)[:count]
+    rows = _read_rows(path, subset, split, count)
+    return rows[:count] if isinstance(rows, list) else rows.read(range(len(rows))[:count])
+
+
+def _read_rows(path: str, subset: str | None, split: str, limit: int | None) -> list[Row] | JsonLines | MappedTable:
     local = Path(path)
     if subset is not None and (path.startswith("builtin:") or local.is_file()):
         raise ConfigError(f"data.subset is {subset!r}, but {path} has no subsets; leave it null")
@@ -118,19 +163,20 @@ def _read_rows(path: str, subset: str | None, split: str, limit: int | None) -> 
     if local.is_file() and local.suffix not in FORMATS:
         raise ConfigError(f"data.path is {path}; a file must end in {', '.join(FORMATS)}")
     if local.is_file() and FORMATS[local.suffix] == "json":
-        return _read_json_rows(local)
+        is_large = local.stat().st_size > LARGE_BYTES and not _is_json_list(local)
+        return JsonLines(local) if is_large else _read_json_rows(local)
     if local.is_file() and FORMATS[local.suffix] == "csv":
         return read_csv_rows(local, "\t" if local.suffix == ".tsv" else ",")
     return _read_with_datasets(path, subset, split)
 
 
-def _read_json_rows(path: Path) -> list[Row]:
-    """Read a file with one JSON object per line, or with one JSON list of objects.
+def _read_json_rows(path: Path, count: int | None = None) -> list[Row]:
+    """Read a file with one JSON object per line, of which the first `count` if given, or with one JSON list of objects.
 
     Raises:
         ConfigError: the file is neither; the message names the line.
     """
-    text = read_text(path)
+    text = read_text(path) if count is None else _read_lines(path, count)
     if text.lstrip().startswith("["):
         rows = [(f"item {i}", row) for i, row in enumerate(parse_json(text, str(path)), 1)]
     else:
@@ -144,21 +190,51 @@ def _read_json_rows(path: Path) -> list[Row]:
     return [row for _, row in rows]
 
 
-def _read_with_datasets(path: str, subset: str | None, split: str) -> list[Row]:
+def _is_json_list(path: Path) -> bool:
+    """Return whether a file holds one JSON list."""
+    with path.open("rb") as file:
+        first = next((line for line in file if line.removeprefix(codecs.BOM_UTF8).strip()), b"")
+    return first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _read_lines(path: Path, count: int) -> str:
+    """Return the lines of a file up to the `count`-th that is not empty; the whole file if it is one JSON list."""
+    lines: list[bytes] = []
+    left = count
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if left == count and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                    return read_text(path)
+                lines.append(line)
+                left -= bool(line.strip())
+                if not left:
+                    break
+    except OSError:
+        return read_text(path)  # which says why the file cannot be read
+    return decode_text(b"".join(lines), str(path))
+
+
+def _read_with_datasets(path: str, subset: str | None, split: str) -> list[Row] | MappedTable:
+    """Return the rows of a split, which `datasets` maps from disk; CSV files are read into memory."""
     from datasets import disable_progress_bars, load_dataset, load_dataset_builder  # here: it takes a third of a second
     from datasets.packaged_modules.csv.csv import Csv
+    from datasets.packaged_modules.parquet.parquet import Parquet
 
     disable_progress_bars()
     local = Path(path)
     try:
         if local.is_file():
-            return list(load_dataset(FORMATS[local.suffix], data_files=str(local), split="train"))
+            kind = FORMATS[local.suffix]
+            table = load_dataset(kind, data_files=str(local), split="train", **_parquet_options(kind == "parquet"))
+            return MappedTable(table, path)
         builder = load_dataset_builder(path, subset)
         if local.is_dir():
             _refuse_mixed_formats(local, builder.config.data_files or {})
         if isinstance(builder, Csv):
             return _read_csv_split(builder.config, path, split)
-        return list(load_dataset(path, subset, split=split))
+        options = _parquet_options(local.is_dir() and isinstance(builder, Parquet))
+        return MappedTable(load_dataset(path, subset, split=split, **options), path)
     except ConfigError:
         raise
     except Exception as error:  # datasets raises many types, all for data that cannot be loaded
@@ -170,6 +246,16 @@ def _read_with_datasets(path: str, subset: str | None, split: str) -> list[Row]:
             return []
         hint = "" if local.exists() else "; without a network, set data.path to a file or folder of this machine"
         raise ConfigError(f"data.path is {path!r} (split {split!r}), and it cannot be loaded: {cause}{hint}") from error
+
+
+def _parquet_options(is_parquet: bool) -> dict[str, Any]:
+    """Return the options with which a local Parquet file is read in parts; by default much of it is in memory."""
+    from datasets.packaged_modules.parquet.parquet import ParquetConfig
+    from pyarrow.dataset import ParquetFragmentScanOptions
+
+    if not is_parquet or "fragment_scan_options" not in {x.name for x in fields(ParquetConfig)}:
+        return {}
+    return {"fragment_scan_options": ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)}
 
 
 def _find_downloaded(path: str) -> str | None:

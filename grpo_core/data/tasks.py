@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,11 @@ from grpo_core.batch import Task
 from grpo_core.config.sections import RunConfig
 from grpo_core.data.eval_sets import load_eval_sets
 from grpo_core.data.prompts import make_tasks
+from grpo_core.data.rows_on_disk import RowsOnDisk
+from grpo_core.data.tasks_on_disk import make_tasks_on_disk
 
-# to train on, to evaluate on, and the numbers of prompts of both that were too long
-Tasks = tuple[list[Task], list[Task], tuple[int, int]]
+# to train on, to evaluate on, the numbers of prompts of both that were too long, and sentences about bad rows
+Tasks = tuple[Sequence[Task], list[Task], tuple[int, int], list[str]]
 
 _offered: tuple[Any, Tasks] | None = None  # the keys that the tasks depend on, and the tasks
 
@@ -25,14 +28,19 @@ def read_tasks(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tasks:
         ConfigError: as `load_eval_sets` and `make_tasks`.
     """
     rows, sets = load_eval_sets(config)
-    tasks, num_too_long = make_tasks(rows, config.data, tokenizer)
+    notes: list[str] = []
+    tasks: Sequence[Task]
+    if isinstance(rows, RowsOnDisk):
+        tasks, num_too_long = make_tasks_on_disk(rows, config.data, tokenizer, notes)
+    else:
+        tasks, num_too_long = make_tasks(rows, config.data, tokenizer, notes)
     eval_tasks: list[Task] = []
     num_eval_too_long = 0
     for name, eval_rows in sets.items():
-        set_tasks, num_too_long_in_set = make_tasks(eval_rows, config.data, tokenizer)
+        set_tasks, num_too_long_in_set = make_tasks(eval_rows, config.data, tokenizer, notes)
         eval_tasks += [replace(task, eval_set=name) for task in set_tasks]
         num_eval_too_long += num_too_long_in_set
-    return tasks, eval_tasks, (num_too_long, num_eval_too_long)
+    return tasks, eval_tasks, (num_too_long, num_eval_too_long), notes
 
 
 def offer_tasks(config: RunConfig, tasks: Tasks) -> None:

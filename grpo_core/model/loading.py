@@ -188,14 +188,14 @@ def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
         )
 
 
-def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: PretrainedConfig) -> None:
-    """Raise ConfigError if a prompt is empty, or `max_new_tokens` cannot follow it.
+def check_lengths(lengths: Sequence[int], max_new_tokens: int, config: PretrainedConfig) -> None:
+    """Raise ConfigError if a prompt of these lengths is empty, or `max_new_tokens` cannot follow it.
 
     They cannot if both are together longer than the model's positions, or if its rotary embedding changes on the way.
     """
-    if not all(prompts):
+    if not all(lengths):
         raise ConfigError("a prompt is empty; it must have at least one token")
-    longest = max(len(prompt) for prompt in prompts)
+    longest = max(lengths)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest + max_new_tokens > positions:
         raise ConfigError(
@@ -203,7 +203,7 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, config:
             "more than the "
             f"model's {positions} positions"
         )
-    find_rotations(config).check_lengths(prompts, max_new_tokens)
+    find_rotations(config).check_lengths(lengths, max_new_tokens)
 
 
 def describe_misfit(error: Exception) -> str:

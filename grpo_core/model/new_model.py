@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 PAD, EOS = "<|endoftext|>", "<|end|>"  # Qwen2Tokenizer pads with the first
+CHAT_TEMPLATE = (  # a user's turn is a prompt of configs/tiny.yaml, and the assistant's a target with its end
+    "{% for message in messages %}"
+    "{% if message.role == 'user' %}{{ 'Question: ' + message.content }}"
+    "{% elif message.role == 'assistant' %}{{ '\\n' + message.content + '<|end|>\\n' }}"
+    "{% elif message.role == 'system' %}{{ message.content + '\\n' }}"
+    "{% else %}{{ raise_exception('the roles are system, user and assistant, not ' + message.role) }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\\n' }}{% endif %}"
+)
 
 
 def new_model(
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     vocab_size: int = 768,
     hidden_size: int = 128,
@@ -42,7 +50,7 @@ def new_model(
     return Qwen2ForCausalLM(config), tokenizer
 
 
-def new_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2Tokenizer:
+def new_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     """Return the tokenizer of `new_model`, of the class that transformers loads for a Qwen2 folder."""
     qwen2 = Qwen2Tokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE())
@@ -58,4 +66,5 @@ def new_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2Tokenizer:
     merges = [tuple(merge) for merge in learned["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=learned["vocab"], merges=merges, eos_token=EOS, pad_token=PAD)
     tokenizer.add_tokens(["<think>", "</think>"])  # ordinary tokens: decoding keeps them
+    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

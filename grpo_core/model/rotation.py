@@ -45,7 +45,7 @@ class Rotations:
         """Return a key that is equal for row lengths with the same rotations."""
         return tuple(rule.key(length) for rule in self.rules)
 
-    def check_lengths(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def check_lengths(self, lengths: Sequence[int], max_new_tokens: int) -> None:
         """Check that the rotation of no prompt's completion changes while the completion is drawn.
 
         The tokens before the change were drawn with another rotation than the trainer computes for the whole row.
@@ -53,7 +53,7 @@ class Rotations:
         Raises:
             ConfigError: names the prompt's length and the length at which the rotation changes.
         """
-        for length in sorted({len(prompt) for prompt in prompts}) if self else ():
+        for length in sorted(set(lengths)) if self else ():
             longest = length + max_new_tokens - 1  # the last token is not an input
             if self.key(length) != self.key(longest):
                 limit = min(rule.limit for rule in self.rules if rule.key(length) != rule.key(longest))

@@ -135,7 +135,7 @@ class Sampler:
         settings = settings or SamplingParams(self.temperature, greedy)
         longest = max_new_tokens or self.max_new_tokens
         prompts = [task.prompt_ids for task in tasks]
-        check_lengths(prompts, longest, self.model.config)
+        check_lengths([len(prompt) for prompt in prompts], longest, self.model.config)
         noise = None
         if not settings.greedy:
             keys = [(*task.seed, i) for task in tasks for i in range(group_size)]

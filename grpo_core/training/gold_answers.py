@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from grpo_core.batch import Task
 from grpo_core.config.sections import RewardConfig, RunConfig
 from grpo_core.counts import quantify
 from grpo_core.data.eval_sets import group_by_set, name_set
-from grpo_core.data.rows import name_split
+from grpo_core.data.rows import Row, name_split
+from grpo_core.data.tasks_on_disk import list_rows, select_tasks
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.registry import get_fact
 from grpo_core.schema import ConfigError
@@ -39,14 +42,12 @@ def check_gold_answers(
         uses.append((title, RewardConfig(name), set_tasks, "evaluation", source or name_set(config, eval_set)))
     for title, reward, rows, kind, place in uses:
         for column, unread in find_unjudged(reward, rows).items():
-            examples = ", ".join(
-                f"row {task.index + 1} {_shorten(task.columns[column])}" for task in unread[:MAX_EXAMPLES]
-            )
+            examples = ", ".join(f"row {index + 1} {_shorten(value)}" for index, value in unread.examples)
             sentence = (
-                f"{title} cannot judge {len(unread):,} of {quantify(len(rows), 'value')} of the column {column!r} in "
+                f"{title} cannot judge {unread.count:,} of {quantify(len(rows), 'value')} of the column {column!r} in "
                 f"the {kind} data, {place}: {examples}"
             )
-            if len(unread) > config.data.max_unjudged * len(rows):
+            if unread.count > config.data.max_unjudged * len(rows):
                 raise ConfigError(
                     f"{sentence}; {_describe_remedy(config, kind)}, name another column with data.columns, or raise "
                     f"data.max_unjudged ({config.data.max_unjudged:g})"
@@ -56,16 +57,69 @@ def check_gold_answers(
     return sentences
 
 
-def find_unjudged(reward: RewardConfig, tasks: Sequence[Task]) -> dict[str, list[Task]]:
-    """Return the tasks that a reward cannot judge, by the column with the gold answer; only columns that have some."""
-    unread: dict[str, list[Task]] = {}
+def drop_unjudged(
+    config: RunConfig, tasks: Sequence[Task], eval_tasks: Sequence[Task]
+) -> tuple[Sequence[Task], list[Task], list[str]]:
+    """Leave out the tasks whose gold answers cannot be judged, if data.bad_rows is drop, with a sentence that counts.
+
+    That is a training task that none of the rewards with a gold answer can judge, and an evaluation task that
+    evaluation.reward cannot judge. Where no task would be left they all stay, for `check_gold_answers` to refuse.
+    """
+    if config.data.bad_rows != "drop":
+        return tasks, eval_tasks, []
+    sentences, parts = [], []
+    uses = (("training", config.rewards, tasks), ("evaluation", [RewardConfig(config.evaluation.reward)], eval_tasks))
+    for kind, rewards, rows in uses:
+        readers = [reader for reward in rewards if (reader := _list_readers(reward))]
+        pairs = list_rows(rows) if readers else ()
+        unjudged = [i for i, (_, row) in enumerate(pairs) if not any(_can_judge(row, reader) for reader in readers)]
+        if not unjudged or len(unjudged) == len(rows):
+            parts.append(rows)
+            continue
+        left_out = set(unjudged)
+        parts.append(select_tasks(rows, [i for i in range(len(rows)) if i not in left_out]))
+        examples = ", ".join(f"row {rows[i].index + 1}" for i in unjudged[:MAX_EXAMPLES])
+        sentences.append(
+            f"{quantify(len(unjudged), 'row is', 'rows are')} left out of {quantify(len(rows), 'row')} of the {kind} "
+            f"data, because data.bad_rows is drop and no reward can judge the gold answer: {examples}"
+        )
+    return parts[0], list(parts[1]), sentences
+
+
+@dataclass
+class Unjudged:
+    """The gold answers of one column that a reward cannot judge."""
+
+    count: int = 0
+    examples: list[tuple[int, Any]] = field(default_factory=list)  # number of the row, and the value
+
+
+def find_unjudged(reward: RewardConfig, tasks: Sequence[Task]) -> dict[str, Unjudged]:
+    """Return the gold answers that a reward cannot judge, by the column with them; only columns that have some."""
+    unread: dict[str, Unjudged] = {}
+    readers = _list_readers(reward)
+    for index, row in list_rows(tasks) if readers else ():
+        for column, read in readers.items():
+            if read(row[column]) is None:
+                part = unread.setdefault(column, Unjudged())
+                part.count += 1
+                part.examples += [(index, row[column])] if part.count <= MAX_EXAMPLES else []
+    return unread
+
+
+def _list_readers(reward: RewardConfig) -> dict[str, Callable[[Any], Any]]:
+    """Return the columns with the gold answers of a reward, each with the function that reads it, arguments bound."""
+    readers = {}
     for column, read in (get_fact(REWARDS.get(reward.name), "gold") or {}).items():
         names = [*inspect.signature(read).parameters][1:]
-        args = {name: value for name, value in reward.args.items() if name in names}
-        rows = [task for task in tasks if read(task.columns[column], **args) is None]
-        if rows:
-            unread[column] = rows
-    return unread
+        readers[column] = partial(read, **{name: value for name, value in reward.args.items() if name in names})
+    return readers
+
+
+def _can_judge(row: Row, readers: dict[str, Callable[[Any], Any]]) -> bool:
+    """Return whether a row has a gold answer in every column; a missing column is reported by `check_columns`."""
+    values = [(row[column], read) for column, read in readers.items() if column in row]
+    return all(value is not None and read(value) is not None for value, read in values)
 
 
 def _describe_remedy(config: RunConfig, kind: str) -> str:

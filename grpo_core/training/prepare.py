@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from grpo_core.data.eval_sets import group_by_set, name_set
 from grpo_core.data.prompts import encode_teacher_prompts
 from grpo_core.data.rows import name_split
 from grpo_core.data.tasks import find_offered_tasks, read_tasks
+from grpo_core.data.tasks_on_disk import TasksOnDisk, list_rows, prompt_lengths, split_into_parts
 from grpo_core.data.turns import show_prompt
 from grpo_core.distributed import ranks
 from grpo_core.model.adapter_check import check_targets
@@ -49,7 +50,7 @@ from grpo_core.scoring.judge import Judge, JudgeSettings
 from grpo_core.scoring.kept_answers import KeptAnswers
 from grpo_core.scoring.reward_call import find_missing_columns
 from grpo_core.scoring.scoring import Reward, build_reward
-from grpo_core.training.gold_answers import check_gold_answers
+from grpo_core.training.gold_answers import check_gold_answers, drop_unjudged
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Prepared:
 
     tokenizer: PreTrainedTokenizerBase
     model_config: PretrainedConfig
-    tasks: list[Task]  # the training tasks
+    tasks: Sequence[Task]  # the training tasks
     eval_tasks: list[Task]
     num_too_long: int  # training prompts over data.max_prompt_tokens, dropped or cut as data.long_prompts specifies
     warnings: list[str] = field(default_factory=list)  # sentences to print before the first step
@@ -82,10 +83,13 @@ def prepare(
     offered = find_offered_tasks(config) if tokenizer is None else None
     if tokenizer is None:
         tokenizer = load_tokenizer_of(config)
-    tasks, eval_tasks, (num_too_long, num_eval_too_long) = offered or read_tasks(config, tokenizer)
-    scored_tasks = tasks if scores_training_tasks else []
+    tasks, eval_tasks, (num_too_long, num_eval_too_long), notes = offered or read_tasks(config, tokenizer)
+    scored_tasks: Sequence[Task] = tasks if scores_training_tasks else []
+    scored_tasks, eval_tasks, sentences = drop_unjudged(config, scored_tasks, eval_tasks)
+    tasks = scored_tasks if scores_training_tasks else tasks
     check_columns(config, scored_tasks, eval_tasks)
-    warnings = describe_prompt_changes(tokenizer, config.data, [*tasks, *eval_tasks])
+    some_tasks = [*next(split_into_parts(tasks)), *eval_tasks]
+    warnings = notes + sentences + describe_prompt_changes(tokenizer, config.data, some_tasks)
     warnings += check_gold_answers(config, scored_tasks, eval_tasks)
     if num_eval_too_long:
         warnings.append(_describe_long_eval_prompts(config, num_eval_too_long))
@@ -93,8 +97,7 @@ def prepare(
         model_config = load_model_config(config.model)
     check_vocabulary(model_config, tokenizer)
     check_eos_ids(model_config, model_config, "config.json")
-    prompts = [task.prompt_ids for task in (*tasks, *eval_tasks)]
-    check_lengths(prompts, config.sampling.max_new_tokens, model_config)
+    check_lengths([*prompt_lengths(tasks), *prompt_lengths(eval_tasks)], config.sampling.max_new_tokens, model_config)
     check_targets(model_config, config.lora, config.model.trust_remote_code)
     if scores_training_tasks:
         check_reward_model(config, tasks)
@@ -128,10 +131,17 @@ def prepare_teacher(config: RunConfig, prepared: Prepared) -> Prepared:
     if teacher.path is not None:
         model_config = load_model_config(model_of_teacher(config))
     if teacher.prompt is not None:
+        if isinstance(tasks, TasksOnDisk):
+            raise ConfigError(
+                f"teacher.prompt is {teacher.prompt!r}, but the rows of {config.data.path} stay on disk, which "
+                f"teacher.prompt does not support; use a part of them with data.limit"
+            )
         tasks = encode_teacher_prompts(tasks, teacher.prompt, config.data, prepared.tokenizer)
     try:
-        prompts = [task.teacher_prompt_ids or task.prompt_ids for task in tasks]
-        check_lengths(prompts, config.sampling.max_new_tokens, model_config)
+        lengths = prompt_lengths(tasks)
+        if teacher.prompt is not None:
+            lengths = [len(task.teacher_prompt_ids or task.prompt_ids) for task in tasks]
+        check_lengths(lengths, config.sampling.max_new_tokens, model_config)
     except ConfigError as error:
         raise ConfigError(f"teacher.prompt is {teacher.prompt!r}, but for the teacher {error}") from None
     return replace(prepared, tasks=tasks)
@@ -155,7 +165,7 @@ def check_routing(config: RunConfig, policy: Policy) -> None:
         check_can_route(model_type, policy.routers, key, value, balances=key == "loss.router_aux_coef")
 
 
-def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task], source: str | None = None) -> None:
+def check_columns(config: RunConfig, tasks: Sequence[Task], eval_tasks: list[Task], source: str | None = None) -> None:
     """Raise ConfigError if a reward needs a column that the data lacks, or that is null where it must not be.
 
     `source` names the data of all tasks; by default it is as configured.
@@ -173,11 +183,11 @@ def check_columns(config: RunConfig, tasks: list[Task], eval_tasks: list[Task], 
                 f"the data is {place}"
             )
         for column in get_fact(REWARDS.get(name), "never_null", ()):
-            for task in rows:
-                if task.columns[column] is None:
+            for index, row in list_rows(rows):
+                if row[column] is None:
                     raise ConfigError(
                         f"reward {name} needs a value in the column {column!r}, which is null in row "
-                        f"{task.index + 1} of the data, {place}"
+                        f"{index + 1} of the data, {place}"
                     )
 
 

@@ -15,6 +15,7 @@ from grpo_core.config.precision import dtype_name, resolve_dtype
 from grpo_core.config.sections import RunConfig, TrainerConfig
 from grpo_core.counts import quantify
 from grpo_core.data.stream import TaskStream
+from grpo_core.data.tasks_on_disk import TasksOnDisk, prompt_lengths
 from grpo_core.distributed import ranks
 from grpo_core.model.lora_targets import describe_frozen_experts
 from grpo_core.model.memory import Taught, find_budgets
@@ -145,7 +146,7 @@ def assemble(
         log.info(f"note: {sentence}")
     for sentence in prepared.warnings:
         log.info(f"warning: {sentence}")
-    longest = (max(len(task.prompt_ids) for task in tasks), longest_completion or config.sampling.max_new_tokens)
+    longest = (max(prompt_lengths(tasks)), longest_completion or config.sampling.max_new_tokens)
     rows = trainer.completions_per_step // world_size // trainer.num_minibatches
     taught = None if teacher is None else Taught(teacher, find_longest_teacher_prompt(tasks))
     rewards = make_rewards(config, start.folder)  # before the budgets: a reward model takes memory
@@ -172,6 +173,8 @@ def assemble(
 
 def find_longest_teacher_prompt(tasks: Sequence[Task]) -> int:
     """Return the tokens of the longest prompt that the teacher sees."""
+    if isinstance(tasks, TasksOnDisk):  # which has no prompts of a teacher
+        return max(prompt_lengths(tasks))
     return max(len(task.teacher_prompt_ids or task.prompt_ids) for task in tasks)
 
 

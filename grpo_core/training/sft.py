@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_core.batch import Rollouts, Task, TrainBatch
@@ -21,6 +22,7 @@ from grpo_core.counts import quantify
 from grpo_core.data.encoding import find_turn_end
 from grpo_core.data.eval_sets import group_by_set, load_eval_sets, name_set
 from grpo_core.data.rows import name_split
+from grpo_core.data.tasks_on_disk import split_into_parts
 from grpo_core.distributed import ranks, signals
 from grpo_core.model.new_model import new_model
 from grpo_core.model.policy import load_policy, wrap
@@ -34,16 +36,22 @@ from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, run_dir
 from grpo_core.training.freeze import forward_all
 from grpo_core.training.job import close_at_end, describe_best
-from grpo_core.training.prepare import prepare
+from grpo_core.training.prepare import Prepared, prepare
 from grpo_core.training.resume import check_num_steps, find_start, load_start
 from grpo_core.training.run import Run
 from grpo_core.training.setup import assemble, count_steps, describe_tasks, initialise_process, note_steps
+from grpo_core.training.sft_conversations import (
+    build_conversation_rollouts,
+    find_answered_column,
+    find_longest_conversation,
+    leave_out_unanswered,
+)
 from grpo_core.training.sft_targets import build_target_rollouts, find_longest_target
 from grpo_core.training.skipped_steps import SkippedSteps
 from grpo_core.training.trainer import begin, finish_step, remaining_steps
 from grpo_core.training.update import update_policy
 
-MakeTargets = Callable[[Sequence[Task]], Rollouts]  # returns the tasks' targets as rollouts
+MakeTargets = Callable[[Sequence[Task]], tuple[Rollouts, Tensor]]  # the tasks' targets, and the trained tokens [B, C]
 
 TEMPERATURE = 1.0  # the cross-entropy of the unscaled logits, whatever temperature GRPO samples at later
 COLUMNS = (  # columns of metrics.jsonl; the other metrics of an update need sampled completions
@@ -88,19 +96,11 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
     prepared = prepare(
         config, tokenizer=tokenizer, model_config=base.config if base else None, scores_training_tasks=False
     )
+    column = find_answered_column(config.data, prepared.tasks)
+    prepared = leave_out_unanswered(prepared, column, config.data) if column else prepared
     check_num_steps(run_start, count_steps(config, len(prepared.tasks), config.trainer.completions_per_step))
     note_steps(config, len(prepared.tasks), config.trainer.completions_per_step)
-    tokenizer, model_config = prepared.tokenizer, prepared.model_config
-    longest = max(
-        find_longest_target(config.sft, tasks, tokenizer, model_config, source)
-        for tasks, source in (
-            (prepared.tasks, f"the data, {name_split(config.data.path, config.data.split)}"),
-            *(
-                (tasks, f"the evaluation data, {name_set(config, name)}")
-                for name, tasks in group_by_set(prepared.eval_tasks).items()
-            ),
-        )
-    )
+    longest = find_longest(config, prepared, column)
     if base:
         policy = wrap(base.to(dtype), config.model, config.lora, temperature=TEMPERATURE)
     else:
@@ -108,21 +108,57 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
             policy = load_policy(config.model, run_start.lora(config), dtype=dtype, temperature=TEMPERATURE)
     per_step = config.trainer.completions_per_step
     run = assemble(config, run_start, policy, prepared, per_step, dtype, longest)
-    eos_ids = find_eos_ids(policy.causal_lm, tokenizer)
-    eos = find_turn_end(tokenizer, config.data, eos_ids)
-    if eos is None:
-        eos = min(eos_ids) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    make_targets = partial(
-        build_target_rollouts, config=config.sft, tokenizer=tokenizer, eos=eos, device=run.sampler.device
-    )
+    make_targets = find_target_maker(run, prepared.tokenizer, column)
     run = replace(run, job="sft", held_out=partial(compute_held_out_loss, run, make_targets))
     load_start(run, run_start)
     run.log.info(
-        f"{describe_tasks(config, prepared)}, {quantify(run.num_steps, 'step')} of {quantify(per_step, 'target')} of "
-        "up to "
+        f"{describe_tasks(config, prepared)}, {quantify(run.num_steps, 'step')} of "
+        f"{quantify(per_step, 'conversation' if column else 'target')} of up to "
         f"{quantify(longest, 'token')} on {quantify(ranks.world_size(), 'process', 'processes')}, {dtype_name(dtype)}"
     )
-    return run, tokenizer, make_targets
+    return run, prepared.tokenizer, make_targets
+
+
+def find_longest(config: RunConfig, prepared: Prepared, column: str | None) -> int:
+    """Return the token count of the longest target; `column` has whole conversations, or is None for sft.targets.
+
+    Raises:
+        ConfigError: see `find_longest_target` and `find_longest_conversation`.
+    """
+    sources: list[tuple[Sequence[Task], str]] = [
+        (prepared.tasks, f"the data, {name_split(config.data.path, config.data.split)}")
+    ]
+    sources += [
+        (tasks, f"the evaluation data, {name_set(config, name)}")
+        for name, tasks in group_by_set(prepared.eval_tasks).items()
+    ]
+    tokenizer, model = prepared.tokenizer, prepared.model_config
+    if column is None:
+        return max(
+            find_longest_target(config.sft, part, tokenizer, model, source)
+            for tasks, source in sources
+            for part in split_into_parts(tasks)
+        )
+    return max(
+        find_longest_conversation(tasks, column, config.data, tokenizer, model, source) for tasks, source in sources
+    )
+
+
+def find_target_maker(run: Run, tokenizer: PreTrainedTokenizerBase, column: str | None) -> MakeTargets:
+    """Return the function that builds the targets: the conversations of `column`, or those of sft.targets."""
+    config, device = run.config, run.sampler.device
+    eos_ids = find_eos_ids(run.policy.causal_lm, tokenizer)
+    eos = find_turn_end(tokenizer, config.data, eos_ids)
+    if eos is None:
+        eos = min(eos_ids) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+
+    def make_targets(tasks: Sequence[Task]) -> tuple[Rollouts, Tensor]:
+        if column is not None:
+            return build_conversation_rollouts(tasks, column, config.data, tokenizer, eos_ids, eos, device)
+        rollouts = build_target_rollouts(tasks, config=config.sft, tokenizer=tokenizer, eos=eos, device=device)
+        return rollouts, rollouts.completion_mask
+
+    return make_targets
 
 
 def use_supervised_loss(config: RunConfig) -> RunConfig:
@@ -158,11 +194,12 @@ def train(run: Run, make_targets: MakeTargets) -> None:
     for step in remaining_steps(run):
         tasks, stats = run.tasks.batch(step), Stats()
         with run.log.phase("update"):
-            rollouts = replace(make_targets(tasks), completions=())  # the loss reads no text
+            rollouts, loss_mask = make_targets(tasks)
+            rollouts = replace(rollouts, completions=())  # the loss reads no text
             ones = torch.ones(len(rollouts), 1, device=rollouts.completion_ids.device)
-            batch = TrainBatch(rollouts, ones, rollouts.completion_mask)
+            batch = TrainBatch(rollouts, ones, loss_mask)
             numbers = update_policy(run, batch, step, run.control, stats)
-        stats.add_total("tokens", rollouts.lengths().sum())
+        stats.add_total("tokens", loss_mask.sum())
         row = {"step": step, **stats.reduce(), **numbers}
         row = {name: row[name] for name in COLUMNS}
         run.log.log_row(step, row, _format_row)
@@ -180,9 +217,9 @@ def compute_held_out_loss(run: Run, make_targets: MakeTargets, tasks: list[Task]
     counts = torch.zeros(2, dtype=torch.double, device="cpu")
     if mine:
         keyed = [replace(task, seed=make_key("held_out", task.index)) for task in mine]
-        rollouts = replace(make_targets(keyed), completions=())
-        logprobs = forward_all(run.policy, run.budgets.forward, rollouts).logprobs
-        counts = torch.stack([-logprobs.double().sum(), rollouts.lengths().sum()]).cpu()
+        rollouts, loss_mask = make_targets(keyed)
+        logprobs = forward_all(run.policy, run.budgets.forward, replace(rollouts, completions=())).logprobs
+        counts = torch.stack([-(logprobs.double() * loss_mask).sum(), loss_mask.sum()]).cpu()
     nats, tokens = ranks.all_sum(counts).tolist()
     return {"loss": nats / tokens, "tokens": int(tokens)}
 
@@ -190,7 +227,7 @@ def compute_held_out_loss(run: Run, make_targets: MakeTargets, tasks: list[Task]
 def _new_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a new small model, and a tokenizer that was trained on the training rows."""
     rows, _ = load_eval_sets(config)
-    return new_model([" ".join(map(str, row.values())) for row in rows], **config.sft.new_model)
+    return new_model((" ".join(map(str, row.values())) for row in rows), **config.sft.new_model)
 
 
 def _format_row(row: dict[str, float]) -> str:

@@ -1,0 +1,81 @@
+"""Give the columns of the data other names; a name may be a path into a nested value, as in reward_model.truth."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grpo_core.data.rows import Row
+from grpo_core.schema import ConfigError, list_known
+
+MISSING = object()  # a place that a row does not have; None is a value
+INDEX = re.compile(r"-?\d+")
+
+
+def is_conversation(value: Any) -> bool:
+    """Return whether a column's value is a list of messages with roles."""
+    is_list = isinstance(value, (list, tuple)) and bool(value)
+    return is_list and all(isinstance(message, Mapping) and "role" in message for message in value)
+
+
+def check_names(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+    """Check that the data has the columns and places that `columns`, data.columns, names.
+
+    Raises:
+        ConfigError: a column or place is in no row, or a new name is that of another column of the data.
+    """
+    for new_name, path in columns.items():
+        if path not in rows[0] and all(read_path(row, path) is MISSING for row in rows):
+            raise ConfigError(f"data.columns.{new_name} is {path!r}; {_describe_places(rows[0], path)}")
+        if new_name in rows[0] and new_name not in columns.values():
+            raise ConfigError(f"data.columns.{new_name} is {path!r}, but the data already has a column {new_name!r}")
+
+
+def rename(row: Row, columns: Mapping[str, str]) -> Row:
+    """Return a row with the names of `columns`, {new name: column or path}.
+
+    A column gets the new name in place of its own. A place inside a column is one column more; None where the row lacks
+    it.
+    """
+    new_names = {path: new_name for new_name, path in columns.items() if path in row}
+    renamed = {new_names.get(name, name): value for name, value in row.items()}
+    for new_name, path in columns.items():
+        if path not in row:
+            value = read_path(row, path)
+            renamed[new_name] = None if value is MISSING else value
+    return renamed
+
+
+def read_path(row: Row, path: str) -> Any:
+    """Return the value at a path of keys and indices, such as prompt.0.content, or MISSING.
+
+    A column whose own name is the path comes first.
+    """
+    if path in row:
+        return row[path]
+    value: Any = row
+    for part in path.split("."):
+        value = _step_into(value, part)
+    return value
+
+
+def _step_into(value: Any, part: str) -> Any:
+    """Return what a mapping has at a key, or a list at an index; MISSING where there is none."""
+    if isinstance(value, Mapping):
+        return value.get(part, MISSING)
+    is_index = isinstance(value, (list, tuple)) and INDEX.fullmatch(part) and -len(value) <= int(part) < len(value)
+    return value[int(part)] if is_index else MISSING
+
+
+def _describe_places(row: Row, path: str) -> str:
+    """Return what a row has where a path leaves it."""
+    parts, value, depth = path.split("."), row, 0
+    while depth < len(parts) and (inner := _step_into(value, parts[depth])) is not MISSING:
+        value, depth = inner, depth + 1
+    place = f"in row 1, {'.'.join(parts[:depth])} " if depth else ""
+    if isinstance(value, Mapping):
+        return f"{place}has the keys {', '.join(value)}" if place else list_known(parts[depth], value)
+    if isinstance(value, (list, tuple)):
+        return f"{place}is a list of {len(value)}, whose indices begin with 0"
+    return f"{place}is {str(value)[:40]!r}, which has nothing inside"

@@ -1,0 +1,265 @@
+"""Recognise the forms in which others write their data, and name the keys of the configuration that each form needs.
+
+A form is recognised where data.path is a word of the command line. Its keys then replace those of the configuration
+file, which were written for other data; the other words of the command line win.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from grpo_core.config import files
+from grpo_core.config.sections import DataConfig, RunConfig
+from grpo_core.data.columns import MISSING, is_conversation, read_path
+from grpo_core.data.rows import Row, peek_rows
+from grpo_core.objective.numbers import read_gold
+from grpo_core.schema import ConfigError
+
+PEEKED_ROWS = 50  # of the data, which must all have the form
+GOLDS = ("solution", "answer", "ground_truth")  # columns with the gold answer beside TRL's prompt
+BOXED = "{question}\nThink step by step, and write the final answer in \\boxed{{}}."
+EQUATION = (
+    "Make {target} from the numbers {nums} with + - * / and brackets, each number once. Think first, then write the "
+    "equation in <answer> </answer>."
+)
+MAX_SHOWN_CHARACTERS = 60  # of a value in a sentence
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of data: how it is recognised, and where its parts are."""
+
+    name: str
+    signature: str  # what its rows have, in a sentence
+    matches: Callable[[Row], bool]
+    template: str  # data.template
+    columns: dict[str, str] = field(default_factory=dict)  # data.columns
+    gold: str | None = "answer"  # path of the gold answer in a row of the data; None: the data has none
+    reward: str | None = None  # None: correct_answer if all gold answers are numbers, else reward_of_texts
+    reward_of_texts: str | None = "math_equal"  # None: the gold answers may be any text
+    prompt: str = "chat"  # data.prompt of a prompt that is text; messages need chat
+    target: str | None = "{answer}"  # the item of sft.targets
+
+
+def _has(*names: str) -> Callable[[Row], bool]:
+    return lambda row: all(row.get(name) is not None for name in names)
+
+
+def _comes_from(row: Row, source: str) -> bool:
+    """Return whether a row in verl's form names a data source that begins with `source`."""
+    return _has("data_source", "prompt", "reward_model")(row) and str(row["data_source"]).lower().startswith(source)
+
+
+TRUTH = "reward_model.ground_truth"  # the gold answer in verl's form
+FORMS = (  # the first that all rows match counts
+    Form("Countdown", "nums, target", _has("nums", "target"), EQUATION, gold=None, reward="countdown", target=None),
+    Form(
+        "Countdown in verl's form",
+        "data_source, prompt, reward_model",
+        lambda row: _comes_from(row, "countdown") and read_path(row, f"{TRUTH}.target") is not MISSING,
+        "{prompt}",
+        {"nums": f"{TRUTH}.numbers", "target": f"{TRUTH}.target"},
+        gold=None,
+        reward="countdown",
+        target=None,
+    ),
+    Form(
+        "DAPO-Math",
+        "prompt, solution, source_prompt",
+        _has("prompt", "solution", "source_prompt"),
+        "{prompt}\nThink step by step, and write the answer in the last line.",
+        {"answer": "solution"},
+        "solution",
+    ),
+    Form(
+        "DAPO-Math",
+        "data_source math_dapo, prompt, reward_model",
+        lambda row: _comes_from(row, "math_dapo"),
+        "{prompt}",
+        {"answer": TRUTH},
+        TRUTH,
+    ),
+    Form(
+        "verl",
+        "data_source, prompt, reward_model",
+        lambda row: _comes_from(row, "") and read_path(row, TRUTH) is not MISSING,
+        "{prompt}",
+        {"answer": TRUTH},
+        TRUTH,
+    ),
+    Form(
+        "open-r1",
+        "problem, solution, answer",
+        _has("problem", "solution", "answer"),
+        BOXED,
+        {"question": "problem"},
+        reward="math_equal",
+        target="{solution}",
+    ),
+    Form(
+        "MATH",
+        "problem, solution with \\boxed",
+        lambda row: _has("problem", "solution")(row) and "\\boxed" in str(row["solution"]),
+        BOXED,
+        {"question": "problem", "answer": "solution"},
+        reward="math_equal",
+    ),
+    Form(
+        "GSM8K",
+        "question, answer with ####",
+        lambda row: _has("question", "answer")(row) and "####" in str(row["answer"]),
+        "{question}",
+        reward="correct_answer",
+    ),
+    *(
+        Form(
+            "TRL",
+            f"prompt, {gold}",
+            _has("prompt", gold),
+            "{prompt}",
+            {} if gold == "answer" else {"answer": gold},
+            gold,
+            prompt="template",
+        )
+        for gold in GOLDS
+    ),
+    *(
+        Form(
+            name,
+            f"{column} with a last turn of the assistant",
+            lambda row, column=column: is_conversation(row.get(column)) and row[column][-1]["role"] == "assistant",
+            f"{{{column}}}",
+            gold=f"{column}.-1.content",
+            reward_of_texts=None,
+        )
+        for name, column in (("TRL", "prompt"), ("conversations", "messages"))
+    ),
+    Form("TRL", "prompt", _has("prompt"), "{prompt}", gold=None, prompt="template", target=None),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a configuration as the commands do: `config.files.load`, with the form of the data recognised.
+
+    Raises:
+        ConfigError: as `load` and `recognise`.
+    """
+    return files.load(path, overrides, recognise=recognise, notify=lambda sentence: print(f"note: {sentence}"))
+
+
+def recognise(
+    config: RunConfig, written: Collection[str], supervised: bool = False
+) -> tuple[dict[str, Any], str | None]:
+    """Return the keys of the form that the data at data.path has, and a sentence about what they replace, if they do.
+
+    `written` are the keys of the command line's words, which stay as they are.
+
+    Raises:
+        ConfigError: the data cannot be read; nothing says how completions are scored; or a library that the form's
+            reward needs is not installed.
+    """
+    data = config.data
+    if ":" in data.path and not Path(data.path).exists():  # rows that are generated, such as builtin:word_problems
+        return {}, None
+    keys: dict[str, Any] = {}
+    if Path(data.path).is_file():  # which has no splits, whatever the data of the configuration file had
+        keys |= {"data.split": "train", "data.subset": None, "data.eval_split": None}
+    keys = {key: value for key, value in keys.items() if key not in written}
+    subset, split = (keys.get(key, attrgetter(key)(config)) for key in ("data.subset", "data.split"))
+    rows = peek_rows(data.path, subset, split, PEEKED_ROWS)
+    form = next((form for form in FORMS if rows and all(map(form.matches, rows))), None)
+    if form is None:
+        return keys, None
+    reward = _choose_reward(form, rows)
+    if reward is None and not supervised and not _is_written("rewards", written):
+        raise ConfigError(
+            f"data.path is {data.path!r}, in the form of {form.name} ({form.signature}), which does not say how "
+            f"completions are scored; name the rewards, such as rewards=my_rewards.py:my_reward"
+        )
+    form_keys = _list_keys(form, rows, reward, supervised)
+    if data.max_prompt_tokens < DataConfig.max_prompt_tokens:  # a limit for the file's own data
+        form_keys["data.max_prompt_tokens"] = DataConfig.max_prompt_tokens
+    if "evaluation.num_tasks" in written and not config.evaluation.num_tasks:  # no evaluation needs a reward
+        form_keys.pop("evaluation.reward", None)
+    keys |= {key: value for key, value in form_keys.items() if not _is_written(key, written)}
+    _check_library(form, data.path, keys)
+    return keys, _describe(form, data.path, config, keys)
+
+
+def _choose_reward(form: Form, rows: Sequence[Row]) -> str | None:
+    """Return the reward of a form, or of its gold answers; None if they are neither numbers nor formulas."""
+    if form.reward is not None or form.gold is None:
+        return form.reward
+    golds = [read_path(row, form.gold) for row in rows]
+    return "correct_answer" if all(read_gold(gold) is not None for gold in golds) else form.reward_of_texts
+
+
+def _list_keys(form: Form, rows: Sequence[Row], reward: str | None, supervised: bool) -> dict[str, Any]:
+    """Return every key that a form sets, with its value as in a configuration file."""
+    prompts = [row.get(form.template[1:-1]) for row in rows]
+    keys: dict[str, Any] = {
+        "data.eval_path": None,
+        "data.columns": dict(form.columns),
+        "data.prompt": "chat" if any(map(is_conversation, prompts)) else form.prompt,
+        "data.template": form.template,
+        "data.system": None,
+        "data.last_turn": "gold",
+    }
+    if supervised:
+        keys |= {} if form.target is None else {"sft.targets": [form.target]}
+        reward = reward or (form.gold and "text_match")
+    elif reward is not None:
+        keys["rewards"] = [reward]
+    if reward is not None:
+        return keys | {"evaluation.reward": reward}
+    return keys | {"evaluation.num_tasks": 0}  # nothing says whether a completion is right
+
+
+def _is_written(key: str, written: Collection[str]) -> bool:
+    """Return whether a word of the command line sets a key; data.template says what the whole prompt is."""
+    if key in ("data.prompt", "data.system") and "data.template" in written:
+        return True
+    return key in written or (key == "evaluation.num_tasks" and "evaluation.reward" in written)
+
+
+def _check_library(form: Form, path: str, keys: dict[str, Any]) -> None:
+    names = [*keys.get("rewards", ()), keys.get("evaluation.reward")]
+    if "math_equal" in names and importlib.util.find_spec("math_verify") is None:
+        raise ConfigError(
+            f"data.path is {path!r}, in the form of {form.name} ({form.signature}), whose reward math_equal needs "
+            f"math-verify, which is not installed: pip install -e '.[math]'; or choose other functions with rewards= "
+            f"and evaluation.reward="
+        )
+
+
+def _describe(form: Form, path: str, config: RunConfig, keys: dict[str, Any]) -> str:
+    """Return a sentence about the form, and the values that it replaces."""
+    changes = []
+    for key, new in keys.items():
+        old = attrgetter(key)(config)
+        if isinstance(old, list):
+            full = [_shorten_item(item) for item in old]
+            names = [item if isinstance(item, str) else next(iter(item.values())) for item in full]
+            old = full if names == new else names
+        if old != new:
+            changes.append(f"{key} {_show(new)} (not {_show(old)})")
+    return f"{path} has the form of {form.name} ({form.signature}), which sets {', '.join(changes) or 'nothing else'}"
+
+
+def _shorten_item(item: Any) -> Any:
+    """Return a section in a list as in a configuration file, without the values that are defaults."""
+    first, *others = fields(item)
+    values = {x.name: getattr(item, x.name) for x in others}
+    defaults = asdict(type(item)(getattr(item, first.name)))
+    changed = {name: value for name, value in values.items() if value != defaults[name]}
+    return {first.name: getattr(item, first.name), **changed} if changed else getattr(item, first.name)
+
+
+def _show(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else " ".join(files.to_inline_yaml(value).split())
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."

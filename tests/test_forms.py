@@ -1,0 +1,215 @@
+"""Data in the forms that others write: recognised where data.path is a word of the command line."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_run import SHORT, read
+
+from grpo_core import load_config
+from grpo_core.config import files
+from grpo_core.data.forms import FORMS, recognise
+from grpo_core.data.rows import peek_rows
+from grpo_core.objective.rewards import REWARDS
+from grpo_core.schema import ConfigError
+
+TINY = ROOT / "configs" / "tiny.yaml"
+FORMATS = ROOT / "tests" / "fixtures" / "formats"
+TRUTH = "reward_model.ground_truth"
+# fixture -> the form's name, data.columns, data.prompt, the beginning of data.template, the reward
+EXPECTED = {
+    "trl_prompt_solution": ("TRL", {"answer": "solution"}, "chat", "{prompt}", "correct_answer"),
+    "trl_prompt_solution_latex": ("TRL", {"answer": "solution"}, "chat", "{prompt}", "math_equal"),
+    "trl_text_solution": ("TRL", {"answer": "solution"}, "template", "{prompt}", "correct_answer"),
+    "trl_last_turn": ("TRL", {}, "chat", "{prompt}", "correct_answer"),
+    "verl": ("verl", {"answer": TRUTH}, "chat", "{prompt}", "correct_answer"),
+    "verl_latex": ("verl", {"answer": TRUTH}, "chat", "{prompt}", "math_equal"),
+    "verl_countdown": ("Countdown in verl's form", {"nums": f"{TRUTH}.numbers", "target": f"{TRUTH}.target"}, "chat", "{prompt}", "countdown"),
+    "open_r1": ("open-r1", {"question": "problem"}, "chat", "{question}\nThink", "math_equal"),
+    "gsm8k": ("GSM8K", {}, "chat", "{question}", "correct_answer"),
+    "math": ("MATH", {"question": "problem", "answer": "solution"}, "chat", "{question}\nThink", "math_equal"),
+    "dapo_math": ("DAPO-Math", {"answer": TRUTH}, "chat", "{prompt}", "correct_answer"),
+    "dapo_math_processed": ("DAPO-Math", {"answer": "solution"}, "chat", "{prompt}\nThink", "correct_answer"),
+    "countdown": ("Countdown", {}, "chat", "Make {target} from the numbers {nums} with", "countdown"),
+    "conversations": ("conversations", {}, "chat", "{messages}", "correct_answer"),
+}  # fmt: skip
+UNSCORED = ("trl_prompt", "trl_prompt_messages", "conversations_text")
+
+
+HAS_MATH = importlib.util.find_spec("math_verify") is not None
+
+
+def can_run(reward):
+    return REWARDS.knows(reward) and (reward != "math_equal" or HAS_MATH)
+
+
+@pytest.fixture
+def has_math(monkeypatch):
+    """Pretend that math-verify is installed."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name if name == "math_verify" else find(name, *rest))
+
+
+def fixture(name):
+    return str(FORMATS / f"{name}.jsonl")
+
+
+def keys_of(name, *words, config=TINY, supervised=False):
+    """The keys that the form of a fixture sets, and the sentence about them."""
+    loaded = files.load(config, [f"data.path={fixture(name)}", *words])
+    return recognise(loaded, {"data.path", *(word.split("=")[0] for word in words)}, supervised)
+
+
+def test_every_fixture_is_expected_and_every_form_has_one():
+    assert {path.stem for path in FORMATS.iterdir()} == {*EXPECTED, *UNSCORED}
+    assert {form.name for form in FORMS} == {name for name, *_ in EXPECTED.values()}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_form_brings_its_columns_prompt_and_rewards(name, has_math):
+    form, columns, prompt, template, reward = EXPECTED[name]
+    keys, sentence = keys_of(name)
+    assert (keys["data.columns"], keys["data.prompt"], keys["rewards"], keys["evaluation.reward"]) == (columns, prompt, [reward], reward)
+    assert keys["data.template"].startswith(template) and sentence.startswith(f"{fixture(name)} has the form of {form} (")
+    assert f"rewards [{reward}] (not [correct_answer, has_think_tags])" in sentence and "\n" not in sentence
+    if not can_run(reward):
+        return
+    notes = []
+    config = files.load(TINY, [f"data.path={fixture(name)}"], recognise=recognise, notify=notes.append)
+    assert notes == [sentence]
+    assert (config.data.columns, config.data.template, config.evaluation.reward) == (columns, keys["data.template"], reward)
+    assert [(x.name, x.weight, x.args) for x in config.rewards] == [(reward, 1.0, {})]
+    assert config.data.max_prompt_tokens == 512 and "data.max_prompt_tokens 512 (not 128)" in sentence
+
+
+@pytest.mark.parametrize("name", UNSCORED)
+def test_data_that_does_not_say_how_it_is_scored_asks_for_rewards(name):
+    with pytest.raises(ConfigError, match=r"does not say how completions are scored; name the rewards, such as rewards=my_rewards.py:my_reward$"):
+        keys_of(name)
+    keys, sentence = keys_of(name, "rewards=think_format")
+    assert "rewards" not in keys and keys["evaluation.num_tasks"] == 0 and "evaluation.num_tasks 0 (not 500)" in sentence
+    assert "evaluation.num_tasks" not in keys_of(name, "rewards=think_format", "evaluation.reward=think_format")[0]
+
+
+@pytest.mark.parametrize("words, missing", {
+    ("rewards=think_format",): {"rewards"},
+    ("evaluation.reward=text_match",): {"evaluation.reward"},
+    ("data.template=Q: {question}",): {"data.template", "data.prompt", "data.system"},
+    ("data.prompt=template",): {"data.prompt"},
+    ("data.columns={question: problem, answer: answer}",): {"data.columns"},
+}.items())  # fmt: skip
+def test_other_words_win(words, missing, has_math):
+    alone, given = keys_of("open_r1")[0], keys_of("open_r1", *words)[0]
+    assert alone.keys() - given.keys() == missing and all(alone[key] == value for key, value in given.items())
+    config = files.load(TINY, [f"data.path={fixture('gsm8k')}", *words], recognise=recognise)
+    for word in words:
+        key, _, text = word.partition("=")
+        value = getattr(config.data, key.removeprefix("data."), None)
+        assert text in (value, config.evaluation.reward, config.rewards[0].name) or key == "data.columns"
+
+
+def test_a_word_for_one_column_is_laid_over_those_of_the_form():
+    words = [f"data.path={fixture('verl')}", "data.columns.source=data_source", "rewards[0].weight=0.5"]
+    config = files.load(TINY, words, recognise=recognise)
+    assert config.data.columns == {"answer": TRUTH, "source": "data_source"}
+    assert [(reward.name, reward.weight) for reward in config.rewards] == [("correct_answer", 0.5)]
+
+
+def test_where_the_path_stands_in_a_file_the_files_own_keys_win(tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"data: {{path: {fixture('gsm8k')}, template: 'Q: {{question}}'}}\nrewards: [think_format]\n")
+    notes = []
+    config = files.load(tmp_path / "mine.yaml", ["trainer.num_steps=2"], recognise=recognise, notify=notes.append)
+    assert notes == [] and (config.data.template, config.data.prompt, config.rewards[0].name) == ("Q: {question}", "template", "think_format")
+
+
+def test_the_configuration_that_is_written_repeats_the_run(tmp_path):
+    config = load_config(str(TINY), [f"data.path={fixture('verl')}"])
+    (tmp_path / "config.yaml").write_text(files.dump(config))
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config and config.data.columns == {"answer": TRUTH}
+
+
+def test_the_splits_of_the_configuration_files_own_data_do_not_hold_for_a_file(capsys):
+    """The default on a GPU names the test split of its own data."""
+    words = ["model.path=builtin:tiny", f"data.path={fixture('gsm8k')}"]
+    config = load_config(str(ROOT / "configs" / "gsm8k_qwen2.5_1.5b.yaml"), words)
+    assert (config.data.split, config.data.eval_split, config.data.eval_path) == ("train", None, None)
+    told = capsys.readouterr().out
+    assert told.startswith(f"note: {fixture('gsm8k')} has the form of GSM8K") and "data.eval_split null (not 'test')" in told
+
+
+@pytest.mark.parametrize("rows", [
+    [{"question": "a", "answer": "5"}], [{"question": "a", "answer": "#### 5"}, {"question": "b", "answer": "6"}],
+    [{"text": "a"}], [{"problem": "a", "solution": "b"}], [{"question": "a", "answer": None}],
+])  # fmt: skip
+def test_data_of_no_form_leaves_the_configuration_as_it_is(tmp_path, rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = files.load(TINY, [f"data.path={path}"])
+    assert files.load(TINY, [f"data.path={path}"], recognise=recognise) == config
+
+
+def test_the_built_in_problems_are_no_form_of_others():
+    words = ["data.path=builtin:word_problems"]
+    assert files.load(TINY, words, recognise=recognise) == files.load(TINY, words)
+
+
+@pytest.mark.parametrize("name", [name for name, row in EXPECTED.items() if row[-1] == "math_equal"])
+def test_a_form_that_needs_the_extra_names_the_command_that_installs_it(name, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "math_verify" else find(name, *rest))
+    with pytest.raises(ConfigError, match=r"whose reward math_equal needs math-verify, which is not installed: pip install -e '.\[math\]'; or choose other"):
+        keys_of(name)
+    for word in ("evaluation.reward=text_match", "evaluation.num_tasks=0"):
+        keys, _ = keys_of(name, "rewards=text_match", word)
+        assert "rewards" not in keys and "evaluation.reward" not in keys
+
+
+def test_sft_gets_the_targets_of_the_form():
+    keys, _ = keys_of("gsm8k", config=ROOT / "configs" / "tiny_sft.yaml", supervised=True)
+    assert keys["sft.targets"] == ["{answer}"] and keys["evaluation.reward"] == "correct_answer" and "rewards" not in keys
+    keys, _ = keys_of("conversations_text", supervised=True)
+    assert keys["evaluation.reward"] == "text_match"
+
+
+@pytest.mark.parametrize("begin", ["", "\ufeff", "\n\n"])
+def test_only_the_first_lines_of_a_file_are_read(tmp_path, begin):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(begin + '{"a": 1}\n\n{"a": 2}\r\nno JSON\n')
+    assert peek_rows(str(path), None, "train", 2) == [{"a": 1}, {"a": 2}]
+    with pytest.raises(ConfigError, match=f"line {4 + 2 * (begin == chr(10) * 2)}, is not JSON"):
+        peek_rows(str(path), None, "train", 3)
+    path.write_text(begin + '[{"a": 1}, {"a": 2}, {"a": 3}]')
+    assert peek_rows(str(path), None, "train", 2) == [{"a": 1}, {"a": 2}]
+
+
+def many(name, folder, suffix):
+    """A file with the rows of a fixture again and again."""
+    rows = [json.loads(line) for line in Path(fixture(name)).read_text().splitlines()] * 6
+    path = folder / f"{name}{suffix}"
+    if suffix == ".parquet":
+        from datasets import Dataset
+
+        Dataset.from_list(rows).to_parquet(str(path))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, suffix", [*((name, ".jsonl") for name in EXPECTED), ("verl", ".parquet"), ("trl_last_turn", ".parquet")])
+def test_it_trains_two_steps_without_a_key(name, suffix, tmp_path, here):
+    reward = EXPECTED[name][-1]
+    if not can_run(reward):
+        pytest.skip(f"the reward {reward} is not registered, or its library is not installed")
+    path = many(name, tmp_path, suffix)
+    small = [*SHORT, f"output_dir={tmp_path}", "name=form", "trainer.num_steps=2", "evaluation.num_tasks=2"]
+    done = here("train", "--config", "tiny", f"data.path={path}", *small)
+    assert done.returncode == 0, done.stderr
+    assert f"note: {path} has the form of {EXPECTED[name][0]}" in done.stdout
+    rows = read(tmp_path / "form" / "metrics.jsonl")
+    assert len(rows) == 2 and all(f"rewards/{reward}" in row for row in rows)
+    first, last = read(tmp_path / "form" / "evaluation.jsonl")[0], read(tmp_path / "form" / "evaluation.jsonl")[-1]
+    assert first["n"] == last["n"] == 2
