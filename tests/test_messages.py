@@ -1,6 +1,7 @@
 """Prompts that are lists of messages, columns by paths, and rows that cannot be tasks."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from fakes import Alphabet
@@ -9,6 +10,7 @@ from grpo_core.config.sections import DataConfig
 from grpo_core.data.columns import MISSING, read_path
 from grpo_core.data.prompts import encode_teacher_prompts, make_tasks
 from grpo_core.data.rows import Rows
+from grpo_core.data.turns import add_completion, list_turns, show_prompt
 from grpo_core.model.loading import load_tokenizer
 from grpo_core.model.new_model import CHAT_TEMPLATE, new_tokenizer
 from grpo_core.schema import ConfigError
@@ -221,3 +223,15 @@ def test_a_list_of_numbers_may_stand_in_a_template():
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def test_the_turns_that_a_judge_and_a_reward_model_see():
+    row = {"messages": [USER, ANSWER, USER, ANSWER]}
+    assert list_turns(row, replace(CHAT, system="Be brief.")) == [SYSTEM, USER, ANSWER, USER]
+    assert list_turns({"messages": [SYSTEM, USER]}, replace(CHAT, system="Be long.")) == [SYSTEM, USER]
+    goes_on = list_turns({"messages": [USER, ANSWER]}, replace(CHAT, last_turn="continue"))
+    assert add_completion(goes_on, "0") == [USER, turn("assistant", "#### 50")]
+    assert add_completion(list_turns(row, CHAT), "6")[-1] == turn("assistant", "6")
+    parts = {"messages": [turn("user", [{"type": "text", "text": "2 + "}, {"type": "text", "text": "3?"}])]}
+    assert show_prompt("<user>2 + 3?<assistant>", parts, CHAT) == "2 + 3?"
+    assert show_prompt("", row, CHAT) == "user: 2 + 3?\n\nassistant: #### 5\n\nuser: 2 + 3?"

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from grpo_core.config.sections import DataConfig
-from grpo_core.data.prompts import is_text, list_template_fields
+from grpo_core.data.messages import add_system_turn, read_conversation, split_last_turn
+from grpo_core.data.prompts import find_conversation_column, is_text, list_template_fields
 from grpo_core.data.rows import Row
 from grpo_core.schema import ConfigError
 
-Turn = dict[str, str]  # role and content
+Turn = dict[str, Any]  # role and content
 
 
 def list_turns(row: Row, config: DataConfig) -> list[Turn]:
-    """Return the turns that the prompt of a row consists of: data.system, and data.template as the user's turn.
+    """Return the turns of a row's prompt: its messages, or data.template as the user's turn; and data.system in front.
 
     Raises:
         ConfigError: a column of the template is missing or holds neither text nor a number.
     """
+    if (column := find_conversation_column([row], config.template)) is not None:
+        messages, _ = split_last_turn(read_conversation(row[column]), config.last_turn)
+        return add_system_turn(messages, config)
     for name in list_template_fields(config.template):
         if not is_text(row.get(name)):
             raise ConfigError(f"data.template uses the column {name!r}, which holds no text")
