@@ -45,6 +45,7 @@ def check(config: RunConfig) -> None:
     check_lora(config.lora)
     check_rope(config.model.rope)
     _check_chat(config)
+    _check_curriculum(config)
     _check_sampling(config)
     _check_eval_sets(config)
     _check_selection(config)
@@ -186,7 +187,8 @@ MINIMUMS = {  # smallest value -> keys; null, auto and epoch pass where a key al
     1: (
         *("trainer.completions_per_step", "trainer.num_minibatches", "trainer.num_passes", "trainer.max_skipped_steps"),
         *("trainer.num_steps", "trainer.tokens_per_micro_batch", "sampling.max_new_tokens", "sampling.rows_at_once"),
-        *("data.max_prompt_tokens", "data.limit", "evaluation.batch_size", "checkpoint.keep"),
+        *("data.max_prompt_tokens", "data.limit", "data.curriculum.rest_epochs"),
+        *("evaluation.batch_size", "checkpoint.keep"),
         *("log.every", "log.exact_kl_tokens"),
     ),
     0: (
@@ -201,6 +203,7 @@ MINIMUMS = {  # smallest value -> keys; null, auto and epoch pass where a key al
             "reference.every",
         ),
         *("engine.max_grad_norm", "engine.warmup_steps", "engine.weight_decay", "sampling.dynamic_attempts"),
+        "data.curriculum.rest_after",
         *("trainer.hang_timeout", "trainer.max_failed_rewards", "trainer.max_restarts", "debug.dump_batches"),
         *("trainer.early_stopping", "trainer.early_stopping_delta"),
         *("log.exact_kl_every", "log.evaluation_completions", "evaluation.num_tasks", "evaluation.every"),
@@ -276,6 +279,21 @@ def _check_chat(config: RunConfig) -> None:
             raise ConfigError(
                 f"data.chat_template_kwargs has {name!r}, which is set by the prompt itself; leave it out"
             )
+
+
+def _check_curriculum(config: RunConfig) -> None:
+    """Check the bounds of a curriculum, and that a reward says which completions are right."""
+    curriculum, name = config.data.curriculum, config.evaluation.reward
+    bounds = curriculum.prefer
+    if bounds and not (len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= 1):
+        raise ConfigError(
+            f"data.curriculum.prefer is {bounds}; it must be two pass rates [low, high] from 0 to 1, or [] for none"
+        )
+    if curriculum.is_on and all(reward.name != name for reward in config.rewards):
+        raise ConfigError(
+            f"data.curriculum needs evaluation.reward ({name}) among the rewards, because a completion is right if "
+            f"that reward is 1.0; add it to rewards, with weight 0 if it is not to be trained"
+        )
 
 
 def _check_sampling(config: RunConfig) -> None:

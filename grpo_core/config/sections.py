@@ -46,6 +46,20 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class CurriculumConfig:
+    """How the pass rates of the prompts change their order; without a rule they do not."""
+
+    rest_after: int = 0  # a prompt rests when all its completions were right this many times running; 0: never
+    rest_epochs: int = 1  # epochs for which it rests
+    prefer: list[float] = field(default_factory=list)  # [low, high]: others come every second epoch; []: all come
+
+    @property
+    def is_on(self) -> bool:
+        """Return whether there is a rule."""
+        return self.rest_after > 0 or bool(self.prefer)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The training and evaluation data, and how a prompt is made from a row."""
 
@@ -64,6 +78,7 @@ class DataConfig:
     max_prompt_tokens: int = 512
     long_prompts: Literal["drop", "truncate_left", "error"] = "drop"  # what to do with longer prompts
     max_unjudged: float = 0.05  # share of gold answers that a reward cannot judge, above which the run is refused
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from grpo_core.objective.inputs import CORRECTION_INPUTS
 from grpo_core.objective.objective import Objective
 from grpo_core.registry import get_fact
 from grpo_core.scoring.scoring import Scores, score
+from grpo_core.training.difficulty import note_outcomes
 from grpo_core.training.distillation import add_teacher_advantages
 from grpo_core.training.run import Run
 
@@ -183,7 +184,9 @@ def _sample_and_score(run: Run, tasks: list[Task]) -> tuple[Rollouts, Scores]:
     with run.log.phase("sample"):
         rollouts = run.sampler.generate(tasks, group_size)
     with run.log.phase("reward"):
-        return rollouts, score(run.rewards, tasks, rollouts.completions, group_size)
+        scores = score(run.rewards, tasks, rollouts.completions, group_size)
+    note_outcomes(run, tasks, scores)
+    return rollouts, scores
 
 
 def _tied(objective: Objective, rewards: Tensor, scores: Scores) -> Tensor:

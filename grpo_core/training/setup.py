@@ -14,6 +14,7 @@ from grpo_core.config.formula import list_remarks
 from grpo_core.config.precision import dtype_name, resolve_dtype
 from grpo_core.config.sections import RunConfig, TrainerConfig
 from grpo_core.counts import quantify
+from grpo_core.data.pass_rates import PassRates
 from grpo_core.data.stream import TaskStream
 from grpo_core.distributed import ranks
 from grpo_core.model.lora_targets import describe_frozen_experts
@@ -28,6 +29,7 @@ from grpo_core.random_keys import make_key
 from grpo_core.sampling.end_of_sequence import describe_eos_mismatch
 from grpo_core.scoring.scoring import build_reward
 from grpo_core.training.deepspeed_config import deepspeed_config
+from grpo_core.training.difficulty import make_pass_rates
 from grpo_core.training.engine import Engine, check_deepspeed
 from grpo_core.training.prepare import (
     Prepared,
@@ -132,7 +134,8 @@ def assemble(
     """Build the engine, sampler, rewards, objective, memory budgets and log, and return them as a `Run`."""
     trainer, world_size = config.trainer, ranks.world_size()
     tokenizer, tasks = prepared.tokenizer, prepared.tasks
-    stream = TaskStream(tasks, tasks_per_step, config.seed, ranks.rank(), world_size)
+    rates = make_pass_rates(config, tasks) if longest_completion is None else None  # sft samples nothing
+    stream = make_stream(config, tasks, tasks_per_step, rates)
     num_steps = count_steps(config, len(tasks), tasks_per_step)
     total_steps = num_steps * trainer.num_minibatches * trainer.num_passes
     engine = Engine(policy.model, config, dtype=dtype, total_steps=total_steps, world_size=world_size)
@@ -165,7 +168,18 @@ def assemble(
         objective=build_objective(config),
         budgets=find_budgets(config, policy, longest, rows, log.info, taught),
         log=log,
+        pass_rates=rates,
         teacher=teacher,
+    )
+
+
+def make_stream(
+    config: RunConfig, tasks: Sequence[Task], tasks_per_step: int, rates: PassRates | None = None
+) -> TaskStream:
+    """Return this rank's tasks in the order of the steps; without pass rates there is no curriculum."""
+    curriculum = None if rates is None else config.data.curriculum
+    return TaskStream(
+        tasks, tasks_per_step, config.seed, ranks.rank(), ranks.world_size(), rates=rates, curriculum=curriculum
     )
 
 

@@ -1,0 +1,40 @@
+"""Note which completions of a step were right, and move the curriculum on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from grpo_core.batch import Task
+from grpo_core.config.sections import RunConfig
+from grpo_core.data.pass_rates import PassRates
+from grpo_core.monitor.aggregates import Stats
+from grpo_core.scoring.scoring import Scores
+from grpo_core.training.run import Run
+
+
+def make_pass_rates(config: RunConfig, tasks: Sequence[Task]) -> PassRates | None:
+    """Return the pass rates before the first step, or None if no training reward says which completions are right."""
+    is_measured = any(reward.name == config.evaluation.reward for reward in config.rewards)
+    return PassRates(tasks) if is_measured else None
+
+
+def note_outcomes(run: Run, tasks: Sequence[Task], scores: Scores) -> None:
+    """Note the groups of this rank: a completion is right if evaluation.reward is 1.0, as in the evaluation."""
+    if run.pass_rates is None:
+        return
+    values = scores.by_name[run.config.evaluation.reward]  # [N, G]
+    passed, judged = (values == 1.0).sum(dim=1), (~values.isnan()).sum(dim=1)
+    run.pass_rates.note(tasks, passed.tolist(), judged.tolist())
+
+
+def end_step(run: Run, step: int, stats: Stats) -> None:
+    """Count the step's groups of all ranks, and move the curriculum on. A collective."""
+    if run.pass_rates is None:
+        return
+    visits = run.pass_rates.end_step()
+    run.tasks.end_step(step, visits)
+    if run.config.data.curriculum.is_on:
+        share = 1.0 - len(run.tasks.order.awake()) / len(run.tasks.tasks)
+        stats.add_max("resting_prompts", torch.tensor(share, device="cpu"))
