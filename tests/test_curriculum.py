@@ -33,9 +33,9 @@ def make_stream(curriculum=BOTH, count=10, per_step=4, seed=3, rank=0, world_siz
     return TaskStream(tasks, per_step, seed, rank, world_size, rates=rates, curriculum=curriculum), rates
 
 
-def number_of_passes(task, step):
-    """Some outcome of a group: a function of the task and the step."""
-    return (7 * task.index + 3 * step) % (GROUP + 1)
+def number_of_passes(task, step, place):
+    """Some outcome of a group."""
+    return (7 * task.index + 3 * step + 2 * place) % (GROUP + 1)
 
 
 def take_steps(stream, rates, steps, passes=number_of_passes):
@@ -45,7 +45,7 @@ def take_steps(stream, rates, steps, passes=number_of_passes):
         tasks = stream.batch(step)
         assert stream.batch(step) == tasks  # looking changes nothing
         drawn.append([task.index for task in tasks])
-        rates.note(tasks, [passes(task, step) for task in tasks], [GROUP] * len(tasks))
+        rates.note(tasks, [passes(task, step, task.seed[-1]) for task in tasks], [GROUP] * len(tasks))
         stream.end_step(step, rates.end_step())
     return drawn
 
@@ -54,7 +54,7 @@ def take_steps(stream, rates, steps, passes=number_of_passes):
 def test_where_no_prompt_rests_the_order_is_that_without_a_curriculum(count, per_step):
     stream, rates = make_stream(CurriculumConfig(rest_after=9), count, per_step)
     plain = TaskStream(make_tasks(count), per_step, 3)
-    assert take_steps(stream, rates, range(9), lambda task, step: 1) == [[task.index for task in plain.batch(step)] for step in range(9)]
+    assert take_steps(stream, rates, range(9), lambda task, step, place: 1) == [[task.index for task in plain.batch(step)] for step in range(9)]
     assert [stream.replacements(9, 1), stream.replacements(9, 2)] == [plain.replacements(9, 1), plain.replacements(9, 2)]
 
 
@@ -67,7 +67,7 @@ def test_without_a_rule_the_outcomes_are_kept_and_change_no_order():
 
 def test_a_prompt_that_was_solved_n_times_running_rests_for_k_epochs():
     stream, rates = make_stream(CurriculumConfig(rest_after=2, rest_epochs=3), count=4, per_step=1)
-    drawn = [row for (row,) in take_steps(stream, rates, range(30), lambda task, step: GROUP if task.index == 0 else 1)]
+    drawn = [row for (row,) in take_steps(stream, rates, range(30), lambda task, step, place: GROUP if task.index == 0 else 1)]
     first, second, third = [place for place, row in enumerate(drawn) if row == 0][:3]
     assert first < 4 <= second < 8  # in each of the first two epochs; then three epochs of the three others
     assert 8 + 3 * 3 <= third < 8 + 3 * 3 + 4
@@ -83,10 +83,20 @@ def test_a_group_that_is_not_solved_or_was_not_judged_does_not_let_it_rest():
     assert (rates.passed[0], rates.judged[0]) == (13, 14) and rates.rate(0) == 13 / 14
 
 
+def test_of_two_rules_the_longer_rest_counts_and_a_group_without_a_value_lets_nothing_rest():
+    stream, rates = make_stream(BOTH, count=2, per_step=1)
+    for judged, due in ((4, [2]), (4, [2 + 3]), (0, [2 + 3 + 1])):  # outside of the bounds; solved twice; not judged
+        task = replace(make_tasks(1)[0], seed=(0, 0))
+        rates.note([task], [judged], [judged])
+        visits = rates.end_step()
+        stream.order.end_step([0], visits)
+        assert rates.due[0] == due[0]
+
+
 def test_prompts_outside_of_the_bounds_come_in_every_second_epoch():
     passes = {0: 0, 1: 1, 2: 3, 3: 4}  # of 4: outside, inside, inside, outside
     stream, rates = make_stream(CurriculumConfig(prefer=[0.25, 0.75]), count=4, per_step=1)
-    drawn = [row for (row,) in take_steps(stream, rates, range(6 * 20), lambda task, step: passes[task.index])]
+    drawn = [row for (row,) in take_steps(stream, rates, range(6 * 20), lambda task, step, place: passes[task.index])]
     assert [drawn.count(row) for row in range(4)] == [20, 40, 40, 20]
     for epoch in range(10):
         both = drawn[6 * epoch : 6 * epoch + 6]
@@ -95,7 +105,7 @@ def test_prompts_outside_of_the_bounds_come_in_every_second_epoch():
 
 def test_replacements_leave_out_prompts_that_rest():
     stream, rates = make_stream(CurriculumConfig(rest_after=1, rest_epochs=5), count=6, per_step=2)
-    take_steps(stream, rates, range(3), lambda task, step: GROUP * (task.index < 3))
+    take_steps(stream, rates, range(3), lambda task, step, place: GROUP * (task.index < 3))
     assert {task.index for attempt in range(1, 9) for task in stream.replacements(3, attempt)} == {3, 4, 5}
 
 
@@ -111,16 +121,17 @@ def test_the_order_is_a_function_of_the_seed_the_step_and_the_pass_rates():
         assert first + take_steps(resumed, loaded, range(cut, 30)) == whole
 
 
-def test_two_ranks_draw_what_one_draws(monkeypatch):
+@pytest.mark.parametrize("count", [10, 3])  # of 3 prompts a step has each more than once
+def test_two_ranks_draw_what_one_draws(monkeypatch, count):
     """The outcomes of both are counted on both, in the order of the prompts."""
-    alone, rates = make_stream()
-    two = [make_stream(rank=rank, world_size=2) for rank in range(2)]
+    alone, rates = make_stream(count=count)
+    two = [make_stream(rank=rank, world_size=2, count=count) for rank in range(2)]
     for step in range(20):
         parts = [stream.batch(step) for stream, _ in two]
         assert parts[0] + parts[1] == alone.batch(step)
         take_steps(alone, rates, [step])
         for (_, own), tasks in zip(two, parts, strict=True):
-            own.note(tasks, [number_of_passes(task, step) for task in tasks], [GROUP] * 2)
+            own.note(tasks, [number_of_passes(task, step, task.seed[-1]) for task in tasks], [GROUP] * 2)
         together = torch.cat([torch.tensor(own._visits) for _, own in reversed(two)])
         monkeypatch.setattr(ranks, "all_rows", lambda values, together=together: together)
         for stream, own in two:
