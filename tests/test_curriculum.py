@@ -89,7 +89,7 @@ def test_of_two_rules_the_longer_rest_counts_and_a_group_without_a_value_lets_no
         task = replace(make_tasks(1)[0], seed=(0, 0))
         rates.note([task], [judged], [judged])
         visits = rates.end_step()
-        stream.order.end_step([0], visits)
+        stream.parts[0].order.end_step([0], visits)
         assert rates.due[0] == due[0]
 
 

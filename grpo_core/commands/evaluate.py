@@ -78,7 +78,7 @@ def run_evaluate(
     if rewards:
         overrides.append(f"rewards={json.dumps([{'name': name} for name in rewards], ensure_ascii=False)}")
     _start(data, output)
-    opened = open_source(source, overrides, config=config, notify=print)
+    opened, eval_set = choose_source(open_source(source, overrides, config=config, notify=print), eval_set)
     tasks, description = load_problems(opened, data, split, limit, eval_set)
     place = name_split(description["path"], description["split"])
     check_columns(opened.config, tasks, tasks, place)
@@ -151,7 +151,7 @@ def load_problems(
         rows = load_eval_sets(opened.config)[1][name]
         rows = Rows(rows[:limit], rows.numbers[:limit])
         path, split = describe_set(opened.config, name)
-        split = f"{split}, evaluation set {label_set(name, opened.config.evaluation.selecting_set)}"
+        split = f"{split}, evaluation set {label_set(name, opened.config.selecting_set)}"
     else:
         # rows held out of the training data depend on their number, so `limit` must not change it
         count = (limit or ALL_ROWS) if has_eval_data else opened.config.evaluation.num_tasks
@@ -166,6 +166,24 @@ def load_problems(
     return tasks, {"path": path, "split": split, **counts}
 
 
+def choose_source(opened: OpenedPolicy, eval_set: str | None) -> tuple[OpenedPolicy, str | None]:
+    """Return the policy with one of data.sources as its only data, and the evaluation set to answer.
+
+    `eval_set` names the source; None takes the first that does not select. Without sources nothing changes.
+
+    Raises:
+        ConfigError: the run has no source of the name.
+    """
+    names = [source.name for source in opened.config.data.sources]
+    if not names:
+        return opened, eval_set
+    if eval_set is not None and eval_set not in names:
+        raise ConfigError(f"--set is {eval_set!r}; {list_known(eval_set, names)}")
+    reported = [name for name in names if name != opened.config.selecting_set]
+    name = eval_set or [*reported, *names][0]
+    return replace(opened, config=opened.config.of_source(name)), None
+
+
 def _choose_set(config: RunConfig, wanted: str | None) -> str | None:
     """Return the name of the evaluation set to answer: `wanted`, or the first that does not select; None without sets.
 
@@ -177,7 +195,7 @@ def _choose_set(config: RunConfig, wanted: str | None) -> str | None:
         raise ConfigError(f"--set is {wanted!r}; {list_known(wanted, names) if names else 'the run has no named sets'}")
     if not config.evaluation.num_tasks:
         return None
-    reported = [name for name in names if name != config.evaluation.selecting_set]
+    reported = [name for name in names if name != config.selecting_set]
     return wanted or next(iter([*reported, *names]), None)
 
 

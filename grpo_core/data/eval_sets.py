@@ -1,9 +1,9 @@
 """Load the evaluation sets of a run: the rows of each, by name.
 
-Without evaluation.sets there is one set, whose name is "". A set without a path and a split is a part of the rows that
-the run holds out; several of them divide these rows at random, without an overlap. Any other set has a source of its
-own, which may be neither the training data nor that of another set: the set that selects is then not the one that is
-reported.
+Without evaluation.sets there is one set, whose name is "". With data.sources there is one for each source, by its name.
+A set without a path and a split is a part of the rows that the run holds out; several of them divide these rows at
+random, without an overlap. Any other set has a source of its own, which may be neither the training data nor that of
+another set: the set that selects is then not the one that is reported.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def group_by_set(tasks: Iterable[Task]) -> dict[str, list[Task]]:
 
 def describe_set(config: RunConfig, name: str) -> tuple[str, str]:
     """Return the path of the set `name`, and which of its rows the set has."""
+    config = config.of_source(name)
     part = next((x for x in config.evaluation.sets if x.name == name), None)
     if part is None or is_share(part):
         path, split = describe_eval_source(config.data)
@@ -80,6 +81,7 @@ def describe_set(config: RunConfig, name: str) -> tuple[str, str]:
 
 def name_set(config: RunConfig, name: str) -> str:
     """Return the name of the split that holds the rows of the set `name`, with its path."""
+    config = config.of_source(name)
     part = next((x for x in config.evaluation.sets if x.name == name), None)
     if part is None or is_share(part):
         return name_eval_split(config.data)
@@ -124,6 +126,25 @@ def _check_sources(data: DataConfig, parts: list[EvaluationSetConfig]) -> None:
                 f"path or split, or neither, for a part of the rows that are held out"
             )
         readers[_identify(path, subset, split)] = f"the set {part.name}"
+
+
+def check_source_overlap(config: RunConfig) -> None:
+    """Refuse a source whose evaluation rows another source, or itself, trains on.
+
+    Raises:
+        ConfigError: names both.
+    """
+    parts = {name: config.of_source(name).data for name in config.source_names}
+    trained = {_identify(data.path, data.subset, data.split): name for name, data in parts.items()}
+    for i, (name, data) in enumerate(parts.items()):
+        if data.eval_path is None and data.eval_split is None:
+            continue
+        path, split = data.eval_path or data.path, data.eval_split or "train"
+        if config.evaluation.num_tasks and (other := trained.get(_identify(path, data.subset, split))) is not None:
+            raise ConfigError(
+                f"data.sources[{i}] ({name}) is evaluated on {path} (split {split}), which the source {other} is "
+                f"trained on; give it another eval_path or eval_split, or neither, for rows that are held out"
+            )
 
 
 def _identify(path: str, subset: str | None, split: str) -> tuple[str, str | None, str]:

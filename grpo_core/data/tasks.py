@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
 from grpo_core.config.sections import RunConfig
-from grpo_core.data.eval_sets import load_eval_sets
+from grpo_core.data.eval_sets import check_source_overlap, load_eval_sets
 from grpo_core.data.prompts import make_tasks
+from grpo_core.schema import ConfigError
 
 # to train on, to evaluate on, and the numbers of prompts of both that were too long
 Tasks = tuple[list[Task], list[Task], tuple[int, int]]
@@ -19,11 +22,36 @@ _offered: tuple[Any, Tasks] | None = None  # the keys that the tasks depend on, 
 
 
 def read_tasks(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tasks:
-    """Load the rows of a run and turn them into tasks.
+    """Load the rows of a run and turn them into tasks; those of several sources stand one after another.
 
     Raises:
-        ConfigError: as `load_eval_sets` and `make_tasks`.
+        ConfigError: as `load_eval_sets` and `make_tasks`; the message names the source.
     """
+    if not config.data.sources:
+        return _read_source(config, tokenizer)
+    check_source_overlap(config)
+    tasks: list[Task] = []
+    eval_tasks: list[Task] = []
+    num_too_long = num_eval_too_long = 0
+    for i, name in enumerate(config.source_names):
+        with naming_source(i, name):
+            part, eval_part, numbers = _read_source(config.of_source(name), tokenizer)
+        tasks += [replace(task, source=name) for task in part]
+        eval_tasks += [replace(task, source=name, eval_set=name) for task in eval_part]
+        num_too_long, num_eval_too_long = num_too_long + numbers[0], num_eval_too_long + numbers[1]
+    return tasks, eval_tasks, (num_too_long, num_eval_too_long)
+
+
+@contextmanager
+def naming_source(number: int, name: str) -> Iterator[None]:
+    """Name a source in the message of a ConfigError that is raised inside; "" has no name."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"data.sources[{number}] ({name}): {error}" if name else str(error)) from error
+
+
+def _read_source(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tasks:
     rows, sets = load_eval_sets(config)
     tasks, num_too_long = make_tasks(rows, config.data, tokenizer)
     eval_tasks: list[Task] = []

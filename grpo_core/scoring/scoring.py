@@ -23,6 +23,7 @@ class Reward:
     name: str
     weight: float
     function: Callable[..., list[float | None]] | RewardWorker
+    sources: tuple[str, ...] = ()  # names of the sources whose completions it scores; (): all
 
 
 @dataclass(frozen=True)

@@ -258,6 +258,11 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     return {name.removeprefix("weight/"): value for name, value in tensors.items() if name.startswith("weight/")}
 
 
+def load_outcomes(checkpoint: Path) -> dict[str, Tensor]:
+    """Return the outcomes of the prompts in a checkpoint, which `PassRates.load` takes."""
+    return {name: value for name, value in load_file(checkpoint / TENSORS).items() if name.startswith(PREFIX)}
+
+
 def compute_fingerprints(run: Run) -> dict[str, str]:
     """Return short digests of the content of data.path (rows), model.path and the teacher (frozen weights).
 

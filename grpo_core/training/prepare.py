@@ -14,7 +14,7 @@ from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.eval_sets import group_by_set, name_set
 from grpo_core.data.prompts import encode_teacher_prompts
 from grpo_core.data.rows import name_split
-from grpo_core.data.tasks import find_offered_tasks, read_tasks
+from grpo_core.data.tasks import find_offered_tasks, naming_source, read_tasks
 from grpo_core.model.adapter_check import check_targets
 from grpo_core.model.loading import (
     check_lengths,
@@ -38,6 +38,7 @@ from grpo_core.sampling.end_of_sequence import check_eos_ids
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.reward_call import find_missing_columns
+from grpo_core.scoring.reward_worker import RewardWorker
 from grpo_core.scoring.scoring import Reward, build_reward
 from grpo_core.training.gold_answers import check_gold_answers
 
@@ -73,10 +74,7 @@ def prepare(
     if tokenizer is None:
         tokenizer = load_tokenizer_of(config)
     tasks, eval_tasks, (num_too_long, num_eval_too_long) = offered or read_tasks(config, tokenizer)
-    scored_tasks = tasks if scores_training_tasks else []
-    check_columns(config, scored_tasks, eval_tasks)
-    warnings = describe_prompt_changes(tokenizer, config.data, [*tasks, *eval_tasks])
-    warnings += check_gold_answers(config, scored_tasks, eval_tasks)
+    warnings = _check_data(config, tokenizer, tasks if scores_training_tasks else [], tasks, eval_tasks)
     if num_eval_too_long:
         warnings.append(_describe_long_eval_prompts(config, num_eval_too_long))
     if model_config is None:
@@ -89,6 +87,30 @@ def prepare(
     for key, value in find_routing_keys(config).items():
         check_has_routers(model_config, key, value, config.model.trust_remote_code)
     return Prepared(tokenizer, model_config, tasks, eval_tasks, num_too_long, warnings)
+
+
+def _check_data(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    scored_tasks: list[Task],
+    tasks: list[Task],
+    eval_tasks: list[Task],
+) -> list[str]:
+    """Check the tasks of every source against its rewards; return sentences about its prompts and its gold answers.
+
+    Raises:
+        ConfigError: see `check_columns` and `check_gold_answers`; the message names the source.
+    """
+    sentences: list[str] = []
+    for i, name in enumerate(config.source_names):
+        own = [[task for task in part if task.source == name] for part in (scored_tasks, tasks, eval_tasks)]
+        part = config.of_source(name)
+        with naming_source(i, name):
+            check_columns(part, own[0], own[2])
+            notes = describe_prompt_changes(tokenizer, part.data, [*own[1], *own[2]])
+            notes += check_gold_answers(part, own[0], own[2])
+        sentences += [f"data.sources[{i}] ({name}): {sentence}" if name else sentence for sentence in notes]
+    return sentences
 
 
 def _describe_long_eval_prompts(config: RunConfig, number: int) -> str:
@@ -113,7 +135,12 @@ def prepare_teacher(config: RunConfig, prepared: Prepared) -> Prepared:
     if teacher.path is not None:
         model_config = load_model_config(model_of_teacher(config))
     if teacher.prompt is not None:
-        tasks = encode_teacher_prompts(tasks, teacher.prompt, config.data, prepared.tokenizer)
+        parts = {name: [task for task in tasks if task.source == name] for name in config.source_names}
+        tasks = [
+            task
+            for name, own in parts.items()
+            for task in encode_teacher_prompts(own, teacher.prompt, config.of_source(name).data, prepared.tokenizer)
+        ]
     try:
         prompts = [task.teacher_prompt_ids or task.prompt_ids for task in tasks]
         check_lengths(prompts, config.sampling.max_new_tokens, model_config)
@@ -203,9 +230,29 @@ def build_objective(config: RunConfig) -> Objective:
 
 
 def make_rewards(config: RunConfig) -> list[Reward]:
-    """Return the configured rewards with their arguments bound. A reward from a user's file runs in its own process."""
+    """Return the configured rewards with their arguments bound. A reward from a user's file runs in its own process.
+
+    Those that data.sources binds to a source score its completions only, and the others those of the other sources.
+    """
     timeout = config.trainer.reward_timeout
-    return [Reward(r.name, r.weight, build_reward(r.name, r.args, timeout=timeout)) for r in config.rewards]
+    own = {source.name: source.rewards for source in config.data.sources if source.rewards}
+    others = tuple(source.name for source in config.data.sources if not source.rewards)
+    parts = [((name,), rewards) for name, rewards in own.items()]
+    if others or not config.data.sources:
+        parts.insert(0, (others, config.rewards))
+    return [
+        Reward(r.name, r.weight, build_reward(r.name, r.args, timeout=timeout), sources)
+        for sources, rewards in parts
+        for r in rewards
+    ]
+
+
+def make_eval_rewards(config: RunConfig) -> dict[str, Callable | RewardWorker]:
+    """Return the reward by which each source is evaluated; without sources the only name is ""."""
+    timeout = config.trainer.reward_timeout
+    names = {source: config.of_source(source).evaluation.reward for source in config.source_names}
+    functions = {name: build_reward(name, timeout=timeout) for name in dict.fromkeys(names.values())}
+    return {source: functions[name] for source, name in names.items()}
 
 
 def make_sampler(

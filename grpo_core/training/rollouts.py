@@ -21,7 +21,8 @@ from grpo_core.objective.advantages import compute_advantages, tie_small_spreads
 from grpo_core.objective.inputs import CORRECTION_INPUTS
 from grpo_core.objective.objective import Objective
 from grpo_core.registry import get_fact
-from grpo_core.scoring.scoring import Scores, score
+from grpo_core.scoring.scoring import Scores
+from grpo_core.scoring.sources import score_by_source
 from grpo_core.training.difficulty import note_outcomes
 from grpo_core.training.distillation import add_teacher_advantages
 from grpo_core.training.run import Run
@@ -184,7 +185,7 @@ def _sample_and_score(run: Run, tasks: list[Task]) -> tuple[Rollouts, Scores]:
     with run.log.phase("sample"):
         rollouts = run.sampler.generate(tasks, group_size)
     with run.log.phase("reward"):
-        scores = score(run.rewards, tasks, rollouts.completions, group_size)
+        scores = score_by_source(run.rewards, tasks, rollouts.completions, group_size)
     note_outcomes(run, tasks, scores)
     return rollouts, scores
 

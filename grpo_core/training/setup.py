@@ -27,7 +27,6 @@ from grpo_core.monitor.progress import print_note, show_elapsed
 from grpo_core.monitor.run_log import RunLog
 from grpo_core.random_keys import make_key
 from grpo_core.sampling.end_of_sequence import describe_eos_mismatch
-from grpo_core.scoring.scoring import build_reward
 from grpo_core.training.deepspeed_config import deepspeed_config
 from grpo_core.training.difficulty import make_pass_rates
 from grpo_core.training.engine import Engine, check_deepspeed
@@ -35,6 +34,7 @@ from grpo_core.training.prepare import (
     Prepared,
     build_objective,
     check_routing,
+    make_eval_rewards,
     make_rewards,
     make_sampler,
     prepare,
@@ -150,6 +150,7 @@ def assemble(
         log.info(f"warning: {sentence}")
     longest = (max(len(task.prompt_ids) for task in tasks), longest_completion or config.sampling.max_new_tokens)
     rows = trainer.completions_per_step // world_size // trainer.num_minibatches
+    eval_rewards = make_eval_rewards(config)
     taught = None if teacher is None else Taught(teacher, find_longest_teacher_prompt(tasks))
     return Run(
         config=config,
@@ -164,7 +165,8 @@ def assemble(
         sampler=make_sampler(config.sampling, policy, tokenizer, log.info, records_routing=True),
         engine=engine,
         rewards=make_rewards(config),
-        eval_reward=build_reward(config.evaluation.reward, timeout=trainer.reward_timeout),
+        eval_reward=eval_rewards[config.source_names[0]],
+        eval_rewards=eval_rewards,
         objective=build_objective(config),
         budgets=find_budgets(config, policy, longest, rows, log.info, taught),
         log=log,
@@ -179,7 +181,14 @@ def make_stream(
     """Return this rank's tasks in the order of the steps; without pass rates there is no curriculum."""
     curriculum = None if rates is None else config.data.curriculum
     return TaskStream(
-        tasks, tasks_per_step, config.seed, ranks.rank(), ranks.world_size(), rates=rates, curriculum=curriculum
+        tasks,
+        tasks_per_step,
+        config.seed,
+        ranks.rank(),
+        ranks.world_size(),
+        rates=rates,
+        curriculum=curriculum,
+        weights={source.name: source.weight for source in config.data.sources},
     )
 
 

@@ -6,7 +6,7 @@ average, which equals the mean cross-entropy per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, run_dir
 from grpo_core.training.freeze import forward_all
 from grpo_core.training.job import close_at_end, describe_best
-from grpo_core.training.prepare import prepare
+from grpo_core.training.prepare import Prepared, prepare
 from grpo_core.training.resume import check_num_steps, find_start, load_start
 from grpo_core.training.run import Run
 from grpo_core.training.setup import assemble, count_steps, describe_tasks, initialise_process, note_steps
@@ -93,13 +93,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
     tokenizer, model_config = prepared.tokenizer, prepared.model_config
     longest = max(
         find_longest_target(config.sft, tasks, tokenizer, model_config, source)
-        for tasks, source in (
-            (prepared.tasks, f"the data, {name_split(config.data.path, config.data.split)}"),
-            *(
-                (tasks, f"the evaluation data, {name_set(config, name)}")
-                for name, tasks in group_by_set(prepared.eval_tasks).items()
-            ),
-        )
+        for tasks, source in _name_sources(config, prepared)
     )
     if base:
         policy = wrap(base.to(dtype), config.model, config.lora, temperature=TEMPERATURE)
@@ -187,9 +181,18 @@ def compute_held_out_loss(run: Run, make_targets: MakeTargets, tasks: list[Task]
     return {"loss": nats / tokens, "tokens": int(tokens)}
 
 
+def _name_sources(config: RunConfig, prepared: Prepared) -> Iterator[tuple[list[Task], str]]:
+    """Yield the training tasks of each source and the tasks of each evaluation set, with the names of their data."""
+    for name in config.source_names:
+        data = config.of_source(name).data
+        yield [task for task in prepared.tasks if task.source == name], f"the data, {name_split(data.path, data.split)}"
+    for name, tasks in group_by_set(prepared.eval_tasks).items():
+        yield tasks, f"the evaluation data, {name_set(config, name)}"
+
+
 def _new_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a new small model, and a tokenizer that was trained on the training rows."""
-    rows, _ = load_eval_sets(config)
+    rows = [row for name in config.source_names for row in load_eval_sets(config.of_source(name))[0]]
     return new_model([" ".join(map(str, row.values())) for row in rows], **config.sft.new_model)
 
 
