@@ -75,13 +75,13 @@ def run_evaluate(
     """
     settings = _check_settings(temperature, top_k, top_p, min_p)
     overrides = [*overrides, *([f"sampling.max_new_tokens={max_new_tokens}"] if max_new_tokens else [])]
-    if rewards:
-        overrides.append(f"rewards={json.dumps([{'name': name} for name in rewards], ensure_ascii=False)}")
+    chosen = json.dumps([{"name": name} for name in rewards], ensure_ascii=False)
+    overrides += [f"rewards={chosen}"] if rewards else []
     _start(data, output)
-    opened, eval_set = choose_source(open_source(source, overrides, config=config, notify=print), eval_set)
+    opened = open_source(source, overrides, config=config, notify=print)
+    opened, eval_set = choose_source(opened, eval_set, keeps_rewards=bool(rewards))
     tasks, description = load_problems(opened, data, split, limit, eval_set)
-    place = name_split(description["path"], description["split"])
-    check_columns(opened.config, tasks, tasks, place)
+    check_columns(opened.config, tasks, tasks, place := name_split(description["path"], description["split"]))
     warnings = describe_prompt_changes(opened.tokenizer, opened.config.data, tasks)
     warnings += check_gold_answers(opened.config, [], tasks, place)
     folder = output or (opened.folder or Path()) / name_folder(opened.steps, data)
@@ -166,10 +166,13 @@ def load_problems(
     return tasks, {"path": path, "split": split, **counts}
 
 
-def choose_source(opened: OpenedPolicy, eval_set: str | None) -> tuple[OpenedPolicy, str | None]:
+def choose_source(
+    opened: OpenedPolicy, eval_set: str | None, *, keeps_rewards: bool = False
+) -> tuple[OpenedPolicy, str | None]:
     """Return the policy with one of data.sources as its only data, and the evaluation set to answer.
 
-    `eval_set` names the source; None takes the first that does not select. Without sources nothing changes.
+    `eval_set` names the source; None takes the first that does not select. Without sources nothing changes. With
+    `keeps_rewards` the rewards are those of the run and not those of the source.
 
     Raises:
         ConfigError: the run has no source of the name.
@@ -181,7 +184,8 @@ def choose_source(opened: OpenedPolicy, eval_set: str | None) -> tuple[OpenedPol
         raise ConfigError(f"--set is {eval_set!r}; {list_known(eval_set, names)}")
     reported = [name for name in names if name != opened.config.selecting_set]
     name = eval_set or [*reported, *names][0]
-    return replace(opened, config=opened.config.of_source(name)), None
+    config = opened.config.of_source(name)
+    return replace(opened, config=replace(config, rewards=opened.config.rewards) if keeps_rewards else config), None
 
 
 def _choose_set(config: RunConfig, wanted: str | None) -> str | None:

@@ -133,7 +133,7 @@ def assemble(
 ) -> Run:
     """Build the engine, sampler, rewards, objective, memory budgets and log, and return them as a `Run`."""
     trainer, world_size = config.trainer, ranks.world_size()
-    tokenizer, tasks = prepared.tokenizer, prepared.tasks
+    tokenizer, tasks, eval_rewards = prepared.tokenizer, prepared.tasks, make_eval_rewards(config)
     rates = make_pass_rates(config, tasks) if longest_completion is None else None  # sft samples nothing
     stream = make_stream(config, tasks, tasks_per_step, rates)
     num_steps = count_steps(config, len(tasks), tasks_per_step)
@@ -150,7 +150,6 @@ def assemble(
         log.info(f"warning: {sentence}")
     longest = (max(len(task.prompt_ids) for task in tasks), longest_completion or config.sampling.max_new_tokens)
     rows = trainer.completions_per_step // world_size // trainer.num_minibatches
-    eval_rewards = make_eval_rewards(config)
     taught = None if teacher is None else Taught(teacher, find_longest_teacher_prompt(tasks))
     return Run(
         config=config,
@@ -165,7 +164,7 @@ def assemble(
         sampler=make_sampler(config.sampling, policy, tokenizer, log.info, records_routing=True),
         engine=engine,
         rewards=make_rewards(config),
-        eval_reward=eval_rewards[config.source_names[0]],
+        eval_reward=next(iter(eval_rewards.values())),
         eval_rewards=eval_rewards,
         objective=build_objective(config),
         budgets=find_budgets(config, policy, longest, rows, log.info, taught),
