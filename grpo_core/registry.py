@@ -3,6 +3,7 @@
 The keyword-only arguments of a function are its configuration schema. Further facts about a function are attributes of
 it, which a user's function may set too:
 
+    needs            (module, extra): the function needs a package that only the extra of pyproject.toml installs
     breaks           {law: reason}, the laws that it breaks on purpose (objective/laws.py, objective/advantage_laws.py)
     argument_limits  {argument: function}, which returns what a value must be, or None if it is that
     others           documented in the module of the registry
@@ -10,13 +11,14 @@ it, which a user's function may set too:
 
 import contextlib
 import functools
+import importlib
 import importlib.machinery
 import importlib.util
 import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,20 @@ def _place(function: Callable) -> tuple[str, str]:
 class Registry:
     """A registry of pure functions: it finds a function by its name or `file.py:function`, and binds its arguments."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self.functions: dict[str, Callable] = {}
+    def __init__(self, kind: str, *, modules: Mapping[str, str] | None = None) -> None:
+        """Create an empty registry.
+
+        `modules` names, for functions of higher layers, the module that registers them; it is imported when needed.
+        """
+        self.kind, self.modules = kind, dict(modules or {})
+        self._functions: dict[str, Callable] = {}
+
+    @property
+    def functions(self) -> dict[str, Callable]:
+        """Return all registered functions by name, those of `modules` included."""
+        for module in self.modules.values():
+            importlib.import_module(module)
+        return self._functions
 
     def register(self, name: str, **facts: Any) -> Callable[[Callable], Callable]:
         """Return a decorator that registers a function as `name` and sets `facts` as its attributes.
@@ -56,11 +69,12 @@ class Registry:
         def decorator(function: Callable) -> Callable:
             if not callable(function):
                 raise ConfigError(f"the {self.kind} {name!r} is {function!r:.60}; it must be a function")
-            previous = self.functions.get(name)
+            previous, place = self._functions.get(name), _place(function)
             # a notebook may run the cell again, but two functions cannot have one name
-            if previous is not None and _place(previous) != _place(function):
+            is_taken = self.modules.get(name, place[0]) != place[0]
+            if is_taken or (previous is not None and _place(previous) != place):
                 raise ConfigError(f"the {self.kind} {name!r} is registered twice; choose another name")
-            self.functions[name] = function
+            self._functions[name] = function
             for fact, value in facts.items():
                 setattr(function, fact, value)
             return function
@@ -69,13 +83,14 @@ class Registry:
 
     def knows(self, name: str) -> bool:
         """Return True if the name is registered or names a function in a file, whether or not the file exists."""
-        return ".py:" in name or name in self.functions
+        return ".py:" in name or name in self._functions or name in self.modules
 
     def get(self, name: str) -> Callable:
         """Return the function registered as `name`, or load `path/to/file.py:function` from a user's file.
 
         Raises:
-            ConfigError: there is no such name, file or function, or the file cannot be imported.
+            ConfigError: there is no such name, file or function, or the file cannot be imported, or a package that
+                the function needs is not installed.
         """
         if not isinstance(name, str):
             raise ConfigError(f"the name of a {self.kind} is {name!r:.60}; it must be text")
@@ -83,10 +98,17 @@ class Registry:
             return self._check(name, self._load(name))
         if name.endswith(".py"):
             raise ConfigError(f"{self.kind} {name!r} is a file; name a function in it: {name}:function")
-        if name not in self.functions:
+        if name in self.modules:
+            importlib.import_module(self.modules[name])
+        if name not in self._functions:
             hint = trl_names.value_hint(self.kind, name) or f"{list_known(name, self.functions)}, or file.py:function"
             raise ConfigError(f"unknown {self.kind} {name!r}; {hint}")
-        return self._check(name, self.functions[name])
+        module, extra = get_fact(self._functions[name], "needs", (None, None))
+        if module and importlib.util.find_spec(module) is None:
+            raise ConfigError(
+                f"{self.kind} {name!r} needs {module}, which is not installed: pip install -e '.[{extra}]'"
+            )
+        return self._check(name, self._functions[name])
 
     def _check(self, name: str, function: Callable) -> Callable:
         """Return `function`, which may be a function, a partial or a callable object.

@@ -31,7 +31,14 @@ from grpo_core.random_keys import make_key
 from grpo_core.registry import get_fact
 from grpo_core.report.eval_sets import label_set
 from grpo_core.report.whole_files import write_whole
-from grpo_core.schema import ConfigError, describe_impossible_path, finite_or_none, keyword_arguments, list_known
+from grpo_core.schema import (
+    GENERATED,
+    ConfigError,
+    describe_impossible_path,
+    finite_or_none,
+    keyword_arguments,
+    list_known,
+)
 from grpo_core.scoring.scoring import Reward, build_reward, score
 from grpo_core.training import run_dir
 from grpo_core.training.eval_statistics import bootstrap_interval, majority_at_k, mcnemar, pass_at_k, wilson_interval
@@ -142,11 +149,12 @@ def load_problems(
     if eval_set is not None and data is not None:
         raise ConfigError(f"--set is {eval_set!r} and --data is {data!r}; give one of them")
     config = opened.config.data
-    has_eval_data = config.eval_path is not None or config.eval_split is not None or config.path.startswith("builtin:")
+    has_eval_data = config.eval_path is not None or config.eval_split is not None or config.path.startswith(GENERATED)
     if data is not None:
         split = split or ("train" if Path(data).is_file() else "test")
         data = os.path.expanduser(data)
-        rows, path = load_rows(data, config.subset if data == config.path else None, split, limit), data
+        subset, args = (config.subset, config.args) if data == config.path else (None, {})
+        rows, path = load_rows(data, subset, split, limit, args), data
     elif name := _choose_set(opened.config, eval_set):
         rows = load_eval_sets(opened.config)[1][name]
         rows = Rows(rows[:limit], rows.numbers[:limit])

@@ -64,7 +64,9 @@ class CurriculumConfig:
 class DataConfig:
     """The training and evaluation data, and how a prompt is made from a row."""
 
-    path: str = "builtin:word_problems"  # hub id; folder; file (json, jsonl, csv, tsv, parquet); builtin:word_problems
+    # hub id; folder; file (json, jsonl, csv, tsv, parquet); builtin:word_problems; reasoning_gym:TASK
+    path: str = "builtin:word_problems"
+    args: dict[str, Any] = field(default_factory=dict)  # arguments of a task of Reasoning Gym
     subset: str | None = None
     split: str = "train"
     limit: int | None = None  # number of rows to use, from the start; null: all
@@ -116,6 +118,7 @@ class SourceConfig:
     """One of several sources of the data; its evaluation set has its name."""
 
     path: str  # as data.path
+    args: dict[str, Any] = field(default_factory=dict)  # as data.args
     name: str = ""  # of its metrics and its evaluation set; "": made from the path
     weight: float = 1.0  # share of the prompts, relative to the other sources
     subset: str | None = None
@@ -400,7 +403,7 @@ class RunConfig:
         source = next((source for source in self.data.sources if source.name == name), None)
         if source is None:
             return self
-        own = {key: getattr(source, key) for key in ("path", "subset", "split", "eval_path", "eval_split")}
+        own = {key: getattr(source, key) for key in ("path", "args", "subset", "split", "eval_path", "eval_split")}
         for key in ("limit", "columns", "template", "system"):
             value = getattr(source, key)
             own[key] = getattr(self.data, key) if value is None else value

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
+from grpo_core.config.gym_tasks import PREFIX, is_gym_path
 from grpo_core.config.sections import RunConfig
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.rewards import REWARDS
@@ -22,6 +24,7 @@ def check_sources(config: RunConfig) -> None:
             empty, there is no such evaluation reward, or a reward has several weights and the advantage reads them.
     """
     sources = config.data.sources
+    check_data_args("data", config.data.path, config.data.args)
     names = [source.name for source in sources]
     for i, source in enumerate(sources):
         key = f"data.sources[{i}]"
@@ -32,6 +35,7 @@ def check_sources(config: RunConfig) -> None:
             raise ConfigError(
                 f"{key}.name is {source.name!r}; it must be letters, digits, points, underscores or hyphens"
             )
+        check_data_args(key, source.path, source.args)
         if source.name in names[:i]:
             raise ConfigError(f"{key}.name is {source.name!r}, as that of an earlier source; set another name")
         if not 0 < source.weight < math.inf:
@@ -41,6 +45,18 @@ def check_sources(config: RunConfig) -> None:
         if source.eval_reward is not None:
             REWARDS.get(source.eval_reward)
     _check_weights(config)
+
+
+def check_data_args(key: str, path: str, args: dict[str, Any]) -> None:
+    """Refuse arguments of data that takes none.
+
+    Raises:
+        ConfigError: the path names no task of Reasoning Gym.
+    """
+    if args and not is_gym_path(path):
+        raise ConfigError(
+            f"{key}.args is {args}, but {key}.path is {path!r}, which takes no arguments; only {PREFIX}TASK does"
+        )
 
 
 def _check_weights(config: RunConfig) -> None:

@@ -23,7 +23,7 @@ from grpo_core.data.rows import (
     name_split,
 )
 from grpo_core.random_keys import make_generator, make_key
-from grpo_core.schema import ConfigError, describe_split
+from grpo_core.schema import GENERATED, ConfigError, describe_split
 
 
 def load_eval_sets(config: RunConfig) -> tuple[Rows, dict[str, Rows]]:
@@ -44,7 +44,8 @@ def load_eval_sets(config: RunConfig) -> tuple[Rows, dict[str, Rows]]:
     for i, part in enumerate(evaluation.sets):
         if not is_share(part):
             try:
-                sets[part.name] = load_rows(*_source(config.data, part), sizes[part.name])
+                args = config.data.args if part.path in (None, config.data.path) else {}
+                sets[part.name] = load_rows(*_source(config.data, part), sizes[part.name], args)
             except ConfigError as error:
                 raise ConfigError(f"evaluation.sets[{i}] ({part.name}): {error}") from None
         if not sets[part.name]:
@@ -114,7 +115,7 @@ def _check_sources(data: DataConfig, parts: list[EvaluationSetConfig]) -> None:
     readers = {_identify(data.path, data.subset, data.split): "the training data"}
     if any(map(is_share, parts)):
         path, split = data.eval_path or data.path, data.eval_split
-        split = split or ("test" if path.startswith("builtin:") and data.eval_path is None else "train")
+        split = split or ("test" if path.startswith(GENERATED) and data.eval_path is None else "train")
         readers.setdefault(_identify(path, data.subset, split), "that of the run's own held-out rows")
     for i, part in enumerate(parts):
         if is_share(part):

@@ -9,13 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_core.config.gym_tasks import is_gym_path
 from grpo_core.config.sections import DataConfig
 from grpo_core.config.text_files import parse_json, read_text
 from grpo_core.counts import quantify
 from grpo_core.data.csv_rows import read_csv_rows
+from grpo_core.data.gym_rows import make_gym_rows
 from grpo_core.data.word_problems import make_word_problems
 from grpo_core.random_keys import make_generator, make_key
-from grpo_core.schema import ConfigError, describe_eval_rows, first_line
+from grpo_core.schema import GENERATED, ConfigError, describe_eval_rows, first_line
 
 Row = dict[str, Any]
 
@@ -46,11 +48,12 @@ def load_splits(config: DataConfig, num_eval: int, key: str = "evaluation.num_ta
     Raises:
         ConfigError: the data cannot be loaded, or has too few rows to hold out `num_eval` of them.
     """
-    train = load_rows(config.path, config.subset, config.split, config.limit)
+    train = load_rows(config.path, config.subset, config.split, config.limit, config.args)
     if config.eval_path is not None or config.eval_split is not None:
-        held_out = load_rows(config.eval_path or config.path, config.subset, config.eval_split or "train", num_eval)
-    elif config.path.startswith("builtin:"):
-        held_out = load_rows(config.path, None, "test", num_eval)
+        path, split = config.eval_path or config.path, config.eval_split or "train"
+        held_out = load_rows(path, config.subset, split, num_eval, config.args)
+    elif config.path.startswith(GENERATED):
+        held_out = load_rows(config.path, None, "test", num_eval, config.args)
     else:
         if num_eval >= len(train):
             raise ConfigError(
@@ -78,26 +81,30 @@ def name_eval_split(config: DataConfig) -> str:
     """Return the name of the split that holds the evaluation rows."""
     if config.eval_path is not None or config.eval_split is not None:
         return name_split(config.eval_path or config.path, config.eval_split or "train")
-    return name_split(config.path, "test" if config.path.startswith("builtin:") else config.split)
+    return name_split(config.path, "test" if config.path.startswith(GENERATED) else config.split)
 
 
-def load_rows(path: str, subset: str | None, split: str, limit: int | None) -> Rows:
+def load_rows(path: str, subset: str | None, split: str, limit: int | None, args: dict[str, Any] | None = None) -> Rows:
     """Return at most `limit` first rows of a split, each with every column, with None where the data has no value.
+
+    `args` are the arguments of a task of Reasoning Gym.
 
     Raises:
         ConfigError: the data cannot be loaded, or has no rows.
     """
-    rows = _read_rows(path, subset, split, limit)
+    rows = _read_rows(path, subset, split, limit, args or {})
     if not rows:
         raise ConfigError(f"data.path is {path!r} (split {split!r}), and it has no rows")
     columns = dict.fromkeys(name for row in rows for name in row)
     return Rows(({name: row.get(name) for name in columns} for row in rows[:limit]), source=name_split(path, split))
 
 
-def _read_rows(path: str, subset: str | None, split: str, limit: int | None) -> list[Row]:
+def _read_rows(path: str, subset: str | None, split: str, limit: int | None, args: dict[str, Any]) -> list[Row]:
     local = Path(path)
-    if subset is not None and (path.startswith("builtin:") or local.is_file()):
+    if subset is not None and (path.startswith(GENERATED) or local.is_file()):
         raise ConfigError(f"data.subset is {subset!r}, but {path} has no subsets; leave it null")
+    if is_gym_path(path):
+        return make_gym_rows(path, args, split, limit)
     if path.startswith("builtin:"):
         if path != "builtin:word_problems" or split not in BUILTIN_ROWS:
             raise ConfigError(

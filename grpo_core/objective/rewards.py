@@ -10,6 +10,7 @@ Further facts about a reward, as attributes of the function:
     never_null  columns that must have a value in every row
     gold        {column: function}, which returns None for a gold answer that the reward cannot judge
     answer      function that returns the final answer of a completion, for the majority vote of an evaluation
+    own_process True for a reward that runs in a process of its own, with a time limit, as a user's does
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from grpo_core.objective.answers import (
 from grpo_core.objective.numbers import final_number, read_gold
 from grpo_core.registry import Registry
 
-REWARDS = Registry("reward")
+REWARDS = Registry("reward", modules={"reasoning_gym": "grpo_core.scoring.gym_reward"})
 
 
 @REWARDS.register("has_think_tags")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grpo_core.batch import Task
 from grpo_core.objective.rewards import REWARDS
+from grpo_core.registry import get_fact
 from grpo_core.scoring.reward_call import RewardOutcome, attempt
 from grpo_core.scoring.reward_worker import RewardWorker
 
@@ -40,13 +41,14 @@ class Scores:
 def build_reward(name: str, args: dict[str, Any] | None = None, *, timeout: float) -> Callable | RewardWorker:
     """Return the reward `name` with its arguments bound.
 
-    A reward from a user's file runs in a process of its own, which may take `timeout` seconds for a batch.
+    A reward from a user's file, or with the fact `own_process`, runs in a process of its own, which may take `timeout`
+    seconds for a batch.
 
     Raises:
         ConfigError: there is no such reward, or it does not take `args`.
     """
     function = REWARDS.build(name, args)
-    return RewardWorker(name, args or {}, timeout) if ".py:" in name else function
+    return RewardWorker(name, args or {}, timeout) if ".py:" in name or get_fact(function, "own_process") else function
 
 
 def close_workers(functions: Iterable[Callable | RewardWorker]) -> None:

@@ -241,7 +241,7 @@ def make_rewards(config: RunConfig) -> list[Reward]:
     if others or not config.data.sources:
         parts.insert(0, (others, config.rewards))
     return [
-        Reward(r.name, r.weight, build_reward(r.name, r.args, timeout=timeout), sources)
+        Reward(r.name, r.weight, build_reward(r.name, r.args, timeout=timeout), sources=sources)
         for sources, rewards in parts
         for r in rewards
     ]
