@@ -3,7 +3,6 @@
 The keyword-only arguments of a function are its configuration schema. Further facts about a function are attributes of
 it, which a user's function may set too:
 
-    needs            (module, extra): the function needs a package that only the extra of pyproject.toml installs
     breaks           {law: reason}, the laws that it breaks on purpose (objective/laws.py, objective/advantage_laws.py)
     argument_limits  {argument: function}, which returns what a value must be, or None if it is that
     others           documented in the module of the registry
@@ -89,8 +88,7 @@ class Registry:
         """Return the function registered as `name`, or load `path/to/file.py:function` from a user's file.
 
         Raises:
-            ConfigError: there is no such name, file or function, or the file cannot be imported, or a package that
-                the function needs is not installed.
+            ConfigError: there is no such name, file or function, or the file cannot be imported.
         """
         if not isinstance(name, str):
             raise ConfigError(f"the name of a {self.kind} is {name!r:.60}; it must be text")
@@ -103,11 +101,6 @@ class Registry:
         if name not in self._functions:
             hint = trl_names.value_hint(self.kind, name) or f"{list_known(name, self.functions)}, or file.py:function"
             raise ConfigError(f"unknown {self.kind} {name!r}; {hint}")
-        module, extra = get_fact(self._functions[name], "needs", (None, None))
-        if module and importlib.util.find_spec(module) is None:
-            raise ConfigError(
-                f"{self.kind} {name!r} needs {module}, which is not installed: pip install -e '.[{extra}]'"
-            )
         return self._check(name, self._functions[name])
 
     def _check(self, name: str, function: Callable) -> Callable:

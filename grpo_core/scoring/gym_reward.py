@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grpo_core.config.gym_tasks import EXTRA, PREFIX, open_gym_task
+from grpo_core.config.gym_tasks import PREFIX, open_gym_task
 from grpo_core.objective.answers import cut_thinking
 from grpo_core.objective.rewards import REWARDS
 
@@ -30,9 +30,7 @@ def find_answer(text: str, prompt: str | None = None) -> str | None:
     return (marked[-1] if marked else text.rpartition(MARK)[2]).strip() or None
 
 
-@REWARDS.register(
-    "reasoning_gym", never_null=("generator", "metadata"), needs=("reasoning_gym", EXTRA), own_process=True
-)
+@REWARDS.register("reasoning_gym", never_null=("generator", "metadata"), own_process=True)
 def reasoning_gym(
     completions: Sequence[str],
     prompts: Sequence[str] | None = None,
