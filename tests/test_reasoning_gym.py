@@ -94,13 +94,21 @@ def test_rows_have_the_item_and_what_made_it_and_the_splits_share_no_question(st
     assert train[0]["generator"] == {"task": "add", "args": {}} and train.source == "reasoning_gym:add (train)"
     questions = [row["question"] for row in (*train, *test)]
     assert len(set(questions)) == 52
-    assert load_add(limit=7) == train[:7] and load_add(limit=80)[:40] == train
+    rows = gym_rows.make_gym_rows("reasoning_gym:add", {}, "train", 7)
+    assert len(rows) == 7 and load_add(limit=7) == train[:7] == rows and load_add(limit=80)[:40] == train
     assert len(load_add()) + len(load_add("test")) == len({(i * 7 % 60, i % 3) for i in range(20_000)})  # all that there are
     assert load_add(limit=5, seed=9) != train[:5]
     import reasoning_gym
 
     made = reasoning_gym.Add.made
     assert load_add(limit=40) == train and reasoning_gym.Add.made == made  # they are kept
+
+
+def test_the_split_of_a_question_does_not_depend_on_the_arguments(stand_in):
+    """So a run that is evaluated with other arguments is not evaluated on what it was trained on."""
+    train, test = ({row["question"] for row in load_rows("reasoning_gym:add", None, split, None, args)}
+                   for split, args in (("train", {}), ("test", {"below": 30})))  # fmt: skip
+    assert test and not train & test
 
 
 def test_rows_do_not_depend_on_what_was_read_before(stand_in, monkeypatch):

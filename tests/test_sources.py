@@ -77,6 +77,10 @@ def test_every_source_has_epochs_of_its_own_and_ranks_share_a_step():
         epochs = [order[place : place + size] for place in range(0, len(order) - size, size)]
         assert all(sorted(epoch) == [*range(size)] for epoch in epochs) and len(epochs) > 5
         assert len({tuple(epoch) for epoch in epochs}) > 1
+    alike = [Task(i, "p", [1], {}, source=name) for name in "ab" for i in range(12)]
+    two = TaskStream(alike, 8, 0, weights={"a": 1.0, "b": 1.0})
+    orders = [[task.index for step in range(3) for task in two.batch(step) if task.source == name] for name in "ab"]
+    assert orders[0] != orders[1]  # of two sources of one size
     again = make_stream()
     assert [again.batch(step) for step in (39, 0, 17)] == [steps[step] for step in (39, 0, 17)]
     parts = [make_stream(rank=rank, world_size=2) for rank in range(2)]
@@ -116,6 +120,17 @@ def test_a_curriculum_goes_on_from_its_pass_rates_in_every_source():
     assert first + take_steps(resumed, loaded, range(9, 20)) == whole != take_steps(*make(CurriculumConfig()), range(20))
     assert [[source for source, _ in step] for step in whole] == [[task.source for task in make_stream().batch(step)] for step in range(20)]
     assert 0 < resumed.count_awake() < 17
+
+
+def test_a_source_rests_by_its_own_outcomes_and_once():
+    rates = PassRates(make_tasks())
+    stream = make_stream(rates=rates, curriculum=CurriculumConfig(rest_after=1, rest_epochs=4))
+    tasks = stream.batch(0)
+    rates.note(tasks, [4 * (task.source == "b") for task in tasks], [4] * len(tasks))
+    stream.end_step(0, rates.end_step())
+    places = {(task.source, task.index): place for place, task in enumerate(make_tasks())}
+    due = {name_all([task])[0]: int(rates.due[places[task.source, task.index]]) for task in tasks}
+    assert set(due.values()) == {1, 5} and all((epoch == 5) == (source == "b") for (source, _), epoch in due.items())
 
 
 # --- rewards -------------------------------------------------------------------------------------------------------
@@ -191,6 +206,10 @@ def test_of_a_source_is_the_run_with_that_data_alone():
     bound = [(reward.name, reward.sources) for reward in make_rewards(config)]
     assert bound == [("correct_answer", ("word_problems",)), ("text_match", ("sums",))]
     assert [(reward.name, reward.sources) for reward in make_rewards(RunConfig())] == [("correct_answer", ())]
+    own = replace(TWO, sources=[replace(TWO.sources[0], rewards=[RewardConfig("choice_match")]), TWO.sources[1]])
+    bound = [(reward.name, reward.sources) for reward in make_rewards(RunConfig(data=own))]
+    assert bound == [("choice_match", ("word_problems",)), ("text_match", ("sums",))]  # and the run's is not used
+    assert [reward.name for reward in RunConfig(data=own).all_rewards] == ["choice_match", "text_match"]
     assert [function.func.__name__ for function in make_eval_rewards(config).values()] == ["correct_answer", "text_match"]
 
 
