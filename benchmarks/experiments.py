@@ -83,6 +83,7 @@ CHAINS = {
         make_earlier_grpo(6, "3e-4", 120, f"engine.schedule=cosine {HELD_OUT_BY_RUN}"),
         make_earlier_grpo(6, "7e-5", 90, HELD_OUT_BY_RUN),
     ],
+    "reversed_words": [f"{SFT}/reversed_words_sft.yaml", f"{TRAIN}/reversed_words.yaml"],  # needs reasoning-gym, and no GPU
     "variants": ["python3 -m grpo_core study configs/experiments/variants.yaml --jobs 3"],
     **{
         f"against_trl_{seed}": [

@@ -45,6 +45,7 @@ WITH_8192 = "with_8192/"  # folder of part 5 with half as many completions per s
 GSM8K_EARLIER = [f"gsm8k_earlier_{run}" for run in ("2_1e-4", "2_2e-4", "4_2e-4", "6_3e-4", "6_7e-5")]
 GSM8K_TRIED = ("gsm8k", "gsm8k_drills", "gsm8k_calculations")
 TRIED = [name for name in CHAINS if name.startswith("tried_")]  # tried_TEMPERATURE_LEARNING-RATE
+ON_A_CPU = ("reversed_words", "reversed_words_sft")  # the example of docs/data.md
 COLOURS = ("#0072b2", "#d55e00", "#00805e", "#a8447f", "#8c6a00")
 
 
@@ -198,6 +199,15 @@ def draw_word_problems():
     figure.savefig(RESULTS / "word_problems.png")
 
 
+def draw_reversed_words():
+    figure, axes = make_figure(height=2.8)
+    draw_curve(axes, "reversed_words", "greedy, 95 % interval", COLOURS[0])
+    axes.set_xlabel("step")
+    axes.set_ylim(0, None)
+    axes.set_title("A small model on a task of Reasoning Gym: spell a word backward", loc="left", fontsize=10)
+    figure.savefig(RESULTS / "reversed_words.png")
+
+
 def read_evaluate(name):
     """Return the stored result of `evaluate` on a run's held-out problems."""
     return json.loads((DATA / name / "evaluate.json").read_text())
@@ -241,10 +251,10 @@ def reward_hacking_table():
 
 
 def runs_table():
-    """Return the table of the tokens, seconds and memory of every run except those of part 3."""
+    """Return the table of the tokens, seconds and memory of every run on a GPU except those of part 3."""
     lines = ["| run | steps | completions a step | tokens sampled | seconds of training | a step (median) | GPU memory |", "|---|---|---|---|---|---|---|"]
     for folder in sorted(DATA.iterdir()):
-        if folder.name.startswith("variant_") or not (folder / "metrics.jsonl").exists():
+        if folder.name.startswith(("variant_", *ON_A_CPU)) or not (folder / "metrics.jsonl").exists():
             continue
         rows, clock = read(folder / "metrics.jsonl"), sum_trained_seconds(folder.name)
         config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -555,7 +565,7 @@ def draw_soak():
 PICTURES = {  # function that draws a picture -> the runs in it
     draw_word_problems: ["word_problems"], draw_gsm8k: [*GSM8K_TRIED, "gsm8k_base"], draw_against_trl: [f"against_trl_{seed}" for seed in SEEDS_BESIDE_TRL],
     draw_variants: [variant(name, seed) for name in VARIANTS for seed in SEEDS], draw_two_gpus: ["one_gpu", "two_gpus"],
-    draw_reward_hacking: ["reward_hacking"], draw_soak: [],
+    draw_reward_hacking: ["reward_hacking"], draw_soak: [], draw_reversed_words: ["reversed_words"],
 }  # fmt: skip
 
 

@@ -36,6 +36,7 @@ class Task:
     seed: Key = UNSEEDED  # key of the completions; in training (purpose, run seed, step, position)
     eval_set: str = ""  # name of its set in evaluation.sets
     teacher_prompt_ids: list[int] | None = None  # with teacher.prompt, the prompt that the teacher sees
+    source: str = ""  # name of its source in data.sources
 
 
 @dataclass(frozen=True)

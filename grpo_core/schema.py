@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from grpo_core import trl_names
 
+GENERATED = ("builtin:", "reasoning_gym:")  # how a path of data begins that is generated, with a test split
 MAX_NAME_BYTES = 255  # of one file or folder; the limit of every common file system
 MAX_PATH_BYTES = 4095  # PATH_MAX of Linux without the null byte
 MAX_SHOWN_PATH = 60  # characters of a path that is too long
@@ -61,7 +62,7 @@ def summarize_error(error: BaseException) -> str:
 def describe_eval_rows(path: str, split: str, eval_path: str | None, eval_split: str | None) -> tuple[str, str]:
     """Return the path of a run's evaluation rows, and which of its rows they are, from the keys of `data`."""
     if eval_path is None and eval_split is None:
-        return path, "test" if path.startswith("builtin:") else f"held out of {split}"
+        return path, "test" if path.startswith(GENERATED) else f"held out of {split}"
     path = eval_path or path
     return path, describe_split(path, eval_split or "train")
 

@@ -40,6 +40,7 @@ PLACES = {  # heavy dependency -> the modules that may import it
     "datasets": {"data/rows"},
     "yaml": {"config/files", "config/words", "config/yaml_text", "report/run_reader"},
     "matplotlib": {"report/png"},
+    "reasoning_gym": {"config/gym_tasks"},
     "tokenizers": {"model/new_model"},
     "huggingface_hub": {"commands/export", "data/rows"},
     "safetensors": {"training/saved_batches", "model/composite", "training/checkpoint", "commands/export"},

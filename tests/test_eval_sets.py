@@ -99,7 +99,7 @@ def test_long_runs_one_key_of_one_set_can_be_overridden_and_paths_are_beside_the
     (tmp_path / "c.yaml").write_text(text)
     config = load(tmp_path / "c.yaml", ["evaluation.sets[1].num_tasks=2"])
     assert config.evaluation.sets[1] == EvaluationSetConfig("test", str(tmp_path / "others.jsonl"), num_tasks=2)
-    assert config.evaluation.selecting_set == "dev"
+    assert config.selecting_set == "dev"
 
 
 def test_long_runs_an_answer_that_cannot_be_judged_is_counted_in_its_set(file):

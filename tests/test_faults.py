@@ -24,7 +24,7 @@ WORKER = ROOT / "tests" / "workers" / "faulty.py"
 pytestmark = pytest.mark.slow
 
 STEPS = {"trainer__num_steps": 4, "checkpoint__every": 2, "evaluation__num_tasks": 4, "sampling__max_new_tokens": 8}
-STEPS |= {"reference__every": 1, **CARRIED}
+STEPS |= {"reference__every": 1, **CARRIED, "data__limit": 8, "data__curriculum": "{rest_after: 1, prefer: [0.1, 0.9]}"}  # 2 steps an epoch
 
 
 def command(processes, out, *more, **settings):

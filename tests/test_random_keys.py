@@ -29,7 +29,8 @@ def test_s3_the_order_of_the_data_is_not_the_noise_of_a_completion(monkeypatch):
         used.append(key)
         return make_generator(key)
 
-    monkeypatch.setattr("grpo_core.data.stream.make_generator", recording)
+    for module in ("stream", "order"):
+        monkeypatch.setattr(f"grpo_core.data.{module}.make_generator", recording)
     stream = TaskStream([Task(i, "p", [1], {}) for i in range(4)], 2, seed=0)
     tasks = [task for step in range(4) for task in stream.batch(step)]
     tasks += [task for attempt in (1, 2) for task in stream.replacements(0, attempt)]

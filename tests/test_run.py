@@ -161,7 +161,7 @@ ACROSS_RANKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["plain", "switches"])
+@pytest.mark.parametrize("name", ["plain", "switches", "curriculum"])
 def test_rollouts_do_not_depend_on_the_number_of_processes(tmp_path, here, on_two, name):
     """Nor does the update: what is relative to the batch, or a share of it, is of all ranks' batch."""
     done = here(*TINY, *overrides(tmp_path, trainer__num_steps=2, **RUNS[name]))
@@ -206,6 +206,7 @@ DEEPSPEED = sorted(path.name for path in (ROOT / "configs").glob("*.json"))
 RUNS = {  # of two steps, on two processes
     "plain": {"trainer__num_minibatches": 2},
     "switches": {"trainer__num_minibatches": 2, **ACROSS_RANKS},
+    "curriculum": {"data__limit": 6, "data__curriculum": "{rest_after: 1, rest_epochs: 2, prefer: [0.2, 0.8]}"},
     "own": {
         "loss__name": "FILE:soft", "loss__args": "{power: 0.25}", "advantage__name": "FILE:best", "advantage__args": "{bonus: 2.0}",
         "rewards": "[{name: 'FILE:short', args: {limit: 30}}]",

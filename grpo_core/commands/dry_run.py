@@ -18,7 +18,6 @@ from grpo_core.config.sections import RunConfig
 from grpo_core.counts import name_interval, quantify
 from grpo_core.data.eval_sets import group_by_set
 from grpo_core.data.rows import describe_eval_source
-from grpo_core.data.stream import TaskStream
 from grpo_core.data.tasks_on_disk import prompt_lengths
 from grpo_core.distributed import ranks
 from grpo_core.model.families import head_dim
@@ -32,11 +31,13 @@ from grpo_core.random_keys import make_key
 from grpo_core.report.eval_sets import label_set
 from grpo_core.schema import ConfigError, printable
 from grpo_core.scoring.scoring import Reward, score
+from grpo_core.training.checkpoint import load_outcomes
 from grpo_core.training.deepspeed_config import deepspeed_config
+from grpo_core.training.difficulty import make_pass_rates
 from grpo_core.training.prepare import Prepared, check_routing, make_rewards, make_sampler, prepare, prepare_teacher
 from grpo_core.training.resume import RunStart, check_num_steps, look_up_start
 from grpo_core.training.run_dir import describe_unwritable, holds_run
-from grpo_core.training.setup import count_steps, find_longest_teacher_prompt
+from grpo_core.training.setup import count_steps, find_longest_teacher_prompt, make_stream
 
 MAX_SHOWN_CHARACTERS = 400  # of each completion
 
@@ -76,7 +77,10 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
     if warnings := [*prepared.warnings, *(start.warnings if start else [])]:
         yield "Warnings\n" + _indent("\n".join(warnings))
     step = start.step if start else 0
-    first = TaskStream(tasks, config.prompts_per_step, config.seed).batch(step)[0]
+    rates = make_pass_rates(config, tasks)
+    if rates and start and start.checkpoint:
+        rates.load(load_outcomes(start.checkpoint))
+    first = make_stream(config, tasks, config.prompts_per_step, rates).batch(step)[0]
     if step < num_steps:
         yield f"First prompt{_of_step(step)}, as the model receives it\n" + _indent(describe_prompt(first, tokenizer))
         if first.teacher_prompt_ids:
@@ -160,7 +164,7 @@ def describe_sizes(config: RunConfig, prepared: Prepared, processes: int, per_ra
 
 
 def _describe_source(config: RunConfig, eval_tasks: list[Task]) -> str:
-    sets, selecting = group_by_set(eval_tasks), config.evaluation.selecting_set
+    sets, selecting = group_by_set(eval_tasks), config.selecting_set
     parts = [f"{len(tasks)} in {label_set(name, selecting)}" for name, tasks in sets.items() if name]
     path, rows = describe_eval_source(config.data)
     return f" ({', '.join(parts)})" if parts else f" from {path} ({rows})" if eval_tasks else ""
@@ -249,6 +253,7 @@ def describe_group(
     sampler = make_sampler(config.sampling, policy, tokenizer, lines.append)
     with show_elapsed("sampling one group"):
         rollouts = sampler.generate([task], config.sampling.group_size)
+    rewards = [reward for reward in rewards if not reward.sources or task.source in reward.sources]
     scores = score(rewards, [task], rollouts.completions, config.sampling.group_size)
     lines += scores.failures
     for i, (text, length) in enumerate(zip(rollouts.completions, rollouts.lengths().tolist(), strict=True)):

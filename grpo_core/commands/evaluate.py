@@ -31,7 +31,14 @@ from grpo_core.random_keys import make_key
 from grpo_core.registry import get_fact
 from grpo_core.report.eval_sets import label_set
 from grpo_core.report.whole_files import write_whole
-from grpo_core.schema import ConfigError, describe_impossible_path, finite_or_none, keyword_arguments, list_known
+from grpo_core.schema import (
+    GENERATED,
+    ConfigError,
+    describe_impossible_path,
+    finite_or_none,
+    keyword_arguments,
+    list_known,
+)
 from grpo_core.scoring.scoring import Reward, build_reward, score
 from grpo_core.training import run_dir
 from grpo_core.training.eval_statistics import bootstrap_interval, majority_at_k, mcnemar, pass_at_k, wilson_interval
@@ -75,10 +82,11 @@ def run_evaluate(
     """
     settings = _check_settings(temperature, top_k, top_p, min_p)
     overrides = [*overrides, *([f"sampling.max_new_tokens={max_new_tokens}"] if max_new_tokens else [])]
-    if rewards:
-        overrides.append(f"rewards={json.dumps([{'name': name} for name in rewards], ensure_ascii=False)}")
+    chosen = json.dumps([{"name": name} for name in rewards], ensure_ascii=False)
+    overrides += [f"rewards={chosen}"] if rewards else []
     _start(data, output)
     opened = open_source(source, overrides, config=config, notify=print)
+    opened, eval_set = choose_source(opened, eval_set, keeps_rewards=bool(rewards))
     warnings: list[str] = []
     tasks, description = load_problems(opened, data, split, limit, eval_set, warnings)
     tasks = _check_problems(opened, tasks, description, warnings)
@@ -159,16 +167,17 @@ def load_problems(
     if eval_set is not None and data is not None:
         raise ConfigError(f"--set is {eval_set!r} and --data is {data!r}; give one of them")
     config = opened.config.data
-    has_eval_data = config.eval_path is not None or config.eval_split is not None or config.path.startswith("builtin:")
+    has_eval_data = config.eval_path is not None or config.eval_split is not None or config.path.startswith(GENERATED)
     if data is not None:
         split = split or ("train" if Path(data).is_file() else "test")
         data = os.path.expanduser(data)
-        rows, path = load_rows(data, config.subset if data == config.path else None, split, limit), data
+        subset, args = (config.subset, config.args) if data == config.path else (None, {})
+        rows, path = load_rows(data, subset, split, limit, args), data
     elif name := _choose_set(opened.config, eval_set):
         rows = load_eval_sets(opened.config)[1][name]
         rows = rows.select(range(len(rows))[:limit])
         path, split = describe_set(opened.config, name)
-        split = f"{split}, evaluation set {label_set(name, opened.config.evaluation.selecting_set)}"
+        split = f"{split}, evaluation set {label_set(name, opened.config.selecting_set)}"
     else:
         # rows held out of the training data depend on their number, so `limit` must not change it
         count = (limit or ALL_ROWS) if has_eval_data else opened.config.evaluation.num_tasks
@@ -183,6 +192,28 @@ def load_problems(
     return tasks, {"path": path, "split": split, **counts}
 
 
+def choose_source(
+    opened: OpenedPolicy, eval_set: str | None, *, keeps_rewards: bool = False
+) -> tuple[OpenedPolicy, str | None]:
+    """Return the policy with one of data.sources as its only data, and the evaluation set to answer.
+
+    `eval_set` names the source; None takes the first that does not select. Without sources nothing changes. With
+    `keeps_rewards` the rewards are those of the run and not those of the source.
+
+    Raises:
+        ConfigError: the run has no source of the name.
+    """
+    names = [source.name for source in opened.config.data.sources]
+    if not names:
+        return opened, eval_set
+    if eval_set is not None and eval_set not in names:
+        raise ConfigError(f"--set is {eval_set!r}; {list_known(eval_set, names)}")
+    reported = [name for name in names if name != opened.config.selecting_set]
+    name = eval_set or [*reported, *names][0]
+    config = opened.config.of_source(name)
+    return replace(opened, config=replace(config, rewards=opened.config.rewards) if keeps_rewards else config), None
+
+
 def _choose_set(config: RunConfig, wanted: str | None) -> str | None:
     """Return the name of the evaluation set to answer: `wanted`, or the first that does not select; None without sets.
 
@@ -194,7 +225,7 @@ def _choose_set(config: RunConfig, wanted: str | None) -> str | None:
         raise ConfigError(f"--set is {wanted!r}; {list_known(wanted, names) if names else 'the run has no named sets'}")
     if not config.evaluation.num_tasks:
         return None
-    reported = [name for name in names if name != config.evaluation.selecting_set]
+    reported = [name for name in names if name != config.selecting_set]
     return wanted or next(iter([*reported, *names]), None)
 
 

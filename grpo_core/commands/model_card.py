@@ -13,7 +13,7 @@ from grpo_core.commands.open_policy import OpenedPolicy
 from grpo_core.config.formula import render
 from grpo_core.config.lora_checks import PLAIN_KEYS
 from grpo_core.config.precision import DTYPES, dtype_name
-from grpo_core.config.sections import LoraConfig, RunConfig
+from grpo_core.config.sections import DataConfig, LoraConfig, RunConfig
 from grpo_core.counts import quantify
 from grpo_core.data.encoding import apply_chat_template
 from grpo_core.data.eval_sets import describe_set
@@ -106,8 +106,10 @@ def _front_matter(opened: OpenedPolicy, adapter: bool) -> str:
     lines.append(f"library_name: {'peft' if adapter else 'transformers'}")
     if _is_hub_id(config.model.path):
         lines += [f"base_model: {config.model.path}", f"base_model_relation: {'adapter' if adapter else 'finetune'}"]
-    if opened.folder and _is_hub_id(config.data.path):
-        lines += ["datasets:", f"- {config.data.path}"]
+    paths = [config.of_source(name).data.path for name in config.source_names]
+    hub_ids = [path for path in dict.fromkeys(paths) if _is_hub_id(path)]
+    if opened.folder and hub_ids:
+        lines += ["datasets:", *(f"- {path}" for path in hub_ids)]
     return "\n".join([*lines, "tags:", "- grpo", "- grpo_core", *(["- lora"] if config.lora.r else []), "---"])
 
 
@@ -124,7 +126,7 @@ def _describe_model(opened: OpenedPolicy, adapter: bool, run: RunFolder | None) 
 
 
 def _loading_code(opened: OpenedPolicy, adapter: bool, dtype: str) -> str:
-    config = opened.config
+    config = opened.config.of_source(opened.config.source_names[0])
     text = opened.policy.causal_lm.config.get_text_config()
     options = f", revision={config.model.revision!r}" if config.model.revision else ""
     auto = find_auto_class(load_whole_config(config.model)).__name__ if adapter else ""
@@ -164,7 +166,7 @@ def _describe_accuracy(config: RunConfig, folder: Path, run: RunFolder, steps: i
     accuracies = collect_accuracies(run.evaluation)
     for eval_set, rows in accuracies.items():
         path, split = describe_set(config, eval_set)
-        label = f"{label_set(eval_set, config.evaluation.selecting_set)}: " if eval_set else ""
+        label = f"{label_set(eval_set, config.selecting_set)}: " if eval_set else ""
         lines.append(f"{label or 'On '}{_hide_folders(path)} ({split}):\n")
         after = rows[-1:] if steps is None else [row for row in rows if row["step"] == steps]
         for name, row in (("before", rows[0]), *(("after", row) for row in after)):
@@ -235,7 +237,13 @@ def _none_to_nan(figure: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe_data(config: RunConfig) -> str:
-    data = config.data
+    weights = {source.name: source.weight for source in config.data.sources}
+    parts = [_describe_source(config.of_source(name).data) for name in config.source_names]
+    titles = [f"- source {name}, weight {weight:g}\n" for name, weight in weights.items()] or [""]
+    return "\n".join(f"{title}{part}" for title, part in zip(titles, parts, strict=True))
+
+
+def _describe_source(data: DataConfig) -> str:
     subset = f", subset {data.subset}" if data.subset else ""
     system = f", system `{data.system!r}`" if data.system else ""
     lines = [
@@ -282,7 +290,7 @@ def _describe_training(config: RunConfig, run: RunFolder, checkpoint_steps: int 
 def _describe_limits(config: RunConfig, run: RunFolder) -> str:
     if run.is_supervised:
         return "The model imitates the answers of its training data. Only what is reported above was measured."
-    names = [reward.name for reward in config.rewards if reward.weight]
+    names = [reward.name for reward in config.all_rewards if reward.weight]
     names = [Path(name).name if ".py:" in name else name for name in names]
     source = f"these rewards only: {', '.join(names)}" if names else "a teacher and no reward"
     if names and config.teacher.trains:

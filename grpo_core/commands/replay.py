@@ -236,7 +236,7 @@ def _rebuild_batch(
         advantages, rewards = stored.advantages, stored.shaped_rewards
     else:
         kl_coef = _make_control(dumped, config, own).kl_coef
-        scores = replace(dumped.scores, weights=tuple(reward.weight for reward in config.rewards))
+        scores = replace(dumped.scores, weights=tuple(reward.weight for reward in config.all_rewards))
         rewards, trained = shape_rewards(objective, policy, budget, stored.rollouts, scores, kl_coef, stats)
         frozen = freeze(policy, objective, budget, stored.rollouts, trained)
         frozen = replace(frozen, teacher_logprobs=stored.teacher_logprobs, logprobs=stored.old_logprobs)

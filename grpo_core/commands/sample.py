@@ -185,12 +185,14 @@ def answer_question(opened: OpenedPolicy, rewards: Sequence[Reward], question: s
 def make_task(opened: OpenedPolicy, question: str, settings: AnswerSettings) -> Task:
     """Return the question as a task, in the run's prompt template or, with `raw`, as it is.
 
-    A template with one column other than `question` gets the question in that column.
+    Of several sources it is the template of the first. A template with one column other than `question` gets the
+    question in that column.
 
     Raises:
         ConfigError: the template has other columns beside the question.
     """
-    config, columns = opened.config.data, {"question": question}
+    whole = opened.config
+    config, columns = whole.of_source(whole.source_names[0]).data, {"question": question}
     if settings.answer is not None:
         columns["answer"] = settings.answer
     prompt = question

@@ -18,6 +18,7 @@ from grpo_core.config.function_checks import check_functions
 from grpo_core.config.lora_checks import check_lora
 from grpo_core.config.rope_checks import check_rope
 from grpo_core.config.sections import RunConfig
+from grpo_core.config.source_checks import SET_NAME, check_sources
 from grpo_core.config.teacher_checks import HOW_TO_SET, asks_for_teacher, check_teacher
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.rewards import REWARDS, reads_other_rewards
@@ -40,11 +41,13 @@ def check(config: RunConfig) -> None:
     _check_paths(config)
     with torch.device("cpu"):  # whatever torch's default device is: the batches of two are made here
         check_functions(config)
+    check_sources(config)
     _check_rewards(config)
     _check_numbers(config)
     check_lora(config.lora)
     check_rope(config.model.rope)
     _check_chat(config)
+    _check_curriculum(config)
     _check_sampling(config)
     _check_eval_sets(config)
     _check_selection(config)
@@ -62,7 +65,6 @@ def check(config: RunConfig) -> None:
         raise ConfigError(f"resume is {config.resume!r}; it must be auto, force, null, or the folder of a run")
 
 
-SET_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 NOT_EMPTY = (  # an empty one would mean the shell's folder, or would be taken for another key's value
     *("model.path", "data.path", "data.subset", "data.split", "data.eval_path", "data.eval_split"),
     *("model.revision", "data.chat_template"),
@@ -92,6 +94,8 @@ def _check_paths(config: RunConfig) -> None:
     paths = [(key, attrgetter(key)(config), MAX_PATH_BYTES) for key in READ_PATHS]
     paths += [(key, attrgetter(key)(config), MAX_WRITTEN_BYTES) for key in WRITTEN_PATHS]
     paths += [(f"evaluation.sets[{i}].path", x.path, MAX_PATH_BYTES) for i, x in enumerate(config.evaluation.sets)]
+    for i, source in enumerate(config.data.sources):
+        paths += [(f"data.sources[{i}].{key}", getattr(source, key), MAX_PATH_BYTES) for key in ("path", "eval_path")]
     for key, path, max_bytes in paths:
         if path is not None and (problem := describe_impossible_path(path, max_bytes)):
             raise ConfigError(f"{key} {problem}")
@@ -125,27 +129,28 @@ def _check_rewards(config: RunConfig) -> None:
         raise ConfigError(
             f"evaluation.reward is {config.evaluation.reward!r}, which reads the other rewards; an evaluation has none"
         )
-    for i, reward in enumerate(config.rewards):
-        function = REWARDS.build(reward.name, reward.args, f"rewards[{i}].args")
-        _check_takes_completions(reward.name, function)
-        if problem := _describe_wrong_arguments(config, function):
-            raise ConfigError(f"rewards[{i}].args.{problem}")
-        if reads_other_rewards(function):
-            _check_other_rewards(config, i, function)
     is_taught = config.teacher.trains or asks_for_teacher(config)
-    if len({reward.name for reward in config.rewards}) < len(config.rewards) or not (config.rewards or is_taught):
-        hint = "" if config.rewards else f"; only with a teacher there may be none: {HOW_TO_SET}"
-        raise ConfigError(f"rewards must name at least one reward, and none of them twice{hint}")
-    names = {reward.name for reward in config.rewards}
-    for i, reward in enumerate(config.rewards):
-        for suffix in ("_std", "_square"):  # of metrics of the other reward
-            if (other := reward.name.removesuffix(suffix)) != reward.name and other in names:
-                raise ConfigError(
-                    f"rewards[{i}].name is {reward.name!r}, but rewards/{reward.name} is a metric of the reward "
-                    f"{other}; give one of the two functions another name"
-                )
-    if all(reward.weight == 0 for reward in config.rewards) and not is_taught:
-        raise ConfigError("rewards: every weight is 0, so there is nothing to learn; at least one must differ from 0")
+    lists = {"rewards": config.rewards}
+    lists |= {f"data.sources[{i}].rewards": x.rewards for i, x in enumerate(config.data.sources) if x.rewards}
+    names = {reward.name for rewards in lists.values() for reward in rewards}
+    for key, rewards in lists.items():
+        for i, reward in enumerate(rewards):
+            function = REWARDS.build(reward.name, reward.args, f"{key}[{i}].args")
+            _check_takes_completions(reward.name, function)
+        if len({reward.name for reward in rewards}) < len(rewards) or not (rewards or is_taught):
+            hint = "" if rewards else f"; only with a teacher there may be none: {HOW_TO_SET}"
+            raise ConfigError(f"{key} must name at least one reward, and none of them twice{hint}")
+        for i, reward in enumerate(rewards):
+            for suffix in ("_std", "_square"):  # of metrics of the other reward
+                if (other := reward.name.removesuffix(suffix)) != reward.name and other in names:
+                    raise ConfigError(
+                        f"{key}[{i}].name is {reward.name!r}, but rewards/{reward.name} is a metric of the reward "
+                        f"{other}; give one of the two functions another name"
+                    )
+        if all(reward.weight == 0 for reward in rewards) and not is_taught:
+            raise ConfigError(
+                f"{key}: every weight is 0, so there is nothing to learn; at least one must differ from 0"
+            )
 
 
 def _check_takes_completions(name: str, function: Callable) -> None:
@@ -231,7 +236,8 @@ MINIMUMS = {  # smallest value -> keys; null, auto and epoch pass where a key al
     1: (
         *("trainer.completions_per_step", "trainer.num_minibatches", "trainer.num_passes", "trainer.max_skipped_steps"),
         *("trainer.num_steps", "trainer.tokens_per_micro_batch", "sampling.max_new_tokens", "sampling.rows_at_once"),
-        *("data.max_prompt_tokens", "data.limit", "evaluation.batch_size", "checkpoint.keep"),
+        *("data.max_prompt_tokens", "data.limit", "data.curriculum.rest_epochs"),
+        *("evaluation.batch_size", "checkpoint.keep"),
         *("log.every", "log.exact_kl_tokens"),
     ),
     0: (
@@ -246,6 +252,7 @@ MINIMUMS = {  # smallest value -> keys; null, auto and epoch pass where a key al
             "reference.every",
         ),
         *("engine.max_grad_norm", "engine.warmup_steps", "engine.weight_decay", "sampling.dynamic_attempts"),
+        "data.curriculum.rest_after",
         *("trainer.hang_timeout", "trainer.max_failed_rewards", "trainer.max_restarts", "debug.dump_batches"),
         *("trainer.early_stopping", "trainer.early_stopping_delta"),
         *("log.exact_kl_every", "log.evaluation_completions", "evaluation.num_tasks", "evaluation.every"),
@@ -323,6 +330,24 @@ def _check_chat(config: RunConfig) -> None:
             )
 
 
+def _check_curriculum(config: RunConfig) -> None:
+    """Check the bounds of a curriculum, and that a reward says which completions are right."""
+    curriculum = config.data.curriculum
+    bounds = curriculum.prefer
+    if bounds and not (len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= 1):
+        raise ConfigError(
+            f"data.curriculum.prefer is {bounds}; it must be two pass rates [low, high] from 0 to 1, or [] for none"
+        )
+    for source in config.source_names if curriculum.is_on else ():
+        part = config.of_source(source)
+        name, place = part.evaluation.reward, f" of the source {source}" if source else ""
+        if all(reward.name != name for reward in part.rewards):
+            raise ConfigError(
+                f"data.curriculum needs evaluation.reward ({name}) among the rewards{place}, because a completion is "
+                f"right if that reward is 1.0; add it to rewards, with weight 0 if it is not to be trained"
+            )
+
+
 def _check_sampling(config: RunConfig) -> None:
     """Check the temperature of training, and the temperature and the truncation of evaluation."""
     if problem := describe_temperature(config.sampling.temperature):
@@ -352,6 +377,12 @@ def _check_sampling(config: RunConfig) -> None:
 def _check_eval_sets(config: RunConfig) -> None:
     """Check the names and the numbers of tasks of the evaluation sets, and the name of the one that selects."""
     names = [part.name for part in config.evaluation.sets]
+    if names and config.data.sources:
+        raise ConfigError(
+            "evaluation.sets and data.sources are both set; every source has an evaluation set of its own, so leave "
+            "evaluation.sets out"
+        )
+    names += [source.name for source in config.data.sources]
     for i, part in enumerate(config.evaluation.sets):
         if not SET_NAME.fullmatch(part.name):
             raise ConfigError(
@@ -373,7 +404,8 @@ def _check_eval_sets(config: RunConfig) -> None:
                 f"part of the run's own held-out rows; set its split, or leave the subset null"
             )
     if config.evaluation.select is not None and config.evaluation.select not in names:
-        known = f"one of evaluation.sets: {', '.join(names)}" if names else "null without evaluation.sets"
+        key = "data.sources" if config.data.sources else "evaluation.sets"
+        known = f"one of {key}: {', '.join(names)}" if names else "null without evaluation.sets"
         raise ConfigError(f"evaluation.select is {config.evaluation.select!r}; it must be {known}")
 
 

@@ -18,7 +18,7 @@ from grpo_core.config.lora_checks import find_written, use_settings_of_adapter
 from grpo_core.config.nearest import describe_unknown_key
 from grpo_core.config.paths import resolve_path, resolve_paths
 from grpo_core.config.presets import get_preset, merge
-from grpo_core.config.sections import EvaluationConfig, RunConfig, SftConfig, use_supervised_objective
+from grpo_core.config.sections import DataConfig, EvaluationConfig, RunConfig, SftConfig, use_supervised_objective
 from grpo_core.config.shipped import find_default, find_file, list_shipped
 from grpo_core.config.text_files import parse_json, read_text
 from grpo_core.config.words import ITEM, check_overrides, find_type, get_in, parse_value, split_word, type_hints
@@ -397,7 +397,7 @@ def set_key(data: dict, key: str, value: Any) -> None:
 
 def _find_item(data: dict, name: str, index: int) -> dict:
     """Return the item of a list of sections, such as rewards[0], as a mapping that can be changed."""
-    sections = {None: RunConfig, "evaluation": EvaluationConfig, "sft": SftConfig}
+    sections = {None: RunConfig, "data": DataConfig, "evaluation": EvaluationConfig, "sft": SftConfig}
     section = next((section for section, x in sections.items() if name in type_hints(x)), None)
     kind = type_hints(sections[section]).get(name)
     item = get_args(kind)[0] if get_origin(kind) is list else None

@@ -70,12 +70,7 @@ def render(config: RunConfig) -> str:
     if loss.router_aux_coef:
         rows.append(("B", "mean load-balancing loss of the step's completions"))
     rows += [("A", _describe_advantage(config)), *_describe_teacher(config)]
-    rewards = " + ".join(
-        f"{_format_number(reward.weight)} {reward.name}{_render_arguments(reward.args)}" for reward in config.rewards
-    )
-    if loss.kl_coef and loss.kl_in == "reward":
-        rewards += f" - {_format_number(loss.kl_coef)} sum_t KL"
-    rows.append(("reward", rewards or "none"))
+    rows += _describe_rewards(config)
     truncation = _fill_formula(
         TRUNCATIONS, config.truncation.name, config.truncation.args, config.sampling.max_new_tokens
     )
@@ -148,7 +143,7 @@ def list_remarks(config: RunConfig) -> list[str]:
         )
     if loss.name == "cispo" and loss.args.get("cap", 5.0) < 1:
         texts.append("loss.args.cap is a bound on the ratio: below 1 it scales down every gradient, also on policy")
-    if config.advantage.name == "maxrl" and any(reward.weight < 0 for reward in config.rewards):
+    if config.advantage.name == "maxrl" and any(reward.weight < 0 for reward in config.all_rewards):
         texts.append("advantage maxrl expects rewards of 0 and 1, but a reward has a negative weight")
     return texts
 
@@ -194,10 +189,28 @@ def _render_arguments(args: dict[str, Any]) -> str:
     return f"({', '.join(f'{name}={value}' for name, value in args.items())})" if args else ""
 
 
+def _describe_rewards(config: RunConfig) -> list[tuple[str, str]]:
+    """Return the weighted sum of the rewards, or those of each source with rewards of its own."""
+    loss, texts = config.loss, dict[str, list[str]]()
+    for name in config.source_names:
+        text = " + ".join(
+            f"{_format_number(reward.weight)} {reward.name}{_render_arguments(reward.args)}"
+            for reward in config.of_source(name).rewards
+        )
+        if loss.kl_coef and loss.kl_in == "reward":
+            text += f" - {_format_number(loss.kl_coef)} sum_t KL"
+        texts.setdefault(text or "none", []).append(name)
+    if len(texts) == 1:
+        return [("reward", next(iter(texts)))]
+    return [
+        ("reward" if i == 0 else "", f"{text}    ({', '.join(names)})") for i, (text, names) in enumerate(texts.items())
+    ]
+
+
 def _describe_advantage(config: RunConfig) -> str:
     """Return the formula of the advantage: that of the rewards, if there are any, and the teacher's part."""
     advantage, terms = config.advantage, []
-    if config.rewards or asks_for_teacher(config):
+    if config.all_rewards or asks_for_teacher(config):
         tied = f"; 0 where std < {_format_number(advantage.min_group_std)}" if advantage.min_group_std else ""
         terms.append(f"{_fill_formula(ADVANTAGES, advantage.name, advantage.args)}{tied}    ({advantage.name})")
     if config.teacher.exists and config.teacher.coef:

@@ -36,6 +36,9 @@ def resolve_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         rewards = [rewards]
     if isinstance(rewards, list):
         data = {**data, "rewards": [_resolve_reward(reward, folder) for reward in rewards]}
+    section = data.get("data")
+    if isinstance(section, dict) and isinstance(section.get("sources"), list):
+        data = {**data, "data": {**section, "sources": [_resolve_source(x, folder) for x in section["sources"]]}}
     evaluation = data.get("evaluation")
     if isinstance(evaluation, dict) and isinstance(evaluation.get("sets"), list):
         sets = [_resolve_set(part, folder) for part in evaluation["sets"]]
@@ -63,6 +66,20 @@ def _resolve_reward(reward: Any, folder: Path) -> Any:
     return (
         _change(reward, ("name",), lambda name: resolve_function(name, folder)) if isinstance(reward, dict) else reward
     )
+
+
+def _resolve_source(source: Any, folder: Path) -> Any:
+    if isinstance(source, str):
+        return resolve_path(source, folder)
+    if not isinstance(source, dict):
+        return source
+    for key in ("path", "eval_path"):
+        source = _change(source, (key,), lambda text: resolve_path(text, folder))
+    source = _change(source, ("eval_reward",), lambda name: resolve_function(name, folder))
+    rewards = source.get("rewards")
+    if isinstance(rewards, (str, dict)):
+        rewards = [rewards]
+    return {**source, "rewards": [_resolve_reward(x, folder) for x in rewards]} if isinstance(rewards, list) else source
 
 
 def _resolve_set(part: Any, folder: Path) -> Any:

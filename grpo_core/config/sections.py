@@ -7,6 +7,7 @@ configurations.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -46,10 +47,26 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class CurriculumConfig:
+    """The rules by which the pass rates of the prompts change their order; by default there is none."""
+
+    rest_after: int = 0  # a prompt rests when all its completions were right this many times running; 0: never
+    rest_epochs: int = 1  # epochs for which it rests
+    prefer: list[float] = field(default_factory=list)  # [low, high]: others come every second epoch; []: all come
+
+    @property
+    def is_on(self) -> bool:
+        """Return whether there is a rule."""
+        return self.rest_after > 0 or bool(self.prefer)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The training and evaluation data, and how a prompt is made from a row."""
 
-    path: str = "builtin:word_problems"  # hub id; folder; file (json, jsonl, csv, tsv, parquet); builtin:word_problems
+    # hub id; folder; file (json, jsonl, csv, tsv, parquet); builtin:word_problems; reasoning_gym:TASK
+    path: str = "builtin:word_problems"
+    args: dict[str, Any] = field(default_factory=dict)  # arguments of a task of Reasoning Gym
     subset: str | None = None
     split: str = "train"
     limit: int | None = None  # number of rows to use, from the start; null: all
@@ -66,6 +83,8 @@ class DataConfig:
     long_prompts: Literal["drop", "truncate_left", "error"] = "drop"  # what to do with longer prompts
     bad_rows: Literal["error", "drop"] = "error"  # what to do with rows that cannot be tasks
     max_unjudged: float = 0.05  # share of gold answers that a reward cannot judge, above which the run is refused
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    sources: list[SourceConfig] = field(default_factory=list)  # several sources, mixed, in place of path
 
 
 @dataclass(frozen=True)
@@ -94,6 +113,40 @@ class RewardConfig:
     name: str
     weight: float = 1.0
     args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One of several sources of the data; its evaluation set has its name."""
+
+    path: str  # as data.path
+    args: dict[str, Any] = field(default_factory=dict)  # as data.args
+    name: str = ""  # of its metrics and its evaluation set; "": made from the path
+    weight: float = 1.0  # share of the prompts, relative to the other sources
+    subset: str | None = None
+    split: str = "train"
+    limit: int | None = None  # null: data.limit
+    eval_path: str | None = None  # null: path
+    eval_split: str | None = None  # both null: the built-in test split, or held-out rows of the source
+    columns: dict[str, str] | None = None  # null: data.columns
+    template: str | None = None  # null: data.template
+    system: str | None = None  # null: data.system
+    rewards: list[RewardConfig] = field(default_factory=list)  # of its completions; []: the run's rewards
+    eval_reward: str | None = None  # null: evaluation.reward
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", name_source(self.path))
+
+
+def name_source(path: str) -> str:
+    """Return the name of a source without one: the last part of its path, without the ending of a file.
+
+    >>> [name_source(path) for path in ("data/algebra.jsonl", "openai/gsm8k", "builtin:word_problems")]
+    ['algebra', 'gsm8k', 'word_problems']
+    """
+    last = re.split("[/:]", path.rstrip("/"))[-1]
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", re.sub(r"\.(jsonl?|csv|tsv|parquet)$", "", last))
 
 
 @dataclass(frozen=True)
@@ -238,12 +291,7 @@ class EvaluationConfig:
     top_p: float | None = None
     min_p: float | None = None
     sets: list[EvaluationSetConfig] = field(default_factory=list)  # []: one set without a name
-    select: str | None = None  # name of the set whose accuracy selects; null: the first of sets
-
-    @property
-    def selecting_set(self) -> str:
-        """Return the name of the set whose accuracy selects; "" without named sets."""
-        return self.select or (self.sets[0].name if self.sets else "")
+    select: str | None = None  # name of the set whose accuracy selects; null: the first of sets, or of data.sources
 
 
 @dataclass(frozen=True)
@@ -329,6 +377,43 @@ class RunConfig:
     def prompts_per_step(self) -> int:
         """Return the number of prompts of one step over all ranks."""
         return self.trainer.completions_per_step // self.sampling.group_size
+
+    @property
+    def selecting_set(self) -> str:
+        """Return the name of the evaluation set whose accuracy selects; "" without named sets."""
+        names = [part.name for part in self.evaluation.sets] or self.source_names
+        return self.evaluation.select or names[0]
+
+    @property
+    def source_names(self) -> list[str]:
+        """Return the names of data.sources; without sources the data has the name ""."""
+        return [source.name for source in self.data.sources] or [""]
+
+    @property
+    def all_rewards(self) -> list[RewardConfig]:
+        """Return the rewards of all sources, each name once: those of the run, where a source uses them, come first.
+
+        Of several weights of a name the first that is not 0 counts.
+        """
+        sources, by_name = self.data.sources, dict[str, RewardConfig]()
+        shared = self.rewards if not all(source.rewards for source in sources) or not sources else []
+        for reward in [*shared, *(reward for source in sources for reward in source.rewards)]:
+            if reward.name not in by_name or not by_name[reward.name].weight:
+                by_name[reward.name] = reward
+        return [*by_name.values()]
+
+    def of_source(self, name: str) -> RunConfig:
+        """Return the configuration of a run whose only data is the source `name`; without sources it is this one."""
+        source = next((source for source in self.data.sources if source.name == name), None)
+        if source is None:
+            return self
+        own = {key: getattr(source, key) for key in ("path", "args", "subset", "split", "eval_path", "eval_split")}
+        for key in ("limit", "columns", "template", "system"):
+            value = getattr(source, key)
+            own[key] = getattr(self.data, key) if value is None else value
+        evaluation = replace(self.evaluation, reward=source.eval_reward or self.evaluation.reward)
+        data = replace(self.data, sources=[], **own)
+        return replace(self, data=data, rewards=source.rewards or self.rewards, evaluation=evaluation)
 
 
 def use_supervised_objective(config: RunConfig) -> RunConfig:

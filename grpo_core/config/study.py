@@ -27,7 +27,15 @@ FOLDER_NAME = re.compile(r"[A-Za-z0-9_-]+")
 MAX_SEEDS = 16  # the exact test goes through 2**seeds exchanges
 KEYS_OF_A_RUN = ("name", "output_dir", "seed", "resume", "overwrite")  # the study sets them
 NO_EFFECT = ("preset", "log", "checkpoint", "debug")  # sections and keys that do not change what a run measures
-PROBLEM_KEYS = ("eval_path", "eval_split", "path", "subset", "split", "limit")  # of data: which problems are held out
+PROBLEM_KEYS = (
+    "eval_path",
+    "eval_split",
+    "path",
+    "args",
+    "subset",
+    "split",
+    "limit",
+)  # of data: which problems are held out
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def check_teacher(config: RunConfig) -> None:
             f"teacher.adapter is {teacher.adapter!r} with teacher.path null, but lora.trainable_token_indices is set, "
             f"beside which PEFT loads no second adapter; set teacher.path to the teacher's base model"
         )
-    if not any(reward.weight for reward in config.rewards):
+    if not any(reward.weight for reward in config.all_rewards):
         _check_without_rewards(config)
 
 

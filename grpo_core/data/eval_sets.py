@@ -1,9 +1,9 @@
 """Load the evaluation sets of a run: the rows of each, by name.
 
-Without evaluation.sets there is one set, whose name is "". A set without a path and a split is a part of the rows that
-the run holds out; several of them divide these rows at random, without an overlap. Any other set has a source of its
-own, which may be neither the training data nor that of another set: the set that selects is then not the one that is
-reported.
+Without evaluation.sets there is one set, whose name is "". With data.sources there is one for each source, by its name.
+A set without a path and a split is a part of the rows that the run holds out; several of them divide these rows at
+random, without an overlap. Any other set has a source of its own, which may be neither the training data nor that of
+another set: the set that selects is then not the one that is reported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from grpo_core.data.rows import (
 )
 from grpo_core.data.rows_on_disk import RowsOnDisk
 from grpo_core.random_keys import make_generator, make_key
-from grpo_core.schema import ConfigError, describe_split
+from grpo_core.schema import GENERATED, ConfigError, describe_split
 
 
 def load_eval_sets(config: RunConfig) -> tuple[Rows | RowsOnDisk, dict[str, Rows]]:
@@ -45,7 +45,8 @@ def load_eval_sets(config: RunConfig) -> tuple[Rows | RowsOnDisk, dict[str, Rows
     for i, part in enumerate(evaluation.sets):
         if not is_share(part):
             try:
-                sets[part.name] = load_rows(*_source(config.data, part), sizes[part.name])
+                args = config.data.args if part.path in (None, config.data.path) else {}
+                sets[part.name] = load_rows(*_source(config.data, part), sizes[part.name], args)
             except ConfigError as error:
                 raise ConfigError(f"evaluation.sets[{i}] ({part.name}): {error}") from None
         if not sets[part.name]:
@@ -71,6 +72,7 @@ def group_by_set(tasks: Iterable[Task]) -> dict[str, list[Task]]:
 
 def describe_set(config: RunConfig, name: str) -> tuple[str, str]:
     """Return the path of the set `name`, and which of its rows the set has."""
+    config = config.of_source(name)
     part = next((x for x in config.evaluation.sets if x.name == name), None)
     if part is None or is_share(part):
         path, split = describe_eval_source(config.data)
@@ -81,6 +83,7 @@ def describe_set(config: RunConfig, name: str) -> tuple[str, str]:
 
 def name_set(config: RunConfig, name: str) -> str:
     """Return the name of the split that holds the rows of the set `name`, with its path."""
+    config = config.of_source(name)
     part = next((x for x in config.evaluation.sets if x.name == name), None)
     if part is None or is_share(part):
         return name_eval_split(config.data)
@@ -113,7 +116,7 @@ def _check_sources(data: DataConfig, parts: list[EvaluationSetConfig]) -> None:
     readers = {_identify(data.path, data.subset, data.split): "the training data"}
     if any(map(is_share, parts)):
         path, split = data.eval_path or data.path, data.eval_split
-        split = split or ("test" if path.startswith("builtin:") and data.eval_path is None else "train")
+        split = split or ("test" if path.startswith(GENERATED) and data.eval_path is None else "train")
         readers.setdefault(_identify(path, data.subset, split), "that of the run's own held-out rows")
     for i, part in enumerate(parts):
         if is_share(part):
@@ -125,6 +128,25 @@ def _check_sources(data: DataConfig, parts: list[EvaluationSetConfig]) -> None:
                 f"path or split, or neither, for a part of the rows that are held out"
             )
         readers[_identify(path, subset, split)] = f"the set {part.name}"
+
+
+def check_source_overlap(config: RunConfig) -> None:
+    """Refuse a source whose evaluation rows another source, or itself, trains on.
+
+    Raises:
+        ConfigError: names both.
+    """
+    parts = {name: config.of_source(name).data for name in config.source_names}
+    trained = {_identify(data.path, data.subset, data.split): name for name, data in parts.items()}
+    for i, (name, data) in enumerate(parts.items()):
+        if data.eval_path is None and data.eval_split is None:
+            continue
+        path, split = data.eval_path or data.path, data.eval_split or "train"
+        if config.evaluation.num_tasks and (other := trained.get(_identify(path, data.subset, split))) is not None:
+            raise ConfigError(
+                f"data.sources[{i}] ({name}) is evaluated on {path} (split {split}), which the source {other} is "
+                f"trained on; give it another eval_path or eval_split, or neither, for rows that are held out"
+            )
 
 
 def _identify(path: str, subset: str | None, split: str) -> tuple[str, str | None, str]:

@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from grpo_core.config.gym_tasks import is_gym_path
 from grpo_core.config.sections import DataConfig
 from grpo_core.config.text_files import decode_text, parse_json, read_text
 from grpo_core.counts import quantify
 from grpo_core.data.csv_rows import read_csv_rows
+from grpo_core.data.gym_rows import make_gym_rows
 from grpo_core.data.rows_on_disk import JsonLines, MappedTable, Row, RowsOnDisk
 from grpo_core.data.word_problems import make_word_problems
 from grpo_core.random_keys import make_generator, make_key
-from grpo_core.schema import ConfigError, describe_eval_rows, first_line
+from grpo_core.schema import GENERATED, ConfigError, describe_eval_rows, first_line
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 SPLIT_WORD = re.compile("train|test|valid|dev|eval")  # a file name with one of them belongs to a split
@@ -57,11 +59,12 @@ def load_splits(config: DataConfig, num_eval: int, key: str = "evaluation.num_ta
     Raises:
         ConfigError: the data cannot be loaded, or has too few rows to hold out `num_eval` of them.
     """
-    train = load_training_rows(config.path, config.subset, config.split, config.limit)
+    train = load_training_rows(config.path, config.subset, config.split, config.limit, config.args)
     if config.eval_path is not None or config.eval_split is not None:
-        held_out = load_rows(config.eval_path or config.path, config.subset, config.eval_split or "train", num_eval)
-    elif config.path.startswith("builtin:"):
-        held_out = load_rows(config.path, None, "test", num_eval)
+        path, split = config.eval_path or config.path, config.eval_split or "train"
+        held_out = load_rows(path, config.subset, split, num_eval, config.args)
+    elif config.path.startswith(GENERATED):
+        held_out = load_rows(config.path, None, "test", num_eval, config.args)
     else:
         if num_eval >= len(train):
             raise ConfigError(
@@ -89,25 +92,29 @@ def name_eval_split(config: DataConfig) -> str:
     """Return the name of the split that holds the evaluation rows."""
     if config.eval_path is not None or config.eval_split is not None:
         return name_split(config.eval_path or config.path, config.eval_split or "train")
-    return name_split(config.path, "test" if config.path.startswith("builtin:") else config.split)
+    return name_split(config.path, "test" if config.path.startswith(GENERATED) else config.split)
 
 
-def load_rows(path: str, subset: str | None, split: str, limit: int | None) -> Rows:
+def load_rows(path: str, subset: str | None, split: str, limit: int | None, args: dict[str, Any] | None = None) -> Rows:
     """Return at most `limit` first rows of a split, each with every column, with None where the data has no value.
+
+    `args` are the arguments of a task of Reasoning Gym.
 
     Raises:
         ConfigError: the data cannot be loaded, or has no rows.
     """
-    return _load(path, subset, split, limit, _read_rows(path, subset, split, limit))
+    return _load(path, subset, split, limit, _read_rows(path, subset, split, limit, args or {}))
 
 
-def load_training_rows(path: str, subset: str | None, split: str, limit: int | None) -> Rows | RowsOnDisk:
+def load_training_rows(
+    path: str, subset: str | None, split: str, limit: int | None, args: dict[str, Any]
+) -> Rows | RowsOnDisk:
     """Return what `load_rows` returns; the rows of a large data set stay on disk.
 
     Raises:
         ConfigError: as `load_rows`.
     """
-    rows = _read_rows(path, subset, split, limit)
+    rows = _read_rows(path, subset, split, limit, args)
     if isinstance(rows, list) or not rows or rows.num_bytes <= LARGE_BYTES:
         return _load(path, subset, split, limit, rows)
     count = len(rows) if limit is None else min(limit, len(rows))
@@ -126,7 +133,7 @@ def _load(
     return Rows(({name: row.get(name) for name in columns} for row in rows[:limit]), source=name_split(path, split))
 
 
-def peek_rows(path: str, subset: str | None, split: str, count: int) -> list[Row]:
+def peek_rows(path: str, subset: str | None, split: str, count: int, args: dict[str, Any] | None = None) -> list[Row]:
     """Return at most `count` first rows of a split, without reading more of a large file than they take.
 
     Raises:
@@ -135,14 +142,18 @@ def peek_rows(path: str, subset: str | None, split: str, count: int) -> list[Row
     local = Path(path)
     if local.is_file() and local.suffix in FORMATS and FORMATS[local.suffix] == "json" and split == "train":
         return _read_json_rows(local, count)[:count]
-    rows = _read_rows(path, subset, split, count)
+    rows = _read_rows(path, subset, split, count, args or {})
     return rows[:count] if isinstance(rows, list) else rows.read(range(len(rows))[:count])
 
 
-def _read_rows(path: str, subset: str | None, split: str, limit: int | None) -> list[Row] | JsonLines | MappedTable:
+def _read_rows(
+    path: str, subset: str | None, split: str, limit: int | None, args: dict[str, Any]
+) -> list[Row] | JsonLines | MappedTable:
     local = Path(path)
-    if subset is not None and (path.startswith("builtin:") or local.is_file()):
+    if subset is not None and (path.startswith(GENERATED) or local.is_file()):
         raise ConfigError(f"data.subset is {subset!r}, but {path} has no subsets; leave it null")
+    if is_gym_path(path):
+        return make_gym_rows(path, args, split, limit)
     if path.startswith("builtin:"):
         if path != "builtin:word_problems" or split not in BUILTIN_ROWS:
             raise ConfigError(

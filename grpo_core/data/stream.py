@@ -2,31 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import groupby
 
 import numpy as np
 
 from grpo_core.batch import Task
+from grpo_core.config.sections import CurriculumConfig
+from grpo_core.data.curriculum import CurriculumOrder
+from grpo_core.data.mixture import Mixture
+from grpo_core.data.order import EpochOrder
+from grpo_core.data.pass_rates import PassRates, Visit
 from grpo_core.random_keys import Key, make_generator, make_key
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The tasks of one source: `first` is the place of its first task among all."""
+
+    source: str
+    first: int
+    order: EpochOrder | CurriculumOrder
+
+    def awake(self) -> np.ndarray:
+        """Return the tasks that do not rest in a curriculum."""
+        return self.order.awake() if isinstance(self.order, CurriculumOrder) else np.arange(self.order.count)
 
 
 class TaskStream:
     """The training tasks as an endless sequence of epochs, each a seeded permutation of all tasks.
 
+    With several sources each has epochs of its own, and `mixture` says how many prompts of a step are of which source.
+
     `batch(step)` is a function of (seed, step) alone, so a resumed run needs only the number of its next step. The
     prompts of a step do not depend on the number of ranks; rank r has the r-th of `world_size` equal parts of them.
+
+    With a curriculum, `batch(step)` is a function of the pass rates too, so it is that of the next step only, and
+    `end_step` moves on.
     """
 
     def __init__(
-        self, tasks: Sequence[Task], prompts_per_step: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        tasks: Sequence[Task],
+        prompts_per_step: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        rates: PassRates | None = None,
+        curriculum: CurriculumConfig | None = None,  # None: the pass rates do not change the order
+        weights: Mapping[str, float] | None = None,  # of the sources, whose tasks stand one after another
     ) -> None:
         assert prompts_per_step % world_size == 0 and tasks
         self.tasks, self.prompts_per_step, self.seed = tasks, prompts_per_step, seed
         share = prompts_per_step // world_size
         self.positions = range(rank * share, (rank + 1) * share)  # of this rank's tasks in a step
-        self._epoch, self._order = -1, np.empty(0, dtype=int)
+        self.mixture = Mixture(list((weights or {"": 1.0}).values()), prompts_per_step, seed)
+        self.parts, first = [], 0
+        for source, group in groupby(tasks, key=lambda task: task.source):
+            order = EpochOrder(len([*group]), seed, source)
+            if curriculum is None or not curriculum.is_on:
+                self.parts.append(_Part(source, first, order))
+            else:
+                assert rates is not None
+                self.parts.append(_Part(source, first, CurriculumOrder(curriculum, order, rates, first)))
+            first += order.count
+        assert [part.source for part in self.parts] == [*(weights or {"": 1.0})]
 
     @property
     def steps_per_epoch(self) -> Fraction:
@@ -35,33 +78,45 @@ class TaskStream:
 
     def batch(self, step: int) -> list[Task]:
         """Return this rank's N tasks of `step`, each with the key of its completions."""
-        return [
-            replace(self._task_at(step * self.prompts_per_step + position), seed=self._key(step, position))
-            for position in self.positions
-        ]
+        drawn = self._draw(step)
+        return [replace(self.tasks[drawn[position]], seed=self._key(step, position)) for position in self.positions]
 
     def replacements(self, step: int, attempt: int) -> list[Task]:
         """Return N tasks that may replace this rank's tied ones in a resampling of `step`; `attempt` counts from 1.
 
-        They are drawn from all tasks by (seed, step, attempt), so they do not depend on which tasks were replaced
-        before.
+        They are drawn from all tasks of the same source, without those that rest in a curriculum, by (seed, step,
+        attempt), so they do not depend on which tasks were replaced before.
         """
-        count = self.prompts_per_step
-        generator = make_generator(make_key("replacement", self.seed, step, attempt))
-        indices = generator.choice(len(self.tasks), count, replace=count > len(self.tasks))
+        count, drawn = self.prompts_per_step, np.empty(self.prompts_per_step, dtype=int)
+        sources = self.mixture.draw(step)
+        for number, part in enumerate(self.parts):
+            own = make_key("replacement", self.seed, step, attempt, *([part.source] if part.source else []))
+            awake, places = part.awake(), np.flatnonzero(sources == number)
+            indices = make_generator(own).choice(len(awake), len(places), replace=len(places) > len(awake))
+            drawn[places] = part.first + awake[indices]
         return [
-            replace(self.tasks[indices[position]], seed=self._key(step, attempt * count + position))
+            replace(self.tasks[drawn[position]], seed=self._key(step, attempt * count + position))
             for position in self.positions
         ]
+
+    def end_step(self, step: int, visits: Sequence[Visit]) -> None:
+        """Move a curriculum on to the step after `step`, with the outcomes of its groups over all ranks."""
+        starts, counts = self.mixture.count(step)
+        for part, start, count in zip(self.parts, starts, counts, strict=True):
+            if isinstance(part.order, CurriculumOrder):
+                part.order.end_step(part.order.take(start, count), visits)
+
+    def count_awake(self) -> int:
+        """Return the number of tasks that do not rest in a curriculum."""
+        return sum(len(part.awake()) for part in self.parts)
+
+    def _draw(self, step: int) -> np.ndarray:
+        """Return the places of all ranks' tasks of `step` among the tasks."""
+        sources, drawn = self.mixture.draw(step), np.empty(self.prompts_per_step, dtype=int)
+        for number, (part, start, count) in enumerate(zip(self.parts, *self.mixture.count(step), strict=True)):
+            drawn[sources == number] = [part.first + row for row in part.order.take(start, count)]
+        return drawn
 
     def _key(self, step: int, position: int) -> Key:
         """Return the key of the completions of one prompt; replacements have positions beyond those of the step."""
         return make_key("train", self.seed, step, position)
-
-    def _task_at(self, place: int) -> Task:
-        """Return the task at `place` in the endless sequence."""
-        epoch, offset = divmod(place, len(self.tasks))
-        if epoch != self._epoch:
-            generator = make_generator(make_key("data_order", self.seed, epoch))
-            self._epoch, self._order = epoch, generator.permutation(len(self.tasks))
-        return self.tasks[self._order[offset]]

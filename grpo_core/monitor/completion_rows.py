@@ -12,14 +12,19 @@ Row = dict[str, Any]
 
 
 def completion_keys(tasks: Sequence[Task], group_size: int, first_sample: int | None = 0) -> list[Row]:
-    """Return the columns that identify each completion: the task's row in the data set, and the sample.
+    """Return the columns that identify each completion: its source, the task's row in the data set, and the sample.
 
-    Completions are prompt-major, and the samples of a task are numbered from `first_sample`; None leaves `sample` out.
+    Completions are prompt-major, and the samples of a task are numbered from `first_sample`; None leaves `sample` and
+    the source out, as where evaluation sets are answered, which have its name.
     """
     if first_sample is None:
         return [{"task": task.index} for task in tasks for _ in range(group_size)]
     samples = range(first_sample, first_sample + group_size)
-    return [{"task": task.index, "sample": sample} for task in tasks for sample in samples]
+    return [
+        {**({"source": task.source} if task.source else {}), "task": task.index, "sample": sample}
+        for task in tasks
+        for sample in samples
+    ]
 
 
 def completion_rows(

@@ -28,6 +28,7 @@ from grpo_core.monitor import run_lock
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.completion_rows import completion_rows
 from grpo_core.monitor.progress import LOG_DELAY, keep_refreshing
+from grpo_core.monitor.source_stats import add_source_stats
 from grpo_core.monitor.trackers import Trackers
 from grpo_core.report.eval_sets import label_set, split_sets
 from grpo_core.schema import finite_or_none, printable
@@ -119,6 +120,7 @@ class RunLog:
         `stats` are reduced over ranks, `numbers` are the same on all ranks. A collective.
         """
         add_rollout_stats(stats, rollouts, scores, advantages)
+        add_source_stats(stats, self.config.source_names, tasks, rollouts, scores)
         for name, value in self._take_memory_peaks().items():
             stats.add_max(name, torch.tensor(value, device="cpu"))
         row = {"step": step, **stats.reduce(), **numbers}
@@ -197,7 +199,7 @@ class RunLog:
         if self.trackers:
             self.trackers.log_evaluation(result, step)
         for name, row in split_sets(result).items():
-            label = f", {label_set(name, self.config.evaluation.selecting_set)}" if name else ""
+            label = f", {label_set(name, self.config.selecting_set)}" if name else ""
             self.info(f"evaluation after {quantify(step, 'step')}{label}: {describe_evaluation(row)}")
 
     def has_evaluation(self, step: int) -> bool:
@@ -263,6 +265,8 @@ def find_user_files(config: RunConfig) -> set[str]:
     loss = config.loss
     names = [loss.name, loss.average, loss.kl, loss.rollout_correction.name, loss.rejection.name, config.advantage.name]
     names += [config.truncation.name, config.evaluation.reward, *(reward.name for reward in config.rewards)]
+    for source in config.data.sources:
+        names += [source.eval_reward or "", *(reward.name for reward in source.rewards)]
     return {name.rpartition(":")[0] for name in names if ".py:" in name}
 
 

@@ -49,6 +49,7 @@ MODULES = {  # of rewards that need more than mathematics
     "judge": "grpo_core.scoring.judge",
     "math_equal": "grpo_core.scoring.math_equal",
     "python_tests": "grpo_core.scoring.python_tests",
+    "reasoning_gym": "grpo_core.scoring.gym_reward",
 }
 
 REWARDS = Registry("reward", allows_async=True, modules=MODULES)

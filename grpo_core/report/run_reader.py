@@ -41,7 +41,8 @@ class RunFolder:
     def selecting_set(self) -> str:
         """The name of the evaluation set whose accuracy selects; "" where the sets have no names."""
         chosen = self.settings.get("evaluation.select", "null")
-        return (self.settings.get("evaluation.sets[0].name", "") if chosen == "null" else chosen).strip("'\"")
+        firsts = [self.settings.get(f"{key}[0].name", "") for key in ("evaluation.sets", "data.sources")]
+        return ((firsts[0] or firsts[1]) if chosen == "null" else chosen).strip("'\"")
 
     @property
     def is_supervised(self) -> bool:

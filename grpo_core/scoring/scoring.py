@@ -32,6 +32,7 @@ class Reward:
     weight: float
     function: Callable | RunningReward
     reads_others: bool = False  # called after the others, with their values (`rewards.reads_other_rewards`)
+    sources: tuple[str, ...] = ()  # names of the sources whose completions it scores; (): all
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,12 @@ def ask_ahead(rewards: Iterable[Reward], tasks: Sequence[Task]) -> Callable[[int
     It changes no value: `score` gives all completions to every reward, and a judge that has begun has its answers
     sooner.
     """
-    judges = [reward.function for reward in rewards if isinstance(reward.function, Judge)]
+    judges = [(reward.function, reward.sources) for reward in rewards if isinstance(reward.function, Judge)]
 
     def ask(number: int, completions: list[str]) -> None:
-        for judge in judges:
-            judge.ask_ahead(completions, make_columns([tasks[number]] * len(completions)))
+        for judge, sources in judges:
+            if not sources or tasks[number].source in sources:
+                judge.ask_ahead(completions, make_columns([tasks[number]] * len(completions)))
 
     return ask if judges else None
 

@@ -3,8 +3,9 @@
 A checkpoint is a folder step-NNNNNN. The main rank writes it under a temporary name, syncs it to disk and renames it,
 which is atomic: a checkpoint is complete or absent. It holds tensors as safetensors and numbers as JSON, so loading
 unpickles nothing, and SHA256SUMS over both, which `sha256sum -c` checks. Nothing in it depends on the number of
-processes. The batch, the sampling noise and the dropout noise are functions of (seed, step) and need no saving. With
-checkpoint.keep_best the link `best` names the checkpoint of the best evaluation, which is kept beside the newest.
+processes. The outcomes of every prompt so far are among the tensors. The batch is a function of (seed, step) and of
+them, the sampling noise and the dropout noise of (seed, step), so they need no saving. With checkpoint.keep_best the
+link `best` names the checkpoint of the best evaluation, which is kept beside the newest.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core.config.files import flatten
 from grpo_core.config.sections import RunConfig
 from grpo_core.counts import quantify
+from grpo_core.data.pass_rates import PREFIX
 from grpo_core.distributed import ranks
 from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.policy import Policy
@@ -98,6 +100,8 @@ def save(run: Run, next_step: int, control: Control, good_step: int | None = Non
     if ranks.is_main():
         for i, value in enumerate(run.policy.reference_state() or ()):
             tensors[f"reference/{i}"] = value.cpu()
+        if run.pass_rates is not None:
+            tensors |= run.pass_rates.tensors()
         meta = {"next_step": next_step, "job": run.job, "world_size": ranks.world_size(), "control": asdict(control)}
         meta |= {
             "engine": run.engine.numbers(),
@@ -233,6 +237,9 @@ def load(checkpoint: Path, meta: dict[str, Any], run: Run) -> list[str]:
     tensors = load_file(checkpoint / TENSORS)
     num_reference = sum(name.startswith("reference/") for name in tensors)
     reference = [tensors.pop(f"reference/{i}") for i in range(num_reference)]
+    outcomes = {name: tensors.pop(name) for name in [*tensors] if name.startswith(PREFIX)}
+    if run.pass_rates is not None:
+        run.pass_rates.load(outcomes)
     run.engine.load(tensors, meta["engine"])
     check_finite(run.policy.model, f"the checkpoint {checkpoint}")
     if reference and run.policy.reference_state() is not None:
@@ -249,6 +256,11 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Return the trained weights of a checkpoint by parameter name, in float32."""
     tensors = load_file(checkpoint / TENSORS)
     return {name.removeprefix("weight/"): value for name, value in tensors.items() if name.startswith("weight/")}
+
+
+def load_outcomes(checkpoint: Path) -> dict[str, Tensor]:
+    """Return the outcomes of the prompts in a checkpoint, which `PassRates.load` takes."""
+    return {name: value for name, value in load_file(checkpoint / TENSORS).items() if name.startswith(PREFIX)}
 
 
 def compute_fingerprints(run: Run) -> dict[str, str]:

@@ -97,7 +97,7 @@ def evaluate_now(run: Run, steps_taken: int) -> str | None:
             results[name], set_rows = evaluate(
                 run.sampler,
                 tasks,
-                run.eval_reward,
+                run.eval_rewards.get(name, run.eval_reward),
                 batch_size=config.batch_size,
                 settings=settings,
                 num_rows=run.config.log.evaluation_completions,
@@ -108,10 +108,11 @@ def evaluate_now(run: Run, steps_taken: int) -> str | None:
     run.log.log_evaluation(steps_taken, merge_sets(results), rows)
     for name, result in results.items():
         if result["failed"] > limit * result["n"]:
+            reward = run.config.of_source(name).evaluation.reward
             return (
-                f"evaluation.reward {config.reward} failed on {result['failed']:,} of {quantify(result['n'], 'task')}"
+                f"evaluation.reward {reward} failed on {result['failed']:,} of {quantify(result['n'], 'task')}"
                 f"{f' of the set {name}' if name else ''}, more than trainer.max_failed_rewards ({limit:g}) allows"
             )
-    accuracy = results[config.selecting_set]["accuracy"]
+    accuracy = results[run.config.selecting_set]["accuracy"]
     run.selection.see(steps_taken, accuracy, run.config.trainer.early_stopping_delta)
     return None

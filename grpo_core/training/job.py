@@ -38,7 +38,7 @@ def train(config: RunConfig) -> Path:
             train_loop(run)
             adapter = run.folder / "adapter"
             checkpoint.export(adapter, run.policy, tokenizer)
-            run.log.info(describe_best(run) + format_summary(run.folder, adapter, config.evaluation.selecting_set))
+            run.log.info(describe_best(run) + format_summary(run.folder, adapter, config.selecting_set))
     return run.folder
 
 
@@ -55,7 +55,8 @@ def close_at_end(run: Run) -> Iterator[None]:
         raise
     finally:
         run.log.close()
-        close_rewards([*(reward.function for reward in run.rewards), run.eval_reward])
+        functions = [*(reward.function for reward in run.rewards), run.eval_reward, *run.eval_rewards.values()]
+        close_rewards({id(function): function for function in functions}.values())
         watchdog.stop()
         gc.unfreeze()
 
@@ -68,7 +69,7 @@ def describe_best(run: Run) -> str:
     folder = run.folder / "checkpoints"
     is_kept = checkpoint.find_best_step(folder) == selection.best_step
     place = f": {folder / checkpoint.BEST}" if is_kept else ", whose checkpoint could not be kept"
-    name = run.config.evaluation.selecting_set
+    name = run.config.selecting_set
     measured = f" on {name}" if name else ""
     after = quantify(selection.best_step, "step")
     return f"best:   accuracy {selection.best_accuracy:.1%}{measured} after {after}{place}\n"

@@ -11,13 +11,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
 from grpo_core.config.precision import resolve_dtype
-from grpo_core.config.sections import RunConfig, SamplingConfig
+from grpo_core.config.sections import RewardConfig, RunConfig, SamplingConfig
 from grpo_core.counts import quantify
 from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.eval_sets import group_by_set, name_set
 from grpo_core.data.prompts import encode_teacher_prompts
 from grpo_core.data.rows import name_split
-from grpo_core.data.tasks import find_offered_tasks, read_tasks
+from grpo_core.data.tasks import find_offered_tasks, name_in_sentences, naming_source, read_tasks, select_source
 from grpo_core.data.tasks_on_disk import TasksOnDisk, list_rows, prompt_lengths, split_into_parts
 from grpo_core.data.turns import show_prompt
 from grpo_core.distributed import ranks
@@ -49,7 +49,7 @@ from grpo_core.scoring.judge import NAME as JUDGE
 from grpo_core.scoring.judge import Judge, JudgeSettings
 from grpo_core.scoring.kept_answers import KeptAnswers
 from grpo_core.scoring.reward_call import find_missing_columns
-from grpo_core.scoring.scoring import Reward, build_reward
+from grpo_core.scoring.scoring import Reward, RunningReward, build_reward
 from grpo_core.training.gold_answers import check_gold_answers, drop_unjudged
 
 
@@ -84,13 +84,8 @@ def prepare(
     if tokenizer is None:
         tokenizer = load_tokenizer_of(config)
     tasks, eval_tasks, (num_too_long, num_eval_too_long), notes = offered or read_tasks(config, tokenizer)
-    scored_tasks: Sequence[Task] = tasks if scores_training_tasks else []
-    scored_tasks, eval_tasks, sentences = drop_unjudged(config, scored_tasks, eval_tasks)
-    tasks = scored_tasks if scores_training_tasks else tasks
-    check_columns(config, scored_tasks, eval_tasks)
-    some_tasks = [*next(split_into_parts(tasks)), *eval_tasks]
-    warnings = notes + sentences + describe_prompt_changes(tokenizer, config.data, some_tasks)
-    warnings += check_gold_answers(config, scored_tasks, eval_tasks)
+    tasks, eval_tasks, warnings = _check_data(config, tokenizer, tasks, eval_tasks, scores_training_tasks)
+    warnings = notes + warnings
     if num_eval_too_long:
         warnings.append(_describe_long_eval_prompts(config, num_eval_too_long))
     if model_config is None:
@@ -99,14 +94,65 @@ def prepare(
     check_eos_ids(model_config, model_config, "config.json")
     check_lengths([*prompt_lengths(tasks), *prompt_lengths(eval_tasks)], config.sampling.max_new_tokens, model_config)
     check_targets(model_config, config.lora, config.model.trust_remote_code)
-    if scores_training_tasks:
-        check_reward_model(config, tasks)
-        for reward in config.rewards:
-            if reward.name == JUDGE:
-                JudgeSettings(**reward.args)  # refuses arguments that exclude each other
     for key, value in find_routing_keys(config).items():
         check_has_routers(model_config, key, value, config.model.trust_remote_code)
     return Prepared(tokenizer, model_config, tasks, eval_tasks, num_too_long, warnings)
+
+
+def _check_data(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    eval_tasks: list[Task],
+    scores_training_tasks: bool,
+) -> tuple[Sequence[Task], list[Task], list[str]]:
+    """Check the tasks of every source against its rewards.
+
+    Return the tasks that stay, and sentences about prompts and gold answers.
+
+    Raises:
+        ConfigError: see `check_columns` and `check_gold_answers`; the message names the source.
+    """
+    kept: list[Sequence[Task]] = []
+    kept_eval_tasks: list[Task] = []
+    sentences: list[str] = []
+    for i, name in enumerate(config.source_names):
+        part, own, own_eval = config.of_source(name), select_source(tasks, name), select_source(eval_tasks, name)
+        with naming_source(i, name):
+            scored, own_eval, notes = drop_unjudged(part, own if scores_training_tasks else [], own_eval)
+            own = scored if scores_training_tasks else own
+            check_columns(part, scored, own_eval)
+            notes += describe_prompt_changes(tokenizer, part.data, [*next(split_into_parts(own)), *own_eval])
+            notes += check_gold_answers(part, scored, own_eval)
+            if scores_training_tasks:
+                _check_readers_of_prompts(config, i, own)
+        kept.append(own)
+        kept_eval_tasks += own_eval
+        sentences += name_in_sentences(i, name, notes)
+    return kept[0] if len(kept) == 1 else [task for own in kept for task in own], kept_eval_tasks, sentences
+
+
+def _check_readers_of_prompts(config: RunConfig, number: int, tasks: Sequence[Task]) -> None:
+    """Check the judge and the reward model of the source with this number, which read the prompts.
+
+    Raises:
+        ConfigError: see `check_reward_model` and `JudgeSettings`; or one of them is shared by sources whose prompts are
+            made in different ways.
+    """
+    part = config.of_source(config.source_names[number])
+    check_reward_model(part, tasks)
+    names = [reward.name for reward in part.rewards if reward.name in (JUDGE, REWARD_MODEL)]
+    for reward in part.rewards:
+        if reward.name == JUDGE:
+            JudgeSettings(**reward.args)  # refuses arguments that exclude each other
+    sources = config.data.sources
+    if names and sources and not sources[number].rewards:
+        sharing = [config.of_source(source.name).data for source in sources if not source.rewards]
+        if len({(data.template, data.system) for data in sharing}) > 1:
+            raise ConfigError(
+                f"the reward {names[0]} reads the prompts of several sources, whose template or system differs; name "
+                f"the rewards of each source in data.sources[{number}].rewards"
+            )
 
 
 def _describe_long_eval_prompts(config: RunConfig, number: int) -> str:
@@ -136,7 +182,12 @@ def prepare_teacher(config: RunConfig, prepared: Prepared) -> Prepared:
                 f"teacher.prompt is {teacher.prompt!r}, but the rows of {config.data.path} stay on disk, which "
                 f"teacher.prompt does not support; use a part of them with data.limit"
             )
-        tasks = encode_teacher_prompts(tasks, teacher.prompt, config.data, prepared.tokenizer)
+        parts = {name: select_source(tasks, name) for name in config.source_names}
+        tasks = [
+            task
+            for name, own in parts.items()
+            for task in encode_teacher_prompts(own, teacher.prompt, config.of_source(name).data, prepared.tokenizer)
+        ]
     try:
         lengths = prompt_lengths(tasks)
         if teacher.prompt is not None:
@@ -232,19 +283,36 @@ def make_rewards(config: RunConfig, folder: Path | None = None) -> list[Reward]:
     """Return the configured rewards with their arguments bound.
 
     A reward from a user's file runs in its own process; a reward model's weights are loaded onto this rank's device; a
-    judge keeps its answers in the run folder `folder`, if there is one.
+    judge keeps its answers in the run folder `folder`, if there is one. Rewards that data.sources binds to a source
+    score its completions only, and the others those of the other sources.
     """
-    timeout, rewards = config.trainer.reward_timeout, []
-    for reward in config.rewards:
-        if reward.name == REWARD_MODEL:
-            function = load_reward_model(config, resolve_dtype(config.model.precision), ranks.device())
-        elif reward.name == JUDGE:
-            function = make_judge(config, reward.args, folder)
-        else:
-            function = build_reward(reward.name, reward.args, timeout=timeout)
-        reads_others = reads_other_rewards(REWARDS.get(reward.name))
-        rewards.append(Reward(reward.name, reward.weight, function, reads_others))
-    return rewards
+    own = {source.name: source.rewards for source in config.data.sources if source.rewards}
+    others = tuple(source.name for source in config.data.sources if not source.rewards)
+    parts = [((name,), rewards) for name, rewards in own.items()]
+    if others or not config.data.sources:
+        parts.insert(0, (others, config.rewards))
+    return [make_reward(config, reward, sources, folder) for sources, rewards in parts for reward in rewards]
+
+
+def make_reward(config: RunConfig, reward: RewardConfig, sources: tuple[str, ...], folder: Path | None) -> Reward:
+    """Return one reward for the completions of some sources, or of all; () are all."""
+    config = config.of_source(sources[0]) if sources else config
+    if reward.name == REWARD_MODEL:
+        function = load_reward_model(config, resolve_dtype(config.model.precision), ranks.device())
+    elif reward.name == JUDGE:
+        function = make_judge(config, reward.args, folder)
+    else:
+        function = build_reward(reward.name, reward.args, timeout=config.trainer.reward_timeout)
+    reads_others = reads_other_rewards(REWARDS.get(reward.name))
+    return Reward(reward.name, reward.weight, function, reads_others, sources)
+
+
+def make_eval_rewards(config: RunConfig) -> dict[str, Callable | RunningReward]:
+    """Return the reward by which each source is evaluated; without sources the only name is ""."""
+    timeout = config.trainer.reward_timeout
+    names = {source: config.of_source(source).evaluation.reward for source in config.source_names}
+    functions = {name: build_reward(name, timeout=timeout) for name in dict.fromkeys(names.values())}
+    return {source: functions[name] for source, name in names.items()}
 
 
 def make_judge(config: RunConfig, args: dict[str, Any], folder: Path | None) -> Judge:

@@ -21,7 +21,9 @@ from grpo_core.objective.advantages import compute_advantages, tie_small_spreads
 from grpo_core.objective.inputs import CORRECTION_INPUTS
 from grpo_core.objective.objective import Objective
 from grpo_core.registry import get_fact
-from grpo_core.scoring.scoring import Scores, ask_ahead, score, start_step
+from grpo_core.scoring.scoring import Scores, ask_ahead, start_step
+from grpo_core.scoring.sources import score_by_source
+from grpo_core.training.difficulty import note_outcomes
 from grpo_core.training.distillation import add_teacher_advantages
 from grpo_core.training.run import Run
 
@@ -185,7 +187,9 @@ def _sample_and_score(run: Run, tasks: list[Task]) -> tuple[Rollouts, Scores]:
         on_group = ask_ahead(run.rewards, tasks)  # finished groups are judged while others still decode
         rollouts = run.sampler.generate(tasks, group_size, **({"on_group": on_group} if on_group else {}))
     with run.log.phase("reward"):
-        return rollouts, score(run.rewards, tasks, rollouts.completions, group_size)
+        scores = score_by_source(run.rewards, tasks, rollouts.completions, group_size)
+    note_outcomes(run, tasks, scores)
+    return rollouts, scores
 
 
 def _tied(objective: Objective, rewards: Tensor, scores: Scores) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from grpo_core.batch import Task
 from grpo_core.config.sections import RunConfig
+from grpo_core.data.pass_rates import PassRates
 from grpo_core.model.memory import Budgets
 from grpo_core.monitor.run_log import RunLog
 from grpo_core.objective.objective import Objective
@@ -38,7 +39,9 @@ class Run:
     budgets: Budgets
     log: RunLog
     steps_per_epoch: Fraction | int
-    selection: Selection = field(default_factory=Selection)  # the only state of a run that changes in place
+    selection: Selection = field(default_factory=Selection)  # this and pass_rates are the state that changes in place
+    pass_rates: PassRates | None = None  # of the training tasks; None: no reward says which completions are right
+    eval_rewards: Mapping[str, Any] = field(default_factory=dict)  # those of sources with their own, by evaluation set
     teacher: Any = None  # Teacher, or None
     job: str = "train"  # the command: train or sft
     # further numbers of an evaluation of these tasks; a collective

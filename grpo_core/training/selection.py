@@ -56,13 +56,13 @@ class Selection:
 
 def describe_measure(config: RunConfig) -> str:
     """Return what the accuracy that selects is measured with."""
-    name = config.evaluation.selecting_set
-    return f"{config.evaluation.reward}{f' on {name}' if name else ''}"
+    name = config.selecting_set
+    return f"{config.of_source(name).evaluation.reward}{f' on {name}' if name else ''}"
 
 
 def describe_stall(selection: Selection, config: RunConfig, steps_taken: int, num_steps: int) -> str:
     """Return the sentence with which a run ends early."""
-    name, delta = config.evaluation.selecting_set, config.trainer.early_stopping_delta
+    name, delta = config.selecting_set, config.trainer.early_stopping_delta
     measured, least = f" on {name}" if name else "", f" by {delta:g}" if delta else ""
     return (
         f"early stopping: the accuracy{measured} has not risen{least} above {selection.mark:.1%} in "

@@ -14,6 +14,7 @@ from grpo_core.config.formula import list_remarks
 from grpo_core.config.precision import dtype_name, resolve_dtype
 from grpo_core.config.sections import RunConfig, TrainerConfig
 from grpo_core.counts import quantify
+from grpo_core.data.pass_rates import PassRates
 from grpo_core.data.stream import TaskStream
 from grpo_core.data.tasks_on_disk import TasksOnDisk, prompt_lengths
 from grpo_core.distributed import ranks
@@ -27,13 +28,14 @@ from grpo_core.monitor.progress import print_note, show_elapsed
 from grpo_core.monitor.run_log import RunLog
 from grpo_core.random_keys import make_key
 from grpo_core.sampling.end_of_sequence import describe_eos_mismatch
-from grpo_core.scoring.scoring import build_reward
 from grpo_core.training.deepspeed_config import deepspeed_config
+from grpo_core.training.difficulty import make_pass_rates
 from grpo_core.training.engine import Engine, check_deepspeed
 from grpo_core.training.prepare import (
     Prepared,
     build_objective,
     check_routing,
+    make_eval_rewards,
     make_rewards,
     make_sampler,
     prepare,
@@ -132,8 +134,9 @@ def assemble(
 ) -> Run:
     """Build the engine, sampler, rewards, objective, memory budgets and log, and return them as a `Run`."""
     trainer, world_size = config.trainer, ranks.world_size()
-    tokenizer, tasks = prepared.tokenizer, prepared.tasks
-    stream = TaskStream(tasks, tasks_per_step, config.seed, ranks.rank(), world_size)
+    tokenizer, tasks, eval_rewards = prepared.tokenizer, prepared.tasks, make_eval_rewards(config)
+    rates = make_pass_rates(config, tasks) if longest_completion is None else None  # sft samples nothing
+    stream = make_stream(config, tasks, tasks_per_step, rates)
     num_steps = count_steps(config, len(tasks), tasks_per_step)
     total_steps = num_steps * trainer.num_minibatches * trainer.num_passes
     engine = Engine(policy.model, config, dtype=dtype, total_steps=total_steps, world_size=world_size)
@@ -163,11 +166,30 @@ def assemble(
         sampler=make_sampler(config.sampling, policy, tokenizer, log.info, records_routing=True),
         engine=engine,
         rewards=rewards,
-        eval_reward=build_reward(config.evaluation.reward, timeout=trainer.reward_timeout),
+        eval_reward=next(iter(eval_rewards.values())),
+        eval_rewards=eval_rewards,
         objective=build_objective(config),
         budgets=find_budgets(config, policy, longest, rows, log.info, taught),
         log=log,
+        pass_rates=rates,
         teacher=teacher,
+    )
+
+
+def make_stream(
+    config: RunConfig, tasks: Sequence[Task], tasks_per_step: int, rates: PassRates | None = None
+) -> TaskStream:
+    """Return this rank's tasks in the order of the steps; without pass rates there is no curriculum."""
+    curriculum = None if rates is None else config.data.curriculum
+    return TaskStream(
+        tasks,
+        tasks_per_step,
+        config.seed,
+        ranks.rank(),
+        ranks.world_size(),
+        rates=rates,
+        curriculum=curriculum,
+        weights={source.name: source.weight for source in config.data.sources},
     )
 
 

@@ -6,7 +6,7 @@ average, which equals the mean cross-entropy per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from grpo_core.counts import quantify
 from grpo_core.data.encoding import find_turn_end
 from grpo_core.data.eval_sets import group_by_set, load_eval_sets, name_set
 from grpo_core.data.rows import name_split
+from grpo_core.data.tasks import select_source
 from grpo_core.data.tasks_on_disk import split_into_parts
 from grpo_core.distributed import ranks, signals
 from grpo_core.model.new_model import new_model
@@ -96,7 +97,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
     prepared = prepare(
         config, tokenizer=tokenizer, model_config=base.config if base else None, scores_training_tasks=False
     )
-    column = find_answered_column(config.data, prepared.tasks)
+    column = find_conversations(config, prepared.tasks)
     prepared = leave_out_unanswered(prepared, column, config.data) if column else prepared
     check_num_steps(run_start, count_steps(config, len(prepared.tasks), config.trainer.completions_per_step))
     note_steps(config, len(prepared.tasks), config.trainer.completions_per_step)
@@ -119,19 +120,29 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
     return run, prepared.tokenizer, make_targets
 
 
+def find_conversations(config: RunConfig, tasks: Sequence[Task]) -> str | None:
+    """Return the column with the conversations to train on; None for sft.targets.
+
+    Raises:
+        ConfigError: there are several sources, and one of them has conversations.
+    """
+    for i, name in enumerate(config.source_names):
+        column = find_answered_column(config.of_source(name).data, select_source(tasks, name))
+        if column is not None and name:
+            raise ConfigError(
+                f"data.sources[{i}] ({name}) has conversations in the column {column!r}; sft trains the conversations "
+                f"of one source only, so name it in data.path"
+            )
+    return column
+
+
 def find_longest(config: RunConfig, prepared: Prepared, column: str | None) -> int:
     """Return the token count of the longest target; `column` has whole conversations, or is None for sft.targets.
 
     Raises:
         ConfigError: see `find_longest_target` and `find_longest_conversation`.
     """
-    sources: list[tuple[Sequence[Task], str]] = [
-        (prepared.tasks, f"the data, {name_split(config.data.path, config.data.split)}")
-    ]
-    sources += [
-        (tasks, f"the evaluation data, {name_set(config, name)}")
-        for name, tasks in group_by_set(prepared.eval_tasks).items()
-    ]
+    sources = [*_name_sources(config, prepared)]
     tokenizer, model = prepared.tokenizer, prepared.model_config
     if column is None:
         return max(
@@ -224,9 +235,18 @@ def compute_held_out_loss(run: Run, make_targets: MakeTargets, tasks: list[Task]
     return {"loss": nats / tokens, "tokens": int(tokens)}
 
 
+def _name_sources(config: RunConfig, prepared: Prepared) -> Iterator[tuple[Sequence[Task], str]]:
+    """Yield the training tasks of each source and the tasks of each evaluation set, with the names of their data."""
+    for name in config.source_names:
+        data = config.of_source(name).data
+        yield select_source(prepared.tasks, name), f"the data, {name_split(data.path, data.split)}"
+    for name, tasks in group_by_set(prepared.eval_tasks).items():
+        yield tasks, f"the evaluation data, {name_set(config, name)}"
+
+
 def _new_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a new small model, and a tokenizer that was trained on the training rows."""
-    rows, _ = load_eval_sets(config)
+    rows = (row for name in config.source_names for row in load_eval_sets(config.of_source(name))[0])
     return new_model((" ".join(map(str, row.values())) for row in rows), **config.sft.new_model)
 
 

@@ -9,6 +9,7 @@ from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.alerts import Alerts
 from grpo_core.training import checkpoint, saved_batches
 from grpo_core.training.control import Control, next_control
+from grpo_core.training.difficulty import end_step
 from grpo_core.training.distillation import ask_teacher
 from grpo_core.training.evaluation import evaluate_now
 from grpo_core.training.freeze import freeze, measure_exact_kl
@@ -45,6 +46,7 @@ def train(run: Run) -> None:
         dump = saved_batches.start_dump(run, step, batch, scores)
         with log.phase("update"):
             numbers = update_policy(run, batch, step, control, stats)
+        end_step(run, step, stats)
         row = log.log_step(step, tasks, rollouts, scores, rewards, batch.mean_advantages(), stats, numbers)
         saved_batches.finish_dump(run, step, tasks, batch, dump, row)
         log.warn(scores.failures)

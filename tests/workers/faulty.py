@@ -19,7 +19,7 @@ def places():
     from grpo_core.training import checkpoint, engine, rollouts
 
     return {
-        "sample": (sampler.Sampler, "generate"), "reward": (rollouts, "score"), "backward": (engine.Engine, "backward"),
+        "sample": (sampler.Sampler, "generate"), "reward": (rollouts, "score_by_source"), "backward": (engine.Engine, "backward"),
         "step": (engine.Engine, "step"), "write": (checkpoint, "save_file"), "name": (checkpoint.os, "replace"),
     }  # fmt: skip
 
