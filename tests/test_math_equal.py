@@ -1,6 +1,7 @@
 """The reward `math_equal`: an equal answer in another form counts, and no answer costs more than its time."""
 
 import importlib.util
+import random
 import time
 
 import pytest
@@ -136,6 +137,22 @@ def test_a_comparison_without_end_costs_its_seconds_and_no_other():
     texts = [tower, r"\boxed{\sqrt{12}}", tower]
     assert module.math_equal(texts, answer=[r"2\sqrt{3}"] * 3, seconds=1.0) == [0.0, 1.0, 0.0]
     assert time.monotonic() - start < 3  # the second one is known
+
+
+PIECES = ["\\[", "$$", " ", "\n", "%", "1", "x", "=", "\\text{", "answer is ", "^", "m/"]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_no_text_takes_long_to_read(monkeypatch, piece):
+    """30 kB of two pieces in turn; the library, which has its own limit, is not asked here."""
+    monkeypatch.setattr(module, "load_library", lambda: None)
+    monkeypatch.setattr(module._COMPARISONS, "call", lambda *pair, seconds: False)
+    for other in ("", *random.Random(piece).sample(PIECES, 2)):
+        text, start = (piece + other) * (30_000 // len(piece + other)), time.process_time()
+        for ending, gold in (("", "7x"), ("\n\\]", "7 m"), (" 5%", "7 %")):
+            assert judge(text + ending, gold, units="compare") in (0.0, 1.0)
+        read_golds(text)
+        assert time.process_time() - start < 1.5, other
 
 
 def fork_bombs(what):

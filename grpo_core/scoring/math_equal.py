@@ -27,7 +27,7 @@ DIGITS = 6  # significant ones to which a decimal must equal a gold answer that 
 WARM_UP = (r"\frac{1}{2}", r"2\sqrt{3}", "(x+1)^2", r"\{1, 2\}", "x=3", "[0, 1)")  # the parser is slow at first
 
 _MINUS = re.compile("[−–‐‑‒﹣－]")
-_PERCENT = re.compile(r"\s*(?:\\?%|％|\bper\s?cent\b)")
+_PERCENT = re.compile(r"\s{0,3}(?:\\?%|％|\bper\s?cent\b)")
 _DELIMITERS = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 _CURRENCY = re.compile(r"(?:\\\$|[€£¥])\s*")
 _LATEX_UNIT = re.compile(r"\\(?:text(?:rm|bf|it)?|math(?:rm|bf|it)|mbox)\s*\{\s*([^{}]*?)\s*\}|\\[,;:! ]|~")
@@ -42,7 +42,6 @@ _WORDS = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]+)*")  # "no solution", but not x,
 _EQUATION = re.compile(  # of variables, such as 2x + y = 5: it is not the number 5, as x = 5 and 2 + 3 = 5 are
     r"(?:(?<![A-Za-z\\])[A-Za-z]\s*[-+*/^]|[-+*/^\d]\s*[A-Za-z](?![A-Za-z]))[^=]*="
 )
-_DISPLAYS = re.compile(r"\\\[(.*?)\\\]|\$\$(.*?)\$\$", re.S)
 _BASE = re.compile(r"\d\s*_\s*\{?\s*(?:\\text\s*\{\s*)?(\d+)")  # 12_8 is a number to the base 8
 _CLAUSES = re.compile(r"=|≈|\bis\b|\bare\b|:")
 
@@ -148,10 +147,11 @@ def math_equal(
 def _find_final(text: str, strict: bool) -> str | None:
     r"""Return the answer of a completion; where its line is only \[, \] or $$, the last displayed formula."""
     final = find_answer(text, strict=strict)
-    if final is not None and final.strip().rstrip(".") in ("\\[", "\\]", "$$"):
-        displays = ["".join(groups).strip() for groups in _DISPLAYS.findall(text)]
-        return displays[-1] if displays else final
-    return final
+    if final is None or final.strip().rstrip(".") not in ("\\[", "\\]", "$$"):
+        return final
+    end, opening = max((text.rfind(closing), opening) for opening, closing in (("\\[", "\\]"), ("$$", "$$")))
+    start = text.rfind(opening, 0, max(end, 0))
+    return text[start + 2 : end].strip() if start >= 0 else final
 
 
 def _is_equal(final: str, number: Fraction | None, gold: str, percent: str, units: str, seconds: float) -> bool | None:
@@ -159,8 +159,10 @@ def _is_equal(final: str, number: Fraction | None, gold: str, percent: str, unit
 
     None if only the library can say it, and no `seconds` are left.
     """
-    if len(final) > MAX_CHARS and number is None:
-        return False
+    if len(final) > MAX_CHARS:
+        if number is None:
+            return False
+        final = final[-MAX_CHARS:]
     if units == "compare" and (unit := read_unit(gold)) and read_unit(final) != unit:
         return False
     scales = _list_scales(bool(_PERCENT.search(gold)), bool(_PERCENT.search(final)), percent)
