@@ -98,6 +98,8 @@ def test_percent(gold, text, right):
     ("25 m^2", "#### 25 m2", True), ("25 m^2", r"\boxed{25\text{ m}^2}", True), ("25 m^2", r"\boxed{25\,\mathrm{m}^{2}}", True),
     ("25 m^2", r"\boxed{25\text{ cm}^2}", False), ("25 m^2", "#### 25", False), ("25", "#### 25 cm", True), ("25 m²", "it is 25 m²", True),
     ("5 apples", "#### 5 apple", True), ("5 hours", "#### 5 minutes", False), (r"90^\circ", r"\boxed{90°}", True), ("$5", "#### $5", True),
+    ("25 m^2", "The area is 25 m^2 in total.", True), ("25 m^2", "The area is 25 cm^2 in total.", False), ("$5", "It costs $5 in total.", True),
+    ("60 km", "#### 60 km/h", False), ("5 hours", "It takes 5 hours, not minutes.", True),
     ("$5", "#### €5", False), ("60 km/h", "#### 60 km / h", True), ("2 mW", "#### 2 MW", False), (r"2\sqrt{3} \text{ cm}", r"#### 2\sqrt{3} m", False),
 ])  # fmt: skip
 def test_units(gold, text, same):

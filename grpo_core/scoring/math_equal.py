@@ -31,11 +31,10 @@ _PERCENT = re.compile(r"\s{0,3}(?:\\?%|％|\bper\s?cent\b)")
 _DELIMITERS = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 _CURRENCY = re.compile(r"(?:\\\$|[€£¥])\s*")
 _LATEX_UNIT = re.compile(r"\\(?:text(?:rm|bf|it)?|math(?:rm|bf|it)|mbox)\s*\{\s*([^{}]*?)\s*\}|\\[,;:! ]|~")
-_UNIT = re.compile(
-    r"""(?<=[\d)}\s])(?P<unit>[A-Za-zµΩ°][A-Za-zµΩ°]*(?:\s?[/·*]\s?[A-Za-z]+)*)
-        \s?(?:\^?\s?\{?(?P<power>[-−]?[1-9])\}?|(?P<raised>[²³]))?\s*\Z""",
-    re.X,
-)
+_UNIT = r"""(?P<unit>[A-Za-zµΩ°]+(?:\s?[/·*]\s?[A-Za-z]+)*)
+    \s?(?:\^?\s?\{?(?P<power>[-−]?[1-9])\}?|(?P<raised>[²³]))?"""
+_UNIT_AT_END = re.compile(rf"(?<=[\d)}}\s]){_UNIT}\s*\Z", re.X)
+_UNIT_BEHIND_NUMBER = re.compile(rf"(?<=\d)\s?{_UNIT}(?![A-Za-z])", re.X)
 _WORD_UNIT = re.compile(r"(?<=\d|\}|\))\s*[A-Za-z]{2,}(?:\s[A-Za-z]{2,}){0,2}(?:\^?\{?\d\}?|[²³])?\Z")
 _RAISED = str.maketrans("²³−", "23-")
 _WORDS = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]+)*")  # "no solution", but not x, whose brackets may be an interval's
@@ -163,7 +162,7 @@ def _is_equal(final: str, number: Fraction | None, gold: str, percent: str, unit
         if number is None:
             return False
         final = final[-MAX_CHARS:]
-    if units == "compare" and (unit := read_unit(gold)) and read_unit(final) != unit:
+    if units == "compare" and (unit := read_unit(gold)) and unit not in _read_units(final):
         return False
     scales = _list_scales(bool(_PERCENT.search(gold)), bool(_PERCENT.search(final)), percent)
     gold_numbers = None if _EQUATION.search(gold) else read_gold(gold)
@@ -205,17 +204,35 @@ def _is_near(number: Fraction, gold: Fraction) -> bool:
 
 def read_unit(text: str) -> str:
     r"""Return the unit at the end of an answer, such as "m^2" of "25 m2" and of "25 \text{ m}^2"; empty if none."""
+    text = _clean_units(text)
+    if currency := _CURRENCY.match(text):
+        return _name_currency(currency)
+    match = _UNIT_AT_END.search(text)
+    return "" if match is None else _name_unit(match)
+
+
+def _read_units(text: str) -> set[str]:
+    """Return the unit at the end of an answer, and those behind the numbers in it, which may be a sentence."""
+    cleaned = _clean_units(text)
+    behind = {_name_unit(match) for match in _UNIT_BEHIND_NUMBER.finditer(cleaned)}
+    return {read_unit(text)} | behind | {_name_currency(match) for match in _CURRENCY.finditer(cleaned)}
+
+
+def _clean_units(text: str) -> str:
     if len(re.findall(r"(?<!\\)\$", text)) == 1:  # no delimiter
         text = text.replace("$", r"\$")
     text = _DELIMITERS.sub("", _LATEX_UNIT.sub(lambda match: f" {match[1] or ''}", text)).strip().rstrip(".")
-    if currency := _CURRENCY.match(text):
-        return currency[0].strip().lstrip("\\")
-    match = _UNIT.search(re.sub(r"\^\s?\{?\s?\\circ\s?\}?|\\degree", "°", text))
-    if match is None:
-        return ""
-    words = [
-        word.lower().removesuffix("s") if len(word) > 3 else word for word in re.split(r"\s*[/·*]\s*", match["unit"])
-    ]
+    return re.sub(r"\^\s?\{?\s?\\circ\s?\}?|\\degree", "°", text)
+
+
+def _name_currency(match: re.Match) -> str:
+    return match[0].strip().lstrip("\\")
+
+
+def _name_unit(match: re.Match) -> str:
+    """Return a unit with its power in one spelling: "m^2", "km/hour"."""
+    words = re.split(r"\s*[/·*]\s*", match["unit"])
+    words = [word.lower().removesuffix("s") if len(word) > 3 else word for word in words]
     power = (match["power"] or match["raised"] or "").translate(_RAISED)
     return "/".join(words) + (f"^{power}" if power else "")
 
