@@ -204,13 +204,12 @@ def build_objective(config: RunConfig) -> Objective:
 
 def make_rewards(config: RunConfig) -> list[Reward]:
     """Return the configured rewards with their arguments bound. A reward from a user's file runs in its own process."""
-    timeout = config.trainer.reward_timeout
-    return [
-        Reward(
-            r.name, r.weight, build_reward(r.name, r.args, timeout=timeout), reads_other_rewards(REWARDS.get(r.name))
-        )
-        for r in config.rewards
-    ]
+    rewards, timeout = [], config.trainer.reward_timeout
+    for reward in config.rewards:
+        function = build_reward(reward.name, reward.args, timeout=timeout)
+        reads_others = reads_other_rewards(REWARDS.get(reward.name))
+        rewards.append(Reward(reward.name, reward.weight, function, reads_others=reads_others))
+    return rewards
 
 
 def make_sampler(
