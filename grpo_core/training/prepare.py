@@ -304,7 +304,7 @@ def make_reward(config: RunConfig, reward: RewardConfig, sources: tuple[str, ...
     else:
         function = build_reward(reward.name, reward.args, timeout=config.trainer.reward_timeout)
     reads_others = reads_other_rewards(REWARDS.get(reward.name))
-    return Reward(reward.name, reward.weight, function, reads_others, sources)
+    return Reward(reward.name, reward.weight, function, reads_others=reads_others, sources=sources)
 
 
 def make_eval_rewards(config: RunConfig) -> dict[str, Callable | RunningReward]:
