@@ -96,6 +96,12 @@ PRESET_NAMES = (  # presets; loss.name with one of them gets a hint
 SCALES = {"group": "grpo", "batch": "batch_std", "none": "dr_grpo"}  # TRL's scale_rewards -> advantage.name
 SCHEDULES = {"constant_with_warmup": "constant, with engine.warmup_steps"}  # transformers' lr_scheduler_type
 
+REWARDS = {  # TRL's reward functions -> built-in ones
+    "accuracy_reward": "math_equal",
+    "reasoning_accuracy_reward": "math_equal, with outside_thinking: true",
+    "think_format_reward": "think_format",
+}
+
 
 def key_hint(key: str, value: Any = None) -> str | None:
     """Return a hint for an unknown dotted key and its value, or None.
@@ -124,6 +130,8 @@ def value_hint(kind: str, value: Any) -> str | None:
         hints.append(f"preset={value} sets the complete objective of that name")
     if kind == "advantage" and value in SCALES:
         hints.append(f"TRL's scale_rewards={value} is advantage.name={SCALES[value]}")
+    if kind == "reward" and value in REWARDS:
+        hints.append(f"instead of TRL's {value} use {REWARDS[value]}")
     if kind == "engine.schedule" and value in SCHEDULES:
         hints.append(f"use {SCHEDULES[value]}")
     if kind == "reward" and "/" in value:

@@ -1,18 +1,25 @@
 """Async rewards wait side by side, within the time limit, whatever they do."""
 
 import asyncio
+import functools
+import json
 import os
 import time
 
 import pytest
 
 from grpo_core.batch import Task
+from grpo_core.commands.rewards import list_rewards
+from grpo_core.config.files import load
 from grpo_core.objective.rewards import REWARDS
+from grpo_core.registry import get_fact
+from grpo_core.schema import ConfigError
 from grpo_core.scoring.async_reward import AsyncReward
 from grpo_core.scoring.event_loop import shared_loop
 from grpo_core.scoring.reward_call import attempt
 from grpo_core.scoring.reward_worker import RewardWorker
 from grpo_core.scoring.scoring import Reward, build_reward, close_rewards, score
+from grpo_core.training.prepare import make_rewards
 
 TASKS = [Task(0, "p", [1], {"answer": "a"}), Task(1, "q", [1], {"answer": "b"})]
 TEXTS = ["a", "bb", "ccc", "dddd"]
@@ -139,6 +146,7 @@ slow = functools.partial(judge, seconds=100.0)
 """
 
 
+@pytest.mark.slow
 def test_a_users_async_reward_runs_in_its_process_with_one_loop_for_all_calls(tmp_path):
     (tmp_path / "mine.py").write_text(FILE)
     names = [f"{tmp_path / 'mine.py'}:{name}" for name in ("judge", "slow")]
@@ -149,3 +157,49 @@ def test_a_users_async_reward_runs_in_its_process_with_one_loop_for_all_calls(tm
         assert scores.failures == (f"reward {names[1]} took more than 0.6 s",)
         assert scores.rewards.tolist() == [[1, 1], [1, 1]]
     close_rewards(reward.function for reward in rewards)
+
+
+class Judge:
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, completions, *, bonus: float = 0.0):
+        return [self.value + bonus for _ in completions]
+
+    async def later(self, completions, answer):
+        return [self.value + len(text) for text in answer]
+
+
+class LaterJudge(Judge):
+    async def __call__(self, completions, *, bonus: float = 0.0):
+        return [self.value + bonus for _ in completions]
+
+
+@pytest.mark.parametrize("function, value, is_late", [
+    (Judge(2.0), 5.0, False),
+    (LaterJudge(2.0), 5.0, True),
+    (functools.partial(Judge(2.0), bonus=1.0), 5.0, False),
+    (functools.partial(LaterJudge(2.0), bonus=1.0), 5.0, True),
+    (functools.partial(functools.partial(LaterJudge(2.0)), bonus=1.0), 5.0, True),
+    (Judge(2.0).later, 3.0, True),
+    (functools.partial(Judge(2.0).later), 3.0, True),
+], ids=range(7))  # fmt: skip
+def test_objects_and_partials_are_functions_where_they_are_registered(monkeypatch, function, value, is_late):
+    monkeypatch.setitem(REWARDS.functions, "mine", function)
+    args = {"bonus": 3.0} if value == 5.0 else {}
+    config = load("tiny", [f"rewards=[{{name: mine, args: {json.dumps(args)}}}]"])
+    (reward,) = make_rewards(config)
+    assert isinstance(reward.function, AsyncReward) == is_late
+    assert score([reward], TASKS, TEXTS, 2).rewards.tolist() == [[value] * 2] * 2
+    assert "mine" in list_rewards()
+    with pytest.raises(ConfigError, match=r"unknown key rewards\[0\].args.other"):
+        load("tiny", ["rewards=[{name: mine, args: {other: 1}}]"])
+
+
+def test_an_object_is_registered_by_the_decorator_with_its_facts(monkeypatch):
+    monkeypatch.setattr(REWARDS, "_functions", dict(REWARDS.functions))
+    judge = REWARDS.register("mine", gold={"answer": str})(functools.partial(Judge(1.0)))
+    assert get_fact(REWARDS.build("mine", {"bonus": 1.0}), "gold") == {"answer": str} and judge(["a"]) == [1.0]
+    strict = REWARDS.register("strict")(functools.partial(REWARDS.get("correct_answer"), strict=True))
+    strict.own = True  # facts of a partial and of what it binds
+    assert get_fact(REWARDS.build("strict"), "never_null") == ("answer",) and get_fact(REWARDS.build("strict"), "own")

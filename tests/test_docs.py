@@ -23,6 +23,7 @@ from grpo_core.config.presets import PRESETS
 from grpo_core.config.sections import RunConfig
 from grpo_core.config.study import load_study
 from grpo_core.model.families import FAMILIES
+from grpo_core.objective.rewards import REWARDS
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
@@ -340,6 +341,9 @@ def test_what_the_refusal_of_a_name_of_trls_says_is_what_the_tables_say():
     for name, advantage in trl_names.SCALES.items():
         assert f"{name}: {advantage}" in said["scale_rewards"][2]
     assert set(trl_names.SCHEDULES) < set(NAMES["Schedules"])
+    assert {name.partition(",")[0] for name in trl_names.REWARDS.values()} <= set(REWARDS.functions)
+    with pytest.raises(ValueError, match="unknown reward 'accuracy_reward'; instead of TRL's accuracy_reward use math_equal$"):
+        load("tiny", ["rewards=accuracy_reward"])
     assert set(trl_names.PRESET_NAMES) == set(PRESETS)
 
 

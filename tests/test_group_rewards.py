@@ -93,6 +93,7 @@ def spread(groups, other_rewards, answer, *, power: int = 1):
 """
 
 
+@pytest.mark.slow
 def test_a_users_group_reward_that_reads_the_others_runs_in_its_process(tmp_path):
     (tmp_path / "mine.py").write_text(FILE)
     name = f"{tmp_path / 'mine.py'}:spread"

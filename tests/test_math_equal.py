@@ -20,6 +20,8 @@ needs_library = pytest.mark.skipif(importlib.util.find_spec("math_verify") is No
 
 @pytest.fixture(scope="module", autouse=True)
 def warm():
+    if importlib.util.find_spec("math_verify"):
+        module.load_library()
     yield
     module._COMPARISONS.close()
 
@@ -47,9 +49,11 @@ EQUAL = [
     ("1/3", "#### 0.333333"), (r"\frac{\pi}{4}", r"\boxed{\dfrac{1}{4}\pi}"), (r"2\sqrt{3} \text{ cm}", r"#### 2\sqrt{3} cm"),
     (r"2\sqrt{3}", "Therefore the length is $2\\sqrt{3}$."), (r"2\sqrt{3}", "so x = 2\\sqrt{3}"), (r"2\sqrt{3}", r"\boxed{x = 2\sqrt{3}}"),
     ("8", "#### 3 + 5"), ("$x < 3$", r"\boxed{3 > x}"), (r"\sqrt{2}\%", r"\boxed{\sqrt{2}\%}"), ("no solution", r"\boxed{\text{No solution.}}"),
+    ("x+1", "so\n\\[\nx + 1\n\\]"), ("x+1", "The answer is\n$$\nx+1\n$$"), ("4:00 PM", r"\boxed{4:00\text{ PM}}"), ("12_8", r"\boxed{12_{8}}"),
     ("n!", r"\boxed{n!}"), ("y = 2x + 3", r"\boxed{y = 2x+3}"), ("y = 2x + 3", r"\boxed{2x + 3}"), ("x = 1, y = 2", r"\boxed{x = 1, y = 2}"), ("2x + 3y = 5", r"\boxed{3y + 2x = 5}"), ("\\text{even}", "The answer is **even**."),
 ]  # fmt: skip
 UNEQUAL = [
+    ("12_8", r"\boxed{12_9}"), ("x+1", "so\n\\[\nx + 2\n\\]"), ("x+1", "x + 1\n\\]"), ("4:00 PM", r"\boxed{4:00\text{ AM}}"), ("(-1, 2]", r"\boxed{(-1, 2)}"),
     ("3x", r"\boxed{3y}"), ("(1, 2)", r"\boxed{(2, 1)}"), (r"2\sqrt{3}", r"\boxed{2\sqrt{5}}"), ("3", "#### 3 + 5"), ("7", ""),
     ("1/3", "#### 0.33"), ("3", r"\boxed{4}"), ("1000000", "#### 1000001"), ("x^2", r"\boxed{x^3}"), (r"\{1, 2\}", r"\boxed{1}"),
     ("Evelyn", r"\boxed{Sam}"), (r"2\sqrt{3}", "I do not know."), ("[0, 1)", r"\boxed{[0, 1]}"), ("3", r"\boxed{}"), ("0", r"\boxed{\text{no}}"),
@@ -163,6 +167,7 @@ def test_limited_calls(what):
     calls.close()
 
 
+@pytest.mark.slow
 @needs_library
 def test_it_runs_in_a_process_of_its_own():
     reward = build_reward("math_equal", {"percent": "number"}, timeout=20)

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from grpo_core.config.files import load
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.python_tests import find_code, python_tests, read_tests, run_tests
@@ -114,13 +115,27 @@ def test_several_run_at_once_and_those_beyond_the_time_of_the_batch_are_not_judg
     assert values == [0.0] * 4 + [None] * 2 and time.monotonic() - start < 2.5
 
 
+@pytest.mark.slow
 def test_it_runs_in_a_process_of_its_own_within_its_time():
     reward = build_reward("python_tests", {"share": True}, timeout=20)
     assert isinstance(reward, RewardWorker) and reward.args == {"share": True, "reward_timeout": 20}
     reward.submit([block(GOOD), "none", "x"], {"tests": [TESTS, TESTS, None], "prompts": ["p"] * 3})
     assert reward.result().values == [1.0, 0.0, None]
     reward.close()
-    with pytest.raises(ConfigError, match=r"reward python_tests has the argument seconds 9; it must be below 8, 0.8 of trainer.reward_timeout"):
-        build_reward("python_tests", {"seconds": 9.0}, timeout=10)
     with pytest.raises(ConfigError, match=r"at_once is 0; it must be above 0"):
         REWARDS.build("python_tests", {"at_once": 0})
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["rewards=[{name: python_tests, args: {seconds: 24}}]"], "rewards[0].args.seconds is 24; it must be below 24, 0.8 of reward_timeout"),
+    (["rewards=[python_tests]", "trainer.reward_timeout=5"], "rewards[0].args.seconds is 5; it must be below 4, 0.8 of reward_timeout"),
+    (["rewards=[{name: python_tests, args: {reward_timeout: 31}}]"],
+     "rewards[0].args.reward_timeout is 31; it must be at most trainer.reward_timeout (30)"),
+    (["evaluation.reward=python_tests", "trainer.reward_timeout=5"],
+     "evaluation.reward is 'python_tests', whose argument seconds is 5; it must be below 4, 0.8 of reward_timeout"),
+])  # fmt: skip
+def test_its_seconds_must_fit_into_the_time_of_a_batch(words, sentence):
+    with pytest.raises(ConfigError) as error:
+        load("tiny", words)
+    assert str(error.value) == sentence
+    load("tiny", ["rewards=[{name: python_tests, args: {seconds: 24, reward_timeout: 31}}]", "trainer.reward_timeout=60"])

@@ -112,20 +112,24 @@ def _check_secrets(value: Any, key: str) -> None:
 
 
 def _check_rewards(config: RunConfig) -> None:
-    correctness = REWARDS.get(config.evaluation.reward)
-    _check_takes_completions(config.evaluation.reward, correctness)
-    if required := get_fact(correctness, "required"):
+    function = REWARDS.get(config.evaluation.reward)
+    _check_takes_completions(config.evaluation.reward, function)
+    if required := get_fact(function, "required"):
         raise ConfigError(
             f"evaluation.reward is {config.evaluation.reward!r}, which needs the argument {required[0]}; only a reward "
             f"that needs no arguments can measure the accuracy"
         )
-    if reads_other_rewards(correctness):
+    if problem := _describe_wrong_arguments(config, function):
+        raise ConfigError(f"evaluation.reward is {config.evaluation.reward!r}, whose argument {problem}")
+    if reads_other_rewards(function):
         raise ConfigError(
             f"evaluation.reward is {config.evaluation.reward!r}, which reads the other rewards; an evaluation has none"
         )
     for i, reward in enumerate(config.rewards):
         function = REWARDS.build(reward.name, reward.args, f"rewards[{i}].args")
         _check_takes_completions(reward.name, function)
+        if problem := _describe_wrong_arguments(config, function):
+            raise ConfigError(f"rewards[{i}].args.{problem}")
         if reads_other_rewards(function):
             _check_other_rewards(config, i, function)
     is_taught = config.teacher.trains or asks_for_teacher(config)
@@ -149,6 +153,19 @@ def _check_takes_completions(name: str, function: Callable) -> None:
     positional = ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD", "VAR_POSITIONAL")
     if "completions" not in parameters and not any(p.kind.name in positional for p in parameters.values()):
         raise ConfigError(f"reward {name} takes no completions; its first parameter must be the list of completions")
+
+
+def _describe_wrong_arguments(config: RunConfig, function: Callable) -> str | None:
+    """Return which argument of a reward does not fit the others or trainer.reward_timeout, and why, or None."""
+    arguments = {name: p.default for name, p in keyword_arguments(function).items()}
+    limit = config.trainer.reward_timeout
+    if "reward_timeout" in arguments:
+        given = getattr(function, "keywords", {}).get("reward_timeout", limit)
+        if given > limit:
+            return f"reward_timeout is {given:g}; it must be at most trainer.reward_timeout ({limit:g})"
+        arguments["reward_timeout"] = given
+    check = get_fact(function, "check_arguments")
+    return check(arguments) if check else None
 
 
 def _check_other_rewards(config: RunConfig, i: int, function: Callable) -> None:

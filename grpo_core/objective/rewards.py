@@ -13,15 +13,15 @@ The keyword argument `reward_timeout`, if a function has it, is trainer.reward_t
 
 Further facts about a reward, as attributes of the function:
 
-    never_null   columns that must have a value in every row
-    gold         {column: function}, which returns None for a gold answer that the reward cannot judge
-    answer       function that returns the final answer of a completion, for the majority vote of an evaluation
-    names_reward argument that names another reward of the run
-    prepare      function of all arguments, called once when the process of a reward with `own_process` starts; it may
-                 raise ConfigError, whose message is a verb phrase
-    own_process  True: the reward runs in a process of its own with a time limit, as a user's function does
-    required     arguments that the configuration must set
-    reads        function that returns, for the arguments, the columns that they name
+    never_null       columns that must have a value in every row
+    gold             {column: function}, which returns None for a gold answer that the reward cannot judge
+    answer           function that returns the final answer of a completion, for the majority vote of an evaluation
+    names_reward     argument that names another reward of the run
+    check_arguments  function of all arguments by name, which returns "ARGUMENT is ...; it must be ...", or None
+    own_process      True: the reward runs in a process of its own with a time limit, as a user's function does
+    prepare          function that is called once, when that process starts
+    required         arguments that the configuration must set
+    reads            function that returns, for the arguments, the columns that they name
 """
 
 import inspect

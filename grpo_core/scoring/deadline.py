@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from grpo_core.schema import ConfigError
-
 SHARE = 0.8  # of reward_timeout that the calls of a batch may take
 
 
@@ -15,14 +13,7 @@ def compute_deadline(reward_timeout: float) -> float:
     return time.monotonic() + SHARE * reward_timeout
 
 
-def check_seconds(arguments: dict[str, Any]) -> None:
-    """Check that the argument `seconds`, of one call, fits into `reward_timeout`, of a batch.
-
-    Raises:
-        ConfigError: it does not; the sentence is a verb phrase about the reward.
-    """
+def check_seconds(arguments: dict[str, Any]) -> str | None:
+    """Return why the argument `seconds`, of one call, does not fit into `reward_timeout`, of a batch, or None."""
     seconds, most = arguments["seconds"], SHARE * arguments["reward_timeout"]
-    if seconds >= most:
-        raise ConfigError(
-            f"has the argument seconds {seconds:g}; it must be below {most:g}, {SHARE:g} of trainer.reward_timeout"
-        )
+    return None if seconds < most else f"seconds is {seconds:g}; it must be below {most:g}, {SHARE:g} of reward_timeout"

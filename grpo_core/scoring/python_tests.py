@@ -73,7 +73,7 @@ def _check_positive(value: float) -> str | None:
     gold={"tests": read_tests},
     argument_limits=dict.fromkeys(("seconds", "memory_mb", "file_mb", "at_once", "reward_timeout"), _check_positive),
     own_process=True,
-    prepare=check_seconds,
+    check_arguments=check_seconds,
 )
 def python_tests(
     completions: Sequence[str],

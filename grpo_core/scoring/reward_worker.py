@@ -24,7 +24,7 @@ from typing import Any
 
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.registry import get_fact
-from grpo_core.schema import ConfigError, describe_exit, keyword_arguments, summarize_error
+from grpo_core.schema import ConfigError, describe_exit, summarize_error
 from grpo_core.scoring.reward_call import RewardOutcome, attempt, failed_outcome
 from grpo_core.scoring.supervise import interruptible, run_supervised
 
@@ -198,7 +198,7 @@ def _serve(connection: socket.socket, name: str, args: dict[str, Any]) -> None:
         with interruptible():
             function = REWARDS.build(name, args)
             if prepare := get_fact(function, "prepare"):
-                prepare({key: p.default for key, p in keyword_arguments(function).items()})
+                prepare()
     except ConfigError as error:
         send({"error": str(error)})
         return

@@ -98,9 +98,6 @@ def prepare(
     check_targets(model_config, config.lora, config.model.trust_remote_code)
     if scores_training_tasks:
         check_reward_model(config, tasks)
-        for reward in config.rewards:
-            if reward.name == JUDGE:
-                JudgeSettings(**reward.args)  # refuses arguments that exclude each other
     for key, value in find_routing_keys(config).items():
         check_has_routers(model_config, key, value, config.model.trust_remote_code)
     return Prepared(tokenizer, model_config, tasks, eval_tasks, num_too_long, warnings)
