@@ -469,6 +469,7 @@ def test_a_key_that_is_no_header_is_not_shown(key, monkeypatch):
     ({"pattern": "(Score"}, "it is no regular expression"),
     ({"at_once": 0}, "rewards[0].args.at_once is 0; it must be at least 1"),
     ({"budget": 0}, "rewards[0].args.budget is 0.0; it must be above 0"),
+    ({"lowest": 5, "highest": 5}, "rewards[0].args.lowest is 5; it must be below highest (5)"),
     ({"key_from": "my key-123"}, "key_from of the judge is no name of an environment variable; it names the one with the key"),
     ({"options": {"model": "x"}}, "it must not have model, which the judge sets"),
     ({"options": [1]}, "rewards[0].args.options is [1]"),
@@ -488,8 +489,6 @@ def test_columns_that_the_template_names_must_be_in_the_data():
     check_columns(judged(template="{completion} {answer}"), [Task(0, "p", [1], {"answer": "x"})], [])
     with pytest.raises(ConfigError, match="reward judge needs the column 'gold', but the data has only the columns answer"):
         check_columns(judged(template="{completion} {gold}"), [Task(0, "p", [1], {"answer": "x"})], [])
-    with pytest.raises(ConfigError, match=r"^args.lowest of the reward judge is 5; it must be below args.highest \(5\)$"):
-        make_judge(judged(), {"url": "http://a", "model": "m", "lowest": 5.0, "highest": 5.0}, None)
 
 
 def test_the_requests_at_a_time_are_divided_among_the_ranks(monkeypatch):

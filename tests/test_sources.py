@@ -149,7 +149,7 @@ TEXTS = ["x", "xx", "xxx", "xxxx", "x", "x"]
 
 
 def test_a_reward_sees_the_completions_of_its_sources_only():
-    rewards = [Reward("length", 1.0, count_letters), Reward("row", 10.0, read_row, ("a",)), Reward("none", 1.0, count_letters, ("c",))]
+    rewards = [Reward("length", 1.0, count_letters), Reward("row", 10.0, read_row, sources=("a",)), Reward("none", 1.0, count_letters, sources=("c",))]
     scores = score_by_source(rewards, SCORED, TEXTS, 2)
     nan = math.nan
     want = {"length": [[1, 2], [3, 4], [1, 1]], "row": [[5, 5], [nan, nan], [7, 7]], "none": [[nan, nan]] * 3}
@@ -161,7 +161,7 @@ def test_a_reward_sees_the_completions_of_its_sources_only():
 
 
 def test_two_sources_may_give_one_reward_other_arguments_and_weights():
-    rewards = [Reward("same", 0.0, count_letters, ("a",)), Reward("same", 2.0, lambda completions: [1.0] * len(completions), ("b",))]
+    rewards = [Reward("same", 0.0, count_letters, sources=("a",)), Reward("same", 2.0, lambda completions: [1.0] * len(completions), sources=("b",))]
     scores = score_by_source(rewards, SCORED, TEXTS, 2)
     torch.testing.assert_close(scores.by_name["same"], torch.tensor([[1.0, 2], [1, 1], [1, 1]]))
     torch.testing.assert_close(scores.rewards, torch.tensor([[math.nan, math.nan], [2, 2], [math.nan, math.nan]]), equal_nan=True)
@@ -172,7 +172,7 @@ def test_a_reward_that_fails_in_one_source_has_failed_there():
     def fails(completions):
         raise ValueError("no")
 
-    scores = score_by_source([Reward("length", 1.0, count_letters), Reward("bad", 1.0, fails, ("b",))], SCORED, TEXTS, 2)
+    scores = score_by_source([Reward("length", 1.0, count_letters), Reward("bad", 1.0, fails, sources=("b",))], SCORED, TEXTS, 2)
     assert scores.failed["bad"].tolist() == [[False, False], [True, True], [False, False]]
     assert len(scores.failures) == 1 and "reward bad raised ValueError: no" in scores.failures[0]
 
@@ -272,7 +272,7 @@ def test_tasks_of_sources_have_their_names_templates_and_held_out_rows(tmp_path)
     one, two = write_rows(tmp_path / "one.jsonl", 20), write_rows(tmp_path / "two.jsonl", 9)
     sources = [SourceConfig(one), SourceConfig(two, template="b{question}", limit=8)]
     config = RunConfig(data=DataConfig(template="a{question}", sources=sources), evaluation=EvaluationConfig(num_tasks=3))
-    tasks, eval_tasks, too_long = read_tasks(config, Alphabet())
+    tasks, eval_tasks, too_long, _ = read_tasks(config, Alphabet())
     assert [task.source for task in tasks] == ["one"] * 17 + ["two"] * 5 and too_long == (0, 0)
     assert [task.eval_set for task in eval_tasks] == ["one"] * 3 + ["two"] * 3 == [task.source for task in eval_tasks]
     assert {(task.source, task.prompt[0]) for task in (*tasks, *eval_tasks)} == {("one", "a"), ("two", "b")}

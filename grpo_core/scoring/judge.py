@@ -80,6 +80,11 @@ def _check_key_from(name: str) -> str | None:
     raise ConfigError("key_from of the judge is no name of an environment variable; it names the one with the key")
 
 
+def _check_arguments(arguments: Mapping[str, Any]) -> str | None:
+    lowest, highest = arguments["lowest"], arguments["highest"]
+    return None if lowest < highest else f"lowest is {lowest:g}; it must be below highest ({highest:g})"
+
+
 def _at_least(least: float) -> Callable[[float], str | None]:
     return lambda value: None if value >= least else f"it must be at least {least:g}"
 
@@ -104,12 +109,6 @@ class JudgeSettings:
     retries: int = 3  # of one request, after growing pauses
     request_timeout: float = 30.0  # seconds of one request
     budget: float = 60.0  # seconds that a step may wait for answers
-
-    def __post_init__(self) -> None:
-        if not self.lowest < self.highest:
-            raise ConfigError(
-                f"args.lowest of the reward judge is {self.lowest:g}; it must be below args.highest ({self.highest:g})"
-            )
 
     def write_body(self, text: str) -> dict[str, Any]:
         """Return the request that asks for a judgement."""
@@ -137,6 +136,7 @@ class JudgeSettings:
     required=("url", "model"),
     needs=("httpx", "judge"),
     reads=lambda template=None, **args: list_template_columns(template or TEMPLATE),
+    check_arguments=_check_arguments,
     argument_limits={
         "url": lambda url: (
             None if url.startswith(("http://", "https://")) else "it must begin with http:// or https://"

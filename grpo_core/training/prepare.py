@@ -136,15 +136,12 @@ def _check_readers_of_prompts(config: RunConfig, number: int, tasks: Sequence[Ta
     """Check the judge and the reward model of the source with this number, which read the prompts.
 
     Raises:
-        ConfigError: see `check_reward_model` and `JudgeSettings`; or one of them is shared by sources whose prompts are
+        ConfigError: see `check_reward_model`; or one of them is shared by sources whose prompts are
             made in different ways.
     """
     part = config.of_source(config.source_names[number])
     check_reward_model(part, tasks)
     names = [reward.name for reward in part.rewards if reward.name in (JUDGE, REWARD_MODEL)]
-    for reward in part.rewards:
-        if reward.name == JUDGE:
-            JudgeSettings(**reward.args)  # refuses arguments that exclude each other
     sources = config.data.sources
     if names and sources and not sources[number].rewards:
         sharing = [config.of_source(source.name).data for source in sources if not source.rewards]

@@ -143,12 +143,7 @@ def assemble(
     policy.model.eval()  # DeepSpeed switches it to training mode
     log = RunLog(start.folder, config, start.step, num_steps)
     log.flops_per_token = policy.flops_per_token()
-    if sentence := describe_eos_mismatch(policy.causal_lm, tokenizer):
-        log.info(f"warning: {sentence}")
-    if sentence := describe_frozen_experts(policy.model):
-        log.info(f"note: {sentence}")
-    for sentence in prepared.warnings:
-        log.info(f"warning: {sentence}")
+    _log_notes(log, policy, prepared)
     longest = (max(prompt_lengths(tasks)), longest_completion or config.sampling.max_new_tokens)
     rows = trainer.completions_per_step // world_size // trainer.num_minibatches
     taught = None if teacher is None else Taught(teacher, find_longest_teacher_prompt(tasks))
@@ -174,6 +169,15 @@ def assemble(
         pass_rates=rates,
         teacher=teacher,
     )
+
+
+def _log_notes(log: RunLog, policy: Policy, prepared: Prepared) -> None:
+    if sentence := describe_eos_mismatch(policy.causal_lm, prepared.tokenizer):
+        log.info(f"warning: {sentence}")
+    if sentence := describe_frozen_experts(policy.model):
+        log.info(f"note: {sentence}")
+    for sentence in prepared.warnings:
+        log.info(f"warning: {sentence}")
 
 
 def make_stream(
