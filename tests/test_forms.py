@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from test_run import SHORT, read
 
-from grpo_core import load_config
+from grpo_core import load_config, open_source
 from grpo_core.config import files
 from grpo_core.data.forms import FORMS, recognise
 from grpo_core.data.rows import peek_rows
@@ -93,6 +93,20 @@ def test_data_that_does_not_say_how_it_is_scored_asks_for_rewards(name):
     assert "evaluation.num_tasks" not in keys_of(name, "rewards=think_format", "evaluation.reward=think_format")[0]
 
 
+def test_a_word_that_names_the_gold_answer_of_prompts_leaves_the_rewards_of_the_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "2 + 3 =", "extra": {"gold": "5"}}) + "\n")
+    config = load_config(TINY, [f"data.path={path}", "data.columns={answer: extra.gold}"])
+    assert (config.data.template, config.rewards[0].name, config.evaluation.num_tasks) == ("{prompt}", "correct_answer", 500)
+    assert config.data.columns == {"answer": "extra.gold"}
+
+
+def test_a_model_that_is_opened_with_a_word_for_the_data_has_its_form():
+    notes = []
+    opened = open_source("builtin:tiny", [f"data.path={fixture('gsm8k')}"], notify=notes.append)
+    assert opened.config.data.template == "{question}" and len(notes) == 1 and "the form of GSM8K" in notes[0]
+
+
 @pytest.mark.parametrize("words, missing", {
     ("rewards=think_format",): {"rewards"},
     ("evaluation.reward=text_match",): {"evaluation.reward"},
@@ -131,12 +145,16 @@ def test_the_configuration_that_is_written_repeats_the_run(tmp_path):
     assert again == config and config.data.columns == {"answer": TRUTH}
 
 
-def test_the_splits_of_the_configuration_files_own_data_do_not_hold_for_a_file(capsys):
+def test_the_splits_of_the_configuration_files_own_data_do_not_hold_for_a_file(tmp_path, capsys):
     """The default on a GPU names the test split of its own data."""
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text('{"question": "2 + 3?", "answer": "5"}\n')
     words = ["model.path=builtin:tiny", f"data.path={fixture('gsm8k')}"]
     config = load_config(str(ROOT / "configs" / "gsm8k_qwen2.5_1.5b.yaml"), words)
     assert (config.data.split, config.data.eval_split, config.data.eval_path) == ("train", None, None)
     told = capsys.readouterr().out
+    assert load_config(ROOT / "configs" / "gsm8k_qwen2.5_1.5b.yaml", ["model.path=builtin:tiny", f"data.path={plain}"]).data.eval_split is None
+    assert capsys.readouterr().out == f"note: {plain} is one file, which sets data.eval_split null (not 'test')\n"
     assert told.startswith(f"note: {fixture('gsm8k')} has the form of GSM8K") and "data.eval_split null (not 'test')" in told
 
 

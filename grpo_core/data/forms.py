@@ -143,13 +143,19 @@ FORMS = (  # the first that all rows match counts
 )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, supervised: bool = False) -> RunConfig:
     """Read and check a configuration as the commands do: `config.files.load`, with the form of the data recognised.
 
     Raises:
         ConfigError: as `load` and `recognise`.
     """
-    return files.load(path, overrides, recognise=recognise, notify=lambda sentence: print(f"note: {sentence}"))
+    return files.load(
+        path,
+        overrides,
+        supervised=supervised,
+        recognise=recognise,
+        notify=lambda sentence: print(f"note: {sentence}"),
+    )
 
 
 def recognise(
@@ -174,9 +180,11 @@ def recognise(
     rows = peek_rows(data.path, subset, split, PEEKED_ROWS)
     form = next((form for form in FORMS if rows and all(map(form.matches, rows))), None)
     if form is None:
-        return keys, None
+        changes = _describe_changes(config, keys)
+        return keys, f"{data.path} is one file, which sets {changes}" if changes else None
     reward = _choose_reward(form, rows)
-    if reward is None and not supervised and not _is_written("rewards", written):
+    names_gold = "answer" in data.columns and any(key.startswith("data.columns") for key in written)
+    if reward is None and not supervised and not names_gold and "rewards" not in written:
         raise ConfigError(
             f"data.path is {data.path!r}, in the form of {form.name} ({form.signature}), which does not say how "
             f"completions are scored; name the rewards, such as rewards=my_rewards.py:my_reward"
@@ -186,9 +194,12 @@ def recognise(
         form_keys["data.max_prompt_tokens"] = DataConfig.max_prompt_tokens
     if "evaluation.num_tasks" in written and not config.evaluation.num_tasks:  # no evaluation needs a reward
         form_keys.pop("evaluation.reward", None)
+    if names_gold:
+        form_keys.pop("evaluation.num_tasks", None)
     keys |= {key: value for key, value in form_keys.items() if not _is_written(key, written)}
     _check_library(form, data.path, keys)
-    return keys, _describe(form, data.path, config, keys)
+    changes = _describe_changes(config, keys) or "nothing else"
+    return keys, f"{data.path} has the form of {form.name} ({form.signature}), which sets {changes}"
 
 
 def _choose_reward(form: Form, rows: Sequence[Row]) -> str | None:
@@ -237,8 +248,8 @@ def _check_library(form: Form, path: str, keys: dict[str, Any]) -> None:
         )
 
 
-def _describe(form: Form, path: str, config: RunConfig, keys: dict[str, Any]) -> str:
-    """Return a sentence about the form, and the values that it replaces."""
+def _describe_changes(config: RunConfig, keys: dict[str, Any]) -> str:
+    """Return the keys whose values change, each with its new and its old value; "" without any."""
     changes = []
     for key, new in keys.items():
         old = attrgetter(key)(config)
@@ -248,7 +259,7 @@ def _describe(form: Form, path: str, config: RunConfig, keys: dict[str, Any]) ->
             old = full if names == new else names
         if old != new:
             changes.append(f"{key} {_show(new)} (not {_show(old)})")
-    return f"{path} has the form of {form.name} ({form.signature}), which sets {', '.join(changes) or 'nothing else'}"
+    return ", ".join(changes)
 
 
 def _shorten_item(item: Any) -> Any:
