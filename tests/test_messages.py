@@ -8,6 +8,7 @@ from fakes import Alphabet
 
 from grpo_core.config.sections import DataConfig
 from grpo_core.data.columns import MISSING, read_path
+from grpo_core.data.messages import read_conversation, split_last_turn
 from grpo_core.data.prompts import encode_teacher_prompts, make_tasks
 from grpo_core.data.rows import Rows
 from grpo_core.data.turns import add_completion, list_turns, show_prompt
@@ -56,8 +57,12 @@ def test_parts_of_type_text_are_joined_and_keys_without_a_value_do_not_reach_the
     parts = [{"type": "text", "text": "2 +", "image": None}, {"type": "text", "text": " 3?", "image": None}]
     tokenizer = load_tokenizer("builtin:tiny")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% if 'name' in m %}named{% endif %}{% endfor %}"
-    (task,) = prompts([[{"role": "user", "content": parts, "name": None}]], tokenizer)
-    assert task.prompt == "2 + 3?"
+    message = {"role": "user", "content": parts, "name": None}
+    (task,) = prompts([[message]], tokenizer)
+    assert task.prompt == "2 + 3?" and read_conversation([message]) == [USER]
+    assert read_conversation([{**USER, "name": "Ada"}]) == [{**USER, "name": "Ada"}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    assert read_conversation([call]) == [{**call, "content": ""}]
 
 
 @pytest.mark.parametrize("last_turn, prompt, columns", [
@@ -68,6 +73,12 @@ def test_parts_of_type_text_are_joined_and_keys_without_a_value_do_not_reach_the
 def test_the_last_turn_of_the_assistant(last_turn, prompt, columns):
     (task,) = prompts([[USER, ANSWER]], last_turn=last_turn)
     assert task.prompt == prompt and task.columns == {"messages": [USER, ANSWER], **columns}
+
+
+def test_only_a_gold_turn_is_returned():
+    for last_turn, gold, count in (("gold", "#### 5", 1), ("drop", None, 1), ("continue", None, 2)):
+        messages, text = split_last_turn([USER, ANSWER], last_turn)
+        assert (len(messages), text) == (count, gold) and split_last_turn([USER], last_turn) == ([USER], None)
 
 
 def test_continue_opens_a_turn_where_the_last_is_the_users():
