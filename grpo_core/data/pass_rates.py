@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.batch import Task
+from grpo_core.data.tasks_on_disk import identify_tasks
 from grpo_core.distributed import ranks
 
 PREFIX = "prompts/"  # of the tensors in a checkpoint
@@ -41,7 +42,7 @@ class PassRates:
     """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
-        self._places = {(task.source, task.index): place for place, task in enumerate(tasks)}
+        self._places = {name: place for place, name in enumerate(identify_tasks(tasks))}
         self.passed, self.judged, self.streak, self.due = (np.zeros(len(tasks), dtype=np.int32) for _ in range(4))
         self._visits: list[Visit] = []  # of this rank in this step
 

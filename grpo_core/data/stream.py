@@ -15,6 +15,7 @@ from grpo_core.data.curriculum import CurriculumOrder
 from grpo_core.data.mixture import Mixture
 from grpo_core.data.order import EpochOrder
 from grpo_core.data.pass_rates import PassRates, Visit
+from grpo_core.data.tasks_on_disk import identify_tasks
 from grpo_core.random_keys import Key, make_generator, make_key
 
 
@@ -61,7 +62,7 @@ class TaskStream:
         self.positions = range(rank * share, (rank + 1) * share)  # of this rank's tasks in a step
         self.mixture = Mixture(list((weights or {"": 1.0}).values()), prompts_per_step, seed)
         self.parts, first = [], 0
-        for source, group in groupby(tasks, key=lambda task: task.source):
+        for source, group in groupby(identify_tasks(tasks), key=lambda name: name[0]):
             order = EpochOrder(len([*group]), seed, source)
             if curriculum is None or not curriculum.is_on:
                 self.parts.append(_Part(source, first, order))

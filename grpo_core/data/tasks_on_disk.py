@@ -115,6 +115,13 @@ def prompt_lengths(tasks: Sequence[Task]) -> Sequence[int]:
     return tasks.lengths.tolist() if isinstance(tasks, TasksOnDisk) else [len(task.prompt_ids) for task in tasks]
 
 
+def identify_tasks(tasks: Sequence[Task]) -> list[tuple[str, int]]:
+    """Return the source and the number of the row of each task; data on disk is one source without a name."""
+    if isinstance(tasks, TasksOnDisk):
+        return [("", number) for number in tasks.rows.numbers.tolist()]
+    return [(task.source, task.index) for task in tasks]
+
+
 def list_rows(tasks: Sequence[Task]) -> Iterator[tuple[int, Row]]:
     """Yield the number and the columns of each task, without its prompt."""
     if not isinstance(tasks, TasksOnDisk):
