@@ -107,14 +107,14 @@ def load_rows(path: str, subset: str | None, split: str, limit: int | None, args
 
 
 def load_training_rows(
-    path: str, subset: str | None, split: str, limit: int | None, args: dict[str, Any]
+    path: str, subset: str | None, split: str, limit: int | None, args: dict[str, Any] | None = None
 ) -> Rows | RowsOnDisk:
     """Return what `load_rows` returns; the rows of a large data set stay on disk.
 
     Raises:
         ConfigError: as `load_rows`.
     """
-    rows = _read_rows(path, subset, split, limit, args)
+    rows = _read_rows(path, subset, split, limit, args or {})
     if isinstance(rows, list) or not rows or rows.num_bytes <= LARGE_BYTES:
         return _load(path, subset, split, limit, rows)
     count = len(rows) if limit is None else min(limit, len(rows))
