@@ -462,6 +462,7 @@ def test_a_key_that_is_no_header_is_not_shown(key, monkeypatch):
     ({"model": "m"}, "rewards[0].args.url is not set, and the reward judge needs it"),
     ({"url": "http://a"}, "rewards[0].args.model is not set, and the reward judge needs it"),
     ({"url": "localhost:8000", "model": "m"}, "rewards[0].args.url is 'localhost:8000'; it must begin with http:// or https://"),
+    ({"url": "http://a/v1?key-123", "model": "m"}, "url of the judge has a ? or a #; it must end before them, and a key is named by key_from"),
     ({"template": "{prompt}"}, "rewards[0].args.template is '{prompt}'; it must hold {completion}"),
     ({"template": "{completion} {"}, "it is malformed"),
     ({"template": "{completion} {}"}, "{} in it is no column; other braces are written twice"),

@@ -47,6 +47,12 @@ def list_template_columns(template: str) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in PARTS]
 
 
+def _check_url(url: str) -> str | None:
+    if "?" in url or "#" in url:  # a key may stand behind them, which no message shows
+        raise ConfigError("url of the judge has a ? or a #; it must end before them, and a key is named by key_from")
+    return None if url.startswith(("http://", "https://")) else "it must begin with http:// or https://"
+
+
 def _check_template(template: str | None) -> str | None:
     if template is None:
         return None
@@ -138,9 +144,7 @@ class JudgeSettings:
     reads=lambda template=None, **args: list_template_columns(template or TEMPLATE),
     check_arguments=_check_arguments,
     argument_limits={
-        "url": lambda url: (
-            None if url.startswith(("http://", "https://")) else "it must begin with http:// or https://"
-        ),
+        "url": _check_url,
         "template": _check_template,
         "pattern": _check_pattern,
         "key_from": _check_key_from,
