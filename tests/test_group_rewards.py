@@ -78,7 +78,7 @@ def test_one_that_reads_the_others_is_called_last_and_gets_their_values_in_its_o
         return [None] * len(completions)
 
     right = REWARDS.build("correct_answer")
-    rewards = [Reward("flat", 1.0, flat, True), Reward("grouped", 1.0, grouped, True)]
+    rewards = [Reward("flat", 1.0, flat, reads_others=True), Reward("grouped", 1.0, grouped, reads_others=True)]
     rewards += [Reward("right", 0.0, right), Reward("none", 1.0, everything)]
     scores = score(rewards, TASKS, TEXTS, 3)
     assert scores.failures == () and list(scores.by_name) == ["flat", "grouped", "right", "none"]

@@ -1,6 +1,7 @@
 """The reward `math_equal`: an equal answer in another form counts, and no answer costs more than its time."""
 
 import importlib.util
+import random
 import time
 
 import pytest
@@ -97,6 +98,8 @@ def test_percent(gold, text, right):
     ("25 m^2", "#### 25 m2", True), ("25 m^2", r"\boxed{25\text{ m}^2}", True), ("25 m^2", r"\boxed{25\,\mathrm{m}^{2}}", True),
     ("25 m^2", r"\boxed{25\text{ cm}^2}", False), ("25 m^2", "#### 25", False), ("25", "#### 25 cm", True), ("25 m²", "it is 25 m²", True),
     ("5 apples", "#### 5 apple", True), ("5 hours", "#### 5 minutes", False), (r"90^\circ", r"\boxed{90°}", True), ("$5", "#### $5", True),
+    ("25 m^2", "The area is 25 m^2 in total.", True), ("25 m^2", "The area is 25 cm^2 in total.", False), ("$5", "It costs $5 in total.", True),
+    ("60 km", "#### 60 km/h", False), ("5 hours", "It takes 5 hours, not minutes.", True),
     ("$5", "#### €5", False), ("60 km/h", "#### 60 km / h", True), ("2 mW", "#### 2 MW", False), (r"2\sqrt{3} \text{ cm}", r"#### 2\sqrt{3} m", False),
 ])  # fmt: skip
 def test_units(gold, text, same):
@@ -136,6 +139,22 @@ def test_a_comparison_without_end_costs_its_seconds_and_no_other():
     texts = [tower, r"\boxed{\sqrt{12}}", tower]
     assert module.math_equal(texts, answer=[r"2\sqrt{3}"] * 3, seconds=1.0) == [0.0, 1.0, 0.0]
     assert time.monotonic() - start < 3  # the second one is known
+
+
+PIECES = ["\\[", "$$", " ", "\n", "%", "1", "x", "=", "\\text{", "answer is ", "^", "m/"]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_no_text_takes_long_to_read(monkeypatch, piece):
+    """30 kB of two pieces in turn; the library, which has its own limit, is not asked here."""
+    monkeypatch.setattr(module, "load_library", lambda: None)
+    monkeypatch.setattr(module._COMPARISONS, "call", lambda *pair, seconds: False)
+    for other in ("", *random.Random(piece).sample(PIECES, 2)):
+        text, start = (piece + other) * (30_000 // len(piece + other)), time.process_time()
+        for ending, gold in (("", "7x"), ("\n\\]", "7 m"), (" 5%", "7 %")):
+            assert judge(text + ending, gold, units="compare") in (0.0, 1.0)
+        read_golds(text)
+        assert time.process_time() - start < 1.5, other
 
 
 def fork_bombs(what):

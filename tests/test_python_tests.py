@@ -43,9 +43,18 @@ def test_the_column(value, tests):
 @pytest.mark.parametrize("text, code", [
     (block("x = 1"), "x = 1\n"), ("```\nx = 1\n```", "x = 1\n"), ("```py\nx = 1\n```\nand\n```Python\nx = 2\n```", "x = 2\n"),
     ("```python\nx = 1\n```\n```python\ncut", "x = 1\n"), ("```bash\nls\n```", None), ("x = 1", None), ("", None), ("```python\ncut", None),
+    ("```python\ncut\n```python\nx = 1\n```", "x = 1\n"), ("  ```python\n  x = 1\n  ```", "  x = 1\n"), ("```python title=a\nx\n```", "x\n"),
+    ("a ```python b``` c\n```\nx\n```", "x\n"), ("```python\ns = '```'\n```", "s = '```'\n"), ("```json\n1\n```\n```\nx\n```\n```", "x\n"),
 ])  # fmt: skip
 def test_the_code_of_a_completion(text, code):
     assert find_code(text) == code
+
+
+@pytest.mark.parametrize("piece", ["```python\n", "```\n", "```", "` ", "```python\nx", " ", "\n"])
+def test_code_is_found_in_linear_time(piece):
+    start = time.process_time()
+    find_code(piece * (200_000 // len(piece)))
+    assert time.process_time() - start < 1
 
 
 def test_what_counts():

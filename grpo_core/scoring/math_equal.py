@@ -27,22 +27,20 @@ DIGITS = 6  # significant ones to which a decimal must equal a gold answer that 
 WARM_UP = (r"\frac{1}{2}", r"2\sqrt{3}", "(x+1)^2", r"\{1, 2\}", "x=3", "[0, 1)")  # the parser is slow at first
 
 _MINUS = re.compile("[−–‐‑‒﹣－]")
-_PERCENT = re.compile(r"\s*(?:\\?%|％|\bper\s?cent\b)")
+_PERCENT = re.compile(r"\s{0,3}(?:\\?%|％|\bper\s?cent\b)")
 _DELIMITERS = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 _CURRENCY = re.compile(r"(?:\\\$|[€£¥])\s*")
 _LATEX_UNIT = re.compile(r"\\(?:text(?:rm|bf|it)?|math(?:rm|bf|it)|mbox)\s*\{\s*([^{}]*?)\s*\}|\\[,;:! ]|~")
-_UNIT = re.compile(
-    r"""(?<=[\d)}\s])(?P<unit>[A-Za-zµΩ°][A-Za-zµΩ°]*(?:\s?[/·*]\s?[A-Za-z]+)*)
-        \s?(?:\^?\s?\{?(?P<power>[-−]?[1-9])\}?|(?P<raised>[²³]))?\s*\Z""",
-    re.X,
-)
+_UNIT = r"""(?P<unit>[A-Za-zµΩ°]+(?:\s?[/·*]\s?[A-Za-z]+)*)
+    \s?(?:\^?\s?\{?(?P<power>[-−]?[1-9])\}?|(?P<raised>[²³]))?"""
+_UNIT_AT_END = re.compile(rf"(?<=[\d)}}\s]){_UNIT}\s*\Z", re.X)
+_UNIT_BEHIND_NUMBER = re.compile(rf"(?<=\d)\s?{_UNIT}(?![A-Za-z])", re.X)
 _WORD_UNIT = re.compile(r"(?<=\d|\}|\))\s*[A-Za-z]{2,}(?:\s[A-Za-z]{2,}){0,2}(?:\^?\{?\d\}?|[²³])?\Z")
 _RAISED = str.maketrans("²³−", "23-")
 _WORDS = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]+)*")  # "no solution", but not x, whose brackets may be an interval's
 _EQUATION = re.compile(  # of variables, such as 2x + y = 5: it is not the number 5, as x = 5 and 2 + 3 = 5 are
     r"(?:(?<![A-Za-z\\])[A-Za-z]\s*[-+*/^]|[-+*/^\d]\s*[A-Za-z](?![A-Za-z]))[^=]*="
 )
-_DISPLAYS = re.compile(r"\\\[(.*?)\\\]|\$\$(.*?)\$\$", re.S)
 _BASE = re.compile(r"\d\s*_\s*\{?\s*(?:\\text\s*\{\s*)?(\d+)")  # 12_8 is a number to the base 8
 _CLAUSES = re.compile(r"=|≈|\bis\b|\bare\b|:")
 
@@ -148,10 +146,11 @@ def math_equal(
 def _find_final(text: str, strict: bool) -> str | None:
     r"""Return the answer of a completion; where its line is only \[, \] or $$, the last displayed formula."""
     final = find_answer(text, strict=strict)
-    if final is not None and final.strip().rstrip(".") in ("\\[", "\\]", "$$"):
-        displays = ["".join(groups).strip() for groups in _DISPLAYS.findall(text)]
-        return displays[-1] if displays else final
-    return final
+    if final is None or final.strip().rstrip(".") not in ("\\[", "\\]", "$$"):
+        return final
+    end, opening = max((text.rfind(closing), opening) for opening, closing in (("\\[", "\\]"), ("$$", "$$")))
+    start = text.rfind(opening, 0, max(end, 0))
+    return text[start + 2 : end].strip() if start >= 0 else final
 
 
 def _is_equal(final: str, number: Fraction | None, gold: str, percent: str, units: str, seconds: float) -> bool | None:
@@ -159,9 +158,11 @@ def _is_equal(final: str, number: Fraction | None, gold: str, percent: str, unit
 
     None if only the library can say it, and no `seconds` are left.
     """
-    if len(final) > MAX_CHARS and number is None:
-        return False
-    if units == "compare" and (unit := read_unit(gold)) and read_unit(final) != unit:
+    if len(final) > MAX_CHARS:
+        if number is None:
+            return False
+        final = final[-MAX_CHARS:]
+    if units == "compare" and (unit := read_unit(gold)) and unit not in _read_units(final):
         return False
     scales = _list_scales(bool(_PERCENT.search(gold)), bool(_PERCENT.search(final)), percent)
     gold_numbers = None if _EQUATION.search(gold) else read_gold(gold)
@@ -203,17 +204,35 @@ def _is_near(number: Fraction, gold: Fraction) -> bool:
 
 def read_unit(text: str) -> str:
     r"""Return the unit at the end of an answer, such as "m^2" of "25 m2" and of "25 \text{ m}^2"; empty if none."""
+    text = _clean_units(text)
+    if currency := _CURRENCY.match(text):
+        return _name_currency(currency)
+    match = _UNIT_AT_END.search(text)
+    return "" if match is None else _name_unit(match)
+
+
+def _read_units(text: str) -> set[str]:
+    """Return the unit at the end of an answer, and those behind the numbers in it, which may be a sentence."""
+    cleaned = _clean_units(text)
+    behind = {_name_unit(match) for match in _UNIT_BEHIND_NUMBER.finditer(cleaned)}
+    return {read_unit(text)} | behind | {_name_currency(match) for match in _CURRENCY.finditer(cleaned)}
+
+
+def _clean_units(text: str) -> str:
     if len(re.findall(r"(?<!\\)\$", text)) == 1:  # no delimiter
         text = text.replace("$", r"\$")
     text = _DELIMITERS.sub("", _LATEX_UNIT.sub(lambda match: f" {match[1] or ''}", text)).strip().rstrip(".")
-    if currency := _CURRENCY.match(text):
-        return currency[0].strip().lstrip("\\")
-    match = _UNIT.search(re.sub(r"\^\s?\{?\s?\\circ\s?\}?|\\degree", "°", text))
-    if match is None:
-        return ""
-    words = [
-        word.lower().removesuffix("s") if len(word) > 3 else word for word in re.split(r"\s*[/·*]\s*", match["unit"])
-    ]
+    return re.sub(r"\^\s?\{?\s?\\circ\s?\}?|\\degree", "°", text)
+
+
+def _name_currency(match: re.Match) -> str:
+    return match[0].strip().lstrip("\\")
+
+
+def _name_unit(match: re.Match) -> str:
+    """Return a unit with its power in one spelling: "m^2", "km/hour"."""
+    words = re.split(r"\s*[/·*]\s*", match["unit"])
+    words = [word.lower().removesuffix("s") if len(word) > 3 else word for word in words]
     power = (match["power"] or match["raised"] or "").translate(_RAISED)
     return "/".join(words) + (f"^{power}" if power else "")
 

@@ -26,7 +26,8 @@ CHILD = Path(__file__).with_name("program_child.py")
 MIB = 2**20
 PASSED_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")  # no keys and tokens
 
-_BLOCK = re.compile(r"^[ \t]*```[ \t]*(?P<language>[\w+-]*)[^\n`]*\n(?P<code>.*?)^[ \t]*```[ \t]*$", re.S | re.M)
+_FENCE = re.compile(r"```[ \t]*(?P<language>[\w+-]*)[^`]*")
+LANGUAGES = ("", "py", "python", "python3")
 
 
 def read_tests(value: Any) -> list[str] | list[list[str]] | None:
@@ -56,11 +57,18 @@ def read_tests(value: Any) -> list[str] | list[list[str]] | None:
 
 
 def find_code(text: str) -> str | None:
-    """Return the last block of Python code in a completion, ```python ... ``` or one without a language, or None."""
-    blocks = [
-        match["code"] for match in _BLOCK.finditer(text) if match["language"].lower() in ("", "python", "py", "python3")
-    ]
-    return blocks[-1] if blocks else None
+    """Return the last closed block of Python code, ```python ... ``` or one without a language, or None."""
+    code, language, lines = None, None, []
+    for line in text.split("\n"):
+        fence = _FENCE.fullmatch(line.strip()) if "```" in line else None
+        if fence is None:
+            lines.append(line)
+        elif language is None or fence["language"]:  # opens a block, also where the one before was not closed
+            language, lines = fence["language"].lower(), []
+        else:
+            code = "\n".join([*lines, ""]) if language in LANGUAGES else code
+            language = None
+    return code
 
 
 def _check_positive(value: float) -> str | None:

@@ -230,7 +230,7 @@ def make_rewards(config: RunConfig, folder: Path | None = None) -> list[Reward]:
         else:
             function = build_reward(reward.name, reward.args, timeout=timeout)
         reads_others = reads_other_rewards(REWARDS.get(reward.name))
-        rewards.append(Reward(reward.name, reward.weight, function, reads_others))
+        rewards.append(Reward(reward.name, reward.weight, function, reads_others=reads_others))
     return rewards
 
 
