@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
@@ -17,7 +17,7 @@ from grpo_core.batch import SamplingParams, describe_temperature
 from grpo_core.config.function_checks import check_functions
 from grpo_core.config.lora_checks import check_lora
 from grpo_core.config.rope_checks import check_rope
-from grpo_core.config.sections import RunConfig
+from grpo_core.config.sections import RewardConfig, RunConfig
 from grpo_core.config.source_checks import SET_NAME, check_sources
 from grpo_core.config.teacher_checks import HOW_TO_SET, asks_for_teacher, check_teacher
 from grpo_core.objective.advantages import ADVANTAGES
@@ -134,9 +134,7 @@ def _check_rewards(config: RunConfig) -> None:
     lists |= {f"data.sources[{i}].rewards": x.rewards for i, x in enumerate(config.data.sources) if x.rewards}
     names = {reward.name for rewards in lists.values() for reward in rewards}
     for key, rewards in lists.items():
-        for i, reward in enumerate(rewards):
-            function = REWARDS.build(reward.name, reward.args, f"{key}[{i}].args")
-            _check_takes_completions(reward.name, function)
+        _check_functions(config, key, rewards)
         if len({reward.name for reward in rewards}) < len(rewards) or not (rewards or is_taught):
             hint = "" if rewards else f"; only with a teacher there may be none: {HOW_TO_SET}"
             raise ConfigError(f"{key} must name at least one reward, and none of them twice{hint}")
@@ -151,6 +149,18 @@ def _check_rewards(config: RunConfig) -> None:
             raise ConfigError(
                 f"{key}: every weight is 0, so there is nothing to learn; at least one must differ from 0"
             )
+
+
+def _check_functions(config: RunConfig, key: str, rewards: Sequence[RewardConfig]) -> None:
+    """Check the function of each reward in the list `key`, and its arguments."""
+    for i, reward in enumerate(rewards):
+        place = f"{key}[{i}]"
+        function = REWARDS.build(reward.name, reward.args, f"{place}.args")
+        _check_takes_completions(reward.name, function)
+        if problem := _describe_wrong_arguments(config, function):
+            raise ConfigError(f"{place}.args.{problem}")
+        if reads_other_rewards(function):
+            _check_other_rewards(place, reward.name, function, rewards)
 
 
 def _check_takes_completions(name: str, function: Callable) -> None:
@@ -173,17 +183,16 @@ def _describe_wrong_arguments(config: RunConfig, function: Callable) -> str | No
     return check(arguments) if check else None
 
 
-def _check_other_rewards(config: RunConfig, i: int, function: Callable) -> None:
-    """Check that the rewards that reward `i` reads are among the others, and do not read others themselves."""
-    name = config.rewards[i].name
-    readable = [reward.name for reward in config.rewards if not reads_other_rewards(REWARDS.get(reward.name))]
+def _check_other_rewards(place: str, name: str, function: Callable, rewards: Sequence[RewardConfig]) -> None:
+    """Check that the rewards that a reward reads are among the others, and do not read others themselves."""
+    readable = [reward.name for reward in rewards if not reads_other_rewards(REWARDS.get(reward.name))]
     if not readable:
-        raise ConfigError(f"rewards[{i}] is {name}, which reads the values of other rewards, but there is none")
+        raise ConfigError(f"{place} is {name}, which reads the values of other rewards, but there is none")
     argument = get_fact(function, "names_reward")
     wanted = argument and keyword_arguments(function)[argument].default
     if argument and wanted not in readable:
         raise ConfigError(
-            f"rewards[{i}].args.{argument} is {wanted!r}; it must be another reward of the run: {', '.join(readable)}"
+            f"{place}.args.{argument} is {wanted!r}; it must be another reward of the run: {', '.join(readable)}"
         )
 
 

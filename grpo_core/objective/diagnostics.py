@@ -17,11 +17,11 @@ METRICS = frozenset(  # what the loop itself writes to metrics.jsonl; ratio and 
         *("off_policy_kept", "rejected", "selected", "positive_nll"),
         *("routing_mismatch", "router_aux_loss"),
         *("grad_norm", "learning_rate", "adapter_norm", "skipped", "micro_batches", "memory_retries"),
-        *("teacher_kl", "teacher_kl_exact", "teacher_weights_gb"),
+        *("teacher_kl", "teacher_kl_exact", "teacher_weights_gb", "resting_prompts"),
         *("tokens_updated", "seconds", "tokens_per_second", "update_mfu", "peak_memory_gb", "reserved_memory_gb"),
     )
 )
-PREFIXES = ("rewards/", "failed/", "seconds/", "first_draw/", "memory_gb/", "eval/", "evaluation/")
+PREFIXES = ("rewards/", "failed/", "seconds/", "first_draw/", "memory_gb/", "eval/", "evaluation/", "source/")
 
 
 def describe_wrong_diagnostics(diagnostics: Any, shape: Sequence[int]) -> str | None:

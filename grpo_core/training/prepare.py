@@ -113,8 +113,8 @@ def _check_data(
     Raises:
         ConfigError: see `check_columns` and `check_gold_answers`; the message names the source.
     """
-    kept: list[Sequence[Task]] = []
-    kept_eval_tasks: list[Task] = []
+    tasks_left: list[Sequence[Task]] = []
+    eval_tasks_left: list[Task] = []
     sentences: list[str] = []
     for i, name in enumerate(config.source_names):
         part, own, own_eval = config.of_source(name), select_source(tasks, name), select_source(eval_tasks, name)
@@ -126,10 +126,11 @@ def _check_data(
             notes += check_gold_answers(part, scored, own_eval)
             if scores_training_tasks:
                 _check_readers_of_prompts(config, i, own)
-        kept.append(own)
-        kept_eval_tasks += own_eval
+        tasks_left.append(own)
+        eval_tasks_left += own_eval
         sentences += name_in_sentences(i, name, notes)
-    return kept[0] if len(kept) == 1 else [task for own in kept for task in own], kept_eval_tasks, sentences
+    together = tasks_left[0] if len(tasks_left) == 1 else [task for own in tasks_left for task in own]
+    return together, eval_tasks_left, sentences
 
 
 def _check_readers_of_prompts(config: RunConfig, number: int, tasks: Sequence[Task]) -> None:
