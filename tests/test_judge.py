@@ -551,3 +551,19 @@ def test_two_ranks_keep_a_file_each_and_one_rank_reads_both(tmp_path, here, envi
         done = here("train", *words, "trainer.num_steps=2", "resume=auto")
         assert done.returncode == 0 and len(server.requests) == asked, done.stderr
     assert [row["reward"] for row in rows(tmp_path / "two")] == [row["reward"] for row in before]
+
+
+@pytest.mark.parametrize("answer, score", [
+    ("Score (0-10): 7", 7), ("Score [0-10]: 9", 9), ("Score (7)", 7), ("**Score:** 6.5", 6.5), ("Score: 2 is too low.\nScore: 4", 4), ("score = 3", 3),
+])  # fmt: skip
+def test_the_number_that_is_the_score(answer, score):
+    assert JudgeSettings("http://x", "m").read_score(answer) == score
+
+
+@pytest.mark.parametrize("key", ['sk/a"b\\c+d==', "sk/ab"])
+def test_a_key_in_a_text_of_json_is_masked(key, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", key)
+    client = chat_client.ChatClient("http://x", "JUDGE_API_KEY", 0, 1.0)
+    for text in (key, json.dumps({"authorization": f"Bearer {key}"}), json.dumps(key).replace("/", "\\/")):
+        for masked in (client.mask(text), client.mask(text.encode()).decode()):
+            assert "sk" not in masked and chat_client.MASK in masked

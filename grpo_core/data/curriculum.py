@@ -45,7 +45,7 @@ class CurriculumOrder:
         return taken
 
     def awake(self) -> np.ndarray:
-        """Return the tasks that do not rest: those that are due in the current epoch or in the next."""
+        """Return the tasks that will not rest in the next epoch: those that are due in the current or the next one."""
         due = self.rates.due[self.rows]
         return np.flatnonzero(due <= due.min() + 1)
 

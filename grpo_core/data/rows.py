@@ -69,7 +69,8 @@ def load_splits(config: DataConfig, num_eval: int, key: str = "evaluation.num_ta
         if num_eval >= len(train):
             raise ConfigError(
                 f"{key} is {num_eval}, but {config.path} has only {quantify(len(train), 'row')} to hold them out "
-                f"from; lower it, or set data.eval_path or data.eval_split"
+                f"from; lower it, such as to {max(1, len(train) // 10)}, or set data.eval_path or "
+                f"data.eval_split"
             )
         # independent of the run's seed: no run may train on rows that another is evaluated on
         order = make_generator(make_key("held_out")).permutation(len(train))

@@ -28,7 +28,7 @@ class _Part:
     order: EpochOrder | CurriculumOrder
 
     def awake(self) -> np.ndarray:
-        """Return the tasks that do not rest in a curriculum."""
+        """Return the tasks that will not rest in the next epoch of a curriculum."""
         return self.order.awake() if isinstance(self.order, CurriculumOrder) else np.arange(self.order.count)
 
 
@@ -108,7 +108,7 @@ class TaskStream:
                 part.order.end_step(part.order.take(start, count), visits)
 
     def count_awake(self) -> int:
-        """Return the number of tasks that do not rest in a curriculum."""
+        """Return the number of tasks that will not rest in the next epoch of a curriculum."""
         return sum(len(part.awake()) for part in self.parts)
 
     def _draw(self, step: int) -> np.ndarray:

@@ -113,7 +113,10 @@ class ChatClient:
         key = self._read_key()
         if not key:
             return text
-        return text.replace(key, MASK) if isinstance(text, str) else text.replace(key.encode(), MASK.encode())
+        quoted = json.dumps(key)[1:-1]  # as JSON writes it, where a slash may have a backslash too
+        for form in sorted({key, quoted, quoted.replace("/", "\\/")}, key=len, reverse=True):
+            text = text.replace(form, MASK) if isinstance(text, str) else text.replace(form.encode(), MASK.encode())
+        return text
 
 
 def _read_answer(content: bytes) -> str:

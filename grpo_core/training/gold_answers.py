@@ -125,9 +125,9 @@ def _can_judge(row: Row, readers: dict[str, Callable[[Any], Any]]) -> bool:
 def _describe_remedy(config: RunConfig, kind: str) -> str:
     """Return the first part of the advice: a reward that may be able to judge the answers."""
     if kind == "training":
-        return "use a reward that can (text_match and choice_match are built in, or one of your own)"
+        return "use a reward that can (math_equal, text_match and choice_match are built in, or one of your own)"
     others = [reward.name for reward in config.rewards if reward.name != config.evaluation.reward]
-    example = others[0] if others else "text_match"
+    example = others[0] if others else "math_equal or text_match"
     return f"set evaluation.reward to one that can, such as {example}, or evaluation.num_tasks to 0"
 
 

@@ -221,15 +221,16 @@ def check_columns(config: RunConfig, tasks: Sequence[Task], eval_tasks: list[Tas
     """
     data = config.data
     place = source or name_split(data.path, data.split)
-    uses = [(reward.name, reward.args, tasks, place) for reward in config.rewards]
+    uses = [("", reward.name, reward.args, tasks, place) for reward in config.rewards]
     for set_name, set_tasks in group_by_set(eval_tasks).items():
-        uses.append((config.evaluation.reward, {}, set_tasks, source or name_set(config, set_name)))
-    for name, args, rows, place in uses:
+        uses.append(("evaluation.", config.evaluation.reward, {}, set_tasks, source or name_set(config, set_name)))
+    for key, name, args, rows, place in uses:
         if rows and (missing := find_missing_columns(REWARDS.build(name, args), rows[0].columns)):
             columns = ", ".join(rows[0].columns)
+            others = "another evaluation.reward, or evaluation.num_tasks=0" if key else "other rewards"
             raise ConfigError(
-                f"reward {name} needs the column {missing[0]!r}, but the data has only the columns {columns}; "
-                f"the data is {place}"
+                f"{key}reward {name} needs the column {missing[0]!r}, but the data has only the columns {columns}; "
+                f"the data is {place}; name it with data.columns='{{{missing[0]}: COLUMN}}', or set {others}"
             )
         for column in get_fact(REWARDS.get(name), "never_null", ()):
             for index, row in list_rows(rows):
