@@ -105,7 +105,7 @@ def test_t6_a_huge_exponent_is_no_number():
 
 @pytest.mark.parametrize("text", [
     r"2\sqrt{3}", r"\boxed{2\sqrt{3}}", r"#### 2\sqrt{3}", "2√3", r"\frac{\sqrt{3}}{2}", r"\boxed{\frac{\sqrt{3}}{2}}", r"3\pi", "2^{10}",
-    "3x", r"\boxed{3i}", "1011_2",
+    "3x", r"\boxed{3i}", "1011_2", "6xy", "#### 6ab", r"\boxed{4ac}", "6mn", "6 xy", "6xy^2",
 ])  # fmt: skip
 def test_t7_an_expression_is_no_number(text):
     assert read_gold(text) is None and final_number(text) is None
@@ -211,6 +211,7 @@ def test_attack_2_a_gold_answer_with_more_than_one_number_is_not_read(text):
 GSM8K_FORMS = {
     "72": 72, "1,234": 1234, "$12.50": Fraction(25, 2), "25 apples": 25, "50%": 50, "-5": -5, "42.": 42, "**42**": 42, "3/4 cup": THREE_QUARTERS,
     "2 1/4 cups": Fraction(9, 4), "5 m": 5, "5m": 5, "5 M": 5, "10 (ten)": 10, "5 = 5.0": 5, "25 m2": 25, "3 quarters": 3, "5 pairs": 5,
+    "5km": 5, "5kg": 5, "12hrs": 12, "30mins": 30, "20lbs": 20, "5pm": 5, "5USD": 5, "6th": 6, "5cm^2": 5, "16GB": 16, "5 in": 5, "8oz": 8,
 }  # fmt: skip
 
 

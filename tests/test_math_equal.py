@@ -75,6 +75,30 @@ def test_other_answers(gold, text):
     assert judge(text, gold) == 0.0
 
 
+VARIABLES = [  # behind a number, a bracket or a brace they are no unit: (gold, other answer)
+    ("6xy", "6"), ("6xy", "6ab"), ("b^2-4ac", "b^2-4"), ("b^2-4ac", "b^2-4mn"), ("x^2+2xy", "x^2+2"), ("6xy^3", "6xy^2"),
+    ("(x+1)ab", "(x+1)"), (r"\frac{1}{2}ab", r"\frac{1}{2}cd"), (r"\frac{1}{2}ab", r"\frac{1}{2}"), ("6xyz", r"6\text{ xy}"),
+    (r"\sqrt{2}ab", r"\sqrt{2}"), ("6xy", "6 cm"), (r"2\pi hr", r"2\pi"), (r"\pi ab", r"\pi"), ("6mn", "6"), ("6pq", "6"), ("6rh", "6"),
+]  # fmt: skip
+
+
+@needs_library
+@pytest.mark.parametrize("gold, other", VARIABLES)
+def test_variables_are_no_unit(gold, other):
+    assert judge(rf"\boxed{{{other}}}", gold) == judge(f"#### {gold}", other) == judge(rf"\boxed{{{gold}}}", other) == 0.0
+    assert judge(rf"\boxed{{{gold}}}", gold) == 1.0
+
+
+@needs_library
+@pytest.mark.parametrize("gold, text", [
+    ("3yx^2", r"\boxed{3x^2y}"), (r"2\pi hr", r"\boxed{2\pi rh}"), ("6hr", r"\boxed{6rh}"), ("6 hr", r"\boxed{6}"), ("4ac", r"\boxed{4ca}"),
+    (r"2\sqrt{3}", r"\boxed{2\sqrt{3} apples}"), (r"2\sqrt{3}", r"\boxed{2\sqrt{3} square feet}"), (r"2\sqrt{3} \text{ cm}", r"\boxed{2\sqrt{3}\,\mathrm{m}}"),
+    (r"2\sqrt{3}", r"\boxed{2\sqrt{3}\text{ square feet}}"), (r"6\sqrt{2}", r"#### 6\sqrt{2} cm^2"), (r"4\pi", r"#### 4\pi cm"),
+])  # fmt: skip
+def test_products_of_variables_and_units(gold, text):
+    assert judge(text, gold) == 1.0
+
+
 @needs_library
 @pytest.mark.parametrize("gold, text, right", [
     ("50%", r"\boxed{50\%}", "either number fraction"),

@@ -17,6 +17,7 @@ from itertools import islice
 from typing import Any
 
 from grpo_core.objective.answers import find_last_box
+from grpo_core.objective.units import KNOWN_UNIT
 
 MAX_NUMBER_CHARS = 300  # a longer number counts as no number: exact arithmetic with it would be slow
 MAX_EXPONENT = 300  # of ten, for the same reason
@@ -93,7 +94,10 @@ _ROOT_BEFORE = re.compile(
 )
 _EXPRESSION_AFTER = re.compile(
     r"""[ ]?\}?[ ]?(?:\\(?:sqrt|pi|log|ln|sin|cos|tan|theta|overline|infty)(?![A-Za-z]) | [√π^] | _\{?\d | \*\*[ ]?\d)
-      | [ ]?(?:sqrt|pi)(?![A-Za-z]) | [xyzinabqruvw](?![A-Za-z])""",
+      | [ ]?(?:sqrt|pi)(?![A-Za-z]) | [xyzinabqruvw](?![A-Za-z]) | [ ][xyz]{2,3}(?![A-Za-z])
+      | (?!(?:"""
+    + KNOWN_UNIT
+    + r""")(?![A-Za-z]))[A-Za-z]{2,3}(?![A-Za-z])""",  # 6xy, 4ac
     re.X,
 )
 _OPERATOR_AFTER = re.compile(
