@@ -99,6 +99,25 @@ def test_products_of_variables_and_units(gold, text):
     assert judge(text, gold) == 1.0
 
 
+ANAGRAMS = [("ABC", "ACB"), ("seat", "east"), ("silent", "listen"), ("May", "Amy"), ("on", "no"), ("on solution", "no solution"), ("on, x", "no, x"), (r"\text{on}", r"\text{no}")]
+
+
+@needs_library
+@pytest.mark.parametrize("gold, other", ANAGRAMS)
+def test_words_are_no_products_of_letters(gold, other):
+    for text in (rf"\boxed{{{other}}}", f"The answer is {other}", f"#### {other}", f"It is {other}", rf"\boxed{{x = {other}}}"):
+        assert judge(text, gold) == 0.0 and judge(text.replace(other, gold), other) == 0.0
+        assert judge(text, other) == 1.0
+
+
+@needs_library
+@pytest.mark.parametrize("gold, text", [
+    ("xy", r"\boxed{yx}"), ("abc", r"\boxed{cab}"), ("pi", r"\boxed{pi}"), ("x=3 or x=5", r"\boxed{x=3, x=5}"), ("x = 3 and y = 5", r"\boxed{y = 5 and x = 3}"),
+])  # fmt: skip
+def test_products_and_words_between_answers(gold, text):
+    assert judge(text, gold) == 1.0
+
+
 @needs_library
 @pytest.mark.parametrize("gold, text, right", [
     ("50%", r"\boxed{50\%}", "either number fraction"),
