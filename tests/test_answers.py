@@ -69,6 +69,33 @@ def test_t4_every_minus_sign_is_read(text, number):
     assert final_number(text) == number and read_gold(text) == {number}
 
 
+NEGATIVE = [
+    r"\boxed{-{5}}", r"\boxed{-(5)}", "#### -(5)", "#### -**5**", r"-\text{5}", r"The answer is -\boxed{5}", r"\boxed{-|5|}", r"\boxed{-|-5|}",
+    r"\boxed{-((5))}", r"\boxed{-\left(5\right)}", r"\boxed{-\mathbf{5}}", "#### -(5 degrees)", "It is -(5).", r"$x = -\boxed{5}$", r"-$\boxed{5}$",
+    r"\boxed{-\lvert 5\rvert}", "#### minus **5**", r"\boxed{-\{5\}}", r"\boxed{-\mathsf{5}}", r"so it is \(-\boxed{5.0}\)", r"x = - \boxed{5}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NEGATIVE)
+def test_a_sign_before_a_bracket_is_not_lost(text):
+    """It is -5; a bracket that is not read makes the number none."""
+    numbers = (None, -5) if "mathsf" in text or r"\{" in text else (-5,)
+    assert final_number(text) in numbers and read_gold(text) in [number and {number} for number in numbers]
+
+
+@pytest.mark.parametrize("text, number", [
+    (r"\boxed{|-5|}", 5), (r"\boxed{\left|-5\right|}", 5), (r"\boxed{-(-5)}", 5), (r"\boxed{-{-5}}", 5), (r"-\boxed{-5}", 5), (r"\boxed{-\frac{-3}{4}}", THREE_QUARTERS),
+    (r"\boxed{-(\frac{3}{4})}", -THREE_QUARTERS), (r"-\boxed{\frac{3}{4}}", -THREE_QUARTERS), ("#### -(1,234.5)", Fraction(-2469, 2)), (r"\boxed{(-5)}", -5), (r"-\boxed{5\%}", -5),
+])  # fmt: skip
+def test_two_signs_and_absolute_values(text, number):
+    assert final_number(text) == number and read_gold(text) == {number}
+
+
+def test_a_dash_before_a_bracket_or_a_box_is_no_sign():
+    assert final_number("It is:\n- **5**") == final_number("- (5)\n") == final_number(r"- \boxed{5}") == 5
+    assert final_number("10 - (5)") == 5 and read_gold("10-(5)") is None and read_gold("3-(-5)") is None
+
+
 def test_t4_a_range_and_a_list_have_no_sign():
     assert final_number("pages 5–7") == 7 and final_number("It is either:\n- 4\n- 5") == 5
 

@@ -34,7 +34,7 @@ def judge(text, gold, **args):
 FAULTS = [  # of docs and of bug reports: (gold, completion)
     (r"\frac{3}{4}", r"\boxed{0.75}"), (r"\frac{3}{4}", "#### 3/4"), (r"$\frac34$", r"so \boxed{\tfrac{3}{4}}"), ("#### \\frac{3}{4}", "3/4"),
     ("3/2", r"\boxed{1\frac{1}{2}}"), ("3/2", "it is 1 1/2"), (r"1\frac12", "#### 1.5"), ("1/2", r"\frac12"),
-    ("-5", r"\boxed{- 5}"), ("–5", "-5"), ("-5", "the answer is –5"),
+    ("-5", r"\boxed{- 5}"), ("–5", "-5"), ("-5", "the answer is –5"), ("-5", r"The answer is -\boxed{5}"), (r"\boxed{-(5)}", "-5"), ("5", r"\boxed{|-5|}"), (r"-\sqrt{2}", r"-\boxed{\sqrt{2}}"),
     ("25", "so it has 25 m2"), ("25", "so it has 25 m^2"), ("25 m^2", r"\boxed{25\text{ m}^2}"),
     ("1000", "1e3"), (1e-05, r"\boxed{10^{-5}}"), ("0.00001", "1e-5"),
     (r"2\sqrt{3}", r"\boxed{2\sqrt{3}}"), (r"2\sqrt{3}", r"#### \sqrt{12}"), (r"2\sqrt{3}", r"The answer is $\sqrt{12}$."),
@@ -58,7 +58,7 @@ UNEQUAL = [
     ("3x", r"\boxed{3y}"), ("(1, 2)", r"\boxed{(2, 1)}"), (r"2\sqrt{3}", r"\boxed{2\sqrt{5}}"), ("3", "#### 3 + 5"), ("7", ""),
     ("1/3", "#### 0.33"), ("3", r"\boxed{4}"), ("1000000", "#### 1000001"), ("x^2", r"\boxed{x^3}"), (r"\{1, 2\}", r"\boxed{1}"),
     ("Evelyn", r"\boxed{Sam}"), (r"2\sqrt{3}", "I do not know."), ("[0, 1)", r"\boxed{[0, 1]}"), ("3", r"\boxed{}"), ("0", r"\boxed{\text{no}}"),
-    ("2", "I add 1 and 2 and get \\boxed{5}"), ("1e-7", "#### 2e-7"), ("5", r"\boxed{-5}"), ("(a, b)", r"\boxed{[a, b]}"), ("n!", r"\boxed{n}"), ("2x + 3y = 5", r"\boxed{x + y = 5}"),
+    ("2", "I add 1 and 2 and get \\boxed{5}"), ("1e-7", "#### 2e-7"), ("5", r"\boxed{-5}"), ("(a, b)", r"\boxed{[a, b]}"), ("n!", r"\boxed{n}"), ("5", r"\boxed{-{5}}"), ("-5", r"\boxed{|-5|}"), (r"\sqrt{2}", r"so -\boxed{\sqrt{2}}"), ("2x + 3y = 5", r"\boxed{x + y = 5}"),
     ("y = 2x + 3", r"\boxed{x = 2x + 3}"), ("2x + 3y = 5", r"\boxed{5}"), ("x = 1, y = 2", r"\boxed{x = 2, y = 1}"), ("no solution", r"\boxed{no}"),
 ]  # fmt: skip
 

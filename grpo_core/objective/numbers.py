@@ -46,6 +46,7 @@ _REPLACEMENTS = [
     (re.compile(r"\\(?:left|right|text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox)(?![A-Za-z])"), ""),
     (re.compile(r"\^\s?(?:\\circ(?![A-Za-z])|\{\s?\\circ\s?\})|\\degree(?![A-Za-z])"), "°"),
     (re.compile(r"\\approx(?![A-Za-z])"), "≈"),
+    (re.compile(r"\\[lr]?vert(?![A-Za-z])"), "|"),
     (re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+"), lambda match: "^" + match[0].translate(_SUPERSCRIPTS)),
 ]
 _FRACTION = re.compile(
@@ -54,6 +55,16 @@ _FRACTION = re.compile(
         (?:\{\s?(?P<under>-?\s?\d+)\s?\}|(?P<under_digit>\d))""",
     re.X,
 )
+_PLAIN = r"[$€£¥]?[ ]?(?:\d[\d,]*+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:[ ]?/[ ]?\d+|[ ]\d+/\d+)?"
+# The sign of |-5| and -|5|, of -(5), -**5** and -((-5)).
+_ABSOLUTE = re.compile(rf"(?:(?<![\w|)}}\]])\|[-+]|(?<=-)\|[-+]?|(?<=-[ ])\|[-+]?)[ ]?({_PLAIN})\|(?![\w|])")
+_SIGN_OF_BRACKET = re.compile(
+    rf"""(?P<sign>-[ ]?|\b(?:minus|negative)[ ]{{1,2}})(?P<open>(?:[({{\[][ ]?|\*\*|\*){{1,4}})(?P<inner>[-+][ ]?)?
+        (?P<number>{_PLAIN}(?:[ ]?[A-Za-z°%]{{1,20}}){{0,3}}\.?)(?P<close>(?:[ ]?[)}}\]]|\*\*|\*){{1,8}})""",
+    re.X | re.I,
+)
+_CLOSING = {"(": ")", "{": "}", "[": "]", "**": "**", "*": "*"}
+_HIDDEN_SIGN = re.compile(r"(?<![\w)}\]])-(?:\\?[({\[|][ ]?|\\[A-Za-z]+[ ]?\{)+\Z")  # of a number in another bracket
 _POWER = r"\s?(?:\^|\*\*)\s?(?:\{\s?([-+]?\d{1,9})\s?\}|([-+]?\d{1,9}))"
 _TIMES_POWER_OF_TEN = re.compile(r"(?<=\d)[ ]{0,4}(?:\\times|\\cdot|[×·*x])\s{0,4}10" + _POWER)
 _POWER_OF_TEN = re.compile(r"(?<![\w.,/*^])10" + _POWER)
@@ -185,10 +196,27 @@ def _clean(text: str) -> str:
         text = pattern.sub(replacement, text)
     if "frac" in text:
         text = _FRACTION.sub(_write_fraction, text)
+    text = _join_signs(text)
     if "10" in text:
         text = _TIMES_POWER_OF_TEN.sub(lambda match: f"e{match[1] or match[2]} ", text)
         text = _POWER_OF_TEN.sub(lambda match: f"1e{match[1] or match[2]} ", text)
     return text
+
+
+def _join_signs(text: str) -> str:
+    if "-" in text or re.search("minus|negative", text, re.I):
+        text = _SIGN_OF_BRACKET.sub(_write_sign, _ABSOLUTE.sub(r"\1", text))
+    return text
+
+
+def _write_sign(match: re.Match) -> str:
+    """Return a number with its sign directly in front of it, without the brackets between the two."""
+    opened = re.findall(r"\*\*|\S", match["open"])
+    closed = re.findall(r"\*\*|\S", match["close"])
+    if [_CLOSING[sign] for sign in reversed(opened)] != closed[: len(opened)]:
+        return match[0]
+    sign = "+" if (match["inner"] or "").startswith("-") else match["sign"]
+    return sign + match["number"] + "".join(closed[len(opened) :])
 
 
 def _write_fraction(match: re.Match) -> str:
@@ -196,7 +224,9 @@ def _write_fraction(match: re.Match) -> str:
     top, under = top.replace(" ", "").replace(",", ""), under.replace(" ", "")
     sign = "-" if top.startswith("-") != under.startswith("-") else ""
     space = " " if match.string[match.start() - 1 : match.start()].isdigit() else ""  # a mixed number
-    return f"{space}{sign}{top.lstrip('-')}/{under.lstrip('-')}"
+    fraction = f"{sign}{top.lstrip('-')}/{under.lstrip('-')}"
+    is_negated = sign and match.string[max(0, match.start() - 2) : match.start()].rstrip(" ").endswith("-")
+    return f"({fraction})" if is_negated else space + fraction
 
 
 def _find_marked(text: str) -> tuple[str, bool] | None:
@@ -211,6 +241,7 @@ def _find_marked(text: str) -> tuple[str, bool] | None:
     answer = find_last_box(text) if after is None else text[after.end() :].partition("\n")[0]
     if answer is None:
         return None
+    answer = answer if after else _join_signs(answer)  # -\\boxed{-5}
     return _SPACED_GROUPS.sub(lambda match: match[0].replace(" ", ""), answer), after is None
 
 
@@ -290,6 +321,8 @@ def _is_ambiguous(text: str, match: re.Match) -> bool:
 def _value(text: str, match: re.Match, *, is_start: bool) -> Fraction | None:
     """Return a match of `_NUMBER` with its sign; `is_start`: a minus at the beginning of the text is a sign."""
     if len(match[0]) > MAX_NUMBER_CHARS or abs(int((match["exponent"] or "e0")[1:])) > MAX_EXPONENT:
+        return None
+    if _HIDDEN_SIGN.search(text[max(0, match.start() - WINDOW) : match.start()]):
         return None
     digits = match["value"]
     if re.search(r"\.\d{3},|\.\d{3}\.", digits):  # 1.234,50
