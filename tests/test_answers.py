@@ -69,6 +69,12 @@ def test_t4_every_minus_sign_is_read(text, number):
     assert final_number(text) == number and read_gold(text) == {number}
 
 
+@pytest.mark.parametrize("text", ["2x = 4", "x + 1 = 4", "x^2 = 4", r"\sqrt{x} = 4", "|x| = 4", "2(x - 1) = 4"])
+def test_the_right_side_of_an_equation_is_no_number(text):
+    assert final_number(rf"\boxed{{{text}}}") is None and final_number(f"#### {text}") is None
+    assert final_number(rf"\boxed{{{text}, x = 3}}") == 3 and final_number(r"\boxed{x = 4}") == 4 == final_number(r"\boxed{a + b = 4}")
+
+
 NEGATIVE = [
     r"\boxed{-{5}}", r"\boxed{-(5)}", "#### -(5)", "#### -**5**", r"-\text{5}", r"The answer is -\boxed{5}", r"\boxed{-|5|}", r"\boxed{-|-5|}",
     r"\boxed{-((5))}", r"\boxed{-\left(5\right)}", r"\boxed{-\mathbf{5}}", "#### -(5 degrees)", "It is -(5).", r"$x = -\boxed{5}$", r"-$\boxed{5}$",

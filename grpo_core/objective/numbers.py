@@ -23,6 +23,7 @@ MAX_NUMBER_CHARS = 300  # a longer number counts as no number: exact arithmetic 
 MAX_EXPONENT = 300  # of ten, for the same reason
 MAX_CANDIDATES = 64  # last numbers of a text among which the one that stands alone is looked for
 WINDOW = 24  # characters before a number that decide whether it belongs to a unit, a root or a power
+LINE = 200  # characters before the last number in which its equation is looked for
 
 _MINUS_SIGNS = "−–‐‑‒﹣－"
 _VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5", "⅘": "4/5"}
@@ -131,6 +132,17 @@ _SCALED_BEFORE = re.compile(r"\b(?:half|third|quarter|twice|thrice|double|triple
 _TWO_EQUATIONS = re.compile(  # x = 5, y = 6
     r"(?:\A|=)[ ]?-?[\d./]+[ ]?(?:[,;](?!\d)|and\b|or\b)(?:[ ]?(?:and|or)\b)?[ ]?[A-Za-z](?:_\w{1,9})?[ ]?="
 )
+_CLAUSE_END = re.compile(
+    r"""[;:\n⇒→] | ,(?!\d) | \\(?:implies|Rightarrow|quad) | => | \.\s
+      | \b(?:so|and|or|is|are|then|thus|get|gives|if|when)\b""",
+    re.X,
+)
+_BESIDE_VARIABLE = re.compile(  # 2x, x + 1, x^2, \sqrt{x}, (x + 1), |x|, sin x; but not "5 a day"
+    r"""(?:[+*/^×·(|√}]\s?|\d(?:\s(?!a\b))?|(?<!\w)-\s?|[ ]-\s?|\\[A-Za-z]+\s?[{(]?|\b(?:sqrt|sin|cos|tan|log|ln)\s?\(?)
+        (?P<right>[a-z])(?![A-Za-z])
+      | (?<![A-Za-z\\])(?P<left>[a-z])(?=\s?(?:[-+*/^×·]|\\(?:cdot|times)))""",
+    re.X,
+)
 _SENTENCE_END = re.compile(r"[.!?]\s+(?=[A-Z])|\n")
 
 
@@ -148,6 +160,8 @@ def final_number(text: str, *, strict: bool = False) -> Fraction | None:
     if marked is None:
         return None if strict else _last_number(text)
     answer, is_box = marked
+    if states_equation(answer):
+        return None
     return _only_number(answer) if is_box else _first_number(answer)
 
 
@@ -174,6 +188,23 @@ def read_gold(value: Any) -> set[Fraction] | None:
         if number is None and len(sentences) > 1:
             number = _gold_number(sentences[-1])
     return None if number is None else {number}
+
+
+def states_equation(text: str) -> bool:
+    """Return True if the right side of the last clause belongs to an equation of one unknown, such as 2x + 1 = 5.
+
+    x = 5, 2 + 3 = 5, A = r^2 = 5 and a + b = 5 give the value of what stands on the left.
+    """
+    clauses = [part for part in _CLAUSE_END.split(text) if "=" in part]
+    if not clauses:
+        return False
+    left, _, right = clauses[-1].partition("=")
+    if re.search(r"\d\s?[A-Za-z]", right):  # 3 * 5 m = 15 m has units
+        return False
+    if re.match(r"[\s$\\(\[{*]{0,8}[A-Za-z]\s?\([^()]{0,20}\)\s?\Z", left):  # f(2)
+        return False
+    variables = {match["left"] or match["right"] for match in _BESIDE_VARIABLE.finditer(left)}
+    return bool(variables) and (len(variables) == 1 or bool(re.search(r"\d", left)))
 
 
 def _gold_number(text: str) -> Fraction | None:
@@ -282,7 +313,8 @@ def _last_number(text: str) -> Fraction | None:
         if _is_in_expression(text, match):
             return None
         if not _is_attached(text, match):
-            return None if _is_ambiguous(text, match) else _value(text, match, is_start=False)
+            line = text[max(0, match.start() - LINE) : match.end()].rpartition("\n")[2]
+            return None if _is_ambiguous(text, match) or states_equation(line) else _value(text, match, is_start=False)
     return None
 
 

@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import Any
 
 from grpo_core.objective.answers import final_text, find_answer, normalise_text
-from grpo_core.objective.numbers import final_number, read_gold
+from grpo_core.objective.numbers import final_number, read_gold, states_equation
 from grpo_core.objective.rewards import REWARDS, cut_all_thinking
 from grpo_core.objective.units import KNOWN_UNIT, LENGTH
 from grpo_core.scoring.deadline import check_seconds, compute_deadline
@@ -182,6 +182,8 @@ def _is_equal(final: str, number: Fraction | None, gold: str, percent: str, unit
         final = final[-MAX_CHARS:]
     if units == "compare" and (unit := read_unit(gold)) and unit not in _read_units(final):
         return False
+    is_equation = "=" not in gold and states_equation(final)
+    number = None if is_equation else number
     scales = _list_scales(bool(_PERCENT.search(gold)), bool(_PERCENT.search(final)), percent)
     gold_numbers = None if _EQUATION.search(gold) else read_gold(gold)
     if gold_numbers is not None and number is not None:
@@ -195,6 +197,8 @@ def _is_equal(final: str, number: Fraction | None, gold: str, percent: str, unit
         return False
     if _WORDS.fullmatch(words := normalise_text(gold)) and normalise_text(final) == words:
         return True
+    if is_equation:  # of which the library takes the right side
+        return False
     if not _list_words(gold) <= _list_words(final):  # the library takes words for products of their letters
         return False
     if seconds <= 0:
