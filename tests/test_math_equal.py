@@ -118,6 +118,16 @@ def test_products_and_words_between_answers(gold, text):
     assert judge(text, gold) == 1.0
 
 
+@needs_library
+@pytest.mark.parametrize("gold, text", [
+    (r"\sqrt{2}", "√2"), (r"-2\sqrt{3}", "−2√3"), ("x^2", "x²"), (r"2\pi", "2*pi"), (r"\emptyset", r"\varnothing"), (r"\sqrt{x+1}", "√(x+1)"), (r"2\sqrt{3}", "2·√3"),
+    (r"2\pi", "2π"), (r"\emptyset", "∅"), ("x^{12}+1", "x¹²+1"), (r"\infty", "∞"), ("pi", r"\pi"), (r"\sin x", "sin x"), (r"\frac{\pi}{2}", "pi/2"),
+])  # fmt: skip
+def test_signs_of_unicode_and_names(gold, text):
+    assert judge(rf"\boxed{{{text}}}", gold) == judge(rf"\boxed{{{gold}}}", text) == 1.0
+    assert judge(rf"\boxed{{{text}+1}}", gold) == (1.0 if gold == r"\infty" else 0.0)
+
+
 EQUATIONS = [  # their right side is no answer: (right side, left side)
     ("2", "x^2"), ("4", "2x"), ("5", "x+1"), ("3", r"\sqrt{x}"), ("3", "|x|"), ("6", "2(x+1)"), ("3", r"\frac{x}{2}"), ("3", r"\log x"), (r"\sqrt{2}", "x+1"), ("0.5", "3 - x"), ("6", "x + 2y"),
 ]  # fmt: skip

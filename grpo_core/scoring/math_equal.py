@@ -11,6 +11,7 @@ import functools
 import logging
 import re
 import time
+import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -51,6 +52,16 @@ _WORD_UNIT = re.compile(  # of letters: a unit, or a word longer than a product 
     re.X,
 )
 _RAISED = str.maketrans("²³−", "23-")
+_SIGNS = [
+    (re.compile(r"√\s?\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"√\s?(\d+(?:\.\d+)?|[A-Za-z])"), r"\\sqrt{\1}"),
+    (re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹]+"), lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}"),
+    (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])|π"), r"\\pi "),
+    (re.compile(r"(?<![A-Za-z\\])(?=(?:sin|cos|tan|log|ln)[ (])"), r"\\"),
+    (re.compile(r"(?<=[\w)}])\s?[*·×]\s?(?=[\w(\\])"), r" \\cdot "),
+    (re.compile(r"\\varnothing(?![A-Za-z])|∅"), r"\\emptyset "),
+    (re.compile("∞"), r"\\infty "),
+]
 _WORDS = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]+)*")  # "no solution", but not x, whose brackets may be an interval's
 _PRODUCT = re.compile("[b-df-hj-np-tv-z]{2,4}|[abcxyz]{2,4}")  # of variables: xy, abc; "on" and ABC are words
 _NAMES = "pi infinity infty and or sin cos tan log ln exp sqrt gcd lcm min max mod frac in"
@@ -283,7 +294,14 @@ def _tidy(text: str) -> str:
     text = _PERCENT.sub("", _MINUS.sub("-", text)).strip().rstrip(".,;").rstrip()
     if len(_DELIMITERS.findall(text)) == 2 and _DELIMITERS.match(text) and _DELIMITERS.search(text[-2:]):
         text = _DELIMITERS.sub("", text).strip()
-    return _CURRENCY.sub("", text)
+    return _CURRENCY.sub("", _write_latex(text))
+
+
+def _write_latex(text: str) -> str:
+    r"""Return an answer with the LaTeX of signs and names that the library does not know: √2, x², 2*pi, ∅."""
+    for pattern, replacement in _SIGNS:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def _cut_unit(text: str) -> str:
