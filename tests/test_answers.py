@@ -69,6 +69,39 @@ def test_t4_every_minus_sign_is_read(text, number):
     assert final_number(text) == number and read_gold(text) == {number}
 
 
+@pytest.mark.parametrize("text", ["2x = 4", "x + 1 = 4", "x^2 = 4", r"\sqrt{x} = 4", "|x| = 4", "2(x - 1) = 4"])
+def test_the_right_side_of_an_equation_is_no_number(text):
+    assert final_number(rf"\boxed{{{text}}}") is None and final_number(f"#### {text}") is None
+    assert final_number(rf"\boxed{{{text}, x = 3}}") == 3 and final_number(r"\boxed{x = 4}") == 4 == final_number(r"\boxed{a + b = 4}")
+
+
+NEGATIVE = [
+    r"\boxed{-{5}}", r"\boxed{-(5)}", "#### -(5)", "#### -**5**", r"-\text{5}", r"The answer is -\boxed{5}", r"\boxed{-|5|}", r"\boxed{-|-5|}",
+    r"\boxed{-((5))}", r"\boxed{-\left(5\right)}", r"\boxed{-\mathbf{5}}", "#### -(5 degrees)", "It is -(5).", r"$x = -\boxed{5}$", r"-$\boxed{5}$",
+    r"\boxed{-\lvert 5\rvert}", "#### minus **5**", r"\boxed{-\{5\}}", r"\boxed{-\mathsf{5}}", r"so it is \(-\boxed{5.0}\)", r"x = - \boxed{5}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NEGATIVE)
+def test_a_sign_before_a_bracket_is_not_lost(text):
+    """It is -5; a bracket that is not read makes the number none."""
+    numbers = (None, -5) if "mathsf" in text or r"\{" in text else (-5,)
+    assert final_number(text) in numbers and read_gold(text) in [number and {number} for number in numbers]
+
+
+@pytest.mark.parametrize("text, number", [
+    (r"\boxed{|-5|}", 5), (r"\boxed{\left|-5\right|}", 5), (r"\boxed{-(-5)}", 5), (r"\boxed{-{-5}}", 5), (r"-\boxed{-5}", 5), (r"\boxed{-\frac{-3}{4}}", THREE_QUARTERS),
+    (r"\boxed{-(\frac{3}{4})}", -THREE_QUARTERS), (r"-\boxed{\frac{3}{4}}", -THREE_QUARTERS), ("#### -(1,234.5)", Fraction(-2469, 2)), (r"\boxed{(-5)}", -5), (r"-\boxed{5\%}", -5),
+])  # fmt: skip
+def test_two_signs_and_absolute_values(text, number):
+    assert final_number(text) == number and read_gold(text) == {number}
+
+
+def test_a_dash_before_a_bracket_or_a_box_is_no_sign():
+    assert final_number("It is:\n- **5**") == final_number("- (5)\n") == final_number(r"- \boxed{5}") == 5
+    assert final_number("10 - (5)") == 5 and read_gold("10-(5)") is None and read_gold("3-(-5)") is None
+
+
 def test_t4_a_range_and_a_list_have_no_sign():
     assert final_number("pages 5–7") == 7 and final_number("It is either:\n- 4\n- 5") == 5
 
@@ -105,7 +138,7 @@ def test_t6_a_huge_exponent_is_no_number():
 
 @pytest.mark.parametrize("text", [
     r"2\sqrt{3}", r"\boxed{2\sqrt{3}}", r"#### 2\sqrt{3}", "2√3", r"\frac{\sqrt{3}}{2}", r"\boxed{\frac{\sqrt{3}}{2}}", r"3\pi", "2^{10}",
-    "3x", r"\boxed{3i}", "1011_2",
+    "3x", r"\boxed{3i}", "1011_2", "6xy", "#### 6ab", r"\boxed{4ac}", "6mn", "6 xy", "6xy^2",
 ])  # fmt: skip
 def test_t7_an_expression_is_no_number(text):
     assert read_gold(text) is None and final_number(text) is None
@@ -211,6 +244,7 @@ def test_attack_2_a_gold_answer_with_more_than_one_number_is_not_read(text):
 GSM8K_FORMS = {
     "72": 72, "1,234": 1234, "$12.50": Fraction(25, 2), "25 apples": 25, "50%": 50, "-5": -5, "42.": 42, "**42**": 42, "3/4 cup": THREE_QUARTERS,
     "2 1/4 cups": Fraction(9, 4), "5 m": 5, "5m": 5, "5 M": 5, "10 (ten)": 10, "5 = 5.0": 5, "25 m2": 25, "3 quarters": 3, "5 pairs": 5,
+    "5km": 5, "5kg": 5, "12hrs": 12, "30mins": 30, "20lbs": 20, "5pm": 5, "5USD": 5, "6th": 6, "5cm^2": 5, "16GB": 16, "5 in": 5, "8oz": 8,
 }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def judge(text, gold, **args):
 FAULTS = [  # of docs and of bug reports: (gold, completion)
     (r"\frac{3}{4}", r"\boxed{0.75}"), (r"\frac{3}{4}", "#### 3/4"), (r"$\frac34$", r"so \boxed{\tfrac{3}{4}}"), ("#### \\frac{3}{4}", "3/4"),
     ("3/2", r"\boxed{1\frac{1}{2}}"), ("3/2", "it is 1 1/2"), (r"1\frac12", "#### 1.5"), ("1/2", r"\frac12"),
-    ("-5", r"\boxed{- 5}"), ("–5", "-5"), ("-5", "the answer is –5"),
+    ("-5", r"\boxed{- 5}"), ("–5", "-5"), ("-5", "the answer is –5"), ("-5", r"The answer is -\boxed{5}"), (r"\boxed{-(5)}", "-5"), ("5", r"\boxed{|-5|}"), (r"-\sqrt{2}", r"-\boxed{\sqrt{2}}"),
     ("25", "so it has 25 m2"), ("25", "so it has 25 m^2"), ("25 m^2", r"\boxed{25\text{ m}^2}"),
     ("1000", "1e3"), (1e-05, r"\boxed{10^{-5}}"), ("0.00001", "1e-5"),
     (r"2\sqrt{3}", r"\boxed{2\sqrt{3}}"), (r"2\sqrt{3}", r"#### \sqrt{12}"), (r"2\sqrt{3}", r"The answer is $\sqrt{12}$."),
@@ -58,7 +58,7 @@ UNEQUAL = [
     ("3x", r"\boxed{3y}"), ("(1, 2)", r"\boxed{(2, 1)}"), (r"2\sqrt{3}", r"\boxed{2\sqrt{5}}"), ("3", "#### 3 + 5"), ("7", ""),
     ("1/3", "#### 0.33"), ("3", r"\boxed{4}"), ("1000000", "#### 1000001"), ("x^2", r"\boxed{x^3}"), (r"\{1, 2\}", r"\boxed{1}"),
     ("Evelyn", r"\boxed{Sam}"), (r"2\sqrt{3}", "I do not know."), ("[0, 1)", r"\boxed{[0, 1]}"), ("3", r"\boxed{}"), ("0", r"\boxed{\text{no}}"),
-    ("2", "I add 1 and 2 and get \\boxed{5}"), ("1e-7", "#### 2e-7"), ("5", r"\boxed{-5}"), ("(a, b)", r"\boxed{[a, b]}"), ("n!", r"\boxed{n}"), ("2x + 3y = 5", r"\boxed{x + y = 5}"),
+    ("2", "I add 1 and 2 and get \\boxed{5}"), ("1e-7", "#### 2e-7"), ("5", r"\boxed{-5}"), ("(a, b)", r"\boxed{[a, b]}"), ("n!", r"\boxed{n}"), ("5", r"\boxed{-{5}}"), ("-5", r"\boxed{|-5|}"), (r"\sqrt{2}", r"so -\boxed{\sqrt{2}}"), ("2x + 3y = 5", r"\boxed{x + y = 5}"),
     ("y = 2x + 3", r"\boxed{x = 2x + 3}"), ("2x + 3y = 5", r"\boxed{5}"), ("x = 1, y = 2", r"\boxed{x = 2, y = 1}"), ("no solution", r"\boxed{no}"),
 ]  # fmt: skip
 
@@ -73,6 +73,81 @@ def test_equal_answers(gold, text):
 @pytest.mark.parametrize("gold, text", UNEQUAL)
 def test_other_answers(gold, text):
     assert judge(text, gold) == 0.0
+
+
+VARIABLES = [  # behind a number, a bracket or a brace they are no unit: (gold, other answer)
+    ("6xy", "6"), ("6xy", "6ab"), ("b^2-4ac", "b^2-4"), ("b^2-4ac", "b^2-4mn"), ("x^2+2xy", "x^2+2"), ("6xy^3", "6xy^2"),
+    ("(x+1)ab", "(x+1)"), (r"\frac{1}{2}ab", r"\frac{1}{2}cd"), (r"\frac{1}{2}ab", r"\frac{1}{2}"), ("6xyz", r"6\text{ xy}"),
+    (r"\sqrt{2}ab", r"\sqrt{2}"), ("6xy", "6 cm"), (r"2\pi hr", r"2\pi"), (r"\pi ab", r"\pi"), ("6mn", "6"), ("6pq", "6"), ("6rh", "6"),
+]  # fmt: skip
+
+
+@needs_library
+@pytest.mark.parametrize("gold, other", VARIABLES)
+def test_variables_are_no_unit(gold, other):
+    assert judge(rf"\boxed{{{other}}}", gold) == judge(f"#### {gold}", other) == judge(rf"\boxed{{{gold}}}", other) == 0.0
+    assert judge(rf"\boxed{{{gold}}}", gold) == 1.0
+
+
+@needs_library
+@pytest.mark.parametrize("gold, text", [
+    ("3yx^2", r"\boxed{3x^2y}"), (r"2\pi hr", r"\boxed{2\pi rh}"), ("6hr", r"\boxed{6rh}"), ("6 hr", r"\boxed{6}"), ("4ac", r"\boxed{4ca}"),
+    (r"2\sqrt{3}", r"\boxed{2\sqrt{3} apples}"), (r"2\sqrt{3}", r"\boxed{2\sqrt{3} square feet}"), (r"2\sqrt{3} \text{ cm}", r"\boxed{2\sqrt{3}\,\mathrm{m}}"),
+    (r"2\sqrt{3}", r"\boxed{2\sqrt{3}\text{ square feet}}"), (r"6\sqrt{2}", r"#### 6\sqrt{2} cm^2"), (r"4\pi", r"#### 4\pi cm"),
+])  # fmt: skip
+def test_products_of_variables_and_units(gold, text):
+    assert judge(text, gold) == 1.0
+
+
+ANAGRAMS = [("ABC", "ACB"), ("seat", "east"), ("silent", "listen"), ("May", "Amy"), ("on", "no"), ("on solution", "no solution"), ("on, x", "no, x"), (r"\text{on}", r"\text{no}")]
+
+
+@needs_library
+@pytest.mark.parametrize("gold, other", ANAGRAMS)
+def test_words_are_no_products_of_letters(gold, other):
+    for text in (rf"\boxed{{{other}}}", f"The answer is {other}", f"#### {other}", f"It is {other}", rf"\boxed{{x = {other}}}"):
+        assert judge(text, gold) == 0.0 and judge(text.replace(other, gold), other) == 0.0
+        assert judge(text, other) == 1.0
+
+
+@needs_library
+@pytest.mark.parametrize("gold, text", [
+    ("xy", r"\boxed{yx}"), ("abc", r"\boxed{cab}"), ("pi", r"\boxed{pi}"), ("x=3 or x=5", r"\boxed{x=3, x=5}"), ("x = 3 and y = 5", r"\boxed{y = 5 and x = 3}"),
+])  # fmt: skip
+def test_products_and_words_between_answers(gold, text):
+    assert judge(text, gold) == 1.0
+
+
+@needs_library
+@pytest.mark.parametrize("gold, text", [
+    (r"\sqrt{2}", "√2"), (r"-2\sqrt{3}", "−2√3"), ("x^2", "x²"), (r"2\pi", "2*pi"), (r"\emptyset", r"\varnothing"), (r"\sqrt{x+1}", "√(x+1)"), (r"2\sqrt{3}", "2·√3"),
+    (r"2\pi", "2π"), (r"\emptyset", "∅"), ("x^{12}+1", "x¹²+1"), (r"\infty", "∞"), ("pi", r"\pi"), (r"\sin x", "sin x"), (r"\frac{\pi}{2}", "pi/2"),
+])  # fmt: skip
+def test_signs_of_unicode_and_names(gold, text):
+    assert judge(rf"\boxed{{{text}}}", gold) == judge(rf"\boxed{{{gold}}}", text) == 1.0
+    assert judge(rf"\boxed{{{text}+1}}", gold) == (1.0 if gold == r"\infty" else 0.0)
+
+
+EQUATIONS = [  # their right side is no answer: (right side, left side)
+    ("2", "x^2"), ("4", "2x"), ("5", "x+1"), ("3", r"\sqrt{x}"), ("3", "|x|"), ("6", "2(x+1)"), ("3", r"\frac{x}{2}"), ("3", r"\log x"), (r"\sqrt{2}", "x+1"), ("0.5", "3 - x"), ("6", "x + 2y"),
+]  # fmt: skip
+
+
+@needs_library
+@pytest.mark.parametrize("gold, left", EQUATIONS)
+def test_the_right_side_of_an_equation_is_no_answer(gold, left):
+    for text in (rf"\boxed{{{left}={gold}}}", f"#### {left} = {gold}", f"The answer is {left} = {gold}"):
+        assert judge(text, gold) == 0.0
+    assert judge(rf"\boxed{{{left}={gold}}}", f"{left} = {gold}") == 1.0
+
+
+@needs_library
+@pytest.mark.parametrize("gold, text", [
+    ("5", r"\boxed{x = 5}"), ("5", "#### 2 + 3 = 5"), ("125", r"\boxed{m+n=125}"), ("2", "so 2x = 4 and x = 2"), ("25", r"\boxed{A = \pi r^2 = 25}"), ("7", r"\boxed{f(2) = 7}"),
+    ("2", r"\boxed{2x = 4, x = 2}"), ("15", "#### 3 * 5 m = 15 m"), ("18", "#### $9 * 2 = $18"), (r"\sqrt{2}", r"\boxed{y = \sqrt{2}}"), ("5", r"\boxed{x_1 = 5}"), ("2", r"2x = 4 \implies x = 2"),
+])  # fmt: skip
+def test_the_value_of_what_is_asked_is_an_answer(gold, text):
+    assert judge(text, gold) == 1.0
 
 
 @needs_library

@@ -31,6 +31,9 @@ _LEADING_LETTER = re.compile(
     re.X | re.I,
 )
 _BRACES = re.compile(r"(?P<box>\\f?boxed\s*\{)|\\.|[{}]", re.S)
+_SIGN_OF_BOX = re.compile(  # not the dash of a list
+    r"""(?:(?<![\w)}\]])[-−–]|(?:(?<=[=:]\s)|(?<=\bis\s))[-−–]\s)(?:\*\*|\\[,!]|[${(])?\Z""", re.X
+)
 _LATEX_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox)\s*\{([^{}]*)\}")
 _LEADING_POINT = re.compile(r"(?:\A|[^.])\.\Z")  # of .5, but not of ...5
 _EDGES = " \t\r\n.,;:!?\"'`*_$()[]{}“”‘’«»"
@@ -51,7 +54,7 @@ def cut_thinking(text: str, prompt: str | None = None) -> str:
 
 
 def find_last_box(text: str) -> str | None:
-    r"""Return the content of the last \boxed{} that is closed, or None."""
+    r"""Return the content of the last \boxed{} that is closed, or None. A minus in front of the box belongs to it."""
     open_braces: list[int] = []  # where the content of a box begins; -1 for other braces
     box = None
     for match in _BRACES.finditer(text) if "boxed" in text else ():
@@ -61,7 +64,12 @@ def find_last_box(text: str) -> str | None:
             open_braces.append(-1)
         elif match[0] == "}" and open_braces and (start := open_braces.pop()) >= 0:
             box = (start, match.start())
-    return None if box is None else text[box[0] : box[1]]
+    if box is None:
+        return None
+    content, start = text[box[0] : box[1]], text.rindex("\\", 0, box[0])
+    if not _SIGN_OF_BOX.search(text[max(0, start - 8) : start]):
+        return content
+    return f"-({content})" if re.search(r"[-−–+=\s]", content) else f"-{content}"
 
 
 def normalise_text(text: str) -> str:

@@ -17,11 +17,13 @@ from itertools import islice
 from typing import Any
 
 from grpo_core.objective.answers import find_last_box
+from grpo_core.objective.units import KNOWN_UNIT
 
 MAX_NUMBER_CHARS = 300  # a longer number counts as no number: exact arithmetic with it would be slow
 MAX_EXPONENT = 300  # of ten, for the same reason
 MAX_CANDIDATES = 64  # last numbers of a text among which the one that stands alone is looked for
 WINDOW = 24  # characters before a number that decide whether it belongs to a unit, a root or a power
+LINE = 200  # characters before the last number in which its equation is looked for
 
 _MINUS_SIGNS = "−–‐‑‒﹣－"
 _VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5", "⅘": "4/5"}
@@ -45,6 +47,7 @@ _REPLACEMENTS = [
     (re.compile(r"\\(?:left|right|text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox)(?![A-Za-z])"), ""),
     (re.compile(r"\^\s?(?:\\circ(?![A-Za-z])|\{\s?\\circ\s?\})|\\degree(?![A-Za-z])"), "°"),
     (re.compile(r"\\approx(?![A-Za-z])"), "≈"),
+    (re.compile(r"\\[lr]?vert(?![A-Za-z])"), "|"),
     (re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+"), lambda match: "^" + match[0].translate(_SUPERSCRIPTS)),
 ]
 _FRACTION = re.compile(
@@ -53,6 +56,16 @@ _FRACTION = re.compile(
         (?:\{\s?(?P<under>-?\s?\d+)\s?\}|(?P<under_digit>\d))""",
     re.X,
 )
+_PLAIN = r"[$€£¥]?[ ]?(?:\d[\d,]*+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:[ ]?/[ ]?\d+|[ ]\d+/\d+)?"
+# The sign of |-5| and -|5|, of -(5), -**5** and -((-5)).
+_ABSOLUTE = re.compile(rf"(?:(?<![\w|)}}\]])\|[-+]|(?<=-)\|[-+]?|(?<=-[ ])\|[-+]?)[ ]?({_PLAIN})\|(?![\w|])")
+_SIGN_OF_BRACKET = re.compile(
+    rf"""(?P<sign>-[ ]?|\b(?:minus|negative)[ ]{{1,2}})(?P<open>(?:[({{\[][ ]?|\*\*|\*){{1,4}})(?P<inner>[-+][ ]?)?
+        (?P<number>{_PLAIN}(?:[ ]?[A-Za-z°%]{{1,20}}){{0,3}}\.?)(?P<close>(?:[ ]?[)}}\]]|\*\*|\*){{1,8}})""",
+    re.X | re.I,
+)
+_CLOSING = {"(": ")", "{": "}", "[": "]", "**": "**", "*": "*"}
+_HIDDEN_SIGN = re.compile(r"(?<![\w)}\]])-(?:\\?[({\[|][ ]?|\\[A-Za-z]+[ ]?\{)+\Z")  # of a number in another bracket
 _POWER = r"\s?(?:\^|\*\*)\s?(?:\{\s?([-+]?\d{1,9})\s?\}|([-+]?\d{1,9}))"
 _TIMES_POWER_OF_TEN = re.compile(r"(?<=\d)[ ]{0,4}(?:\\times|\\cdot|[×·*x])\s{0,4}10" + _POWER)
 _POWER_OF_TEN = re.compile(r"(?<![\w.,/*^])10" + _POWER)
@@ -93,7 +106,10 @@ _ROOT_BEFORE = re.compile(
 )
 _EXPRESSION_AFTER = re.compile(
     r"""[ ]?\}?[ ]?(?:\\(?:sqrt|pi|log|ln|sin|cos|tan|theta|overline|infty)(?![A-Za-z]) | [√π^] | _\{?\d | \*\*[ ]?\d)
-      | [ ]?(?:sqrt|pi)(?![A-Za-z]) | [xyzinabqruvw](?![A-Za-z])""",
+      | [ ]?(?:sqrt|pi)(?![A-Za-z]) | [xyzinabqruvw](?![A-Za-z]) | [ ][xyz]{2,3}(?![A-Za-z])
+      | (?!(?:"""
+    + KNOWN_UNIT
+    + r""")(?![A-Za-z]))[A-Za-z]{2,3}(?![A-Za-z])""",  # 6xy, 4ac
     re.X,
 )
 _OPERATOR_AFTER = re.compile(
@@ -116,6 +132,17 @@ _SCALED_BEFORE = re.compile(r"\b(?:half|third|quarter|twice|thrice|double|triple
 _TWO_EQUATIONS = re.compile(  # x = 5, y = 6
     r"(?:\A|=)[ ]?-?[\d./]+[ ]?(?:[,;](?!\d)|and\b|or\b)(?:[ ]?(?:and|or)\b)?[ ]?[A-Za-z](?:_\w{1,9})?[ ]?="
 )
+_CLAUSE_END = re.compile(
+    r"""[;:\n⇒→] | ,(?!\d) | \\(?:implies|Rightarrow|quad) | => | \.\s
+      | \b(?:so|and|or|is|are|then|thus|get|gives|if|when)\b""",
+    re.X,
+)
+_BESIDE_VARIABLE = re.compile(  # 2x, x + 1, x^2, \sqrt{x}, (x + 1), |x|, sin x; but not "5 a day"
+    r"""(?:[+*/^×·(|√}]\s?|\d(?:\s(?!a\b))?|(?<!\w)-\s?|[ ]-\s?|\\[A-Za-z]+\s?[{(]?|\b(?:sqrt|sin|cos|tan|log|ln)\s?\(?)
+        (?P<right>[a-z])(?![A-Za-z])
+      | (?<![A-Za-z\\])(?P<left>[a-z])(?=\s?(?:[-+*/^×·]|\\(?:cdot|times)))""",
+    re.X,
+)
 _SENTENCE_END = re.compile(r"[.!?]\s+(?=[A-Z])|\n")
 
 
@@ -133,6 +160,8 @@ def final_number(text: str, *, strict: bool = False) -> Fraction | None:
     if marked is None:
         return None if strict else _last_number(text)
     answer, is_box = marked
+    if states_equation(answer):
+        return None
     return _only_number(answer) if is_box else _first_number(answer)
 
 
@@ -161,6 +190,23 @@ def read_gold(value: Any) -> set[Fraction] | None:
     return None if number is None else {number}
 
 
+def states_equation(text: str) -> bool:
+    """Return True if the right side of the last clause belongs to an equation of one unknown, such as 2x + 1 = 5.
+
+    x = 5, 2 + 3 = 5, A = r^2 = 5 and a + b = 5 give the value of what stands on the left.
+    """
+    clauses = [part for part in _CLAUSE_END.split(text) if "=" in part]
+    if not clauses:
+        return False
+    left, _, right = clauses[-1].partition("=")
+    if re.search(r"\d\s?[A-Za-z]", right):  # 3 * 5 m = 15 m has units
+        return False
+    if re.match(r"[\s$\\(\[{*]{0,8}[A-Za-z]\s?\([^()]{0,20}\)\s?\Z", left):  # f(2)
+        return False
+    variables = {match["left"] or match["right"] for match in _BESIDE_VARIABLE.finditer(left)}
+    return bool(variables) and (len(variables) == 1 or bool(re.search(r"\d", left)))
+
+
 def _gold_number(text: str) -> Fraction | None:
     """Return the number of a gold answer that has exactly one, without a word that changes its value."""
     if _TWO_EQUATIONS.search(text):
@@ -181,10 +227,27 @@ def _clean(text: str) -> str:
         text = pattern.sub(replacement, text)
     if "frac" in text:
         text = _FRACTION.sub(_write_fraction, text)
+    text = _join_signs(text)
     if "10" in text:
         text = _TIMES_POWER_OF_TEN.sub(lambda match: f"e{match[1] or match[2]} ", text)
         text = _POWER_OF_TEN.sub(lambda match: f"1e{match[1] or match[2]} ", text)
     return text
+
+
+def _join_signs(text: str) -> str:
+    if "-" in text or re.search("minus|negative", text, re.I):
+        text = _SIGN_OF_BRACKET.sub(_write_sign, _ABSOLUTE.sub(r"\1", text))
+    return text
+
+
+def _write_sign(match: re.Match) -> str:
+    """Return a number with its sign directly in front of it, without the brackets between the two."""
+    opened = re.findall(r"\*\*|\S", match["open"])
+    closed = re.findall(r"\*\*|\S", match["close"])
+    if [_CLOSING[sign] for sign in reversed(opened)] != closed[: len(opened)]:
+        return match[0]
+    sign = "+" if (match["inner"] or "").startswith("-") else match["sign"]
+    return sign + match["number"] + "".join(closed[len(opened) :])
 
 
 def _write_fraction(match: re.Match) -> str:
@@ -192,7 +255,9 @@ def _write_fraction(match: re.Match) -> str:
     top, under = top.replace(" ", "").replace(",", ""), under.replace(" ", "")
     sign = "-" if top.startswith("-") != under.startswith("-") else ""
     space = " " if match.string[match.start() - 1 : match.start()].isdigit() else ""  # a mixed number
-    return f"{space}{sign}{top.lstrip('-')}/{under.lstrip('-')}"
+    fraction = f"{sign}{top.lstrip('-')}/{under.lstrip('-')}"
+    is_negated = sign and match.string[max(0, match.start() - 2) : match.start()].rstrip(" ").endswith("-")
+    return f"({fraction})" if is_negated else space + fraction
 
 
 def _find_marked(text: str) -> tuple[str, bool] | None:
@@ -207,6 +272,7 @@ def _find_marked(text: str) -> tuple[str, bool] | None:
     answer = find_last_box(text) if after is None else text[after.end() :].partition("\n")[0]
     if answer is None:
         return None
+    answer = answer if after else _join_signs(answer)  # -\\boxed{-5}
     return _SPACED_GROUPS.sub(lambda match: match[0].replace(" ", ""), answer), after is None
 
 
@@ -247,7 +313,8 @@ def _last_number(text: str) -> Fraction | None:
         if _is_in_expression(text, match):
             return None
         if not _is_attached(text, match):
-            return None if _is_ambiguous(text, match) else _value(text, match, is_start=False)
+            line = text[max(0, match.start() - LINE) : match.end()].rpartition("\n")[2]
+            return None if _is_ambiguous(text, match) or states_equation(line) else _value(text, match, is_start=False)
     return None
 
 
@@ -286,6 +353,8 @@ def _is_ambiguous(text: str, match: re.Match) -> bool:
 def _value(text: str, match: re.Match, *, is_start: bool) -> Fraction | None:
     """Return a match of `_NUMBER` with its sign; `is_start`: a minus at the beginning of the text is a sign."""
     if len(match[0]) > MAX_NUMBER_CHARS or abs(int((match["exponent"] or "e0")[1:])) > MAX_EXPONENT:
+        return None
+    if _HIDDEN_SIGN.search(text[max(0, match.start() - WINDOW) : match.start()]):
         return None
     digits = match["value"]
     if re.search(r"\.\d{3},|\.\d{3}\.", digits):  # 1.234,50

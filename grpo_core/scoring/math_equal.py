@@ -6,17 +6,20 @@ matrices, equations) are parsed and compared by the library math-verify, in a ch
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import re
 import time
+import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 from grpo_core.objective.answers import final_text, find_answer, normalise_text
-from grpo_core.objective.numbers import final_number, read_gold
+from grpo_core.objective.numbers import final_number, read_gold, states_equation
 from grpo_core.objective.rewards import REWARDS, cut_all_thinking
+from grpo_core.objective.units import KNOWN_UNIT, LENGTH
 from grpo_core.scoring.deadline import check_seconds, compute_deadline
 from grpo_core.scoring.limited_calls import LimitedCalls
 
@@ -35,9 +38,35 @@ _UNIT = r"""(?P<unit>[A-Za-zµΩ°]+(?:\s?[/·*]\s?[A-Za-z]+)*)
     \s?(?:\^?\s?\{?(?P<power>[-−]?[1-9])\}?|(?P<raised>[²³]))?"""
 _UNIT_AT_END = re.compile(rf"(?<=[\d)}}\s]){_UNIT}\s*\Z", re.X)
 _UNIT_BEHIND_NUMBER = re.compile(rf"(?<=\d)\s?{_UNIT}(?![A-Za-z])", re.X)
-_WORD_UNIT = re.compile(r"(?<=\d|\}|\))\s*[A-Za-z]{2,}(?:\s[A-Za-z]{2,}){0,2}(?:\^?\{?\d\}?|[²³])?\Z")
+_POWER = r"(?:\s?\^?\s?\{?[1-9]\}?|[²³])"
+_TEXT_UNIT = re.compile(
+    rf"""(?<=[\d)}}\]i])(?:\\[,;:! ]|[~\s])*\\(?:text(?:rm|bf|it)?|math(?:rm|bf|it)|mbox)\s*
+        \{{[A-Za-z°/·.\s]+{_POWER}?\}}{_POWER}?\Z""",
+    re.X,
+)
+_WORD_UNIT = re.compile(  # of letters: a unit, or a word longer than a product of variables is
+    rf"""(?:(?<=[\d)}}\]])\s*|(?<=\\pi)\s+(?!hr\b))
+        (?: (?:{LENGTH}|(?:square|cubic|sq|cu)\s[A-Za-z]{{1,12}}){_POWER}?
+          | (?:{KNOWN_UNIT}) | (?<=\s)(?:[A-Za-z]{{5,}}|[msgL]{_POWER}?) )
+        (?:\s(?:{KNOWN_UNIT}|[A-Za-z]{{4,}}|of)){{0,2}}\Z""",
+    re.X,
+)
 _RAISED = str.maketrans("²³−", "23-")
+_SIGNS = [
+    (re.compile(r"√\s?\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"√\s?(\d+(?:\.\d+)?|[A-Za-z])"), r"\\sqrt{\1}"),
+    (re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹]+"), lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}"),
+    (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])|π"), r"\\pi "),
+    (re.compile(r"(?<![A-Za-z\\])(?=(?:sin|cos|tan|log|ln)[ (])"), r"\\"),
+    (re.compile(r"(?<=[\w)}])\s?[*·×]\s?(?=[\w(\\])"), r" \\cdot "),
+    (re.compile(r"\\varnothing(?![A-Za-z])|∅"), r"\\emptyset "),
+    (re.compile("∞"), r"\\infty "),
+]
 _WORDS = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]+)*")  # "no solution", but not x, whose brackets may be an interval's
+_PRODUCT = re.compile("[b-df-hj-np-tv-z]{2,4}|[abcxyz]{2,4}")  # of variables: xy, abc; "on" and ABC are words
+_NAMES = "pi infinity infty and or sin cos tan log ln exp sqrt gcd lcm min max mod frac in"
+_COMMANDS = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_WORD = re.compile(r"(?<![A-Za-z\d)}^_])[A-Za-z]{2,}(?![A-Za-z\d^_(])")
 _EQUATION = re.compile(  # of variables, such as 2x + y = 5: it is not the number 5, as x = 5 and 2 + 3 = 5 are
     r"(?:(?<![A-Za-z\\])[A-Za-z]\s*[-+*/^]|[-+*/^\d]\s*[A-Za-z](?![A-Za-z]))[^=]*="
 )
@@ -164,6 +193,8 @@ def _is_equal(final: str, number: Fraction | None, gold: str, percent: str, unit
         final = final[-MAX_CHARS:]
     if units == "compare" and (unit := read_unit(gold)) and unit not in _read_units(final):
         return False
+    is_equation = "=" not in gold and states_equation(final)
+    number = None if is_equation else number
     scales = _list_scales(bool(_PERCENT.search(gold)), bool(_PERCENT.search(final)), percent)
     gold_numbers = None if _EQUATION.search(gold) else read_gold(gold)
     if gold_numbers is not None and number is not None:
@@ -177,10 +208,25 @@ def _is_equal(final: str, number: Fraction | None, gold: str, percent: str, unit
         return False
     if _WORDS.fullmatch(words := normalise_text(gold)) and normalise_text(final) == words:
         return True
+    if is_equation:  # of which the library takes the right side
+        return False
+    if not _list_words(gold) <= _list_words(final):  # the library takes words for products of their letters
+        return False
     if seconds <= 0:
         return None
-    pairs = [(_scale(_tidy(gold), gold_scale), _scale(_tidy(final), scale)) for gold_scale, scale in scales]
+    tidied = (_tidy(gold), _tidy(final))
+    forms = dict.fromkeys([tidied, (_cut_unit(tidied[0]), _cut_unit(tidied[1]))])  # 6hr is 6rh, and 6 hours
+    pairs = [(_scale(form[0], gold_scale), _scale(form[1], scale)) for form in forms for gold_scale, scale in scales]
     return any(_COMPARISONS.call(*pair, seconds=seconds) for pair in pairs)
+
+
+def _list_words(text: str) -> set[str]:
+    """Return the words of an answer in lower case: those in letters, and without a digit those in text commands too."""
+    text = _cut_unit(_tidy(text))
+    if not re.search(r"\d", text):
+        text = _LATEX_UNIT.sub(lambda match: f" {match[1] or ''} ", text)
+    words = _WORD.findall(_COMMANDS.sub(" ", text))
+    return {word.casefold() for word in words if not _PRODUCT.fullmatch(word)} - {*_NAMES.split()}
 
 
 def _list_scales(gold_is_percent: bool, is_percent: bool, percent: str) -> list[tuple[Fraction, Fraction]]:
@@ -244,11 +290,22 @@ def _squeeze(text: str) -> str:
 
 
 def _tidy(text: str) -> str:
-    """Return an answer without percent sign, currency sign, unit in words, and punctuation at its end."""
+    """Return an answer without percent sign, currency sign, and punctuation at its end."""
     text = _PERCENT.sub("", _MINUS.sub("-", text)).strip().rstrip(".,;").rstrip()
     if len(_DELIMITERS.findall(text)) == 2 and _DELIMITERS.match(text) and _DELIMITERS.search(text[-2:]):
         text = _DELIMITERS.sub("", text).strip()
-    return _WORD_UNIT.sub("", _CURRENCY.sub("", text))
+    return _CURRENCY.sub("", _write_latex(text))
+
+
+def _write_latex(text: str) -> str:
+    r"""Return an answer with the LaTeX of signs and names that the library does not know: √2, x², 2*pi, ∅."""
+    for pattern, replacement in _SIGNS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _cut_unit(text: str) -> str:
+    return _WORD_UNIT.sub("", _TEXT_UNIT.sub("", text))
 
 
 def _scale(text: str, scale: Fraction) -> str:
@@ -260,7 +317,17 @@ def _parse(text: str) -> list[Any]:
     from math_verify import parse
 
     marked = text if _DELIMITERS.search(text) else f"${text}$"
-    return parse(marked, fallback_mode="no_fallback", parsing_timeout=None)
+    return parse(marked, _make_targets(), fallback_mode="no_fallback", parsing_timeout=None)
+
+
+@functools.cache
+def _make_targets() -> list[Any]:
+    """Return what the library looks for: its own settings, but units stay, for it takes the ab of 6ab for one."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig
+
+    latex = LatexExtractionConfig()
+    normalization = dataclasses.replace(latex.normalization_config, units=False)
+    return [dataclasses.replace(latex, normalization_config=normalization), ExprExtractionConfig()]
 
 
 def _compare(gold: str, answer: str) -> bool:
