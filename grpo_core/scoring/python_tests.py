@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -142,7 +143,7 @@ def run_tests(code: str, tests: Sequence[Any], limits: dict[str, float]) -> list
             try:
                 process.communicate(request, timeout=limits["seconds"])
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # it and its fork
                 process.communicate()
         os.set_blocking(ours, False)
         with contextlib.suppress(BlockingIOError):
