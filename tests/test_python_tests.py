@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,58 @@ def test_programs_with_stdin_and_stdout():
     fails = "print(int(input()) * 2)\nraise ValueError"
     answers = [run_tests(code, tests, LIMITS) for code in (main, raw, wrong, fails)]
     assert answers == [[True, True], [True, True], [True, False], [False, False]]
+
+
+@pytest.mark.parametrize("code", [
+    "input = open(0).readline\nprint(int(input()))",
+    "import sys\nsys.stdin = open(0)\nprint(input())",
+    "import sys\nsys.stdout = open(1, 'w')\nprint(input())",
+    "import threading as t\nt.stack_size(512 << 20)\nx = t.Thread(target=lambda: print(input()))\nx.start()\nx.join()",
+    "import threading, time\ndef main():\n    time.sleep(0.05)\n    print(input())\nthreading.Thread(target=main).start()",
+    "from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(2)\npool.submit(lambda: print(input()))",
+    "out = open(1, 'w')\nout.write(input())",
+    "class A:\n    out = open(1, 'w')\n    def __init__(self): self.me = self\na = A()\na.out.write(input())",
+    "import sys\nsys.__stdout__.write(input())",
+    "import sys\nsys.stdout, n = open('/dev/null', 'w'), input()\nsys.__stdout__.write(n)",
+    "import atexit\nn = int(input())\natexit.register(lambda: print(n))",
+    "class A:\n    def __init__(self): self.n = input()\n    def __del__(self): print(self.n)\na = A()",
+    "import sys\nprint(input())\nsys.stdout.close()",
+    "import fileinput\nfor line in fileinput.input(): print(line)",
+    "import os, sys\nprint(input())\nsys.stdout.flush()\nos._exit(0)",
+    "import sys\nassert len(sys.argv) == 1\nprint(open('/dev/stdin').read())\nexit()",
+    "import os\nos.write(1, os.read(0, 100))\nos.close(0)\nos.close(1)",
+])  # fmt: skip
+def test_a_program_reads_prints_and_ends_as_in_an_interpreter_of_its_own(code):
+    assert run_tests(code, [["3\n", "3\n"], ["4\n", "4\n"], ["5\n", "0"]], LIMITS) == [True, True, False]
+
+
+@pytest.mark.parametrize("code, passed", [
+    ("print(3)\nraise SystemExit(1)", [False, False]),
+    ("import os\nprint(3, flush=True)\nos._exit(1)", [False, False]),
+    ("import os\nprint(3)\nos._exit(0)", [False, False]),  # what it printed was never written
+    ("import os\nprint(3)\nos.close(1)", [False, False]),
+    ("import os, signal\nprint(3, flush=True)\nif input() == '1': os.kill(os.getpid(), signal.SIGKILL)", [False, True]),
+    ("print('1' * 2**21)", [False, False]),
+    ("import sys\nsys.setrecursionlimit(10**9)\nx = bytearray(2**30)\nprint(3)", [False, False]),
+    ("import os\nos.fork()\nprint(3)", [False, False]),
+    ("import subprocess\nsubprocess.run(['true'])\nprint(3)", [False, False]),
+    ("def f(", [False, False]),
+])  # fmt: skip
+def test_limits_of_programs_with_stdin(code, passed):
+    assert run_tests(code, [["1", "3"], ["2", "3"]], LIMITS) == passed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("end", ["time.sleep(100)", "threading.Thread(target=time.sleep, args=[100]).start()"])
+def test_the_seconds_are_those_of_all_tests_and_no_process_is_left(end):
+    mark = f"left_{os.getpid()}_{len(end)}"
+    code = f"import os, threading, time\nos.setsid()\nopen('/proc/self/comm', 'w').write('{mark[-15:]}')\nprint(3)\nif input() == '2':\n    {end}"
+    start = time.monotonic()
+    assert run_tests(code, [["1", "3"], ["2", "3"], ["1", "3"]], {**LIMITS, "seconds": 1.5}) == [True]
+    assert 1.5 <= time.monotonic() - start < 3
+    time.sleep(0.1)
+    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat")]
+    assert not [stat for stat in stats if f"({mark[-15:]}) " in stat and f"({mark[-15:]}) Z" not in stat]  # Z: only init has to note it
 
 
 @pytest.mark.parametrize("code, passed", [

@@ -2,21 +2,27 @@
 
 It reads {code, tests, memory, file_size, seconds} as JSON from stdin and writes one byte per test to the file
 descriptor that its argument names: 1 passed, 0 failed. A test without a byte was not reached. Tests that are Python
-texts run in this process. For each pair of stdin and stdout it forks, and the program runs and ends in the fork as in an
-interpreter of its own. It imports nothing of this package.
+texts run in this process. For each pair of stdin and stdout it forks, and the program runs and ends in the fork as in
+an interpreter of its own. It imports nothing of this package.
 """
 
+import atexit
+import contextlib
 import ctypes
+import gc
+import importlib
+import io
 import json
 import os
 import platform
+import re
 import resource
 import signal
 import struct
 import sys
 import tempfile
+import threading
 import types
-from typing import Any
 
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
 LOAD, JUMP_IF_EQUAL, JUMP_IF_ANY, RETURN = 0x20, 0x15, 0x45, 0x06  # of classic BPF, on words
@@ -27,6 +33,9 @@ SYSTEM_CALLS = {  # machine: (its number in an audit record, clone, others that 
     "x86_64": (0xC000003E, 56, (57, 58)),  # fork, vfork
     "aarch64": (0xC00000B7, 220, ()),
 }
+SLOW_TO_IMPORT = ("numpy", "pandas", "sympy")  # imported once, before the forks of a program that names them
+
+BUFFERED_FILES = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
 
 
 def limit(memory: int, file_size: int, seconds: float) -> None:
@@ -78,6 +87,45 @@ def make_module(name: str) -> types.ModuleType:
     return sys.modules[name]
 
 
+def run_program(text: str) -> None:
+    """Run a text as `__main__`, and end this process as an interpreter does; its exit code is 0 if all went well.
+
+    Only what the program has left is taken apart: an interpreter's own end takes ten times as long as the fork.
+    """
+    main = make_module("__main__")
+    try:
+        exec(compile(text, "program.py", "exec"), main.__dict__)
+    except SystemExit as error:
+        failed = error.code not in (None, 0)
+    except BaseException:  # the code is not ours
+        failed = True
+    else:
+        failed = False
+    if failed:
+        os._exit(1)
+    threading._shutdown()  # type: ignore[attr-defined]  # joins threads, after those of pools were told to end
+    atexit._run_exitfuncs()
+    flushed = flush(sys.stdout)
+    for file in gc.get_objects():
+        if type(file) in BUFFERED_FILES:
+            flush(file)
+    for name in [name for name in main.__dict__ if name != "__builtins__"]:
+        main.__dict__[name] = None  # calls the __del__ of what the names held
+    gc.collect()
+    flush(sys.__stdout__)
+    os._exit(0 if flushed and flush(sys.stdout) else 1)
+
+
+def flush(file: object) -> bool:
+    """Flush a file that is open; return False if that fails, as where too much was printed."""
+    try:
+        if file is not None and not getattr(file, "closed", False):
+            file.flush()  # type: ignore[attr-defined]
+    except BaseException:  # the file may be the program's
+        return False
+    return True
+
+
 def end_with(parent: int) -> None:
     """End this process where its parent ends, also one that has ended by now."""
     if sys.platform == "linux":
@@ -86,8 +134,14 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
 
-def fork_for_tests(request: dict[str, Any], report: int) -> bool:
-    """Fork for each pair of stdin and stdout; return True in the fork, under its limits, and False after the last."""
+def run_in_forks(request: dict, report: int) -> None:
+    """Run the code as a program in a fork of this process for each pair of stdin and stdout."""
+    for name in SLOW_TO_IMPORT:
+        with contextlib.suppress(Exception):
+            if re.search(rf"\b(import|from) +{name}\b", request["code"]):
+                importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # the forks need not look at what is here
     for given, expected in request["tests"]:
         with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout:
             stdin.write(given.encode())
@@ -99,12 +153,11 @@ def fork_for_tests(request: dict[str, Any], report: int) -> bool:
                 os.dup2(stdin.fileno(), 0)
                 os.dup2(stdout.fileno(), 1)
                 limit(request["memory"], request["file_size"], request["seconds"])
-                return True
+                run_program(request["code"])
             status = os.waitpid(child, 0)[1]
             stdout.seek(0)
             printed = stdout.read().decode(errors="replace")
             os.write(report, b"1" if status == 0 and tidy(printed) == tidy(expected) else b"0")
-    return False
 
 
 def tidy(text: str) -> list[str]:
@@ -112,7 +165,7 @@ def tidy(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-def run_texts(request: dict[str, Any], report: int) -> None:
+def run_texts(request: dict, report: int) -> None:
     """Run the code and then each test, a Python text, in one module."""
     limit(request["memory"], request["file_size"], request["seconds"])
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
@@ -122,20 +175,18 @@ def run_texts(request: dict[str, Any], report: int) -> None:
             os.write(report, b"1" if run(test, module) else b"0")
 
 
-def main() -> str | None:
-    """Run the tests that stdin names and report each; return the program to run as `__main__` in a fork, or None."""
+def main() -> None:
+    """Run the tests that stdin names and report each."""
     report = int(sys.argv.pop())
     with open(0, "rb", closefd=False) as stdin:  # sys.stdin and its buffer are the program's
         request = json.load(stdin)
     sys.argv[0] = "program.py"
-    sys.stdin.reconfigure(newline=None)  # lines may end with \r\n, as the programs of some data sets expect
+    sys.stdin.reconfigure(newline=None)  # type: ignore[union-attr]  # lines may end with \r\n
     signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 1)  # ends it where nobody is left to
-    if isinstance(request["tests"][0], str):
-        run_texts(request, report)
-    elif fork_for_tests(request, report):
-        return request["code"]
+    run_tests = run_texts if isinstance(request["tests"][0], str) else run_in_forks
+    run_tests(request, report)
     os._exit(0)  # without waiting for the threads of the code
 
 
-if __name__ == "__main__":  # the program is run here so that it ends as an interpreter does
-    exec(compile(main(), "program.py", "exec"), make_module("__main__").__dict__)
+if __name__ == "__main__":
+    main()
