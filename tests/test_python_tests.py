@@ -33,6 +33,7 @@ def judge(code, tests=TESTS, **args):
     ([{"input": "1\n", "output": "2", "type": "stdin_stdout"}], [["1\n", "2"]]), ({"inputs": ["1"], "outputs": ["2"]}, [["1", "2"]]),
     ('{"inputs": ["1", "3"], "outputs": ["2", "4"]}', [["1", "2"], ["3", "4"]]),
     (None, None), ("", None), ([], None), (["assert f()", ""], None), ([{"input": "1"}], None), ({"inputs": [1], "outputs": [2]}, None),
+    ({"inputs": ["a"], "outputs": ["a", "b"]}, None), ({"inputs": ["a", "b"], "outputs": ["a"]}, None), ({"inputs": [], "outputs": []}, None),
     ({"fn_name": "f", "inputs": ["1"], "outputs": ["2"]}, None), ("[broken", None), (3, None), ([["a"]], None),
 ])  # fmt: skip
 def test_the_column(value, tests):
@@ -44,17 +45,23 @@ def test_the_column(value, tests):
 @pytest.mark.parametrize("text, code", [
     (block("x = 1"), "x = 1\n"), ("```\nx = 1\n```", "x = 1\n"), ("```py\nx = 1\n```\nand\n```Python\nx = 2\n```", "x = 2\n"),
     ("```python\nx = 1\n```\n```python\ncut", "x = 1\n"), ("```bash\nls\n```", None), ("x = 1", None), ("", None), ("```python\ncut", None),
-    ("```python\ncut\n```python\nx = 1\n```", "x = 1\n"), ("  ```python\n  x = 1\n  ```", "  x = 1\n"), ("```python title=a\nx\n```", "x\n"),
+    ("```python\ncut\n```python\nx = 1\n```", "x = 1\n"), ("  ```python\n  x = 1\n  ```", "x = 1\n"), ("```python title=a\nx\n```", "x\n"),
+    ("1. Code:\n   ```python\n   def f():\n\n       return 1\n   ```", "def f():\n\n    return 1\n"),
+    ("- ```python\n  if a:\n    b\n  ```", "if a:\n  b\n"), ("10) ```\n    x\n    ```\n- ```bash\n  ls\n  ```", "x\n"),
+    ("\t```py\n\tif a:\n\t\tb\n\t```", "if a:\n\tb\n"), ("   ```py\nif a:\n  b\n   ```", "if a:\n  b\n"),
+    ("  ```py\n  s = '''\na\n   b'''\n  ```", "s = '''\na\n b'''\n"), ("```py\n  x\n```", "  x\n"), ("```py\ns = 1\n- ```\n```", "s = 1\n- ```\n"),
+    (" ```py\n   x\n ```", "  x\n"), ("```\r\nx\r\n```\r", "x\r\n"), ("  ```py\n  ```", ""),
     ("a ```python b``` c\n```\nx\n```", "x\n"), ("```python\ns = '```'\n```", "s = '```'\n"), ("```json\n1\n```\n```\nx\n```\n```", "x\n"),
 ])  # fmt: skip
 def test_the_code_of_a_completion(text, code):
     assert find_code(text) == code
 
 
-@pytest.mark.parametrize("piece", ["```python\n", "```\n", "```", "` ", "```python\nx", " ", "\n"])
+@pytest.mark.parametrize("piece", ["```python\n", "```\n", "```", "` ", "```python\nx", " ", "\n", "1", "- ", "  ```py\n", "\t"])
 def test_code_is_found_in_linear_time(piece):
     start = time.process_time()
     find_code(piece * (200_000 // len(piece)))
+    find_code(piece * (200_000 // len(piece)) + "```")
     assert time.process_time() - start < 1
 
 
