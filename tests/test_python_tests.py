@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from grpo_core.config.files import load
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.schema import ConfigError
-from grpo_core.scoring.python_tests import find_code, python_tests, read_tests, run_tests
+from grpo_core.scoring.python_tests import CHILD, find_code, python_tests, read_tests, run_tests
 from grpo_core.scoring.reward_worker import RewardWorker
 from grpo_core.scoring.scoring import build_reward
 
@@ -135,6 +137,14 @@ def test_the_seconds_are_those_of_all_tests_and_no_process_is_left(end):
     time.sleep(0.1)
     stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat")]
     assert not [stat for stat in stats if f"({mark[-15:]}) " in stat and f"({mark[-15:]}) Z" not in stat]  # Z: only init has to note it
+
+
+@pytest.mark.parametrize("tests", [[["1", "3"]], ["assert True"]])
+def test_it_ends_within_its_seconds_also_where_nobody_is_left_to_end_it(tests):
+    request = json.dumps({"code": "import time\ntime.sleep(100)", "tests": tests, **LIMITS, "seconds": 0.2})
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-I", str(CHILD), "2"], input=request.encode(), stderr=subprocess.DEVNULL, timeout=10)
+    assert done.returncode == -signal.SIGALRM and 1.2 <= time.monotonic() - start < 3
 
 
 @pytest.mark.parametrize("code, passed", [

@@ -103,7 +103,7 @@ def run_program(text: str) -> None:
         failed = False
     if failed:
         os._exit(1)
-    threading._shutdown()  # type: ignore[attr-defined]  # joins threads, after those of pools were told to end
+    threading._shutdown()  # joins threads, after those of pools were told to end
     atexit._run_exitfuncs()
     flushed = flush(sys.stdout)
     for file in gc.get_objects():
@@ -120,7 +120,7 @@ def flush(file: object) -> bool:
     """Flush a file that is open; return False if that fails, as where too much was printed."""
     try:
         if file is not None and not getattr(file, "closed", False):
-            file.flush()  # type: ignore[attr-defined]
+            file.flush()
     except BaseException:  # the file may be the program's
         return False
     return True
@@ -138,7 +138,7 @@ def run_in_forks(request: dict, report: int) -> None:
     """Run the code as a program in a fork of this process for each pair of stdin and stdout."""
     for name in SLOW_TO_IMPORT:
         with contextlib.suppress(Exception):
-            if re.search(rf"\b(import|from) +{name}\b", request["code"]):
+            if re.search(rf"\b(import|from)\b[^\n]*\b{name}\b", request["code"]):
                 importlib.import_module(name)
     gc.collect()
     gc.freeze()  # the forks need not look at what is here
@@ -181,7 +181,7 @@ def main() -> None:
     with open(0, "rb", closefd=False) as stdin:  # sys.stdin and its buffer are the program's
         request = json.load(stdin)
     sys.argv[0] = "program.py"
-    sys.stdin.reconfigure(newline=None)  # type: ignore[union-attr]  # lines may end with \r\n
+    sys.stdin.reconfigure(newline=None)  # lines may end with \r\n
     signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 1)  # ends it where nobody is left to
     run_tests = run_texts if isinstance(request["tests"][0], str) else run_in_forks
     run_tests(request, report)
