@@ -26,6 +26,7 @@ EXPECTED = {
     "trl_last_turn": ("TRL", {}, "chat", "{prompt}", "correct_answer"),
     "verl": ("verl", {"answer": TRUTH}, "chat", "{prompt}", "correct_answer"),
     "verl_latex": ("verl", {"answer": TRUTH}, "chat", "{prompt}", "math_equal"),
+    "verl_code": ("verl", {"tests": TRUTH}, "chat", "{prompt}", "python_tests"),
     "verl_countdown": ("Countdown in verl's form", {"nums": f"{TRUTH}.numbers", "target": f"{TRUTH}.target"}, "chat", "{prompt}", "countdown"),
     "open_r1": ("open-r1", {"question": "problem"}, "chat", "{question}\nThink", "math_equal"),
     "gsm8k": ("GSM8K", {}, "chat", "{question}", "correct_answer"),
@@ -167,6 +168,29 @@ def test_data_of_no_form_leaves_the_configuration_as_it_is(tmp_path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = files.load(TINY, [f"data.path={path}"])
     assert files.load(TINY, [f"data.path={path}"], recognise=recognise) == config
+
+
+@pytest.mark.parametrize("gold, reward", [
+    ({"inputs": ["1"], "outputs": ["2"]}, "python_tests"), ('{"fn_name": "f", "inputs": [[1]], "outputs": [2]}', "python_tests"),
+    ([{"input": "1", "output": "2"}], "python_tests"), ('[{"input": "1", "output": "2", "testtype": "stdin"}]', "python_tests"),
+    ("assert f() == 1", "python_tests"), (["assert f()", "\nassert g()"], "python_tests"), ('["assert f()"]', "python_tests"),
+    ("[1, 2]", "math_equal"), ("[broken", "math_equal"), ("{1, 2}", "math_equal"), ('["a"]', "math_equal"), ("asserted", "math_equal"), ("3", "correct_answer"),
+])  # fmt: skip
+def test_gold_answers_that_are_tests_are_run(gold, reward, tmp_path, has_math):
+    path = tmp_path / "rows.jsonl"
+    for place, row in (("ground_truth", {"prompt": "p", "ground_truth": gold}),
+                       (TRUTH, {"data_source": "x", "prompt": "p", "reward_model": {"ground_truth": gold}})):  # fmt: skip
+        path.write_text(json.dumps(row) + "\n")
+        keys, _ = recognise(files.load(TINY, [f"data.path={path}"]), {"data.path"})
+        column = "tests" if reward == "python_tests" else "answer"
+        assert (keys["rewards"], keys["evaluation.reward"], keys["data.columns"]) == ([reward], reward, {column: place})
+
+
+def test_tests_beside_other_gold_answers_ask_for_rewards(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "p", "answer": gold}) + "\n" for gold in ("5", "assert f() == 1")))
+    with pytest.raises(ConfigError, match="does not say how completions are scored; name the rewards"):
+        recognise(files.load(TINY, [f"data.path={path}"]), {"data.path"})
 
 
 def test_the_built_in_problems_are_no_form_of_others():

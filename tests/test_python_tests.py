@@ -2,15 +2,18 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from grpo_core.config.files import load
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.schema import ConfigError
-from grpo_core.scoring.python_tests import find_code, python_tests, read_tests, run_tests
+from grpo_core.scoring.python_tests import CHILD, find_code, python_tests, read_tests, run_tests
 from grpo_core.scoring.reward_worker import RewardWorker
 from grpo_core.scoring.scoring import build_reward
 
@@ -32,6 +35,7 @@ def judge(code, tests=TESTS, **args):
     ([{"input": "1\n", "output": "2", "type": "stdin_stdout"}], [["1\n", "2"]]), ({"inputs": ["1"], "outputs": ["2"]}, [["1", "2"]]),
     ('{"inputs": ["1", "3"], "outputs": ["2", "4"]}', [["1", "2"], ["3", "4"]]),
     (None, None), ("", None), ([], None), (["assert f()", ""], None), ([{"input": "1"}], None), ({"inputs": [1], "outputs": [2]}, None),
+    ({"inputs": ["a"], "outputs": ["a", "b"]}, None), ({"inputs": ["a", "b"], "outputs": ["a"]}, None), ({"inputs": [], "outputs": []}, None),
     ({"fn_name": "f", "inputs": ["1"], "outputs": ["2"]}, None), ("[broken", None), (3, None), ([["a"]], None),
 ])  # fmt: skip
 def test_the_column(value, tests):
@@ -43,17 +47,23 @@ def test_the_column(value, tests):
 @pytest.mark.parametrize("text, code", [
     (block("x = 1"), "x = 1\n"), ("```\nx = 1\n```", "x = 1\n"), ("```py\nx = 1\n```\nand\n```Python\nx = 2\n```", "x = 2\n"),
     ("```python\nx = 1\n```\n```python\ncut", "x = 1\n"), ("```bash\nls\n```", None), ("x = 1", None), ("", None), ("```python\ncut", None),
-    ("```python\ncut\n```python\nx = 1\n```", "x = 1\n"), ("  ```python\n  x = 1\n  ```", "  x = 1\n"), ("```python title=a\nx\n```", "x\n"),
+    ("```python\ncut\n```python\nx = 1\n```", "x = 1\n"), ("  ```python\n  x = 1\n  ```", "x = 1\n"), ("```python title=a\nx\n```", "x\n"),
+    ("1. Code:\n   ```python\n   def f():\n\n       return 1\n   ```", "def f():\n\n    return 1\n"),
+    ("- ```python\n  if a:\n    b\n  ```", "if a:\n  b\n"), ("10) ```\n    x\n    ```\n- ```bash\n  ls\n  ```", "x\n"),
+    ("\t```py\n\tif a:\n\t\tb\n\t```", "if a:\n\tb\n"), ("   ```py\nif a:\n  b\n   ```", "if a:\n  b\n"),
+    ("  ```py\n  s = '''\na\n   b'''\n  ```", "s = '''\na\n b'''\n"), ("```py\n  x\n```", "  x\n"), ("```py\ns = 1\n- ```\n```", "s = 1\n- ```\n"),
+    (" ```py\n   x\n ```", "  x\n"), ("```\r\nx\r\n```\r", "x\r\n"), ("  ```py\n  ```", ""),
     ("a ```python b``` c\n```\nx\n```", "x\n"), ("```python\ns = '```'\n```", "s = '```'\n"), ("```json\n1\n```\n```\nx\n```\n```", "x\n"),
 ])  # fmt: skip
 def test_the_code_of_a_completion(text, code):
     assert find_code(text) == code
 
 
-@pytest.mark.parametrize("piece", ["```python\n", "```\n", "```", "` ", "```python\nx", " ", "\n"])
+@pytest.mark.parametrize("piece", ["```python\n", "```\n", "```", "` ", "```python\nx", " ", "\n", "1", "- ", "  ```py\n", "\t"])
 def test_code_is_found_in_linear_time(piece):
     start = time.process_time()
     find_code(piece * (200_000 // len(piece)))
+    find_code(piece * (200_000 // len(piece)) + "```")
     assert time.process_time() - start < 1
 
 
@@ -75,6 +85,66 @@ def test_programs_with_stdin_and_stdout():
     fails = "print(int(input()) * 2)\nraise ValueError"
     answers = [run_tests(code, tests, LIMITS) for code in (main, raw, wrong, fails)]
     assert answers == [[True, True], [True, True], [True, False], [False, False]]
+
+
+@pytest.mark.parametrize("code", [
+    "input = open(0).readline\nprint(int(input()))",
+    "import sys\nsys.stdin = open(0)\nprint(input())",
+    "import sys\nsys.stdout = open(1, 'w')\nprint(input())",
+    "import threading as t\nt.stack_size(512 << 20)\nx = t.Thread(target=lambda: print(input()))\nx.start()\nx.join()",
+    "import threading, time\ndef main():\n    time.sleep(0.05)\n    print(input())\nthreading.Thread(target=main).start()",
+    "from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(2)\npool.submit(lambda: print(input()))",
+    "out = open(1, 'w')\nout.write(input())",
+    "class A:\n    out = open(1, 'w')\n    def __init__(self): self.me = self\na = A()\na.out.write(input())",
+    "import sys\nsys.__stdout__.write(input())",
+    "import sys\nsys.stdout, n = open('/dev/null', 'w'), input()\nsys.__stdout__.write(n)",
+    "import atexit\nn = int(input())\natexit.register(lambda: print(n))",
+    "class A:\n    def __init__(self): self.n = input()\n    def __del__(self): print(self.n)\na = A()",
+    "import sys\nprint(input())\nsys.stdout.close()",
+    "import fileinput\nfor line in fileinput.input(): print(line)",
+    "import os, sys\nprint(input())\nsys.stdout.flush()\nos._exit(0)",
+    "import sys\nassert len(sys.argv) == 1\nprint(open('/dev/stdin').read())\nexit()",
+    "import os\nos.write(1, os.read(0, 100))\nos.close(0)\nos.close(1)",
+])  # fmt: skip
+def test_a_program_reads_prints_and_ends_as_in_an_interpreter_of_its_own(code):
+    assert run_tests(code, [["3\n", "3\n"], ["4\n", "4\n"], ["5\n", "0"]], LIMITS) == [True, True, False]
+
+
+@pytest.mark.parametrize("code, passed", [
+    ("print(3)\nraise SystemExit(1)", [False, False]),
+    ("import os\nprint(3, flush=True)\nos._exit(1)", [False, False]),
+    ("import os\nprint(3)\nos._exit(0)", [False, False]),  # what it printed was never written
+    ("import os\nprint(3)\nos.close(1)", [False, False]),
+    ("import os, signal\nprint(3, flush=True)\nif input() == '1': os.kill(os.getpid(), signal.SIGKILL)", [False, True]),
+    ("print('1' * 2**21)", [False, False]),
+    ("import sys\nsys.setrecursionlimit(10**9)\nx = bytearray(2**30)\nprint(3)", [False, False]),
+    ("import os\nos.fork()\nprint(3)", [False, False]),
+    ("import subprocess\nsubprocess.run(['true'])\nprint(3)", [False, False]),
+    ("def f(", [False, False]),
+])  # fmt: skip
+def test_limits_of_programs_with_stdin(code, passed):
+    assert run_tests(code, [["1", "3"], ["2", "3"]], LIMITS) == passed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("end", ["time.sleep(100)", "threading.Thread(target=time.sleep, args=[100]).start()"])
+def test_the_seconds_are_those_of_all_tests_and_no_process_is_left(end):
+    mark = f"left_{os.getpid()}_{len(end)}"
+    code = f"import os, threading, time\nos.setsid()\nopen('/proc/self/comm', 'w').write('{mark[-15:]}')\nprint(3)\nif input() == '2':\n    {end}"
+    start = time.monotonic()
+    assert run_tests(code, [["1", "3"], ["2", "3"], ["1", "3"]], {**LIMITS, "seconds": 1.5}) == [True]
+    assert 1.5 <= time.monotonic() - start < 3
+    time.sleep(0.1)
+    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat")]
+    assert not [stat for stat in stats if f"({mark[-15:]}) " in stat and f"({mark[-15:]}) Z" not in stat]  # Z: only init has to note it
+
+
+@pytest.mark.parametrize("tests", [[["1", "3"]], ["assert True"]])
+def test_it_ends_within_its_seconds_also_where_nobody_is_left_to_end_it(tests):
+    request = json.dumps({"code": "import time\ntime.sleep(100)", "tests": tests, **LIMITS, "seconds": 0.2})
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-I", str(CHILD), "2"], input=request.encode(), stderr=subprocess.DEVNULL, timeout=10)
+    assert done.returncode == -signal.SIGALRM and 1.2 <= time.monotonic() - start < 3
 
 
 @pytest.mark.parametrize("code, passed", [

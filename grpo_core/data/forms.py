@@ -6,9 +6,11 @@ file, which were written for other data; the other words of the command line win
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ class Form:
     template: str  # data.template
     columns: dict[str, str] = field(default_factory=dict)  # data.columns
     gold: str | None = "answer"  # path of the gold answer in a row of the data; None: the data has none
-    reward: str | None = None  # None: correct_answer if all gold answers are numbers, else reward_of_texts
+    reward: str | None = None  # None: python_tests or correct_answer for tests or numbers, else reward_of_texts
     reward_of_texts: str | None = "math_equal"  # None: the gold answers may be any text
     prompt: str = "chat"  # data.prompt of a prompt that is text; messages need chat
     target: str | None = "{answer}"  # the item of sft.targets
@@ -183,6 +185,8 @@ def recognise(
         changes = _describe_changes(config, keys)
         return keys, f"{data.path} is one file, which sets {changes}" if changes else None
     reward = _choose_reward(form, rows)
+    if reward == "python_tests":
+        form = replace(form, columns={"tests": str(form.gold)}, target=None)
     names_gold = "answer" in data.columns and any(key.startswith("data.columns") for key in written)
     if reward is None and not supervised and not names_gold and "rewards" not in written:
         raise ConfigError(
@@ -203,11 +207,30 @@ def recognise(
 
 
 def _choose_reward(form: Form, rows: Sequence[Row]) -> str | None:
-    """Return the reward of a form, or of its gold answers; None if they are neither numbers nor formulas."""
+    """Return the reward of a form, or of its gold answers; None if they are of no kind, or tests beside others."""
     if form.reward is not None or form.gold is None:
         return form.reward
     golds = [read_path(row, form.gold) for row in rows]
+    have_tests = {_is_tests(gold) for gold in golds}
+    if True in have_tests:
+        return None if False in have_tests else "python_tests"
     return "correct_answer" if all(read_gold(gold) is not None for gold in golds) else form.reward_of_texts
+
+
+def _is_tests(gold: Any) -> bool:
+    """Return whether a gold answer is tests of code: pairs of input and output, or assertions; also as JSON."""
+    if isinstance(gold, str) and gold.lstrip().startswith(("[", "{")):
+        with contextlib.suppress(ValueError, RecursionError):
+            gold = json.loads(gold)
+    if isinstance(gold, Mapping):
+        return {"inputs", "outputs"} <= gold.keys()
+    items = gold if isinstance(gold, (list, tuple)) and gold else [gold]
+    return all(
+        {"input", "output"} <= item.keys()
+        if isinstance(item, Mapping)
+        else isinstance(item, str) and item.lstrip().startswith("assert ")
+        for item in items
+    )
 
 
 def _list_keys(form: Form, rows: Sequence[Row], reward: str | None, supervised: bool) -> dict[str, Any]:

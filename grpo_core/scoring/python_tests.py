@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ CHILD = Path(__file__).with_name("program_child.py")
 MIB = 2**20
 PASSED_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT")  # no keys and tokens
 
-_FENCE = re.compile(r"```[ \t]*(?P<language>[\w+-]*)[^`]*")
+_FENCE = re.compile(r"\s*(?P<marker>([-*+]|\d+[.)])[ \t]+)?```[ \t]*(?P<language>[\w+-]*)[^`]*")
 LANGUAGES = ("", "py", "python", "python3")
 
 
@@ -47,7 +48,9 @@ def read_tests(value: Any) -> list[str] | list[list[str]] | None:
         inputs, outputs = value.get("inputs"), value.get("outputs")
         if value.get("fn_name") or not isinstance(inputs, list) or not isinstance(outputs, list):
             return None
-        value = [{"input": given, "output": expected} for given, expected in zip(inputs, outputs, strict=False)]
+        if len(inputs) != len(outputs):
+            return None
+        value = [{"input": given, "output": expected} for given, expected in zip(inputs, outputs, strict=True)]
     if not isinstance(value, (list, tuple)) or not value:
         return None
     if all(isinstance(item, str) and item.strip() for item in value):
@@ -57,18 +60,28 @@ def read_tests(value: Any) -> list[str] | list[list[str]] | None:
 
 
 def find_code(text: str) -> str | None:
-    """Return the last closed block of Python code, ```python ... ``` or one without a language, or None."""
-    code, language, lines = None, None, []
+    """Return the last closed block of Python code, ```python ... ``` or one without a language, or None.
+
+    The lines of a block that is indented, as in a list, lose the indentation of its fence.
+    """
+    code, language, lines, indent = None, None, [], 0
     for line in text.split("\n"):
-        fence = _FENCE.fullmatch(line.strip()) if "```" in line else None
-        if fence is None:
-            lines.append(line)
-        elif language is None or fence["language"]:  # opens a block, also where the one before was not closed
-            language, lines = fence["language"].lower(), []
-        else:
-            code = "\n".join([*lines, ""]) if language in LANGUAGES else code
+        fence = _FENCE.fullmatch(line) if "```" in line else None
+        if fence is not None and (language is None or fence["language"]):  # opens, also where one was not closed
+            language, lines, indent = fence["language"].lower(), [], line.index("```")
+        elif fence is not None and not fence["marker"]:
+            code = "\n".join([*_cut_indent(lines, indent), ""]) if language in LANGUAGES else code
             language = None
+        else:
+            lines.append(line)
     return code
+
+
+def _cut_indent(lines: Sequence[str], most: int) -> list[str]:
+    """Return lines without the indentation of the first that is not blank, and at most `most` characters of it."""
+    first = next((line for line in lines if line.strip()), "")
+    width = min(most, len(first) - len(first.lstrip()))
+    return [line[min(width, len(line) - len(line.lstrip())) :] for line in lines]
 
 
 def _check_positive(value: float) -> str | None:
@@ -142,7 +155,7 @@ def run_tests(code: str, tests: Sequence[Any], limits: dict[str, float]) -> list
             try:
                 process.communicate(request, timeout=limits["seconds"])
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # it and its fork
                 process.communicate()
         os.set_blocking(ours, False)
         with contextlib.suppress(BlockingIOError):
