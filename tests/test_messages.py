@@ -7,7 +7,7 @@ import pytest
 from fakes import Alphabet
 
 from grpo_core.config.sections import DataConfig
-from grpo_core.data.columns import MISSING, read_path
+from grpo_core.data.columns import MISSING, read_path, rename
 from grpo_core.data.messages import read_conversation, split_last_turn
 from grpo_core.data.prompts import encode_teacher_prompts, make_tasks
 from grpo_core.data.rows import Rows
@@ -207,6 +207,13 @@ def test_a_path_is_one_column_more_and_a_name_is_a_new_name():
     assert first.columns["gold"] == "own" and first.columns["prompt"] == NESTED["prompt"]
 
 
+def test_a_column_may_get_several_names():
+    row = {"s": "5", "q": "2 + 3?", "extra": {"x": 1}}
+    assert rename(row, {"answer": "s", "gold": "s"}) == {"answer": "5", "gold": "5", "q": "2 + 3?", "extra": {"x": 1}}
+    assert rename(row, {"s": "s", "gold": "s", "y": "extra.x", "z": "extra.x"}) == {**row, "gold": "5", "y": 1, "z": 1}
+    assert rename(row, {"q": "s", "s": "q"}) == {"q": "5", "s": "2 + 3?", "extra": {"x": 1}}
+
+
 def test_a_place_that_some_rows_lack_is_null_there():
     config = DataConfig(template="q", columns={"gold": "reward_model.ground_truth"})
     tasks, _ = make_tasks([{"reward_model": None}, {"reward_model": {}}, NESTED], config, TINY)
@@ -246,3 +253,18 @@ def test_the_turns_that_a_judge_and_a_reward_model_see():
     parts = {"messages": [turn("user", [{"type": "text", "text": "2 + "}, {"type": "text", "text": "3?"}])]}
     assert show_prompt("<user>2 + 3?<assistant>", parts, CHAT) == "2 + 3?"
     assert show_prompt("", row, CHAT) == "user: 2 + 3?\n\nassistant: #### 5\n\nuser: 2 + 3?"
+
+
+def test_a_judge_sees_every_value_that_a_prompt_may_hold():
+    """Lists of numbers are allowed in data.template, so the judge of Countdown reads them; null and bool are in no prompt."""
+    chat = DataConfig(prompt="chat", template="Make {target} from {nums}.")
+    row = {"nums": [4, 7], "target": 11}
+    (task,), _ = make_tasks([row], chat, TINY)
+    assert show_prompt(task.prompt, task.columns, chat) == "Make 11 from [4, 7]." and "Make 11 from [4, 7]." in task.prompt
+    assert list_turns(row, chat) == [turn("user", "Make 11 from [4, 7].")]
+    for value in (None, True, [], [4, True], {"a": 1}):
+        for read in (lambda row: make_tasks([row], chat, TINY), lambda row: list_turns(row, chat)):
+            with pytest.raises(ConfigError, match="column 'nums', which data.template uses, is .*; it must be text"):
+                read({"nums": value, "target": 1})
+    with pytest.raises(ConfigError, match="data.template uses {target}, but the data has the columns nums"):
+        list_turns({"nums": [4]}, chat)

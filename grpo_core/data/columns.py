@@ -35,11 +35,13 @@ def check_names(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
 def rename(row: Row, columns: Mapping[str, str]) -> Row:
     """Return a row with the names of `columns`, {new name: column or path}.
 
-    A column gets the new name in place of its own. A place inside a column is one column more; None where the row lacks
-    it.
+    A column gets its new names, one or several, in place of its own. A place inside a column is one column more; None
+    where the row lacks it.
     """
-    new_names = {path: new_name for new_name, path in columns.items() if path in row}
-    renamed = {new_names.get(name, name): value for name, value in row.items()}
+    new_names: dict[str, list[str]] = {}
+    for new_name, path in columns.items():
+        new_names.setdefault(path, []).append(new_name)
+    renamed = {new_name: value for name, value in row.items() for new_name in new_names.get(name, [name])}
     for new_name, path in columns.items():
         if path not in row:
             value = read_path(row, path)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from grpo_core.config.sections import DataConfig
-from grpo_core.data.messages import add_system_turn, read_conversation, split_last_turn
-from grpo_core.data.prompts import find_conversation_column, is_text, list_template_fields
+from grpo_core.data.messages import BadRow, add_system_turn, read_conversation, split_last_turn
+from grpo_core.data.prompts import check_text, fill_template, find_conversation_column, list_template_fields
 from grpo_core.data.rows import Row
 from grpo_core.schema import ConfigError
 
@@ -17,16 +17,20 @@ def list_turns(row: Row, config: DataConfig) -> list[Turn]:
     """Return the turns of a row's prompt: its messages, or data.template as the user's turn; and data.system in front.
 
     Raises:
-        ConfigError: a column of the template is missing or holds neither text nor a number.
+        ConfigError: a column of the template is missing or holds what a prompt cannot (see `check_text`).
     """
     if (column := find_conversation_column([row], config.template)) is not None:
         messages, _ = split_last_turn(read_conversation(row[column]), config.last_turn)
         return add_system_turn(messages, config)
     for name in list_template_fields(config.template):
-        if not is_text(row.get(name)):
-            raise ConfigError(f"data.template uses the column {name!r}, which holds no text")
+        if name not in row:
+            raise ConfigError(f"data.template uses {{{name}}}, but the data has the columns {', '.join(row)}")
+        try:
+            check_text(row, name, "data.template")
+        except BadRow as error:
+            raise ConfigError(str(error)) from None
     system = [{"role": "system", "content": config.system}] if config.system and config.prompt == "chat" else []
-    return [*system, {"role": "user", "content": config.template.format(**row)}]
+    return [*system, {"role": "user", "content": fill_template(row, config.template, "data.template")}]
 
 
 def add_completion(turns: list[Turn], completion: str) -> list[Turn]:
