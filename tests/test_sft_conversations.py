@@ -107,9 +107,8 @@ def test_a_template_whose_prefixes_do_not_agree_is_refused():
 
 def chat_template(end, opening="A:", default=""):
     """A template with `end` behind the turns."""
-    return (
-        "%s{%% for m in messages %%}{{ m.role[0] | upper }}:{{ m.content }}%s\n{%% endfor %%}{%% if add_generation_prompt %%}%s{%% endif %%}"
-    ) % (default, end, opening)
+    turn = "{% for m in messages %}{{ m.role[0] | upper }}:{{ m.content }}" + end + "\n{% endfor %}"
+    return default + turn + "{% if add_generation_prompt %}" + opening + "{% endif %}"
 
 
 @pytest.mark.parametrize("end", ["<|end|>", "."])

@@ -44,8 +44,8 @@ def choose_conversations(
     source of a task for training and of one for evaluation in messages.
 
     Raises:
-        ConfigError: there are others and data.bad_rows is error; a conversation exceeds the model's positions; or a long
-            prompt was cut: a conversation stays whole.
+        ConfigError: there are others and data.bad_rows is error; a conversation exceeds the model's positions; or a
+            long prompt was cut: a conversation stays whole.
     """
     if prepared.num_too_long and config.long_prompts == "truncate_left":
         raise ConfigError(
