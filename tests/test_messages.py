@@ -115,11 +115,21 @@ def test_a_teacher_sees_the_last_turn_of_the_user_in_its_own_template():
     ({"messages": [USER]}, {"prompt": "template"}, "data.prompt is template, but the column 'messages' holds messages.*set data.prompt to chat"),
     ({"messages": [USER]}, {"template": "{question}"}, r"has the columns messages; set data.template='\{messages\}' and data.prompt=chat"),
     ({"messages": [{"from": "human", "value": "2 + 3?"}]}, {}, "column 'messages', which data.template uses, is a list with the keys from, value; messages have role and content"),
+    ({"conversations": [{"from": "human", "value": "2 + 3?"}]}, {"template": "{question}"}, "has the columns conversations; for conversations, 'conversations' is a list with the keys from, value; .*write from as role .human is user.*set data.template='{conversations}'"),
     ({"messages": [USER]}, {"template": "Q: {messages}"}, r"column 'messages' holds messages, which data.template may only use alone, as \{messages\}"),
 ])  # fmt: skip
 def test_the_key_that_is_missing_for_messages_is_named(row, settings, message):
     with pytest.raises(ConfigError, match=message):
         make_tasks([row], DataConfig(**{"prompt": "chat", "template": "{messages}", **settings}), marked())
+
+
+def test_a_null_message_in_the_first_row_is_one_bad_row():
+    rows = [[USER, None], [USER], [USER, ANSWER]]
+    with pytest.raises(ConfigError, match="row 1 of the data: column 'messages' has null as message 2"):
+        prompts(rows)
+    notes = []
+    assert [task.index for task in prompts(rows, notes=notes, bad_rows="drop")] == [1, 2]
+    assert "1 row is left out of 3 rows" in notes[0]
 
 
 def test_messages_need_a_chat_template():
@@ -146,6 +156,9 @@ BAD = {
     "number": ([turn("user", 5)], "has the content 5 in message 1"),
     "two answers": ([USER, ANSWER, ANSWER], "ends with two turns of the assistant"),
     "role": ([USER, turn("tool", "5")], "is refused by the model's chat template: TemplateError: the roles are system, user and assistant, not tool"),
+    "null message": ([USER, None, USER], "column 'messages' has null as message 2; a message has role and content"),
+    "message without role": ([{"content": "a"}, USER], "column 'messages' has {'content': 'a'} as message 1; a message has"),
+    "other keys": ([{"from": "human", "value": "a"}], "column 'messages' is a list with the keys from, value; .*write from as role"),
     "surrogate": ([turn("user", "\ud83d")], "column 'messages' has the lone surrogate"),
 }  # fmt: skip
 
