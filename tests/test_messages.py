@@ -11,7 +11,7 @@ from grpo_core.data.columns import MISSING, read_path, rename
 from grpo_core.data.messages import read_conversation, split_last_turn
 from grpo_core.data.prompts import encode_teacher_prompts, make_tasks
 from grpo_core.data.rows import Rows
-from grpo_core.data.turns import add_completion, list_turns, show_prompt
+from grpo_core.data.turns import add_completion, describe_dropped_turns, list_turns, show_prompt
 from grpo_core.model.loading import load_tokenizer
 from grpo_core.model.new_model import CHAT_TEMPLATE, new_tokenizer
 from grpo_core.schema import ConfigError
@@ -281,3 +281,23 @@ def test_a_judge_sees_every_value_that_a_prompt_may_hold():
                 read({"nums": value, "target": 1})
     with pytest.raises(ConfigError, match="data.template uses {target}, but the data has the columns nums"):
         list_turns({"nums": [4]}, chat)
+
+
+@pytest.mark.parametrize("template, count, example", [
+    (MARKED, 0, ""),
+    (MARKED.replace("in messages", "in messages[-1:]"), 2, "turn 1 (system) of row 1"),
+    (MARKED.replace("in messages", "in messages if m.role != 'assistant'"), 2, "turn 3 (assistant) of row 1"),
+    (MARKED.replace("m.content", "m.content.split('</think>')[-1] | trim"), 0, ""),
+])  # fmt: skip
+def test_turns_that_a_chat_template_leaves_out_are_named(template, count, example):
+    tokenizer = load_tokenizer("builtin:tiny")
+    tokenizer.chat_template = template
+    first = [SYSTEM, turn("user", " 1 + 1? "), turn("assistant", "<think>so</think>\n#### 2"), USER, ANSWER]
+    second = [turn("user", "7?"), turn("assistant", "#### 7"), USER]
+    tasks = prompts([first, second, [USER]], tokenizer)
+    sentences = describe_dropped_turns(CHAT, tasks)
+    expected = [f"the model's chat template leaves turns out of {count} prompts, such as {example} of the data"] if count else []
+    assert sentences == expected
+    assert describe_dropped_turns(replace(CHAT, prompt="template", template="{q}"), tasks) == []
+    cut = replace(CHAT, long_prompts="truncate_left", max_prompt_tokens=1)
+    assert describe_dropped_turns(cut, tasks) == []
