@@ -216,6 +216,64 @@ def test_sft_gets_the_targets_of_the_form():
     assert keys["evaluation.reward"] == "text_match"
 
 
+def of_rows(tmp_path, row, *words, supervised=False):
+    """The keys that the form of rows like `row` sets."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text((json.dumps(row) + "\n") * 3)
+    loaded = files.load(TINY, [f"data.path={path}", *words])
+    return recognise(loaded, {"data.path", *(word.split("=")[0] for word in words)}, supervised)[0]
+
+
+@pytest.mark.parametrize("prompt", ["prompt", "messages"])
+@pytest.mark.parametrize("last, answer, words, reward", [
+    ("The sum follows.", "5", (), "correct_answer"),
+    ("It is 5.", "5", (), "correct_answer"),
+    ("It is 5.", "B", (), None),
+    ("It is 5.", None, ("data.columns={answer: extra.gold}",), None),  # 'C'
+    ("The sum follows.", "B", ("data.columns={other: answer, answer: extra.number}",), "correct_answer"),
+    ("It is 5.", "B", ("data.columns={other: answer}",), "correct_answer"),
+])  # fmt: skip
+def test_the_reward_follows_the_answers_that_it_will_read(tmp_path, prompt, last, answer, words, reward, has_math):
+    """A column answer comes before the last turn of a conversation."""
+    row = {prompt: [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": last}], "answer": answer, "extra": {"gold": "C", "number": 5}}
+    if words == ("data.columns={other: answer}",) and prompt == "prompt":
+        pytest.skip("the form of prompt and answer is that of its answers")
+    if answer is None:
+        del row["answer"]
+    if reward is None and prompt == "messages" and not words:
+        with pytest.raises(ConfigError, match="which does not say how completions are scored; name the rewards"):
+            of_rows(tmp_path, row, *words)
+    else:
+        texts = "math_equal" if prompt == "prompt" and not words else None  # as TRL's prompts with an answer
+        assert of_rows(tmp_path, row, *words).get("rewards", [None]) == [reward or texts]
+
+
+def test_sft_trains_the_completions_of_trls_prompts(tmp_path):
+    text = {"prompt": "2 + 3 =", "completion": " 5"}
+    chat = {"prompt": [{"role": "user", "content": "2 + 3?"}], "completion": [{"role": "assistant", "content": "5"}]}
+    keys = of_rows(tmp_path, text, supervised=True)
+    assert (keys["sft.targets"], keys["data.prompt"], keys["data.columns"]) == (["{completion}"], "template", {})
+    keys = of_rows(tmp_path, chat, supervised=True)
+    assert (keys["sft.targets"], keys["data.prompt"], keys["data.columns"]) == (["{target}"], "chat", {"target": "completion.0.content"})
+    with pytest.raises(ConfigError, match="does not say how completions are scored"):
+        of_rows(tmp_path, text)
+
+
+@pytest.mark.parametrize("row", [{"prompt": "2 + 3 ="}, {"nums": [2, 3], "target": 5}])
+def test_sft_asks_for_targets_where_a_form_has_none(tmp_path, row):
+    with pytest.raises(ConfigError, match=f"which has no targets; name them, such as sft.targets=.* with a column of {', '.join(row)}$"):
+        of_rows(tmp_path, row, supervised=True)
+    assert "sft.targets" not in of_rows(tmp_path, row, "sft.targets=[x]", supervised=True)
+
+
+def test_conversations_of_which_some_end_with_the_assistant_need_no_targets(tmp_path):
+    user, answer = {"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": [user, answer]}) + "\n" + json.dumps({"prompt": [user]}) + "\n")
+    config = files.load(TINY, [f"data.path={path}"])
+    assert recognise(config, {"data.path"}, True)[0]["data.template"] == "{prompt}"
+
+
 @pytest.mark.parametrize("begin", ["", "\ufeff", "\n\n"])
 def test_only_the_first_lines_of_a_file_are_read(tmp_path, begin):
     path = tmp_path / "rows.jsonl"

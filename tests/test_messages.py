@@ -7,11 +7,11 @@ import pytest
 from fakes import Alphabet
 
 from grpo_core.config.sections import DataConfig
-from grpo_core.data.columns import MISSING, read_path
+from grpo_core.data.columns import MISSING, read_path, rename
 from grpo_core.data.messages import read_conversation, split_last_turn
 from grpo_core.data.prompts import encode_teacher_prompts, make_tasks
 from grpo_core.data.rows import Rows
-from grpo_core.data.turns import add_completion, list_turns, show_prompt
+from grpo_core.data.turns import add_completion, describe_dropped_turns, list_turns, show_prompt
 from grpo_core.model.loading import load_tokenizer
 from grpo_core.model.new_model import CHAT_TEMPLATE, new_tokenizer
 from grpo_core.schema import ConfigError
@@ -115,11 +115,21 @@ def test_a_teacher_sees_the_last_turn_of_the_user_in_its_own_template():
     ({"messages": [USER]}, {"prompt": "template"}, "data.prompt is template, but the column 'messages' holds messages.*set data.prompt to chat"),
     ({"messages": [USER]}, {"template": "{question}"}, r"has the columns messages; set data.template='\{messages\}' and data.prompt=chat"),
     ({"messages": [{"from": "human", "value": "2 + 3?"}]}, {}, "column 'messages', which data.template uses, is a list with the keys from, value; messages have role and content"),
+    ({"conversations": [{"from": "human", "value": "2 + 3?"}]}, {"template": "{question}"}, "has the columns conversations; for conversations, 'conversations' is a list with the keys from, value; .*write from as role .human is user.*set data.template='{conversations}'"),
     ({"messages": [USER]}, {"template": "Q: {messages}"}, r"column 'messages' holds messages, which data.template may only use alone, as \{messages\}"),
 ])  # fmt: skip
 def test_the_key_that_is_missing_for_messages_is_named(row, settings, message):
     with pytest.raises(ConfigError, match=message):
         make_tasks([row], DataConfig(**{"prompt": "chat", "template": "{messages}", **settings}), marked())
+
+
+def test_a_null_message_in_the_first_row_is_one_bad_row():
+    rows = [[USER, None], [USER], [USER, ANSWER]]
+    with pytest.raises(ConfigError, match="row 1 of the data: column 'messages' has null as message 2"):
+        prompts(rows)
+    notes = []
+    assert [task.index for task in prompts(rows, notes=notes, bad_rows="drop")] == [1, 2]
+    assert "1 row is left out of 3 rows" in notes[0]
 
 
 def test_messages_need_a_chat_template():
@@ -146,6 +156,9 @@ BAD = {
     "number": ([turn("user", 5)], "has the content 5 in message 1"),
     "two answers": ([USER, ANSWER, ANSWER], "ends with two turns of the assistant"),
     "role": ([USER, turn("tool", "5")], "is refused by the model's chat template: TemplateError: the roles are system, user and assistant, not tool"),
+    "null message": ([USER, None, USER], "column 'messages' has null as message 2; a message has role and content"),
+    "message without role": ([{"content": "a"}, USER], "column 'messages' has {'content': 'a'} as message 1; a message has"),
+    "other keys": ([{"from": "human", "value": "a"}], "column 'messages' is a list with the keys from, value; .*write from as role"),
     "surrogate": ([turn("user", "\ud83d")], "column 'messages' has the lone surrogate"),
 }  # fmt: skip
 
@@ -207,6 +220,13 @@ def test_a_path_is_one_column_more_and_a_name_is_a_new_name():
     assert first.columns["gold"] == "own" and first.columns["prompt"] == NESTED["prompt"]
 
 
+def test_a_column_may_get_several_names():
+    row = {"s": "5", "q": "2 + 3?", "extra": {"x": 1}}
+    assert rename(row, {"answer": "s", "gold": "s"}) == {"answer": "5", "gold": "5", "q": "2 + 3?", "extra": {"x": 1}}
+    assert rename(row, {"s": "s", "gold": "s", "y": "extra.x", "z": "extra.x"}) == {**row, "gold": "5", "y": 1, "z": 1}
+    assert rename(row, {"q": "s", "s": "q"}) == {"q": "5", "s": "2 + 3?", "extra": {"x": 1}}
+
+
 def test_a_place_that_some_rows_lack_is_null_there():
     config = DataConfig(template="q", columns={"gold": "reward_model.ground_truth"})
     tasks, _ = make_tasks([{"reward_model": None}, {"reward_model": {}}, NESTED], config, TINY)
@@ -246,3 +266,38 @@ def test_the_turns_that_a_judge_and_a_reward_model_see():
     parts = {"messages": [turn("user", [{"type": "text", "text": "2 + "}, {"type": "text", "text": "3?"}])]}
     assert show_prompt("<user>2 + 3?<assistant>", parts, CHAT) == "2 + 3?"
     assert show_prompt("", row, CHAT) == "user: 2 + 3?\n\nassistant: #### 5\n\nuser: 2 + 3?"
+
+
+def test_a_judge_sees_every_value_that_a_prompt_may_hold():
+    """Lists of numbers are allowed in data.template, so the judge of Countdown reads them; null and bool are in no prompt."""
+    chat = DataConfig(prompt="chat", template="Make {target} from {nums}.")
+    row = {"nums": [4, 7], "target": 11}
+    (task,), _ = make_tasks([row], chat, TINY)
+    assert show_prompt(task.prompt, task.columns, chat) == "Make 11 from [4, 7]." and "Make 11 from [4, 7]." in task.prompt
+    assert list_turns(row, chat) == [turn("user", "Make 11 from [4, 7].")]
+    for value in (None, True, [], [4, True], {"a": 1}):
+        for read in (lambda row: make_tasks([row], chat, TINY), lambda row: list_turns(row, chat)):
+            with pytest.raises(ConfigError, match="column 'nums', which data.template uses, is .*; it must be text"):
+                read({"nums": value, "target": 1})
+    with pytest.raises(ConfigError, match="data.template uses {target}, but the data has the columns nums"):
+        list_turns({"nums": [4]}, chat)
+
+
+@pytest.mark.parametrize("template, count, example", [
+    (MARKED, 0, ""),
+    (MARKED.replace("in messages", "in messages[-1:]"), 2, "turn 1 (system) of row 1"),
+    (MARKED.replace("in messages", "in messages if m.role != 'assistant'"), 2, "turn 3 (assistant) of row 1"),
+    (MARKED.replace("m.content", "m.content.split('</think>')[-1] | trim"), 0, ""),
+])  # fmt: skip
+def test_turns_that_a_chat_template_leaves_out_are_named(template, count, example):
+    tokenizer = load_tokenizer("builtin:tiny")
+    tokenizer.chat_template = template
+    first = [SYSTEM, turn("user", " 1 + 1? "), turn("assistant", "<think>so</think>\n#### 2"), USER, ANSWER]
+    second = [turn("user", "7?"), turn("assistant", "#### 7"), USER]
+    tasks = prompts([first, second, [USER]], tokenizer)
+    sentences = describe_dropped_turns(CHAT, tasks)
+    expected = [f"the model's chat template leaves turns out of {count} prompts, such as {example} of the data"] if count else []
+    assert sentences == expected
+    assert describe_dropped_turns(replace(CHAT, prompt="template", template="{q}"), tasks) == []
+    cut = replace(CHAT, long_prompts="truncate_left", max_prompt_tokens=1)
+    assert describe_dropped_turns(cut, tasks) == []

@@ -105,6 +105,63 @@ def test_a_template_whose_prefixes_do_not_agree_is_refused():
         encode_conversation(tokenizer, turns("a", "b"), CONFIG, {END}, END)
 
 
+def chat_template(end, opening="A:", default=""):
+    """A template with `end` behind the turns."""
+    turn = "{% for m in messages %}{{ m.role[0] | upper }}:{{ m.content }}" + end + "\n{% endfor %}"
+    return default + turn + "{% if add_generation_prompt %}" + opening + "{% endif %}"
+
+
+@pytest.mark.parametrize("end", ["<|end|>", "."])
+@pytest.mark.parametrize("default", ["", "S:Help.\n"])
+def test_a_greeting_is_trained_as_the_other_turns(end, default):
+    """No conversation is in front of a first turn of the assistant, which `transformers` would not render."""
+    tokenizer = load_tokenizer("builtin:tiny")
+    tokenizer.chat_template = chat_template(end, default=default)
+    greeting = [{"role": "assistant", "content": "Hi"}, *turns("1 + 1?", "2")]
+    ids, marks = encode_conversation(tokenizer, greeting, CONFIG, {END}, END)
+    trained, text = marked_texts(tokenizer, ids, marks)
+    assert trained == [f"Hi{end if end == '<|end|>' else ''}", "2<|end|>"]
+    assert text == f"{default}A:Hi{end}\nU:1 + 1?{end}\nA:2<|end|>"
+
+
+def test_the_first_token_of_a_text_is_not_trained():
+    """No token is in front of it that predicts it."""
+    tokenizer = load_tokenizer("builtin:tiny")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    ids, marks = encode_conversation(tokenizer, [{"role": "assistant", "content": "Hi all"}, *turns("1 + 1?", "2")], CONFIG, {END}, END)
+    assert marked_texts(tokenizer, ids, marks) == (["i all<|end|>", "2<|end|>"], "Hi all<|end|>1 + 1?<|end|>2<|end|>")
+
+
+def test_a_greeting_that_cannot_be_found_names_the_remedy():
+    tokenizer = load_tokenizer("builtin:tiny")
+    greeting = [{"role": "assistant", "content": "Hi"}, *turns("1 + 1?", "2")]
+    for template, reason in (
+        (chat_template(".", opening="A:<think>"), "renders it in another way at the beginning of a conversation"),
+        ("{% if messages | selectattr('role', 'equalto', 'user') | list | length == 0 %}{{ raise_exception('no user') }}{% endif %}" + chat_template("."), r"refuses the messages up to it \(TemplateError: no user.*\)"),
+    ):  # fmt: skip
+        tokenizer.chat_template = template
+        with pytest.raises(BadRow, match=rf"message 1\) whose tokens cannot be found, because the model's chat template {reason}; set data.chat_template to one with"):
+            encode_conversation(tokenizer, greeting, CONFIG, {END}, END)
+
+
+@pytest.mark.parametrize("end, answers, trained", [
+    (".", ["", "b"], ["b<|end|>"]),
+    (".", ["b", ""], ["b", "<|end|>"]),
+    (".", ["2<|end|>3", "4<|end|>5"], ["2<|end|>3", "4<|end|>5<|end|>"]),
+    (".A:b", ["b", "b"], ["b", "b<|end|>"]),
+    ("<|end|>", ["", ""], ["<|end|>", "<|end|>"]),
+    ("<|end|>", ["2<|end|>3", "b"], ["2<|end|>3<|end|>", "b<|end|>"]),
+])  # fmt: skip
+def test_only_what_the_assistant_writes_is_trained(end, answers, trained):
+    """Not the text with which a template ends turns, and all of an answer that has an end of sequence in it."""
+    tokenizer = load_tokenizer("builtin:tiny")
+    tokenizer.chat_template = chat_template(end)
+    first, second = answers
+    ids, marks = encode_conversation(tokenizer, turns("x", first, "y", second), CONFIG, {END}, END)
+    last = f"{second}<|end|>"
+    assert marked_texts(tokenizer, ids, marks) == (trained, f"U:x{end}\nA:{first}{end}\nU:y{end}\nA:{last}")
+
+
 def test_the_loss_is_the_cross_entropy_of_the_assistants_tokens():
     policy = load_policy(ModelConfig(), LoraConfig(r=0), dtype=torch.float32, temperature=1.0)
     conversations = [turns("1 + 1?", "#### 2", "2 + 3?", "#### 5"), turns("Ada has 2 pens?", "<think>2 = 2.</think>\n#### 2")]
@@ -171,6 +228,18 @@ def test_a_conversation_that_cannot_be_trained_is_one_sentence(tmp_path, group, 
     held_out = write(tmp_path / "held_out.jsonl", good)
     with pytest.raises(ConfigError, match=message):
         sft.run_sft(configured(tmp_path, *words(path), f"data.eval_path={held_out}", *given))
+
+
+def test_rows_whose_tokens_cannot_be_found_are_left_out_where_asked(tmp_path, group, capsys):
+    (tmp_path / "thinking.jinja").write_text(THINKING)
+    bad = turns("1 + 1?", "<think>so</think>#### 2", "and?", "#### 3")
+    path = write(tmp_path / "chats.jsonl", [bad, *(turns("1 + 1?", "#### 2") for _ in range(9))])
+    held_out = write(tmp_path / "held_out.jsonl", [turns("1 + 1?", "#### 2")] * 4)
+    given = [*words(path), f"data.eval_path={held_out}", f"data.chat_template={tmp_path / 'thinking.jinja'}"]
+    with pytest.raises(ConfigError, match=r"row 1 of the data: column 'messages' has a turn .* whose tokens cannot be found.*data.bad_rows: drop"):
+        sft.run_sft(configured(tmp_path, *given))
+    sft.run_sft(configured(tmp_path, *given, "data.bad_rows=drop", "trainer.num_steps=1"))
+    assert "1 row is left out of 10 rows, because data.bad_rows is drop: row 1 of the data: column 'messages' has a turn" in capsys.readouterr().out
 
 
 def test_rows_without_an_answer_are_left_out_where_asked(tmp_path, group, capsys):

@@ -23,6 +23,7 @@ from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.eval_sets import describe_set, load_eval_sets
 from grpo_core.data.prompts import make_tasks
 from grpo_core.data.rows import describe_eval_source, load_rows, load_splits, name_split
+from grpo_core.data.turns import describe_dropped_turns
 from grpo_core.distributed import ranks
 from grpo_core.monitor.completion_rows import completion_rows
 from grpo_core.monitor.progress import progress_bar
@@ -114,6 +115,7 @@ def _check_problems(
     _, judged, sentences = drop_unjudged(config, [], tasks)
     check_columns(config, judged, judged, place)
     warnings += sentences + describe_prompt_changes(opened.tokenizer, config.data, judged)
+    warnings += describe_dropped_turns(config.data, judged)
     warnings += check_gold_answers(config, [], judged, place)
     description["left_out"] += len(tasks) - len(judged)
     description["problems"] = len(judged)

@@ -41,19 +41,22 @@ def encode_conversation(
         raise
     except Exception as error:  # the template is a program of the model's author, which may raise anything
         raise BadRow(f"is refused by the model's chat template: {summarize_error(error)}") from None
-    end = max(i for i, mark in enumerate(marks) if mark) + 1
-    if end < len(ids) and ids[end] in eos_ids and ids[end - 1] not in eos_ids:
-        end += 1
-    ids, marks = ids[:end], marks[:end]
-    for i in range(1, end):  # a template may mark the text of a turn without its end
+    for i in range(1, len(ids)):  # a template may mark the text of a turn without its end
         marks[i] = marks[i] or (marks[i - 1] and ids[i] in eos_ids and ids[i - 1] not in eos_ids)
-    return (ids, marks) if ids[-1] in eos_ids else ([*ids, eos], [*marks, True])
+    if not (marks[-1] and ids[-1] in eos_ids):
+        ids, marks = [*ids, eos], [*marks, True]
+    if not any(marks[1:]):
+        raise BadRow("has no token in front of the assistant's")
+    return ids, [False, *marks[1:]]  # no token predicts the first
 
 
 def _read_marks(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], config: DataConfig, eos_ids: Collection[int]
 ) -> tuple[list[int], list[bool]]:
-    """Return the ids of a conversation, and which of them the chat template marks as the assistant's."""
+    """Return the ids of a conversation, and which of them the chat template marks as the assistant's.
+
+    They end with the last of these, or with an end-of-sequence token behind it.
+    """
     encoded = tokenizer.apply_chat_template(
         list(messages),
         tokenize=True,
@@ -66,39 +69,77 @@ def _read_marks(
         ids, marks = ids[1:], marks[1:]
     if not any(marks):
         raise BadRow("has no token that the model's chat template marks with {% generation %}")
-    return ids, marks
+    end = max(i for i, mark in enumerate(marks) if mark) + 1
+    if end < len(ids) and ids[end] in eos_ids and ids[end - 1] not in eos_ids:
+        end += 1
+    return ids[:end], marks[:end]
 
 
 def _compare_prefixes(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], config: DataConfig, eos_ids: Collection[int]
 ) -> tuple[list[int], list[bool]]:
-    """Return the ids of a conversation, and which of them its assistant's turns add to the prompts before them."""
+    """Return the ids of a conversation, and which of them its assistant's turns add to the prompts before them.
+
+    They end with the last turn's own tokens.
+    """
     ids: list[int] = []
     marks: list[bool] = []
-    text = ""
+    text, rest = "", []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = apply_chat_template(tokenizer, messages[:i], config)
-        answered = apply_chat_template(tokenizer, messages[: i + 1], config, add_generation_prompt=False)
+        prompt, answered = _render_turn(tokenizer, messages[: i + 1], config)
         if not prompt.startswith(text) or not answered.startswith(prompt):
-            raise BadRow(
-                f"has a turn of the assistant (message {i + 1}) whose tokens cannot be found, because the model's chat "
-                f"template renders the text before it in another way once more turns follow; set data.chat_template "
-                f"to one with {{% generation %}} around what the assistant writes"
-            )
+            raise _lost_tokens(i, "renders the text before it in another way once more turns follow")
         given = prompt[len(text) :]
         row = encode_continuations(tokenizer, [text], [given])[0] if text else encode_text(tokenizer, given)
-        (added,) = encode_continuations(tokenizer, [prompt], [answered[len(prompt) :]])
-        end = max((place + 1 for place, token in enumerate(added) if token in eos_ids), default=None)
-        if end is None:  # the template ends a turn in another way
-            added, rest = _split_after(tokenizer, prompt, answered[len(prompt) :], message["content"])
-        else:
-            added, rest = added[:end], added[end:]
-        ids += [*row, *added, *rest]
-        marks += [False] * len(row) + [True] * len(added) + [False] * len(rest)
+        ids += [*rest, *row]
+        marks += [False] * (len(rest) + len(row))
+        added, rest = _split_turn(tokenizer, prompt, answered[len(prompt) :], message["content"], eos_ids)
+        ids += added
+        marks += [True] * len(added)
         text = answered
     return ids, marks
+
+
+def _lost_tokens(place: int, reason: str) -> BadRow:
+    return BadRow(
+        f"has a turn of the assistant (message {place + 1}) whose tokens cannot be found, because the model's chat "
+        f"template {reason}; set data.chat_template to one with {{% generation %}} around what the assistant writes"
+    )
+
+
+def _render_turn(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], config: DataConfig
+) -> tuple[str, str]:
+    """Return the text in front of what the assistant writes in the last message, and the text with that message.
+
+    Raises:
+        BadRow: the chat template does not render the beginning of a conversation, or not in this way.
+    """
+    place = len(messages) - 1
+    try:
+        answered = apply_chat_template(tokenizer, messages, config, add_generation_prompt=False)
+        if place:
+            return apply_chat_template(tokenizer, messages[:-1], config), answered
+        opening = _find_opening(tokenizer, config)
+    except Exception as error:  # the template is a program of the model's author, which may raise anything
+        raise _lost_tokens(place, f"refuses the messages up to it ({summarize_error(error)})") from None
+    content = messages[0]["content"] if opening + messages[0]["content"] in answered else messages[0]["content"].strip()
+    start = answered.find(opening + content) if opening + content else -1
+    if start < 0:
+        raise _lost_tokens(place, "renders it in another way at the beginning of a conversation")
+    return answered[:start] + opening, answered
+
+
+def _find_opening(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
+    """Return what the chat template adds to a prompt so that the assistant's turn begins.
+
+    `transformers` renders no empty conversation, so in front of a first turn it is looked for behind another prompt.
+    """
+    turns = [{"role": "user", "content": "x"}]
+    closed, opened = (apply_chat_template(tokenizer, turns, config, add_generation_prompt=on) for on in (False, True))
+    return opened.removeprefix(closed) if opened.startswith(closed) else ""
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -107,11 +148,18 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def _split_after(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, added: str, content: str
+def _split_turn(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, added: str, content: str, eos_ids: Collection[int]
 ) -> tuple[list[int], list[int]]:
-    """Return the ids of a turn up to the end of its content, and those of what the template writes behind it."""
-    place = added.rfind(content) + len(content) if content in added else len(added)
-    (ids,) = encode_continuations(tokenizer, [prompt], [added[:place]])
-    rest = encode_continuations(tokenizer, [prompt + added[:place]], [added[place:]])[0] if added[place:] else []
-    return ids, rest
+    """Return the ids of what the assistant writes in a turn, and those of what the template writes behind it.
+
+    The turn ends with the end-of-sequence token that the template writes; without one, with its content.
+    """
+    start = 0 if added.startswith(content) else added.rfind(content)
+    place = len(added) if start < 0 else start + len(content)
+    closing = encode_continuations(tokenizer, [prompt + added[:place]], [added[place:]])[0] if added[place:] else []
+    if start < 0 or any(token in eos_ids for token in closing):
+        (ids,) = encode_continuations(tokenizer, [prompt], [added])
+        end = max((i + 1 for i, token in enumerate(ids) if token in eos_ids), default=len(ids))
+        return ids[:end], ids[end:]
+    return encode_continuations(tokenizer, [prompt], [added[:place]])[0] if place else [], closing

@@ -10,6 +10,7 @@ from grpo_core.data.rows import Row
 from grpo_core.schema import ConfigError, list_known
 
 MISSING = object()  # a place that a row does not have; None is a value
+SHAREGPT = ("from", "value")  # the keys of its messages
 INDEX = re.compile(r"-?\d+")
 
 
@@ -17,6 +18,24 @@ def is_conversation(value: Any) -> bool:
     """Return whether a column's value is a list of messages with roles."""
     is_list = isinstance(value, (list, tuple)) and bool(value)
     return is_list and all(isinstance(message, Mapping) and "role" in message for message in value)
+
+
+def has_messages(value: Any) -> bool:
+    """Return whether a column's value is meant as a conversation: a list in which at least one item has a role."""
+    is_list = isinstance(value, (list, tuple))
+    return is_list and any(isinstance(message, Mapping) and "role" in message for message in value)
+
+
+def describe_other_keys(value: Any) -> str | None:
+    """Return what a list has whose items are messages with other keys, and what to do; None for other values."""
+    if not (isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping)):
+        return None
+    names = ", ".join(map(str, value[0]))
+    if set(SHAREGPT) <= set(value[0]):
+        remedy = "write from as role (human is user, gpt is assistant) and value as content"
+    else:
+        remedy = "rename the keys in the data"
+    return f"is a list with the keys {names}; messages have role and content, so {remedy}"
 
 
 def check_names(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
@@ -35,11 +54,13 @@ def check_names(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
 def rename(row: Row, columns: Mapping[str, str]) -> Row:
     """Return a row with the names of `columns`, {new name: column or path}.
 
-    A column gets the new name in place of its own. A place inside a column is one column more; None where the row lacks
-    it.
+    A column gets its new names, one or several, in place of its own. A place inside a column is one column more; None
+    where the row lacks it.
     """
-    new_names = {path: new_name for new_name, path in columns.items() if path in row}
-    renamed = {new_names.get(name, name): value for name, value in row.items()}
+    new_names: dict[str, list[str]] = {}
+    for new_name, path in columns.items():
+        new_names.setdefault(path, []).append(new_name)
+    renamed = {new_name: value for name, value in row.items() for new_name in new_names.get(name, [name])}
     for new_name, path in columns.items():
         if path not in row:
             value = read_path(row, path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import string
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from operator import attrgetter
@@ -17,7 +18,7 @@ from typing import Any
 
 from grpo_core.config import files
 from grpo_core.config.sections import DataConfig, RunConfig
-from grpo_core.data.columns import MISSING, is_conversation, read_path
+from grpo_core.data.columns import MISSING, is_conversation, read_path, rename
 from grpo_core.data.rows import Row, peek_rows
 from grpo_core.objective.numbers import read_gold
 from grpo_core.schema import ConfigError
@@ -55,6 +56,10 @@ def _has(*names: str) -> Callable[[Row], bool]:
 def _comes_from(row: Row, source: str) -> bool:
     """Return whether a row in verl's form names a data source that begins with `source`."""
     return _has("data_source", "prompt", "reward_model")(row) and str(row["data_source"]).lower().startswith(source)
+
+
+def _ends_with_assistant(value: Any) -> bool:
+    return is_conversation(value) and value[-1]["role"] == "assistant"
 
 
 TRUTH = "reward_model.ground_truth"  # the gold answer in verl's form
@@ -134,12 +139,31 @@ FORMS = (  # the first that all rows match counts
         Form(
             name,
             f"{column} with a last turn of the assistant",
-            lambda row, column=column: is_conversation(row.get(column)) and row[column][-1]["role"] == "assistant",
+            lambda row, column=column: _ends_with_assistant(row.get(column)),
             f"{{{column}}}",
             gold=f"{column}.-1.content",
             reward_of_texts=None,
         )
         for name, column in (("TRL", "prompt"), ("conversations", "messages"))
+    ),
+    Form(
+        "TRL",
+        "prompt, completion",
+        lambda row: _has("prompt", "completion")(row) and isinstance(row["completion"], str),
+        "{prompt}",
+        gold=None,
+        prompt="template",
+        target="{completion}",
+    ),
+    Form(
+        "TRL",
+        "prompt, completion with one message",
+        lambda row: _has("prompt")(row) and is_conversation(row.get("completion")) and len(row["completion"]) == 1,
+        "{prompt}",
+        {"target": "completion.0.content"},
+        gold=None,
+        prompt="template",
+        target="{target}",
     ),
     Form("TRL", "prompt", _has("prompt"), "{prompt}", gold=None, prompt="template", target=None),
 )
@@ -184,10 +208,13 @@ def recognise(
     if form is None:
         changes = _describe_changes(config, keys)
         return keys, f"{data.path} is one file, which sets {changes}" if changes else None
-    reward = _choose_reward(form, rows)
+    columns = _list_columns(form, data, written)
+    names_gold = "answer" in data.columns and any(key.startswith("data.columns") for key in written)
+    reward = _choose_reward(form, [rename(row, columns) for row in rows])
     if reward == "python_tests":
         form = replace(form, columns={"tests": str(form.gold)}, target=None)
-    names_gold = "answer" in data.columns and any(key.startswith("data.columns") for key in written)
+    if supervised and form.target is None and "sft.targets" not in written:
+        _check_targets(config, form, [rename(row, columns) for row in rows])
     if reward is None and not supervised and not names_gold and "rewards" not in written:
         raise ConfigError(
             f"data.path is {data.path!r}, in the form of {form.name} ({form.signature}), which does not say how "
@@ -206,11 +233,22 @@ def recognise(
     return keys, f"{data.path} has the form of {form.name} ({form.signature}), which sets {changes}"
 
 
+def _list_columns(form: Form, data: DataConfig, written: Collection[str]) -> dict[str, str]:
+    """Return data.columns as the words of the command line leave them."""
+    if "data.columns" in written:
+        return data.columns
+    return form.columns | {name: path for name, path in data.columns.items() if f"data.columns.{name}" in written}
+
+
 def _choose_reward(form: Form, rows: Sequence[Row]) -> str | None:
-    """Return the reward of a form, or of its gold answers; None if they are of no kind, or tests beside others."""
+    """Return the reward of a form, or of its gold answers; None if they are of no kind, or tests beside others.
+
+    `rows` have our names: the gold answer is the column answer, also of conversations with one, as in `make_prompt`.
+    """
     if form.reward is not None or form.gold is None:
         return form.reward
-    golds = [read_path(row, form.gold) for row in rows]
+    has_answer = any("answer" in row for row in rows)
+    golds = [row.get("answer") if has_answer else read_path(row, form.gold) for row in rows]
     have_tests = {_is_tests(gold) for gold in golds}
     if True in have_tests:
         return None if False in have_tests else "python_tests"
@@ -233,12 +271,42 @@ def _is_tests(gold: Any) -> bool:
     )
 
 
+def _check_targets(config: RunConfig, form: Form, rows: Sequence[Row]) -> None:
+    """Check that the data has the columns of sft.targets, which are those of the configuration file.
+
+    Conversations that end with the assistant's turn need none.
+
+    Raises:
+        ConfigError: it lacks one.
+    """
+    if any(_ends_with_assistant(row.get(form.template[1:-1])) for row in rows):
+        return
+    for target in config.sft.targets:
+        for name in _list_fields(target.template):
+            if name not in rows[0]:
+                raise ConfigError(
+                    f"data.path is {config.data.path!r}, in the form of {form.name} ({form.signature}), which has no "
+                    f"targets; name them, such as sft.targets='[\"{{COLUMN}}\"]' with a column of "
+                    f"{', '.join(rows[0])}"
+                )
+
+
+def _list_fields(template: str) -> list[str]:
+    try:
+        return [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    except ValueError:
+        return []  # which is refused with the targets
+
+
 def _list_keys(form: Form, rows: Sequence[Row], reward: str | None, supervised: bool) -> dict[str, Any]:
-    """Return every key that a form sets, with its value as in a configuration file."""
+    """Return every key that a form sets, with its value as in a configuration file.
+
+    A column that gets our name keeps its own too, which functions of the user may read.
+    """
     prompts = [row.get(form.template[1:-1]) for row in rows]
     keys: dict[str, Any] = {
         "data.eval_path": None,
-        "data.columns": dict(form.columns),
+        "data.columns": form.columns | {name: name for name in form.columns.values() if name in rows[0]},
         "data.prompt": "chat" if any(map(is_conversation, prompts)) else form.prompt,
         "data.template": form.template,
         "data.system": None,

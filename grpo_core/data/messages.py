@@ -8,7 +8,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.config.sections import DataConfig
-from grpo_core.data.columns import is_conversation
+from grpo_core.data.columns import describe_other_keys, has_messages, is_conversation
 from grpo_core.data.encoding import apply_chat_template
 from grpo_core.schema import summarize_error
 
@@ -28,7 +28,13 @@ def read_conversation(value: Any) -> list[Message]:
     Raises:
         BadRow: the value is no list of messages, or one of them has a part of another type or no content.
     """
+    if has_messages(value) and not is_conversation(value):
+        number, message = next((i, x) for i, x in enumerate(value, 1) if not (isinstance(x, Mapping) and "role" in x))
+        kind = "null" if message is None else repr(message)[:40]
+        raise BadRow(f"has {kind} as message {number}; a message has role and content")
     if not is_conversation(value):
+        if fault := describe_other_keys(value):
+            raise BadRow(fault)
         kind = "an empty list" if value in ([], ()) else "null" if value is None else repr(value)[:40]
         raise BadRow(f"is {kind}; it must be a list of messages with role and content")
     return [_read_message(message, i) for i, message in enumerate(value, 1)]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core.batch import Task
 from grpo_core.config.sections import DataConfig
 from grpo_core.counts import quantify
-from grpo_core.data.columns import check_names, is_conversation, rename
+from grpo_core.data.columns import check_names, describe_other_keys, has_messages, is_conversation, rename
 from grpo_core.data.encoding import apply_chat_template, cut_left, encode_prompts
 from grpo_core.data.messages import BadRow, read_conversation, render_conversation, split_last_turn
 from grpo_core.data.rows import Row, Rows
@@ -137,12 +137,9 @@ def find_prompt_form(rows: Sequence[Row], config: DataConfig) -> PromptForm:
     fields = tuple(list_template_fields(config.template, "data.template"))
     for name in fields:
         if name not in rows[0]:
-            chats = [column for column, value in rows[0].items() if is_conversation(value)]
-            remedy = (
-                f"; set data.template='{{{chats[0]}}}' and data.prompt=chat for the messages in it" if chats else ""
-            )
             raise ConfigError(
-                f"data.template uses {{{name}}}, but the data has the columns {', '.join(rows[0])}{remedy}"
+                f"data.template uses {{{name}}}, but the data has the columns {', '.join(rows[0])}"
+                f"{_describe_messages(rows[0])}"
             )
     column = find_conversation_column(rows, config.template)
     if column is None:
@@ -151,13 +148,24 @@ def find_prompt_form(rows: Sequence[Row], config: DataConfig) -> PromptForm:
     return PromptForm(fields, column, has_gold and any(ends_with_assistant(row[column]) for row in rows))
 
 
+def _describe_messages(row: Row) -> str:
+    """Return how the messages in a row are used, as the end of a sentence; "" if it has none."""
+    for column, value in row.items():
+        if has_messages(value):
+            return f"; set data.template='{{{column}}}' and data.prompt=chat for the messages in it"
+    for column, value in row.items():
+        if fault := describe_other_keys(value):
+            return f"; for conversations, {column!r} {fault}, and set data.template='{{{column}}}' and data.prompt=chat"
+    return ""
+
+
 def find_conversation_column(rows: Sequence[Row], template: str) -> str | None:
     """Return the column with messages that is the whole template, such as {prompt}; None if the prompts are text."""
     name = template[1:-1]
     if template != f"{{{name}}}" or name not in rows[0]:
         return None
     values = (row[name] for row in rows)
-    return name if is_conversation(next((value for value in values if value not in (None, [], ())), None)) else None
+    return name if has_messages(next((value for value in values if value not in (None, [], ())), None)) else None
 
 
 def ends_with_assistant(value: Any) -> bool:
@@ -372,12 +380,9 @@ def check_text(row: Row, name: str, key: str) -> None:
     value = row[name]
     if is_text(value) or (isinstance(value, list) and value and all(map(_is_number, value))):
         return
-    if is_conversation(value):
+    if has_messages(value):
         raise BadRow(f"column {name!r} holds messages, which {key} may only use alone, as {{{name}}}, in all rows")
-    if isinstance(value, list) and value and isinstance(value[0], Mapping):
-        names = ", ".join(map(str, value[0]))
-        raise BadRow(
-            f"column {name!r}, which {key} uses, is a list with the keys {names}; messages have role and content"
-        )
+    if fault := describe_other_keys(value):
+        raise BadRow(f"column {name!r}, which {key} uses, {fault}")
     text = "null" if value is None else repr(str(value)[:40])
     raise BadRow(f"column {name!r}, which {key} uses, is {text}; it must be text or a number")

@@ -19,7 +19,7 @@ from grpo_core.data.prompts import encode_teacher_prompts
 from grpo_core.data.rows import name_split
 from grpo_core.data.tasks import find_offered_tasks, name_in_sentences, naming_source, read_tasks, select_source
 from grpo_core.data.tasks_on_disk import TasksOnDisk, list_rows, prompt_lengths, split_into_parts
-from grpo_core.data.turns import show_prompt
+from grpo_core.data.turns import describe_dropped_turns, show_prompt
 from grpo_core.distributed import ranks
 from grpo_core.model.adapter_check import check_targets
 from grpo_core.model.loading import (
@@ -122,7 +122,8 @@ def _check_data(
             scored, own_eval, notes = drop_unjudged(part, own if scores_training_tasks else [], own_eval)
             own = scored if scores_training_tasks else own
             check_columns(part, scored, own_eval)
-            notes += describe_prompt_changes(tokenizer, part.data, [*next(split_into_parts(own)), *own_eval])
+            read = [*next(split_into_parts(own)), *own_eval]
+            notes += describe_prompt_changes(tokenizer, part.data, read) + describe_dropped_turns(part.data, read)
             notes += check_gold_answers(part, scored, own_eval)
             if scores_training_tasks:
                 _check_readers_of_prompts(config, i, own)

@@ -43,9 +43,8 @@ from grpo_core.training.run import Run
 from grpo_core.training.setup import assemble, count_steps, describe_tasks, initialise_process, note_steps
 from grpo_core.training.sft_conversations import (
     build_conversation_rollouts,
+    choose_conversations,
     find_answered_column,
-    find_longest_conversation,
-    leave_out_unanswered,
 )
 from grpo_core.training.sft_targets import build_target_rollouts, find_longest_target
 from grpo_core.training.skipped_steps import SkippedSteps
@@ -98,10 +97,12 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
         config, tokenizer=tokenizer, model_config=base.config if base else None, scores_training_tasks=False
     )
     column = find_conversations(config, prepared.tasks)
-    prepared = leave_out_unanswered(prepared, column, config.data) if column else prepared
+    longest = 0
+    if column:
+        prepared, longest = choose_conversations(prepared, column, config.data, _name_source_of_tasks(config))
     check_num_steps(run_start, count_steps(config, len(prepared.tasks), config.trainer.completions_per_step))
     note_steps(config, len(prepared.tasks), config.trainer.completions_per_step)
-    longest = find_longest(config, prepared, column)
+    longest = longest or find_longest(config, prepared)
     if base:
         policy = wrap(base.to(dtype), config.model, config.lora, temperature=TEMPERATURE)
     else:
@@ -136,22 +137,16 @@ def find_conversations(config: RunConfig, tasks: Sequence[Task]) -> str | None:
     return column
 
 
-def find_longest(config: RunConfig, prepared: Prepared, column: str | None) -> int:
-    """Return the token count of the longest target; `column` has whole conversations, or is None for sft.targets.
+def find_longest(config: RunConfig, prepared: Prepared) -> int:
+    """Return the token count of the longest target of sft.targets.
 
     Raises:
-        ConfigError: see `find_longest_target` and `find_longest_conversation`.
+        ConfigError: see `find_longest_target`.
     """
-    sources = [*_name_sources(config, prepared)]
-    tokenizer, model = prepared.tokenizer, prepared.model_config
-    if column is None:
-        return max(
-            find_longest_target(config.sft, part, tokenizer, model, source)
-            for tasks, source in sources
-            for part in split_into_parts(tasks)
-        )
     return max(
-        find_longest_conversation(tasks, column, config.data, tokenizer, model, source) for tasks, source in sources
+        find_longest_target(config.sft, part, prepared.tokenizer, prepared.model_config, source)
+        for tasks, source in _name_sources(config, prepared)
+        for part in split_into_parts(tasks)
     )
 
 
@@ -242,6 +237,15 @@ def _name_sources(config: RunConfig, prepared: Prepared) -> Iterator[tuple[Seque
         yield select_source(prepared.tasks, name), f"the data, {name_split(data.path, data.split)}"
     for name, tasks in group_by_set(prepared.eval_tasks).items():
         yield tasks, f"the evaluation data, {name_set(config, name)}"
+
+
+def _name_source_of_tasks(config: RunConfig) -> tuple[Callable[[Task], str], Callable[[Task], str]]:
+    """Return the functions that name the data of a task for training and of one for evaluation, without sources."""
+    data = config.data
+    return (
+        lambda task: f"the data, {name_split(data.path, data.split)}",
+        lambda task: f"the evaluation data, {name_set(config, task.eval_set)}",
+    )
 
 
 def _new_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import islice
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import Rollouts, Task
 from grpo_core.config.sections import DataConfig
@@ -35,11 +35,17 @@ def find_answered_column(config: DataConfig, tasks: Sequence[Task]) -> str | Non
     return column if any(ends_with_assistant(row[column]) for _, row in list_rows(tasks)) else None
 
 
-def leave_out_unanswered(prepared: Prepared, column: str, config: DataConfig) -> Prepared:
-    """Return the tasks whose conversations have a turn of the assistant; data.bad_rows decides about the others.
+def choose_conversations(
+    prepared: Prepared, column: str, config: DataConfig, name_sources: Sequence[Callable[[Task], str]]
+) -> tuple[Prepared, int]:
+    """Return the tasks whose conversations can be trained, and the token count of the longest.
+
+    It counts from the assistant's first turn on. data.bad_rows decides about the other tasks. `name_sources` name the
+    source of a task for training and of one for evaluation in messages.
 
     Raises:
-        ConfigError: there are others and data.bad_rows is error, or a long prompt was cut: a conversation stays whole.
+        ConfigError: there are others and data.bad_rows is error; a conversation exceeds the model's positions; or a
+            long prompt was cut: a conversation stays whole.
     """
     if prepared.num_too_long and config.long_prompts == "truncate_left":
         raise ConfigError(
@@ -47,17 +53,41 @@ def leave_out_unanswered(prepared: Prepared, column: str, config: DataConfig) ->
             "or error"
         )
     notes: list[str] = []
-    parts = []
-    for tasks in (prepared.tasks, prepared.eval_tasks):
-        fault, faults, answered = f"column {column!r} has no turn of the assistant to train", {}, []
-        for place, (number, row) in enumerate(list_rows(tasks)):
-            if any(message["role"] == "assistant" for message in row[column]):
-                answered.append(place)
+    parts, longest = [], 0
+    for tasks, name_source in zip((prepared.tasks, prepared.eval_tasks), name_sources, strict=True):
+        faults: dict[int, str] = {}
+        trained: list[int] = []
+        for place, task in enumerate(tasks):
+            try:
+                length = _measure(task, column, config, prepared, name_source)
+            except BadRow as error:
+                faults[task.index] = f"column {column!r} {error}"
             else:
-                faults[number] = fault
+                trained.append(place)
+                longest = max(longest, length)
         handle_bad_rows(faults, len(tasks), "", config, notes)
-        parts.append(select_tasks(tasks, answered))
-    return replace(prepared, tasks=parts[0], eval_tasks=list(parts[1]), warnings=prepared.warnings + notes)
+        parts.append(select_tasks(tasks, trained))
+    return replace(prepared, tasks=parts[0], eval_tasks=list(parts[1]), warnings=prepared.warnings + notes), longest
+
+
+def _measure(
+    task: Task, column: str, config: DataConfig, prepared: Prepared, name_source: Callable[[Task], str]
+) -> int:
+    """Return the token count of a conversation from the assistant's first turn on.
+
+    Raises:
+        BadRow: see `encode_conversation`.
+        ConfigError: the conversation exceeds the model's positions.
+    """
+    messages = read_conversation(task.columns[column])
+    ids, is_trained = encode_conversation(prepared.tokenizer, messages, config, (), 0)
+    positions = getattr(prepared.model_config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if len(ids) > positions:
+        raise ConfigError(
+            f"row {task.index + 1} of {name_source(task)}: the conversation has {quantify(len(ids), 'token')}, but the "
+            f"model has only {positions} positions"
+        )
+    return len(ids) - is_trained.index(True)
 
 
 def build_conversation_rollouts(
@@ -85,32 +115,3 @@ def build_conversation_rollouts(
     ended = torch.zeros(len(tasks), dtype=torch.bool, device=device)
     rollouts = Rollouts(prompt_ids, prompt_mask, ids, mask, torch.zeros(ids.shape, device=device), ended)
     return rollouts, pad_right(marks, device)[0].bool()
-
-
-def find_longest_conversation(
-    tasks: Sequence[Task],
-    column: str,
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    model: PretrainedConfig,
-    source: str,  # names the tasks' source in messages
-) -> int:
-    """Return the token count of the longest part of a conversation from the assistant's first turn on.
-
-    Raises:
-        ConfigError: the assistant's tokens cannot be found in a conversation, or it exceeds the model's positions.
-    """
-    longest, positions = 0, getattr(model.get_text_config(), "max_position_embeddings", None) or math.inf
-    for task in tasks:
-        place = f"row {task.index + 1} of {source}"
-        try:
-            ids, is_trained = encode_conversation(tokenizer, read_conversation(task.columns[column]), config, (), 0)
-        except BadRow as error:
-            raise ConfigError(f"{place}: column {column!r} {error}") from None
-        if len(ids) > positions:
-            raise ConfigError(
-                f"{place}: the conversation has {quantify(len(ids), 'token')}, but the model has only {positions} "
-                f"positions"
-            )
-        longest = max(longest, len(ids) - is_trained.index(True))
-    return longest
