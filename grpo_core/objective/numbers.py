@@ -140,7 +140,7 @@ _CLAUSE_END = re.compile(
 _BESIDE_VARIABLE = re.compile(  # 2x, x + 1, x^2, \sqrt{x}, (x + 1), |x|, sin x; but not "5 a day"
     r"""(?:[+*/^×·(|√}]\s?|\d(?:\s(?!a\b))?|(?<!\w)-\s?|[ ]-\s?|\\[A-Za-z]+\s?[{(]?|\b(?:sqrt|sin|cos|tan|log|ln)\s?\(?)
         (?P<right>[a-z])(?![A-Za-z])
-      | (?<![A-Za-z\\])(?P<left>[a-z])(?=\s?(?:[-+*/^×·]|\\(?:cdot|times)))""",
+      | (?<![A-Za-z\\])(?P<left>[a-z])(?=\s?(?:[+*/^×·]|-(?![A-Za-z]{2})|\\(?:cdot|times)))""",
     re.X,
 )
 _SENTENCE_END = re.compile(r"[.!?]\s+(?=[A-Z])|\n")
@@ -199,6 +199,7 @@ def states_equation(text: str) -> bool:
     if not clauses:
         return False
     left, _, right = clauses[-1].partition("=")
+    left = re.sub(r"(?<=[\d.])\s?x\s?(?=[$\d])", "*", left)  # 5 x 3 = 15
     if re.search(r"\d\s?[A-Za-z]", right):  # 3 * 5 m = 15 m has units
         return False
     if re.match(r"[\s$\\(\[{*]{0,8}[A-Za-z]\s?\([^()]{0,20}\)\s?\Z", left):  # f(2)
