@@ -139,7 +139,7 @@ _CLAUSE_END = re.compile(
 )
 _BESIDE_VARIABLE = re.compile(  # 2x, x + 1, x^2, \sqrt{x}, (x + 1), |x|, sin x; but not "5 a day"
     r"""(?:[+*/^×·(|√}]\s?|\d(?:\s(?!a\b))?|(?<!\w)-\s?|[ ]-\s?|\\[A-Za-z]+\s?[{(]?|\b(?:sqrt|sin|cos|tan|log|ln)\s?\(?)
-        (?P<right>[a-z])(?![A-Za-z])
+        (?P<right>[a-z])(?![A-Za-z]|-[A-Za-z]{2})
       | (?<![A-Za-z\\])(?P<left>[a-z])(?=\s?(?:[+*/^×·]|-(?![A-Za-z]{2})|\\(?:cdot|times)))""",
     re.X,
 )
