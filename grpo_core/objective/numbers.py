@@ -134,7 +134,7 @@ _TWO_EQUATIONS = re.compile(  # x = 5, y = 6
 )
 _CLAUSE_END = re.compile(
     r"""[;:\n⇒→] | ,(?!\d) | \\(?:implies|Rightarrow|quad) | => | \.\s
-      | \b(?:so|and|or|is|are|then|thus|get|gives|if|when)\b""",
+      | \b(?:so|and|or|is|are|then|thus|get|gives|if|when)\b(?:\s?\})?""",
     re.X,
 )
 _SUBSCRIPTED = re.compile(r"(?<![A-Za-z])[A-Za-z]_(?:\w|\{\w{1,9}\})")
