@@ -75,6 +75,11 @@ def test_the_right_side_of_an_equation_is_no_number(text):
     assert final_number(rf"\boxed{{{text}, x = 3}}") == 3 and final_number(r"\boxed{x = 4}") == 4 == final_number(r"\boxed{a + b = 4}")
 
 
+@pytest.mark.parametrize("text", ["5 x 3 = 15", "So 5x3 = 15", "5 x $3 = $15", "#### 5 x 3 = 15", "3 t-shirts = 15"])
+def test_an_x_for_times_is_no_variable(text):
+    assert final_number(text) == 15
+
+
 NEGATIVE = [
     r"\boxed{-{5}}", r"\boxed{-(5)}", "#### -(5)", "#### -**5**", r"-\text{5}", r"The answer is -\boxed{5}", r"\boxed{-|5|}", r"\boxed{-|-5|}",
     r"\boxed{-((5))}", r"\boxed{-\left(5\right)}", r"\boxed{-\mathbf{5}}", "#### -(5 degrees)", "It is -(5).", r"$x = -\boxed{5}$", r"-$\boxed{5}$",

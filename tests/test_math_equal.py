@@ -129,7 +129,7 @@ def test_signs_of_unicode_and_names(gold, text):
 
 
 EQUATIONS = [  # their right side is no answer: (right side, left side)
-    ("2", "x^2"), ("4", "2x"), ("5", "x+1"), ("3", r"\sqrt{x}"), ("3", "|x|"), ("6", "2(x+1)"), ("3", r"\frac{x}{2}"), ("3", r"\log x"), (r"\sqrt{2}", "x+1"), ("0.5", "3 - x"), ("6", "x + 2y"),
+    ("2", "x^2"), ("4", "2x"), ("5", "x+1"), ("3", r"\sqrt{x}"), ("3", "|x|"), ("6", "2(x+1)"), ("3", r"\frac{x}{2}"), ("3", r"\log x"), (r"\sqrt{2}", "x+1"), ("0.5", "3 - x"), ("6", "x + 2y"), ("1", "e^x"),
 ]  # fmt: skip
 
 
@@ -145,6 +145,7 @@ def test_the_right_side_of_an_equation_is_no_answer(gold, left):
 @pytest.mark.parametrize("gold, text", [
     ("5", r"\boxed{x = 5}"), ("5", "#### 2 + 3 = 5"), ("125", r"\boxed{m+n=125}"), ("2", "so 2x = 4 and x = 2"), ("25", r"\boxed{A = \pi r^2 = 25}"), ("7", r"\boxed{f(2) = 7}"),
     ("2", r"\boxed{2x = 4, x = 2}"), ("15", "#### 3 * 5 m = 15 m"), ("18", "#### $9 * 2 = $18"), (r"\sqrt{2}", r"\boxed{y = \sqrt{2}}"), ("5", r"\boxed{x_1 = 5}"), ("2", r"2x = 4 \implies x = 2"),
+    ("3", r"\boxed{\sqrt{9} = 3}"), ("3", r"\boxed{\log_2 8 = 3}"), ("30", r"\boxed{m\angle A = 30^\circ}"), ("4", r"\boxed{\frac{a}{b} = 4}"), ("2", r"\boxed{\frac{6}{3} = 2}"), ("4", r"\boxed{x_1 + x_2 = 4}"), ("1, 2", r"\boxed{x = 1 \text{ or } x = 2}"),
 ])  # fmt: skip
 def test_the_value_of_what_is_asked_is_an_answer(gold, text):
     assert judge(text, gold) == 1.0

@@ -134,13 +134,15 @@ _TWO_EQUATIONS = re.compile(  # x = 5, y = 6
 )
 _CLAUSE_END = re.compile(
     r"""[;:\n⇒→] | ,(?!\d) | \\(?:implies|Rightarrow|quad) | => | \.\s
-      | \b(?:so|and|or|is|are|then|thus|get|gives|if|when)\b""",
+      | \b(?:so|and|or|is|are|then|thus|get|gives|if|when)\b(?:\s?\})?""",
     re.X,
 )
+_SUBSCRIPTED = re.compile(r"(?<![A-Za-z])[A-Za-z]_(?:\w|\{\w{1,9}\})")
 _BESIDE_VARIABLE = re.compile(  # 2x, x + 1, x^2, \sqrt{x}, (x + 1), |x|, sin x; but not "5 a day"
-    r"""(?:[+*/^×·(|√}]\s?|\d(?:\s(?!a\b))?|(?<!\w)-\s?|[ ]-\s?|\\[A-Za-z]+\s?[{(]?|\b(?:sqrt|sin|cos|tan|log|ln)\s?\(?)
-        (?P<right>[a-z])(?![A-Za-z])
-      | (?<![A-Za-z\\])(?P<left>[a-z])(?=\s?(?:[-+*/^×·]|\\(?:cdot|times)))""",
+    r"""(?:[+*/^×·(|√}]\s?|\d(?:\s(?!a\b))?|(?<!\w)-\s?|[ ]-\s?|\}\s?\{\s?|\\[A-Za-z]++\s?[{(]?
+          |\b(?:sqrt|sin|cos|tan|log|ln)\s?\(?)
+        (?P<right>[a-z])(?![A-Za-z]|-[A-Za-z]{2})
+      | (?<![A-Za-z\\])(?P<left>[a-z])(?=\s?(?:[+*/^×·]|-(?![A-Za-z]{2})|\\(?:cdot|times)))""",
     re.X,
 )
 _SENTENCE_END = re.compile(r"[.!?]\s+(?=[A-Z])|\n")
@@ -199,11 +201,14 @@ def states_equation(text: str) -> bool:
     if not clauses:
         return False
     left, _, right = clauses[-1].partition("=")
+    left = re.sub(r"(?<=[\d.])\s?x\s?(?=[$\d])", "*", left)  # 5 x 3 = 15
+    if len(set(_SUBSCRIPTED.findall(left))) > 1:  # x_1 + x_2 = 4
+        return False
     if re.search(r"\d\s?[A-Za-z]", right):  # 3 * 5 m = 15 m has units
         return False
     if re.match(r"[\s$\\(\[{*]{0,8}[A-Za-z]\s?\([^()]{0,20}\)\s?\Z", left):  # f(2)
         return False
-    variables = {match["left"] or match["right"] for match in _BESIDE_VARIABLE.finditer(left)}
+    variables = {match["left"] or match["right"] for match in _BESIDE_VARIABLE.finditer(left)} - {"e"}
     return bool(variables) and (len(variables) == 1 or bool(re.search(r"\d", left)))
 
 
