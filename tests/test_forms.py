@@ -11,13 +11,20 @@ from test_run import SHORT, read
 from grpo_core import load_config, open_source
 from grpo_core.config import files
 from grpo_core.data.forms import FORMS, recognise
-from grpo_core.data.rows import peek_rows
+from grpo_core.data.prompts import make_tasks
+from grpo_core.data.rows import load_splits, peek_rows
+from grpo_core.model.loading import load_tokenizer
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.schema import ConfigError
 
 TINY = ROOT / "configs" / "tiny.yaml"
 FORMATS = ROOT / "tests" / "fixtures" / "formats"
 TRUTH = "reward_model.ground_truth"
+def renamed(columns):
+    """Return the columns that get another name; those that keep their own beside it are left out."""
+    return {name: path for name, path in columns.items() if name != path}
+
+
 # fixture -> the form's name, data.columns, data.prompt, the beginning of data.template, the reward
 EXPECTED = {
     "trl_prompt_solution": ("TRL", {"answer": "solution"}, "chat", "{prompt}", "correct_answer"),
@@ -72,7 +79,7 @@ def test_every_fixture_is_expected_and_every_form_has_one():
 def test_a_form_brings_its_columns_prompt_and_rewards(name, has_math):
     form, columns, prompt, template, reward = EXPECTED[name]
     keys, sentence = keys_of(name)
-    assert (keys["data.columns"], keys["data.prompt"], keys["rewards"], keys["evaluation.reward"]) == (columns, prompt, [reward], reward)
+    assert (renamed(keys["data.columns"]), keys["data.prompt"], keys["rewards"], keys["evaluation.reward"]) == (columns, prompt, [reward], reward)
     assert keys["data.template"].startswith(template) and sentence.startswith(f"{fixture(name)} has the form of {form} (")
     assert f"rewards [{reward}] (not [correct_answer, has_think_tags])" in sentence and "\n" not in sentence
     if not can_run(reward):
@@ -80,7 +87,7 @@ def test_a_form_brings_its_columns_prompt_and_rewards(name, has_math):
     notes = []
     config = files.load(TINY, [f"data.path={fixture(name)}"], recognise=recognise, notify=notes.append)
     assert notes == [sentence]
-    assert (config.data.columns, config.data.template, config.evaluation.reward) == (columns, keys["data.template"], reward)
+    assert (renamed(config.data.columns), config.data.template, config.evaluation.reward) == (columns, keys["data.template"], reward)
     assert [(x.name, x.weight, x.args) for x in config.rewards] == [(reward, 1.0, {})]
     assert config.data.max_prompt_tokens == 512 and "data.max_prompt_tokens 512 (not 128)" in sentence
 
@@ -183,7 +190,7 @@ def test_gold_answers_that_are_tests_are_run(gold, reward, tmp_path, has_math):
         path.write_text(json.dumps(row) + "\n")
         keys, _ = recognise(files.load(TINY, [f"data.path={path}"]), {"data.path"})
         column = "tests" if reward == "python_tests" else "answer"
-        assert (keys["rewards"], keys["evaluation.reward"], keys["data.columns"]) == ([reward], reward, {column: place})
+        assert (keys["rewards"], keys["evaluation.reward"], renamed(keys["data.columns"])) == ([reward], reward, {column: place})
 
 
 def test_tests_beside_other_gold_answers_ask_for_rewards(tmp_path):
@@ -313,3 +320,11 @@ def test_it_trains_two_steps_without_a_key(name, suffix, tmp_path, here):
     assert len(rows) == 2 and all(f"rewards/{reward}" in row for row in rows)
     first, last = read(tmp_path / "form" / "evaluation.jsonl")[0], read(tmp_path / "form" / "evaluation.jsonl")[-1]
     assert first["n"] == last["n"] == 2
+
+
+def test_a_column_that_gets_our_name_keeps_its_own_which_functions_of_the_user_read(tmp_path):
+    path = tmp_path / "trl.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i} + 1 =", "solution": str(i + 1)}) + "\n" for i in range(12)))
+    config = load_config(TINY, [f"data.path={path}", "evaluation.num_tasks=2"])
+    tasks, _ = make_tasks(load_splits(config.data, 2)[0], config.data, load_tokenizer("builtin:tiny"))
+    assert all(task.columns["solution"] == task.columns["answer"] for task in tasks) and len(tasks) == 10
