@@ -8,7 +8,7 @@ import pytest
 
 from grpo_core.config.files import load
 from grpo_core.objective.answers import accepted_choices, final_choice, final_text, normalise_text
-from grpo_core.objective.numbers import final_number, read_gold
+from grpo_core.objective.numbers import final_number, read_gold, states_equation
 from grpo_core.objective.rewards import REWARDS, correct_answer
 
 THREE_QUARTERS, HALF = Fraction(3, 4), Fraction(1, 2)
@@ -382,3 +382,18 @@ def test_no_text_takes_long_to_match(name):
         text *= 100_000 // len(text)
         took = seconds(text)
         assert took < 0.5 or took < 3 * seconds(text[: len(text) // 2]), text[:30]
+
+
+@pytest.mark.parametrize("text, number", [
+    ("So it will cost 4*4 = $16", 16), ("They cost 9 + 5 = $14.", 14), ("The tank still holds 50-30 = 20", 20), ("10 were men because 25 x .4 = 10", 10),
+    ("He drinks 10 because 40 x (1/4) = 10", 10), ("In fives: 5s are 1200/5 = 240", 240), ("His wins are 2x = 20", 20), ("He bakes 400g / 200g = 2", 2), ("4*x = 4*10 = 40", 40),
+])  # fmt: skip
+def test_the_steps_of_a_solution_without_a_mark_end_with_its_number(text, number):
+    assert final_number(text) == number
+    assert final_number(text.replace("$", "").rpartition("=")[0].replace("x = 4*10", "* 10") + f"= \\boxed{{{number}}}") == number
+
+
+@pytest.mark.parametrize("line", ["cost 4*4 = 16", "the tank holds 5 - 3 = 2", "25 x .4 = 10", "40 x (1/4) = 10", "logs: 3 + 1 = 4", "a single 2 + 2 = 4"])
+def test_a_word_that_begins_as_a_function_is_no_unknown(line):
+    assert not states_equation(line)
+    assert states_equation("sin x = 0.5") and states_equation("log(x) = 3") and states_equation("\\cos t = 1")

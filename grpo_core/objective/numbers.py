@@ -22,8 +22,8 @@ from grpo_core.objective.units import KNOWN_UNIT
 MAX_NUMBER_CHARS = 300  # a longer number counts as no number: exact arithmetic with it would be slow
 MAX_EXPONENT = 300  # of ten, for the same reason
 MAX_CANDIDATES = 64  # last numbers of a text among which the one that stands alone is looked for
+LINE = 200  # characters before the last number in which its line begins
 WINDOW = 24  # characters before a number that decide whether it belongs to a unit, a root or a power
-LINE = 200  # characters before the last number in which its equation is looked for
 
 _MINUS_SIGNS = "−–‐‑‒﹣－"
 _VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5", "⅘": "4/5"}
@@ -140,7 +140,7 @@ _CLAUSE_END = re.compile(
 _SUBSCRIPTED = re.compile(r"(?<![A-Za-z])[A-Za-z]_(?:\w|\{\w{1,9}\})")
 _BESIDE_VARIABLE = re.compile(  # 2x, x + 1, x^2, \sqrt{x}, (x + 1), |x|, sin x; but not "5 a day"
     r"""(?:[+*/^×·(|√}]\s?|\d(?:\s(?!a\b))?|(?<!\w)-\s?|[ ]-\s?|\}\s?\{\s?|\\[A-Za-z]++\s?[{(]?
-          |\b(?:sqrt|sin|cos|tan|log|ln)\s?\(?)
+          |\b(?:sqrt|sin|cos|tan|log|ln)(?:\s\(?|\())
         (?P<right>[a-z])(?![A-Za-z]|-[A-Za-z]{2})
       | (?<![A-Za-z\\])(?P<left>[a-z])(?=\s?(?:[+*/^×·]|-(?![A-Za-z]{2})|\\(?:cdot|times)))""",
     re.X,
@@ -201,7 +201,7 @@ def states_equation(text: str) -> bool:
     if not clauses:
         return False
     left, _, right = clauses[-1].partition("=")
-    left = re.sub(r"(?<=[\d.])\s?x\s?(?=[$\d])", "*", left)  # 5 x 3 = 15
+    left = re.sub(r"(?<=[\d.])\s?x\s?(?=[($.\d])", "*", left)  # 5 x 3 = 15
     if len(set(_SUBSCRIPTED.findall(left))) > 1:  # x_1 + x_2 = 4
         return False
     if re.search(r"\d\s?[A-Za-z]", right):  # 3 * 5 m = 15 m has units
@@ -319,7 +319,8 @@ def _last_number(text: str) -> Fraction | None:
             return None
         if not _is_attached(text, match):
             line = text[max(0, match.start() - LINE) : match.end()].rpartition("\n")[2]
-            return None if _is_ambiguous(text, match) or states_equation(line) else _value(text, match, is_start=False)
+            is_equation = line.startswith("####") and states_equation(line)  # elsewhere it is a step of the solution
+            return None if is_equation or _is_ambiguous(text, match) else _value(text, match, is_start=False)
     return None
 
 
