@@ -35,6 +35,7 @@ from grpo_core.model.logprobs import (
     token_divergence,
     token_logprobs,
 )
+from grpo_core.model.optional_kernels import drop_wrong_kernels
 from grpo_core.model.packing import Budget, Layout, Packing, Plan, pack_routed_experts, plan
 from grpo_core.model.rotation import find_rotations, forget_lengths
 from grpo_core.model.routing import RoutedForward, Routers, find_routers, watching
@@ -91,6 +92,13 @@ class Policy:
             if layout == "grid":
                 packed_attention.check_grid(self.causal_lm, self._hidden, self._body, self._rotations)
         return layout
+
+    def drop_wrong_kernels(self) -> list[str]:
+        """Stop using optional packages' functions that are wrong for this model; return a sentence for each."""
+        size = self.causal_lm.config.get_text_config().vocab_size
+        ids = torch.arange(packed_attention.LONG_ROW, device=self.causal_lm.device)[None] % size
+        with evaluation_mode(self._modules):
+            return drop_wrong_kernels(self.causal_lm, lambda: self._body(ids, use_cache=False))
 
     @cached_property
     def routers(self) -> Routers | None:
