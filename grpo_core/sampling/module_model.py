@@ -25,6 +25,7 @@ from grpo_core.sampling.computation import CallSize, Unsupported
 from grpo_core.sampling.cuda_graph import capture
 from grpo_core.sampling.decode_ops import DRAWN, FIELDS, PROMPT, SLOT, START, TOKEN, TorchOps
 from grpo_core.sampling.delta_net import find_delta_nets
+from grpo_core.sampling.elementwise import find_elementwise
 from grpo_core.sampling.expert_table import ExpertTable
 from grpo_core.sampling.layer_memory import LayerMemory
 from grpo_core.sampling.live_rows import Method, begin, next_logits
@@ -80,6 +81,7 @@ class ModuleModel:
         faster = [substitute for group in self._joined for substitute in group.substitutes()]
         if kernels is not None:
             faster += find_substitutes(self.model, kernels.state)
+            faster += find_elementwise(self.model, kernels.elementwise)
             faster += find_delta_nets(self.model, self._template, kernels.delta_net, kernels.state)
         experts = [None]
         if self.device.type == "cuda" and hasattr(self.model.config, "_experts_implementation"):
@@ -326,6 +328,7 @@ class Kernels(NamedTuple):
     state: Any
     delta_net: Any
     attention: Any
+    elementwise: Any
 
 
 def load_kernels(device: torch.device) -> Kernels | None:
@@ -337,7 +340,7 @@ def load_kernels(device: torch.device) -> Kernels | None:
     if device.type != "cuda":
         return None
     try:
-        from grpo_core.sampling import delta_net_kernel, row_attention_kernels, state_kernels
+        from grpo_core.sampling import delta_net_kernel, elementwise_kernels, row_attention_kernels, state_kernels
     except ImportError as error:
         raise Unsupported(f"triton cannot be imported: {error}") from error
-    return Kernels(state_kernels, delta_net_kernel, row_attention_kernels)
+    return Kernels(state_kernels, delta_net_kernel, row_attention_kernels, elementwise_kernels)
