@@ -97,22 +97,14 @@ class ModuleModel:
         self._tuned = [m for m in self.model.modules() if hasattr(m, "_disable_adapters") and id(m) not in replaced]
         try:
             self.refresh(0)
-            return check_steps(self, self.model) and (self.device.type != "cuda" or self._try_capture())
+            # the first step is captured, too, because a model that waits for the GPU fails there
+            return check_steps(self, self.model, capture if self.device.type == "cuda" else None)
         except (Unsupported, *CACHE_ERRORS) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             return False
         finally:
             self.release()
-
-    @torch.no_grad()
-    def _try_capture(self) -> bool:
-        """Capture a step of one row. Raise RuntimeError if no graph can hold it."""
-        self.allocate(CallSize(1, 2, 1, 1, 1, 2))
-        state = torch.zeros(FIELDS, 1, dtype=torch.int64, device=self.device)
-        state[START], state[DRAWN] = 2, 1
-        capture(partial(self.step, state))
-        return True
 
     def check(self, positions: int) -> None:
         """Raise Unsupported if rows of `positions` tokens are longer than a window that the model itself applies."""
