@@ -153,6 +153,45 @@ def _bound(scores, CAP: tl.constexpr):
     return scores
 
 
+@triton.jit
+def attend_to_block(
+    query, keys, values, inside, maximum, weight_sum, result, scale, CAP: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Return the largest score, the sum of exponentials and the result of the keys so far and those of a block.
+
+    At least one key of the block must be inside.
+    """
+    scores = _bound(tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale, CAP)
+    scores = tl.where(inside[None, :], scores, -1e30)
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    weights = tl.exp(scores - new_maximum[:, None])
+    rescale = tl.exp(maximum - new_maximum)
+    weight_sum = weight_sum * rescale + tl.sum(weights, 1)
+    result = result * rescale[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+    return new_maximum, weight_sum, result
+
+
+@triton.jit
+def log_sum(maximum, weight_sum):
+    """Return the log of a part's sum of exponentials, or a very small number if the part has no keys."""
+    return tl.where(weight_sum > 0, maximum + tl.log(tl.maximum(weight_sum, 1e-30)), -1e30)
+
+
+@triton.jit
+def average_parts(
+    parts, logsums, out, head, splits, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr
+):
+    """Store the average of the parts of one head of one row, weighted by their sums of exponentials."""
+    split = tl.arange(0, BLOCK_SPLITS)
+    d = tl.arange(0, BLOCK_D)
+    logsum = tl.load(logsums + head * splits + split, split < splits, other=-1e30)
+    weights = tl.exp(logsum - tl.max(logsum, 0))
+    weights = weights / tl.sum(weights, 0)
+    inside = (split < splits)[:, None] & (d < DIM)[None, :]
+    values = tl.load(parts + (head * splits + split)[:, None] * DIM + d[None, :], inside, other=0.0)
+    tl.store(out + head * DIM + d, tl.sum(values * weights[:, None], 0), d < DIM)
+
+
 # the tokens of a row are its prompt's and its own, of which it sees the last WINDOW, or all if WINDOW is 0; with one
 # part the result goes to `out`; with several, the result of each part and the log of its sum of exponentials go to
 # `parts` and `logsums`, which `_combine` reads
@@ -191,21 +230,15 @@ def _attend(
             key_mask = inside[:, None] & (d < DIM)[None, :]
             keys = tl.load(anchor + k_at[:, None] + d[None, :], key_mask, other=0.0)
             values = tl.load(anchor + v_at[:, None] + d[None, :], key_mask, other=0.0)
-            scores = _bound(tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale, CAP)
-            scores = tl.where(inside[None, :], scores, -1e30)
-            new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-            weights = tl.exp(scores - new_maximum[:, None])  # at least one key of a block is inside
-            rescale = tl.exp(maximum - new_maximum)
-            weight_sum = weight_sum * rescale + tl.sum(weights, 1)
-            result = result * rescale[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
-            maximum = new_maximum
+            maximum, weight_sum, result = attend_to_block(
+                query, keys, values, inside, maximum, weight_sum, result, scale, CAP, PRECISION
+            )
         result = result / tl.maximum(weight_sum, 1e-30)[:, None]
         if splits == 1:
             tl.store(out + heads[:, None] * DIM + d[None, :], result, query_mask)
         else:
             tl.store(parts + (heads[:, None] * splits + split) * DIM + d[None, :], result, query_mask)
-            logsum = tl.where(weight_sum > 0, maximum + tl.log(tl.maximum(weight_sum, 1e-30)), -1e30)
-            tl.store(logsums + heads * splits + split, logsum, member < HEADS // KV_HEADS)
+            tl.store(logsums + heads * splits + split, log_sum(maximum, weight_sum), member < HEADS // KV_HEADS)
 
 
 @triton.jit(do_not_specialize=["capacity", "splits"])
@@ -213,18 +246,10 @@ def _combine(
     parts, logsums, out, state, capacity, splits,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Average the parts of one head of one row, weighted by their sums of exponentials."""
+    """Average the parts of one head of one row."""
     row = tl.program_id(0).to(tl.int64)
     if tl.load(state + row + _DONE * capacity) == 0:
-        head = row * HEADS + tl.program_id(1)
-        split = tl.arange(0, BLOCK_SPLITS)
-        d = tl.arange(0, BLOCK_D)
-        logsum = tl.load(logsums + head * splits + split, split < splits, other=-1e30)
-        weights = tl.exp(logsum - tl.max(logsum, 0))
-        weights = weights / tl.sum(weights, 0)
-        inside = (split < splits)[:, None] & (d < DIM)[None, :]
-        values = tl.load(parts + (head * splits + split)[:, None] * DIM + d[None, :], inside, other=0.0)
-        tl.store(out + head * DIM + d, tl.sum(values * weights[:, None], 0), d < DIM)
+        average_parts(parts, logsums, out, row * HEADS + tl.program_id(1), splits, DIM, BLOCK_D, BLOCK_SPLITS)
 
 
 class TritonCache:
@@ -270,7 +295,7 @@ class TritonCache:
         sizes = (s.layers, s.heads, s.kv_heads, s.head_dim)
         memory = (state, state.stride(0), self.anchor, self.layout, layer)
         q = self._rotate_and_store(qkv, own, memory, sizes)
-        out, splits = torch.empty_like(q), _count_splits(rows * s.kv_heads)
+        out, splits = torch.empty_like(q), count_splits(rows * s.kv_heads)
         parts = torch.empty(rows * s.heads * splits, s.head_dim, dtype=torch.float32, device=q.device)
         logsums = torch.empty(rows * s.heads * splits, dtype=torch.float32, device=q.device)
         block_d = max(16, triton.next_power_of_2(s.head_dim))
@@ -310,7 +335,7 @@ class TritonCache:
         return q
 
 
-def _count_splits(programs: int) -> int:
+def count_splits(programs: int) -> int:
     """Return the parts into which each row's tokens are split, so that few rows still occupy the GPU: a power of 2."""
     splits = 1
     while programs * splits < MIN_PROGRAMS and splits < MAX_SPLITS:

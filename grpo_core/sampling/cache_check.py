@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from grpo_core.schema import ConfigError
 PROMPT_LENGTHS, NEW_TOKENS = (6, 3), 3
 # largest relative difference of a row's logits; in 16 bits a token may go to another expert, so the best row counts
 MAX_GAP, MAX_ROUGH_GAP = 1e-3, 0.15
-SHORT_PROMPTS, LONG_PROMPT = (1, 2, 5), 70  # short ones have much padding beside a long one
+# short ones have much padding beside a long one, and one length, so that they can be decoded together without padding
+SHORT_PROMPTS, LONG_PROMPT = (1, 1, 1), 70
 CACHE_ERRORS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)  # as a model's cache raises
 
 
@@ -34,10 +36,18 @@ def find_method(model: Any, pad_id: int) -> Method:
         ConfigError: a token's logits depend on later tokens, so that no forward of whole rows gives its log-prob.
     """
     with without_trace(model), evaluation_mode([*model.modules()]):
-        rows = _make_rows(model.config.get_text_config().vocab_size)
+        vocabulary, methods, is_checked = model.config.get_text_config().vocab_size, METHODS, False
+        if has_recurrent_layers(model):
+            long, *short = _make_rows(vocabulary, (LONG_PROMPT, *SHORT_PROMPTS))
+            expected = [_logits_of(model, row) for row in short]
+            _check_causal(model, short[:2], expected[:2])
+            if _keeps_padding_out(model, [long, *short], torch.cat(expected), pad_id):
+                return "padded"
+            methods, is_checked = METHODS[1:], True
+        rows = _make_rows(vocabulary)
         expected = [_logits_of(model, row) for row in rows]
-        _check_causal(model, rows, expected)
-        methods = METHODS if not has_recurrent_layers(model) or _keeps_padding_out(model, pad_id) else METHODS[1:]
+        if not is_checked:
+            _check_causal(model, rows, expected)
         return next((method for method in methods[:-1] if _matches(method, model, rows, expected, pad_id)), methods[-1])
 
 
@@ -50,30 +60,28 @@ def _make_rows(vocabulary: int, lengths: Sequence[int] = PROMPT_LENGTHS) -> list
     ]
 
 
-def _keeps_padding_out(model: Any, pad_id: int) -> bool:
-    """Return whether padding stays out of the states of recurrent layers.
+def _keeps_padding_out(model: Any, rows: list[list[int]], expected: Tensor, pad_id: int) -> bool:
+    """Return whether the method "padded" gives the `expected` logits of the short rows after the first, a long one.
 
     In the state of a short prompt beside a long one, padding has the greatest part that it can have. So its effect is
     measured there, over all short prompts. In 16 bits it may be as large as rounding, or twice the rounding of decoding
-    each row alone; but which token pads must not matter in any precision.
+    the rows without padding; but which token pads must not matter in any precision.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    rows = _make_rows(vocabulary, (LONG_PROMPT, *SHORT_PROMPTS))
-    expected = torch.cat([_logits_of(model, row) for row in rows[1:]])
+    other_pad = (pad_id + 1) % model.config.get_text_config().vocab_size
     is_exact = model.dtype in EXACT_DTYPES
     try:
-        padded, other = (_decode("padded", model, rows, pad)[1:] for pad in (pad_id, (pad_id + 1) % vocabulary))
-        if _gap(other, padded) > MAX_GAP:
+        first, *_, last = _decode("padded", model, rows, pad_id)
+        if _gap(next(_decode("padded", model, rows, other_pad))[1:], first[1:]) > MAX_GAP:
             return False
-        gap = _gap(padded, expected)
+        gap = _gap(last[1:], expected)
         if is_exact or gap <= ROUGH_TOLERANCE:
             return gap <= (MAX_GAP if is_exact else ROUGH_TOLERANCE)
-        alone = [_decode("cached", model, [row], pad_id) for row in rows[1:]]
+        *_, alone = _decode("cached", model, rows[1:], pad_id)
     except CACHE_ERRORS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return False
-    return gap <= min(2 * _gap(torch.cat(alone), expected), MAX_ROUGH_GAP)
+    return gap <= min(2 * _gap(alone, expected), MAX_ROUGH_GAP)
 
 
 def _logits_of(model: Any, row: Sequence[int]) -> Tensor:
@@ -96,7 +104,7 @@ def _matches(method: Method, model: Any, rows: list[list[int]], expected: list[T
     """Return whether `method` gives the expected logits; False if the model's cache cannot be used so."""
     try:
         parts = [rows] if method == "padded" else [[row] for row in rows]
-        logits = [logits for part in parts for logits in _decode(method, model, part, pad_id)]
+        logits = [logits for part in parts for logits in [*_decode(method, model, part, pad_id)][-1]]
         return _agree(logits, expected, model.dtype)
     except CACHE_ERRORS as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -105,8 +113,13 @@ def _matches(method: Method, model: Any, rows: list[list[int]], expected: list[T
 
 
 @torch.no_grad()
-def check_steps(computation: Computation, model: Any) -> bool:
-    """Return whether the steps of a computation give the logits of each row alone; rows are exchanged on the way."""
+def check_steps(
+    computation: Computation, model: Any, run_first: Callable[[Callable[[], Tensor]], Any] | None = None
+) -> bool:
+    """Return whether the steps of a computation give the logits of each row alone; rows are exchanged on the way.
+
+    `run_first` computes the first step, with what else it needs of a step.
+    """
     with without_trace(model), evaluation_mode([*model.modules()]):
         rows = _make_rows(model.config.get_text_config().vocab_size)
         count, prompts = len(rows), [row[:-NEW_TOKENS] for row in rows]
@@ -122,26 +135,31 @@ def check_steps(computation: Computation, model: Any) -> bool:
             computation.keep_rows(state)
             state[TOKEN] = torch.tensor([rows[i][t - NEW_TOKENS] for i in state[PROMPT].tolist()])
             state[DRAWN] = t + 1
-            logits = computation.step(state)
+            step = partial(computation.step, state)
+            if t == 0 and run_first is not None:
+                run_first(step)
+            else:
+                logits = step()
         expected = [_logits_of(model, rows[i]) for i in state[PROMPT].tolist()]
         return _agree(list(logits), expected, model.dtype)
 
 
-def _decode(method: Method, model: Any, rows: list[list[int]], pad_id: int) -> Tensor:
-    """Return the logits [rows, V] after the last token of each row, which is fanned out and chosen again on the way."""
+def _decode(method: Method, model: Any, rows: list[list[int]], pad_id: int) -> Iterator[Tensor]:
+    """Yield the logits [rows, V] after each of the last tokens of the rows.
+
+    The rows are fanned out, and chosen again after the first of these tokens.
+    """
     live, count = begin(method, model, [row[:-NEW_TOKENS] for row in rows], pad_id), len(rows)
     live.prefill()
     live.select(torch.arange(count, device=model.device).repeat_interleave(2))  # a row and its twin
-    logits = torch.zeros(0)
     for t in range(-NEW_TOKENS, 0):
         tokens = torch.tensor([row[t] for row in rows], device=model.device)
         if t > -NEW_TOKENS:
-            logits = live.append(tokens)
+            yield live.append(tokens)
             continue
         tokens = torch.stack([(tokens + 1) % model.config.get_text_config().vocab_size, tokens], dim=1)
-        live.append(tokens.flatten())  # the twin gets another token, so that its state is another
+        yield live.append(tokens.flatten())[1::2]  # the twin gets another token, so that its state is another
         live.select(torch.arange(count, device=model.device) * 2 + 1)
-    return logits
 
 
 def _agree(logits: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> bool:

@@ -57,13 +57,15 @@ def _add_norm(
 
 
 @triton.jit
-def _gate_mul(gate_up, stride, out, INNER: tl.constexpr, BLOCK_I: tl.constexpr, IS_SILU: tl.constexpr):
+def _gate_mul(
+    gates, gate_stride, ups, up_stride, out, INNER: tl.constexpr, BLOCK_I: tl.constexpr, IS_SILU: tl.constexpr
+):
     """Store activation(gate) * up for one block of one row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     inside = at < INNER
-    gate = tl.load(gate_up + row * stride + at, inside, other=0.0)
-    up = tl.load(gate_up + row * stride + INNER + at, inside, other=0.0).to(tl.float32)
+    gate = tl.load(gates + row * gate_stride + at, inside, other=0.0)
+    up = tl.load(ups + row * up_stride + at, inside, other=0.0).to(tl.float32)
     wide = gate.to(tl.float32)
     argument = wide
     if not IS_SILU:  # 0.5 x (1 + tanh(u)) = x sigmoid(2 u), with 2 u = sqrt(8 / pi) (x + 0.044715 x^3)
@@ -153,6 +155,19 @@ def _choose(
         _advance(column, capacity, row, drawn, token, lengths, ended, eos, EOS)
 
 
+def multiply_gate(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """Return activation(gate) * up, [..., I]."""
+    inner = gate.shape[-1]
+    gates, ups = (x.reshape(-1, inner) for x in (gate, up))
+    gates, ups = (x if x.stride(1) == 1 else x.contiguous() for x in (gates, ups))
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    grid = (len(gates), triton.cdiv(inner, ACTIVATIONS_PER_PROGRAM))
+    _gate_mul[grid](
+        gates, gates.stride(0), ups, ups.stride(0), out, inner, ACTIVATIONS_PER_PROGRAM, activation == "silu"
+    )
+    return out
+
+
 class TritonOps(TorchOps):
     """The operations on a GPU: one or two kernel launches each, which a graph can capture."""
 
@@ -189,11 +204,7 @@ class TritonOps(TorchOps):
         return out
 
     def gate_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        rows, inner = len(gate_up), gate_up.shape[1] // 2
-        out = gate_up.new_empty(rows, inner)
-        grid = (rows, triton.cdiv(inner, ACTIVATIONS_PER_PROGRAM))
-        _gate_mul[grid](gate_up, gate_up.stride(0), out, inner, ACTIVATIONS_PER_PROGRAM, activation == "silu")
-        return out
+        return multiply_gate(*gate_up.chunk(2, dim=1), activation)
 
     def draw(self, logits: Tensor, state: Tensor, tables: Tables, settings: SamplingParams) -> None:
         rows, width = logits.shape

@@ -24,9 +24,12 @@ from grpo_core.sampling.cache_check import CACHE_ERRORS, check_steps
 from grpo_core.sampling.computation import CallSize, Unsupported
 from grpo_core.sampling.cuda_graph import capture
 from grpo_core.sampling.decode_ops import DRAWN, FIELDS, PROMPT, SLOT, START, TOKEN, TorchOps
+from grpo_core.sampling.delta_net import find_delta_nets
+from grpo_core.sampling.elementwise import find_elementwise
 from grpo_core.sampling.expert_table import ExpertTable
 from grpo_core.sampling.layer_memory import LayerMemory
 from grpo_core.sampling.live_rows import Method, begin, next_logits
+from grpo_core.sampling.row_attention import RowAttention, make_bias
 from grpo_core.sampling.step_functions import Substitute, find_joined_calls, find_substitutes, installed
 
 MAX_PREFILL_TOKENS = 8192  # of the prompts that are computed together
@@ -68,14 +71,18 @@ class ModuleModel:
         self._switches: list[tuple] = []
         self._caches: dict[int, Any] = {}
         self._first_logits = torch.zeros(0)
-        if not any(self._is_right(variant) for variant in self._list_variants()):
+        kernels = load_kernels(self.device)
+        self._attention = RowAttention(kernels and kernels.attention)
+        if not any(self._is_right(variant) for variant in self._list_variants(kernels)):
             raise Unsupported("its own forward does not take a cache of static shape, or cannot be captured as a graph")
 
-    def _list_variants(self) -> Iterator[Variant]:
+    def _list_variants(self, kernels: Kernels | None) -> Iterator[Variant]:
         """Yield the ways to compute a step, the fastest first."""
         faster = [substitute for group in self._joined for substitute in group.substitutes()]
-        if self.device.type == "cuda":
-            faster += find_substitutes(self.model, load_kernels())
+        if kernels is not None:
+            faster += find_substitutes(self.model, kernels.state)
+            faster += find_elementwise(self.model, kernels.elementwise)
+            faster += find_delta_nets(self.model, self._template, kernels.delta_net, kernels.state)
         experts = [None]
         if self.device.type == "cuda" and hasattr(self.model.config, "_experts_implementation"):
             experts.append("batched_mm")  # which waits for nothing, whatever the sizes are
@@ -90,22 +97,14 @@ class ModuleModel:
         self._tuned = [m for m in self.model.modules() if hasattr(m, "_disable_adapters") and id(m) not in replaced]
         try:
             self.refresh(0)
-            return check_steps(self, self.model) and (self.device.type != "cuda" or self._try_capture())
+            # the first step is captured, too, because a model that waits for the GPU fails there
+            return check_steps(self, self.model, capture if self.device.type == "cuda" else None)
         except (Unsupported, *CACHE_ERRORS) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             return False
         finally:
             self.release()
-
-    @torch.no_grad()
-    def _try_capture(self) -> bool:
-        """Capture a step of one row. Raise RuntimeError if no graph can hold it."""
-        self.allocate(CallSize(1, 2, 1, 1, 1, 2))
-        state = torch.zeros(FIELDS, 1, dtype=torch.int64, device=self.device)
-        state[START], state[DRAWN] = 2, 1
-        capture(partial(self.step, state))
-        return True
 
     def check(self, positions: int) -> None:
         """Raise Unsupported if rows of `positions` tokens are longer than a window that the model itself applies."""
@@ -206,8 +205,7 @@ class ModuleModel:
     def step(self, state: Tensor) -> Tensor:
         """Return the logits [R, V] after the newest token of each column of the state."""
         size = state.shape[1]
-        position = (state[START] + state[DRAWN] - 1).clamp(0, self._tokens - 1)
-        self._at = (torch.arange(size, device=self.device), position)
+        position = self._position = (state[START] + state[DRAWN] - 1).clamp(0, self._tokens - 1)
         if size not in self._caches:
             cache = copy.copy(self._template)
             cache.layers = [layer.make_layer(size, partial(self._update, layer)) for layer in self._layers]
@@ -219,7 +217,7 @@ class ModuleModel:
             mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
             options = {"attend_rows": self._attend}
         else:
-            mask = self._bias(None)
+            mask = make_bias(position, None, self._tokens, self.model.dtype)
         with self._installed(), self._implementations(), self._recording() as routed:
             logits = next_logits(
                 self.model, state[TOKEN][:, None], self._caches[size], attention_mask=mask,
@@ -284,21 +282,9 @@ class ModuleModel:
 
     def _update(self, layer: LayerMemory, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store the keys and values [R, kv_heads, 1, D] of the newest tokens; return those of all tokens."""
-        row, position = self._at
-        memory = [layer.rows[name, None][: len(row)] for name in ("keys", "values")]
-        for stored, new in zip(memory, (keys, values), strict=True):
-            stored[row, :, position] = new[:, :, 0]
+        memory = [layer.rows[name, None][: len(keys)] for name in ("keys", "values")]
+        self._attention.store(keys, values, *memory, self._position)
         return memory[0], memory[1]
-
-    def _bias(self, layer: LayerMemory | None) -> Tensor:
-        """Return what is added to the scores: the least number where a row does not see a token, [R, 1, 1, T]."""
-        dtype, position = self.model.dtype, self._at[1][:, None]
-        at = torch.arange(self._tokens, device=self.device)
-        visible = at <= position
-        if layer is not None and (first := layer.first_visible(position)) is not None:
-            visible &= at >= first
-        bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-        return bias.masked_fill(~visible, torch.finfo(dtype).min)[:, None, None]
 
     def _attend(
         self,
@@ -311,25 +297,12 @@ class ModuleModel:
         s_aux: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
-        """Return the attention [R, 1, heads, D] of queries [R, heads, 1, D] to the keys [R, kv_heads, T, D] of a row.
-
-        Query heads that share a key head are treated as positions, so that keys need not be repeated. `softcap` bounds
-        the scores, and `s_aux` has the logit of a sink for each head.
-        """
+        """Return the attention [R, 1, heads, D] of queries [R, heads, 1, D] to keys [R, kv_heads, T, D]."""
         if any(value is not None for value in others.values()):
             raise Unsupported(f"its attention has the options {', '.join(others)}")
-        rows, heads, _, dim = query.shape
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
         layer = self._layer_of[keys.data_ptr()]
-        grouped = query.reshape(rows, keys.shape[1], heads // keys.shape[1], dim)
-        scores = grouped @ keys.transpose(2, 3) * (dim**-0.5 if scaling is None else scaling)
-        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        scores = (scores + self._bias(layer)).float()
-        if s_aux is not None:
-            column = s_aux.view(1, keys.shape[1], -1, 1).expand(rows, -1, -1, 1)
-            weights = torch.cat([scores, column.float()], dim=-1).softmax(dim=-1)[..., :-1]
-        else:
-            weights = scores.softmax(dim=-1)
-        return (weights.to(values.dtype) @ values).reshape(rows, 1, heads, values.shape[-1])
+        return self._attention.attend(query, keys, values, self._position, layer, scale, softcap=softcap, sinks=s_aux)
 
 
 def _switch(module: Any) -> tuple:
@@ -341,14 +314,25 @@ def _switch(module: Any) -> tuple:
     )
 
 
-def load_kernels() -> Any:
-    """Return the module of kernels.
+class Kernels(NamedTuple):
+    """The files of kernels."""
+
+    state: Any
+    delta_net: Any
+    attention: Any
+    elementwise: Any
+
+
+def load_kernels(device: torch.device) -> Kernels | None:
+    """Return the files of kernels; None where they cannot run.
 
     Raises:
         Unsupported: triton cannot be imported.
     """
+    if device.type != "cuda":
+        return None
     try:
-        from grpo_core.sampling import state_kernels
+        from grpo_core.sampling import delta_net_kernel, elementwise_kernels, row_attention_kernels, state_kernels
     except ImportError as error:
         raise Unsupported(f"triton cannot be imported: {error}") from error
-    return state_kernels
+    return Kernels(state_kernels, delta_net_kernel, row_attention_kernels, elementwise_kernels)

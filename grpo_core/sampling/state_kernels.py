@@ -156,30 +156,47 @@ def ssm(
     return out
 
 
+# GATE 1 multiplies by silu(gate) before the norm, 2 after it, 0 never
+@triton.jit
+def gate_before_norm(value, gate, GATE: tl.constexpr):
+    """Return the values that a norm divides by their root mean square, in float32."""
+    wide = value.to(tl.float32)
+    if GATE == 1:
+        opening = gate.to(tl.float32)
+        wide = wide * opening * tl.sigmoid(opening)
+    return wide
+
+
+@triton.jit
+def scale_after_norm(wide, gate, weight, like, OFFSET: tl.constexpr, GATE: tl.constexpr):
+    """Return normalized values times OFFSET + weight. If OFFSET is 0 they are rounded to the dtype of `like` before."""
+    if OFFSET == 0:
+        wide = wide.to(like.dtype).to(tl.float32)
+    wide = wide * (weight.to(tl.float32) + OFFSET)
+    if GATE == 2:
+        opening = gate.to(tl.float32)
+        wide = wide * opening * tl.sigmoid(opening)
+    return wide
+
+
 @triton.jit
 def _norm(
     x, x_stride, x_inner, gate, gate_stride, weight, out, eps, INNER, H,
     OFFSET: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Normalize one group of one row. GATE 1 multiplies by silu(gate) before the norm, 2 after it, 0 never."""
+    """Normalize one group of one row."""
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, BLOCK)
     inside = at < H
     place = x + row // INNER * x_stride + row % INNER * x_inner
     value = tl.load(place + group * H + at, inside, other=0.0)
-    wide = value.to(tl.float32)
+    opening = value
     if GATE > 0:
-        opening = tl.load(gate + row * gate_stride + group * H + at, inside, other=0.0).to(tl.float32)
-        opening = opening * tl.sigmoid(opening)
-    if GATE == 1:
-        wide = wide * opening
+        opening = tl.load(gate + row * gate_stride + group * H + at, inside, other=0.0)
+    scale = tl.load(weight + group * H + at, inside, other=0.0)
+    wide = gate_before_norm(value, opening, GATE)
     wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / H + eps)
-    scale = tl.load(weight + group * H + at, inside, other=0.0).to(tl.float32)
-    if OFFSET == 0:
-        wide = wide.to(value.dtype).to(tl.float32)
-    wide = wide * (scale + OFFSET)
-    if GATE == 2:
-        wide = wide * opening
+    wide = scale_after_norm(wide, opening, scale, value, OFFSET, GATE)
     tl.store(out + (row * tl.num_programs(1) + group) * H + at, wide, inside)
 
 

@@ -53,7 +53,7 @@ def find_substitutes(model: nn.Module, kernels: Any) -> list[Substitute]:
             continue
         key = (type(module), _eps(module))
         if key not in kinds:
-            kinds[key] = _find_kind(module, kernels)
+            kinds[key] = find_kind(module, kernels)
         if (kind := kinds[key]) is not None:
             substitutes.append(Substitute(module, "forward", _make_norm(module, kind, kernels)))
     return substitutes
@@ -90,7 +90,7 @@ def _make_norm(module: Any, kind: tuple[int, int], kernels: Any) -> Callable[...
 
 
 @torch.no_grad()
-def _find_kind(module: Any, kernels: Any) -> tuple[int, int] | None:
+def find_kind(module: Any, kernels: Any) -> tuple[int, int] | None:
     """Return the offset of a norm's weight and how it uses a gate (`norm` has the meaning), or None."""
     if _eps(module) is None:
         return None

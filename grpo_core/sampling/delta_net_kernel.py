@@ -1,0 +1,190 @@
+"""A Triton kernel of one token step of a gated delta net (arXiv:2412.06464), from its projections to its gated norm.
+
+A program owns one key head of one row: its channels of the convolution, and the states of the value heads that share
+the key. So no other program reads or writes its memory, and both states are updated in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grpo_core.sampling.state_kernels import gate_before_norm, scale_after_norm
+
+MAX_COLUMNS = 64  # of a state [K, V] that a program holds at once
+ELEMENTS_PER_WARP = 1024  # of those columns
+MAX_WARPS = 16
+MAX_REGISTERS = 128  # of a thread, so that several programs share a processor
+
+
+@dataclass(frozen=True)
+class DeltaInputs:
+    """The projections of the newest token of each row, as views: a key head serves `shared` value heads.
+
+    q and k are [R, key heads, K], v and z (the gate of the norm) [R, key heads, shared, V], and b (of beta) and a (of
+    the decay) [R, key heads, shared].
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    z: Tensor
+    b: Tensor
+    a: Tensor
+
+
+@dataclass(frozen=True)
+class DeltaWeights:
+    """The weights of a gated delta net.
+
+    conv [C, W] and conv_bias [C] are of the convolution over the channels of all q, then all k, then all v. decay
+    (`A_log`) and decay_bias (`dt_bias`) are [heads], norm is [V]. The norm has the meaning of state_kernels.norm.
+    """
+
+    conv: Tensor
+    conv_bias: Tensor | None
+    decay: Tensor
+    decay_bias: Tensor
+    norm: Tensor
+    eps: float
+    offset: int
+    gate_kind: int
+    beta_scale: float
+    is_silu: bool
+
+
+# a window is a tuple of tokens rather than a tensor, so that its layout has no influence on that of the states
+@triton.jit
+def _window(x, state, channel, inside, W: tl.constexpr):
+    """Return the newest W tokens of some channels, the newest of which is at `x`."""
+    window = ()
+    for w in tl.static_range(W - 1):
+        window += (tl.load(state + channel * W + w + 1, inside, other=0.0),)
+    window += (tl.load(x, inside, other=0.0).to(state.dtype.element_ty),)
+    return window
+
+
+@triton.jit
+def _store_window(window, state, channel, inside, W: tl.constexpr):
+    for w in tl.static_range(W):
+        tl.store(state + channel * W + w, window[w], inside)
+
+
+@triton.jit
+def _convolve(window, weight, bias, channel, inside, like, W: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr):
+    """Return the convolution over a window in float32, rounded to the dtype of `like` as transformers rounds it."""
+    total = tl.zeros(channel.shape, tl.float32)
+    for w in tl.static_range(W):
+        factor = tl.load(weight + channel * W + w, inside, other=0.0).to(tl.float32)
+        total += window[w].to(tl.float32) * factor
+    if BIAS:
+        total += tl.load(bias + channel, inside, other=0.0).to(tl.float32)
+    total = total.to(like.dtype.element_ty).to(tl.float32)
+    if SILU:
+        total = (total * tl.sigmoid(total)).to(like.dtype.element_ty).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _delta_net(
+    q, q_row, q_head, k, k_row, k_head, v, v_row, v_head, v_shared, z, z_row, z_head, z_shared,
+    b, b_row, b_head, a, a_row, a_head, conv_state, state, conv, conv_bias, decay, decay_bias, norm, out, eps,
+    KEY_HEADS: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
+    BETA_SCALE: tl.constexpr, OFFSET: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """Process one key head of one row, its states in blocks of BLOCK_V columns."""
+    row, group = (tl.program_id(0) // KEY_HEADS).to(tl.int64), tl.program_id(0) % KEY_HEADS
+    i = tl.arange(0, BLOCK_K)
+    inside_k = i < K
+    windows = conv_state + row * (KEY_HEADS * (2 * K + SHARED * V)) * W
+    q_channel, k_channel = group * K + i, (KEY_HEADS + group) * K + i
+    q_window = _window(q + row * q_row + group * q_head + i, windows, q_channel, inside_k, W)
+    k_window = _window(k + row * k_row + group * k_head + i, windows, k_channel, inside_k, W)
+    tl.debug_barrier()  # several threads may have read the same window: all must have it before it changes
+    _store_window(q_window, windows, q_channel, inside_k, W)
+    _store_window(k_window, windows, k_channel, inside_k, W)
+    query = _convolve(q_window, conv, conv_bias, q_channel, inside_k, q, W, BIAS, SILU)
+    key = _convolve(k_window, conv, conv_bias, k_channel, inside_k, k, W, BIAS, SILU)
+    query = query * tl.rsqrt(tl.sum(query * query, 0) + 1e-6) * (K**-0.5)
+    key = key * tl.rsqrt(tl.sum(key * key, 0) + 1e-6)
+    overlap = tl.sum(query * key, 0)
+    for s in range(SHARED):
+        head = group * SHARED + s
+        step = tl.load(a + row * a_row + group * a_head + s).to(tl.float32) + tl.load(decay_bias + head).to(tl.float32)
+        step = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(tl.minimum(step, 20.0))))
+        factor = tl.exp(-tl.exp(tl.load(decay + head).to(tl.float32)) * step)
+        opening = tl.load(b + row * b_row + group * b_head + s)
+        beta = tl.sigmoid(opening.to(tl.float32)).to(opening.dtype).to(tl.float32) * BETA_SCALE
+        results, squares = (), 0.0
+        for block in tl.static_range(0, V, BLOCK_V):
+            j = block + tl.arange(0, BLOCK_V)
+            inside_v = j < V
+            inside = inside_k[:, None] & inside_v[None, :]
+            place = state + ((row * KEY_HEADS * SHARED + head) * K + i[:, None]) * V + j[None, :]
+            memory = tl.load(place, inside, other=0.0).to(tl.float32)
+            channel = 2 * KEY_HEADS * K + head * V + j
+            window = _window(v + row * v_row + group * v_head + s * v_shared + j, windows, channel, inside_v, W)
+            tl.debug_barrier()
+            _store_window(window, windows, channel, inside_v, W)
+            value = _convolve(window, conv, conv_bias, channel, inside_v, v, W, BIAS, SILU)
+            memory = memory * factor
+            change = (value - tl.sum(memory * key[:, None], 0)) * beta
+            result = tl.sum(memory * query[:, None], 0) + overlap * change  # of the memory after the change
+            tl.store(place, memory + key[:, None] * change[None, :], inside)
+            result = tl.where(inside_v, result, 0.0).to(out.dtype.element_ty)
+            gate = tl.load(z + row * z_row + group * z_head + s * z_shared + j, inside_v, other=0.0)
+            wide = gate_before_norm(result, gate, GATE)
+            squares += tl.sum(wide * wide, 0)
+            results += (wide,)
+        scale = tl.rsqrt(squares / V + eps)
+        for block in tl.static_range(0, V, BLOCK_V):
+            j = block + tl.arange(0, BLOCK_V)
+            gate = tl.load(z + row * z_row + group * z_head + s * z_shared + j, j < V, other=0.0)
+            weight = tl.load(norm + j, j < V, other=0.0)
+            wide = scale_after_norm(results[block // BLOCK_V] * scale, gate, weight, gate, OFFSET, GATE)
+            tl.store(out + (row * KEY_HEADS * SHARED + head) * V + j, wide, j < V)
+
+
+def delta_net(
+    x: DeltaInputs,
+    weights: DeltaWeights,
+    conv_state: Tensor,
+    state: Tensor,
+    *,
+    columns: int = MAX_COLUMNS,
+    warps: int | None = None,
+    registers: int = MAX_REGISTERS,
+) -> Tensor:
+    """Return the outputs [R, heads V] before the last projection; `conv_state` [R, C, W] and `state` are updated.
+
+    `state` is [R, heads, K, V]. Both states must be contiguous.
+    """
+    rows, heads, key_dim, value_dim = state.shape
+    key_heads = x.q.shape[1]
+    assert conv_state.is_contiguous() and state.is_contiguous()
+    inner = (x.q.stride(2), x.k.stride(2), x.v.stride(3), x.z.stride(3), x.b.stride(2), x.a.stride(2))
+    assert all(stride == 1 for stride in inner)
+    views = [
+        *(x.q, *x.q.stride()[:2], x.k, *x.k.stride()[:2], x.v, *x.v.stride()[:3], x.z, *x.z.stride()[:3]),
+        *(x.b, *x.b.stride()[:2], x.a, *x.a.stride()[:2]),
+    ]
+    out = x.q.new_empty(rows, heads * value_dim)
+    block_k, block_v = triton.next_power_of_2(key_dim), min(columns, triton.next_power_of_2(value_dim))
+    width = conv_state.shape[2]
+    bias = weights.conv if weights.conv_bias is None else weights.conv_bias
+    _delta_net[(rows * key_heads,)](
+        *views, conv_state, state, weights.conv, bias, weights.decay, weights.decay_bias, weights.norm, out,
+        weights.eps, key_heads, heads // key_heads, key_dim, value_dim, width, block_k, block_v,
+        weights.conv_bias is not None, weights.is_silu, weights.beta_scale, weights.offset, weights.gate_kind,
+        num_warps=warps or _count_warps(block_k * block_v), maxnreg=registers,
+    )  # fmt: skip
+    return out
+
+
+def _count_warps(elements: int) -> int:
+    """Return the warps that hold a state of so many elements: a power of 2."""
+    return min(MAX_WARPS, max(1, elements // ELEMENTS_PER_WARP))
