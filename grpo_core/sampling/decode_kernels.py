@@ -13,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_core.batch import SamplingParams
+from grpo_core.sampling import expert_kernels
 from grpo_core.sampling.attention_kernels import TABLE_WIDTH, TritonCache, multiply_by_weight
 from grpo_core.sampling.decode_ops import DONE, DRAWN, LIMIT, ROW, TOKEN, Activation, AttentionShape, Tables, TorchOps
+from grpo_core.sampling.expert_ops import ExpertWeights, Routing
 
 _TOKEN, _DRAWN, _LIMIT, _ROW, _DONE = (tl.constexpr(x) for x in (TOKEN, DRAWN, LIMIT, ROW, DONE))
 _TABLE_WIDTH = tl.constexpr(TABLE_WIDTH)
@@ -194,6 +196,12 @@ class TritonOps(TorchOps):
         grid = (rows, triton.cdiv(inner, ACTIVATIONS_PER_PROGRAM))
         _gate_mul[grid](gate_up, gate_up.stride(0), out, inner, ACTIVATIONS_PER_PROGRAM, activation == "silu")
         return out
+
+    def choose_experts(self, logits: Tensor, routing: Routing, done: Tensor | None) -> tuple[Tensor, Tensor]:
+        return expert_kernels.choose_experts(logits, routing, done)
+
+    def mix_experts(self, x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights) -> Tensor:
+        return expert_kernels.mix_experts(x, experts, weights, own)
 
     def draw(self, logits: Tensor, state: Tensor, tables: Tables, settings: SamplingParams) -> None:
         rows, width = logits.shape

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo_core.batch import SamplingParams
+from grpo_core.sampling import expert_ops
 from grpo_core.sampling.draw import draw
+from grpo_core.sampling.expert_ops import ExpertWeights, Routing
 
 # the fields of `state` [FIELDS, R] int64
 TOKEN = 0  # the newest token, whose keys and values are not in the cache yet
@@ -123,6 +125,14 @@ class TorchOps:
         """Return activation(gate) * up [R, I] for [gate, up] [R, 2 I]."""
         gate, up = gate_up.chunk(2, dim=1)
         return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")).mul_(up)
+
+    def choose_experts(self, logits: Tensor, routing: Routing, done: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the experts [R, k] of each row, and their weights [R, k]; see `expert_ops.choose_experts`."""
+        return expert_ops.choose_experts(logits, routing, done)
+
+    def mix_experts(self, x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights) -> Tensor:
+        """Return the weighted sum [R, H] of the outputs of each row's experts; see `expert_ops.mix_experts`."""
+        return expert_ops.mix_experts(x, experts, weights, own)
 
     def draw(self, logits: Tensor, state: Tensor, tables: Tables, settings: SamplingParams) -> None:
         """Draw the next token of every row that is not done from logits [R, V]; write it to `state` and `tables`."""
