@@ -1,9 +1,9 @@
 """Triton kernels for a mixture of experts, which expert_ops.py defines in torch.
 
-`_choose_experts` chooses the experts of each row. `_group_rows` lists the pairs of each expert and the experts that have
-any. `_multiply_groups` computes the product of every listed expert with its rows, for gate and up with the activation,
-and for down; `_add_parts` adds the weighted outputs of a row. All sizes are those of the inputs, so a graph can capture
-it, and every output is written by one program, so the same inputs give the same bits. Sums are float32.
+`_choose_experts` chooses the experts of each row. `_group_rows` lists the pairs of each expert, and the experts that
+have any. `_multiply_groups` computes the product of every listed expert with its rows: gate and up with the activation,
+then down. `_add_parts` adds the weighted outputs of a row. All sizes are those of the inputs, so a graph can capture
+them, and every output is written by one program, so the same inputs give the same bits. Sums are float32.
 """
 
 from __future__ import annotations
@@ -64,10 +64,7 @@ def _choose_experts(
         scores = tl.where(j == i, best, scores)
         rest = tl.where(e == at, -float("inf"), rest)
     weight = tl.exp(scores - maximum)
-    if NORMALIZED:
-        weight = weight / tl.sum(weight, 0)
-    else:
-        weight = weight / tl.sum(tl.exp(value - maximum), 0)
+    weight = weight / tl.sum(weight if NORMALIZED else tl.exp(value - maximum), 0)
     if ROUNDED:
         weight = weight.to(logits.dtype.element_ty).to(tl.float32)
     if HAS_DONE:
@@ -119,23 +116,43 @@ def _activate(gates, ups, IS_SILU: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.
     if LIMIT != 0:
         gates = tl.minimum(gates, LIMIT)
         ups = tl.minimum(tl.maximum(ups, -LIMIT), LIMIT)
-    if IS_SILU:
-        argument = ALPHA * gates
-    else:  # 0.5 x (1 + tanh(u)) = x sigmoid(2 u), with 2 u = sqrt(8 / pi) (x + 0.044715 x^3)
+    argument = ALPHA * gates
+    if not IS_SILU:  # 0.5 x (1 + tanh(u)) = x sigmoid(2 u), with 2 u = sqrt(8 / pi) (x + 0.044715 x^3)
         argument = 1.5957691216057308 * (gates + 0.044715 * gates * gates * gates)
     active = (gates * tl.sigmoid(argument)).to(like.dtype.element_ty).to(tl.float32)
     return (ups + SHIFT) * active
 
 
-# pair p has the row p // SHARE of x; a GATED product has two columns of the weights for each of its N outputs, which
-# lie side by side if they are INTERLEAVED; in a block they alternate, or all gates come first if HALVES
+# a GATED product has two columns of the weights for each of its N outputs, which lie side by side if they are
+# INTERLEAVED; in a block of WIDTH columns they alternate, or all gates come first if HALVES
+@triton.jit
+def _find_columns(
+    first, N: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HALVES: tl.constexpr
+):
+    """Return the output and the column of the weights that each column of a block belongs to."""
+    i = tl.arange(0, WIDTH)
+    unit = first + i
+    column = unit
+    if GATED:
+        if HALVES:
+            unit = first + i % (WIDTH // 2)
+            column = i // (WIDTH // 2) * N + unit
+        else:
+            unit = first + i // 2
+            column = i % 2 * N + unit
+            if INTERLEAVED:
+                column = 2 * first + i
+    return unit, column
+
+
+# pair p has the row p // SHARE of x
 @triton.jit(do_not_specialize=["R"])
 def _multiply_groups(
     x, pairs, order, sizes, total, weights, biases, out, R,
-    N: tl.constexpr, K: tl.constexpr, EXPERT_STRIDE: tl.constexpr, COLUMN_STRIDE: tl.constexpr, INNER_STRIDE: tl.constexpr,
-    SHARE: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HALVES: tl.constexpr,
-    IS_SILU: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, EXPERT_STRIDE: tl.constexpr, COLUMN_STRIDE: tl.constexpr,
+    INNER_STRIDE: tl.constexpr, SHARE: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HALVES: tl.constexpr, IS_SILU: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute some outputs of all pairs of one listed expert."""
     blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -145,19 +162,7 @@ def _multiply_groups(
         expert = tl.load(order + position).to(tl.int64)
         size = tl.load(sizes + position)
         first = (tl.program_id(0) % blocks) * BLOCK_N
-        i = tl.arange(0, width)
-        if not GATED:
-            unit = first + i
-            column = unit
-        elif INTERLEAVED:
-            unit = first + i // 2
-            column = 2 * first + i
-        elif HALVES:
-            unit = first + i % BLOCK_N
-            column = i // BLOCK_N * N + unit
-        else:
-            unit = first + i // 2
-            column = i % 2 * N + unit
+        unit, column = _find_columns(first, N, width, GATED, INTERLEAVED, HALVES)
         source = weights + expert * EXPERT_STRIDE + column[None, :] * COLUMN_STRIDE
         for begin in range(0, size, BLOCK_P):
             at = begin + tl.arange(0, BLOCK_P)

@@ -21,7 +21,7 @@ class Routing:
     """The way in which a router chooses experts by its logits.
 
     top_k: Number k of experts for each row, those with the largest logits.
-    is_normalized: The weights of the chosen experts are their softmax; otherwise they are parts of the softmax over all.
+    is_normalized: The weights of the chosen experts are their softmax, instead of parts of the softmax over all.
     is_rounded: The weights are rounded to the dtype of the logits.
     """
 
@@ -32,10 +32,10 @@ class Routing:
 
 @dataclass(frozen=True)
 class Gating:
-    """The activation of an expert: (up + shift) * f(alpha * gate) for a gate and an up that are clamped.
+    """The activation of an expert: (up + shift) * f(gate) for a gate and an up that are clamped.
 
-    f is x sigmoid(alpha x) ("silu") or GELU's approximation by tanh, where alpha is 1. A gate is at most `limit`, and up
-    lies between -limit and limit.
+    f(x) is x sigmoid(alpha x) ("silu"), or GELU's approximation by tanh, where alpha is 1. A gate is at most `limit`,
+    and an up lies between -limit and limit.
     """
 
     activation: Literal["silu", "gelu_tanh"] = "silu"
