@@ -34,7 +34,7 @@ SHAPES = {
 }  # fmt: skip
 SMALL = {"small": (8, 2, 32, 48, Routing(2, True), {})}
 ROWS = (8, 32, 64, 256)
-SKEW = {"skewed": 2.0, "even": 0.0}  # deviation of what all rows' logits share, beside rows' own of 1
+SKEW = {"skewed": 1.5, "even": 0.0}  # deviation of what all rows' logits share, beside rows' own of 1
 PAIRS = {8: (16,), 32: (16, 32), 64: (16, 32, 64), 256: (32, 64)}  # rows -> blocks of pairs that are tried
 COLUMNS, INNER_AND_STAGES, WARPS = (16, 32, 64), ((64, 4), (64, 6), (128, 3), (128, 4), (256, 2), (256, 3)), (4, 8)
 PROCESSES = min(12, os.cpu_count() or 1)

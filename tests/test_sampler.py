@@ -16,12 +16,16 @@ from transformers import (
     GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Olmo3Config,
@@ -134,6 +138,18 @@ MODELS = {
         Qwen3MoeConfig(**QWEN3_MOE, use_sliding_window=True, sliding_window=6, decoder_sparse_step=2, rope_parameters=SHORT),
         True,
     ),
+    "mixtral": (
+        MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=6, rope_parameters=SHORT), True,
+    ),
+    "gpt_oss": (
+        GptOssForCausalLM,
+        GptOssConfig(
+            **SIZES, head_dim=16, num_local_experts=6, num_experts_per_tok=2, sliding_window=6, layer_types=SLIDING_AND_FULL,
+            swiglu_limit=1.5, max_position_embeddings=64, rope_parameters={
+                "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False},
+        ),
+        True,
+    ),
     "cohere": (CohereForCausalLM, CohereConfig(**SIZES, logit_scale=0.3), False),
     "gpt2": (
         GPT2LMHeadModel,
@@ -176,7 +192,7 @@ def test_every_architecture_greedy_as_generate_and_logprobs_as_teacher_forced(na
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     attention = ["q_proj", "k_proj", "o_proj"]
-    targets = {"gpt2": ["c_attn"], "qwen3_moe": attention, "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}
+    targets = {"gpt2": ["c_attn"], "qwen3_moe": attention, "mixtral": attention, "gpt_oss": attention, "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}
     lora = LoraConfig(target_modules=targets.get(config.model_type, ["q_proj", "o_proj", "gate_proj", "down_proj"]))
     policy = wrap(model, ModelConfig(), lora, temperature=1.0)
     with torch.no_grad():

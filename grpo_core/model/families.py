@@ -164,6 +164,12 @@ FAMILIES = {
     "qwen3_moe": Family(
         "Qwen3MoeMLP", passes_window=True, query_norm="head", experts=ExpertLayers(normalizes="norm_topk_prob")
     ),
+    "mixtral": Family(None, passes_window=True, gate_up=(), experts=ExpertLayers(has_rounded_weights=False)),
+    "gpt_oss": Family(
+        None, passes_window=True, gate_up=(), has_sinks=True, rotation_is_doubled=False, experts=ExpertLayers(
+            router="router", has_bias=True, is_transposed=True, is_interleaved=True, is_clamped=True
+        ),
+    ),
 }  # fmt: skip
 
 # Linear layers that PEFT does not adapt in these model types: kernels read their weight without calling the layer

@@ -60,12 +60,14 @@ class LayerAttention:
         itself, [heads dim] and [kv_heads dim] if all are normalized together.
     rotation: Index of the layer's table of rotations; None without rotation.
     window: Number of tokens that a token sees, itself included; None if it sees all before it.
+    sinks: Logits [heads] that take part in the softmax of each head without a value; None without.
     """
 
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     rotation: int | None = 0
     window: int | None = None
+    sinks: Tensor | None = None
 
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, [positions, rotated / 2] each
@@ -234,7 +236,16 @@ class TorchCache:
         mask = self._mask(own.window)
         if mask is not None:
             scores += mask
-        return (scores.softmax(dim=-1) @ values).reshape(len(qkv), -1)
+        sinks = None if own.sinks is None else own.sinks.view(kv_heads, -1)
+        return (softmax_with_sinks(scores, sinks) @ values).reshape(len(qkv), -1)
+
+
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the softmax of scores [..., w, t], where the logits `sinks` [..., w] have a share too."""
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    column = sinks.to(scores.dtype).expand(scores.shape[:-1])[..., None]
+    return torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,23 +63,19 @@ def has_experts(mlp: nn.Module, family: Family) -> bool:
     return family.experts is not None and hasattr(mlp, "experts")
 
 
-def check_experts(mlp: Any, layers: ExpertLayers, dtype: torch.dtype) -> None:
-    """Raise Unsupported unless the router and the experts have plain weights of this dtype, without an adapter."""
-    for module in (getattr(mlp, layers.router), mlp.experts):
+def check_experts(mlp: Any, layers: ExpertLayers, norms: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    """Raise Unsupported unless the router, the experts and the layer's norms have plain weights of this dtype.
+
+    An adapter on the router or the experts is not supported.
+    """
+    for module in (getattr(mlp, layers.router), mlp.experts, *norms):
         name = type(module).__name__
         if any("lora_" in key for key, _ in module.named_parameters()) or hasattr(module, "base_layer"):
             raise Unsupported("its experts or its routers have an adapter")
         if not type(module).__module__.startswith("transformers.models."):
             raise Unsupported(f"its {name} is not a class of transformers")
-        parameters = [*module.parameters()]
-        if not parameters or any(p.dtype != dtype for p in parameters) or [*module.children()] != _functions(module):
-            raise Unsupported(
-                f"its {name} has weights that are quantised, or not of {str(dtype).removeprefix('torch.')}"
-            )
-    if getattr(mlp.experts, "gate_up_proj", torch.empty(0)).dim() != 3:
-        raise Unsupported(f"its {type(mlp.experts).__name__} has no joined weights of gate and up")
-
-
-def _functions(module: nn.Module) -> list[nn.Module]:
-    """Return the children of a module that have no parameters."""
-    return [child for child in module.children() if not [*child.parameters()]]
+        if any(p.dtype != dtype for p in module.parameters()) or any([*x.parameters()] for x in module.children()):
+            raise Unsupported(f"its {name} has weights that are not plain {str(dtype).removeprefix('torch.')}")
+    for module, name, dim in ((mlp.experts, "gate_up_proj", 3), (getattr(mlp, layers.router), "weight", 2)):
+        if not isinstance(weight := getattr(module, name, None), nn.Parameter) or weight.dim() != dim:
+            raise Unsupported(f"its {type(module).__name__} has no {name} with {dim} dimensions")

@@ -31,6 +31,7 @@ from grpo_core.sampling.decode_ops import (
     Rotation,
     TorchOps,
     normalize_and_rotate,
+    softmax_with_sinks,
 )
 from grpo_core.sampling.expert_table import ExpertTable
 from grpo_core.sampling.fused_mlp import ExpertMlp, GatedMlp, check_experts, has_experts
@@ -40,6 +41,7 @@ from grpo_core.sampling.joined_linear import JoinedLinear, check_linear
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 MAX_PREFILL_BYTES = 111e6  # on a GPU: activations of the widest layer for the prompts that are prefilled together
+MAX_SCORES = 1 << 26  # of attention that exist at once, where they are computed by themselves
 MAX_PREFILL_CPU_TOKENS = 2048  # on the CPU: tokens that are prefilled together; more are no faster
 
 
@@ -53,6 +55,7 @@ class FusedLayer:
         self._norms = [None if name is None else getattr(layer, name) for name in family.norms]
         self._head_norms = (attention.q_norm, attention.k_norm) if family.query_norm else None
         self._rotation, self._window = rotation, window
+        self._attention = attention if family.has_sinks else None
         self.qkv = JoinedLinear([getattr(attention, name) for name in family.qkv], ops)
         self.o = JoinedLinear([attention.o_proj], ops)
         self.mlp: GatedMlp | ExpertMlp
@@ -71,7 +74,8 @@ class FusedLayer:
     def attention(self) -> LayerAttention:
         """The settings and weights of the layer's attention."""
         weights = (None, None) if self._head_norms is None else [norm.weight for norm in self._head_norms]
-        return LayerAttention(*weights, self._rotation, self._window)
+        sinks = None if self._attention is None else self._attention.sinks
+        return LayerAttention(*weights, self._rotation, self._window, sinks)
 
 
 Attend = Callable[[int, Tensor, LayerAttention], Tensor]  # (index of the layer, qkv, own) -> attention [R, heads dim]
@@ -164,7 +168,8 @@ class FusedModel:
         places, tables = torch.arange(count, device=self.device).clamp(max=last)[None], []
         for kind in self._kinds:
             cos, sin = self.rotary(self.embedding.weight[:1], places, *(() if kind is None else (kind,)))
-            tables.append(tuple(x[0, :, : x.shape[2] // 2].contiguous() for x in (cos, sin)))
+            half = cos.shape[2] // (2 if FAMILIES[self.model.config.model_type].rotation_is_doubled else 1)
+            tables.append(tuple(x[0, :, :half].contiguous() for x in (cos, sin)))
         return tables
 
     def hidden(self, x: Tensor, attend: Attend, done: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -274,31 +279,42 @@ class FusedModel:
             parts = normalize_and_rotate(qkv.reshape(count, width, -1, dim), self.shape, own, rotation)
             q, k, v = (x.transpose(1, 2) for x in parts)
             self.cache.store_prompts(i, first, k, v)
-            return (
-                attend_to_prompts(q, k, v, self.shape, own.window).transpose(1, 2).reshape(count * width, heads * dim)
-            )
+            return attend_to_prompts(q, k, v, self.shape, own).transpose(1, 2).reshape(count * width, heads * dim)
 
         return attend
 
 
-def attend_to_prompts(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, window: int | None) -> Tensor:
+def attend_to_prompts(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, own: LayerAttention) -> Tensor:
     """Return causal attention [n, heads, w, dim] of q [n, heads, w, dim] to k and v [n, kv_heads, w, dim]."""
-    width = q.shape[2]
-    if shape.score_cap is None and (window is None or width <= window):
+    width, has_scores = q.shape[2], shape.score_cap is not None or own.sinks is not None
+    if not has_scores and (own.window is None or width <= own.window):
         with sdpa_kernel(BACKENDS):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=shape.scale, enable_gqa=True)
-    mask = torch.ones(width, width, dtype=torch.bool, device=q.device).tril()
-    if window is not None:
-        mask = mask.triu(1 - window)
     k, v = (x.repeat_interleave(shape.heads // shape.kv_heads, dim=1) for x in (k, v))
-    if shape.score_cap is None:
+    if not has_scores:
         with sdpa_kernel(BACKENDS):
+            mask = _visible(0, 0, width, own.window, q.device)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=shape.scale)
-    out = torch.empty_like(q)
-    for i in range(len(q)):  # one prompt at a time, because the scores are [heads, w, w]
-        scores = torch.tanh(q[i] @ k[i].transpose(1, 2) * (shape.scale / shape.score_cap)) * shape.score_cap
-        out[i] = scores.masked_fill(~mask, -torch.inf).float().softmax(dim=-1).to(v.dtype) @ v[i]
+    out, sinks = torch.empty_like(q), None if own.sinks is None else own.sinks[:, None]
+    prompts = max(1, MAX_SCORES // (shape.heads * width * width))
+    queries = width if prompts > 1 else max(1, min(width, MAX_SCORES // (shape.heads * width)))
+    for i in range(0, len(q), prompts):
+        for begin in range(0, width, queries):
+            end = min(width, begin + queries)
+            first = 0 if own.window is None else max(0, begin + 1 - own.window)
+            part, seen = slice(i, i + prompts), slice(first, end)
+            scores = q[part, :, begin:end] @ k[part, :, seen].transpose(2, 3) * shape.scale
+            if shape.score_cap is not None:
+                scores = torch.tanh(scores / shape.score_cap) * shape.score_cap
+            scores = scores.float().masked_fill_(~_visible(begin, first, end, own.window, q.device), -torch.inf)
+            out[part, :, begin:end] = softmax_with_sinks(scores, sinks).to(v.dtype) @ v[part, :, seen]
     return out
+
+
+def _visible(begin: int, first: int, end: int, window: int | None, device: torch.device) -> Tensor:
+    """Return which of the tokens from `first` to `end` each token from `begin` to `end` sees."""
+    at, key = torch.arange(begin, end, device=device)[:, None], torch.arange(first, end, device=device)
+    return (key <= at) & (key > at - (window or end + 1))
 
 
 def check_model(model: Any) -> None:
@@ -329,7 +345,8 @@ def check_model(model: Any) -> None:
             raise Unsupported(f"its {type(module).__name__} is not a plain linear or embedding layer")
     for layer in model.model.layers:
         if family.experts is not None and has_experts(layer.mlp, family):
-            check_experts(layer.mlp, family.experts, model.model.embed_tokens.weight.dtype)
+            norms = [getattr(layer, name) for name in family.norms if name is not None]
+            check_experts(layer.mlp, family.experts, norms, model.model.embed_tokens.weight.dtype)
     parts = [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]
     linears = [module for part in parts for name, module in part.named_children() if name.endswith("_proj")]
     bases = [getattr(linear, "base_layer", linear) for linear in linears]
