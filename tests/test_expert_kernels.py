@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
+import tiny_models
 import torch
 from test_sampler import MIXED, MODELS, make
 
@@ -21,6 +22,8 @@ from grpo_core.sampling.decode_ops import TorchOps
 from grpo_core.sampling.expert_ops import ExpertWeights, Gating, Routing
 from grpo_core.sampling.fused_mlp import ExpertMlp
 from grpo_core.sampling.fused_model import FusedModel, check_model
+from grpo_core.sampling.module_model import ModuleModel
+from grpo_core.sampling.step_functions import find_expert_substitutes, installed
 
 # Without an interpreter the tests of kernels are reported as skipped on a CPU; with it, a missing triton is a failure.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -281,3 +284,78 @@ def test_trained_experts_are_read_where_they_are():
         rollouts = sampler.generate(MIXED, 4)
         assert sampler.decoder_name == "fused"
         torch.testing.assert_close(policy.logprobs(rollouts), rollouts.rollout_logprobs, atol=1e-4, rtol=0)
+
+
+def make_tiny(name, **own):
+    return tiny_models.make_model(tiny_models.make_config(name, 61, **own)).to(DEVICE)
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(2, 13, device=DEVICE)[None], use_cache=False).logits
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("ernie4_5_moe", (False, False, Gating())), ("gpt_oss", (True, True, Gating("silu", 1.702, 7.0, 1.0))),
+    ("aria_text", (True, False, Gating())), ("deepseek_v4", (False, False, Gating("silu", 1.0, 10.0))),
+])  # fmt: skip
+def test_modules_of_experts_have_a_substitute_of_their_kind(name, kind, monkeypatch):
+    ops, seen, model = TorchOps(), [], make_tiny(name)
+    mix = ops.mix_experts
+    monkeypatch.setattr(ops, "mix_experts", lambda *inputs: (seen.append(inputs[3]), mix(*inputs))[1], raising=False)
+    substitutes, want = find_expert_substitutes(model, ops), logits_of(model)
+    seen.clear()
+    with installed(substitutes):
+        torch.testing.assert_close(logits_of(model), want, atol=1e-5, rtol=1e-5)
+    assert len(seen) == len(substitutes) > 0
+    assert all((own.is_transposed, own.is_interleaved, own.gating) == kind for own in seen)
+    assert not any("forward" in vars(module) for module in model.modules())
+    seen.clear()
+    assert torch.equal(logits_of(model), want) and not seen
+
+
+class Bounded(torch.nn.SiLU):
+    """An activation with a bound that only large gates reach."""
+
+    def forward(self, gate):
+        return super().forward(gate.clamp(max=5.0))
+
+
+def test_a_bound_that_no_attribute_names_is_noticed():
+    model = make_tiny("olmoe")
+    assert len(find_expert_substitutes(model, TorchOps())) == 2
+    model.model.layers[0].mlp.experts.act_fn = Bounded()
+    assert not find_expert_substitutes(model, TorchOps())
+
+
+@pytest.mark.parametrize("name", ["llama4_text", "nemotron_h", "jetmoe"])  # weights of inputs, no gate, other weights
+def test_experts_of_other_kinds_have_no_substitute(name):
+    assert not find_expert_substitutes(make_tiny(name), TorchOps())
+
+
+def test_an_adapter_on_experts_goes_through_the_substitute():
+    policy = wrap(make_tiny("qwen3_moe"), ModelConfig(), LoraConfig(r=3, target_modules=["gate_proj", "up_proj", "down_proj"]), temperature=1.0)
+    with torch.no_grad():
+        for key, parameter in policy.model.named_parameters():
+            if "lora_" in key:
+                parameter.normal_(0, 0.1)
+    model = policy.causal_lm
+    want = logits_of(model)
+    with installed(find_expert_substitutes(model, TorchOps())):
+        torch.testing.assert_close(logits_of(model), want, atol=1e-4, rtol=1e-4)
+        with policy.reference():
+            base = logits_of(model)
+    with policy.reference():
+        torch.testing.assert_close(base, logits_of(model), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(base, want, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["olmoe", "ernie4_5_moe", "qwen3_next"])
+def test_the_modules_decoder_uses_the_substitutes(name):
+    from grpo_core.sampling.decode_kernels import TritonOps
+
+    model = make_tiny(name)
+    computation = ModuleModel(model, "padded", 0, TritonOps(DEVICE))
+    owners = [type(substitute.owner).__name__ for substitute in computation._variant.substitutes if substitute.name == "forward"]
+    assert any(owner.endswith("Experts") for owner in owners)
