@@ -9,7 +9,7 @@ from conftest import ROOT
 from doc_commands import SMALL_FORMS
 
 pytestmark = pytest.mark.slow
-QUICK = ("decode_parts", "losses", "results", "experiments")  # the others take 10 to 60 s each
+QUICK = ("decode_parts", "experts", "losses", "results", "experiments")  # the others take 10 to 60 s each
 
 
 @pytest.mark.alone

@@ -136,7 +136,7 @@ def test_draw_from_broken_logits_stays_in_the_vocabulary(value, greedy):
     assert 0 <= draw_one(torch.full((1, 9000), value, device=DEVICE), 0.5, greedy).ids.item() < 9000
 
 
-PLAIN = {"rotated": 1.0, "norm": "", "offset": 0.0, "cap": None, "windows": (None, None), "rotations": (0, 0), "dtype": torch.float32}
+PLAIN = {"rotated": 1.0, "norm": "", "offset": 0.0, "cap": None, "windows": (None, None), "rotations": (0, 0), "sinks": False, "dtype": torch.float32}
 
 
 @pytest.mark.parametrize("rows, heads, kv_heads, dim, own", [
@@ -151,6 +151,8 @@ PLAIN = {"rotated": 1.0, "norm": "", "offset": 0.0, "cap": None, "windows": (Non
     (5, 4, 2, 32, {"rotations": (0, None)}),  # as SmolLM3
     (5, 6, 2, 24, {"norm": "width", "windows": (1, 64)}),  # as OLMo 3
     (300, 2, 2, 16, {"windows": (30, 70)}),
+    (3, 16, 2, 32, {"windows": (20, None), "sinks": True}),  # as gpt-oss
+    (300, 2, 1, 16, {"sinks": True}),
     (5, 4, 1, 256, {"norm": "head", "offset": 1.0, "windows": (40, None), "dtype": torch.float16}),
 ])  # fmt: skip
 def test_attention_with_ragged_prompts_shared_by_rows_in_any_slot(rows, heads, kv_heads, dim, own):
@@ -179,7 +181,8 @@ def test_attention_with_ragged_prompts_shared_by_rows_in_any_slot(rows, heads, k
     weights = [random(size, dtype=dtype) for size in sizes] or [None, None]
     for _ in range(3 if rows < 200 else 1):
         for layer in range(2):
-            layer_own = ops.LayerAttention(*weights, own["rotations"][layer], own["windows"][layer])
+            sinks = random(heads, dtype=dtype) if own["sinks"] else None
+            layer_own = ops.LayerAttention(*weights, own["rotations"][layer], own["windows"][layer], sinks)
             qkv = random(rows, (heads + 2 * kv_heads) * dim + 8, dtype=dtype)[:, :-8]
             ours.begin_step(state, rotations), theirs.begin_step(straight, rotations)
             close(ours.attend(layer, qkv, layer_own), theirs.attend(layer, qkv, layer_own), 2e-4 if dtype == torch.float32 else 0.03)

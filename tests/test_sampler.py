@@ -16,12 +16,16 @@ from transformers import (
     GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Olmo3Config,
@@ -32,6 +36,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -68,6 +74,7 @@ LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10.0, "partial_rotary_factor": 0.75, "short_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5],
     "long_factor": [3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
 }  # fmt: skip
+QWEN3_MOE = SIZES | {"head_dim": 16, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
 SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
 MODELS = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES), True),
@@ -125,6 +132,24 @@ MODELS = {
     ),
     "granite": (GraniteForCausalLM, GraniteConfig(**GRANITE, **SIZES, rope_parameters=SHORT), True),
     "gemma": (GemmaForCausalLM, GemmaConfig(**SIZES, head_dim=16, rope_parameters=SHORT), True),
+    "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**QWEN3_MOE, mlp_only_layers=[0], norm_topk_prob=True), True),
+    "qwen3_moe, window": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(**QWEN3_MOE, use_sliding_window=True, sliding_window=6, decoder_sparse_step=2, rope_parameters=SHORT),
+        True,
+    ),
+    "mixtral": (
+        MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=6, rope_parameters=SHORT), True,
+    ),
+    "gpt_oss": (
+        GptOssForCausalLM,
+        GptOssConfig(
+            **SIZES, head_dim=16, num_local_experts=6, num_experts_per_tok=2, sliding_window=6, layer_types=SLIDING_AND_FULL,
+            swiglu_limit=1.5, max_position_embeddings=64, rope_parameters={
+                "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False},
+        ),
+        True,
+    ),
     "cohere": (CohereForCausalLM, CohereConfig(**SIZES, logit_scale=0.3), False),
     "gpt2": (
         GPT2LMHeadModel,
@@ -166,7 +191,8 @@ def test_every_architecture_greedy_as_generate_and_logprobs_as_teacher_forced(na
         for parameter in model.parameters():  # norms and biases that are not ones and zeros
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    targets = {"gpt2": ["c_attn"], "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}
+    attention = ["q_proj", "k_proj", "o_proj"]
+    targets = {"gpt2": ["c_attn"], "qwen3_moe": attention, "mixtral": attention, "gpt_oss": attention, "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}
     lora = LoraConfig(target_modules=targets.get(config.model_type, ["q_proj", "o_proj", "gate_proj", "down_proj"]))
     policy = wrap(model, ModelConfig(), lora, temperature=1.0)
     with torch.no_grad():

@@ -51,6 +51,36 @@ class Scales:
 
 
 @dataclass(frozen=True)
+class ExpertLayers:
+    """The facts about the mixtures of experts of a model type: layers whose MLP has a router and `experts`.
+
+    The router is a product whose largest outputs choose the experts, which are gated MLPs with joined weights.
+
+    router: Name of the router in the MLP.
+    normalizes: Whether the weights of the chosen experts are their softmax, instead of parts of the softmax over all;
+        or the name of the key of the configuration that says so.
+    has_rounded_weights: The weights of experts are rounded to the dtype of the model.
+    has_bias: Experts have biases.
+    is_transposed: The weights of an expert are [inputs, outputs].
+    is_interleaved: Gates and ups alternate; otherwise all gates come first.
+    is_clamped: Gates and ups are clamped to the `limit` of the experts, gates are multiplied by their `alpha` in the
+        sigmoid, and 1 is added to ups.
+    """
+
+    router: str = "gate"
+    normalizes: bool | str = True
+    has_rounded_weights: bool = True
+    has_bias: bool = False
+    is_transposed: bool = False
+    is_interleaved: bool = False
+    is_clamped: bool = False
+
+    def is_normalized(self, config: Any) -> bool:
+        """Return whether the weights of the chosen experts are their softmax."""
+        return bool(getattr(config, self.normalizes)) if isinstance(self.normalizes, str) else self.normalizes
+
+
+@dataclass(frozen=True)
 class Family:
     """The facts about one `model_type` as transformers implements it.
 
@@ -71,6 +101,9 @@ class Family:
     rotation_per_type: Every type of layer (`layer_types` of the configuration) has its own rotation.
     rotated_layers: Name of the list in the configuration that has 0 for every layer without rotation.
     find_scales: Returns the scales of a configuration for weights of a dtype.
+    experts: The facts about its mixtures of experts, if any of its layers can have one.
+    has_sinks: Each head of attention has a logit in `self_attn.sinks`, which takes part in the softmax without a value.
+    rotation_is_doubled: Its rotary embedding returns every angle twice, for both halves of a head.
     """
 
     mlp_class: str | None
@@ -86,6 +119,9 @@ class Family:
     rotation_per_type: bool = False
     rotated_layers: str | None = None
     find_scales: Callable[[Any, torch.dtype], Scales] = lambda config, dtype: Scales()
+    experts: ExpertLayers | None = None
+    has_sinks: bool = False
+    rotation_is_doubled: bool = True
 
 
 def _gemma_scales(config: Any, dtype: torch.dtype) -> Scales:
@@ -125,6 +161,15 @@ FAMILIES = {
         "Olmo3MLP", passes_window=True, norms=NORMS_OF_OUTPUTS, query_norm="width", rotation_per_type=True
     ),
     "granite": Family("GraniteMLP", passes_window=False, find_scales=_granite_scales),
+    "qwen3_moe": Family(
+        "Qwen3MoeMLP", passes_window=True, query_norm="head", experts=ExpertLayers(normalizes="norm_topk_prob")
+    ),
+    "mixtral": Family(None, passes_window=True, gate_up=(), experts=ExpertLayers(has_rounded_weights=False)),
+    "gpt_oss": Family(
+        None, passes_window=True, gate_up=(), has_sinks=True, rotation_is_doubled=False, experts=ExpertLayers(
+            router="router", has_bias=True, is_transposed=True, is_interleaved=True, is_clamped=True
+        ),
+    ),
 }  # fmt: skip
 
 # Linear layers that PEFT does not adapt in these model types: kernels read their weight without calling the layer

@@ -197,9 +197,10 @@ def average_parts(
 # `parts` and `logsums`, which `_combine` reads
 @triton.jit(do_not_specialize=["layer", "capacity"])
 def _attend(
-    q, out, parts, logsums, state, capacity, anchor, layout, layer, scale,
+    q, sinks, out, parts, logsums, state, capacity, anchor, layout, layer, scale,
     LAYERS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    SINKS: tl.constexpr,
 ):  # fmt: skip
     """Attend with the query heads of one row that share a key head, to one of several parts of the row's tokens."""
     row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -221,6 +222,11 @@ def _attend(
         query = tl.load(q + heads[:, None] * DIM + d[None, :], query_mask, other=0.0)
         maximum = tl.full([BLOCK_Q], -1e30, tl.float32)
         weight_sum = tl.zeros([BLOCK_Q], tl.float32)
+        if SINKS:  # a key without a value, in the first part
+            group = kv_head * (HEADS // KV_HEADS) + member
+            sink = tl.load(sinks + group, member < HEADS // KV_HEADS, other=0.0).to(tl.float32)
+            maximum = tl.where(split == 0, sink, maximum)
+            weight_sum += tl.where(split == 0, 1.0, 0.0)
         result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         for begin in range(low, high, BLOCK_K):
             at = begin + tl.arange(0, BLOCK_K)
@@ -305,8 +311,8 @@ class TritonCache:
         block_k = KEYS_PER_BLOCK // 2 if is_wide else KEYS_PER_BLOCK
         options = {"num_warps": 4, "num_stages": 1 if is_wide and q.element_size() > 2 else 3}
         _attend[(rows, s.kv_heads, splits)](
-            q, out, parts, logsums, *memory, s.scale, *sizes, block_d, block_q, block_k, precision, own.window or 0,
-            s.score_cap or 0.0, **options,
+            q, q if own.sinks is None else own.sinks, out, parts, logsums, *memory, s.scale, *sizes, block_d, block_q,
+            block_k, precision, own.window or 0, s.score_cap or 0.0, own.sinks is not None, **options,
         )  # fmt: skip
         if splits > 1:
             sizes = (s.heads, s.head_dim, block_d, MAX_SPLITS)

@@ -13,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_core.batch import SamplingParams
+from grpo_core.sampling import expert_kernels
 from grpo_core.sampling.attention_kernels import TABLE_WIDTH, TritonCache, multiply_by_weight
 from grpo_core.sampling.decode_ops import DONE, DRAWN, LIMIT, ROW, TOKEN, Activation, AttentionShape, Tables, TorchOps
+from grpo_core.sampling.expert_ops import ExpertWeights, Routing
 
 _TOKEN, _DRAWN, _LIMIT, _ROW, _DONE = (tl.constexpr(x) for x in (TOKEN, DRAWN, LIMIT, ROW, DONE))
 _TABLE_WIDTH = tl.constexpr(TABLE_WIDTH)
@@ -205,6 +207,12 @@ class TritonOps(TorchOps):
 
     def gate_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
         return multiply_gate(*gate_up.chunk(2, dim=1), activation)
+
+    def choose_experts(self, logits: Tensor, routing: Routing, done: Tensor | None) -> tuple[Tensor, Tensor]:
+        return expert_kernels.choose_experts(logits, routing, done)
+
+    def mix_experts(self, x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights) -> Tensor:
+        return expert_kernels.mix_experts(x, experts, weights, own)
 
     def draw(self, logits: Tensor, state: Tensor, tables: Tables, settings: SamplingParams) -> None:
         rows, width = logits.shape

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo_core.batch import SamplingParams
+from grpo_core.sampling import expert_ops
 from grpo_core.sampling.draw import draw
+from grpo_core.sampling.expert_ops import ExpertWeights, Routing
 
 # the fields of `state` [FIELDS, R] int64
 TOKEN = 0  # the newest token, whose keys and values are not in the cache yet
@@ -58,12 +60,14 @@ class LayerAttention:
         itself, [heads dim] and [kv_heads dim] if all are normalized together.
     rotation: Index of the layer's table of rotations; None without rotation.
     window: Number of tokens that a token sees, itself included; None if it sees all before it.
+    sinks: Logits [heads] that take part in the softmax of each head without a value; None without.
     """
 
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     rotation: int | None = 0
     window: int | None = None
+    sinks: Tensor | None = None
 
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, [positions, rotated / 2] each
@@ -123,6 +127,14 @@ class TorchOps:
         """Return activation(gate) * up [R, I] for [gate, up] [R, 2 I]."""
         gate, up = gate_up.chunk(2, dim=1)
         return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")).mul_(up)
+
+    def choose_experts(self, logits: Tensor, routing: Routing, done: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the experts [R, k] of each row, and their weights [R, k]; see `expert_ops.choose_experts`."""
+        return expert_ops.choose_experts(logits, routing, done)
+
+    def mix_experts(self, x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights) -> Tensor:
+        """Return the weighted sum [R, H] of the outputs of each row's experts; see `expert_ops.mix_experts`."""
+        return expert_ops.mix_experts(x, experts, weights, own)
 
     def draw(self, logits: Tensor, state: Tensor, tables: Tables, settings: SamplingParams) -> None:
         """Draw the next token of every row that is not done from logits [R, V]; write it to `state` and `tables`."""
@@ -224,7 +236,16 @@ class TorchCache:
         mask = self._mask(own.window)
         if mask is not None:
             scores += mask
-        return (scores.softmax(dim=-1) @ values).reshape(len(qkv), -1)
+        sinks = None if own.sinks is None else own.sinks.view(kv_heads, -1)
+        return (softmax_with_sinks(scores, sinks) @ values).reshape(len(qkv), -1)
+
+
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the softmax of scores [..., w, t], where the logits `sinks` [..., w] have a share too."""
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    column = sinks.to(scores.dtype).expand(scores.shape[:-1])[..., None]
+    return torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:

@@ -1,4 +1,4 @@
-"""The computation of one decode step of a dense model as a few large products, from the model's live weights.
+"""The computation of one decode step of a model as a few large products, from the model's live weights.
 
 The model's family (model/families.py) says what differs from Llama. The projections q, k and v are joined into one
 product, gate and up into another, each followed by the rows of LoRA's A. Frozen weights are not copied: the model's own
@@ -20,8 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from grpo_core.counts import quantify
 from grpo_core.model.families import FAMILIES, Family, head_dim
 from grpo_core.model.rotation import find_rotations
+from grpo_core.model.routing import Routers
 from grpo_core.sampling.computation import CallSize, Unsupported
 from grpo_core.sampling.decode_ops import (
+    DONE,
     TOKEN,
     Activation,
     AttentionShape,
@@ -29,83 +31,39 @@ from grpo_core.sampling.decode_ops import (
     Rotation,
     TorchOps,
     normalize_and_rotate,
+    softmax_with_sinks,
 )
+from grpo_core.sampling.expert_table import ExpertTable
+from grpo_core.sampling.fused_mlp import ExpertMlp, GatedMlp, check_experts, has_experts
+from grpo_core.sampling.joined_linear import JoinedLinear, check_linear
 
 # without cuDNN, which takes up to a second for every new shape
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 MAX_PREFILL_BYTES = 111e6  # on a GPU: activations of the widest layer for the prompts that are prefilled together
+MAX_SCORES = 1 << 26  # of attention that exist at once, where they are computed by themselves
 MAX_PREFILL_CPU_TOKENS = 2048  # on the CPU: tokens that are prefilled together; more are no faster
 
 
-class JoinedLinear:
-    """The linear layers that share an input, as one product: y = x Wᵀ + b, plus s (x Aᵀ) Bᵀ of each with LoRA.
-
-    If the layers themselves are trained, nothing is joined, and each is computed from its own weight.
-    """
-
-    def __init__(self, linears: Sequence[nn.Module], ops: TorchOps) -> None:
-        self.linear = ops.linear
-        self.linears = list(linears)
-        self.bases: list[nn.Linear] = [getattr(linear, "base_layer", linear) for linear in linears]
-        self.sizes = [base.out_features for base in self.bases]
-        self.width = sum(self.sizes)
-        self.is_trained = any(p.requires_grad for base in self.bases for p in base.parameters())
-        if self.is_trained:
-            return
-        first = self.bases[0].weight
-        self.ranks = [len(a) if (a := _lora_factors(linear)[0]) is not None else 0 for linear in self.linears]
-        rows, self.rank = [*self.sizes, sum(self.ranks)], sum(self.ranks)
-        self.weight = first.new_zeros(sum(rows), first.shape[1])
-        *base_weights, self.a = self.weight.split(rows)
-        self.b = first.new_zeros(self.width, self.rank)
-        for base, part in zip(self.bases, base_weights, strict=True):
-            part.copy_(base.weight.data)
-            base.weight.data = part
-        self.bias = None
-        if any(base.bias is not None for base in self.bases):
-            self.bias = first.new_zeros(sum(rows))
-            for base, part in zip(self.bases, self.bias.split(rows), strict=False):
-                if base.bias is not None:
-                    part.copy_(base.bias.data)
-                    base.bias.data = part
-
-    def refresh(self) -> None:
-        """Copy LoRA's factors as they are now, with their scale; zeros while the adapter is off."""
-        if self.is_trained or not self.rank:
-            return
-        row = column = 0
-        for linear, size, rank in zip(self.linears, self.sizes, self.ranks, strict=True):
-            if rank:
-                a, b, scale = _lora_factors(linear)
-                if len(a) != rank:
-                    raise Unsupported("the rank of its active adapter has changed")
-                self.a[column : column + rank] = a
-                self.b[row : row + size, column : column + rank] = b * scale
-            row, column = row + size, column + rank
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.is_trained:
-            return torch.cat([F.linear(x, base.weight, base.bias) for base in self.bases], dim=1)
-        y = self.linear(x, self.weight, self.bias)
-        return y[:, : self.width].addmm_(y[:, self.width :], self.b.t()) if self.rank else y
-
-
 class FusedLayer:
-    """One transformer layer as four products and its norms."""
+    """One transformer layer as a few products and its norms."""
 
     def __init__(
-        self, layer: nn.Module, family: Family, rotation: int | None, window: int | None, ops: TorchOps
+        self, layer: nn.Module, family: Family, rotation: int | None, window: int | None, ops: TorchOps, config: Any
     ) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention, activation = layer.self_attn, _activation(config, family)
         self._norms = [None if name is None else getattr(layer, name) for name in family.norms]
         self._head_norms = (attention.q_norm, attention.k_norm) if family.query_norm else None
         self._rotation, self._window = rotation, window
+        self._attention = attention if family.has_sinks else None
         self.qkv = JoinedLinear([getattr(attention, name) for name in family.qkv], ops)
         self.o = JoinedLinear([attention.o_proj], ops)
-        self.gate_up = JoinedLinear([getattr(mlp, name) for name in family.gate_up], ops)
-        self.down = JoinedLinear([mlp.down_proj], ops)
-        self.products = (self.qkv, self.o, self.gate_up, self.down)
+        self.mlp: GatedMlp | ExpertMlp
+        if family.experts is not None and has_experts(layer.mlp, family):
+            self.mlp = ExpertMlp(layer.mlp, family.experts, activation, ops, config)
+        else:
+            self.mlp = GatedMlp(layer.mlp, family, activation, ops)
+        self.products = (self.qkv, self.o, *self.mlp.products)
 
     @property
     def norms(self) -> list[Tensor | None]:
@@ -116,7 +74,8 @@ class FusedLayer:
     def attention(self) -> LayerAttention:
         """The settings and weights of the layer's attention."""
         weights = (None, None) if self._head_norms is None else [norm.weight for norm in self._head_norms]
-        return LayerAttention(*weights, self._rotation, self._window)
+        sinks = None if self._attention is None else self._attention.sinks
+        return LayerAttention(*weights, self._rotation, self._window, sinks)
 
 
 Attend = Callable[[int, Tensor, LayerAttention], Tensor]  # (index of the layer, qkv, own) -> attention [R, heads dim]
@@ -129,7 +88,7 @@ class FusedModel:
         Unsupported: the model's type, activation, adapter or layers are not supported; see `check_model`.
     """
 
-    def __init__(self, model: Any, ops: TorchOps) -> None:
+    def __init__(self, model: Any, ops: TorchOps, routers: Routers | None = None) -> None:
         check_model(model)
         config, body = model.config, model.model
         family = FAMILIES[config.model_type]
@@ -139,7 +98,7 @@ class FusedModel:
         self.model, self.ops, self.rotary, self.rotations = model, ops, body.rotary_emb, find_rotations(config)
         self.embedding, self.final_norm, self.head = body.embed_tokens, body.norm, model.lm_head
         self.dtype, self.device = self.embedding.weight.dtype, self.embedding.weight.device
-        self.scales, self.activation = family.find_scales(config, self.dtype), _activation(config, family)
+        self.scales = family.find_scales(config, self.dtype)
         self._kinds = sorted(set(config.layer_types)) if family.rotation_per_type else [None]
         self._tables: list[Rotation] = []
         [rotated] = {cos.shape[1] * 2 for cos, _ in self._make_tables(1)}
@@ -153,10 +112,13 @@ class FusedModel:
         self.layers = []
         for i, layer in enumerate(body.layers):
             rotation, window = self._kind_of(i, family), layer_window(config, family, i)
-            self.layers.append(FusedLayer(layer, family, rotation, window, ops))
+            self.layers.append(FusedLayer(layer, family, rotation, window, ops, config))
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # the weights' old memory is too fragmented for the next layer
         self.cache = ops.make_cache(self.shape, self.dtype, self.device)
+        self._experts = None if routers is None else ExpertTable(routers, self.device)
+        if routers is not None and len(routers) != sum(isinstance(layer.mlp, ExpertMlp) for layer in self.layers):
+            raise Unsupported("its routers are not those of its mixtures of experts")
 
     def _kind_of(self, layer: int, family: Family) -> int | None:
         """Return the index of a layer's rotation; None for a layer without."""
@@ -206,19 +168,25 @@ class FusedModel:
         places, tables = torch.arange(count, device=self.device).clamp(max=last)[None], []
         for kind in self._kinds:
             cos, sin = self.rotary(self.embedding.weight[:1], places, *(() if kind is None else (kind,)))
-            tables.append(tuple(x[0, :, : x.shape[2] // 2].contiguous() for x in (cos, sin)))
+            half = cos.shape[2] // (2 if FAMILIES[self.model.config.model_type].rotation_is_doubled else 1)
+            tables.append(tuple(x[0, :, :half].contiguous() for x in (cos, sin)))
         return tables
 
-    def hidden(self, x: Tensor, attend: Attend) -> Tensor:
-        """Return the final hidden states of the embedded tokens x [R, H], which are overwritten."""
-        add_norm, delta, after = self._add_norm, None, None
+    def hidden(self, x: Tensor, attend: Attend, done: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Return the final hidden states of the embedded tokens x [R, H], and the experts [R, k] of layers with any.
+
+        x is overwritten. The states of rows with a 1 in `done` are not those of the model.
+        """
+        add_norm, delta, after, chosen = self._add_norm, None, None, []
         for i, layer in enumerate(self.layers):
             before_attention, after_attention, before_mlp, after_mlp = layer.norms
             qkv = layer.qkv(add_norm(x, delta, before_attention, delta_weight=after))
             delta = layer.o(attend(i, qkv, layer.attention))
-            inner = layer.gate_up(add_norm(x, delta, before_mlp, delta_weight=after_attention))
-            delta, after = layer.down(self.ops.gate_mul(inner, self.activation)), after_mlp
-        return add_norm(x, delta, self.final_norm.weight, delta_weight=after)
+            delta, experts = layer.mlp(add_norm(x, delta, before_mlp, delta_weight=after_attention), done)
+            after = after_mlp
+            if experts is not None:
+                chosen.append(experts)
+        return add_norm(x, delta, self.final_norm.weight, delta_weight=after), chosen
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the embeddings of `tokens`, [..., H]."""
@@ -235,13 +203,13 @@ class FusedModel:
         return logits
 
     def allocate(self, size: CallSize) -> bool:
-        """Allocate the cache, which captured graphs find wherever it is."""
+        """Allocate the cache, which captured graphs find wherever it is, and the tables of experts."""
         self.cache.allocate(size.prompts, size.width, size.slots, size.length)
-        return False
+        return self._experts is not None and self._experts.allocate(size)
 
     def recorded_experts(self) -> dict[str, Tensor]:
-        """Return nothing: the families have no experts."""
-        return {}
+        """Return the experts of the call's tokens as `Draws` has them, if they are recorded."""
+        return {} if self._experts is None else self._experts.recorded()
 
     def free(self) -> bool:
         """Free the cache, and the hidden states of the prompts."""
@@ -250,7 +218,9 @@ class FusedModel:
         return False
 
     def release(self) -> None:
-        """Do nothing: the weights belong to the model."""
+        """Free the experts that are recorded. The weights belong to the model."""
+        if self._experts is not None:
+            self._experts.release()
 
     def first_logits(self, prompts: Tensor) -> Tensor:
         """Return the logits [R, V] after the prompts with these numbers [R]."""
@@ -267,21 +237,33 @@ class FusedModel:
     def step(self, state: Tensor) -> Tensor:
         """Return the logits [R, V] after the newest token of each column of the state."""
         self.cache.begin_step(state, self._tables)
-        return self.logits(self.hidden(self.embed(state[TOKEN]), self.cache.attend))
+        hidden, experts = self.hidden(self.embed(state[TOKEN]), self.cache.attend, state[DONE])
+        if self._experts is not None:
+            self._experts.store(state, torch.stack(experts, dim=1).to(self._experts.routers.dtype))
+        return self.logits(hidden)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         """Compute the prompts: their keys and values, and the hidden states [N, H] after each prompt's last token."""
         width = max(len(prompt) for prompt in prompts)
         max_tokens = MAX_PREFILL_CPU_TOKENS
         if self.device.type == "cuda":
-            max_tokens = int(MAX_PREFILL_BYTES // (1.5 * self.layers[0].gate_up.width * self.dtype.itemsize))
+            widest = max(layer.mlp.width for layer in self.layers)
+            max_tokens = int(MAX_PREFILL_BYTES // (1.5 * widest * self.dtype.itemsize))
         prompts_at_once, outputs = max(1, max_tokens // width), []
         for first in range(0, len(prompts), prompts_at_once):
             part = prompts[first : first + prompts_at_once]
             ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in part], device=self.device)
-            hidden = self.hidden(self.embed(ids).flatten(0, 1), self._prefill_attention(first, *ids.shape))
-            last = torch.tensor([i * width + len(prompt) - 1 for i, prompt in enumerate(part)], device=self.device)
-            outputs.append(hidden[last])
+            lengths = torch.tensor([len(prompt) for prompt in part], device=self.device)
+            place = torch.arange(width, device=self.device)
+            is_padding = (place >= lengths[:, None]).long().flatten()
+            attend = self._prefill_attention(first, *ids.shape)
+            hidden, experts = self.hidden(self.embed(ids).flatten(0, 1), attend, is_padding)
+            starts = torch.arange(len(part), device=self.device) * width
+            outputs.append(hidden[starts + lengths - 1])
+            if self._experts is not None:  # the table is padded on the left
+                source = starts[:, None] + (place - width + lengths[:, None]).clamp(min=0)
+                recorded = torch.stack(experts, dim=1)[source.flatten()].to(self._experts.routers.dtype)
+                self._experts.store_prompts(range(first, first + len(part)), recorded)
         self._prompt_hidden = torch.cat(outputs)
 
     def _prefill_attention(self, first: int, count: int, width: int) -> Attend:
@@ -297,31 +279,42 @@ class FusedModel:
             parts = normalize_and_rotate(qkv.reshape(count, width, -1, dim), self.shape, own, rotation)
             q, k, v = (x.transpose(1, 2) for x in parts)
             self.cache.store_prompts(i, first, k, v)
-            return (
-                attend_to_prompts(q, k, v, self.shape, own.window).transpose(1, 2).reshape(count * width, heads * dim)
-            )
+            return attend_to_prompts(q, k, v, self.shape, own).transpose(1, 2).reshape(count * width, heads * dim)
 
         return attend
 
 
-def attend_to_prompts(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, window: int | None) -> Tensor:
+def attend_to_prompts(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, own: LayerAttention) -> Tensor:
     """Return causal attention [n, heads, w, dim] of q [n, heads, w, dim] to k and v [n, kv_heads, w, dim]."""
-    width = q.shape[2]
-    if shape.score_cap is None and (window is None or width <= window):
+    width, has_scores = q.shape[2], shape.score_cap is not None or own.sinks is not None
+    if not has_scores and (own.window is None or width <= own.window):
         with sdpa_kernel(BACKENDS):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=shape.scale, enable_gqa=True)
-    mask = torch.ones(width, width, dtype=torch.bool, device=q.device).tril()
-    if window is not None:
-        mask = mask.triu(1 - window)
     k, v = (x.repeat_interleave(shape.heads // shape.kv_heads, dim=1) for x in (k, v))
-    if shape.score_cap is None:
+    if not has_scores:
         with sdpa_kernel(BACKENDS):
+            mask = _visible(0, 0, width, own.window, q.device)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=shape.scale)
-    out = torch.empty_like(q)
-    for i in range(len(q)):  # one prompt at a time, because the scores are [heads, w, w]
-        scores = torch.tanh(q[i] @ k[i].transpose(1, 2) * (shape.scale / shape.score_cap)) * shape.score_cap
-        out[i] = scores.masked_fill(~mask, -torch.inf).float().softmax(dim=-1).to(v.dtype) @ v[i]
+    out, sinks = torch.empty_like(q), None if own.sinks is None else own.sinks[:, None]
+    prompts = max(1, MAX_SCORES // (shape.heads * width * width))
+    queries = width if prompts > 1 else max(1, min(width, MAX_SCORES // (shape.heads * width)))
+    for i in range(0, len(q), prompts):
+        for begin in range(0, width, queries):
+            end = min(width, begin + queries)
+            first = 0 if own.window is None else max(0, begin + 1 - own.window)
+            part, seen = slice(i, i + prompts), slice(first, end)
+            scores = q[part, :, begin:end] @ k[part, :, seen].transpose(2, 3) * shape.scale
+            if shape.score_cap is not None:
+                scores = torch.tanh(scores / shape.score_cap) * shape.score_cap
+            scores = scores.float().masked_fill_(~_visible(begin, first, end, own.window, q.device), -torch.inf)
+            out[part, :, begin:end] = softmax_with_sinks(scores, sinks).to(v.dtype) @ v[part, :, seen]
     return out
+
+
+def _visible(begin: int, first: int, end: int, window: int | None, device: torch.device) -> Tensor:
+    """Return which of the tokens from `first` to `end` each token from `begin` to `end` sees."""
+    at, key = torch.arange(begin, end, device=device)[:, None], torch.arange(first, end, device=device)
+    return (key <= at) & (key > at - (window or end + 1))
 
 
 def check_model(model: Any) -> None:
@@ -350,6 +343,10 @@ def check_model(model: Any) -> None:
         is_embedding = isinstance(module, nn.Embedding) and type(module).__name__ == family.embedding_class
         if type(module) is not nn.Linear and not is_embedding:
             raise Unsupported(f"its {type(module).__name__} is not a plain linear or embedding layer")
+    for layer in model.model.layers:
+        if family.experts is not None and has_experts(layer.mlp, family):
+            norms = [getattr(layer, name) for name in family.norms if name is not None]
+            check_experts(layer.mlp, family.experts, norms, model.model.embed_tokens.weight.dtype)
     parts = [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]
     linears = [module for part in parts for name, module in part.named_children() if name.endswith("_proj")]
     bases = [getattr(linear, "base_layer", linear) for linear in linears]
@@ -373,29 +370,3 @@ def _activation(config: Any, family: Family) -> Activation:
     if name not in ACTIVATIONS:
         raise Unsupported(f"its activation is {name}; the fused decoder supports {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
-
-
-def check_linear(linear: nn.Module, base: nn.Module) -> None:
-    """Raise Unsupported unless `linear` is `base`, a torch linear layer, or has one plain LoRA adapter on it."""
-    if type(base) is not nn.Linear:
-        raise Unsupported(f"its {type(base).__name__} is not a plain linear layer")
-    if linear is base:
-        return
-    active = [name for name in linear.active_adapters if name in getattr(linear, "lora_A", {})]
-    if not active and not linear.merged and linear.lora_A:  # the adapter of a teacher, which is not active
-        return
-    if len(active) != 1 or linear.merged:
-        raise Unsupported("it does not have exactly one active, unmerged LoRA adapter")
-    if getattr(linear, "lora_variant", {}).get(active[0]) or linear.lora_B[active[0]].bias is not None:
-        raise Unsupported("its adapter is a variant of LoRA")
-
-
-def _lora_factors(linear: nn.Module) -> tuple[Tensor | None, Tensor | None, float]:
-    """Return LoRA's A, B and scale, where the scale of a disabled adapter is 0; (None, None, 0) without one."""
-    if not hasattr(linear, "lora_A"):
-        return None, None, 0.0
-    name = next((name for name in linear.active_adapters if name in linear.lora_A), None)
-    if name is None:
-        return None, None, 0.0
-    scale = 0.0 if linear.disable_adapters else linear.scaling[name]
-    return linear.lora_A[name].weight.detach(), linear.lora_B[name].weight.detach(), scale

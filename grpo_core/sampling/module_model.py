@@ -30,7 +30,13 @@ from grpo_core.sampling.expert_table import ExpertTable
 from grpo_core.sampling.layer_memory import LayerMemory
 from grpo_core.sampling.live_rows import Method, begin, next_logits
 from grpo_core.sampling.row_attention import RowAttention, make_bias
-from grpo_core.sampling.step_functions import Substitute, find_joined_calls, find_substitutes, installed
+from grpo_core.sampling.step_functions import (
+    Substitute,
+    find_expert_substitutes,
+    find_joined_calls,
+    find_substitutes,
+    installed,
+)
 
 MAX_PREFILL_TOKENS = 8192  # of the prompts that are computed together
 MAX_HELD_SHARE = 0.05  # of the GPU's memory that may be held between calls, so that captured graphs stay valid
@@ -56,7 +62,7 @@ class ModuleModel:
     def __init__(self, model: Any, method: Method, pad_id: int, ops: TorchOps, routers: Routers | None = None) -> None:
         if method == "uncached":
             raise Unsupported("its cache cannot be used")
-        self.model, self.method, self.pad_id = model, method, pad_id
+        self.model, self.method, self.pad_id, self._ops = model, method, pad_id, ops
         self.device, self._columns, self._tokens = model.device, 0, 0
         self._experts = None if routers is None else ExpertTable(routers, model.device)
         self._check_rotations()
@@ -83,6 +89,7 @@ class ModuleModel:
             faster += find_substitutes(self.model, kernels.state)
             faster += find_elementwise(self.model, kernels.elementwise)
             faster += find_delta_nets(self.model, self._template, kernels.delta_net, kernels.state)
+            faster += find_expert_substitutes(self.model, self._ops)
         experts = [None]
         if self.device.type == "cuda" and hasattr(self.model.config, "_experts_implementation"):
             experts.append("batched_mm")  # which waits for nothing, whatever the sizes are

@@ -180,7 +180,7 @@ class Sampler:
     def _make_decoder(self, name: str) -> GraphDecoder:
         def make_computation(ops: TorchOps) -> Computation:
             if name == "fused":
-                return FusedModel(self.model, ops)
+                return FusedModel(self.model, ops, self._plain.routers)
             return ModuleModel(self.model, self._plain.method, self.pad_id, ops, self._plain.routers)
 
         return GraphDecoder(make_computation, self.device, self.pad_id, self.eos_ids)

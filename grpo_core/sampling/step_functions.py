@@ -1,9 +1,9 @@
 """Faster functions for one token step, which take the place of a model's own while a step runs on a GPU.
 
-They are of three kinds: functions of transformers' modeling files, which many recurrent model types share by name and
-signature; the forward of RMSNorm modules; and the forward of linear layers that share an input, as one product. Each
-kind of norm is compared with the module on random numbers; the whole step is compared with the model by `check_steps`
-(cache_check.py), and computed without these functions if it differs.
+They are of four kinds: functions of transformers' modeling files, which many recurrent model types share by name and
+signature; the forward of RMSNorm modules; that of experts (expert_substitutes.py); and that of linear layers that share
+an input, as one product. Each kind of norm and of experts is compared with the module on random numbers; the whole step
+is compared with the model by `check_steps` (cache_check.py), and computed without these functions if it differs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from grpo_core.model.trial import is_same
 from grpo_core.sampling.computation import Unsupported
 from grpo_core.sampling.decode_ops import TorchOps
-from grpo_core.sampling.fused_model import JoinedLinear, check_linear
+from grpo_core.sampling.expert_substitutes import find_expert_forwards
+from grpo_core.sampling.joined_linear import JoinedLinear, check_linear
 
 TOLERANCE, ROUGH_TOLERANCE = 1e-4, 0.02  # relative, of one norm
 
@@ -57,6 +58,11 @@ def find_substitutes(model: nn.Module, kernels: Any) -> list[Substitute]:
         if (kind := kinds[key]) is not None:
             substitutes.append(Substitute(module, "forward", _make_norm(module, kind, kernels)))
     return substitutes
+
+
+def find_expert_substitutes(model: nn.Module, ops: TorchOps) -> list[Substitute]:
+    """Return the forwards of the model's modules of experts that `ops` can compute."""
+    return [Substitute(module, "forward", forward) for module, forward in find_expert_forwards(model, ops)]
 
 
 @contextmanager

@@ -1,0 +1,307 @@
+"""Triton kernels for a mixture of experts, which expert_ops.py defines in torch.
+
+`_choose_experts` chooses the experts of each row. `_group_rows` lists the pairs of each expert, and the experts that
+have any. `_multiply_groups` computes the product of every listed expert with its rows: gate and up with the activation,
+then down. `_add_parts` adds the weighted outputs of a row. All sizes are those of the inputs, so a graph can capture
+them, and every output is written by one program, so the same inputs give the same bits. Sums are float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grpo_core.sampling.expert_ops import NO_EXPERT, ExpertWeights, Gating, Routing
+
+_NO_EXPERT = tl.constexpr(NO_EXPERT)
+
+
+class Blocks(NamedTuple):
+    """The part of a product that a program computes at once."""
+
+    pairs: int  # at least 16
+    columns: int  # of the output
+    inner: int  # of the sum
+    warps: int
+    stages: int
+
+
+# (rows up to which the blocks are used, blocks of gate and up, blocks of down), for 16-bit weights; measured by
+# benchmarks/experts.py
+BLOCKS: list[tuple[int, Blocks, Blocks]] = [
+    (16, Blocks(16, 32, 128, 4, 4), Blocks(16, 64, 128, 4, 4)),
+    (32, Blocks(32, 32, 128, 4, 4), Blocks(32, 64, 128, 4, 4)),
+    (512, Blocks(64, 32, 64, 4, 4), Blocks(64, 64, 64, 4, 4)),
+    (1 << 60, Blocks(64, 64, 64, 4, 4), Blocks(64, 128, 64, 4, 4)),
+]
+WIDE_BLOCKS = Blocks(16, 16, 32, 4, 2)  # for float32, which tensor cores would round
+COLUMNS_PER_PROGRAM = 1024  # of the sum of a row's parts
+CELLS_PER_PROGRAM = 4096  # rows times experts that are counted at once
+DEFAULT_SHARED_BYTES = 99 * 1024  # of the smallest GPU that is supported
+
+
+@triton.jit
+def _choose_experts(
+    logits, stride, done, experts, weights, E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr, NORMALIZED: tl.constexpr, ROUNDED: tl.constexpr, HAS_DONE: tl.constexpr,
+):  # fmt: skip
+    """Store the experts of one row and their weights."""
+    row = tl.program_id(0).to(tl.int64)
+    e, j = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
+    value = tl.load(logits + row * stride + e, e < E, other=-float("inf")).to(tl.float32)
+    maximum = tl.max(value, 0)
+    chosen = tl.full([BLOCK_K], E - 1, tl.int32)
+    scores = tl.full([BLOCK_K], -float("inf"), tl.float32)
+    rest = value
+    for i in tl.static_range(K):
+        best = tl.max(rest, 0)
+        at = tl.minimum(tl.min(tl.where(rest == best, e, BLOCK_E), 0), E - 1)  # NaN is equal to nothing
+        chosen = tl.where(j == i, at, chosen)
+        scores = tl.where(j == i, best, scores)
+        rest = tl.where(e == at, -float("inf"), rest)
+    weight = tl.exp(scores - maximum)
+    weight = weight / tl.sum(weight if NORMALIZED else tl.exp(value - maximum), 0)
+    if ROUNDED:
+        weight = weight.to(logits.dtype.element_ty).to(tl.float32)
+    if HAS_DONE:
+        is_done = tl.load(done + row) != 0
+        chosen = tl.where(is_done, _NO_EXPERT, chosen)
+        weight = tl.where(is_done, 0.0, weight)
+    tl.store(experts + row * K + j, chosen, j < K)
+    tl.store(weights + row * K + j, weight, j < K)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _group_rows(
+    experts, pairs, order, sizes, total, R,
+    E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Store the pairs of one expert in its row of `pairs` [E, R].
+
+    `order` has the experts with any pair, `sizes` how many each of them has, and `total` how many experts these are.
+    """
+    own = tl.program_id(0)
+    e = tl.arange(0, BLOCK_E)
+    counts = tl.zeros([BLOCK_E], tl.int32)
+    size = 0
+    for begin in range(0, R, BLOCK_R):
+        row = begin + tl.arange(0, BLOCK_R)
+        hits = tl.zeros([BLOCK_R, BLOCK_E], tl.int32)
+        place = tl.zeros([BLOCK_R], tl.int32)  # among the row's experts, from 1
+        for j in tl.static_range(K):
+            chosen = tl.load(experts + row * K + j, row < R, other=_NO_EXPERT).to(tl.int32)
+            hits += (chosen[:, None] == e[None, :]).to(tl.int32)
+            place = tl.where(chosen == own, j + 1, place)
+        counts += tl.sum(hits, 0)
+        member = (place > 0).to(tl.int32)
+        rank = size + tl.cumsum(member, 0) - member
+        tl.store(pairs + own.to(tl.int64) * R + rank, row * K + place - 1, place > 0)
+        size += tl.sum(member, 0)
+    is_listed = (counts > 0).to(tl.int32)
+    position = tl.sum(tl.where(e < own, is_listed, 0), 0)
+    if size > 0:
+        tl.store(order + position, own)
+        tl.store(sizes + position, size)
+    if own == 0:
+        tl.store(total, tl.sum(is_listed, 0))
+
+
+@triton.jit
+def _activate(gates, ups, IS_SILU: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, like):
+    """Return the activation in float32; LIMIT is 0 for no limit."""
+    if LIMIT != 0:
+        gates = tl.minimum(gates, LIMIT)
+        ups = tl.minimum(tl.maximum(ups, -LIMIT), LIMIT)
+    argument = ALPHA * gates
+    if not IS_SILU:  # 0.5 x (1 + tanh(u)) = x sigmoid(2 u), with 2 u = sqrt(8 / pi) (x + 0.044715 x^3)
+        argument = 1.5957691216057308 * (gates + 0.044715 * gates * gates * gates)
+    active = (gates * tl.sigmoid(argument)).to(like.dtype.element_ty).to(tl.float32)
+    return (ups + SHIFT) * active
+
+
+# a GATED product has two columns of the weights for each of its N outputs, which lie side by side if they are
+# INTERLEAVED; in a block of WIDTH columns they alternate, or all gates come first if HALVES
+@triton.jit
+def _find_columns(
+    first, N: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HALVES: tl.constexpr
+):
+    """Return the output and the column of the weights that each column of a block belongs to."""
+    i = tl.arange(0, WIDTH)
+    unit = first + i
+    column = unit
+    if GATED:
+        if HALVES:
+            unit = first + i % (WIDTH // 2)
+            column = i // (WIDTH // 2) * N + unit
+        else:
+            unit = first + i // 2
+            column = i % 2 * N + unit
+            if INTERLEAVED:
+                column = 2 * first + i
+    return unit, column
+
+
+# pair p has the row p // SHARE of x
+@triton.jit(do_not_specialize=["R"])
+def _multiply_groups(
+    x, pairs, order, sizes, total, weights, biases, out, R,
+    N: tl.constexpr, K: tl.constexpr, EXPERT_STRIDE: tl.constexpr, COLUMN_STRIDE: tl.constexpr,
+    INNER_STRIDE: tl.constexpr, SHARE: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HALVES: tl.constexpr, IS_SILU: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Compute some outputs of all pairs of one listed expert."""
+    blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    width: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    position = tl.program_id(0) // blocks
+    if position < tl.load(total):
+        expert = tl.load(order + position).to(tl.int64)
+        size = tl.load(sizes + position)
+        first = (tl.program_id(0) % blocks) * BLOCK_N
+        unit, column = _find_columns(first, N, width, GATED, INTERLEAVED, HALVES)
+        source = weights + expert * EXPERT_STRIDE + column[None, :] * COLUMN_STRIDE
+        for begin in range(0, size, BLOCK_P):
+            at = begin + tl.arange(0, BLOCK_P)
+            pair = tl.load(pairs + expert * R + at, at < size, other=0)
+            rows = x + (pair // SHARE).to(tl.int64)[:, None] * K
+            sums = tl.zeros([BLOCK_P, width], tl.float32)
+            for start in range(0, K, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                values = tl.load(rows + k[None, :], (at < size)[:, None] & (k < K)[None, :], other=0.0)
+                part = tl.load(source + k[:, None] * INNER_STRIDE, (k < K)[:, None] & (unit < N)[None, :], other=0.0)
+                sums = tl.dot(values, part, sums, input_precision=PRECISION)
+            if HAS_BIAS:
+                columns: tl.constexpr = 2 * N if GATED else N
+                sums += tl.load(biases + expert * columns + column, unit < N, other=0.0).to(tl.float32)[None, :]
+            unit_out = first + tl.arange(0, BLOCK_N)
+            target = out + pair.to(tl.int64)[:, None] * N + unit_out[None, :]
+            inside = (at < size)[:, None] & (unit_out < N)[None, :]
+            if GATED:
+                sums = sums.to(x.dtype.element_ty).to(tl.float32)
+                if HALVES:
+                    sides = tl.permute(tl.reshape(sums, [BLOCK_P, 2, BLOCK_N]), (0, 2, 1))
+                else:
+                    sides = tl.reshape(sums, [BLOCK_P, BLOCK_N, 2])
+                gates, ups = tl.split(sides)
+                tl.store(target, _activate(gates, ups, IS_SILU, ALPHA, LIMIT, SHIFT, x), inside)
+            else:
+                tl.store(target, sums, inside)
+
+
+@triton.jit
+def _add_parts(parts, experts, weights, out, H: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Store some columns of the weighted sum of one row's parts [K, H]."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    for j in tl.static_range(K):
+        pair = row * K + j
+        is_computed = tl.load(experts + pair) >= 0
+        part = tl.load(parts + pair * H + at, (at < H) & is_computed, other=0.0).to(tl.float32)
+        total += part * tl.load(weights + pair).to(tl.float32)
+    tl.store(out + row * H + at, total, at < H)
+
+
+def choose_experts(logits: Tensor, routing: Routing, done: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the experts [R, k] of each row, and their weights [R, k] in float32; of equal logits the first."""
+    rows, count = logits.shape
+    experts = torch.empty(rows, routing.top_k, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(rows, routing.top_k, dtype=torch.float32, device=logits.device)
+    sizes = (count, routing.top_k, triton.next_power_of_2(count), triton.next_power_of_2(routing.top_k))
+    flags = (routing.is_normalized, routing.is_rounded, done is not None)
+    _choose_experts[(rows,)](
+        logits, logits.stride(0), logits if done is None else done, experts, weights, *sizes, *flags,
+        num_warps=1 if count <= 256 else 4,
+    )  # fmt: skip
+    return experts, weights
+
+
+class Groups(NamedTuple):
+    """The pairs of every expert: the inputs of `_multiply_groups`."""
+
+    pairs: Tensor  # [E, R] int32: in the row of an expert its pairs, row * k + place
+    order: Tensor  # [E] int32: the experts with any pair
+    sizes: Tensor  # [E] int32: the number of pairs of each of them
+    total: Tensor  # [1] int32: the number of these experts
+
+
+def group_rows(experts: Tensor, count: int) -> Groups:
+    """Return the pairs of each of `count` experts, for the experts [R, k] of rows."""
+    rows, top_k = experts.shape
+    pairs, order, sizes, total = (experts.new_empty(n, dtype=torch.int32) for n in (count * rows, count, count, 1))
+    block_e = max(16, triton.next_power_of_2(count))
+    block_r = max(16, min(CELLS_PER_PROGRAM // block_e, triton.next_power_of_2(rows)))
+    _group_rows[(count,)](experts, pairs, order, sizes, total, rows, count, top_k, block_e, block_r, num_warps=4)
+    return Groups(pairs, order, sizes, total)
+
+
+def mix_experts(x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights) -> Tensor:
+    """Return the sum of the outputs of each row's experts [R, k] for x [R, H], times their weights [R, k]."""
+    x, experts, weights = x.contiguous(), experts.contiguous(), weights.contiguous()
+    (rows, hidden), top_k = x.shape, experts.shape[1]
+    _, gate_up_blocks, down_blocks = choose_blocks(rows, x.dtype)
+    groups = group_rows(experts, len(own.gate_up))
+    inner, parts = x.new_empty(rows * top_k, own.inner), x.new_empty(rows * top_k, hidden)
+    multiply_groups(x, groups, own.gate_up, own.gate_up_bias, inner, top_k, top_k, own, own.gating, gate_up_blocks)
+    multiply_groups(inner, groups, own.down, own.down_bias, parts, top_k, 1, own, None, down_blocks)
+    out = torch.empty_like(x)
+    block = min(COLUMNS_PER_PROGRAM, triton.next_power_of_2(hidden))
+    _add_parts[(rows, triton.cdiv(hidden, block))](parts, experts, weights, out, hidden, top_k, block)
+    return out
+
+
+def multiply_groups(
+    x: Tensor,
+    groups: Groups,
+    weights: Tensor,
+    biases: Tensor | None,
+    out: Tensor,
+    top_k: int,
+    share: int,
+    own: ExpertWeights,
+    gating: Gating | None,
+    blocks: Blocks,
+) -> None:
+    """Store the products of all pairs in `out` [R k, N]; pair p has the row p // share of x, which is contiguous.
+
+    With `gating` the product is gate and up, and its activation is stored.
+    """
+    strides = weights.stride() if not own.is_transposed else (weights.stride(0), weights.stride(2), weights.stride(1))
+    is_split = gating is not None and not own.is_interleaved and strides[1] == 1
+    gate = gating or Gating()
+    flags = (
+        share, biases is not None, gating is not None, own.is_interleaved, is_split, gate.activation == "silu",
+        gate.alpha, gate.limit or 0.0, gate.shift, "ieee" if x.dtype == torch.float32 else "tf32",
+    )  # fmt: skip
+    blocks = fit(blocks, x, gating is not None)
+    listed = min(len(weights), len(out))
+    _multiply_groups[(listed * triton.cdiv(out.shape[1], blocks.columns),)](
+        x, *groups, weights, weights if biases is None else biases, out, len(out) // top_k, out.shape[1], x.shape[1],
+        *strides, *flags, *blocks[:3], num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+
+
+def choose_blocks(rows: int, dtype: torch.dtype) -> tuple[int, Blocks, Blocks]:
+    """Return the entry of BLOCKS for this number of rows."""
+    if dtype == torch.float32:
+        return rows, WIDE_BLOCKS, WIDE_BLOCKS
+    return next(entry for entry in BLOCKS if rows <= entry[0])
+
+
+def fit(blocks: Blocks, x: Tensor, is_gated: bool) -> Blocks:
+    """Return the blocks with as many stages as the GPU's shared memory holds, at least 1."""
+    available = DEFAULT_SHARED_BYTES
+    if x.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(x.device)
+        available = getattr(properties, "shared_memory_per_block_optin", available)
+    stages = min(blocks.stages, available // shared_bytes(blocks, x.element_size(), is_gated))
+    return blocks._replace(stages=max(1, stages))
+
+
+def shared_bytes(blocks: Blocks, itemsize: int, is_gated: bool) -> int:
+    """Return the bytes of shared memory of one stage."""
+    return (blocks.pairs + blocks.columns * (2 if is_gated else 1)) * blocks.inner * itemsize
