@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,42 @@ TRIAL_ROWS = 3
 TOLERANCE, ROUGH_TOLERANCE = 1e-4, 0.03  # relative, of the outputs and the states of one step
 ACTIVATIONS = {None: False, "silu": True, "swish": True}  # whether the convolution is followed by silu
 SIZES = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "layer_idx", "hidden_size")
+
+
+@dataclass(frozen=True)
+class DeltaInputs:
+    """The projections of the newest token of each row, as views: a key head serves `shared` value heads.
+
+    q and k are [R, key heads, K], v and z (the gate of the norm) [R, key heads, shared, V], and b (of beta) and a (of
+    the decay) [R, key heads, shared].
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    z: Tensor
+    b: Tensor
+    a: Tensor
+
+
+@dataclass(frozen=True)
+class DeltaWeights:
+    """The weights of a gated delta net.
+
+    conv [C, W] and conv_bias [C] are of the convolution over the channels of all q, then all k, then all v. decay
+    (`A_log`) and decay_bias (`dt_bias`) are [heads], norm is [V]. The norm has the meaning of state_kernels.norm.
+    """
+
+    conv: Tensor
+    conv_bias: Tensor | None
+    decay: Tensor
+    decay_bias: Tensor
+    norm: Tensor
+    eps: float
+    offset: int
+    gate_kind: int
+    beta_scale: float
+    is_silu: bool
 
 
 def find_delta_nets(model: nn.Module, cache: Any, kernels: Any, state_kernels: Any) -> list[Substitute]:
@@ -62,11 +99,11 @@ def _make_forward(module: Any, project: Callable, kind: tuple[int, int], kernels
         if states is None:
             return original(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
         conv, eps = module.conv1d, getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        weights = kernels.DeltaWeights(
+        weights = DeltaWeights(
             conv.weight.squeeze(1), conv.bias, module.A_log, module.dt_bias, norm.weight, eps, *kind,
             2.0 if getattr(module, "allow_neg_eigval", False) else 1.0, ACTIVATIONS[module.activation],
         )  # fmt: skip
-        out = kernels.delta_net(kernels.DeltaInputs(*project(module, hidden_states)), weights, *states)
+        out = kernels.delta_net(DeltaInputs(*project(module, hidden_states)), weights, *states)
         return last(out[:, None])
 
     return forward

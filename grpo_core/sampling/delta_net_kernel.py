@@ -6,54 +6,17 @@ the key. So no other program reads or writes its memory, and both states are upd
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo_core.sampling.delta_net import DeltaInputs, DeltaWeights
 from grpo_core.sampling.state_kernels import gate_before_norm, scale_after_norm
 
 MAX_COLUMNS = 64  # of a state [K, V] that a program holds at once
 ELEMENTS_PER_WARP = 1024  # of those columns
 MAX_WARPS = 16
 MAX_REGISTERS = 128  # of a thread, so that several programs share a processor
-
-
-@dataclass(frozen=True)
-class DeltaInputs:
-    """The projections of the newest token of each row, as views: a key head serves `shared` value heads.
-
-    q and k are [R, key heads, K], v and z (the gate of the norm) [R, key heads, shared, V], and b (of beta) and a (of
-    the decay) [R, key heads, shared].
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    z: Tensor
-    b: Tensor
-    a: Tensor
-
-
-@dataclass(frozen=True)
-class DeltaWeights:
-    """The weights of a gated delta net.
-
-    conv [C, W] and conv_bias [C] are of the convolution over the channels of all q, then all k, then all v. decay
-    (`A_log`) and decay_bias (`dt_bias`) are [heads], norm is [V]. The norm has the meaning of state_kernels.norm.
-    """
-
-    conv: Tensor
-    conv_bias: Tensor | None
-    decay: Tensor
-    decay_bias: Tensor
-    norm: Tensor
-    eps: float
-    offset: int
-    gate_kind: int
-    beta_scale: float
-    is_silu: bool
 
 
 # a window is a tuple of tokens rather than a tensor, so that its layout has no influence on that of the states

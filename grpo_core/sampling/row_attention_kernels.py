@@ -120,7 +120,8 @@ def attend_rows(
     sinks: Tensor | None = None,
     block: int | None = None,
     warps: int = WARPS,
-    stages: int = STAGES,
+    stages: int | None = None,
+    splits: int | None = None,
 ) -> Tensor:
     """Return the attention [R, 1, heads, D] of queries [R, heads, 1, D] to keys [R, kv_heads, T, D] up to `position`.
 
@@ -132,8 +133,8 @@ def attend_rows(
     block_d, block_value = (max(16, triton.next_power_of_2(n)) for n in (dim, value_dim))
     is_wide = max(block_d, block_value) * query.element_size() >= WIDE_BYTES
     block = block or (KEYS_PER_WIDE_BLOCK if is_wide else KEYS_PER_BLOCK)
-    stages = 1 if is_wide and query.element_size() > 2 else stages
-    splits = min(count_splits(rows * kv_heads), triton.next_power_of_2(triton.cdiv(window or tokens, block)))
+    stages = stages or (1 if is_wide and query.element_size() > 2 else STAGES)
+    splits = splits or min(count_splits(rows * kv_heads), triton.next_power_of_2(triton.cdiv(window or tokens, block)))
     out = query.new_empty(rows, 1, heads, value_dim)
     parts = logsums = out
     if splits > 1:
