@@ -227,18 +227,19 @@ def measure_parts(bandwidth):
                 return
             case = Case(name, rows, skew, own)
             (x, logits), (experts, weights) = case.inputs[0], case.chosen[0]
-            ours, want = kernels.mix_experts(x, experts, weights, own).float(), mix_experts(x, experts, weights, own).float()
+            ours, want = kernels.apply_experts(x, experts, weights, own).sum().float(), mix_experts(x, experts, weights, own).float()
             gap = float((ours - want).norm() / want.norm())
-            is_same = torch.equal(ours, kernels.mix_experts(x, experts, weights, own).float())
+            is_same = torch.equal(ours, kernels.apply_experts(x, experts, weights, own).sum().float())
             _, first, second = kernels.choose_blocks(rows, x.dtype)
             turns = range(TURNS)
             parts = {
                 "router": [lambda x=x, router=router: torch.nn.functional.linear(x, router)],
                 "choose": [lambda logits=logits, case=case: kernels.choose_experts(logits, case.routing)],
+                "route": [lambda x=x, router=router, case=case: kernels.route(x, router, None, case.routing, None)],
                 "group": [lambda experts=experts, case=case: kernels.group_rows(experts, case.count)],
                 "gate_up": case.calls("gate_up", first),
                 "down": case.calls("down", second),
-                "layer": [lambda t=t, case=case: kernels.mix_experts(case.inputs[t][0], *case.chosen[t], case.own) for t in turns],
+                "layer": [lambda t=t, case=case: kernels.apply_experts(case.inputs[t][0], *case.chosen[t], case.own).sum() for t in turns],
             }
             for part, calls in parts.items():
                 report(case.describe(part, measure(calls), bandwidth))
@@ -255,7 +256,7 @@ def check():
         if device == "cuda":
             from grpo_core.sampling import expert_kernels as kernels
 
-            ours = kernels.mix_experts(x, *kernels.choose_experts(logits, shape[4]), own)
+            ours = kernels.apply_experts(x, *kernels.choose_experts(logits, shape[4]), own).sum()
             torch.testing.assert_close(ours, want, atol=1e-5, rtol=1e-4)
         print(json.dumps({"bench": "experts", "shape": name, "part": "check", "norm": float(want.norm())}))
 

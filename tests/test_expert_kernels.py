@@ -110,6 +110,40 @@ def test_choice_of_experts(dtype, is_normalized, is_rounded):
 
 
 @kernel_test
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, hidden", [(3, 48), (20, 544), (70, 48)])  # one part of the sum, three, and many rows
+def test_a_router_of_every_size(dtype, rows, hidden):
+    kernels, routing = load_kernels(), Routing(TOP_K, True)
+    x, weight, bias = random(rows, hidden, dtype=dtype), random(EXPERTS, hidden, dtype=dtype), random(EXPERTS, dtype=dtype)
+    for added in (None, bias):
+        logits = (x.float() @ weight.float().t() + (0.0 if added is None else added.float())).to(dtype)
+        got, weights = kernels.route(x, weight, added, routing, None)
+        want, shares = expert_ops.choose_experts(logits, routing)
+        is_same = (got.long() == want).all(dim=1)  # two logits may round to the same number
+        assert is_same.float().mean() > (0.99 if dtype == torch.float32 else 0.8)
+        torch.testing.assert_close(weights[is_same], shares[is_same], atol=TOLERANCES[dtype] * 4, rtol=0.02)
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norms_delta", [False, True])
+def test_a_norm_after_the_sum_of_parts(dtype, norms_delta):
+    from grpo_core.sampling.decode_kernels import TritonOps
+
+    own, x = make_weights(dtype), random(5, HIDDEN, dtype=dtype)
+    experts, weights = expert_ops.choose_experts(random(5, EXPERTS), Routing(TOP_K, True))
+    experts[2], weights[2] = expert_ops.NO_EXPERT, 0.0
+    weight, delta_weight = random(HIDDEN, dtype=dtype), random(HIDDEN, dtype=dtype) if norms_delta else None
+    results = []
+    for ops in (TritonOps(DEVICE), TorchOps()):
+        stream = x.clone()
+        delta = ops.mix_experts(x, experts, weights, own)
+        results.append((ops.add_norm(stream, delta, weight, 1e-6, delta_weight=delta_weight), stream, ops.sum_experts(x, experts, weights, own)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=TOLERANCES[dtype] * float(theirs.abs().max() + 1), rtol=0)
+
+
+@kernel_test
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf, torch.inf])
 def test_broken_logits_choose_experts_that_exist(value):
     experts, _ = load_kernels().choose_experts(torch.full((2, EXPERTS), value, device=DEVICE), Routing(TOP_K, True))
@@ -145,7 +179,7 @@ def test_a_mixture_of_every_layout(dtype, rows, layout, gating):
     x, (experts, weights) = random(rows, HIDDEN, dtype=dtype), expert_ops.choose_experts(random(rows, EXPERTS), Routing(TOP_K, True))
     if rows > 1:
         experts[3], weights[3] = expert_ops.NO_EXPERT, 0.0
-    got, want = kernels.mix_experts(x, experts, weights, own), expert_ops.mix_experts(x, experts, weights, own)
+    got, want = kernels.apply_experts(x, experts, weights, own).sum(), expert_ops.mix_experts(x, experts, weights, own)
     scale = float(want.abs().max())
     torch.testing.assert_close(got, want, atol=TOLERANCES[dtype] * max(1.0, scale), rtol=0)
     assert rows == 1 or not got[3].any()
@@ -159,20 +193,20 @@ def test_uneven_rows(rows):
     experts = torch.tensor([5, 0, 2], device=DEVICE).expand(rows, 3)
     weights = random(rows, 3)
     torch.testing.assert_close(
-        kernels.mix_experts(x, experts, weights, own), expert_ops.mix_experts(x, experts, weights, own), atol=1e-5, rtol=1e-5
+        kernels.apply_experts(x, experts, weights, own).sum(), expert_ops.mix_experts(x, experts, weights, own), atol=1e-5, rtol=1e-5
     )
     nobody = torch.full((rows, 3), expert_ops.NO_EXPERT, device=DEVICE)
-    assert not kernels.mix_experts(x, nobody, weights, own).any()
+    assert not kernels.apply_experts(x, nobody, weights, own).sum().any()
 
 
 @kernel_test
 def test_the_same_bits_every_time_and_for_a_row_among_others():
     kernels, own, x = load_kernels(), make_weights(), random(24, HIDDEN)
     chosen = expert_ops.choose_experts(random(24, EXPERTS), Routing(TOP_K, True))
-    first = kernels.mix_experts(x, *chosen, own)
-    assert torch.equal(first, kernels.mix_experts(x, *chosen, own))
+    first = kernels.apply_experts(x, *chosen, own).sum()
+    assert torch.equal(first, kernels.apply_experts(x, *chosen, own).sum())
     order = torch.randperm(24, device=DEVICE)
-    assert torch.equal(first[order], kernels.mix_experts(x[order], *(part[order] for part in chosen), own))
+    assert torch.equal(first[order], kernels.apply_experts(x[order], *(part[order] for part in chosen), own).sum())
 
 
 @kernel_test

@@ -192,6 +192,17 @@ def average_parts(
     tl.store(out + head * DIM + d, tl.sum(values * weights[:, None], 0), d < DIM)
 
 
+@triton.jit
+def _begin_softmax(sinks, member, split, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SINKS: tl.constexpr):
+    """Return the maximum and the sum with which a softmax begins: those of a sink in the first part, or of nothing."""
+    maximum, weight_sum = member * 0.0 - 1e30, member * 0.0
+    if SINKS:
+        sink = tl.load(sinks, member < HEADS // KV_HEADS, other=0.0).to(tl.float32)
+        maximum = tl.where(split == 0, sink, maximum)
+        weight_sum = tl.where(split == 0, weight_sum + 1.0, weight_sum)
+    return maximum, weight_sum
+
+
 # the tokens of a row are its prompt's and its own, of which it sees the last WINDOW, or all if WINDOW is 0; with one
 # part the result goes to `out`; with several, the result of each part and the log of its sum of exponentials go to
 # `parts` and `logsums`, which `_combine` reads
@@ -220,13 +231,8 @@ def _attend(
         query_mask = (member < HEADS // KV_HEADS)[:, None] & (d < DIM)[None, :]
         heads = row * HEADS + kv_head * (HEADS // KV_HEADS) + member
         query = tl.load(q + heads[:, None] * DIM + d[None, :], query_mask, other=0.0)
-        maximum = tl.full([BLOCK_Q], -1e30, tl.float32)
-        weight_sum = tl.zeros([BLOCK_Q], tl.float32)
-        if SINKS:  # a key without a value, in the first part
-            group = kv_head * (HEADS // KV_HEADS) + member
-            sink = tl.load(sinks + group, member < HEADS // KV_HEADS, other=0.0).to(tl.float32)
-            maximum = tl.where(split == 0, sink, maximum)
-            weight_sum += tl.where(split == 0, 1.0, 0.0)
+        own_sinks = sinks + kv_head * (HEADS // KV_HEADS) + member
+        maximum, weight_sum = _begin_softmax(own_sinks, member, split, HEADS, KV_HEADS, SINKS)
         result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         for begin in range(low, high, BLOCK_K):
             at = begin + tl.arange(0, BLOCK_K)

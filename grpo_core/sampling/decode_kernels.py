@@ -16,6 +16,7 @@ from grpo_core.batch import SamplingParams
 from grpo_core.sampling import expert_kernels
 from grpo_core.sampling.attention_kernels import TABLE_WIDTH, TritonCache, multiply_by_weight
 from grpo_core.sampling.decode_ops import DONE, DRAWN, LIMIT, ROW, TOKEN, Activation, AttentionShape, Tables, TorchOps
+from grpo_core.sampling.expert_kernels import Parts, sum_parts
 from grpo_core.sampling.expert_ops import ExpertWeights, Routing
 
 _TOKEN, _DRAWN, _LIMIT, _ROW, _DONE = (tl.constexpr(x) for x in (TOKEN, DRAWN, LIMIT, ROW, DONE))
@@ -35,19 +36,24 @@ def _normalize(value, weight, inside, like, eps, H: tl.constexpr, OFFSET: tl.con
 
 @triton.jit(do_not_specialize=["adds"])
 def _add_norm(
-    x, delta, delta_stride, weight, delta_weight, out, eps, delta_scale, adds, H: tl.constexpr, BLOCK_H: tl.constexpr,
-    NORMS_X: tl.constexpr, NORMS_DELTA: tl.constexpr, OFFSET: tl.constexpr, SCALES: tl.constexpr,
+    x, delta, delta_stride, experts, shares, weight, delta_weight, out, eps, delta_scale, adds, H: tl.constexpr,
+    BLOCK_H: tl.constexpr, TOP_K: tl.constexpr, NORMS_X: tl.constexpr, NORMS_DELTA: tl.constexpr, OFFSET: tl.constexpr,
+    SCALES: tl.constexpr,
 ):  # fmt: skip
     """Process one row: add `delta` to x in place if `adds` is not 0, and store RMSNorm(x) * (OFFSET + weight).
 
-    Before it is added, `delta` is normalized if NORMS_DELTA, and multiplied by `delta_scale` if SCALES.
+    Before it is added, `delta` is normalized if NORMS_DELTA, and multiplied by `delta_scale` if SCALES. If TOP_K is not
+    0, it is the sum of the outputs of that many experts.
     """
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK_H)
     inside = at < H
     value = tl.load(x + row * H + at, inside, other=0.0)
     if adds != 0:
-        change = tl.load(delta + row * delta_stride + at, inside, other=0.0)
+        if TOP_K == 0:
+            change = tl.load(delta + row * delta_stride + at, inside, other=0.0)
+        else:
+            change = sum_parts(delta, experts, shares, row, at, H, TOP_K, BLOCK_H).to(x.dtype.element_ty)
         if NORMS_DELTA:
             change = _normalize(change, delta_weight + at, inside, x, eps, H, OFFSET).to(change.dtype)
         if SCALES:
@@ -184,7 +190,7 @@ class TritonOps(TorchOps):
     def add_norm(
         self,
         x: Tensor,
-        delta: Tensor | None,
+        delta: Tensor | Parts | None,
         weight: Tensor | None,
         eps: float,
         *,
@@ -196,23 +202,32 @@ class TritonOps(TorchOps):
             return x
         out, width = x if weight is None else torch.empty_like(x), x.shape[1]
         block = triton.next_power_of_2(width)
-        added = (x, 0) if delta is None else (delta, delta.stride(0))  # what is not read is passed as x
+        if isinstance(delta, Parts):
+            added, top_k = (delta.parts, 0, delta.experts, delta.weights), delta.experts.shape[1]
+        else:  # what is not read is passed as x
+            added, top_k = (x, 0, x, x) if delta is None else (delta, delta.stride(0), x, x), 0
         weights = (x if weight is None else weight, x if delta_weight is None else delta_weight)
         flags = (weight is not None, delta_weight is not None, offset, delta_scale != 1.0)
         warps = min(8, max(1, block // 512))
         _add_norm[(len(x),)](
-            x, *added, *weights, out, eps, delta_scale, int(delta is not None), width, block, *flags, num_warps=warps
-        )
+            x, *added, *weights, out, eps, delta_scale, int(delta is not None), width, block, top_k, *flags,
+            num_warps=warps,
+        )  # fmt: skip
         return out
 
     def gate_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
         return multiply_gate(*gate_up.chunk(2, dim=1), activation)
 
-    def choose_experts(self, logits: Tensor, routing: Routing, done: Tensor | None) -> tuple[Tensor, Tensor]:
-        return expert_kernels.choose_experts(logits, routing, done)
+    def route(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, done: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return expert_kernels.route(x, weight, bias, routing, done)
 
-    def mix_experts(self, x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights) -> Tensor:
-        return expert_kernels.mix_experts(x, experts, weights, own)
+    def mix_experts(self, x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights) -> Parts:
+        return expert_kernels.apply_experts(x, experts, weights, own)
+
+    def sum_experts(self, x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights) -> Tensor:
+        return self.mix_experts(x, experts, weights, own).sum()
 
     def draw(self, logits: Tensor, state: Tensor, tables: Tables, settings: SamplingParams) -> None:
         rows, width = logits.shape

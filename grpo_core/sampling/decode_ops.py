@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -128,13 +128,25 @@ class TorchOps:
         gate, up = gate_up.chunk(2, dim=1)
         return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")).mul_(up)
 
-    def choose_experts(self, logits: Tensor, routing: Routing, done: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the experts [R, k] of each row, and their weights [R, k]; see `expert_ops.choose_experts`."""
-        return expert_ops.choose_experts(logits, routing, done)
+    def route(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, done: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the experts [R, k] of each row of x [R, H] by a router's weight [E, H], and their weights [R, k].
 
-    def mix_experts(self, x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights) -> Tensor:
-        """Return the weighted sum [R, H] of the outputs of each row's experts; see `expert_ops.mix_experts`."""
+        Rows with a 1 in `done` [R] have none; see `expert_ops.choose_experts`.
+        """
+        return expert_ops.choose_experts(self.linear(x, weight, bias), routing, done)
+
+    def mix_experts(self, x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights) -> Any:
+        """Return the weighted sum [R, H] of the outputs of each row's experts, as `add_norm` takes it.
+
+        See `expert_ops.mix_experts`.
+        """
         return expert_ops.mix_experts(x, experts, weights, own)
+
+    def sum_experts(self, x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights) -> Tensor:
+        """Return the weighted sum as a tensor."""
+        return self.mix_experts(x, experts, weights, own)
 
     def draw(self, logits: Tensor, state: Tensor, tables: Tables, settings: SamplingParams) -> None:
         """Draw the next token of every row that is not done from logits [R, V]; write it to `state` and `tables`."""

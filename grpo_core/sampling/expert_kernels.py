@@ -1,9 +1,10 @@
 """Triton kernels for a mixture of experts, which expert_ops.py defines in torch.
 
-`_choose_experts` chooses the experts of each row. `_group_rows` lists the pairs of each expert, and the experts that
-have any. `_multiply_groups` computes the product of every listed expert with its rows: gate and up with the activation,
-then down. `_add_parts` adds the weighted outputs of a row. All sizes are those of the inputs, so a graph can capture
-them, and every output is written by one program, so the same inputs give the same bits. Sums are float32.
+`_multiply_router` and `_choose_experts` choose the experts of each row. `_group_rows` lists the pairs of each expert,
+and the experts that have any. `_multiply_groups` computes the product of every listed expert with its rows: gate and up
+with the activation, then down. `sum_parts` adds the weighted outputs of a row. All sizes are those of the inputs, so a
+graph can capture them, and every output is written by one program, so the same inputs give the same bits. Sums are
+float32.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,19 +42,46 @@ BLOCKS: list[tuple[int, Blocks, Blocks]] = [
 ]
 WIDE_BLOCKS = Blocks(16, 16, 32, 4, 2)  # for float32, which tensor cores would round
 COLUMNS_PER_PROGRAM = 1024  # of the sum of a row's parts
+MAX_ROUTED_ROWS = 64  # for which the product of a router is divided
+ROUTER_INNER, ROUTER_BLOCK, ROUTER_EXPERTS = 256, 128, 16  # dimensions of a part, those at once, and experts at once
 CELLS_PER_PROGRAM = 4096  # rows times experts that are counted at once
 DEFAULT_SHARED_BYTES = 99 * 1024  # of the smallest GPU that is supported
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
+def _multiply_router(
+    x, weight, out, R, E: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store one part of the sum of the logits of some rows and experts; the parts are [parts, R, E] in float32."""
+    part = tl.program_id(2)
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    sums = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
+    for start in tl.static_range(0, INNER, BLOCK_H):
+        h = part * INNER + start + tl.arange(0, BLOCK_H)
+        values = tl.load(x + row[:, None] * H + h[None, :], (row < R)[:, None] & (h < H)[None, :], other=0.0)
+        factors = tl.load(weight + e[None, :] * H + h[:, None], (e < E)[None, :] & (h < H)[:, None], other=0.0)
+        sums = tl.dot(values, factors, sums, input_precision=PRECISION)
+    tl.store(out + (part * R + row[:, None]) * E + e[None, :], sums, (row < R)[:, None] & (e < E)[None, :])
+
+
+# the logits of a row are the sum of their PARTS, and of `bias` if HAS_BIAS, rounded to the dtype of `like`
+@triton.jit(do_not_specialize=["part_stride"])
 def _choose_experts(
-    logits, stride, done, experts, weights, E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr, NORMALIZED: tl.constexpr, ROUNDED: tl.constexpr, HAS_DONE: tl.constexpr,
+    logits, stride, part_stride, bias, like, done, experts, weights, E: tl.constexpr, K: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NORMALIZED: tl.constexpr, ROUNDED: tl.constexpr, HAS_DONE: tl.constexpr,
 ):  # fmt: skip
     """Store the experts of one row and their weights."""
     row = tl.program_id(0).to(tl.int64)
     e, j = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
-    value = tl.load(logits + row * stride + e, e < E, other=-float("inf")).to(tl.float32)
+    value = tl.load(logits + row * stride + e, e < E, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        value += tl.load(logits + part * part_stride + row * stride + e, e < E, other=0.0)
+    if HAS_BIAS:
+        value += tl.load(bias + e, e < E, other=0.0).to(tl.float32)
+    value = tl.where(e < E, value.to(like.dtype.element_ty).to(tl.float32), -float("inf"))
     maximum = tl.max(value, 0)
     chosen = tl.full([BLOCK_K], E - 1, tl.int32)
     scores = tl.full([BLOCK_K], -float("inf"), tl.float32)
@@ -66,7 +95,7 @@ def _choose_experts(
     weight = tl.exp(scores - maximum)
     weight = weight / tl.sum(weight if NORMALIZED else tl.exp(value - maximum), 0)
     if ROUNDED:
-        weight = weight.to(logits.dtype.element_ty).to(tl.float32)
+        weight = weight.to(like.dtype.element_ty).to(tl.float32)
     if HAS_DONE:
         is_done = tl.load(done + row) != 0
         chosen = tl.where(is_done, _NO_EXPERT, chosen)
@@ -158,9 +187,8 @@ def _multiply_groups(
     blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     width: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     position = tl.program_id(0) // blocks
+    expert, size = tl.load(order + position).to(tl.int64), tl.load(sizes + position)  # not read beyond the total
     if position < tl.load(total):
-        expert = tl.load(order + position).to(tl.int64)
-        size = tl.load(sizes + position)
         first = (tl.program_id(0) % blocks) * BLOCK_N
         unit, column = _find_columns(first, N, width, GATED, INTERLEAVED, HALVES)
         source = weights + expert * EXPERT_STRIDE + column[None, :] * COLUMN_STRIDE
@@ -193,30 +221,62 @@ def _multiply_groups(
 
 
 @triton.jit
-def _add_parts(parts, experts, weights, out, H: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Store some columns of the weighted sum of one row's parts [K, H]."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+def sum_parts(parts, experts, weights, row, at, H: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Return the columns `at` of the weighted sum of one row's parts [K, H], in float32."""
     total = tl.zeros([BLOCK_H], tl.float32)
     for j in tl.static_range(K):
         pair = row * K + j
         is_computed = tl.load(experts + pair) >= 0
         part = tl.load(parts + pair * H + at, (at < H) & is_computed, other=0.0).to(tl.float32)
         total += part * tl.load(weights + pair).to(tl.float32)
-    tl.store(out + row * H + at, total, at < H)
+    return total
+
+
+@triton.jit
+def _add_parts(parts, experts, weights, out, H: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Store some columns of the weighted sum of one row's parts."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    tl.store(out + row * H + at, sum_parts(parts, experts, weights, row, at, H, K, BLOCK_H), at < H)
 
 
 def choose_experts(logits: Tensor, routing: Routing, done: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the experts [R, k] of each row, and their weights [R, k] in float32; of equal logits the first."""
-    rows, count = logits.shape
+    return _choose(logits[None], None, logits, routing, done)
+
+
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, done: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the experts [R, k] of each row, and their weights, by the logits x Wᵀ + b for x [R, H] and W [E, H].
+
+    For few rows the product is divided into parts of the sum, so that it occupies more of the GPU.
+    """
+    (rows, hidden), count = x.shape, len(weight)
+    if rows > MAX_ROUTED_ROWS:
+        return choose_experts(F.linear(x, weight, bias), routing, done)
+    parts = triton.cdiv(hidden, ROUTER_INNER)
+    logits = torch.empty(parts, rows, count, dtype=torch.float32, device=x.device)
+    block_r, precision = max(16, triton.next_power_of_2(rows)), "ieee" if x.dtype == torch.float32 else "tf32"
+    grid = (triton.cdiv(rows, block_r), triton.cdiv(count, ROUTER_EXPERTS), parts)
+    sizes = (count, hidden, ROUTER_INNER, block_r, ROUTER_EXPERTS, ROUTER_BLOCK)
+    _multiply_router[grid](x.contiguous(), weight.contiguous(), logits, rows, *sizes, precision, num_warps=4)
+    return _choose(logits, bias, x, routing, done)
+
+
+def _choose(
+    logits: Tensor, bias: Tensor | None, like: Tensor, routing: Routing, done: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Choose experts by logits [parts, R, E], which are summed, and rounded to the dtype of `like`."""
+    parts, rows, count = logits.shape
     experts = torch.empty(rows, routing.top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(rows, routing.top_k, dtype=torch.float32, device=logits.device)
     sizes = (count, routing.top_k, triton.next_power_of_2(count), triton.next_power_of_2(routing.top_k))
-    flags = (routing.is_normalized, routing.is_rounded, done is not None)
+    flags = (parts, bias is not None, routing.is_normalized, routing.is_rounded, done is not None)
+    inputs = (logits, logits.stride(1), logits.stride(0), logits if bias is None else bias, like)
     _choose_experts[(rows,)](
-        logits, logits.stride(0), logits if done is None else done, experts, weights, *sizes, *flags,
-        num_warps=1 if count <= 256 else 4,
-    )  # fmt: skip
+        *inputs, logits if done is None else done, experts, weights, *sizes, *flags, num_warps=1 if count <= 256 else 4
+    )
     return experts, weights
 
 
@@ -239,8 +299,24 @@ def group_rows(experts: Tensor, count: int) -> Groups:
     return Groups(pairs, order, sizes, total)
 
 
-def mix_experts(x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights) -> Tensor:
-    """Return the sum of the outputs of each row's experts [R, k] for x [R, H], times their weights [R, k]."""
+class Parts(NamedTuple):
+    """The outputs of each row's experts, and what their sum needs."""
+
+    parts: Tensor  # [R k, H]
+    experts: Tensor  # [R, k]
+    weights: Tensor  # [R, k]
+
+    def sum(self) -> Tensor:
+        """Return the weighted sums [R, H]."""
+        (rows, top_k), hidden = self.experts.shape, self.parts.shape[1]
+        out = self.parts.new_empty(rows, hidden)
+        block = min(COLUMNS_PER_PROGRAM, triton.next_power_of_2(hidden))
+        _add_parts[(rows, triton.cdiv(hidden, block))](*self, out, hidden, top_k, block)
+        return out
+
+
+def apply_experts(x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights) -> Parts:
+    """Return the outputs of each row's experts [R, k] for x [R, H], and their weights [R, k]."""
     x, experts, weights = x.contiguous(), experts.contiguous(), weights.contiguous()
     (rows, hidden), top_k = x.shape, experts.shape[1]
     _, gate_up_blocks, down_blocks = choose_blocks(rows, x.dtype)
@@ -248,10 +324,7 @@ def mix_experts(x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights)
     inner, parts = x.new_empty(rows * top_k, own.inner), x.new_empty(rows * top_k, hidden)
     multiply_groups(x, groups, own.gate_up, own.gate_up_bias, inner, top_k, top_k, own, own.gating, gate_up_blocks)
     multiply_groups(inner, groups, own.down, own.down_bias, parts, top_k, 1, own, None, down_blocks)
-    out = torch.empty_like(x)
-    block = min(COLUMNS_PER_PROGRAM, triton.next_power_of_2(hidden))
-    _add_parts[(rows, triton.cdiv(hidden, block))](parts, experts, weights, out, hidden, top_k, block)
-    return out
+    return Parts(parts, experts, weights)
 
 
 def multiply_groups(

@@ -65,7 +65,7 @@ def _make_forward(module: Any, kind: Kind, ops: TorchOps) -> Callable[..., Tenso
         own = ExpertWeights(module.gate_up_proj, module.down_proj, *biases, *kind)
         flat = x.reshape(-1, x.shape[-1])
         shape = (len(flat), experts.shape[-1])
-        return ops.mix_experts(flat, experts.reshape(shape), weights.reshape(shape), own).view(x.shape)
+        return ops.sum_experts(flat, experts.reshape(shape), weights.reshape(shape), own).view(x.shape)
 
     return forward
 

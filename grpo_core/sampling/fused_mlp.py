@@ -51,10 +51,13 @@ class ExpertMlp:
             experts.gate_up_proj, experts.down_proj, *biases, layers.is_transposed, layers.is_interleaved, self.gating
         )
 
-    def __call__(self, x: Tensor, done: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the output [R, H] for x [R, H], and the experts [R, k] of each row; rows that are `done` have none."""
-        logits = self.ops.linear(x, self.router.weight, getattr(self.router, "bias", None))
-        experts, weights = self.ops.choose_experts(logits, self.routing, done)
+    def __call__(self, x: Tensor, done: Tensor | None) -> tuple[Any, Tensor | None]:
+        """Return the output [R, H] for x [R, H], as `add_norm` takes it, and the experts [R, k] of each row.
+
+        Rows that are `done` have none.
+        """
+        bias = getattr(self.router, "bias", None)
+        experts, weights = self.ops.route(x, self.router.weight, bias, self.routing, done)
         return self.ops.mix_experts(x, experts, weights, self.weights), experts
 
 
