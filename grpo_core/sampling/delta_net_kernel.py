@@ -52,6 +52,28 @@ def _convolve(window, weight, bias, channel, inside, like, W: tl.constexpr, BIAS
 
 
 @triton.jit
+def _load_gates(a, b, decay, decay_bias):
+    """Return the factor of a state, exp(-exp(decay) softplus(a + decay_bias)), and sigmoid(b)."""
+    step = tl.load(a).to(tl.float32) + tl.load(decay_bias).to(tl.float32)
+    step = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(tl.minimum(step, 20.0))))
+    opening = tl.load(b)
+    beta = tl.sigmoid(opening.to(tl.float32)).to(opening.dtype).to(tl.float32)
+    return tl.exp(-tl.exp(tl.load(decay).to(tl.float32)) * step), beta
+
+
+@triton.jit
+def _store_normalized(
+    results, scale, z, norm, out, V: tl.constexpr, BLOCK_V: tl.constexpr, OFFSET: tl.constexpr, GATE: tl.constexpr
+):
+    """Store the results of one head, a tuple of blocks, times `scale` and the weight of the norm."""
+    for block in tl.static_range(0, V, BLOCK_V):
+        j = block + tl.arange(0, BLOCK_V)
+        gate = tl.load(z + j, j < V, other=0.0)
+        weight = tl.load(norm + j, j < V, other=0.0)
+        tl.store(out + j, scale_after_norm(results[block // BLOCK_V] * scale, gate, weight, gate, OFFSET, GATE), j < V)
+
+
+@triton.jit
 def _delta_net(
     q, q_row, q_head, k, k_row, k_head, v, v_row, v_head, v_shared, z, z_row, z_head, z_shared,
     b, b_row, b_head, a, a_row, a_head, conv_state, state, conv, conv_bias, decay, decay_bias, norm, out, eps,
@@ -77,11 +99,10 @@ def _delta_net(
     overlap = tl.sum(query * key, 0)
     for s in range(SHARED):
         head = group * SHARED + s
-        step = tl.load(a + row * a_row + group * a_head + s).to(tl.float32) + tl.load(decay_bias + head).to(tl.float32)
-        step = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(tl.minimum(step, 20.0))))
-        factor = tl.exp(-tl.exp(tl.load(decay + head).to(tl.float32)) * step)
-        opening = tl.load(b + row * b_row + group * b_head + s)
-        beta = tl.sigmoid(opening.to(tl.float32)).to(opening.dtype).to(tl.float32) * BETA_SCALE
+        a_at, b_at = a + row * a_row + group * a_head + s, b + row * b_row + group * b_head + s
+        factor, beta = _load_gates(a_at, b_at, decay + head, decay_bias + head)
+        beta *= BETA_SCALE
+        gate = z + row * z_row + group * z_head + s * z_shared
         results, squares = (), 0.0
         for block in tl.static_range(0, V, BLOCK_V):
             j = block + tl.arange(0, BLOCK_V)
@@ -99,17 +120,11 @@ def _delta_net(
             result = tl.sum(memory * query[:, None], 0) + overlap * change  # of the memory after the change
             tl.store(place, memory + key[:, None] * change[None, :], inside)
             result = tl.where(inside_v, result, 0.0).to(out.dtype.element_ty)
-            gate = tl.load(z + row * z_row + group * z_head + s * z_shared + j, inside_v, other=0.0)
-            wide = gate_before_norm(result, gate, GATE)
+            wide = gate_before_norm(result, tl.load(gate + j, inside_v, other=0.0), GATE)
             squares += tl.sum(wide * wide, 0)
             results += (wide,)
-        scale = tl.rsqrt(squares / V + eps)
-        for block in tl.static_range(0, V, BLOCK_V):
-            j = block + tl.arange(0, BLOCK_V)
-            gate = tl.load(z + row * z_row + group * z_head + s * z_shared + j, j < V, other=0.0)
-            weight = tl.load(norm + j, j < V, other=0.0)
-            wide = scale_after_norm(results[block // BLOCK_V] * scale, gate, weight, gate, OFFSET, GATE)
-            tl.store(out + (row * KEY_HEADS * SHARED + head) * V + j, wide, j < V)
+        place = out + (row * KEY_HEADS * SHARED + head) * V
+        _store_normalized(results, tl.rsqrt(squares / V + eps), gate, norm, place, V, BLOCK_V, OFFSET, GATE)
 
 
 def delta_net(

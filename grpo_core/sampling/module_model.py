@@ -23,7 +23,7 @@ from grpo_core.model.routing import RoutedForward, Routers, watching
 from grpo_core.sampling.cache_check import CACHE_ERRORS, check_steps
 from grpo_core.sampling.computation import CallSize, Unsupported
 from grpo_core.sampling.cuda_graph import capture
-from grpo_core.sampling.decode_ops import DRAWN, FIELDS, PROMPT, SLOT, START, TOKEN, TorchOps
+from grpo_core.sampling.decode_ops import DRAWN, PROMPT, SLOT, START, TOKEN, TorchOps
 from grpo_core.sampling.delta_net import find_delta_nets
 from grpo_core.sampling.elementwise import find_elementwise
 from grpo_core.sampling.expert_table import ExpertTable
