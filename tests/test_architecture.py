@@ -44,7 +44,10 @@ PLACES = {  # heavy dependency -> the modules that may import it
     "tokenizers": {"model/new_model"},
     "huggingface_hub": {"commands/export", "data/rows"},
     "safetensors": {"training/saved_batches", "model/composite", "training/checkpoint", "commands/export"},
-    "triton": {"sampling/decode_kernels", "sampling/expert_kernels", "sampling/attention_kernels", "sampling/state_kernels", "model/kernels"},
+    "triton": {
+        "sampling/decode_kernels", "sampling/attention_kernels", "sampling/state_kernels", "sampling/expert_kernels", "model/kernels",
+        "sampling/delta_net_kernel", "sampling/row_attention_kernels", "sampling/elementwise_kernels",
+    },
 }
 TRANSFORMERS = {"data", "model", "sampling", "training", "commands"}  # the folders that may import it
 MATHEMATICS = {"grpo_core", "torch", "numpy"} | set(sys.stdlib_module_names)
