@@ -282,6 +282,7 @@ def test_rows_that_are_done_have_no_experts(monkeypatch):
     ("quantised", "its Qwen3MoeExperts has weights that are not plain float32"),
     ("router", "its experts or its routers have an adapter|trains whole modules"),
     ("class", "its Linear is not a class of transformers"),
+    ("forward", "the forward of its Qwen3MoeTopKRouter was replaced"),
 ])  # fmt: skip
 def test_what_the_fused_decoder_refuses(change, reason):
     if change == "adapter":
@@ -293,6 +294,8 @@ def test_what_the_fused_decoder_refuses(change, reason):
     block = policy.causal_lm.model.layers[-1].mlp
     if change == "quantised":
         block.experts.gate_up_proj.data = block.experts.gate_up_proj.data.half()
+    if change == "forward":
+        block.gate.forward = block.gate.forward
     if change == "class":
         block.gate = torch.nn.Linear(32, 6, bias=False)
     with pytest.raises(Unsupported, match=reason):
@@ -360,6 +363,13 @@ def test_a_bound_that_no_attribute_names_is_noticed():
     assert len(find_expert_substitutes(model, TorchOps())) == 2
     model.model.layers[0].mlp.experts.act_fn = Bounded()
     assert not find_expert_substitutes(model, TorchOps())
+
+
+def test_experts_whose_forward_was_replaced_are_left_alone():
+    model = make_tiny("olmoe")
+    experts = [layer.mlp.experts for layer in model.model.layers]
+    experts[0].forward = experts[0].forward
+    assert [substitute.owner for substitute in find_expert_substitutes(model, TorchOps())] == experts[1:]
 
 
 @pytest.mark.parametrize("name", ["llama4_text", "nemotron_h", "jetmoe"])  # weights of inputs, no gate, other weights

@@ -46,9 +46,10 @@ from grpo_core.batch import SamplingParams, Task
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model.policy import Policy, wrap
 from grpo_core.sampling.computation import Unsupported
+from grpo_core.sampling.decode_ops import AttentionShape, LayerAttention
 from grpo_core.sampling.draw import draw, restrict
 from grpo_core.sampling.end_of_sequence import describe_eos_mismatch, find_eos_ids
-from grpo_core.sampling.fused_model import check_model
+from grpo_core.sampling.fused_model import attend_to_prompts, check_model
 from grpo_core.sampling.graph_decoder import GraphDecoder
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
@@ -216,6 +217,25 @@ def test_every_architecture_greedy_as_generate_and_logprobs_as_teacher_forced(na
     torch.testing.assert_close(policy.logprobs(rollouts), rollouts.rollout_logprobs, atol=1e-4, rtol=0)
     assert fused(sampler) == expected and (not said if expected else said)
     assert expected or "fused decoder" in said[0]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_attention_to_prompts_in_blocks_of_queries(cap, window, monkeypatch):
+    """A prompt whose scores are too many is computed in parts, which leave out the keys that no query of a part sees."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, heads, 11, 8) for heads in (4, 2, 2))
+    own = LayerAttention(window=window, sinks=torch.randn(4))
+    shape = AttentionShape(1, 4, 2, 8, 1e-6, 0.4, 8, score_cap=cap)
+    at = torch.arange(11)
+    visible = (at <= at[:, None]) & (at > at[:, None] - (window or 11))
+    scores = q @ k.repeat_interleave(2, dim=1).transpose(2, 3) * 0.4
+    scores = (scores if cap is None else cap * torch.tanh(scores / cap)).masked_fill(~visible, -torch.inf)
+    whole = torch.cat([scores, own.sinks[:, None, None].expand(3, 4, 11, 1)], dim=-1)
+    want = whole.softmax(dim=-1)[..., :-1] @ v.repeat_interleave(2, dim=1)
+    for limit in (1 << 20, 2 * 4 * 11 * 11, 3 * 4 * 11, 1):  # all prompts at once, two, three queries, one
+        monkeypatch.setattr("grpo_core.sampling.fused_model.MAX_SCORES", limit)
+        torch.testing.assert_close(attend_to_prompts(q, k, v, shape, own), want)
 
 
 def test_rows_longer_than_the_length_at_which_a_rotation_changes_use_another_decoder():

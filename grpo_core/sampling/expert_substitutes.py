@@ -31,7 +31,7 @@ def find_expert_forwards(model: nn.Module, ops: TorchOps) -> Iterator[tuple[nn.M
     """Yield the modules of experts that `ops` can compute, with their forwards."""
     kinds: dict[tuple, Kind | None] = {}
     for module in model.modules():
-        if not _has_joined_weights(module):
+        if "forward" in vars(module) or not _has_joined_weights(module):
             continue
         shapes = tuple(p.shape for p in module.parameters(recurse=False))
         key = (type(module), shapes, *(getattr(module, name, None) for name in ("alpha", *LIMITS)))

@@ -69,8 +69,11 @@ def has_experts(mlp: nn.Module, family: Family) -> bool:
 def check_experts(mlp: Any, layers: ExpertLayers, norms: Sequence[nn.Module], dtype: torch.dtype) -> None:
     """Raise Unsupported unless the router, the experts and the layer's norms have plain weights of this dtype.
 
-    An adapter on the router or the experts is not supported.
+    An adapter on the router or the experts is not supported, and neither is a forward that takes the place of theirs.
     """
+    for module in (mlp, getattr(mlp, layers.router), mlp.experts):
+        if "forward" in vars(module):
+            raise Unsupported(f"the forward of its {type(module).__name__} was replaced")
     for module in (getattr(mlp, layers.router), mlp.experts, *norms):
         name = type(module).__name__
         if any("lora_" in key for key, _ in module.named_parameters()) or hasattr(module, "base_layer"):
