@@ -14,9 +14,9 @@ from grpo_core.sampling.delta_net import DeltaInputs, DeltaWeights
 from grpo_core.sampling.state_kernels import gate_before_norm, scale_after_norm
 
 MAX_COLUMNS = 64  # of a state [K, V] that a program holds at once
-ELEMENTS_PER_WARP = 1024  # of those columns
+ELEMENTS_PER_WARP = 2048  # of those columns
 MAX_WARPS = 16
-MAX_REGISTERS = 128  # of a thread, so that several programs share a processor
+MAX_REGISTERS = 168  # of a thread, so that several programs share a processor
 
 
 @triton.jit
