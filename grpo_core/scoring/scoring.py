@@ -44,6 +44,8 @@ class Scores:
     weights: tuple[float, ...] = ()  # K, in the order of by_name
     failed: dict[str, Tensor] = field(default_factory=dict)  # name -> [N, G] bool, where the reward failed
     failures: tuple[str, ...] = ()  # one sentence for each reward that failed
+    # [N, G, T] the parts of `rewards` that came with each turn, weighted; NaN where a completion has no such turn
+    turn_rewards: Tensor | None = None
 
 
 def build_reward(name: str, args: dict[str, Any] | None = None, *, timeout: float) -> Callable | RunningReward:
