@@ -23,6 +23,7 @@ LAYERS = [  # a module imports from its own folder and from layers above its own
     {"monitor"},
     {"model"},
     {"sampling"},
+    {"environments"},
     {"training"},
     {"commands"},
     {"cli"},
@@ -46,7 +47,7 @@ PLACES = {  # heavy dependency -> the modules that may import it
     "safetensors": {"training/saved_batches", "model/composite", "training/checkpoint", "commands/export"},
     "triton": {"sampling/decode_kernels", "sampling/attention_kernels", "sampling/state_kernels", "model/kernels"},
 }
-TRANSFORMERS = {"data", "model", "sampling", "training", "commands"}  # the folders that may import it
+TRANSFORMERS = {"data", "model", "sampling", "environments", "training", "commands"}  # the folders that may import it
 MATHEMATICS = {"grpo_core", "torch", "numpy"} | set(sys.stdlib_module_names)
 RANK_TESTS = {"monitor", "distributed", "training/checkpoint", "training/run_dir"}
 
