@@ -140,13 +140,18 @@ def answer(worker, *texts, **options):
     return take_all(worker, [key])[key]
 
 
+def text_of(outcome):
+    (text,) = outcome.answered.texts
+    return text
+
+
 def test_it_answers_from_row_seed_turns_and_arguments(mine):
     worker = EnvironmentWorker(f"{mine}:Echo", {"mark": "?"}, timeout=5.0)
     try:
         key = ask(worker, "a")
-        assert take_all(worker, [key])[key].text == "a p 3?"
+        assert text_of(take_all(worker, [key])[key]) == "a p 3?"
         worker.ask(key, ROW, 3, turns_of("a", "b"))  # the same object
-        assert take_all(worker, [key])[key].text == "a,b p 3?"
+        assert text_of(take_all(worker, [key])[key]) == "a,b p 3?"
     finally:
         worker.close()
 
@@ -159,7 +164,7 @@ def test_it_answers_from_row_seed_turns_and_arguments(mine):
     ("crash", "was ended by SIGSEGV"),
     ("number", "returned 7; it must be text, a Reply, or None for the end"),
     ("nan", "returned the reward nan; it must be None or a number from -1e6 to 1e6"),
-    ("half", r"returned text with '\ud800', half of a character"),
+    ("half", "returned text with a lone surrogate, half of a character"),
     ("print", None),
     ("fork", None),
 ])  # fmt: skip
@@ -169,31 +174,31 @@ def test_whatever_a_step_does_the_others_go_on(worker, text, failure):
     other = ask(worker, "slow")
     key = ask(worker, text)
     outcomes = take_all(worker, [other, key])
-    assert outcomes[other].failure is None and outcomes[other].text == "slow p 3!"
+    assert outcomes[other].failure is None and text_of(outcomes[other]) == "slow p 3!"
     assert outcomes[key].failure == failure
     worker.ask(first, ROW, 3, turns_of("a", "b"))  # made again with its earlier turns where the process is new
-    assert take_all(worker, [first])[first].text == "a,b p 3!"
+    assert text_of(take_all(worker, [first])[first]) == "a,b p 3!"
 
 
 def test_a_row_that_cannot_be_made_or_sent_fails_alone(worker):
     assert answer(worker, "a", row={"broken": 1}).failure == "raised ValueError: no such row (mine.py, line 9)"
     assert answer(worker, "a", row={"f": lambda: 0}).failure.startswith("cannot be sent its row")
-    assert answer(worker, "a").text == "a p 3!"
+    assert text_of(answer(worker, "a")) == "a p 3!"
 
 
 def test_none_ends_and_a_reward_is_a_number(worker):
     outcome = answer(worker, "end")
-    assert (outcome.text, outcome.failure) == (None, None)
+    assert (outcome.answered.texts, outcome.failure) == (None, None)
     outcome = answer(worker, "reward")
-    assert (outcome.text, outcome.reward) == ("yes", 1.0)
+    assert (outcome.answered.texts, outcome.answered.reward) == (("yes",), 1.0)
 
 
 def test_a_process_that_ends_between_turns_is_replaced(worker):
     key = ask(worker, "later")
-    assert take_all(worker, [key])[key].text == "later p 3!"
+    assert text_of(take_all(worker, [key])[key]) == "later p 3!"
     time.sleep(0.3)
     worker.ask(key, ROW, 3, turns_of("x", "b"))
-    assert take_all(worker, [key])[key].text == "x,b p 3!"
+    assert text_of(take_all(worker, [key])[key]) == "x,b p 3!"
 
 
 def test_many_steps_run_at_the_same_time(worker, waiting):
@@ -211,7 +216,7 @@ def test_an_async_step_that_takes_too_long_is_cancelled_and_the_process_stays(wa
     assert [outcomes[key].failure for key in keys] == [
         "took more than 0.8 s", None, "raised TimeoutError: its own (mine.py, line 57)"
     ]  # fmt: skip
-    assert (outcomes[keys[1]].text, outcomes[keys[1]].reward) == ("1 a", 1.0) and waiting._process.pid == before
+    assert (text_of(outcomes[keys[1]]), outcomes[keys[1]].answered.reward) == ("1 a", 1.0) and waiting._process.pid == before
 
 
 def test_an_async_step_that_blocks_the_others_is_the_one_that_fails(waiting):
@@ -250,7 +255,7 @@ def test_what_was_given_up_is_forgotten(worker):
     ask(worker, "hang")
     worker.take(0.2)
     worker.forget()
-    assert answer(worker, "a").text == "a p 3!"
+    assert text_of(answer(worker, "a")) == "a p 3!"
 
 
 @pytest.mark.parametrize("name, sentence", [

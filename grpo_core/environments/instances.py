@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from grpo_core.environments.interface import Environment, Turn, WrongReply, read_reply
@@ -79,9 +79,7 @@ class Instances:
 
     def _answer(self, step: Step, value: Any) -> None:
         self._end_forks()
-        reply = read_reply(value)
-        message = {"number": step.number, "text": reply.text, "reward": reply.reward}
-        self.send({**message, "calls": getattr(reply, "calls", 0)})
+        self.send({"number": step.number, **asdict(read_reply(value))})
 
     def _fail(self, step: Step, reason: str) -> None:
         self._end_forks()
@@ -94,7 +92,7 @@ class Instances:
             if inspect.isawaitable(value):
                 shared_loop().start(value).result(step.seconds)
         self._end_forks()
-        self.send({"number": step.number, "text": None, "reward": None, "calls": 0})
+        self.send({"number": step.number})
 
     def _end_forks(self) -> None:
         if os.getpid() != self._pid:  # a fork that the step has left running

@@ -18,12 +18,14 @@ and receives the earlier turns again.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from grpo_core.scoring.reward_call import MAX_REWARD
 
 MAX_CHARACTERS = 1_000_000  # of an answer, which has at most as many tokens as fit into a completion
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,13 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class ToolReply(Reply):
-    """The answer of the tools to a turn with calls."""
+class Answered:
+    """A reply that was checked, as it is sent to the trainer."""
 
-    calls: int = 0
+    texts: tuple[str, ...] | None  # of the messages that answer the turn; None: the completion ends
+    reward: float | None = None
+    calls: int = 0  # of tools
+    errors: int = 0  # calls that got an error as their answer
 
 
 class Environment(Protocol):
@@ -62,32 +67,39 @@ class WrongReply(Exception):
     """A step returned something else than a reply; the message is a verb phrase."""
 
 
-def read_reply(value: Any) -> Reply:
-    """Return what a step has returned as a Reply.
+def read_reply(value: Any) -> Answered:
+    """Return what a step has returned, checked.
 
     Raises:
-        WrongReply: it is none.
+        WrongReply: it is neither text, a Reply nor None, or has a text or a reward that cannot be used.
     """
+    if isinstance(value, Answered):  # of the built-in tools
+        for text in value.texts or ():
+            _check_text(text)
+        return value
     reply = value if isinstance(value, Reply) else Reply(value)
     if reply.text is not None and not isinstance(reply.text, str):
         place = "a Reply whose text is " if isinstance(value, Reply) else ""
         raise WrongReply(f"returned {place}{repr(reply.text)[:40]}; it must be text, a Reply, or None for the end")
-    if reply.text is not None and len(reply.text) > MAX_CHARACTERS:
-        raise WrongReply(f"returned a text of {len(reply.text):,} characters; it may have {MAX_CHARACTERS:,}")
+    if reply.text is not None:
+        _check_text(reply.text)
+    return Answered(None if reply.text is None else (reply.text,), _read_reward(reply.reward))
+
+
+def _check_text(text: str) -> None:
+    if len(text) > MAX_CHARACTERS:
+        raise WrongReply(f"returned a text of {len(text):,} characters; it may have {MAX_CHARACTERS:,}")
+    if SURROGATE.search(text):
+        raise WrongReply("returned text with a lone surrogate, half of a character")
+
+
+def _read_reward(reward: Any) -> float | None:
+    if reward is None:
+        return None
     try:
-        (reply.text or "").encode()
-    except UnicodeEncodeError as error:
-        raise WrongReply(f"returned text with {error.object[error.start]!a}, half of a character") from None
-    reward = reply.reward
-    try:
-        number = None if reward is None or isinstance(reward, (str, bytes)) else float(reward)
+        number = math.nan if isinstance(reward, (str, bytes)) else float(reward)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if (reward is None) != (number is None) or (number is not None and not abs(number) <= MAX_REWARD):
+    if not abs(number) <= MAX_REWARD:
         raise WrongReply(f"returned the reward {repr(reward)[:40]}; it must be None or a number from -1e6 to 1e6")
-    return reply if number is None else _with_reward(reply, number)
-
-
-def _with_reward(reply: Reply, reward: float) -> Reply:
-    calls = getattr(reply, "calls", 0)
-    return ToolReply(reply.text, reward, calls) if calls else Reply(reply.text, reward)
+    return number

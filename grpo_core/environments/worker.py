@@ -21,7 +21,7 @@ from typing import Any
 
 from grpo_core.config.environment_functions import build_environment
 from grpo_core.environments.instances import Instances, Step
-from grpo_core.environments.interface import Turn
+from grpo_core.environments.interface import Answered, Turn
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.supervise import run_supervised
 from grpo_core.scoring.worker_process import (
@@ -42,9 +42,7 @@ class Outcome:
     """The answer to a turn, or why there is none."""
 
     key: int  # of the completion
-    text: str | None = None
-    reward: float | None = None
-    calls: int = 0  # of tools
+    answered: Answered | None = None
     failure: str | None = None  # a verb phrase
 
 
@@ -207,7 +205,9 @@ class EnvironmentWorker(WorkerProcess):
             return
         del self._requests[message["number"]]
         if request.turns:
-            self._outcomes.append(Outcome(request.key, message["text"], message["reward"], message["calls"]))
+            texts = message["texts"]
+            numbers = message["reward"], message["calls"], message["errors"]
+            self._outcomes.append(Outcome(request.key, Answered(None if texts is None else tuple(texts), *numbers)))
         else:
             self._seen.pop(request.key, None)
 
