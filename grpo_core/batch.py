@@ -6,6 +6,12 @@ completion token t; only model/packing.py shifts by one. Two prompts with G = 1,
     prompt_ids       [[0, 5, 6], [7, 8, 9]]     prompt_mask      [[0, 1, 1], [1, 1, 1]]
     completion_ids   [[4, 2, 0], [4, 4, 4]]     completion_mask  [[1, 1, 0], [1, 1, 1]]
     truncated        [False, True]              id 2 is the end-of-sequence token
+
+A completion of several turns also has tokens that an environment gave. They are seen by the model and trained by
+nothing. Two turns of which the second ends the completion, with an answer of two tokens between them:
+
+    completion_ids   [[4, 2, 7, 8, 5, 2]]       valid_mask       [[1, 1, 1, 1, 1, 1]]
+    turn_ids         [[0, 0, -1, -1, 1, 1]]     completion_mask  [[1, 1, 0, 0, 1, 1]]
 """
 
 from __future__ import annotations
@@ -21,6 +27,8 @@ from torch import Tensor
 from grpo_core.random_keys import Key, make_key
 
 UNSEEDED = make_key("sample", 0)  # the key of a task that no stream or command has given one
+
+PADDING = {"turn_ids": -1}  # what pads the fields of `Rollouts` that 0 does not
 
 MIN_TEMPERATURE = 1e-6  # of sampling; float32 logits of 1e30 can still be divided by it
 
@@ -49,13 +57,18 @@ class Rollouts:
     prompt_ids: Tensor  # [B, P], padded on the left or the right
     prompt_mask: Tensor  # [B, P] bool
     completion_ids: Tensor  # [B, C], padded on the right
-    completion_mask: Tensor  # [B, C] bool, true up to and including the token that ends the completion
+    # [B, C] bool, the tokens that the policy drew, up to and including the token that ends the completion
+    completion_mask: Tensor
     rollout_logprobs: Tensor  # [B, C] float32, under the distribution that was sampled; 0 where masked
-    truncated: Tensor  # [B] bool, true without an end-of-sequence token or stop string within max_new_tokens
+    # [B] bool, true where the last turn has no end-of-sequence token or stop string, and max_new_tokens are used up
+    truncated: Tensor
     completions: tuple[str, ...] = ()  # B texts; empty where the completions were not decoded
     # experts that the L routers of the sampler's model chose for each token, k of them; None: not recorded
     prompt_routed_experts: Tensor | None = None  # [B, P, L, k] uint8 or int16
-    routed_experts: Tensor | None = None  # [B, C, L, k]; anything where masked, and for the last token of a completion
+    routed_experts: Tensor | None = None  # [B, C, L, k]; anything where not valid, and for a completion's last token
+    # [B, C] bool, all tokens of a completion, drawn and given: a prefix of the row; None: all are drawn
+    valid_mask: Tensor | None = None
+    turn_ids: Tensor | None = None  # [B, C] int16, number of the turn of every drawn token, else -1; None: one turn
 
     def __post_init__(self) -> None:
         rows, width = self.completion_ids.shape
@@ -67,13 +80,30 @@ class Rollouts:
         if self.routed_experts is not None and self.prompt_routed_experts is not None:
             assert self.routed_experts.shape[:2] == (rows, width)
             assert self.prompt_routed_experts.shape[:2] == self.prompt_ids.shape
+        if self.valid_mask is not None:
+            assert self.valid_mask.shape == (rows, width) and self.valid_mask.dtype == torch.bool
+        assert self.turn_ids is None or self.turn_ids.shape == (rows, width)
 
     def __len__(self) -> int:
         return len(self.completion_ids)
 
+    @property
+    def valid(self) -> Tensor:
+        """The tokens of each completion, drawn and given, [B, C] bool."""
+        return self.completion_mask if self.valid_mask is None else self.valid_mask
+
+    @property
+    def turns(self) -> Tensor:
+        """The number of the turn of every drawn token from 0, -1 elsewhere, [B, C] int16."""
+        return self.completion_mask.to(torch.int16) - 1 if self.turn_ids is None else self.turn_ids
+
     def lengths(self) -> Tensor:
-        """Return the number of completion tokens of each row, [B]."""
+        """Return the number of tokens that the policy drew in each row, [B]."""
         return self.completion_mask.sum(dim=1)
+
+    def valid_lengths(self) -> Tensor:
+        """Return the number of tokens of each completion, drawn and given, [B]."""
+        return self.valid.sum(dim=1)
 
     def without_routing(self) -> Rollouts:
         """Return the rollouts without the experts that the sampler's routers chose."""
@@ -123,7 +153,7 @@ class Frozen:
     """Rollouts with the masks and log-probs that the loss compares with, fixed before the first gradient of a step."""
 
     rollouts: Rollouts
-    loss_mask: Tensor  # [B, C] bool, completion tokens that are trained
+    loss_mask: Tensor  # [B, C] bool, drawn tokens that are trained
     surrogate_mask: Tensor | None = None  # [B, C] bool, those of them that the surrogate acts on; None: all
     old_logprobs: Tensor | None = None  # [B, C]; None when the batch is used once, where they equal the policy's own
     ref_logprobs: Tensor | None = None  # [B, C]; None when nothing reads them
@@ -163,7 +193,7 @@ class TrainBatch:
 
     rollouts: Rollouts
     advantages: Tensor  # [B, 1], or [B, C] with a value for each token
-    loss_mask: Tensor  # [B, C] bool, completion tokens that are trained
+    loss_mask: Tensor  # [B, C] bool, drawn tokens that are trained
     surrogate_mask: Tensor | None = None  # [B, C] bool, tokens of loss_mask that the surrogate acts on; None: all
     old_logprobs: Tensor | None = None  # [B, C]; None if the batch is used once: they equal the policy's
     ref_logprobs: Tensor | None = None  # [B, C]; None if nothing reads them
@@ -217,9 +247,9 @@ def replace_rows(rollouts: Rollouts, rows: Tensor, others: Rollouts) -> Rollouts
 
     def put(name: str, pad_left: bool) -> Tensor:
         old, new = getattr(rollouts, name), getattr(others, name)
-        width = max(old.shape[1], new.shape[1])
-        merged = pad_columns(old, width, pad_left).clone()
-        merged[rows.to(merged.device)] = pad_columns(new, width, pad_left)
+        width, padding = max(old.shape[1], new.shape[1]), PADDING.get(name, 0)
+        merged = pad_columns(old, width, pad_left, padding).clone()
+        merged[rows.to(merged.device)] = pad_columns(new, width, pad_left, padding)
         return merged
 
     truncated, texts = rollouts.truncated.clone(), list(rollouts.completions)
@@ -227,7 +257,8 @@ def replace_rows(rollouts: Rollouts, rows: Tensor, others: Rollouts) -> Rollouts
     for row, text in zip(rows.tolist(), others.completions, strict=True):
         texts[row] = text
     prompts = {name: put(name, pad_left=True) for name in ("prompt_ids", "prompt_mask")}
-    names = ("completion_ids", "completion_mask", "rollout_logprobs")
+    names = ["completion_ids", "completion_mask", "rollout_logprobs"]
+    names += [name for name in ("valid_mask", "turn_ids") if getattr(rollouts, name) is not None]
     tokens = {name: put(name, pad_left=False) for name in names}
     if rollouts.routed_experts is not None:
         prompts["prompt_routed_experts"] = put("prompt_routed_experts", pad_left=True)
@@ -235,10 +266,11 @@ def replace_rows(rollouts: Rollouts, rows: Tensor, others: Rollouts) -> Rollouts
     return Rollouts(**prompts, **tokens, truncated=truncated, completions=tuple(texts))
 
 
-def pad_columns(values: Tensor, width: int, pad_left: bool) -> Tensor:
-    """Pad [B, n, ...] to [B, width, ...] with zeros on the left or on the right."""
+def pad_columns(values: Tensor, width: int, pad_left: bool, padding: int = 0) -> Tensor:
+    """Pad [B, n, ...] to [B, width, ...] with `padding` on the left or on the right."""
     missing = width - values.shape[1]
-    return F.pad(values, (0, 0) * (values.dim() - 2) + ((missing, 0) if pad_left else (0, missing)))
+    places = (0, 0) * (values.dim() - 2) + ((missing, 0) if pad_left else (0, missing))
+    return F.pad(values, places, value=padding)
 
 
 Batch = TypeVar("Batch", Rollouts, TrainBatch)

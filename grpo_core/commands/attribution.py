@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grpo_core.batch import TrainBatch, take
@@ -186,8 +187,9 @@ def _split_at_deciles(trained: Tensor, lengths: Tensor) -> dict[str, Tensor]:
 
 
 def _find_end_tokens(batch: TrainBatch) -> Tensor:
-    """Return a mask of the end-of-sequence tokens that the policy sampled, [B, C] bool."""
-    rollouts = batch.rollouts
-    places = torch.arange(rollouts.completion_ids.shape[1], device=rollouts.truncated.device)
-    is_last = places == rollouts.lengths()[:, None] - 1
-    return is_last & ~rollouts.truncated[:, None]
+    """Return a mask of the tokens that end a turn, [B, C] bool; none for a last turn that was cut off."""
+    rollouts, turns = batch.rollouts, batch.rollouts.turns
+    following = F.pad(turns[:, 1:], (0, 1), value=-1)
+    places = torch.arange(turns.shape[1], device=turns.device)
+    is_cut_off = rollouts.truncated[:, None] & (places == rollouts.valid_lengths()[:, None] - 1)
+    return (turns >= 0) & (turns != following) & ~is_cut_off

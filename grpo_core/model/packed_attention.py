@@ -111,7 +111,7 @@ def _make_long_rows(model: PreTrainedModel) -> Rollouts:
 def _compute_alone(body: nn.Module, rollouts: Rollouts, row: int) -> Tensor:
     """Return the hidden states that predict the completion of one row, from a forward of its tokens and no more."""
     prompt = rollouts.prompt_ids[row][rollouts.prompt_mask[row]]
-    completion = rollouts.completion_ids[row][rollouts.completion_mask[row]]
+    completion = rollouts.completion_ids[row][rollouts.valid[row]]
     ids = torch.cat([prompt, completion[:-1]])
     return body(ids[None], use_cache=False).last_hidden_state[0, len(prompt) - 1 :]
 

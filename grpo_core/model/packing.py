@@ -1,7 +1,8 @@
 """Divide the rows of a batch into forwards, and lay out each forward without padding and with every prompt once.
 
 A packed forward is one long row of T tokens: first the prompts, each once for all consecutive rows that share it, then
-the completions without their last tokens, which predict nothing. Only attention needs rows:
+the completions without their last tokens, which predict nothing. Tokens that an environment gave are computed as the
+others are, but nothing is predicted for them. Only attention needs rows:
 
 - layout "segments", for GPUs with a kernel for segments of any length: each completion gathers the keys and values of
   its prompt and of itself.
@@ -43,6 +44,7 @@ class RowShapes:
     prompt: np.ndarray  # tokens of the prompt
     completion: np.ndarray  # tokens of the completion
     group: np.ndarray  # consecutive rows with the same prompt have the same number
+    predicted: np.ndarray | None = None  # [B, C] bool, tokens that are predicted; None: all tokens of completions
 
     @cached_property
     def computed(self) -> np.ndarray:
@@ -114,12 +116,12 @@ class Segments:
 
 @dataclass(frozen=True)
 class Packing:
-    """The layout of one forward over some rows of a batch: T tokens, of which n predict a completion token."""
+    """The layout of one forward over some rows of a batch: T tokens, of which n predict a token that the policy drew."""
 
     rows: Tensor  # [b] indices of the rows in the batch
     source: Tensor  # [T] index of every token in the rows' [prompt_ids, completion_ids], flattened
     positions: Tensor  # [T]
-    predictors: Gather  # T hidden states -> the n that predict a completion token
+    predictors: Gather  # T hidden states -> the n that predict a token that the policy drew
     predicted: Tensor  # [n] index of the predicted tokens in the rows' completion_ids [b, C], flattened
     attention: AttentionRows | Segments | None  # None: a grid
     mask: Tensor | None  # [R, L] bool of a grid
@@ -155,25 +157,29 @@ def plan(
     rows: Sequence[int] | None = None,
     layout: Layout = "rows",
     rotations: Rotations | None = None,
+    *,
+    predict_given: bool = False,
 ) -> Plan:
     """Divide `rows` (default: all) into as few forwards as `budget` allows. Reads the device once.
 
-    Rows with different `rotations` never share a forward.
+    Rows with different `rotations` never share a forward. With `predict_given`, the tokens that an environment gave
+    are predicted like those that the policy drew.
     """
-    shapes, rows = measure_rows(rollouts), range(len(rollouts)) if rows is None else rows
+    shapes, rows = measure_rows(rollouts, predict_given=predict_given), range(len(rollouts)) if rows is None else rows
     parts = split_by_rotation(rows, shapes.length, rotations.key) if rotations else [rows]
     forwards = [forward for part in parts for forward in divide_rows(shapes, part, budget, layout)]
     return Plan(rollouts, shapes, forwards, layout)
 
 
-def measure_rows(rollouts: Rollouts) -> RowShapes:
-    """Return the shapes of all rows, with one transfer from the device."""
+def measure_rows(rollouts: Rollouts, *, predict_given: bool = False) -> RowShapes:
+    """Return the shapes of all rows, with one transfer from the device, or two if some of their tokens were given."""
     mask, ids = rollouts.prompt_mask, rollouts.prompt_ids
     same = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     same[1:] = ((ids[1:] == ids[:-1]) & (mask[1:] == mask[:-1])).all(dim=1)
     start = (mask.cumsum(dim=1) == 0).sum(dim=1)
-    shapes = torch.stack([start, mask.sum(dim=1), rollouts.lengths(), (~same).cumsum(dim=0)])
-    return RowShapes(*shapes.cpu().numpy())
+    shapes = torch.stack([start, mask.sum(dim=1), rollouts.valid_lengths(), (~same).cumsum(dim=0)])
+    has_given = rollouts.valid_mask is not None and not predict_given
+    return RowShapes(*shapes.cpu().numpy(), rollouts.completion_mask.cpu().numpy() if has_given else None)
 
 
 def divide_rows(shapes: RowShapes, rows: Sequence[int], budget: Budget, layout: Layout = "rows") -> list[list[int]]:
@@ -279,6 +285,9 @@ def pack(rollouts: Rollouts, shapes: RowShapes, rows: Sequence[int], layout: Lay
     column = np.where(place < prompt[row], shapes.start[rows][row] + place, completion_column)
     source[token], positions[token] = row * (prompt_width + width) + column, place
     predicted_row, predicted_column = _enumerate(predicted)
+    if shapes.predicted is not None:
+        keep = shapes.predicted[rows][predicted_row, predicted_column]
+        predicted_row, predicted_column = predicted_row[keep], predicted_column[keep]
     last_prompt_place = np.cumsum(length) - length + prompt - 1  # predicts the first completion token of each row
     return Packing(
         rows=_to_device(device, np.asarray(rows)),

@@ -101,12 +101,23 @@ class Policy:
         """Return whether a forward of these rollouts has `routing_mismatch`."""
         return rollouts.routed_experts is not None and self.routers is not None
 
-    def plan(self, rollouts: Rollouts, budget: Budget | None = None, rows: Sequence[int] | None = None) -> Plan:
-        """Divide `rows` (default: all) into as few forwards as `budget` allows. Reads the device once."""
-        return plan(rollouts, budget or Budget(math.inf), rows, self.layout, self._rotations)
+    def plan(
+        self,
+        rollouts: Rollouts,
+        budget: Budget | None = None,
+        rows: Sequence[int] | None = None,
+        *,
+        predict_given: bool = False,
+    ) -> Plan:
+        """Divide `rows` (default: all) into as few forwards as `budget` allows. Reads the device once.
+
+        With `predict_given`, forwards also compute the log-probs of tokens that an environment gave.
+        """
+        budget = budget or Budget(math.inf)
+        return plan(rollouts, budget, rows, self.layout, self._rotations, predict_given=predict_given)
 
     def logprobs(self, rollouts: Rollouts) -> Tensor:
-        """Return the log-prob of every completion token at the policy's temperature, [B, C] float32; 0 where masked."""
+        """Return the log-prob of every drawn token at the policy's temperature, [B, C] float32; 0 elsewhere."""
         return self.forward(rollouts).logprobs
 
     def forward(
@@ -119,7 +130,7 @@ class Policy:
         teacher: TeacherStates | None = None,
         router_balance: bool = False,
     ) -> TokenStats:
-        """Return log-probs and entropies of the completion tokens, and optionally divergences and a balance of experts.
+        """Return log-probs and entropies of the drawn tokens, and optionally divergences and a balance of experts.
 
         `rollouts` are the rows of `packing`; without a packing they share one forward, unless their rotations differ.
         `divergence` is a function of kl.py and costs a forward of the reference. `teacher` needs a packing.
@@ -174,7 +185,7 @@ class Policy:
         )
 
     def hidden_states(self, rollouts: Rollouts, budget: Budget | None = None) -> Tensor:
-        """Return the hidden state that predicts each completion token, [B, C, H]; 0 where masked."""
+        """Return the hidden state that predicts each drawn token, [B, C, H]; 0 elsewhere."""
         states = torch.zeros(0)
         for packing in self.plan(rollouts, budget):
             hidden, width = self._hidden(take(rollouts, packing.rows), packing), rollouts.completion_ids.shape[1]
@@ -191,7 +202,7 @@ class Policy:
         return self.routers.begin(experts, replays=self.replays_routing, keeps_choices=balance)
 
     def _hidden(self, rollouts: Rollouts, packing: Packing, routed: RoutedForward | None = None) -> Tensor:
-        """Return the hidden states that predict the completion tokens, [n, H] in the order of `packing.predicted`."""
+        """Return the hidden states that predict the drawn tokens, [n, H] in the order of `packing.predicted`."""
         if routed is None and self.replays_routing:
             routed = self._begin_routing(rollouts, packing)
         with watching(routed):

@@ -8,14 +8,15 @@ Laws:
 - The logits of a row are those of the model's own forward of that row alone, up to rounding.
 - `step` reads nothing but `state`, the memory and the weights, and calls nothing that waits for the GPU. So it can be
   captured once as a graph and replayed, while `allocate`, `free` and `refresh` return False.
-- Columns that are done, and columns beyond those in use, may be computed, but change no other column's memory.
+- Columns that are done, and columns beyond those in use, may be computed, but change no other column's memory. Their
+  own keys and values stay as they are; recurrent states do not, so those of a row that goes on later are parked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -40,8 +41,10 @@ class Computation(Protocol):
     """The computation of one token step, for the model's weights as they are now.
 
     The order of calls is: `check`; `refresh`; `allocate`; `prefill`; `add_rows` and `first_logits` for rows that begin;
-    `step` for every token; `keep_rows` between tokens; `free`.
+    `step` for every token; `keep_rows`, `park` and `unpark` between tokens; `free`.
     """
+
+    has_states: bool  # whether rows have recurrent states, which every step of their column changes
 
     def check(self, positions: int) -> None:
         """Raise Unsupported unless rows of `positions` tokens can be decoded with the model as it is now."""
@@ -66,6 +69,12 @@ class Computation(Protocol):
 
     def keep_rows(self, state: Tensor) -> None:
         """Drop all rows but these columns of the state, which are the first ones from now on."""
+
+    def park(self, slots: Tensor) -> Any:
+        """Return copies of the recurrent states of the rows in these slots [R]."""
+
+    def unpark(self, slots: Tensor, parked: Any, index: Tensor) -> None:
+        """Put the copies at `index` [R] of what `park` returned into these slots [R]."""
 
     def step(self, state: Tensor) -> Tensor:
         """Return the logits [R, V] after the newest token of each column of the state."""

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from grpo_core.batch import SamplingParams
 from grpo_core.sampling.attention_kernels import TABLE_WIDTH, TritonCache, multiply_by_weight
-from grpo_core.sampling.decode_ops import DONE, DRAWN, LIMIT, ROW, TOKEN, Activation, AttentionShape, Tables, TorchOps
+from grpo_core.sampling.decode_ops import DONE, DRAWN, GIVEN, LIMIT, ROW, TOKEN, Activation, AttentionShape, Tables, TorchOps
 
-_TOKEN, _DRAWN, _LIMIT, _ROW, _DONE = (tl.constexpr(x) for x in (TOKEN, DRAWN, LIMIT, ROW, DONE))
+_TOKEN, _DRAWN, _LIMIT, _ROW, _DONE, _GIVEN = (tl.constexpr(x) for x in (TOKEN, DRAWN, LIMIT, ROW, DONE, GIVEN))
 _TABLE_WIDTH = tl.constexpr(TABLE_WIDTH)
 
 TOKENS_PER_CHUNK = 4096  # of the vocabulary, processed by one program
@@ -100,11 +100,12 @@ def _search(weights, target, at, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _advance(column, capacity, row, drawn, token, lengths, ended, eos, EOS: tl.constexpr):
-    """Update the state and the tables of one row that has drawn `token`."""
+def _advance(column, capacity, row, drawn, token, is_given, lengths, ended, eos, EOS: tl.constexpr):
+    """Update the state and the tables of one row whose next token is `token`; a given token ends nothing."""
     is_end = token < 0
     for e in tl.static_range(EOS):
         is_end = is_end | (token == tl.load(eos + e))
+    is_end = is_end & (is_given == 0)
     tl.store(lengths + row, drawn + 1)
     tl.store(ended + row, is_end)
     tl.store(column + _TOKEN * capacity, token)
@@ -118,7 +119,10 @@ def _choose(
     logits, maxima, sums, state, capacity, noise, ids, logprobs, lengths, ended, eos, layout, temperature, V, CHUNKS,
     EOS: tl.constexpr, GREEDY: tl.constexpr, CHUNK_SIZE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Choose the token of one row: first its chunk, from the sums of the chunks, then its place in the chunk."""
+    """Choose the token of one row: first its chunk, from the sums of the chunks, then its place in the chunk.
+
+    A given token is in the tables already, and takes the place of the one that was chosen.
+    """
     position = tl.program_id(0).to(tl.int64)
     column = state + position
     if tl.load(column + _DONE * capacity) == 0:
@@ -148,9 +152,12 @@ def _choose(
             )
         token = tl.minimum(chunk * CHUNK_SIZE + inner, V - 1).to(tl.int64)  # NaN logits must not leave the vocabulary
         chosen = tl.max(tl.where(i == inner, value, -float("inf")), 0)
+        is_given = (drawn < tl.load(column + _GIVEN * capacity)).to(tl.int32)
+        token = tl.where(is_given != 0, tl.load(ids + at), token)
         tl.store(ids + at, token)
-        tl.store(logprobs + at, chosen - maximum - tl.log(total).to(tl.float32))
-        _advance(column, capacity, row, drawn, token, lengths, ended, eos, EOS)
+        logprob = chosen - maximum - tl.log(total).to(tl.float32)
+        tl.store(logprobs + at, tl.where(is_given != 0, 0.0, logprob))
+        _advance(column, capacity, row, drawn, token, is_given, lengths, ended, eos, EOS)
 
 
 class TritonOps(TorchOps):

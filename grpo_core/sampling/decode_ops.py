@@ -19,14 +19,15 @@ from grpo_core.sampling.draw import draw
 
 # the fields of `state` [FIELDS, R] int64
 TOKEN = 0  # the newest token, whose keys and values are not in the cache yet
-DRAWN = 1  # number of tokens drawn so far, the newest included
+DRAWN = 1  # number of tokens so far, drawn or given, the newest included
 START = 2  # number of tokens in the prompt, and so the position of the first drawn token
-LIMIT = 3  # number of tokens that may be drawn
+LIMIT = 3  # number of tokens at which the row is done
 PROMPT = 4  # index of the prompt
 SLOT = 5  # index of the row's keys and values in the cache
 ROW = 6  # index of the row in the tables
 DONE = 7  # 1 if the row draws no more tokens, else 0
-FIELDS = 8
+GIVEN = 8  # number of tokens up to the last given one, which stand in the tables and are taken from there
+FIELDS = 9
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ class Tables:
     """The inputs and outputs of one decode call over B rows of up to T tokens."""
 
     noise: Tensor  # [B, T] float64, input: the uniforms; not read if greedy
-    ids: Tensor  # [B, T] int64, output
-    logprobs: Tensor  # [B, T] float32, output
-    lengths: Tensor  # [B] int64, output: number of tokens drawn
+    ids: Tensor  # [B, T] int64, output, and input where tokens are given
+    logprobs: Tensor  # [B, T] float32, output; 0 where tokens are given
+    lengths: Tensor  # [B] int64, output: number of tokens
     ended: Tensor  # [B] bool, output: whether an end-of-sequence token was drawn
     eos: Tensor  # [E] int64, input: the end-of-sequence tokens
 
@@ -125,13 +126,18 @@ class TorchOps:
         return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")).mul_(up)
 
     def draw(self, logits: Tensor, state: Tensor, tables: Tables, settings: SamplingParams) -> None:
-        """Draw the next token of every row that is not done from logits [R, V]; write it to `state` and `tables`."""
+        """Draw the next token of every row that is not done from logits [R, V]; write it to `state` and `tables`.
+
+        Where the token is given, it is taken from the tables, and ends nothing.
+        """
         live = (state[DONE] == 0).nonzero().squeeze(1)
         rows, at = state[ROW, live], state[DRAWN, live]
         uniform = None if settings.greedy else tables.noise[rows, at]
         token, logprob = draw(logits[live], settings.temperature, uniform)
+        is_given = at < state[GIVEN, live]
+        token, logprob = torch.where(is_given, tables.ids[rows, at], token), logprob.masked_fill(is_given, 0.0)
         tables.ids[rows, at], tables.logprobs[rows, at], tables.lengths[rows] = token, logprob, at + 1
-        ended = torch.isin(token, tables.eos)
+        ended = torch.isin(token, tables.eos) & ~is_given
         tables.ended[rows] = ended
         state[TOKEN, live], state[DRAWN, live] = token, at + 1
         state[DONE, live] = (ended | (at + 1 >= state[LIMIT, live])).long()

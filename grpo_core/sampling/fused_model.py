@@ -129,6 +129,8 @@ class FusedModel:
         Unsupported: the model's type, activation, adapter or layers are not supported; see `check_model`.
     """
 
+    has_states = False
+
     def __init__(self, model: Any, ops: TorchOps) -> None:
         check_model(model)
         config, body = model.config, model.model
@@ -263,6 +265,12 @@ class FusedModel:
     def keep_rows(self, state: Tensor) -> None:
         """Drop all rows but these columns of the state."""
         self.cache.keep_rows(state)
+
+    def park(self, slots: Tensor) -> None:
+        """Do nothing: the rows have no recurrent states."""
+
+    def unpark(self, slots: Tensor, parked: None, index: Tensor) -> None:
+        """Do nothing: the rows have no recurrent states."""
 
     def step(self, state: Tensor) -> Tensor:
         """Return the logits [R, V] after the newest token of each column of the state."""

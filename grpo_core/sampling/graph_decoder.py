@@ -1,6 +1,7 @@
 """Decode with a computation of one token step. On a GPU every token step is one captured graph.
 
-Rows that end make room for others. The computation is a FusedModel or a ModuleModel (computation.py).
+Rows that end make room for others. A row that has ended a turn waits for its answer (turn_columns.py) while others go
+on. The computation is a FusedModel or a ModuleModel (computation.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from grpo_core.sampling.cuda_graph import capture
 from grpo_core.sampling.decode_ops import DONE, DRAWN, FIELDS, LIMIT, PROMPT, ROW, SLOT, START, Tables, TorchOps
 from grpo_core.sampling.draw import restrict
 from grpo_core.sampling.request import DecodeRequest, Draws
+from grpo_core.sampling.turn_columns import TurnColumns
+from grpo_core.sampling.turn_rows import FindStop, TurnRows
 from grpo_core.schema import first_line
 
 # numbers of rows for which graphs are captured; above them, multiples of the last
@@ -29,6 +32,7 @@ TABLE_DTYPES = {
     "lengths": torch.int64,
     "ended": torch.bool,
 }
+STEPS_WITH_TURNS = 4  # between two checks for turns that have ended and answers that have come
 MAX_FIRST_ROWS = 64  # rows whose first logits [rows, V] exist at once
 
 
@@ -97,7 +101,10 @@ class GraphDecoder:
         self._on_ended, self._reported = request.on_ended, torch.zeros(rows, dtype=torch.bool, device="cpu")
         self._prepare(width + longest, slots, rows, longest)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu").repeat_interleave(request.group_size)
-        self._bounds = torch.stack([lengths, request.limits.cpu()]).to(self.device)  # START and LIMIT of each row
+        self._turns, limits = self._begin_turns(request), request.limits.cpu()
+        if self._turns is not None and (first := self._turns.rows.turns.first_limit) is not None:
+            limits = limits.clamp(max=first)
+        self._bounds = torch.stack([lengths, limits]).to(self.device)  # START and LIMIT of each row
         try:
             if self.computation.allocate(CallSize(len(prompts), width, rows, slots, self._step_rows(slots), longest)):
                 self._forget_graphs()
@@ -110,7 +117,11 @@ class GraphDecoder:
             if self.computation.free():
                 self._forget_graphs()
         out, used = self._tables, int(self._tables.lengths.max())
-        if experts:
+        if self._turns is not None:
+            rows_of_turns = self._turns.rows
+            out.ended.copy_(rows_of_turns.ended())
+            experts["turn_ids"] = rows_of_turns.turn_ids(used).to(self.device)
+        if "routed_experts" in experts:
             experts["routed_experts"] = experts["routed_experts"][:, :used].clone()
         tables = (out.ids[:, :used].clone(), out.logprobs[:, :used].clone(), out.lengths.clone(), out.ended.clone())
         return Draws(*tables, **experts)
@@ -150,19 +161,21 @@ class GraphDecoder:
         started = n
         while True:
             state = self._state[:, :n].cpu()
-            done = self._mark_stopped(state, state[DONE] == 1)
-            self._report_ended(state[ROW, done])
-            free = done.nonzero().squeeze(1)
+            done = over = self._mark_stopped(state, state[DONE] == 1)
+            if self._turns is not None:
+                over = self._exchange_turns(state, done, can_start=started < rows)
+            self._report_ended(state[ROW, over])
+            free = over.nonzero().squeeze(1)
             if started < rows and len(free):
                 free = free[: rows - started]
                 new = torch.arange(started, started + len(free), device="cpu")
                 self._state[:, free.to(self._state.device)] = self._start_rows(new, state[SLOT, free])
                 started += len(free)
                 continue
-            if bool(done.all()):
+            if bool(over.all()):
                 return
-            if self.compact and self._step_rows(int((~done).sum())) <= COMPACTION_SHARE * self._step_rows(n):
-                index = (~done).nonzero().squeeze(1).to(self._state.device)
+            if self.compact and self._step_rows(int((~over).sum())) <= COMPACTION_SHARE * self._step_rows(n):
+                index = (~over).nonzero().squeeze(1).to(self._state.device)
                 n = len(index)
                 self._state[:, :n] = self._state[:, index]
                 self.computation.keep_rows(self._state[:, :n])
@@ -177,10 +190,42 @@ class GraphDecoder:
         live = (~done).nonzero().squeeze(1)
         if self._is_stopped is None or not len(live):
             return done
-        ids = self._tables.ids[state[ROW, live].to(self._state.device)]
-        stopped = live[self._is_stopped(ids, state[DRAWN, live]).cpu()]
+        if self._turns is None:
+            ids, lengths = self._tables.ids[state[ROW, live].to(self._state.device)], state[DRAWN, live]
+        else:
+            live, ids, lengths = self._turns.newest_turns(state, live)
+            if not len(live):
+                return done
+        stopped = live[self._is_stopped(ids, lengths).cpu()]
         self._state[DONE, stopped.to(self._state.device)] = 1
         return done.index_fill(0, stopped, True)
+
+    def _begin_turns(self, request: DecodeRequest) -> TurnColumns | None:
+        """Return the turns of a call; None for one without.
+
+        Recurrent states cannot be set back, so there a turn ends where a stop string is seen, which is at once.
+        """
+        if request.turns is None:
+            return None
+        find_stop = _end_where_seen(request.find_stop) if self.computation.has_states else request.find_stop
+        rows = TurnRows(request.turns, request.limits.tolist(), find_stop)
+        return TurnColumns(rows, self._tables, self.computation, self.pad_id)
+
+    def _exchange_turns(self, state: Tensor, done: Tensor, *, can_start: bool) -> Tensor:
+        """Report turns that have ended, and take the answers that have come. Return which columns are over, [n].
+
+        It waits for an answer only if nothing else can be done: no column draws, and no row can start.
+        """
+        assert self._turns is not None
+        device_state = self._state[:, : state.shape[1]]
+        self._turns.report(device_state, state, done)
+        if self._turns.rows.waiting:
+            self._turns.take_answers(device_state, state, done, wait=False)
+        over = self._turns.are_over(state)
+        while bool(done.all()) and not bool(over.all()) and not (can_start and bool(over.any())):
+            self._turns.take_answers(device_state, state, done, wait=True)
+            over = self._turns.are_over(state)
+        return over
 
     def _report_ended(self, rows: Tensor) -> None:
         """Pass on those of the rows that have ended which were not passed on before."""
@@ -195,8 +240,11 @@ class GraphDecoder:
     def _steps_between_checks(self, n: int) -> int:
         """Return the steps of n rows between two checks for rows that have ended.
 
-        On a GPU a check waits for all queued steps, so it is rare, but less so where a step is long (many rows).
+        On a GPU a check waits for all queued steps, so it is rare, but less so where a step is long (many rows), or where
+        rows wait for answers. A recurrent state must be parked before the next step changes it.
         """
+        if self._turns is not None:
+            return 1 if self.computation.has_states else STEPS_WITH_TURNS
         if not self.on_gpu:
             return 2
         return 16 if n < GRAPH_ROWS[-1] else 4
@@ -250,6 +298,11 @@ class GraphDecoder:
         except RuntimeError as error:
             self._obstacle = f"its forward cannot be captured as a graph: {first_line(error)}"
             raise Unsupported(self._obstacle) from error
+
+
+def _end_where_seen(find_stop: FindStop | None) -> FindStop | None:
+    """Return the function that ends a turn in which there is a stop string with its last token."""
+    return None if find_stop is None else lambda ids: None if find_stop(ids) is None else len(ids)
 
 
 def _make_ops(device: torch.device) -> TorchOps:

@@ -74,6 +74,15 @@ class LayerMemory:
         for rows in self.rows.values():
             rows[: len(slots)] = rows[slots]
 
+    def park(self, slots: Tensor) -> dict[Name, Tensor]:
+        """Return copies of the states of the rows in these slots."""
+        return {name: rows[slots] for name, rows in self.rows.items() if not grows(name)}
+
+    def unpark(self, slots: Tensor, parked: dict[Name, Tensor], index: Tensor) -> None:
+        """Put the copies at `index` into these slots."""
+        for name, states in parked.items():
+            self.rows[name][slots] = states[index]
+
     def make_layer(self, size: int, update: Any) -> Any:
         """Return a layer of transformers' cache over the memory of the first `size` rows.
 

@@ -25,7 +25,7 @@ from grpo_core.sampling.computation import CallSize, Unsupported
 from grpo_core.sampling.cuda_graph import capture
 from grpo_core.sampling.decode_ops import DRAWN, FIELDS, PROMPT, SLOT, START, TOKEN, TorchOps
 from grpo_core.sampling.expert_table import ExpertTable
-from grpo_core.sampling.layer_memory import LayerMemory
+from grpo_core.sampling.layer_memory import LayerMemory, Name, grows
 from grpo_core.sampling.live_rows import Method, begin, next_logits
 from grpo_core.sampling.step_functions import Substitute, find_joined_calls, find_substitutes, installed
 
@@ -63,6 +63,7 @@ class ModuleModel:
         self._template = live.cache
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or [""] * len(live.cache.layers)
         self._layers = [LayerMemory(layer, kind) for layer, kind in zip(live.cache.layers, kinds, strict=False)]
+        self.has_states = any(not grows(name) for layer in self._layers for name in layer.samples)
         configs = [model.config, model.config.get_text_config(), *(getattr(m, "config", None) for m in model.modules())]
         self._configs = [*{id(config): config for config in configs if config is not None}.values()]
         self._switches: list[tuple] = []
@@ -202,6 +203,15 @@ class ModuleModel:
         for layer in self._layers:
             layer.keep_rows(state[SLOT])
         state[SLOT] = torch.arange(state.shape[1], device=state.device)
+
+    def park(self, slots: Tensor) -> list[dict[Name, Tensor]]:
+        """Return copies of the recurrent states of the rows in these slots."""
+        return [layer.park(slots) for layer in self._layers]
+
+    def unpark(self, slots: Tensor, parked: list[dict[Name, Tensor]], index: Tensor) -> None:
+        """Put the copies at `index` of what `park` returned into these slots."""
+        for layer, states in zip(self._layers, parked, strict=True):
+            layer.unpark(slots, states, index)
 
     def step(self, state: Tensor) -> Tensor:
         """Return the logits [R, V] after the newest token of each column of the state."""

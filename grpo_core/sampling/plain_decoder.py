@@ -1,13 +1,15 @@
 """Decode with the model's own forward, one token for all rows at a time. It serves every architecture.
 
 Every prompt is prefilled once, and its cache is copied to the rows of its group. Rows that end are removed at once.
-How rows share a forward, and what is cached, is the decoder's method (live_rows.py).
+How rows share a forward, and what is cached, is the decoder's method (live_rows.py). Turns are drawn in rounds
+(turn_rounds.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from grpo_core.sampling.draw import draw, restrict
 from grpo_core.sampling.live_rows import LiveRows, Method, begin
 from grpo_core.sampling.recorded_rows import RecordedRows
 from grpo_core.sampling.request import DecodeRequest, Draws
+from grpo_core.sampling.turn_rounds import TurnRounds
 
 STOP_EVERY = 8  # tokens between two looks for stop strings, for which all texts are decoded; 1 where a user watches
 
@@ -47,6 +50,26 @@ class PlainDecoder:
     @torch.no_grad()
     def decode(self, request: DecodeRequest, max_rows: int) -> Draws:
         """Draw the completions of `request`, at most `max_rows` of them at once."""
+        draws = self._make_draws(request)
+        if request.turns is not None:
+            draws = TurnRounds(request, partial(self.decode, max_rows=max_rows), draws).run()
+        else:
+            self._decode_turn(request, max_rows, draws)
+        used = int(draws.lengths.max())
+        tables = {name: getattr(draws, name) for name in ("ids", "logprobs", "routed_experts", "turn_ids")}
+        return replace(draws, **{name: table[:, :used] for name, table in tables.items() if table is not None})
+
+    def _decode_turn(self, request: DecodeRequest, max_rows: int, draws: Draws) -> None:
+        """Draw the completions of a request without turns, and write them to `draws`."""
+        rows, device = len(request.limits), self.model.device
+        uniforms = None if request.noise is None else request.noise().to(device)
+        lengths = [len(request.prompts[row // request.group_size]) for row in range(rows)]
+        for part in split_by_rotation(range(rows), lengths, self._key):
+            for numbers in torch.tensor(part, device=device).split(max_rows):
+                self._decode_rows(request, numbers, uniforms, draws)
+
+    def _make_draws(self, request: DecodeRequest) -> Draws:
+        """Return draws with places for all tokens of a request."""
         shape, device = (len(request.limits), int(request.limits.max())), self.model.device
         draws = Draws(
             ids=torch.full(shape, self.pad_id, device=device),
@@ -54,16 +77,9 @@ class PlainDecoder:
             lengths=torch.zeros(shape[0], dtype=torch.long, device=device),
             ended=torch.zeros(shape[0], dtype=torch.bool, device=device),
         )
-        if self.routers is not None:
-            draws = self._with_experts(draws, max(len(prompt) for prompt in request.prompts), self.routers)
-        uniforms = None if request.noise is None else request.noise().to(device)
-        lengths = [len(request.prompts[row // request.group_size]) for row in range(shape[0])]
-        for part in split_by_rotation(range(shape[0]), lengths, self._key):
-            for rows in torch.tensor(part, device=device).split(max_rows):
-                self._decode_rows(request, rows, uniforms, draws)
-        used = int(draws.lengths.max())
-        experts = None if draws.routed_experts is None else draws.routed_experts[:, :used]
-        return replace(draws, ids=draws.ids[:, :used], logprobs=draws.logprobs[:, :used], routed_experts=experts)
+        if self.routers is None:
+            return draws
+        return self._with_experts(draws, max(len(prompt) for prompt in request.prompts), self.routers)
 
     def _with_experts(self, draws: Draws, prompt_width: int, routers: Routers) -> Draws:
         """Return `draws` with places for the experts of all tokens."""

@@ -34,6 +34,8 @@ from grpo_core.sampling.plain_decoder import PlainDecoder
 from grpo_core.sampling.request import DecodeRequest, Draws, Watch
 from grpo_core.sampling.stop_strings import StopStrings
 from grpo_core.sampling.texts import decode_completions, find_hidden_ids
+from grpo_core.sampling.turn_rows import WatchedTurns
+from grpo_core.sampling.turns import Turns
 from grpo_core.schema import ConfigError
 
 LOG = logging.getLogger("grpo_core")
@@ -119,6 +121,7 @@ class Sampler:
         limits: Tensor | None = None,
         watch: Watch | None = None,
         on_group: OnGroup | None = None,
+        turns: Turns | None = None,
     ) -> Rollouts:
         """Draw `group_size` completions of every task: B = N * G rows, prompt-major, of at most max_new_tokens tokens.
 
@@ -128,8 +131,13 @@ class Sampler:
         ended (finished_groups.py); it must return at once. The log-probs are those of the drawn tokens at the sampling
         temperature, greedy or not.
 
+        With `turns`, what ends a completion otherwise ends a turn, which is answered (turns.py). max_new_tokens bounds
+        drawn and given tokens together, and a completion is truncated if it has no room for another token, and its
+        last turn no end-of-sequence token or stop string. Texts are those of all tokens of a completion.
+
         Raises:
-            ConfigError: a prompt is empty, or too long for max_new_tokens to follow it; see also `check_model`.
+            ConfigError: a prompt is empty, or too long for max_new_tokens to follow it; the memory does not suffice,
+                and turns were answered; see also `check_model`.
         """
         self.check_model()
         settings = settings or SamplingParams(self.temperature, greedy)
@@ -143,18 +151,31 @@ class Sampler:
         if limits is None:
             limits = torch.full((len(tasks) * group_size,), longest, device="cpu")
         assert limits.shape == (len(tasks) * group_size,) and 1 <= limits.min() <= limits.max() <= longest
-        is_stopped = self._stop and self._stop.are_in
-        on_ended = None if on_group is None else FinishedGroups(group_size, self._decode_rows, on_group).add
-        draws = self._decode(DecodeRequest(prompts, group_size, limits, settings, noise, watch, is_stopped, on_ended))
-        if self._stop:
+        decode_rows = self._decode_rows if turns is None else partial(self._decode_rows, has_turns=True)
+        request = DecodeRequest(
+            prompts,
+            group_size,
+            limits,
+            settings,
+            noise,
+            watch,
+            is_stopped=self._stop and self._stop.are_in,
+            on_ended=None if on_group is None else FinishedGroups(group_size, decode_rows, on_group).add,
+            turns=None if turns is None else WatchedTurns(turns),
+            find_stop=self._stop and self._stop.find,
+        )
+        draws = self._decode(request)
+        if self._stop and turns is None:
             draws = self._stop.cut(draws, self.pad_id)
         prompt_ids, prompt_mask = (
             x.repeat_interleave(group_size, dim=0) for x in pad_left(prompts, self.pad_id, self.device)
         )
-        mask = torch.arange(draws.ids.shape[1], device=self.device) < draws.lengths[:, None]
+        mask, valid = torch.arange(draws.ids.shape[1], device=self.device) < draws.lengths[:, None], None
+        if draws.turn_ids is not None:
+            mask, valid = draws.turn_ids >= 0, mask
         texts = self._decode_texts(draws)
-        experts = draws.prompt_routed_experts, draws.routed_experts
-        return Rollouts(prompt_ids, prompt_mask, draws.ids, mask, draws.logprobs, ~draws.ended, texts, *experts)
+        rest = draws.prompt_routed_experts, draws.routed_experts, valid, draws.turn_ids
+        return Rollouts(prompt_ids, prompt_mask, draws.ids, mask, draws.logprobs, ~draws.ended, texts, *rest)
 
     def release(self) -> None:
         """Free all memory that is held between calls; the next call allocates it again."""
@@ -170,6 +191,8 @@ class Sampler:
                 self.decoder_name = name
                 return self._decode_within_memory(self._decoders[name], request)
             except Unsupported as reason:
+                problem = f"sampling cannot use the {name} decoder, because {reason}"
+                _check_can_begin_again(request, problem, "set sampling.decoder to plain")
                 if name not in self._decoders:
                     self._names = [other for other in self._names if other != name]
                 if str(reason) not in self._reported:
@@ -192,6 +215,8 @@ class Sampler:
             try:
                 return decoder.decode(request, rows)
             except torch.OutOfMemoryError:
+                problem = f"{quantify(rows, 'completion')} at once do not fit into the GPU's memory"
+                _check_can_begin_again(request, problem, "lower sampling.rows_at_once")
                 if rows == 1:
                     raise
             self.release()
@@ -213,11 +238,17 @@ class Sampler:
         decode = partial(decode_completions, self.tokenizer, hidden=self._hidden_ids)
         return StopStrings(stop, decode) if stop else None
 
-    def _decode_rows(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Return the texts of completions as they were drawn."""
-        rows = [self._stop.cut_row(row) for row in rows] if self._stop else rows
+    def _decode_rows(self, rows: Sequence[Sequence[int]], *, has_turns: bool = False) -> list[str]:
+        """Return the texts of completions as they were drawn; those of several turns have been cut."""
+        rows = [self._stop.cut_row(row) for row in rows] if self._stop and not has_turns else rows
         return decode_completions(self.tokenizer, rows, self._hidden_ids)
 
     def _decode_texts(self, draws: Draws) -> tuple[str, ...]:
         ids = [row[:length] for row, length in zip(draws.ids.tolist(), draws.lengths.tolist(), strict=True)]
         return tuple(decode_completions(self.tokenizer, ids, self._hidden_ids))
+
+
+def _check_can_begin_again(request: DecodeRequest, problem: str, remedy: str) -> None:
+    """Raise ConfigError if turns of the request were reported: a turn is answered once."""
+    if isinstance(request.turns, WatchedTurns) and request.turns.any_reported:
+        raise ConfigError(f"{problem}, and it cannot begin again, because turns have been answered; {remedy}")

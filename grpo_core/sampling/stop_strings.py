@@ -66,7 +66,11 @@ class StopStrings:
 
     def cut_row(self, row: Sequence[int]) -> Sequence[int]:
         """Return the ids of a completion up to the token that completes its first stop string."""
-        return row[: self._find_end(row)] if self._is_in(self.decode([row])[0]) else row
+        return row[: self.find(row)]
+
+    def find(self, row: Sequence[int]) -> int | None:
+        """Return the number of tokens up to the one that completes the first stop string; None without one."""
+        return self._find_end(row) if self._is_in(self.decode([row])[0]) else None
 
     def _find_end(self, row: Sequence[int]) -> int:
         """Return the least number of tokens of `row` whose text has a stop string; the text of all of them has one."""

@@ -204,7 +204,8 @@ def _tied(objective: Objective, rewards: Tensor, scores: Scores) -> Tensor:
 
 
 def _truncate(objective: Objective, rollouts: Rollouts, rewards: Tensor) -> tuple[Tensor, Tensor]:
-    lengths, truncated = (x.view(rewards.shape).cpu() for x in (rollouts.lengths(), rollouts.truncated))
+    # max_new_tokens bounds all tokens of a completion
+    lengths, truncated = (x.view(rewards.shape).cpu() for x in (rollouts.valid_lengths(), rollouts.truncated))
     return objective.truncation_fn(rewards, lengths, truncated, objective.max_new_tokens)
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grpo_core.batch import Rollouts, Task, TrainBatch, pad_columns
+from grpo_core.batch import PADDING, Rollouts, Task, TrainBatch, pad_columns
 from grpo_core.distributed import ranks
 from grpo_core.monitor.completion_rows import completion_keys
 from grpo_core.monitor.file_modes import apply_umask
@@ -135,8 +135,8 @@ def _build_record(kind: type, tensors: dict[str, Any]) -> Any:
 def _concatenate(name: str, parts: list[Tensor]) -> Tensor:
     """Concatenate the ranks' rows; pad [B, width, ...] tensors to the largest width."""
     if parts[0].dim() >= 2:
-        width = max(part.shape[1] for part in parts)
-        parts = [pad_columns(part, width, pad_left=name in LEFT_PADDED) for part in parts]
+        width, padding = max(part.shape[1] for part in parts), PADDING.get(name, 0)
+        parts = [pad_columns(part, width, name in LEFT_PADDED, padding) for part in parts]
     return torch.cat(parts)
 
 
