@@ -15,7 +15,9 @@ from grpo_core.schema import ConfigError, unwrap
 BUILT_IN_TOOLS = "tools"  # the environment that calls tools
 ENVIRONMENTS = Registry("environment", allows_classes=True, modules={BUILT_IN_TOOLS: "grpo_core.environments.tools"})
 TOOLS = Registry("tool", allows_async=True)
-TOOL_PARSERS = Registry("tool_parser")
+TOOL_PARSERS = Registry(
+    "tool_parser", modules=dict.fromkeys(("tagged_json", "llama_3_json"), "grpo_core.environments.tool_calls")
+)
 
 
 def build_environment(name: str, args: dict[str, Any]) -> Callable[..., Any]:

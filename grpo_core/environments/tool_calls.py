@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from grpo_core.config.environment_functions import TOOL_PARSERS
 from grpo_core.objective.answers import cut_thinking
 
 Call = dict[str, Any] | str
@@ -55,6 +56,8 @@ def read_llama_3_json(text: str) -> list[Call]:
 
 
 FORMS: dict[str, Callable[[str], list[Call]]] = {"tagged_json": read_tagged_json, "llama_3_json": read_llama_3_json}
+for _name, _form in FORMS.items():
+    TOOL_PARSERS.register(_name)(_form)
 
 
 def recognise_form(template: str, rendered: str | None, name: str) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from grpo_core.config.environment_functions import BUILT_IN_TOOLS, ENVIRONMENTS, TOOL_PARSERS, load_tools
 from grpo_core.environments.interface import Answered, Turn
-from grpo_core.environments.tool_calls import FORMS, Call, check_calls
+from grpo_core.environments.tool_calls import Call, check_calls
 from grpo_core.schema import ConfigError, coerce, first_line, list_known, list_options, unwrap
 from grpo_core.scoring.event_loop import shared_loop
 
@@ -30,7 +30,7 @@ class Tools:
         self, row: dict[str, Any], seed: int, *, tools: list[str] | None = None, parser: str = "tagged_json"
     ) -> None:
         self.tools = _load_tools_once(tuple(tools or ()))
-        self.parse = FORMS.get(parser) or TOOL_PARSERS.get(parser)
+        self.parse = TOOL_PARSERS.get(parser)
 
     def step(self, turn: Turn) -> Answered:
         """Call what the turn calls, and return the results."""

@@ -265,6 +265,7 @@ def find_user_files(config: RunConfig) -> set[str]:
     loss = config.loss
     names = [loss.name, loss.average, loss.kl, loss.rollout_correction.name, loss.rejection.name, config.advantage.name]
     names += [config.truncation.name, config.evaluation.reward, *(reward.name for reward in config.rewards)]
+    names += [config.environment.name or "", config.tool_parser or "", *config.tools]
     for source in config.data.sources:
         names += [source.eval_reward or "", *(reward.name for reward in source.rewards)]
     return {name.rpartition(":")[0] for name in names if ".py:" in name}

@@ -14,7 +14,18 @@ from torch import Tensor
 
 from grpo_core.batch import SamplingParams
 from grpo_core.sampling.attention_kernels import TABLE_WIDTH, TritonCache, multiply_by_weight
-from grpo_core.sampling.decode_ops import DONE, DRAWN, GIVEN, LIMIT, ROW, TOKEN, Activation, AttentionShape, Tables, TorchOps
+from grpo_core.sampling.decode_ops import (
+    DONE,
+    DRAWN,
+    GIVEN,
+    LIMIT,
+    ROW,
+    TOKEN,
+    Activation,
+    AttentionShape,
+    Tables,
+    TorchOps,
+)
 
 _TOKEN, _DRAWN, _LIMIT, _ROW, _DONE, _GIVEN = (tl.constexpr(x) for x in (TOKEN, DRAWN, LIMIT, ROW, DONE, GIVEN))
 _TABLE_WIDTH = tl.constexpr(TABLE_WIDTH)
