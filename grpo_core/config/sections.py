@@ -162,7 +162,7 @@ ENVIRONMENT_REWARD = "environment"  # name of the reward that is the sum of an e
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
-    """What answers the policy between its turns; the limits also hold for tools."""
+    """The environment that answers the policy between its turns; the limits also hold for tools."""
 
     name: str | None = None  # my_env.py:MyEnvironment, a class; null: a completion is one turn, unless there are tools
     args: dict[str, Any] = field(default_factory=dict)
