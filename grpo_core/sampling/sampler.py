@@ -177,6 +177,10 @@ class Sampler:
         rest = draws.prompt_routed_experts, draws.routed_experts, valid, draws.turn_ids
         return Rollouts(prompt_ids, prompt_mask, draws.ids, mask, draws.logprobs, ~draws.ended, texts, *rest)
 
+    def decode_ids(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Return the texts of rows of token ids, as those of completions."""
+        return decode_completions(self.tokenizer, rows, self._hidden_ids)
+
     def release(self) -> None:
         """Free all memory that is held between calls; the next call allocates it again."""
         for decoder in self._decoders.values():
