@@ -84,11 +84,14 @@ def test_draw_with_rows_that_are_done_and_tokens_that_cannot_be(greedy, temperat
     logits += 4 * random(rows, 3).repeat_interleave(4096, dim=1)[:, :vocabulary]  # chunks of different weight
     logits[0, 5:] = logits[1, 4096:8192] = -torch.inf
     logits[3, 7] = 100  # an end-of-sequence token
+    state[ops.GIVEN, [1, 4, 5]] = torch.tensor([1, 1, 2])  # the last token given before; given tokens, one an end
+    given = torch.randint(10, vocabulary, (rows, width))
+    given[state[ops.ROW, 5]] = 7
     got = []
     for one in (triton_ops, torch_ops):
         tables = ops.Tables(
             noise,
-            torch.zeros(rows, width, dtype=torch.long, device=DEVICE),
+            given.clone().to(DEVICE),
             torch.zeros(rows, width, device=DEVICE),
             torch.zeros(rows, dtype=torch.long, device=DEVICE),
             torch.zeros(rows, dtype=torch.bool, device=DEVICE),
@@ -102,6 +105,11 @@ def test_draw_with_rows_that_are_done_and_tokens_that_cannot_be(greedy, temperat
     assert torch.equal(ours, theirs) and torch.equal(table.ids, other.ids)
     assert torch.equal(table.lengths, other.lengths) and torch.equal(table.ended, other.ended)
     assert table.ended[state[ops.ROW, 3]] and ours[ops.DONE, 1:4].all() and not ours[ops.DONE].all()
+    for i in (4, 5):
+        row = state[ops.ROW, i]
+        assert table.ids[row, 0] == given[row, 0] == ours[ops.TOKEN, i] and table.logprobs[row, 0] == 0
+        assert not table.ended[row] and ours[ops.DONE, i] == 0 and ours[ops.DRAWN, i] == table.lengths[row] == 1
+    assert table.logprobs[state[ops.ROW, 1], 1] < 0
     close(table.logprobs, other.logprobs)
 
 

@@ -172,7 +172,7 @@ def test_a_stop_string_ends_a_turn_and_is_looked_for_in_it_alone(policy, delay, 
             assert has_stop == [False] * (len(ids) - 1) + [end == "stop"]
             ends.append(end)
     assert ends.count("stop") > 8 and {"eos", "limit"} <= {*ends}
-    tokens, logprobs = forced(policy, got, TASKS)
+    tokens, _ = forced(policy, got, TASKS)
     assert torch.equal(tokens[got.completion_mask], got.completion_ids[got.completion_mask])
 
 
@@ -180,7 +180,7 @@ def test_groups_are_passed_on_when_their_completions_are_over(policy):
     for decoder in ("plain", "auto"):
         turns, groups = ScriptedTurns(stopping, delay=DELAYS["late"], limits=[WIDTH] * ROWS), {}
         sampler = Sampler(policy.causal_lm, Alphabet(), max_new_tokens=WIDTH, decoder=decoder, stop=STOP)
-        rollouts = sampler.generate(TASKS, GROUP, turns=turns, on_group=lambda group, texts: groups.update({group: texts}))
+        rollouts = sampler.generate(TASKS, GROUP, turns=turns, on_group=groups.__setitem__)
         assert [text for group in range(len(TASKS)) for text in groups[group]] == [*rollouts.completions]
         whole = [ids[:n] for ids, n in zip(rollouts.completion_ids.tolist(), rollouts.valid_lengths().tolist(), strict=True)]
         assert list(rollouts.completions) == Alphabet().batch_decode(whole)
@@ -207,15 +207,14 @@ def test_a_watching_user_sees_drawn_and_given_tokens(policy):
 def test_the_modules_draw_what_the_plain_decoder_draws(name, stop):
     """Rows that wait keep their states, which the steps of others change."""
     policy, tasks = adapted(name), longer_tasks(61)
-    options = {"tasks": tasks, "stop": stop, "tokenizer": None}
-    options.pop("tokenizer")
+    options = {"tasks": tasks, "stop": stop}
     want, _, _ = sample(policy, "plain", **options)
     for delay, rows_at_once in (("late", None), ("one after the other", 5), ("at once", None)):
         turns = ScriptedTurns(script, first_limit=9, delay=DELAYS[delay])
         got, _, used = sample(policy, "modules", turns=turns, rows_at_once=rows_at_once, **options)
         assert used == "modules"
         agree(got, want)
-    tokens, logprobs = forced(policy, want, tasks)
+    _, logprobs = forced(policy, want, tasks)
     mask = want.completion_mask
     torch.testing.assert_close(logprobs * mask, want.rollout_logprobs.cpu(), atol=1e-5 if DEVICE.type == "cpu" else 1e-4, rtol=0)
     torch.testing.assert_close(policy.logprobs(want), want.rollout_logprobs, atol=2e-5, rtol=0)

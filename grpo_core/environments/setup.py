@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from grpo_core.environments.scores import add_environment
 from grpo_core.environments.tool_calls import recognise_form
 from grpo_core.environments.worker import EnvironmentWorker
 from grpo_core.sampling.sampler import Sampler
+from grpo_core.sampling.texts import decode_completions, find_hidden_ids
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.scoring import Scores
 
@@ -52,6 +54,8 @@ class Environments:
         if config.tools:
             args = {"tools": config.tools, "parser": config.tool_parser or find_parser(tokenizer, config.data)}
         self.label = f"environment {settings.name}" if settings.name else "the process of the tools"
+        hidden = find_hidden_ids(tokenizer, sampler.eos_ids)
+        self.decode = partial(decode_completions, tokenizer, hidden=hidden)
         self.recording = Recording(None if folder is None else folder / "turns", rank)
         self.worker = EnvironmentWorker(name, args, settings.timeout)
         self._next_key = 0
@@ -108,7 +112,7 @@ class Environments:
         turns = EnvironmentTurns(
             self.worker,
             self.boundary,
-            self.sampler.decode_ids,
+            self.decode,
             tasks,
             group_size,
             limits,

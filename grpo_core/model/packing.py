@@ -116,7 +116,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class Packing:
-    """The layout of one forward over some rows of a batch: T tokens, of which n predict a token that the policy drew."""
+    """The layout of one forward over some rows of a batch: T tokens, of which n predict a token that was drawn."""
 
     rows: Tensor  # [b] indices of the rows in the batch
     source: Tensor  # [T] index of every token in the rows' [prompt_ids, completion_ids], flattened
@@ -179,7 +179,9 @@ def measure_rows(rollouts: Rollouts, *, predict_given: bool = False) -> RowShape
     start = (mask.cumsum(dim=1) == 0).sum(dim=1)
     shapes = torch.stack([start, mask.sum(dim=1), rollouts.valid_lengths(), (~same).cumsum(dim=0)])
     has_given = rollouts.valid_mask is not None and not predict_given
-    return RowShapes(*shapes.cpu().numpy(), rollouts.completion_mask.cpu().numpy() if has_given else None)
+    predicted = rollouts.completion_mask.cpu().numpy() if has_given else None
+    start, prompts, completions, groups = shapes.cpu().numpy()
+    return RowShapes(start, prompts, completions, groups, predicted)
 
 
 def divide_rows(shapes: RowShapes, rows: Sequence[int], budget: Budget, layout: Layout = "rows") -> list[list[int]]:

@@ -240,8 +240,8 @@ class GraphDecoder:
     def _steps_between_checks(self, n: int) -> int:
         """Return the steps of n rows between two checks for rows that have ended.
 
-        On a GPU a check waits for all queued steps, so it is rare, but less so where a step is long (many rows), or where
-        rows wait for answers. A recurrent state must be parked before the next step changes it.
+        On a GPU a check waits for all queued steps, so it is rare, but less so where a step is long (many rows), or
+        where rows wait for answers. A recurrent state must be parked before the next step changes it.
         """
         if self._turns is not None:
             return 1 if self.computation.has_states else STEPS_WITH_TURNS

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,29 +145,19 @@ class Sampler:
         longest = max_new_tokens or self.max_new_tokens
         prompts = [task.prompt_ids for task in tasks]
         check_lengths([len(prompt) for prompt in prompts], longest, self.model.config)
-        noise = None
-        if not settings.greedy:
-            keys = [(*task.seed, i) for task in tasks for i in range(group_size)]
-            noise = cache(partial(draw_uniforms, keys, longest))
         if limits is None:
             limits = torch.full((len(tasks) * group_size,), longest, device="cpu")
         assert limits.shape == (len(tasks) * group_size,) and 1 <= limits.min() <= limits.max() <= longest
-        decode_rows = self._decode_rows if turns is None else partial(self._decode_rows, has_turns=True)
-        request = DecodeRequest(
-            prompts,
-            group_size,
-            limits,
-            settings,
-            noise,
-            watch,
-            is_stopped=self._stop and self._stop.are_in,
-            on_ended=None if on_group is None else FinishedGroups(group_size, decode_rows, on_group).add,
-            turns=None if turns is None else WatchedTurns(turns),
-            find_stop=self._stop and self._stop.find,
-        )
+        keys = [(*task.seed, i) for task in tasks for i in range(group_size)]
+        noise = None if settings.greedy else cache(partial(draw_uniforms, keys, longest))
+        ends = self._describe_ends(group_size, on_group, turns)
+        request = DecodeRequest(prompts, group_size, limits, settings, noise, watch, **ends)
         draws = self._decode(request)
         if self._stop and turns is None:
             draws = self._stop.cut(draws, self.pad_id)
+        return self._make_rollouts(prompts, group_size, draws)
+
+    def _make_rollouts(self, prompts: Sequence[Sequence[int]], group_size: int, draws: Draws) -> Rollouts:
         prompt_ids, prompt_mask = (
             x.repeat_interleave(group_size, dim=0) for x in pad_left(prompts, self.pad_id, self.device)
         )
@@ -177,9 +168,18 @@ class Sampler:
         rest = draws.prompt_routed_experts, draws.routed_experts, valid, draws.turn_ids
         return Rollouts(prompt_ids, prompt_mask, draws.ids, mask, draws.logprobs, ~draws.ended, texts, *rest)
 
-    def decode_ids(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Return the texts of rows of token ids, as those of completions."""
-        return decode_completions(self.tokenizer, rows, self._hidden_ids)
+    def _describe_ends(self, group_size: int, on_group: OnGroup | None, turns: Turns | None) -> dict[str, Any]:
+        """Return the fields of a request by which a turn ends, and what receives turns and completions that ended.
+
+        Where there are turns, the decoder cuts them at their stop strings.
+        """
+        decode = self._decode_stopped_rows if turns is None else self._decode_rows
+        return {
+            "is_stopped": self._stop and self._stop.are_in,
+            "find_stop": self._stop and self._stop.find,
+            "on_ended": None if on_group is None else FinishedGroups(group_size, decode, on_group).add,
+            "turns": None if turns is None else WatchedTurns(turns),
+        }
 
     def release(self) -> None:
         """Free all memory that is held between calls; the next call allocates it again."""
@@ -242,14 +242,16 @@ class Sampler:
         decode = partial(decode_completions, self.tokenizer, hidden=self._hidden_ids)
         return StopStrings(stop, decode) if stop else None
 
-    def _decode_rows(self, rows: Sequence[Sequence[int]], *, has_turns: bool = False) -> list[str]:
-        """Return the texts of completions as they were drawn; those of several turns have been cut."""
-        rows = [self._stop.cut_row(row) for row in rows] if self._stop and not has_turns else rows
+    def _decode_stopped_rows(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Return the texts of completions as they were drawn, which end with the first stop string."""
+        return self._decode_rows([self._stop.cut_row(row) for row in rows] if self._stop else rows)
+
+    def _decode_rows(self, rows: Sequence[Sequence[int]]) -> list[str]:
         return decode_completions(self.tokenizer, rows, self._hidden_ids)
 
     def _decode_texts(self, draws: Draws) -> tuple[str, ...]:
         ids = [row[:length] for row, length in zip(draws.ids.tolist(), draws.lengths.tolist(), strict=True)]
-        return tuple(decode_completions(self.tokenizer, ids, self._hidden_ids))
+        return tuple(self._decode_rows(ids))
 
 
 def _check_can_begin_again(request: DecodeRequest, problem: str, remedy: str) -> None:

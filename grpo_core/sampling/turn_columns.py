@@ -25,7 +25,7 @@ class TurnColumns:
         self._parked: dict[int, tuple[Any, int]] = {}  # row -> copies of the states of some rows, and its index in them
 
     def newest_turns(self, host: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return those of `columns` that have drawn a token of a turn, the ids [R, T] of these turns, and their lengths.
+        """Return those of `columns` that have drawn a token of a turn, the ids [R, T] of the turns, and their lengths.
 
         Beyond its length a row has any ids.
         """

@@ -1,9 +1,9 @@
 """The interface between a decoder and what answers the turns of completions while other rows decode.
 
-A completion is a sequence of stretches of tokens: drawn by the policy, or given by an environment. A turn is a stretch of
-drawn tokens; it ends with an end-of-sequence token, a stop string, its own limit of tokens, or the completion's. The
-decoder reports a turn that has ended and goes on with other rows. Later it takes the answers that have come: tokens that
-are appended to the row, after which the policy draws the next turn; or the end of the completion.
+A completion is a sequence of stretches of tokens: drawn by the policy, or given by an environment. A turn is a stretch
+of drawn tokens; it ends with an end-of-sequence token, a stop string, its own limit of tokens, or the completion's. The
+decoder reports a turn that has ended and goes on with other rows. Later it takes the answers that have come: tokens
+that are appended to the row, after which the policy draws the next turn; or the end of the completion.
 
 Laws:
 - The noise of a token depends on its row and its place in the completion alone, given tokens counted.

@@ -1,0 +1,168 @@
+"""Training on several turns: what was given has no gradient and counts in no average, however the rows are computed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from fakes import frozen_batch, tiny_policy, with_objective
+from test_loop import make_run, rows
+from test_packing import Recorder, grouped_rollouts
+from test_turns_batch import whole
+from turn_fakes import ScriptedTurns, with_turns
+
+from grpo_core.batch import take
+from grpo_core.commands.attribution import compute_attribution
+from grpo_core.model.memory import Budgets
+from grpo_core.model.packing import Budget
+from grpo_core.monitor.aggregates import Stats
+from grpo_core.objective.corrections import CORRECTIONS
+from grpo_core.objective.inputs import CORRECTION_INPUTS, LOSS_INPUTS, REJECTION_INPUTS, select_tokens
+from grpo_core.objective.losses import LOSSES
+from grpo_core.objective.rejections import REJECTIONS
+from grpo_core.objective.returns import close_gaps
+from grpo_core.objective.token_weights import AVERAGES, Totals, token_weights
+from grpo_core.objective.truncation import soft_penalty
+from grpo_core.sampling.sampler import Sampler
+from grpo_core.training.rollouts import _truncate
+from grpo_core.training.trainer import train
+from grpo_core.training.update import update_policy
+
+B, C = 6, 9
+
+
+def values_with_gaps():
+    """The inputs of losses, corrections and rejections; where tokens were given, log-probs are 0."""
+    generator = torch.Generator().manual_seed(0)
+    mask = with_turns(grouped_rollouts(groups=2, group_size=3, width=C)).completion_mask
+    old = -3 * torch.rand(B, C, generator=generator, dtype=torch.double) - 0.1
+    noise = [0.3 * torch.randn(B, C, generator=generator, dtype=torch.double) for _ in range(5)]
+    tokens = {
+        "logprobs": old + noise[0], "old_logprobs": old, "rollout_logprobs": old + noise[1], "ref_logprobs": old + noise[2],
+        "teacher_logprobs": old + noise[3], "entropy": -old, "sum_p_squared": old.exp(),
+        "draws": torch.rand(B, C, generator=generator, dtype=torch.double), "advantages": noise[4],
+    }  # fmt: skip
+    tokens = {name: torch.where(mask, value, 0.0) for name, value in tokens.items()}
+    return {**tokens, "completion_mask": mask, "rewards": torch.arange(B, dtype=torch.double)[:, None] % 2}
+
+
+def both(call):
+    """What `call` returns for values with gaps and for the same without, each with the drawn tokens in front."""
+    gaps = values_with_gaps()
+    mask = gaps["completion_mask"]
+    closed = {name: close_gaps(value, mask) if value.shape == mask.shape else value for name, value in gaps.items()}
+    assert not torch.equal(closed["completion_mask"], mask)
+    results = []
+    for values in (gaps, closed):
+        values["logprobs"] = values["logprobs"].requires_grad_()
+        out = call(values)
+        results.append(out if values is closed or out.shape != mask.shape else close_gaps(out, mask))
+    return [out * closed["completion_mask"] if out.shape == mask.shape else out for out in results]
+
+
+def gradient_of_loss(loss_fn, values):
+    values = {**values, "selected": select_tokens(loss_fn, {k: v.detach() for k, v in values.items()})}
+    loss = LOSS_INPUTS.call(loss_fn, values).per_token_loss
+    weights = torch.cos(values["old_logprobs"])
+    [gradient] = torch.autograd.grad((loss * weights * values["completion_mask"]).sum(), values["logprobs"])
+    assert (gradient[~values["completion_mask"]] == 0).all()
+    return torch.where(values["completion_mask"], loss.detach() + 10 * gradient, 0.0)
+
+
+@pytest.mark.parametrize("name", LOSSES.functions)
+def test_a_loss_of_a_token_does_not_depend_on_what_was_given_between(name):
+    got, want = both(lambda values: gradient_of_loss(LOSSES.get(name), values))
+    assert want.abs().max() > 1e-3
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("inputs, function", [
+    *((CORRECTION_INPUTS, CORRECTIONS.get(name)) for name in CORRECTIONS.functions),
+    *((REJECTION_INPUTS, REJECTIONS.get(name)) for name in REJECTIONS.functions),
+])  # fmt: skip
+def test_corrections_and_rejections_do_not_either(inputs, function):
+    def call(values):
+        out = inputs.call(function, {name: value.detach() for name, value in values.items()})
+        return torch.zeros(1) if out is None else out.double()
+
+    got, want = both(call)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", AVERAGES.functions)
+def test_averages_count_drawn_tokens(name):
+    def call(values):
+        mask = values["completion_mask"]
+        totals = Totals(tokens=mask.sum(), completions=torch.tensor(B), max_new_tokens=C, micro_batches=torch.tensor(1))
+        return token_weights(mask, average=name, totals=totals, dtype=torch.double)
+
+    got, want = both(call)
+    torch.testing.assert_close(got, want)
+
+
+def update(run, batch):
+    run = replace(run, engine=Recorder(run.policy.parameters()))
+    stats = Stats()
+    update_policy(run, batch, 0, run.control, stats)
+    return run.engine.gradient, stats.reduce()
+
+
+@pytest.mark.parametrize("average", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_the_gradient_is_that_of_drawn_tokens_whatever_the_micro_batches(tmp_path, average, minibatches):
+    """Against rows of which every token is predicted, with a loss on those that were drawn."""
+    advantages, seen = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)), []
+    rollouts = with_turns(grouped_rollouts(groups=4, group_size=8))
+    for i, budget in enumerate((10_000, 1, 40, 10_000)):
+        run = make_run(tmp_path / str(i), policy=tiny_policy(lora_noise=0.1), kl_coef=0.1, num_minibatches=minibatches)
+        run = replace(with_objective(run, average=average), budgets=Budgets(*2 * [Budget(budget)]))
+        batch = frozen_batch(run, rollouts, advantages)
+        if i == 0:
+            batch = replace(frozen_batch(run, whole(rollouts), advantages), loss_mask=rollouts.completion_mask)
+        seen.append(update(run, batch))
+    assert seen[0][0].abs().max() > 1e-3
+    for gradient, row in seen[1:]:
+        torch.testing.assert_close(gradient, seen[0][0], atol=1e-6, rtol=1e-4)
+        assert {k: row[k] for k in ("entropy", "kl", "ratio")} == pytest.approx({k: seen[0][1][k] for k in ("entropy", "kl", "ratio")}, rel=1e-4)
+
+
+def test_given_tokens_have_no_part_in_the_gradient(tmp_path):
+    run = make_run(tmp_path, policy=tiny_policy(lora_noise=0.1), kl_coef=0.1)
+    rollouts = with_turns(grouped_rollouts(groups=4, group_size=8))
+    batch = frozen_batch(run, rollouts, torch.randn(4, 8, generator=torch.Generator().manual_seed(1)))
+    attribution = compute_attribution(run.policy, run.objective, Budget(60), batch, run.control)
+    drawn = rollouts.completion_mask
+    for values in (attribution.weight, attribution.token_loss, attribution.logprobs):
+        assert (values[~drawn] == 0).all() and (values[drawn] != 0).all()
+
+
+class TurnSampler(Sampler):
+    """A sampler all of whose completions are answered by a script."""
+
+    def generate(self, tasks, group_size, **options):
+        def script(row, number, turn):
+            return None if number == 2 else [4 + (row + number) % 8] * ((row + number) % 3)
+
+        limits = [self.max_new_tokens] * (len(tasks) * group_size)
+        turns = ScriptedTurns(script, limits=limits, first_limit=3, delay=lambda row, number: row % 3)
+        return super().generate(tasks, group_size, turns=turns, **options)
+
+
+def test_a_run_of_several_turns_trains_at_the_samplers_log_probs(tmp_path):
+    run = make_run(tmp_path, num_steps=3, num_minibatches=2, kl_coef=0.01)
+    run = replace(run, sampler=TurnSampler(run.policy.causal_lm, run.sampler.tokenizer, max_new_tokens=12))
+    rollouts = run.sampler.generate(run.tasks.batch(0), 8)
+    assert (rollouts.valid & ~rollouts.completion_mask).sum() > 10
+    train(run)
+    for row in rows(tmp_path):
+        assert row["logprob_gap_max"] < 1e-4 and row["length"] < 12
+    first = rows(tmp_path)[0]
+    assert first["length"] == pytest.approx(rollouts.lengths().float().mean()) and first["grad_norm"] > 0
+
+
+def test_a_length_limit_is_one_of_all_tokens(tmp_path):
+    run = with_objective(make_run(tmp_path), truncation_fn=soft_penalty, max_new_tokens=9)
+    rollouts = take(with_turns(grouped_rollouts(groups=1, group_size=4)), torch.arange(4))
+    rewards, _ = _truncate(run.objective, rollouts, torch.zeros(1, 4))
+    expected = ((9 - 1.8 - rollouts.valid_lengths()) / 1.8).clamp(-1, 0)
+    torch.testing.assert_close(rewards[0], expected)
+    assert not torch.equal(rollouts.lengths(), rollouts.valid_lengths())
