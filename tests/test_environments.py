@@ -110,6 +110,9 @@ def test_the_rewards_of_turns_and_those_of_functions(weight, others, expected):
     torch.testing.assert_close(scores.rewards, torch.tensor(expected), equal_nan=True)
     assert scores.failed["environment"].tolist() == [[False, False], [True, False]]
     assert scores.failures == ("environment e raised X",) and scores.turns == tuple(played)
+    by_turn = torch.tensor([[[1.0, 0.0, 2.0], [0.0, NAN, NAN]], [[0.0, NAN, NAN], [2.0, NAN, NAN]]])
+    factor = 0.0 if weight is None else weight
+    torch.testing.assert_close(scores.turn_rewards, by_turn * factor, equal_nan=True)
     assert len(scores.weights) == len(scores.by_name) and ("environment" in scores.by_name) == (weight is not None)
 
 

@@ -21,7 +21,8 @@ def add_environment(
 
     The reward named `environment` is the sum of the rewards of a completion's turns, 0 if there are none, and NaN where
     the environment failed. With `weight` None, as for tools, there is no such reward, but a failure still counts as
-    one. A completion that the other rewards cannot score, and to which the environment gave no reward, is left out.
+    one. A completion that the other rewards cannot score, and to which the environment gave no reward, is left out. A
+    turn without a reward has the reward 0 in `turn_rewards`, as have all turns of a completion that failed.
     """
     if not played:
         return scores
@@ -30,22 +31,21 @@ def add_environment(
     reasons = dict.fromkeys(x.failure for x in played if x.failure is not None)
     failures = (*scores.failures, *(f"{label} {reason}" for reason in [*reasons][:1]))
     everything = {"turns": tuple(played), "failed": scores.failed | {ENVIRONMENT_REWARD: failed}, "failures": failures}
-    if weight is None:
-        return replace(scores, **everything)
     by_turn = torch.full((len(played), max_turns), math.nan, device="cpu")
     for row, completion in enumerate(played):
         for number, turn in enumerate(completion.turns):
-            if turn.reward is not None:
-                by_turn[row, number] = turn.reward
+            by_turn[row, number] = 0.0 if completion.failure else turn.reward or 0.0
     by_turn = by_turn.view(*shape, max_turns)
+    if weight is None:
+        return replace(scores, turn_rewards=by_turn, **everything)
     own = by_turn.nansum(dim=-1).masked_fill(failed, math.nan)
-    has_own = ~by_turn.isnan().all(dim=-1) & ~failed
+    has_own = _shape([any(turn.reward is not None for turn in x.turns) for x in played], shape) & ~failed
     return replace(
         scores,
         rewards=_add(scores, own, has_own, weight),
         by_name={**scores.by_name, ENVIRONMENT_REWARD: own},
         weights=(*scores.weights, weight),
-        turn_rewards=by_turn,
+        turn_rewards=weight * by_turn,
         **everything,
     )
 

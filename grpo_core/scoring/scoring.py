@@ -44,7 +44,8 @@ class Scores:
     weights: tuple[float, ...] = ()  # K, in the order of by_name
     failed: dict[str, Tensor] = field(default_factory=dict)  # name -> [N, G] bool, where the reward failed
     failures: tuple[str, ...] = ()  # one sentence for each reward that failed
-    turn_rewards: Tensor | None = None  # [N, G, T] of an environment; NaN where a turn has none, or there is no turn
+    # [N, G, T] the parts of `rewards` that came with each turn, weighted; NaN where a completion has no such turn
+    turn_rewards: Tensor | None = None
     turns: tuple[Any, ...] = ()  # B records of turns (environments/driver.py); () where a completion is one turn
 
 

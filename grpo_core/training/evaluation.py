@@ -64,21 +64,17 @@ def evaluate(
             progress.update(len(tasks) * seen // len(mine) - progress.count)  # as if the other ranks were as fast
     warn(failures)
     right, failed = map(int, ranks.all_sum(counts).tolist())
-    low, high = wilson_interval(right, len(tasks))
+    all_rows = sorted((row for part in ranks.gather(rows) for row in part), key=lambda pair: pair[0])
+    return _summarise(right, failed, len(tasks), settings), [row for _, row in all_rows]
+
+
+def _summarise(right: int, failed: int, count: int, settings: SamplingParams) -> dict[str, float]:
+    low, high = wilson_interval(right, count)
     sampling = {}
     if not settings.greedy:
         sampling = {k: v for k, v in asdict(settings).items() if v is not None and k != "greedy"}
-    result = {
-        "accuracy": right / len(tasks),
-        "correct": right,
-        "n": len(tasks),
-        "ci_low": low,
-        "ci_high": high,
-        "failed": failed,
-        **sampling,
-    }
-    all_rows = sorted((row for part in ranks.gather(rows) for row in part), key=lambda pair: pair[0])
-    return result, [row for _, row in all_rows]
+    numbers = {"accuracy": right / count, "correct": right, "n": count, "ci_low": low, "ci_high": high}
+    return {**numbers, "failed": failed, **sampling}
 
 
 def _make_task_key(task: Task) -> Key:

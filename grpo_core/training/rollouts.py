@@ -227,11 +227,11 @@ def _replace_scores(scores: Scores, groups: Tensor, others: Scores) -> Scores:
         failed={name: put(failed, others.failed[name]) for name, failed in scores.failed.items()},
         failures=(*scores.failures, *others.failures),
         turn_rewards=put(scores.turn_rewards, others.turn_rewards) if scores.turn_rewards is not None else None,
-        turns=_replace_turns(scores, groups, others),
+        turns=_replace_records(scores, groups, others),
     )
 
 
-def _replace_turns(scores: Scores, groups: Tensor, others: Scores) -> tuple[Any, ...]:
+def _replace_records(scores: Scores, groups: Tensor, others: Scores) -> tuple[Any, ...]:
     if not scores.turns:
         return ()
     turns, size = list(scores.turns), scores.rewards.shape[1]
