@@ -37,7 +37,7 @@ def add_environment(
             by_turn[row, number] = 0.0 if completion.failure else turn.reward or 0.0
     by_turn = by_turn.view(*shape, max_turns)
     if weight is None:
-        return replace(scores, turn_rewards=by_turn, **everything)
+        return replace(scores, turn_rewards=0 * by_turn, **everything)
     own = by_turn.nansum(dim=-1).masked_fill(failed, math.nan)
     has_own = _shape([any(turn.reward is not None for turn in x.turns) for x in played], shape) & ~failed
     return replace(

@@ -150,9 +150,7 @@ def assemble(
     taught = None if teacher is None else Taught(teacher, find_longest_teacher_prompt(tasks))
     rewards = make_rewards(config, start.folder)  # before the budgets: a reward model takes memory
     sampler = make_sampler(config.sampling, policy, tokenizer, log.info, records_routing=True)
-    environments = None
-    if longest_completion is None:  # sft samples nothing
-        environments = make_environments(config, sampler, folder=start.folder, rank=ranks.rank(), warn=log.info)
+    options = {"folder": start.folder, "rank": ranks.rank(), "warn": log.info}
     return Run(
         config=config,
         folder=start.folder,
@@ -173,7 +171,7 @@ def assemble(
         log=log,
         pass_rates=rates,
         teacher=teacher,
-        environments=environments,
+        environments=make_environments(config, sampler, **options) if longest_completion is None else None,
     )
 
 
