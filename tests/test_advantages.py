@@ -7,6 +7,7 @@ from grpo_core.objective.advantage_laws import ADVANTAGE_LAWS, check_advantage
 from grpo_core.objective.advantages import ADVANTAGES, compute_advantages, tie_small_spreads, tied_groups
 from grpo_core.objective.inputs import ADVANTAGE_INPUTS
 from grpo_core.registry import get_fact
+from grpo_core.schema import ConfigError
 
 NAN = float("nan")
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 0.0, 0.0, 0.0]])
@@ -200,3 +201,41 @@ def test_what_an_own_advantage_returns_is_checked():
             return rewards / 0
 
         compute_advantages(worse, REWARDS)
+
+
+TURNS = torch.tensor([[[0, -1, 1, 1, -1, 2], [0, 0, 0, -1, 1, -1], [0, 0, -1, -1, -1, -1]]])  # three, two turns and one
+TURN_REWARDS = torch.tensor([[[0.5, 0.0, 1.0], [0.0, NAN, NAN], [0.25, NAN, NAN]]])
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.5, 0.0])
+def test_turn_level_by_hand(discount):
+    """Rewards 3, 1 and 2, of which 1.5, 1 and 1.75 came with no turn."""
+    got = values("turn_level", torch.tensor([[3.0, 1.0, 2.0]]), args={"discount": discount}, turn_ids=TURNS, turn_rewards=TURN_REWARDS)
+    last = 1.0 + 1.5
+    first = torch.tensor([0.5 + discount**2 * last, discount * 1.0, 2.0])
+    second = torch.tensor([discount * last, 1.0])
+    a, b = first - first.mean(), second - second.mean()
+    expected = [[a[0], 0, b[0], b[0], 0, 0], [a[1], a[1], a[1], 0, b[1], 0], [a[2], a[2], 0, 0, 0, 0]]
+    close(got, torch.tensor([expected]))  # nothing is compared with the only third turn
+    scaled = values(
+        "turn_level", torch.tensor([[3.0, 1.0, 2.0]]), turn_ids=TURNS, turn_rewards=TURN_REWARDS,
+        args={"discount": discount, "divide_by_std": True, "eps": 0.1},
+    )  # fmt: skip
+    close(scaled[0, :, 0], a / (first.std() + 0.1))
+    close(scaled[0, :2, 4], torch.tensor([0.0, b[1] / (second.std() + 0.1)]))
+
+
+def test_turn_level_of_one_turn_is_the_groups_mean():
+    ids = torch.zeros(*REWARDS.shape, 2, dtype=torch.long)
+    for args, name in (({}, "dr_grpo"), ({"divide_by_std": True}, "grpo")):
+        got = values("turn_level", args={**args, "discount": 0.5}, turn_ids=ids)
+        close(got, values(name)[..., None].expand_as(got))
+
+
+def test_turn_level_leaves_unscored_completions_out():
+    rewards = torch.tensor([[3.0, NAN, 2.0]])
+    got = values("turn_level", rewards, turn_ids=TURNS, turn_rewards=TURN_REWARDS)
+    close(got[0, :, 0], torch.tensor([0.5, 0.0, -0.5]))
+    assert (got[0, 1] == 0).all() and got[0, 0, 2] == 0  # no other completion with a second turn has a reward
+    with pytest.raises(ConfigError, match=r"discount is 1\.5; it must be from 0 to 1"):
+        values("turn_level", args={"discount": 1.5})

@@ -15,15 +15,19 @@ from grpo_core.commands.attribution import compute_attribution
 from grpo_core.model.memory import Budgets
 from grpo_core.model.packing import Budget
 from grpo_core.monitor.aggregates import Stats
+from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
 from grpo_core.objective.inputs import CORRECTION_INPUTS, LOSS_INPUTS, REJECTION_INPUTS, select_tokens
 from grpo_core.objective.losses import LOSSES
 from grpo_core.objective.rejections import REJECTIONS
-from grpo_core.objective.returns import close_gaps
+from grpo_core.objective.returns import close_gaps, turn_returns
 from grpo_core.objective.token_weights import AVERAGES, Totals, token_weights
 from grpo_core.objective.truncation import soft_penalty
 from grpo_core.sampling.sampler import Sampler
-from grpo_core.training.rollouts import _truncate
+from grpo_core.scoring.scoring import Scores
+from grpo_core.training.freeze import freeze
+from grpo_core.training.rollouts import _replace_scores, _tied, _truncate, compute_step_advantages
+from grpo_core.training.saved_batches import _concatenate, read_dump
 from grpo_core.training.trainer import train
 from grpo_core.training.update import update_policy
 
@@ -166,3 +170,63 @@ def test_a_length_limit_is_one_of_all_tokens(tmp_path):
     expected = ((9 - 1.8 - rollouts.valid_lengths()) / 1.8).clamp(-1, 0)
     torch.testing.assert_close(rewards[0], expected)
     assert not torch.equal(rollouts.lengths(), rollouts.valid_lengths())
+
+
+def turn_scores(rollouts, group_size):
+    """Rewards of which a part came with each turn."""
+    turns = rollouts.turns.view(-1, group_size, rollouts.completion_ids.shape[1]).amax(dim=2) + 1
+    place = torch.arange(int(turns.max()))
+    parts = torch.randn(*turns.shape, len(place), generator=torch.Generator().manual_seed(2))
+    parts = parts.masked_fill(place >= turns[..., None], torch.nan)
+    rewards = parts.nansum(dim=2) + torch.rand(turns.shape, generator=torch.Generator().manual_seed(3))
+    return Scores(rewards, {"good": rewards}, (1.0,), {"good": torch.zeros(turns.shape, dtype=torch.bool)}, (), parts)
+
+
+def test_advantages_of_turns_reach_their_tokens(tmp_path):
+    run = with_objective(make_run(tmp_path), advantage_fn=ADVANTAGES.get("turn_level"))
+    rollouts = with_turns(grouped_rollouts(groups=4, group_size=8))
+    scores = turn_scores(rollouts, 8)
+    frozen = freeze(run.policy, run.objective, run.budgets.forward, rollouts)
+    values = compute_step_advantages(run.objective, scores.rewards, rollouts, scores, Stats(), frozen)
+    returns = turn_returns(scores.rewards, scores.turn_rewards, rollouts.turns.view(4, 8, -1).long())
+    torch.testing.assert_close(returns[..., 0], scores.rewards)
+    for n in range(4):
+        for t in range(returns.shape[2]):
+            expected = returns[n, :, t] - returns[n, :, t].nanmean()
+            for g in range(8):
+                own = values[n, g][rollouts.turns.view(4, 8, -1)[n, g] == t]
+                torch.testing.assert_close(own, expected[g].expand(len(own)), atol=1e-5, rtol=0)
+    batch = frozen.with_advantages(values, scores.rewards)
+    assert batch.advantages.shape == rollouts.completion_ids.shape and (batch.advantages[~rollouts.completion_mask] == 0).all()
+
+
+def test_a_group_is_tied_if_its_turns_are(tmp_path):
+    run = with_objective(make_run(tmp_path), advantage_fn=ADVANTAGES.get("turn_level"))
+    rewards = torch.ones(3, 2)
+    parts = torch.tensor([[[0.0, 1.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]], [[0.5, torch.nan], [0.5, 0.5]]])
+    scores = Scores(rewards, {}, turn_rewards=parts)
+    assert _tied(run.objective, rewards, scores).tolist() == [True, False, True]
+    assert _tied(make_run(tmp_path / "other").objective, rewards, scores).all()
+
+
+def test_rewards_of_turns_are_replaced_and_saved(tmp_path):
+    first, second = (turn_scores(with_turns(grouped_rollouts(groups=n, group_size=4, width=w)), 4) for n, w in ((3, 4), (1, 9)))
+    assert first.turn_rewards.shape[2] < second.turn_rewards.shape[2]
+    merged = _replace_scores(first, torch.tensor([1]), second).turn_rewards
+    width = first.turn_rewards.shape[2]
+    torch.testing.assert_close(merged[1], second.turn_rewards[0], equal_nan=True)
+    torch.testing.assert_close(merged[[0, 2], :, :width], first.turn_rewards[[0, 2]], equal_nan=True)
+    assert merged[[0, 2], :, width:].isnan().all()
+    joined = _concatenate("turn_rewards", [first.turn_rewards, second.turn_rewards])
+    assert joined.shape[:2] == (4, 4) and joined[:3, :, width:].isnan().all()
+
+
+def test_a_saved_batch_of_several_turns_is_read_back(tmp_path):
+    run = make_run(tmp_path, num_steps=1, kl_coef=0.01, change=lambda config: replace(config, debug=replace(config.debug, dump_batches=1)))
+    run = replace(run, sampler=TurnSampler(run.policy.causal_lm, run.sampler.tokenizer, max_new_tokens=12))
+    train(run)
+    dumped = read_dump(tmp_path / "batches" / "step-000000")
+    rollouts = dumped.batch.rollouts
+    assert (rollouts.valid & ~rollouts.completion_mask).any() and torch.equal(rollouts.completion_mask, rollouts.turn_ids >= 0)
+    for row, entry in enumerate(dumped.completions):
+        assert len(entry["tokens"]) == len(entry["ratio"]) == rollouts.completion_mask[row].sum()

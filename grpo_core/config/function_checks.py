@@ -116,6 +116,7 @@ def _make_batch(rows: int, tokens: int) -> dict[str, Tensor]:
         "rewards": (row % 2 == 0).float(),
         "rollout_weights": torch.ones_like(old),
         "draws": torch.full_like(old, 0.5),
+        "turn_ids": torch.zeros(rows, tokens, dtype=torch.long),
     }
 
 

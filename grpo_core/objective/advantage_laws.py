@@ -128,6 +128,7 @@ def call(
         "teacher_logprobs": (0.8 * p).log(),
         "entropy": 2 * (1 - p),
         "sum_p_squared": p**2,
+        "turn_ids": torch.where(place < (positions + 1).clamp(max=C)[:, None], place // 3, -1),  # of one or two turns
     }
     expanded = {name: values.expand(shape) for name, values in tokens.items()}
     values = compute_advantages(advantage_fn, rewards, lengths=lengths, components=components, **expanded)

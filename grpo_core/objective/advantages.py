@@ -10,9 +10,10 @@ because the mean of equal floats is not always that float, and dividing the roun
 large.
 
 A function may also ask by name for the inputs of inputs.py: `lengths` [N, G] (tokens of each completion), `components`
-[K, N, G] (the K rewards before they are summed), `weights` [K], and log-probs and other statistics of tokens
-[N, G, C]. One that asks for the latter may return a value for each token, [N, G, C]. Where a function has the attribute
-`reads_components`, a group is tied only if it is tied in every component.
+[K, N, G] (the K rewards before they are summed), `weights` [K], `turn_rewards` [N, G, T] of completions of several
+turns, and `turn_ids`, log-probs and other statistics of tokens [N, G, C]. One that asks for the latter may return a
+value for each token, [N, G, C]. Where a function has the attribute `reads_components`, a group is tied only if it is
+tied in every component.
 
 All functions raise ConfigError unless rewards are [N, G] with G >= 2.
 """
@@ -31,6 +32,7 @@ from grpo_core.objective.returns import (
     open_gaps,
     place_at_end,
     token_baseline,
+    turn_returns,
     whiten_tokens,
 )
 from grpo_core.registry import Registry
@@ -221,6 +223,40 @@ def optimal_token_baseline_advantages(
     return open_gaps(torch.where(is_compared, closed[0] - baseline, 0.0), trained)
 
 
+OF_EACH_TURN = "every turn has a baseline of its own: the advantages of a turn sum to 0 over the group"
+
+
+@ADVANTAGES.register("turn_level", breaks={"zero_mean": OF_EACH_TURN, "order": OF_EACH_TURN})
+def turn_level_advantages(
+    rewards: Tensor,
+    turn_rewards: Tensor,
+    turn_ids: Tensor,
+    *,
+    discount: float = 1.0,
+    divide_by_std: bool = False,
+    eps: float = 1e-4,
+    std_ddof: int = 1,
+) -> Tensor:
+    """R_t - mean of the group for the tokens of turn t, R_t = sum over s >= t of discount**(s - t) r_s
+
+    r_s is the part of the reward that came with turn s; what came with no turn, as the rewards of whole completions,
+    came with the last one. The mean is over the completions of the group that have a turn t; a turn that only one of
+    them has is compared with nothing, and its advantage is 0. With divide_by_std, the difference is divided by
+    std + eps (n - std_ddof) of the same returns. As in arXiv:2505.11821, rewards of turns are credited to turns.
+    """
+    if not 0 <= discount <= 1:
+        raise ConfigError(f"discount is {discount}; it must be from 0 to 1")
+    _check_groups(rewards)
+    returns = turn_returns(rewards, turn_rewards, turn_ids, discount)
+    groups = returns.transpose(1, 2).flatten(0, 1)  # [N * T, G]
+    centered, counts = center(groups)
+    if divide_by_std:
+        variance = centered.square().sum(dim=1, keepdim=True) / (counts - std_ddof).clamp(min=1)
+        centered = _divide_by_std(centered, variance.sqrt(), eps, std_ddof)
+    values = centered.unflatten(0, (len(rewards), -1)).transpose(1, 2)
+    return values.gather(2, turn_ids.long().clamp(min=0)).masked_fill(turn_ids < 0, 0.0)
+
+
 @ADVANTAGES.register("grpo_passk", breaks={"zero_mean": ONLY_THE_BEST, "order": ONLY_THE_BEST})
 def grpo_passk_advantages(rewards: Tensor, *, eps: float = 1e-6, std_ddof: int = 1) -> Tensor:
     """(r_max - r_2nd) / (std + eps) for the best of the group, 0 for the others, std (n - std_ddof) of the group
@@ -261,7 +297,8 @@ def compute_advantages(
     """Call an advantage function with the inputs that it asks for, and return the advantages, [N, G] or [N, G, C].
 
     Without "lengths" all completions have length 1; without "components" the rewards are the only component; without
-    "weights" and "rollout_weights" every weight is 1; without "completion_mask" a completion is one token.
+    "weights" and "rollout_weights" every weight is 1; without "completion_mask" a completion is one token. Without
+    "turn_ids" a completion is one turn, and without "turn_rewards" no reward came with a turn.
 
     Raises:
         ConfigError: rewards are not [N, G] with G >= 2; the function returned another shape, or a value that is not
@@ -272,6 +309,8 @@ def compute_advantages(
     given = {"lengths": torch.ones_like(rewards), "components": rewards[None], **given}
     given.setdefault("completion_mask", torch.ones_like(rewards, dtype=torch.bool)[..., None])
     given.setdefault("rollout_weights", torch.ones_like(given["completion_mask"], dtype=rewards.dtype))
+    given.setdefault("turn_ids", given["completion_mask"].long() - 1)
+    given.setdefault("turn_rewards", torch.zeros_like(rewards)[..., None])
     given.setdefault("weights", torch.ones(len(given["components"]), device=rewards.device))
     values = ADVANTAGE_INPUTS.call(function, {"rewards": rewards, **given})
     name = getattr(getattr(function, "func", function), "__name__", "function")

@@ -79,6 +79,7 @@ OF_TOKENS = (
     "entropy",
     "sum_p_squared",
     "rollout_weights",
+    "turn_ids",
 )
 LOSS_INPUTS = Inputs(
     (
@@ -148,6 +149,8 @@ ADVANTAGE_INPUTS = Inputs(
         "entropy",  # [N, G, C]
         "sum_p_squared",  # [N, G, C]
         "rollout_weights",  # [N, G, C] of the rollout correction, 1 without one
+        "turn_ids",  # [N, G, C] number of the turn of every drawn token from 0, -1 elsewhere; costs nothing
+        "turn_rewards",  # [N, G, T] the part of the reward that came with each turn; NaN where there is no such turn
     ),
 )
 TRUNCATION_INPUTS = Inputs(("rewards", "lengths", "truncated", "max_new_tokens"))

@@ -51,6 +51,27 @@ def token_baseline(
     return (weights * returns).sum(dim=1, keepdim=True) / (weights.sum(dim=1, keepdim=True) + 1e-8)
 
 
+def turn_returns(rewards: Tensor, turn_rewards: Tensor, turn_ids: Tensor, discount: float = 1.0) -> Tensor:
+    """Return R_t = r_t + discount R_(t+1) of the turns of each completion, [N, G, T]; NaN where there is no such turn.
+
+    r_t are `turn_rewards` [N, G, T]; what they leave of the reward [N, G] came with the last turn. A completion without
+    a reward has no returns. `turn_ids` [N, G, C] say how many turns there are.
+    """
+    count = turn_ids.amax(dim=2, keepdim=True) + 1
+    width = max(int(count.max()), 1)
+    place = torch.arange(width, device=rewards.device)
+    exists = place < count
+    given = turn_rewards[..., :width].to(rewards.dtype)
+    given = torch.nn.functional.pad(given, (0, width - given.shape[2])).nan_to_num() * exists
+    rest = rewards[..., None] - given.sum(dim=2, keepdim=True)
+    given, returns = given + rest * (place == count - 1), torch.full_like(given, torch.nan)
+    following = torch.zeros_like(rewards)
+    for t in reversed(range(width)):
+        following = torch.where(exists[..., t], given[..., t] + discount * following, following)
+        returns[..., t] = following.masked_fill(~exists[..., t] | rewards.isnan(), torch.nan)
+    return returns
+
+
 def close_gaps(values: Tensor, completion_mask: Tensor) -> Tensor:
     """Return `values` [..., C] with the tokens of the mask moved to the front, in their order."""
     order = (~completion_mask).to(torch.int8).sort(dim=-1, stable=True).indices

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo_core.batch import Frozen, Rollouts, Task, replace_rows, take
+from grpo_core.batch import PADDING, Frozen, Rollouts, Task, replace_rows, take
 from grpo_core.distributed import ranks
 from grpo_core.environments.setup import sample_turns
 from grpo_core.model.packing import Budget
@@ -127,6 +127,8 @@ def compute_step_advantages(
     ):  # every one was cut off and is left out, or cannot be judged, or the reward failed
         stats.add_max("no_reward", torch.tensor(1.0, device="cpu"))
     inputs = {"lengths": whole[1], "components": whole[2:], "weights": torch.tensor(scores.weights, device="cpu")}
+    if "turn_rewards" in objective.advantage_needs and scores.turn_rewards is not None:
+        inputs["turn_rewards"] = _gather_turns(scores.turn_rewards)
     if frozen is not None:
         inputs |= _gather_tokens(frozen, objective, rewards.shape[1])
     values = compute_advantages(objective.advantage_fn, whole[0], **inputs)
@@ -134,6 +136,12 @@ def compute_step_advantages(
     own_values = values[first : first + len(rewards)].to(torch.float32)
     own_values = own_values if own_values.dim() == 2 else own_values[..., : rollouts.completion_ids.shape[1]]
     return own_values if frozen is None else add_teacher_advantages(objective, frozen, own_values)
+
+
+def _gather_turns(turn_rewards: Tensor) -> Tensor:
+    """Return the rewards of the turns of all ranks, [N of all ranks, G, T of the widest rank]. A collective."""
+    width = int(ranks.all_max(torch.tensor(float(turn_rewards.shape[2]), device="cpu")))
+    return ranks.all_rows(F.pad(turn_rewards, (0, width - turn_rewards.shape[2]), value=torch.nan)).cpu()
 
 
 def _gather_tokens(frozen: Frozen, objective: Objective, group_size: int) -> dict[str, Tensor]:
@@ -150,6 +158,7 @@ def _gather_tokens(frozen: Frozen, objective: Objective, group_size: int) -> dic
         "logprobs": frozen.logprobs,
         "entropy": frozen.entropy,
         "sum_p_squared": frozen.sum_p_squared,
+        "turn_ids": frozen.rollouts.turns.long(),
         "rollout_weights": _weigh_rollouts(frozen, objective) if "rollout_weights" in names else None,
     }
     asked = {name: values for name, values in tokens.items() if name in names and values is not None}
@@ -157,7 +166,7 @@ def _gather_tokens(frozen: Frozen, objective: Objective, group_size: int) -> dic
         return {}
     columns = frozen.loss_mask.shape[1]
     width = int(ranks.all_max(torch.tensor(float(columns), device="cpu")))
-    padded = {name: F.pad(values, (0, width - columns)) for name, values in asked.items()}
+    padded = {name: F.pad(x, (0, width - columns), value=PADDING.get(name, 0)) for name, x in asked.items()}
     return {name: ranks.all_rows(x).cpu().unflatten(0, (-1, group_size)) for name, x in sorted(padded.items())}
 
 
@@ -200,7 +209,11 @@ def _sample_and_score(run: Run, tasks: list[Task]) -> tuple[Rollouts, Scores]:
 def _tied(objective: Objective, rewards: Tensor, scores: Scores) -> Tensor:
     """The groups without a signal for the advantage function, [N] bool."""
     if not get_fact(objective.advantage_fn, "reads_components"):
-        return tied_groups(tie_small_spreads(rewards, objective.min_group_std))
+        tied = tied_groups(tie_small_spreads(rewards, objective.min_group_std))
+        if "turn_rewards" not in objective.advantage_needs or scores.turn_rewards is None:
+            return tied
+        scored = scores.turn_rewards.masked_fill(rewards.isnan()[..., None], torch.nan)
+        return torch.stack([tied, *(tied_groups(values) for values in scored.unbind(2))]).all(dim=0)
     pairs = zip(scores.by_name.values(), scores.weights, strict=True)
     unscored = rewards.isnan()  # also those that the truncation function leaves out
     components = [values.masked_fill(unscored, torch.nan) for values, weight in pairs if weight]
@@ -226,7 +239,7 @@ def _replace_scores(scores: Scores, groups: Tensor, others: Scores) -> Scores:
         by_name={name: put(values, others.by_name[name]) for name, values in scores.by_name.items()},
         failed={name: put(failed, others.failed[name]) for name, failed in scores.failed.items()},
         failures=(*scores.failures, *others.failures),
-        turn_rewards=put(scores.turn_rewards, others.turn_rewards) if scores.turn_rewards is not None else None,
+        turn_rewards=_replace_turns(scores.turn_rewards, groups, others.turn_rewards),
         turns=_replace_records(scores, groups, others),
     )
 
@@ -238,6 +251,15 @@ def _replace_records(scores: Scores, groups: Tensor, others: Scores) -> tuple[An
     for i, group in enumerate(groups.tolist()):
         turns[group * size : (group + 1) * size] = others.turns[i * size : (i + 1) * size]
     return tuple(turns)
+
+
+def _replace_turns(turn_rewards: Tensor | None, groups: Tensor, others: Tensor | None) -> Tensor | None:
+    """The rewards of turns [N, G, T] with those of `groups` taken from `others`; the narrower of the two is padded."""
+    if turn_rewards is None or others is None:
+        return None
+    width = max(turn_rewards.shape[2], others.shape[2])
+    old, new = (F.pad(x, (0, width - x.shape[2]), value=torch.nan) for x in (turn_rewards, others))
+    return old.index_copy(0, groups, new)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -111,7 +112,7 @@ def read_dump(path: Path) -> DumpedBatch:
             contents[0]["step"],
             len(names),
             _build_record(TrainBatch, {**whole, "rollouts": _build_record(Rollouts, whole)}),
-            Scores(whole["rewards"], by_name),
+            Scores(whole["rewards"], by_name, turn_rewards=whole.get("turn_rewards")),
             weights,
             [parts[0][key] for key in reference],
             contents[0]["row"],
@@ -134,7 +135,10 @@ def _build_record(kind: type, tensors: dict[str, Any]) -> Any:
 
 def _concatenate(name: str, parts: list[Tensor]) -> Tensor:
     """Concatenate the ranks' rows; pad [B, width, ...] tensors to the largest width."""
-    if parts[0].dim() >= 2:
+    if name == "turn_rewards":
+        width = max(part.shape[2] for part in parts)
+        parts = [F.pad(part, (0, width - part.shape[2]), value=torch.nan) for part in parts]
+    elif parts[0].dim() >= 2:
         width, padding = max(part.shape[1] for part in parts), PADDING.get(name, 0)
         parts = [pad_columns(part, width, name in LEFT_PADDED, padding) for part in parts]
     return torch.cat(parts)
@@ -156,6 +160,8 @@ def start_dump(run: Run, step: int, batch: TrainBatch, scores: Scores) -> dict[s
         tensors = collect_tensors(batch.rollouts) | collect_tensors(replace(batch, old_logprobs=old_logprobs))
         tensors |= {f"rewards/{name}": values.clone() for name, values in scores.by_name.items()}
         tensors["rewards"] = scores.rewards.clone()
+        if scores.turn_rewards is not None:
+            tensors["turn_rewards"] = scores.turn_rewards.clone()
         if run.config.lora.r:
             named = run.policy.model.named_parameters()
             trained = ((f"weight/{name}", copy_to_cpu(p)) for name, p in named if p.requires_grad)
