@@ -9,10 +9,13 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from test_boundary import FOLDER
+from test_boundary import FOLDER, tokenizer_of
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_core.batch import Task
 from grpo_core.config.files import load
+from grpo_core.data.encoding import apply_chat_template
+from grpo_core.data.tool_schemas import offer_tools_of
 from grpo_core.environments.driver import PlayedCompletion, PlayedTurn
 from grpo_core.environments.scores import add_environment
 from grpo_core.environments.setup import Environments, find_parser
@@ -145,8 +148,6 @@ def parse(turn):
 
 
 def test_tools_are_described_and_called(model, tmp_path):
-    from grpo_core.data.encoding import apply_chat_template
-    from grpo_core.data.tool_schemas import offer_tools_of
 
     (tmp_path / "tools.py").write_text(TOOLS)
     words = [f'tools=["{tmp_path}/tools.py:double"]', f"tool_parser={tmp_path}/tools.py:parse", "data.prompt=chat"]
@@ -263,3 +264,46 @@ def test_a_dry_run_asks_the_environment(trained, here, tmp_path):
     words = [f"output_dir={tmp_path}", f"environment.name={trained.parent / 'calculator.py'}:Calculator", "sampling.stop= ="]
     done = here("launch", "--dry-run", "--config", TINY, *WORDS, *words)
     assert done.returncode == 0 and "environment 0" in done.stdout, done.stderr + done.stdout
+
+
+def test_credit_of_turns_and_fresh_prompts(game, here, tmp_path):
+    """The environment alone gives rewards, which are credited to turns; groups without a signal are drawn again."""
+    words = ["rewards=[]", "advantage.name=turn_level", "sampling.dynamic_attempts=1", "environment.max_turn_tokens=6", "evaluation.num_tasks=0"]
+    done = here("train", "--config", TINY, *WORDS[:2], "data.limit=200", f"output_dir={tmp_path}", f"environment.name={game}", *words)
+    assert done.returncode == 0, done.stderr
+    rows, metrics = lines_of(tmp_path / "tiny" / "completions.jsonl"), lines_of(tmp_path / "tiny" / "metrics.jsonl")
+    assert all(row["rewards"] == {"environment": 6.0} and len(row["turns"]) == 3 for row in rows)
+    assert all(row["resampled_groups"] > 0 and row["reward"] == 6 and row["turns"] == 3 for row in metrics)
+
+
+@pytest.mark.parametrize("family", ["qwen", "llama_3", "mistral", "hermes", "gpt_oss"])
+def test_the_sampler_saw_prompt_and_stretches_and_its_log_probs_are_the_models(family, game):
+    tokenizer, eos_ids = tokenizer_of(family)
+    torch.manual_seed(1)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    network = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), max_position_embeddings=512, **size)).eval()
+    network.generation_config.eos_token_id = eos_ids
+    config = load(TINY, ["data.prompt=chat", f"environment.name={game}", "environment.max_turn_tokens=5"])
+    text = apply_chat_template(tokenizer, [{"role": "user", "content": "1 + 2?"}], config.data)
+    tasks = [Task(i, text, tokenizer(text, add_special_tokens=False)["input_ids"], {}, seed=("train", 0, 0, i)) for i in range(2)]
+    environments = Environments(config, Sampler(network, tokenizer, max_new_tokens=200))
+    try:
+        rollouts, played = environments.generate(tasks, 2)
+    finally:
+        environments.close()
+    for row, completion in enumerate(played):
+        valid = int(rollouts.valid_lengths()[row])
+        ids, turns = rollouts.completion_ids[row, :valid], rollouts.turns[row, :valid].tolist()
+        expected, drawn = [], [[int(i) for i, turn in zip(ids, turns, strict=True) if turn == number] for number in range(3)]
+        for own, turn in zip(drawn, completion.turns, strict=True):
+            expected += own
+            if turn.answer is not None:
+                expected += environments.boundary.encode([turn.answer], turn.text, turn.ended_by, own[-1])
+        assert ids.tolist() == expected and len(drawn) == 3
+        whole = torch.tensor([tasks[0].prompt_ids + expected])
+        with torch.no_grad():
+            logprobs = network(whole).logits[0].log_softmax(dim=-1)
+        places = [len(tasks[0].prompt_ids) + place - 1 for place, turn in enumerate(turns) if turn >= 0]
+        own = torch.stack([logprobs[place, whole[0, place + 1]] for place in places])
+        torch.testing.assert_close(rollouts.rollout_logprobs[row, :valid][[turn >= 0 for turn in turns]], own, atol=1e-5, rtol=0)
+        assert not rollouts.rollout_logprobs[row][rollouts.turns[row] < 0].any()
