@@ -8,6 +8,7 @@ These names are the stable imports; everything else may move between modules:
     LOSSES, ADVANTAGES, REWARDS       the registries; `@REWARDS.register("mine")` adds a function
     PolicyLoss, token_ratio           what a loss returns, and exp(l - l_old) with the difference clamped
     center                            rewards minus their group's mean, exactly 0 in a tied group
+    Turn, Reply                       what an environment receives, and what it may return (environments/interface.py)
     attempt                           call a reward function as the trainer calls it
     ConfigError                       what a user asked for cannot be run
 
@@ -26,6 +27,8 @@ _EXPORTS = {
     "REWARDS": "objective.rewards",
     "ConfigError": "schema",
     "PolicyLoss": "objective.losses",
+    "Reply": "environments.interface",
+    "Turn": "environments.interface",
     "attempt": "scoring.reward_call",
     "center": "objective.advantages",
     "load_config": "data.forms",

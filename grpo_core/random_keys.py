@@ -27,6 +27,7 @@ PURPOSES = {  # purpose -> the numbers that follow it in a key
     "dropout": "seed, step, rank",
     "minibatches": "seed, step: the order of the completions within their groups",
     "selection": "seed, step, minibatch: which tokens a loss chooses where there are too many",
+    "environment": "the task's own key, the sample: the seed of the environment of a completion",
     "exact_kl": "seed, step: the tokens of log.exact_kl_every",
     "bootstrap": "seed: the resampling of a confidence interval",
 }

@@ -38,12 +38,20 @@ def _place(function: Callable) -> tuple[str, str]:
 class Registry:
     """A registry of pure functions: it finds a function by its name or `file.py:function`, and binds its arguments."""
 
-    def __init__(self, kind: str, *, allows_async: bool = False, modules: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        *,
+        allows_async: bool = False,
+        allows_classes: bool = False,
+        modules: Mapping[str, str] | None = None,
+    ) -> None:
         """Create an empty registry.
 
         `modules` names, for functions of higher layers, the module that registers them; it is imported when needed.
         """
-        self.kind, self.allows_async, self.modules = kind, allows_async, dict(modules or {})
+        self.kind, self.modules = kind, dict(modules or {})
+        self.allows_async, self.allows_classes = allows_async, allows_classes
         self._functions: dict[str, Callable] = {}
 
     @property
@@ -97,7 +105,8 @@ class Registry:
         if ".py:" in name:
             return self._check(name, self._load(name))
         if name.endswith(".py"):
-            raise ConfigError(f"{self.kind} {name!r} is a file; name a function in it: {name}:function")
+            noun = "class" if self.allows_classes else "function"
+            raise ConfigError(f"{self.kind} {name!r} is a file; name a {noun} in it: {name}:{noun}")
         if name in self.modules:
             importlib.import_module(self.modules[name])
         if name not in self._functions:
@@ -117,7 +126,7 @@ class Registry:
             ConfigError: it is a class, an async generator, async where that is not allowed, or has no signature.
         """
         inner = unwrap(function)
-        if inspect.isclass(inner):
+        if inspect.isclass(inner) and not self.allows_classes:
             raise ConfigError(f"{self.kind} {name!r} is a class; name a function, or an object of the class")
         if inspect.isasyncgenfunction(inner) or (inspect.iscoroutinefunction(inner) and not self.allows_async):
             kind = "generator" if inspect.isasyncgenfunction(inner) else "function"
@@ -168,7 +177,8 @@ class Registry:
             reason = f"imports {old_import}" if old_import else f"cannot be loaded: {type(error).__name__}: {error}"
             raise ConfigError(f"{self.kind} {name!r}: {path} {reason}") from error
         if not callable(getattr(module, attribute, None)):
-            raise ConfigError(f"{self.kind} {name!r}: {path} has no function {attribute}")
+            noun = "class" if self.allows_classes else "function"
+            raise ConfigError(f"{self.kind} {name!r}: {path} has no {noun} {attribute}")
         return getattr(module, attribute)
 
 

@@ -127,12 +127,13 @@ def keyword_arguments(function: Callable) -> dict[str, inspect.Parameter]:
 
 
 def argument_types(function: Callable) -> dict[str, Any]:
-    """Return the types of the keyword arguments of `function`, which may be a partial or a callable object.
+    """Return the types of the keyword arguments of `function`, which may be a partial, a callable object or a class.
 
     The type of an argument without an annotation is that of its default.
     """
+    inner = unwrap(function)
     try:
-        hints = get_type_hints(unwrap(function))
+        hints = get_type_hints(inner.__init__ if inspect.isclass(inner) else inner)
     except Exception:  # an annotation may name a type that exists for a type checker only
         hints = {}
     return {

@@ -30,6 +30,8 @@ OPTION_HINTS = {  # TRL option -> what to use here
     "importance_sampling_level": "loss.name: grpo for token, gspo for sequence",
     "beta": "loss.kl_coef",
     "router_aux_loss_coef": "loss.router_aux_coef",
+    "environment_factory": "environment.name, a class of another form",
+    "max_tool_calling_iterations": "environment.max_turns, which counts the turns of the policy: one more",
     "use_bias_correction_kl": "loss.kl=k3_corrected",
     "epsilon": "clip_low in loss.args, and the same value for clip_high unless epsilon_high is set",
     "epsilon_high": "clip_high in loss.args, or cap there for the loss cispo",

@@ -23,6 +23,7 @@ LAYERS = [  # a module imports from its own folder and from layers above its own
     {"monitor"},
     {"model"},
     {"sampling"},
+    {"environments"},
     {"training"},
     {"commands"},
     {"cli"},
@@ -49,7 +50,7 @@ PLACES = {  # heavy dependency -> the modules that may import it
         "sampling/delta_net_kernel", "sampling/row_attention_kernels", "sampling/elementwise_kernels",
     },
 }
-TRANSFORMERS = {"data", "model", "sampling", "training", "commands"}  # the folders that may import it
+TRANSFORMERS = {"data", "model", "sampling", "environments", "training", "commands"}  # the folders that may import it
 MATHEMATICS = {"grpo_core", "torch", "numpy"} | set(sys.stdlib_module_names)
 RANK_TESTS = {"monitor", "distributed", "training/checkpoint", "training/run_dir"}
 

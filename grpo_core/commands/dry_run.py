@@ -20,6 +20,7 @@ from grpo_core.data.eval_sets import group_by_set
 from grpo_core.data.rows import describe_eval_source
 from grpo_core.data.tasks_on_disk import prompt_lengths
 from grpo_core.distributed import ranks
+from grpo_core.environments.setup import make_environments, sample_turns
 from grpo_core.model.families import head_dim
 from grpo_core.model.memory import Taught, find_budgets
 from grpo_core.model.policy import Policy, load_policy
@@ -252,9 +253,13 @@ def describe_group(
     lines: list[str] = []
     sampler = make_sampler(config.sampling, policy, tokenizer, lines.append)
     with show_elapsed("sampling one group"):
-        rollouts = sampler.generate([task], config.sampling.group_size)
+        environments = make_environments(config, sampler)
+        rollouts, turns = sample_turns(sampler, environments, [task], config.sampling.group_size)
     rewards = [reward for reward in rewards if not reward.sources or task.source in reward.sources]
     scores = score(rewards, [task], rollouts.completions, config.sampling.group_size)
+    if environments is not None:
+        scores = environments.add_to_scores(scores, turns)
+        environments.close()
     lines += scores.failures
     for i, (text, length) in enumerate(zip(rollouts.completions, rollouts.lengths().tolist(), strict=True)):
         by_name = ", ".join(f"{name} {float(values[0, i]):.4g}" for name, values in scores.by_name.items())

@@ -25,7 +25,8 @@ from grpo_core.data.prompts import make_tasks
 from grpo_core.data.rows import describe_eval_source, load_rows, load_splits, name_split
 from grpo_core.data.turns import describe_dropped_turns
 from grpo_core.distributed import ranks
-from grpo_core.monitor.completion_rows import completion_rows
+from grpo_core.environments.setup import sample_turns
+from grpo_core.monitor.completion_rows import completion_rows, make_turn_columns
 from grpo_core.monitor.progress import progress_bar
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.random_keys import make_key
@@ -273,12 +274,14 @@ def _answer_batch(
     settings: SamplingParams,
     first_sample: int,
 ) -> list[Row]:
-    rollouts = opened.sampler.generate(tasks, count, settings=settings)
+    rollouts, turns = sample_turns(opened.sampler, opened.environments, tasks, count, settings=settings)
     scores = score(rewards, tasks, rollouts.completions, count)
+    if opened.environments is not None:
+        scores = opened.environments.add_to_scores(scores, turns)
     by_name = {name: values.flatten().tolist() for name, values in scores.by_name.items()}
     columns = {column: [x == 1.0 for x in by_name.pop(name)] for column, name in MARKS.items() if name in by_name}
     columns["rewards"] = [{name: values[i] for name, values in by_name.items()} for i in range(len(rollouts))]
-    return completion_rows(tasks, rollouts, columns, first_sample=first_sample)
+    return completion_rows(tasks, rollouts, columns | make_turn_columns(turns), first_sample=first_sample)
 
 
 def compute_figures(rows: Sequence[Row], samples: int, answer_of: Callable | None) -> Figures:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from grpo_core.data.encoding import encode_prompts
 from grpo_core.data.forms import recognise
 from grpo_core.data.prompts import find_surrogate, render_chat
 from grpo_core.distributed import ranks
+from grpo_core.environments.setup import Environments, make_environments
 from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.loading import check_vocabulary, describe_missing_folder, load_model_config, load_tokenizer_of
 from grpo_core.model.policy import Policy, load_policy
@@ -48,6 +50,11 @@ class OpenedPolicy:
     tokenizer: PreTrainedTokenizerBase
     sampler: Sampler
     steps: int | None = None  # taken before the checkpoint that was opened; None for the end of a run, or no run
+
+    @cached_property
+    def environments(self) -> Environments | None:
+        """The environments or tools of the run, whose process starts when they are first asked for."""
+        return make_environments(self.config, self.sampler)
 
     @property
     def has_adapter(self) -> bool:

@@ -18,6 +18,7 @@ from grpo_core.commands.open_policy import OpenedPolicy, open_source
 from grpo_core.counts import quantify
 from grpo_core.data.encoding import encode_prompts
 from grpo_core.data.prompts import list_template_fields, render_prompt
+from grpo_core.environments.driver import PlayedCompletion
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.random_keys import make_key
@@ -161,8 +162,14 @@ def _parse_temperature(value: str) -> float:
 def answer_question(opened: OpenedPolicy, rewards: Sequence[Reward], question: str, settings: AnswerSettings) -> None:
     """Print the answers with their lengths and rewards: one answer while it is sampled, several in columns."""
     task = make_task(opened, question, settings)
+    turns: list[PlayedCompletion] = []
     with opened.policy.reference() if settings.base else nullcontext():
-        if settings.samples == 1:
+        if opened.environments is not None:
+            with show_elapsed("sampling"):
+                rollouts, turns = opened.environments.generate([task], settings.samples, settings=settings.sampling)
+            if settings.samples == 1:
+                print(printable(rollouts.completions[0]))
+        elif settings.samples == 1:
             printer = TokenPrinter(opened.tokenizer, opened.sampler.eos_ids)
             rollouts = opened.sampler.generate([task], 1, settings=settings.sampling, watch=printer)
             print(printer.rest())
@@ -171,7 +178,11 @@ def answer_question(opened: OpenedPolicy, rewards: Sequence[Reward], question: s
                 rollouts = opened.sampler.generate([task], settings.samples, settings=settings.sampling)
     reward_notes = describe_rewards(rewards, task, rollouts.completions, settings.samples)
     notes = [
-        [f"{quantify(length, 'token')}{', truncated' if truncated else ''}", *reward_notes[i]]
+        [
+            f"{quantify(length, 'token')}{', truncated' if truncated else ''}",
+            *(describe_turns(turns[i]) if turns else []),
+            *reward_notes[i],
+        ]
         for i, (length, truncated) in enumerate(
             zip(rollouts.lengths().tolist(), rollouts.truncated.tolist(), strict=True)
         )
@@ -180,6 +191,15 @@ def answer_question(opened: OpenedPolicy, rewards: Sequence[Reward], question: s
         print(f"[{'; '.join(notes[0])}]")
     else:
         print(format_columns(rollouts.completions, notes, shutil.get_terminal_size((110, 24)).columns))
+
+
+def describe_turns(played: PlayedCompletion) -> list[str]:
+    """Return the number of turns and calls of a completion, its environment's reward, and why it failed, as notes."""
+    notes = [quantify(len(played.turns), "turn")]
+    notes += [quantify(played.calls, "tool call")] if played.calls else []
+    rewards = [turn.reward for turn in played.turns if turn.reward is not None]
+    notes += [f"environment {sum(rewards):.4g}"] if rewards else []
+    return notes + ([f"the environment {played.failure}"] if played.failure else [])
 
 
 def make_task(opened: OpenedPolicy, question: str, settings: AnswerSettings) -> Task:

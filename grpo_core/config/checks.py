@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from grpo_core.batch import SamplingParams, describe_temperature
+from grpo_core.config.environment_checks import check_environment
 from grpo_core.config.function_checks import check_functions
 from grpo_core.config.lora_checks import check_lora
 from grpo_core.config.rope_checks import check_rope
@@ -42,6 +43,7 @@ def check(config: RunConfig) -> None:
     with torch.device("cpu"):  # whatever torch's default device is: the batches of two are made here
         check_functions(config)
     check_sources(config)
+    check_environment(config)
     _check_rewards(config)
     _check_numbers(config)
     check_lora(config.lora)
@@ -69,7 +71,7 @@ NOT_EMPTY = (  # an empty one would mean the shell's folder, or would be taken f
     *("model.path", "data.path", "data.subset", "data.split", "data.eval_path", "data.eval_split"),
     *("model.revision", "data.chat_template"),
     *("teacher.path", "teacher.adapter", "teacher.prompt", "lora.path"),
-    *("output_dir", "sft.output"),
+    *("output_dir", "sft.output", "environment.name", "tool_parser"),
 )
 
 # arguments of apply_chat_template that are no variables of the template
@@ -129,14 +131,15 @@ def _check_rewards(config: RunConfig) -> None:
         raise ConfigError(
             f"evaluation.reward is {config.evaluation.reward!r}, which reads the other rewards; an evaluation has none"
         )
-    is_taught = config.teacher.trains or asks_for_teacher(config)
+    is_taught = config.teacher.trains or asks_for_teacher(config) or config.environment.gives_reward
     lists = {"rewards": config.rewards}
     lists |= {f"data.sources[{i}].rewards": x.rewards for i, x in enumerate(config.data.sources) if x.rewards}
     names = {reward.name for rewards in lists.values() for reward in rewards}
     for key, rewards in lists.items():
         _check_functions(config, key, rewards)
         if len({reward.name for reward in rewards}) < len(rewards) or not (rewards or is_taught):
-            hint = "" if rewards else f"; only with a teacher there may be none: {HOW_TO_SET}"
+            hint = "; only with a teacher or an environment that gives rewards there may be none: "
+            hint = "" if rewards else f"{hint}{HOW_TO_SET}, or environment.name"
             raise ConfigError(f"{key} must name at least one reward, and none of them twice{hint}")
         for i, reward in enumerate(rewards):
             for suffix in ("_std", "_square"):  # of metrics of the other reward
@@ -247,6 +250,7 @@ MINIMUMS = {  # smallest value -> keys; null, auto and epoch pass where a key al
         *("trainer.num_steps", "trainer.tokens_per_micro_batch", "sampling.max_new_tokens", "sampling.rows_at_once"),
         *("data.max_prompt_tokens", "data.limit", "data.curriculum.rest_epochs"),
         *("evaluation.batch_size", "checkpoint.keep"),
+        *("environment.max_turns", "environment.max_turn_tokens", "environment.max_answer_tokens"),
         *("log.every", "log.exact_kl_tokens"),
     ),
     0: (
@@ -290,7 +294,7 @@ def _check_numbers(config: RunConfig) -> None:
         raise ConfigError(f"data.max_unjudged is {config.data.max_unjudged}; it is a share, from 0 to 1")
     if not 0 <= config.lora.dropout < 1:
         raise ConfigError(f"lora.dropout is {config.lora.dropout}; it must be at least 0 and below 1")
-    for key in ("trainer.reward_timeout", "trainer.epochs", "lora.alpha"):
+    for key in ("trainer.reward_timeout", "environment.timeout", "trainer.epochs", "lora.alpha"):
         if not attrgetter(key)(config) > 0:
             raise ConfigError(f"{key} is {attrgetter(key)(config)}; it must be above 0")
     _check_optimizer(config)

@@ -20,6 +20,7 @@ FUNCTIONS = (  # file.py:function
     *(("loss", "name"), ("loss", "kl"), ("loss", "average"), ("loss", "rollout_correction", "name")),
     ("loss", "rejection", "name"),
     *(("advantage", "name"), ("truncation", "name"), ("evaluation", "reward")),
+    *(("environment", "name"), ("tool_parser",)),
 )
 
 
@@ -36,6 +37,9 @@ def resolve_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         rewards = [rewards]
     if isinstance(rewards, list):
         data = {**data, "rewards": [_resolve_reward(reward, folder) for reward in rewards]}
+    if isinstance(data.get("tools"), list):
+        tools = [resolve_function(name, folder) if isinstance(name, str) else name for name in data["tools"]]
+        data = {**data, "tools": tools}
     section = data.get("data")
     if isinstance(section, dict) and isinstance(section.get("sources"), list):
         data = {**data, "data": {**section, "sources": [_resolve_source(x, folder) for x in section["sources"]]}}

@@ -157,6 +157,27 @@ class FunctionConfig:
     args: dict[str, Any] = field(default_factory=dict)
 
 
+ENVIRONMENT_REWARD = "environment"  # name of the reward that is the sum of an environment's rewards of turns
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """The environment that answers the policy between its turns; the limits also hold for tools."""
+
+    name: str | None = None  # my_env.py:MyEnvironment, a class; null: a completion is one turn, unless there are tools
+    args: dict[str, Any] = field(default_factory=dict)
+    max_turns: int = 8  # of the policy in a completion; the last one gets no answer
+    max_turn_tokens: int | None = None  # that the policy draws in one turn; null: as many as are left
+    max_answer_tokens: int | None = None  # of an answer's text, which is cut to that; null: as many as are left
+    timeout: float = 30.0  # seconds for one step of a completion's environment, or for the tool calls of a turn
+    reward_weight: float = 1.0  # of the sum of the turns' rewards in the reward; 0: they are logged only
+
+    @property
+    def gives_reward(self) -> bool:
+        """Return whether there is an environment whose rewards are trained."""
+        return self.name is not None and self.reward_weight != 0
+
+
 @dataclass(frozen=True)
 class AdvantageConfig:
     """The advantage function."""
@@ -360,6 +381,9 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    tools: list[str] = field(default_factory=list)  # functions that the policy may call: my_tools.py:search
+    tool_parser: str | None = None  # my_parser.py:parse, which reads calls in a turn; null: as the chat template has it
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig("correct_answer")])
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     truncation: FunctionConfig = field(default_factory=lambda: FunctionConfig("keep"))
@@ -394,14 +418,22 @@ class RunConfig:
     def all_rewards(self) -> list[RewardConfig]:
         """Return the rewards of all sources, each name once: those of the run, where a source uses them, come first.
 
-        Of several weights of a name the first that is not 0 counts.
+        Of several weights of a name the first that is not 0 counts. The last is the reward of the environment, if any.
         """
         sources, by_name = self.data.sources, dict[str, RewardConfig]()
         shared = self.rewards if not all(source.rewards for source in sources) or not sources else []
         for reward in [*shared, *(reward for source in sources for reward in source.rewards)]:
             if reward.name not in by_name or not by_name[reward.name].weight:
                 by_name[reward.name] = reward
-        return [*by_name.values()]
+        environment = (
+            [RewardConfig(ENVIRONMENT_REWARD, self.environment.reward_weight)] if self.environment.name else []
+        )
+        return [*by_name.values(), *environment]
+
+    @property
+    def has_turns(self) -> bool:
+        """Return whether completions have several turns."""
+        return self.environment.name is not None or bool(self.tools)
 
     def of_source(self, name: str) -> RunConfig:
         """Return the configuration of a run whose only data is the source `name`; without sources it is this one."""

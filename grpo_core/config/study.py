@@ -222,6 +222,8 @@ def describe_behaviour(config: RunConfig) -> Any:
     for section, registry in REGISTRIES.items():
         named = get_in(data, section)
         for entry in named if isinstance(named, list) else [named]:
+            if entry["name"] is None:  # no environment
+                continue
             function = registry.get(entry["name"])
             defaults = {name: parameter.default for name, parameter in keyword_arguments(function).items()}
             entry |= {"name": inspect.unwrap(function), "args": defaults | entry["args"]}

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from grpo_core.config.environment_functions import ENVIRONMENTS
 from grpo_core.config.sections import RunConfig
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
@@ -39,6 +40,7 @@ REGISTRIES = {  # section with `name` and `args` -> the registry of its function
     "advantage": ADVANTAGES,
     "truncation": TRUNCATIONS,
     "rewards": REWARDS,
+    "environment": ENVIRONMENTS,
 }
 
 

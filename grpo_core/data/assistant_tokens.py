@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.config.sections import DataConfig
-from grpo_core.data.encoding import apply_chat_template, encode_continuations, encode_prompts
+from grpo_core.data.encoding import apply_chat_template, encode_continuations, encode_prompts, get_tools
 from grpo_core.data.messages import BadRow, Message, add_system_turn
 from grpo_core.schema import summarize_error
 
@@ -62,6 +62,7 @@ def _read_marks(
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
+        **get_tools(tokenizer),
         **config.chat_template_kwargs,
     )
     ids, marks = list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]

@@ -13,6 +13,7 @@ from grpo_core.config.sections import DataConfig
 from grpo_core.counts import quantify
 
 PROBE = "a"  # a text that every tokenizer can encode
+TOOLS_ATTRIBUTE = "offered_tools"  # of a tokenizer
 REPLY = "reply"  # a turn of the assistant, of which the end is looked for
 ANCHORS = ("\n", "a", "=", "1", ".")  # texts in front of a target, one of which does not merge with its beginning
 
@@ -46,13 +47,25 @@ def apply_chat_template(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
 ) -> str:
-    """Return a chat in the tokenizer's chat template with the variables of data.chat_template_kwargs.
+    """Return a chat in the tokenizer's chat template with the variables of data.chat_template_kwargs and the tools.
 
     With `continue_final_message` it ends with the text of the last message.
     """
-    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     options |= {"continue_final_message": True} if continue_final_message else {}
+    options |= get_tools(tokenizer)
     return tokenizer.apply_chat_template(list(messages), **options, **config.chat_template_kwargs)
+
+
+def offer_tools(tokenizer: PreTrainedTokenizerBase, schemas: Sequence[Mapping[str, Any]]) -> None:
+    """Let the chat template describe tools in every prompt, by their JSON schemas; it belongs to the tokenizer, too."""
+    setattr(tokenizer, TOOLS_ATTRIBUTE, list(schemas))
+
+
+def get_tools(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the argument `tools` of a chat template, if there are tools."""
+    schemas = getattr(tokenizer, TOOLS_ATTRIBUTE, None)
+    return {"tools": schemas} if schemas else {}
 
 
 def find_turn_end(tokenizer: PreTrainedTokenizerBase, config: DataConfig, eos_ids: Collection[int]) -> int | None:

@@ -96,4 +96,12 @@ def find_offered_tasks(config: RunConfig) -> Tasks | None:
 def _source(config: RunConfig) -> tuple:
     evaluation = config.evaluation
     model = config.model
-    return config.data, evaluation.num_tasks, evaluation.sets, model.path, model.revision, model.trust_remote_code
+    return (
+        config.data,
+        config.tools,
+        evaluation.num_tasks,
+        evaluation.sets,
+        model.path,
+        model.revision,
+        model.trust_remote_code,
+    )

@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 from grpo_core.config.sections import ModelConfig, RunConfig
 from grpo_core.config.shipped import describe_run
 from grpo_core.counts import quantify
+from grpo_core.data.tool_schemas import offer_tools_of
 from grpo_core.model.rope import override_rope
 from grpo_core.model.rotation import find_rotations
 from grpo_core.schema import ConfigError, first_line, list_known
@@ -63,18 +64,19 @@ def describe_missing_folder(path: str) -> str | None:
 
 
 def load_tokenizer_of(config: RunConfig, path: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a run, with the chat template of data.chat_template if there is one.
+    """Load the tokenizer of a run, with the chat template of data.chat_template and the tools, if there are any.
 
     `path` is another place of the tokenizer than model.path, such as the folder of an adapter.
 
     Raises:
-        ConfigError: it cannot be loaded.
+        ConfigError: it cannot be loaded, or cannot describe the tools.
     """
     model = config.model
     revision = model.revision if path in (None, model.path) else None
     tokenizer = load_tokenizer(path or model.path, model.trust_remote_code, revision)
     if config.data.chat_template is not None:
         tokenizer.chat_template = config.data.chat_template
+    offer_tools_of(config, tokenizer)
     return tokenizer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from grpo_core.batch import Rollouts, Task
@@ -25,6 +26,22 @@ def completion_keys(tasks: Sequence[Task], group_size: int, first_sample: int | 
         for task in tasks
         for sample in samples
     ]
+
+
+def make_turn_columns(turns: Sequence[Any]) -> dict[str, list[Any]]:
+    """Return the columns that records of turns add to the rows of completions, one value per completion each.
+
+    `turns` are those of environments/driver.py; without any there are no columns. `environment_failure` says why the
+    environment failed, as a verb phrase, or is null.
+    """
+    if not turns:
+        return {}
+    return {
+        "turns": [[asdict(turn) for turn in completion.turns] for completion in turns],
+        "tool_calls": [completion.calls for completion in turns],
+        "given_tokens": [completion.given_tokens for completion in turns],
+        "environment_failure": [completion.failure for completion in turns],
+    }
 
 
 def completion_rows(

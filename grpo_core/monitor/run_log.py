@@ -26,7 +26,7 @@ from grpo_core.counts import format_fixed, quantify
 from grpo_core.distributed import ranks, watchdog
 from grpo_core.monitor import run_lock
 from grpo_core.monitor.aggregates import Stats
-from grpo_core.monitor.completion_rows import completion_rows
+from grpo_core.monitor.completion_rows import completion_rows, make_turn_columns
 from grpo_core.monitor.progress import LOG_DELAY, keep_refreshing
 from grpo_core.monitor.source_stats import add_source_stats
 from grpo_core.monitor.trackers import Trackers
@@ -265,6 +265,7 @@ def find_user_files(config: RunConfig) -> set[str]:
     loss = config.loss
     names = [loss.name, loss.average, loss.kl, loss.rollout_correction.name, loss.rejection.name, config.advantage.name]
     names += [config.truncation.name, config.evaluation.reward, *(reward.name for reward in config.rewards)]
+    names += [config.environment.name or "", config.tool_parser or "", *config.tools]
     for source in config.data.sources:
         names += [source.eval_reward or "", *(reward.name for reward in source.rewards)]
     return {name.rpartition(":")[0] for name in names if ".py:" in name}
@@ -284,6 +285,23 @@ def add_rollout_stats(stats: Stats, rollouts: Rollouts, scores: Scores, advantag
     stats.add_max("length_max", lengths)
     stats.add_mean("truncated", rollouts.truncated)
     stats.add_total("tokens", lengths.sum())
+    if scores.turns:
+        _add_turn_stats(stats, scores.turns)
+
+
+def _add_turn_stats(stats: Stats, turns: Sequence[Any]) -> None:
+    """Add the metrics of completions of several turns (environments/driver.py)."""
+    values = {
+        "turns": [len(completion.turns) for completion in turns],
+        "given_tokens": [completion.given_tokens for completion in turns],
+        "tool_calls": [completion.calls for completion in turns],
+        "tool_errors": [completion.errors for completion in turns],
+        "cut_answers": [completion.cut_answers for completion in turns],
+        "answers_without_room": [completion.lacks_room for completion in turns],
+        "environment_failures": [completion.failure is not None for completion in turns],
+    }
+    for name, numbers in values.items():
+        stats.add_mean(name, torch.tensor(numbers, dtype=torch.float32, device="cpu"))
 
 
 def describe_evaluation(result: dict[str, float]) -> str:
@@ -314,7 +332,7 @@ def _completion_columns(scores: Scores, shaped: Tensor | None, advantages: Tenso
     }
     if shaped is not None:
         columns["shaped_reward"] = shaped.flatten().tolist()
-    return columns | {"advantage": advantages.flatten().tolist()}
+    return columns | {"advantage": advantages.flatten().tolist()} | make_turn_columns(scores.turns)
 
 
 def _format_step(row: dict[str, float], rewards: list[str]) -> str:

@@ -46,6 +46,7 @@ class Scores:
     failures: tuple[str, ...] = ()  # one sentence for each reward that failed
     # [N, G, T] the parts of `rewards` that came with each turn, weighted; NaN where a completion has no such turn
     turn_rewards: Tensor | None = None
+    turns: tuple[Any, ...] = ()  # B records of turns (environments/driver.py); () where a completion is one turn
 
 
 def build_reward(name: str, args: dict[str, Any] | None = None, *, timeout: float) -> Callable | RunningReward:

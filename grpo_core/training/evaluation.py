@@ -12,7 +12,8 @@ from grpo_core.batch import SamplingParams, Task
 from grpo_core.counts import quantify
 from grpo_core.data.eval_sets import group_by_set
 from grpo_core.distributed import ranks
-from grpo_core.monitor.completion_rows import completion_rows
+from grpo_core.environments.setup import Environments, sample_turns
+from grpo_core.monitor.completion_rows import completion_rows, make_turn_columns
 from grpo_core.monitor.progress import progress_bar
 from grpo_core.random_keys import Key, make_key
 from grpo_core.report.eval_sets import merge_sets
@@ -33,6 +34,7 @@ def evaluate(
     batch_size: int,
     settings: SamplingParams = GREEDY,
     num_rows: int = 0,
+    environments: Environments | None = None,
     warn: Callable[[Sequence[str]], object] = list,  # receives the reasons why the reward failed; called on every rank
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Sample one completion per task and measure the accuracy over all ranks; a reward of 1.0 counts as correct.
@@ -50,32 +52,29 @@ def evaluate(
     with progress_bar(len(tasks), f"evaluating{f' {name}' if name else ''}", "task") as progress:
         for start in range(0, len(mine), batch_size):
             indices, part = zip(*mine[start : start + batch_size], strict=True)
-            rollouts = sampler.generate(part, 1, settings=settings)
+            rollouts, turns = sample_turns(sampler, environments, part, 1, settings=settings)
             scores = score([Reward(REWARD_NAME, 1.0, reward)], part, rollouts.completions, 1)
-            failures += scores.failures
+            failures += [*scores.failures, *(environments.list_problems(turns) if environments else ())]
             correct = scores.rewards.flatten() == 1.0
             counts += torch.stack([correct.sum(), scores.failed[REWARD_NAME].sum()])
-            part_rows = completion_rows(part, rollouts, {"correct": correct.tolist()}, first_sample=None)
+            columns = {"correct": correct.tolist(), **make_turn_columns(turns)}
+            part_rows = completion_rows(part, rollouts, columns, first_sample=None)
             rows += [(i, row) for i, row in zip(indices, part_rows, strict=True) if i < num_rows]
             seen = min(start + batch_size, len(mine))
             progress.update(len(tasks) * seen // len(mine) - progress.count)  # as if the other ranks were as fast
     warn(failures)
     right, failed = map(int, ranks.all_sum(counts).tolist())
-    low, high = wilson_interval(right, len(tasks))
+    all_rows = sorted((row for part in ranks.gather(rows) for row in part), key=lambda pair: pair[0])
+    return _summarise(right, failed, len(tasks), settings), [row for _, row in all_rows]
+
+
+def _summarise(right: int, failed: int, count: int, settings: SamplingParams) -> dict[str, float]:
+    low, high = wilson_interval(right, count)
     sampling = {}
     if not settings.greedy:
         sampling = {k: v for k, v in asdict(settings).items() if v is not None and k != "greedy"}
-    result = {
-        "accuracy": right / len(tasks),
-        "correct": right,
-        "n": len(tasks),
-        "ci_low": low,
-        "ci_high": high,
-        "failed": failed,
-        **sampling,
-    }
-    all_rows = sorted((row for part in ranks.gather(rows) for row in part), key=lambda pair: pair[0])
-    return result, [row for _, row in all_rows]
+    numbers = {"accuracy": right / count, "correct": right, "n": count, "ci_low": low, "ci_high": high}
+    return {**numbers, "failed": failed, **sampling}
 
 
 def _make_task_key(task: Task) -> Key:
@@ -101,6 +100,7 @@ def evaluate_now(run: Run, steps_taken: int) -> str | None:
                 batch_size=config.batch_size,
                 settings=settings,
                 num_rows=run.config.log.evaluation_completions,
+                environments=run.environments,
                 warn=run.log.warn,
             )
             results[name] |= run.held_out(tasks)

@@ -57,6 +57,8 @@ def close_at_end(run: Run) -> Iterator[None]:
         run.log.close()
         functions = [*(reward.function for reward in run.rewards), run.eval_reward, *run.eval_rewards.values()]
         close_rewards({id(function): function for function in functions}.values())
+        if run.environments is not None:
+            run.environments.close()
         watchdog.stop()
         gc.unfreeze()
 

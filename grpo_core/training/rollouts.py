@@ -7,6 +7,7 @@ and takes part in no collective while it does, so ranks may need different numbe
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from grpo_core.batch import PADDING, Frozen, Rollouts, Task, replace_rows, take
 from grpo_core.distributed import ranks
+from grpo_core.environments.setup import sample_turns
 from grpo_core.model.packing import Budget
 from grpo_core.model.policy import Policy
 from grpo_core.monitor.aggregates import Stats
@@ -194,9 +196,12 @@ def _sample_and_score(run: Run, tasks: list[Task]) -> tuple[Rollouts, Scores]:
     group_size = run.config.sampling.group_size
     with run.log.phase("sample"):
         on_group = ask_ahead(run.rewards, tasks)  # finished groups are judged while others still decode
-        rollouts = run.sampler.generate(tasks, group_size, **({"on_group": on_group} if on_group else {}))
+        options = {"on_group": on_group} if on_group else {}
+        rollouts, turns = sample_turns(run.sampler, run.environments, tasks, group_size, records=True, **options)
     with run.log.phase("reward"):
         scores = score_by_source(run.rewards, tasks, rollouts.completions, group_size)
+        if run.environments is not None:
+            scores = run.environments.add_to_scores(scores, turns)
     note_outcomes(run, tasks, scores)
     return rollouts, scores
 
@@ -235,7 +240,17 @@ def _replace_scores(scores: Scores, groups: Tensor, others: Scores) -> Scores:
         failed={name: put(failed, others.failed[name]) for name, failed in scores.failed.items()},
         failures=(*scores.failures, *others.failures),
         turn_rewards=_replace_turns(scores.turn_rewards, groups, others.turn_rewards),
+        turns=_replace_records(scores, groups, others),
     )
+
+
+def _replace_records(scores: Scores, groups: Tensor, others: Scores) -> tuple[Any, ...]:
+    if not scores.turns:
+        return ()
+    turns, size = list(scores.turns), scores.rewards.shape[1]
+    for i, group in enumerate(groups.tolist()):
+        turns[group * size : (group + 1) * size] = others.turns[i * size : (i + 1) * size]
+    return tuple(turns)
 
 
 def _replace_turns(turn_rewards: Tensor | None, groups: Tensor, others: Tensor | None) -> Tensor | None:

@@ -43,6 +43,7 @@ class Run:
     pass_rates: PassRates | None = None  # of the training tasks; None: no reward says which completions are right
     eval_rewards: Mapping[str, Any] = field(default_factory=dict)  # those of sources with their own, by evaluation set
     teacher: Any = None  # Teacher, or None
+    environments: Any = None  # Environments, or None where a completion is one turn
     job: str = "train"  # the command: train or sft
     # further numbers of an evaluation of these tasks; a collective
     held_out: Callable[[list[Task]], dict[str, float]] = field(default=lambda tasks: {})

@@ -18,6 +18,7 @@ from grpo_core.data.pass_rates import PassRates
 from grpo_core.data.stream import TaskStream
 from grpo_core.data.tasks_on_disk import TasksOnDisk, prompt_lengths
 from grpo_core.distributed import ranks
+from grpo_core.environments.setup import make_environments
 from grpo_core.model.lora_targets import describe_frozen_experts
 from grpo_core.model.memory import Taught, find_budgets
 from grpo_core.model.policy import Policy, load_policy
@@ -148,6 +149,8 @@ def assemble(
     rows = trainer.completions_per_step // world_size // trainer.num_minibatches
     taught = None if teacher is None else Taught(teacher, find_longest_teacher_prompt(tasks))
     rewards = make_rewards(config, start.folder)  # before the budgets: a reward model takes memory
+    sampler = make_sampler(config.sampling, policy, tokenizer, log.info, records_routing=True)
+    options = {"folder": start.folder, "rank": ranks.rank(), "warn": log.info}
     return Run(
         config=config,
         folder=start.folder,
@@ -158,7 +161,7 @@ def assemble(
         tasks=stream,
         eval_tasks=prepared.eval_tasks,
         policy=policy,
-        sampler=make_sampler(config.sampling, policy, tokenizer, log.info, records_routing=True),
+        sampler=sampler,
         engine=engine,
         rewards=rewards,
         eval_reward=next(iter(eval_rewards.values())),
@@ -168,6 +171,7 @@ def assemble(
         log=log,
         pass_rates=rates,
         teacher=teacher,
+        environments=make_environments(config, sampler, **options) if longest_completion is None else None,
     )
 
 
