@@ -36,7 +36,7 @@ from grpo_core.training.deepspeed_config import deepspeed_config
 from grpo_core.training.difficulty import make_pass_rates
 from grpo_core.training.prepare import Prepared, check_routing, make_rewards, make_sampler, prepare, prepare_teacher
 from grpo_core.training.resume import RunStart, check_num_steps, look_up_start
-from grpo_core.training.run_dir import describe_unwritable, holds_run
+from grpo_core.training.run_dir import describe_later, describe_unwritable, holds_run
 from grpo_core.training.setup import count_steps, find_longest_teacher_prompt, make_stream
 
 MAX_SHOWN_CHARACTERS = 400  # of each completion
@@ -123,7 +123,11 @@ def _describe_start(start: RunStart | None, num_steps: int) -> list[str]:
     if not left:
         return [f"resumed from {start.checkpoint} after {taken}: there are no more to take"]
     more = "step is" if left == 1 else "steps are"
-    return [f"resumed from {start.checkpoint} after {taken}: {left:,} {more} left"]
+    lines = [f"resumed from {start.checkpoint} after {taken}: {left:,} {more} left"]
+    if start.goes_back:
+        later = [*describe_later(start.folder, start.step), "rows, saved batches and answers of a judge"]
+        lines.append(f"what the run has written after these would be discarded: {', '.join(later)}")
+    return lines
 
 
 def _of_step(step: int) -> str:

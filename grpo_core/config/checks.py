@@ -16,6 +16,7 @@ import torch
 from grpo_core.batch import SamplingParams, describe_temperature
 from grpo_core.config.function_checks import check_functions
 from grpo_core.config.lora_checks import check_lora
+from grpo_core.config.paths import split_resume
 from grpo_core.config.rope_checks import check_rope
 from grpo_core.config.sections import RewardConfig, RunConfig
 from grpo_core.config.source_checks import SET_NAME, check_sources
@@ -61,8 +62,13 @@ def check(config: RunConfig) -> None:
         raise ConfigError(f"name is {config.name!r}; it must be the name of one folder, which is created in output_dir")
     if config.resume is not None and config.overwrite:
         raise ConfigError(f"resume is {config.resume!r} and overwrite is true; a run is continued or removed, not both")
-    if config.resume not in (None, "auto", "force") and not (Path(config.resume) / "config.yaml").exists():
-        raise ConfigError(f"resume is {config.resume!r}; it must be auto, force, null, or the folder of a run")
+    if config.resume not in (None, "auto", "force") and split_resume(config.resume) is None:
+        known = sorted(path.name for path in Path(config.resume).parent.glob("step-*"))
+        others = f", of which {Path(config.resume).parent} holds {', '.join(known)}" if known else ""
+        raise ConfigError(
+            f"resume is {config.resume!r}; it must be auto, force, null, or the folder of a run or of one of its "
+            f"checkpoints{others}"
+        )
 
 
 NOT_EMPTY = (  # an empty one would mean the shell's folder, or would be taken for another key's value

@@ -352,7 +352,9 @@ class RunConfig:
     output_dir: str = "runs"
     seed: int = 0
     alerts: Literal["warn", "stop"] = "warn"  # what to do when a metric shows a problem; stop: end the run
-    resume: str | None = None  # auto: continue this run from its newest checkpoint; force; or a run folder
+    resume: str | None = (
+        None  # auto: continue this run from its newest checkpoint; force; a run's folder or a checkpoint's
+    )
     overwrite: bool = False  # true: replace an existing run of this name; false: refuse to start
     preset: str | None = None  # a published objective by name; keys of the file override it
     model: ModelConfig = field(default_factory=ModelConfig)
