@@ -22,6 +22,7 @@ from grpo_core.config.sections import RewardConfig, RunConfig
 from grpo_core.config.source_checks import SET_NAME, check_sources
 from grpo_core.config.teacher_checks import HOW_TO_SET, asks_for_teacher, check_teacher
 from grpo_core.objective.advantages import ADVANTAGES
+from grpo_core.objective.reward_labels import find_label
 from grpo_core.objective.rewards import REWARDS, reads_other_rewards
 from grpo_core.objective.truncation import TRUNCATIONS
 from grpo_core.registry import get_fact
@@ -138,17 +139,18 @@ def _check_rewards(config: RunConfig) -> None:
     is_taught = config.teacher.trains or asks_for_teacher(config)
     lists = {"rewards": config.rewards}
     lists |= {f"data.sources[{i}].rewards": x.rewards for i, x in enumerate(config.data.sources) if x.rewards}
-    names = {reward.name for rewards in lists.values() for reward in rewards}
+    names = {config.label_reward(reward.name) for rewards in lists.values() for reward in rewards}
     for key, rewards in lists.items():
         _check_functions(config, key, rewards)
         if len({reward.name for reward in rewards}) < len(rewards) or not (rewards or is_taught):
             hint = "" if rewards else f"; only with a teacher there may be none: {HOW_TO_SET}"
             raise ConfigError(f"{key} must name at least one reward, and none of them twice{hint}")
         for i, reward in enumerate(rewards):
+            label = config.label_reward(reward.name)
             for suffix in ("_std", "_square"):  # of metrics of the other reward
-                if (other := reward.name.removesuffix(suffix)) != reward.name and other in names:
+                if (other := label.removesuffix(suffix)) != label and other in names:
                     raise ConfigError(
-                        f"{key}[{i}].name is {reward.name!r}, but rewards/{reward.name} is a metric of the reward "
+                        f"{key}[{i}].name is {reward.name!r}, but rewards/{label} is a metric of the reward "
                         f"{other}; give one of the two functions another name"
                     )
         if all(reward.weight == 0 for reward in rewards) and not is_taught:
@@ -196,7 +198,7 @@ def _check_other_rewards(place: str, name: str, function: Callable, rewards: Seq
         raise ConfigError(f"{place} is {name}, which reads the values of other rewards, but there is none")
     argument = get_fact(function, "names_reward")
     wanted = argument and keyword_arguments(function)[argument].default
-    if argument and wanted not in readable:
+    if argument and find_label(wanted, readable) is None:
         raise ConfigError(
             f"{place}.args.{argument} is {wanted!r}; it must be another reward of the run: {', '.join(readable)}"
         )

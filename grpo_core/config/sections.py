@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from grpo_core.objective.reward_labels import label_rewards
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -403,6 +405,11 @@ class RunConfig:
             if reward.name not in by_name or not by_name[reward.name].weight:
                 by_name[reward.name] = reward
         return [*by_name.values()]
+
+    def label_reward(self, name: str) -> str:
+        """Return the name in metrics of a reward, by its name here."""
+        every = [*self.rewards, *(reward for source in self.data.sources for reward in source.rewards)]
+        return label_rewards(reward.name for reward in every).get(name, name)
 
     def of_source(self, name: str) -> RunConfig:
         """Return the configuration of a run whose only data is the source `name`; without sources it is this one."""

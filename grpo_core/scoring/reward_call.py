@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_core.counts import quantify
+from grpo_core.objective.reward_labels import OtherRewards
 from grpo_core.objective.rewards import OTHER_REWARDS, takes_groups
 from grpo_core.registry import get_fact
 from grpo_core.schema import keyword_arguments, summarize_error
@@ -112,7 +113,7 @@ def call_reward(function: Callable, completions: list[str], columns: dict[str, A
     own: dict[str, Any] = {}  # copies, which the reward may change
     for name, values in columns.items():
         if name == OTHER_REWARDS and name in parameters:
-            own[name] = {other: shape(numbers) for other, numbers in values.items()}
+            own[name] = OtherRewards({other: shape(numbers) for other, numbers in values.items()})
         elif (takes_all or name in parameters) and name not in configuration and name != OTHER_REWARDS:
             own[name] = [_copy(value) for value in (values[::group_size] if by_group else values)]
     if "completions" in parameters:

@@ -33,6 +33,7 @@ class Reward:
     function: Callable | RunningReward
     reads_others: bool = False  # called after the others, with their values (`rewards.reads_other_rewards`)
     sources: tuple[str, ...] = ()  # names of the sources whose completions it scores; (): all
+    configured: str | None = None  # its name in the configuration, if that is another
 
 
 @dataclass(frozen=True)

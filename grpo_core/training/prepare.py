@@ -296,6 +296,7 @@ def make_rewards(config: RunConfig, folder: Path | None = None) -> list[Reward]:
 
 def make_reward(config: RunConfig, reward: RewardConfig, sources: tuple[str, ...], folder: Path | None) -> Reward:
     """Return one reward for the completions of some sources, or of all; () are all."""
+    label = config.label_reward(reward.name)
     config = config.of_source(sources[0]) if sources else config
     if reward.name == REWARD_MODEL:
         function = load_reward_model(config, resolve_dtype(config.model.precision), ranks.device())
@@ -304,7 +305,7 @@ def make_reward(config: RunConfig, reward: RewardConfig, sources: tuple[str, ...
     else:
         function = build_reward(reward.name, reward.args, timeout=config.trainer.reward_timeout)
     reads_others = reads_other_rewards(REWARDS.get(reward.name))
-    return Reward(reward.name, reward.weight, function, reads_others=reads_others, sources=sources)
+    return Reward(label, reward.weight, function, reads_others, sources, configured=reward.name)
 
 
 def make_eval_rewards(config: RunConfig) -> dict[str, Callable | RunningReward]:
