@@ -22,6 +22,13 @@ TINY = ROOT / "configs" / "tiny.yaml"
 GSM8K = ROOT / "tests" / "fixtures" / "formats" / "gsm8k.jsonl"
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """The default configuration is configs/tiny.yaml."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.chdir(ROOT)
+
+
 @pytest.fixture
 def own(tmp_path):
     """The config.yaml of a run that was ended before its first checkpoint."""
@@ -56,7 +63,14 @@ def test_without_a_checkpoint_a_file_that_is_named_counts_and_a_sentence_says_so
 def test_a_name_without_a_run_says_with_which_file_it_is_started(tmp_path):
     for path in (None, TINY):
         config, notes = job(tmp_path, "name=new", "resume=auto", path=path, default=TINY)
-        assert config.seed == 0 and notes == [f"{tmp_path}/new holds no run to resume; it is started with {TINY}"]
+        assert config.seed == 0 and notes == [f"{tmp_path}/new holds no run to resume; it is started with configs/tiny.yaml"]
+
+
+def test_a_configuration_that_is_not_named_is_named_in_a_line(tmp_path):
+    for default, supervised in ((None, False), (ROOT / "configs" / "tiny_sft.yaml", True)):
+        _, notes = job(tmp_path, default=default, supervised=supervised)
+        assert notes == [f"no --config is given, so the configuration is {'configs/tiny_sft.yaml' if default else 'configs/tiny.yaml'}"]
+    assert job(tmp_path, path=TINY)[1] == []
 
 
 def test_other_data_of_a_run_without_a_checkpoint_is_recognised_and_the_same_is_not(own, tmp_path):

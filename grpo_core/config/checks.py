@@ -333,9 +333,9 @@ def _check_finite(value: Any, key: str) -> None:
 
 def _check_chat(config: RunConfig) -> None:
     """Refuse settings of the chat template that the prompt does not use, and those that are set elsewhere."""
-    data = config.data
+    data, uses_template = config.data, any(config.of_source(x).data.prompt == "chat" for x in config.source_names)
     for key in ("chat_template", "chat_template_kwargs"):
-        if getattr(data, key) and data.prompt != "chat":
+        if getattr(data, key) and not uses_template:
             raise ConfigError(
                 f"data.{key} is {str(getattr(data, key))[:60]!r}, but data.prompt is {data.prompt}, which uses no chat "
                 f"template; set data.prompt to chat"

@@ -132,7 +132,8 @@ class SourceConfig:
     eval_split: str | None = None  # both null: the built-in test split, or held-out rows of the source
     columns: dict[str, str] | None = None  # null: data.columns
     template: str | None = None  # null: data.template
-    system: str | None = None  # null: data.system
+    prompt: Literal["template", "chat"] | None = None  # null: data.prompt
+    system: str | None = None  # null: data.system; "": none
     rewards: list[RewardConfig] = field(default_factory=list)  # of its completions; []: the run's rewards
     eval_reward: str | None = None  # null: evaluation.reward
 
@@ -417,7 +418,7 @@ class RunConfig:
         if source is None:
             return self
         own = {key: getattr(source, key) for key in ("path", "args", "subset", "split", "eval_path", "eval_split")}
-        for key in ("limit", "columns", "template", "system"):
+        for key in ("limit", "columns", "template", "prompt", "system"):
             value = getattr(source, key)
             own[key] = getattr(self.data, key) if value is None else value
         evaluation = replace(self.evaluation, reward=source.eval_reward or self.evaluation.reward)

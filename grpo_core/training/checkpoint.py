@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.config.files import flatten
-from grpo_core.config.sections import RunConfig
+from grpo_core.config.sections import RunConfig, SourceConfig
 from grpo_core.counts import quantify
 from grpo_core.data.pass_rates import PREFIX
 from grpo_core.distributed import ranks
@@ -235,7 +235,8 @@ def _without_connections(config: dict[str, Any]) -> dict[str, Any]:
         ]
 
     data = config.get("data", {})
-    sources = [{**source, "rewards": strip(source.get("rewards", []))} for source in data.get("sources", [])]
+    newer = asdict(SourceConfig(path=""))  # a checkpoint may be older than a key
+    sources = [{**newer, **source, "rewards": strip(source.get("rewards", []))} for source in data.get("sources", [])]
     return {**config, "rewards": strip(config.get("rewards", [])), "data": {**data, "sources": sources}}
 
 

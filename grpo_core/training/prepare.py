@@ -147,10 +147,10 @@ def _check_readers_of_prompts(config: RunConfig, number: int, tasks: Sequence[Ta
     sources = config.data.sources
     if names and sources and not sources[number].rewards:
         sharing = [config.of_source(source.name).data for source in sources if not source.rewards]
-        if len({(data.template, data.system) for data in sharing}) > 1:
+        if len({(data.template, data.prompt, data.system) for data in sharing}) > 1:
             raise ConfigError(
-                f"the reward {names[0]} reads the prompts of several sources, whose template or system differs; name "
-                f"the rewards of each source in data.sources[{number}].rewards"
+                f"the reward {names[0]} reads the prompts of several sources, whose template, prompt or system differ; "
+                f"name the rewards of each source in data.sources[{number}].rewards"
             )
 
 
