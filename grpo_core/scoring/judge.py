@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_core.objective.rewards import REWARDS
-from grpo_core.schema import ConfigError, summarize_error
+from grpo_core.schema import ConfigError, show_value, summarize_error
 from grpo_core.scoring.chat_client import ChatClient, NoAnswer
 from grpo_core.scoring.event_loop import EventLoop
 from grpo_core.scoring.kept_answers import KeptAnswers, digest
@@ -377,5 +377,7 @@ def write_questions(
             parts = {"prompt": show_prompt(prompt, row), "completion": completion}
             questions.append(template.format(**{**row, **parts}))
         except Exception as error:  # the values of columns are of any type
-            questions.append(NoAnswer(f"cannot be asked, because its template cannot be filled in: {error!r}"))
+            questions.append(
+                NoAnswer(f"cannot be asked, because its template cannot be filled in: {show_value(error, 200)}")
+            )
     return questions

@@ -24,7 +24,7 @@ from typing import Any
 
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.registry import get_fact
-from grpo_core.schema import ConfigError, describe_exit, summarize_error
+from grpo_core.schema import ConfigError, describe_exit, first_line, summarize_error
 from grpo_core.scoring.reward_call import RewardOutcome, attempt, failed_outcome
 from grpo_core.scoring.supervise import interruptible, run_supervised
 
@@ -74,7 +74,7 @@ class RewardWorker:
         try:
             request = pickle.dumps((completions, columns, group_size))
         except Exception as error:
-            self._problem = f"cannot be sent its columns, which cannot be pickled: {error}"
+            self._problem = f"cannot be sent its columns, which cannot be pickled: {first_line(error)}"
             return
         if self.wait_until_ready():
             self._deadline = time.monotonic() + self.timeout
