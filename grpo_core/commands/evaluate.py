@@ -22,6 +22,7 @@ from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.eval_sets import describe_set, load_eval_sets
 from grpo_core.data.prompts import make_tasks
 from grpo_core.data.rows import describe_eval_source, load_rows, load_splits, name_split
+from grpo_core.data.trained_rows import warn_of_trained_rows
 from grpo_core.data.turns import describe_dropped_turns
 from grpo_core.distributed import ranks
 from grpo_core.monitor.completion_rows import completion_rows
@@ -188,6 +189,8 @@ def load_problems(
         data = os.path.expanduser(data)
         subset, args = (config.subset, config.args) if data == config.path else (None, {})
         rows, path = load_rows(data, subset, split, limit, args), data
+        if opened.folder and notes is not None and (warning := warn_of_trained_rows(opened.config, rows)):
+            notes.append(warning)
     elif name := _choose_set(opened.config, eval_set):
         rows = load_eval_sets(opened.config)[1][name]
         rows = rows.select(range(len(rows))[:limit])
