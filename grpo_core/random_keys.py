@@ -21,6 +21,7 @@ PURPOSES = {  # purpose -> the numbers that follow it in a key
     "evaluation_sets": "none: which held-out rows belong to which of evaluation.sets",
     "data_order": "seed, epoch, the source if it has a name",
     "sources": "seed, step: which prompts of a step are from which source",
+    "source_shares": "seed: how the shares of the sources are rounded to prompts, in all steps",
     "replacement": "seed, step, attempt, the source if it has a name: the prompts that replace tied ones",
     "target": "the task's own key: which template of sft.targets a row gets",
     "new_weights": "seed: the adapter, or a new model",

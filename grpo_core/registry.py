@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_core import moved, trl_names
-from grpo_core.schema import ConfigError, check_arguments, list_known, unwrap
+from grpo_core.schema import ConfigError, check_arguments, list_known, read_message, unwrap
 
 _folders: list[str] = []  # of users' files that were loaded
 _observers: list[Callable[[str], object]] = []  # called with the path of a user's file before it is imported
@@ -174,7 +174,11 @@ class Registry:
             raise ConfigError(f"{self.kind} {name!r}: {path} {error} while it was imported") from None
         except Exception as error:
             old_import = moved.describe_old_import(error)
-            reason = f"imports {old_import}" if old_import else f"cannot be loaded: {type(error).__name__}: {error}"
+            reason = (
+                f"imports {old_import}"
+                if old_import
+                else f"cannot be loaded: {type(error).__name__}: {read_message(error)}"
+            )
             raise ConfigError(f"{self.kind} {name!r}: {path} {reason}") from error
         if not callable(getattr(module, attribute, None)):
             noun = "class" if self.allows_classes else "function"

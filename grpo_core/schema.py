@@ -101,9 +101,25 @@ def describe_exit(code: int) -> str:
     return f"was ended by {names.get(-code, f'signal {-code}')}"
 
 
+def read_message(error: BaseException) -> str:
+    """Return the message of an exception, which may be a user's class; where it raises one itself, a remark on that."""
+    try:
+        return str(error)
+    except (Exception, SystemExit) as problem:
+        return f"its message cannot be read, because __str__ raises {type(problem).__name__}"
+
+
+def show_value(value: Any, limit: int = 40) -> str:
+    """Return the beginning of the `repr` of a value of any class, or its type if that raises an exception."""
+    try:
+        return repr(value)[:limit]
+    except (Exception, SystemExit):
+        return f"a {type(value).__name__} without a repr"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, with the next if it ends with a colon; or its type's name."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in read_message(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from test_loop import make_run
 
+from grpo_core.config.sections import RewardConfig, SourceConfig
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, run_dir
 
@@ -78,3 +79,20 @@ def test_only_what_changes_no_number_may_differ(two):
         checkpoint.read_meta(newest, other)
     meta, overridden = checkpoint.read_meta(newest, replace(other, resume="force"))
     assert meta["next_step"] == 2 and [key.split()[0] for key in overridden] == ["seed", "trainer.num_passes"]
+
+
+def test_a_judge_may_be_reached_in_another_way_and_is_the_same_judge(two):
+    run, config = two
+
+    def read(change, **args):
+        judge = RewardConfig("judge", args={"url": "http://a", "model": "m", **args})
+        source = SourceConfig(path="x.jsonl", name="x", rewards=[judge] if change == "source" else [])
+        data = replace(config.data, sources=[source])
+        return replace(config, data=data, rewards=[judge] if change == "run" else config.rewards)
+
+    for place in ("run", "source"):
+        assert checkpoint.save(replace(run, config=read(place)), 3, run.control)
+        newest = run.folder / "checkpoints" / "step-000003"
+        assert checkpoint.read_meta(newest, read(place, url="http://b", budget=9.0, retries=1))[1] == []
+        with pytest.raises(ConfigError, match="because the configuration differs: (rewards|data.sources) "):
+            checkpoint.read_meta(newest, read(place, model="other"))

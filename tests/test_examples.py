@@ -104,4 +104,4 @@ def test_a_run_trains_with_both(here, tmp_path):
     done = here("train", "--config", "configs/tiny.yaml", *given)
     assert done.returncode == 0, done.stderr
     (row,) = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
-    assert row["skipped"] == 0 and 0 <= row["rewards/examples/my_reward.py:close_answer"] <= 1
+    assert row["skipped"] == 0 and 0 <= row["rewards/my_reward.py:close_answer"] <= 1

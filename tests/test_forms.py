@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from test_run import SHORT, read
 
 from grpo_core import load_config, open_source
 from grpo_core.config import files
-from grpo_core.data.forms import FORMS, recognise
+from grpo_core.config.sections import RewardConfig
+from grpo_core.data.forms import FORMS, _describe_changes, recognise
 from grpo_core.data.prompts import make_tasks
 from grpo_core.data.rows import load_splits, peek_rows
+from grpo_core.data.tasks import read_tasks
 from grpo_core.model.loading import load_tokenizer
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.schema import ConfigError
@@ -43,6 +46,7 @@ EXPECTED = {
     "countdown": ("Countdown", {}, "chat", "Make {target} from the numbers {nums} with", "countdown"),
     "conversations": ("conversations", {}, "chat", "{messages}", "correct_answer"),
 }  # fmt: skip
+OF_TINY = "[{name: correct_answer, args: {strict: true}}, {name: has_think_tags, weight: 0.0}]"  # rewards of configs/tiny.yaml
 UNSCORED = ("trl_prompt", "trl_prompt_messages", "conversations_text")
 
 
@@ -50,7 +54,9 @@ HAS_MATH = importlib.util.find_spec("math_verify") is not None
 
 
 def can_run(reward):
-    return REWARDS.knows(reward) and (reward != "math_equal" or HAS_MATH)
+    """Whether the library of a reward is installed; a reward that is not registered is a fault."""
+    assert REWARDS.knows(reward), reward
+    return reward != "math_equal" or HAS_MATH
 
 
 @pytest.fixture
@@ -81,7 +87,7 @@ def test_a_form_brings_its_columns_prompt_and_rewards(name, has_math):
     keys, sentence = keys_of(name)
     assert (renamed(keys["data.columns"]), keys["data.prompt"], keys["rewards"], keys["evaluation.reward"]) == (columns, prompt, [reward], reward)
     assert keys["data.template"].startswith(template) and sentence.startswith(f"{fixture(name)} has the form of {form} (")
-    assert f"rewards [{reward}] (not [correct_answer, has_think_tags])" in sentence and "\n" not in sentence
+    assert f"rewards [{reward}] (not {OF_TINY})" in sentence and "\n" not in sentence
     if not can_run(reward):
         return
     notes = []
@@ -137,6 +143,17 @@ def test_a_word_for_one_column_is_laid_over_those_of_the_form():
     config = files.load(TINY, words, recognise=recognise)
     assert config.data.columns == {"answer": TRUTH, "source": "data_source"}
     assert [(reward.name, reward.weight) for reward in config.rewards] == [("correct_answer", 0.5)]
+
+
+def test_the_line_names_what_a_reward_loses_with_its_weight_and_arguments(tmp_path):
+    long = "my_rewards.py:" + "a" * 130
+    rewards = [{"name": "correct_answer", "weight": 0.5, "args": {"strict": True, "outside_thinking": True}}, "think_format", {"name": "combined", "weight": 0.0}]
+    (tmp_path / "mine.yaml").write_text(f"base: tiny\nrewards: {json.dumps(rewards)}\n")
+    sentence = keys_of("gsm8k", config=tmp_path / "mine.yaml")[1]
+    assert "rewards [correct_answer] (not [{name: correct_answer, weight: 0.5, args: {strict: true, outside_thinking: true}}, think_format, {name: combined, weight: 0.0}])" in sentence
+    config = files.load(TINY)
+    config = replace(config, rewards=[RewardConfig(long), RewardConfig("combined")])
+    assert f"(not [{long[:120]}..., combined])" in _describe_changes(config, {"rewards": ["think_format"]})
 
 
 def test_where_the_path_stands_in_a_file_the_files_own_keys_win(tmp_path):
@@ -231,20 +248,19 @@ def of_rows(tmp_path, row, *words, supervised=False):
     return recognise(loaded, {"data.path", *(word.split("=")[0] for word in words)}, supervised)[0]
 
 
-@pytest.mark.parametrize("prompt", ["prompt", "messages"])
-@pytest.mark.parametrize("last, answer, words, reward", [
-    ("The sum follows.", "5", (), "correct_answer"),
-    ("It is 5.", "5", (), "correct_answer"),
-    ("It is 5.", "B", (), None),
-    ("It is 5.", None, ("data.columns={answer: extra.gold}",), None),  # 'C'
-    ("The sum follows.", "B", ("data.columns={other: answer, answer: extra.number}",), "correct_answer"),
-    ("It is 5.", "B", ("data.columns={other: answer}",), "correct_answer"),
+@pytest.mark.parametrize("prompt, last, answer, words, reward", [
+    *((prompt, *case) for prompt in ("prompt", "messages") for case in (
+        ("The sum follows.", "5", (), "correct_answer"),
+        ("It is 5.", "5", (), "correct_answer"),
+        ("It is 5.", "B", (), None),
+        ("It is 5.", None, ("data.columns={answer: extra.gold}",), None),  # 'C'
+        ("The sum follows.", "B", ("data.columns={other: answer, answer: extra.number}",), "correct_answer"),
+    )),
+    ("messages", "It is 5.", "B", ("data.columns={other: answer}",), "correct_answer"),  # rows with prompt and answer are of another form
 ])  # fmt: skip
 def test_the_reward_follows_the_answers_that_it_will_read(tmp_path, prompt, last, answer, words, reward, has_math):
     """A column answer comes before the last turn of a conversation."""
     row = {prompt: [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": last}], "answer": answer, "extra": {"gold": "C", "number": 5}}
-    if words == ("data.columns={other: answer}",) and prompt == "prompt":
-        pytest.skip("the form of prompt and answer is that of its answers")
     if answer is None:
         del row["answer"]
     if reward is None and prompt == "messages" and not words:
@@ -310,7 +326,7 @@ def many(name, folder, suffix):
 def test_it_trains_two_steps_without_a_key(name, suffix, tmp_path, here):
     reward = EXPECTED[name][-1]
     if not can_run(reward):
-        pytest.skip(f"the reward {reward} is not registered, or its library is not installed")
+        pytest.skip(f"the library of the reward {reward} is not installed")
     path = many(name, tmp_path, suffix)
     small = [*SHORT, f"output_dir={tmp_path}", "name=form", "trainer.num_steps=2", "evaluation.num_tasks=2"]
     done = here("train", "--config", "tiny", f"data.path={path}", *small)
@@ -328,3 +344,67 @@ def test_a_column_that_gets_our_name_keeps_its_own_which_functions_of_the_user_r
     config = load_config(TINY, [f"data.path={path}", "evaluation.num_tasks=2"])
     tasks, _ = make_tasks(load_splits(config.data, 2)[0], config.data, load_tokenizer("builtin:tiny"))
     assert all(task.columns["solution"] == task.columns["answer"] for task in tasks) and len(tasks) == 10
+
+
+# --- data.sources
+
+
+def mix(*sources, words=(), supervised=False, config=TINY):
+    """The configuration with several sources, and the lines about them."""
+    notes = []
+    word = f"data.sources={json.dumps([x if isinstance(x, dict) else {'path': x} for x in sources])}"
+    return files.load(config, [word, *words], supervised=supervised, recognise=recognise, notify=notes.append), notes
+
+
+def test_sources_that_name_nothing_but_path_name_and_weight_have_their_forms():
+    plain = {"path": fixture("gsm8k"), "name": "own", "template": "Q: {question}"}
+    config, notes = mix({"path": fixture("gsm8k"), "weight": 3}, fixture("trl_text_solution"), {"path": fixture("verl_countdown"), "name": "count"}, plain)
+    first, second, third, fourth = config.data.sources
+    assert (first.template, first.prompt, first.weight, first.eval_reward, first.rewards) == ("{question}", "chat", 3, "correct_answer", [RewardConfig("correct_answer")])
+    assert (second.template, second.prompt, renamed(second.columns)) == ("{prompt}", "template", {"answer": "solution"})
+    assert [x.name for x in third.rewards] == ["countdown"] and third.eval_reward == "countdown" and third.columns["nums"] == f"{TRUTH}.numbers"
+    assert (fourth.template, fourth.prompt, fourth.rewards) == ("Q: {question}", None, [])
+    assert [note.split(" has the form of ")[1].split(" (")[0] for note in notes] == ["GSM8K", "TRL", "Countdown in verl's form"]
+    assert notes[0].startswith(f"data.sources[0] (gsm8k): {fixture('gsm8k')} has") and f"rewards [correct_answer] (not {OF_TINY})" in notes[0]
+    assert config.data.max_prompt_tokens == 512 and "num_tasks" not in str(notes)
+    assert [config.of_source(name).data.prompt for name in config.source_names] == ["chat", "template", "chat", "template"]
+
+
+def test_the_configuration_of_sources_that_is_written_repeats_the_run(tmp_path):
+    config, _ = mix(fixture("gsm8k"), fixture("verl"))
+    (tmp_path / "config.yaml").write_text(files.dump(config))
+    notes = []
+    assert files.load(tmp_path / "config.yaml", recognise=recognise, notify=notes.append) == config and notes == []
+
+
+def test_other_words_win_over_the_forms_of_sources(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: tiny\ndata: {system: Be brief., prompt: chat, sources: [builtin:word_problems]}\n")
+    config, _ = mix(fixture("gsm8k"), words=["rewards=think_format", "data.template={question}!", "data.sources[0].weight=2"], config=tmp_path / "mine.yaml")
+    (source,) = config.data.sources
+    assert (source.rewards, source.template, source.weight, source.system, source.eval_reward) == ([], None, 2, None, "correct_answer")
+    config, _ = mix(fixture("gsm8k"), config=tmp_path / "mine.yaml")
+    assert config.data.sources[0].system == "" and config.of_source("gsm8k").data.system == ""
+    config = files.load(tmp_path / "mine.yaml", [], recognise=recognise)
+    assert config.data.sources[0].template is None
+
+
+def test_a_source_that_does_not_say_how_it_is_scored_is_named():
+    with pytest.raises(ConfigError, match=r"^data.sources\[1\] \(trl_prompt\): data.path is .*; name the rewards, such as"):
+        mix(fixture("gsm8k"), fixture("trl_prompt"))
+    config, _ = mix(fixture("gsm8k"), fixture("trl_prompt"), words=["rewards=think_format", "evaluation.reward=think_format"])
+    assert config.data.sources[1].template == "{prompt}" and config.evaluation.num_tasks == 500
+
+
+def test_sft_has_one_target_for_all_sources():
+    sft = ROOT / "configs" / "tiny_sft.yaml"
+    config, _ = mix(fixture("gsm8k"), fixture("trl_text_solution"), supervised=True, config=sft)
+    assert [target.template for target in config.sft.targets] == ["{answer}"] and config.data.sources[1].rewards == []
+    with pytest.raises(ConfigError, match=r"data.sources have forms with several targets, {answer}, {solution}; sft trains"):
+        mix(fixture("gsm8k"), fixture("open_r1"), supervised=True, words=["evaluation.reward=text_match"], config=sft)
+
+
+def test_the_tasks_of_sources_in_forms_are_made_each_in_its_way():
+    config, _ = mix(fixture("gsm8k"), fixture("trl_text_solution"), words=["evaluation.num_tasks=1"])
+    tasks, _, _, _ = read_tasks(config, load_tokenizer("builtin:tiny"))
+    first = {task.source: task for task in reversed(tasks)}
+    assert [first[name].prompt.count("Question: ") for name in ("gsm8k", "trl_text_solution")] == [1, 1]  # the second has its own

@@ -23,7 +23,7 @@ from grpo_core.schema import ConfigError
 from grpo_core.scoring import chat_client, event_loop
 from grpo_core.scoring.chat_client import ChatClient
 from grpo_core.scoring.judge import Judge, JudgeSettings, wait_for
-from grpo_core.scoring.kept_answers import KeptAnswers
+from grpo_core.scoring.kept_answers import KeptAnswers, drop_answers_from
 from grpo_core.scoring.reward_call import attempt
 from grpo_core.scoring.scoring import Reward, build_reward, close_rewards, score
 from grpo_core.training.prepare import check_columns, make_judge
@@ -316,7 +316,7 @@ def stalling_judge(clock, transport, **settings):
 def test_a_stalling_judge_costs_a_step_no_more_than_its_budget(clock, request_timeout, retries):
     judge = stalling_judge(clock, Stalling(), budget=60.0, request_timeout=request_timeout, retries=retries)
     for _ in range(3):  # steps
-        judge.start_step()
+        judge.start_step(0)
         clock.waits.clear()
         for texts in (["a", "b"], ["c"], ["d"]):  # a step with two attempts of dynamic sampling
             assert all(outcome_of(judge, texts).failed)
@@ -326,11 +326,11 @@ def test_a_stalling_judge_costs_a_step_no_more_than_its_budget(clock, request_ti
 
 def test_the_budget_of_a_step_is_what_its_calls_have_left(clock):
     judge = stalling_judge(clock, Stalling({"a", "b", "c"}, seconds=20.0), budget=50.0)
-    judge.start_step()
+    judge.start_step(0)
     values = [outcome_of(judge, [text]).values for text in ("a", "b", "c", "a")]
     assert values == [[6.0], [6.0], [None], [6.0]]  # the last is known
     assert clock.waits == pytest.approx([20.0, 20.0, 10.0, 0.0], abs=0.01)
-    judge.start_step()
+    judge.start_step(0)
     assert outcome_of(judge, ["c"]).values == [6.0]
     judge.close()
 
@@ -392,13 +392,48 @@ def test_a_second_judge_of_the_folder_asks_nothing_that_is_answered(tmp_path):
     assert server.questions()[2:] == ["p|aaaa|x", "other ax|a"]
 
 
-def test_failures_are_not_kept_but_answers_without_a_score_are(tmp_path):
-    replies = {"p|a|x": (400, {}), "p|b|x": chat("no idea")}
+def test_failures_are_not_kept_nor_are_answers_without_a_score(tmp_path):
+    replies = {"p|a|x": (400, {}), "p|b|x": chat("no idea"), "p|c|x": chat("Score: 11")}
     with serving(lambda question, number: replies[question]) as server:
         for _ in range(2):
             with judging(server.url, KeptAnswers(tmp_path)) as judge:
-                assert outcome_of(judge, ["a", "b"]).failed == [True, True]
-    assert sorted(server.questions()) == ["p|a|x", "p|a|x", "p|b|x"]
+                assert outcome_of(judge, ["a", "b", "c"]).failed == [True, True, True]
+    assert sorted(server.questions()) == [question for question in replies for _ in range(2)] and not any(tmp_path.iterdir())
+
+
+def test_an_answer_without_a_score_that_an_older_file_holds_is_asked_again(tmp_path):
+    with serving(by_text) as server:
+        with judging(server.url, KeptAnswers(tmp_path)) as judge:
+            outcome_of(judge, ["a"])
+        (tmp_path / "rank-0.jsonl").write_text((tmp_path / "rank-0.jsonl").read_text().replace("Score", "Grade"))
+        with judging(server.url, KeptAnswers(tmp_path)) as judge:
+            assert outcome_of(judge, ["a"]).values == [1.0] and len(server.requests) == 2
+
+
+def test_every_line_of_a_file_of_answers_is_one(tmp_path):
+    """Also where a crash has cut one off."""
+    path = tmp_path / "rank-0.jsonl"
+    for step, cut in ((0, 0), (1, 0), (2, 9)):
+        kept = KeptAnswers(tmp_path)
+        kept.step = step
+        kept.add(f"q{step}", "a")
+        kept.close()
+        path.write_bytes(path.read_bytes()[: -cut or None])
+    assert [json.loads(line) for line in path.read_text().splitlines()[:2]] == [{"question": f"q{i}", "answer": "a", "step": i} for i in (0, 1)]
+    kept.add("q3", "b")
+    kept.close()
+    assert [bool(line) for line in path.read_text().splitlines()] == [True] * 4 and KeptAnswers(tmp_path).get("q3") == "b"
+
+
+def test_the_answers_of_later_steps_can_be_dropped(tmp_path):
+    for rank in (0, 1):
+        kept = KeptAnswers(tmp_path, rank)
+        for kept.step in (None, 0, 1, 2):
+            kept.add(f"q{kept.step}", "a")
+        kept.close()
+    assert drop_answers_from(tmp_path, 1) == 4 and drop_answers_from(tmp_path, 1) == 0 and drop_answers_from(tmp_path / "none", 0) == 0
+    assert [KeptAnswers(tmp_path).get(f"q{step}") for step in (None, 0, 1, 2)] == ["a", "a", None, None]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank-0.jsonl", "rank-1.jsonl"]
 
 
 def test_a_line_that_was_cut_off_loses_that_line_alone(tmp_path):
@@ -438,7 +473,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_ends_nothing(tmp_path):
 
 @pytest.mark.parametrize("reply", [
     lambda key: (401, {"error": f"wrong key {key}"}), lambda key: chat(f"your key is {key} Score: 2"), lambda key: (500, key.encode()), lambda key: (200, key.encode()),
-    lambda key: (404, (190 * "x" + key).encode()), lambda key: (200, b'{"choices": [{"message": {"content": "\\u0073' + key[1:].encode() + b'"}}]}'),
+    lambda key: (404, (190 * "x" + key).encode()), lambda key: (200, b'{"choices": [{"message": {"content": "\\u0073' + key[1:].encode() + b' Score: 2"}}]}'),
 ])  # fmt: skip
 def test_a_server_that_says_the_key_does_not_get_it_into_a_message_or_file(reply, tmp_path):
     with serving(lambda *_: reply(KEY)) as server, judging(server.url, KeptAnswers(tmp_path), retries=0) as judge:

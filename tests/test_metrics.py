@@ -69,7 +69,10 @@ def test_resuming_drops_later_and_torn_rows(tmp_path):
         row = {"text": "lines that only str.splitlines sees: \u2028 \u2029 \x85"}
         lines = [json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for step in (0, 1, 1, 2, 3)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines) + '{"step": 4, "lo')
-    RunLog(tmp_path, RunConfig(), start_step=2, num_steps=5).close()
+    log = RunLog(tmp_path, RunConfig(), start_step=2, num_steps=5)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) > 3  # the start may still be refused
+    assert log.drop_later_rows() == 3
+    log.close()
 
     def steps(name):
         return [json.loads(line)["step"] for line in (tmp_path / f"{name}.jsonl").read_bytes().splitlines()]
@@ -96,7 +99,9 @@ def test_starting_over_keeps_no_row_of_a_run_that_died_before_its_first_checkpoi
     names = ("metrics", "completions", "evaluation", "evaluation_completions")
     for name in names:
         (tmp_path / f"{name}.jsonl").write_text('{"step": 0}\n')
-    RunLog(tmp_path, RunConfig(), start_step=0, num_steps=5).close()
+    log = RunLog(tmp_path, RunConfig(), start_step=0, num_steps=5)
+    log.drop_later_rows()
+    log.close()
     assert all((tmp_path / f"{name}.jsonl").read_text() == "" for name in names)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from grpo_core.batch import Task
 from grpo_core.objective.rewards import REWARDS, final_number
+from grpo_core.schema import ConfigError
 from grpo_core.scoring.reward_call import attempt, find_missing_columns
 from grpo_core.scoring.scoring import Reward, score
 
@@ -246,3 +247,46 @@ def test_a_reward_from_a_users_own_file(tmp_path):
         REWARDS.get(f"{file}:whisper")
     with pytest.raises(ValueError, match="there is no file"):
         REWARDS.get("nowhere.py:f")
+
+
+SILENT = """
+class Silent(Exception):
+    def __str__(self):
+        raise ZeroDivisionError
+    __repr__ = __str__
+
+class Odd:
+    def __repr__(self):
+        raise ZeroDivisionError
+    __float__ = __repr__
+
+def failing(completions):
+    raise Silent
+
+def odd(completions):
+    return [Odd() for _ in completions]
+
+def odd_list(completions):
+    return Odd()
+
+def odd_groups(groups):
+    return [Odd() for _ in groups]
+"""
+
+
+@pytest.mark.parametrize("name, why", [
+    ("failing", "raised Silent: its message cannot be read, because __str__ raises ZeroDivisionError (silent.py, line 13)"),
+    ("odd", "returned a Odd without a repr for completion 0; it must be None or a number from -1e6 to 1e6"),
+    ("odd_list", "returned a Odd without a repr; it must return a list with a number for each"),
+    ("odd_groups", "returned a Odd without a repr for group 0; it must return 1 list of 2 values"),
+])  # fmt: skip
+def test_values_and_exceptions_that_cannot_be_shown_are_a_sentence(tmp_path, name, why):
+    (tmp_path / "silent.py").write_text(SILENT)
+    outcome = attempt(REWARDS.build(f"{tmp_path}/silent.py:{name}"), ["a", "b"], {}, 2)
+    assert (outcome.why, outcome.failed) == (why, [True, True])
+
+
+def test_an_exception_at_the_import_that_cannot_be_shown_is_a_sentence(tmp_path):
+    (tmp_path / "silent.py").write_text(SILENT + "\nraise Silent\n")
+    with pytest.raises(ConfigError, match="silent.py cannot be loaded: Silent: its message cannot be read, because __str__ raises ZeroDivisionError$"):
+        REWARDS.get(f"{tmp_path}/silent.py:failing")

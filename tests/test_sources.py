@@ -20,10 +20,12 @@ from grpo_core.config.sections import (
     RunConfig,
     SourceConfig,
 )
+from grpo_core.data import mixture
 from grpo_core.data.mixture import Mixture
 from grpo_core.data.pass_rates import PassRates
 from grpo_core.data.stream import TaskStream
 from grpo_core.data.tasks import read_tasks
+from grpo_core.random_keys import make_generator
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.scoring import Reward, score
 from grpo_core.scoring.sources import score_by_source
@@ -57,8 +59,30 @@ def test_a_source_has_its_share_of_every_step_and_the_sources_are_a_function_of_
     assert np.abs(counts.mean(axis=0) - 8 * shares).max() < 0.05
     assert all(np.array_equal(Mixture([3, 1, 0.5], 8, seed=2).draw(step), drawn[step]) for step in (399, 7, 0))
     assert any(not np.array_equal(Mixture([3, 1, 0.5], 8, seed=3).draw(step), drawn[step]) for step in range(3))
+    before = np.concatenate([np.zeros((1, 3), dtype=int), np.cumsum(counts, axis=0)])
+    for step in (0, 7, 399):
+        assert Mixture([3, 1, 0.5], 8, seed=2).count(step) == (before[step].tolist(), counts[step].tolist())
     first = np.stack(drawn)[:, :4]  # positions, and so ranks, are random
     assert abs((first == 0).mean() - shares[0]) < 0.03
+
+
+def test_the_prompts_before_a_late_step_are_counted_at_once_and_as_one_by_one(monkeypatch):
+    late = Mixture([3, 1, 0.5], 8, seed=2)
+    drawn = []
+    monkeypatch.setattr(mixture, "make_generator", lambda key: drawn.append(key) or make_generator(key))
+    before, here = late.count(100_000)
+    assert len(drawn) == 1 and sum(before) == 800_000 and sum(here) == 8
+    assert np.allclose(np.array(before) / 800_000, np.array([3, 1, 0.5]) / 4.5, rtol=0, atol=1e-3)
+    early = Mixture([3, 1, 0.5], 8, seed=2)  # which draws the offsets again, more of them each time
+    assert [early.count(step) for step in (0, 1500, 1, 9000)] == [late.count(step) for step in (0, 1500, 1, 9000)]
+
+
+def test_a_source_whose_share_is_no_whole_prompt_has_some_in_some_steps():
+    thin = Mixture([1000, 1, 1], 8, seed=0)
+    before, _ = thin.count(50_000)
+    assert before[1] == pytest.approx(50_000 * 8 / 1002, rel=0.15) and before[2] == pytest.approx(50_000 * 8 / 1002, rel=0.15)
+    assert all(min(thin.count(step)[1]) >= 0 for step in range(2000))
+
 
 
 def test_the_counts_before_a_step_are_the_sums_of_those_in_the_steps():

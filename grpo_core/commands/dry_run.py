@@ -14,7 +14,7 @@ from grpo_core.commands.open_policy import load_checkpoint
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.formula import render
 from grpo_core.config.precision import dtype_name, resolve_dtype
-from grpo_core.config.sections import RunConfig
+from grpo_core.config.sections import EngineConfig, RunConfig
 from grpo_core.counts import name_interval, quantify
 from grpo_core.data.eval_sets import group_by_set
 from grpo_core.data.rows import describe_eval_source
@@ -28,17 +28,20 @@ from grpo_core.model.quieten import quieten
 from grpo_core.model.reward_model import RewardModel
 from grpo_core.model.teacher import Teacher, load_teacher
 from grpo_core.monitor.progress import show_elapsed
+from grpo_core.objective.rewards import REWARDS
 from grpo_core.random_keys import make_key
 from grpo_core.report.eval_sets import label_set
 from grpo_core.schema import ConfigError, printable
-from grpo_core.scoring.scoring import Reward, score
+from grpo_core.scoring.reward_call import find_missing_columns
+from grpo_core.scoring.scoring import Reward, Scores, build_reward, close_rewards, score
 from grpo_core.training.checkpoint import load_outcomes
 from grpo_core.training.deepspeed_config import deepspeed_config
 from grpo_core.training.difficulty import make_pass_rates
+from grpo_core.training.lr_schedule import learning_rate_schedule
 from grpo_core.training.prepare import Prepared, check_routing, make_rewards, make_sampler, prepare, prepare_teacher
 from grpo_core.training.resume import RunStart, check_num_steps, look_up_start
-from grpo_core.training.run_dir import describe_unwritable, holds_run
-from grpo_core.training.setup import count_steps, find_longest_teacher_prompt, make_stream
+from grpo_core.training.run_dir import describe_later, describe_unwritable, holds_run
+from grpo_core.training.setup import count_steps, find_longest_teacher_prompt, list_held_out, make_stream
 
 MAX_SHOWN_CHARACTERS = 400  # of each completion
 
@@ -58,7 +61,8 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
     """Yield the sections of the preview of a run in `processes` processes; of a resumed run, from its next step on.
 
     Raises:
-        ConfigError: the run could not start; raised before the weights load where the error can be known by then.
+        ConfigError: the run could not start; raised before the weights load where the error can be known by then. Or a
+            reward fails on every completion of the group.
     """
     quieten()
     ranks.seed_all(make_key("new_weights", config.seed))
@@ -74,7 +78,8 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
     if start is not None:
         check_num_steps(start, num_steps)
     sizes = describe_sizes(config, prepared, processes, per_rank)
-    yield "Sizes\n" + _indent("\n".join([sizes, *_describe_start(start, num_steps)]))
+    lines = [sizes, *list_held_out(config, prepared), *_describe_start(start, num_steps)]
+    yield "Sizes\n" + _indent("\n".join(lines))
     if warnings := [*prepared.warnings, *(start.warnings if start else [])]:
         yield "Warnings\n" + _indent("\n".join(warnings))
     step = start.step if start else 0
@@ -98,11 +103,23 @@ def preview(config: RunConfig, processes: int) -> Iterator[str]:
         rewards = make_rewards(config)
     yield "Memory of one process\n" + _indent(describe_memory(config, policy, tasks, per_rank, teacher, rewards))
     if step < num_steps:
-        yield f"One group{_of_step(step)}, sampled and scored\n" + _indent(
-            describe_group(config, policy, tokenizer, first, rewards)
-        )
+        yield from _preview_group(config, policy, tokenizer, first, rewards, step)
     conflict = _describe_conflict(folder, config)
     yield f"Nothing was written. Without --dry-run the run folder would be {folder}{conflict}."
+
+
+def _preview_group(
+    config: RunConfig,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rewards: Sequence[Reward],
+    step: int,
+) -> Iterator[str]:
+    group, failures = describe_group(config, policy, tokenizer, task, rewards)
+    yield f"One group{_of_step(step)}, sampled and scored\n" + _indent(group)
+    if failures:
+        raise ConfigError(failures[0])
 
 
 def _find_existing(config: RunConfig, folder: Path) -> RunStart | None:
@@ -124,7 +141,11 @@ def _describe_start(start: RunStart | None, num_steps: int) -> list[str]:
     if not left:
         return [f"resumed from {start.checkpoint} after {taken}: there are no more to take"]
     more = "step is" if left == 1 else "steps are"
-    return [f"resumed from {start.checkpoint} after {taken}: {left:,} {more} left"]
+    lines = [f"resumed from {start.checkpoint} after {taken}: {left:,} {more} left"]
+    if start.goes_back:
+        later = [*describe_later(start.folder, start.step), "rows, saved batches and answers of a judge"]
+        lines.append(f"what the run has written after these would be discarded: {', '.join(later)}")
+    return lines
 
 
 def _of_step(step: int) -> str:
@@ -155,13 +176,23 @@ def describe_sizes(config: RunConfig, prepared: Prepared, processes: int, per_ra
         f"with {quantify(trainer.completions_per_step // trainer.num_minibatches, 'completion')} each",
         f"{quantify(steps, 'step')} = {quantify(steps * per_step / len(tasks), 'epoch')} of "
         f"{quantify(len(tasks), 'prompt')}{dropped}",
-        f"{quantify(steps * updates, 'optimizer step')} in total; the learning rate rises to "
-        f"{engine.learning_rate:g} in the "
-        f"first {engine.warmup_steps}, then follows engine.schedule {engine.schedule}",
+        f"{quantify(steps * updates, 'optimizer step')} in total; {describe_learning_rate(engine, steps * updates)}",
         f"{quantify(len(eval_tasks), 'evaluation problem')}{_describe_source(config, eval_tasks)}, evaluated "
         f"{_describe_evaluation(config, eval_tasks)}",
     ]
     return "\n".join(lines)
+
+
+def describe_learning_rate(engine: EngineConfig, total_steps: int) -> str:
+    """Return the learning rate of the first optimizer steps, and how it goes on."""
+    factor, warmup = learning_rate_schedule(engine.schedule, engine.warmup_steps, total_steps), engine.warmup_steps
+    first, peak = (f"{engine.learning_rate * factor(step):g}" for step in (0, min(warmup, total_steps - 1)))
+    if not warmup:
+        return f"the learning rate is {first} and follows engine.schedule {engine.schedule}"
+    rise = f"the learning rate rises from {first} to {peak}"
+    if total_steps <= warmup:
+        return f"{rise}, below engine.learning_rate ({engine.learning_rate:g}), as engine.warmup_steps is {warmup:,}"
+    return f"{rise} in optimizer step {warmup + 1:,}, then follows engine.schedule {engine.schedule}"
 
 
 def _describe_source(config: RunConfig, eval_tasks: list[Task]) -> str:
@@ -248,8 +279,8 @@ def cache_bytes_per_token(policy: Policy) -> int:
 
 def describe_group(
     config: RunConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, task: Task, rewards: Sequence[Reward]
-) -> str:
-    """Sample and score one group; return its completions with their rewards."""
+) -> tuple[str, list[str]]:
+    """Sample and score one group; return its completions with their rewards, and what `list_failures` returns."""
     lines: list[str] = []
     sampler = make_sampler(config.sampling, policy, tokenizer, lines.append)
     with show_elapsed("sampling one group"):
@@ -271,7 +302,28 @@ def describe_group(
     scored = scores.rewards[~scores.rewards.isnan()]
     if len(scored) and scored.max() == scored.min():
         lines.append("all rewards are equal, so this group has advantage 0 and contributes no gradient")
-    return "\n".join(lines)
+    return "\n".join(lines), list_failures(config, task, rollouts.completions, scores)
+
+
+def list_failures(config: RunConfig, task: Task, completions: Sequence[str], scores: Scores) -> list[str]:
+    """Return a sentence for each reward that fails on every completion of a group, evaluation.reward included.
+
+    trainer.max_failed_rewards 1 allows that.
+    """
+    if config.trainer.max_failed_rewards >= 1:
+        return []
+    part, failures = config.of_source(task.source), list(scores.failures)
+    failed = [f"reward {name} " for name, values in scores.failed.items() if values.all()]
+    name = part.evaluation.reward
+    is_new = part.evaluation.num_tasks and config.label_reward(name) not in scores.by_name
+    if is_new and not find_missing_columns(REWARDS.get(name), task.columns):
+        function = build_reward(name, timeout=config.trainer.reward_timeout)
+        outcome = score([Reward(name, 1.0, function)], [task], completions, len(completions))
+        close_rewards([function])
+        failures += [why.replace(f"reward {name} ", "evaluation.reward ", 1) for why in outcome.failures]
+        failed += ["evaluation.reward "] if outcome.failed[name].all() else []
+    number = quantify(len(completions), "completion")
+    return [f"{why}, on all {number} of a group" for why in failures if why.startswith(tuple(failed))]
 
 
 def _describe_conflict(folder: Path, config: RunConfig) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,6 +22,7 @@ from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.eval_sets import describe_set, load_eval_sets
 from grpo_core.data.prompts import make_tasks
 from grpo_core.data.rows import describe_eval_source, load_rows, load_splits, name_split
+from grpo_core.data.trained_rows import warn_of_trained_rows
 from grpo_core.data.turns import describe_dropped_turns
 from grpo_core.distributed import ranks
 from grpo_core.environments.setup import sample_turns
@@ -94,18 +94,26 @@ def run_evaluate(
     tasks = _check_problems(opened, tasks, description, warnings)
     folder = output or (opened.folder or Path()) / name_folder(opened.steps, data)
     _make_folder(folder)
-    parts = ranks.gather(answer_with_policies(opened, tasks, samples, settings, base=base))
+    failures: dict[str, str] = {}
+    rows = answer_with_policies(opened, tasks, samples, settings, base=base, failures=failures)
+    parts = ranks.gather((rows, failures))
     if not parts:  # only the main rank receives the rows, and writes them
         return 0
-    for sentence in warnings:
-        print(f"warning: {sentence}")
-    rows = sorted((row for part in parts for row in part), key=lambda r: (r["policy"], r["task"], r["sample"]))
+    rows = _print_warnings_and_sort(parts, warnings)
     result = summarise(opened, rows, samples) | {"source": source, "weights": opened.weights, "data": description}
     result["sampling"] = {k: v for k, v in vars(settings).items() if v is not None and k != "greedy"}
     result["sampling"] |= {"samples": samples, "max_new_tokens": opened.config.sampling.max_new_tokens}
     print(table := format_table(result))
     _write_files(folder, result, table, rows)
     return 0
+
+
+def _print_warnings_and_sort(parts: Sequence[tuple[list[Row], dict[str, str]]], warnings: Sequence[str]) -> list[Row]:
+    """Print the warnings and the reasons why rewards failed on any rank, and return the rows of all ranks in order."""
+    failures = {name: why for _, part in reversed(parts) for name, why in part.items()}
+    for sentence in [*warnings, *failures.values()]:
+        print(f"warning: {sentence}")
+    return sorted((row for rows, _ in parts for row in rows), key=lambda r: (r["policy"], r["task"], r["sample"]))
 
 
 def _check_problems(
@@ -130,7 +138,13 @@ def name_folder(steps: int | None, data: str | None = None) -> str:
 
 
 def answer_with_policies(
-    opened: OpenedPolicy, tasks: Sequence[Task], samples: int, settings: SamplingParams, *, base: bool
+    opened: OpenedPolicy,
+    tasks: Sequence[Task],
+    samples: int,
+    settings: SamplingParams,
+    *,
+    base: bool,
+    failures: dict[str, str] | None = None,  # receives a sentence for each reward that fails
 ) -> list[Row]:
     """Return this rank's rows of the policy, preceded by those of the base model if `base` and there is an adapter."""
     policies = {"policy": nullcontext()}
@@ -140,7 +154,7 @@ def answer_with_policies(
     with progress_bar(len(policies) * len(tasks) * (1 + samples), "evaluating", "completion") as progress:
         for name, switch in policies.items():
             with switch:
-                answers = answer_tasks(opened, tasks, rewards, samples, settings, progress.update)
+                answers = answer_tasks(opened, tasks, rewards, samples, settings, progress.update, failures)
             rows += [{"policy": name, **row} for row in answers]
     return rows
 
@@ -176,6 +190,8 @@ def load_problems(
         data = os.path.expanduser(data)
         subset, args = (config.subset, config.args) if data == config.path else (None, {})
         rows, path = load_rows(data, subset, split, limit, args), data
+        if opened.folder and notes is not None and (warning := warn_of_trained_rows(opened.config, rows)):
+            notes.append(warning)
     elif name := _choose_set(opened.config, eval_set):
         rows = load_eval_sets(opened.config)[1][name]
         rows = rows.select(range(len(rows))[:limit])
@@ -248,20 +264,21 @@ def answer_tasks(
     samples: int,
     settings: SamplingParams,
     update_progress: Callable[[int], object] = lambda count: None,
+    failures: dict[str, str] | None = None,
 ) -> list[Row]:
     """Answer this rank's part of the tasks greedily (sample 0) and `samples` times (samples 1, 2, ...).
 
-    Returns one row per completion.
+    Returns one row per completion. `failures` receives a sentence for each reward that fails.
     """
     tasks = [replace(task, seed=make_key("evaluate", opened.config.seed, task.index)) for task in tasks]
     mine = sorted(tasks[ranks.rank() :: ranks.world_size()], key=lambda task: len(task.prompt_ids))
     size, rows = opened.config.evaluation.batch_size, []
     for start in range(0, len(mine), size):
         part = mine[start : start + size]
-        rows += _answer_batch(opened, part, rewards, 1, GREEDY, 0)
+        rows += _answer_batch(opened, part, rewards, 1, GREEDY, 0, failures)
         update_progress(len(part))
         if samples:
-            rows += _answer_batch(opened, part, rewards, samples, settings, 1)
+            rows += _answer_batch(opened, part, rewards, samples, settings, 1, failures)
             update_progress(len(part) * samples)
     return rows
 
@@ -273,11 +290,17 @@ def _answer_batch(
     count: int,
     settings: SamplingParams,
     first_sample: int,
+    failures: dict[str, str] | None,
 ) -> list[Row]:
     rollouts, turns = sample_turns(opened.sampler, opened.environments, tasks, count, settings=settings)
     scores = score(rewards, tasks, rollouts.completions, count)
     if opened.environments is not None:
         scores = opened.environments.add_to_scores(scores, turns)
+    for name in scores.failed if failures is not None else ():
+        for why in scores.failures:
+            if why.startswith(begin := f"reward {name} "):
+                subject = "evaluation.reward" if name in MARKS.values() else f"reward {name}"
+                failures.setdefault(name, f"{subject} {why.removeprefix(begin)}")
     by_name = {name: values.flatten().tolist() for name, values in scores.by_name.items()}
     columns = {column: [x == 1.0 for x in by_name.pop(name)] for column, name in MARKS.items() if name in by_name}
     columns["rewards"] = [{name: values[i] for name, values in by_name.items()} for i in range(len(rollouts))]
@@ -360,11 +383,11 @@ def _add_interval(name: str, values: Sequence[float]) -> dict[str, float | int]:
 def format_table(result: dict[str, Any]) -> str:
     """Return the result as text: a line per figure, a column per policy, 95 % intervals in parentheses."""
     columns = [name for name in ("base", "policy", "difference") if name in result]
-    width = max(len(shorten_name(name)) for name in result["policy"]) + 2
+    width = max(map(len, result["policy"])) + 2
     lines = [*_format_head(result), "", " " * width + "".join(f"{name:<28}" for name in columns).rstrip()]
     for name in result["policy"]:
         cells = [format_figure(name, result[column][name], signed=column == "difference") for column in columns]
-        lines.append(f"{shorten_name(name):<{width}}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
     if "paired" in result:
         paired = result["paired"]
         lines += [
@@ -393,11 +416,6 @@ def _format_head(result: dict[str, Any]) -> list[str]:
             f"; {quantify(sampling['samples'], 'sample')} per problem at temperature {sampling['temperature']:g}{cuts}"
         )
     return lines
-
-
-def shorten_name(name: str) -> str:
-    """Remove the folder from the name of a reward in a file."""
-    return re.sub(r"[^ ]*/(?=[^/]*\.py:)", "", name)
 
 
 def format_figure(name: str, figure: dict[str, float], *, signed: bool = False) -> str:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from grpo_core.commands.evaluate import format_figure, name_folder, shorten_name
+from grpo_core.commands.evaluate import format_figure, name_folder
 from grpo_core.commands.open_policy import OpenedPolicy
 from grpo_core.config.formula import render
 from grpo_core.config.lora_checks import PLAIN_KEYS
@@ -21,6 +21,7 @@ from grpo_core.data.prompts import list_template_fields
 from grpo_core.model.composite import find_auto_class
 from grpo_core.model.loading import is_composite, load_whole_config
 from grpo_core.monitor.run_log import describe_evaluation
+from grpo_core.objective.reward_labels import label_rewards
 from grpo_core.report.eval_sets import collect_accuracies, label_set
 from grpo_core.report.run_reader import RunFolder, read_run
 
@@ -200,9 +201,11 @@ def _evaluation_table(result: dict[str, Any]) -> list[str]:
         "",
         f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}",
     ]
+    labels = label_rewards(name.removeprefix("reward ") for name in result["policy"])  # older files name whole paths
     for name in result["policy"]:
         cells = (format_figure(name, _none_to_nan(result[column][name])) for column in columns)
-        lines.append(f"| {shorten_name(name)} | {' | '.join(cells)} |")
+        label = labels[name.removeprefix("reward ")]
+        lines.append(f"| {'reward ' * name.startswith('reward ')}{label} | {' | '.join(cells)} |")
     if "paired" in result:
         paired = result["paired"]
         lines += [
@@ -291,7 +294,7 @@ def _describe_limits(config: RunConfig, run: RunFolder) -> str:
     if run.is_supervised:
         return "The model imitates the answers of its training data. Only what is reported above was measured."
     names = [reward.name for reward in config.all_rewards if reward.weight]
-    names = [Path(name).name if ".py:" in name else name for name in names]
+    names = [config.label_reward(name) for name in names]
     source = f"these rewards only: {', '.join(names)}" if names else "a teacher and no reward"
     if names and config.teacher.trains:
         source += ", and a teacher"

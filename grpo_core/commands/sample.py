@@ -233,17 +233,19 @@ def make_task(opened: OpenedPolicy, question: str, settings: AnswerSettings) -> 
 
 def describe_rewards(rewards: Sequence[Reward], task: Task, completions: Sequence[str], count: int) -> list[list[str]]:
     """Return for each completion a list with a description of every reward, "NAME VALUE" or "NAME not computed"."""
-    computable = [r for r in rewards if not find_missing_columns(REWARDS.get(r.name), task.columns)]
+    computable = [r for r in rewards if not find_missing_columns(REWARDS.get(r.configured or r.name), task.columns)]
     notes: list[list[str]] = [[] for _ in completions]
     if computable:
         scores = score(computable, [task], completions, count)
         for reward in computable:
             for note, value in zip(notes, scores.by_name[reward.name].flatten().tolist(), strict=True):
                 is_nan = value != value
-                note.append(f"{reward.name} {'none' if is_nan else f'{value:.4g}'}")
+                why = next((why for why in scores.failures if why.startswith(f"reward {reward.name} ")), None)
+                note.append(f"{reward.name} {'none' if is_nan else f'{value:.4g}'}" if why is None else why)
     for reward in rewards:
         if reward not in computable:
-            columns = [name for name in list_needed_columns(REWARDS.get(reward.name)) if name != "prompts"]
+            needed = list_needed_columns(REWARDS.get(reward.configured or reward.name))
+            columns = [name for name in needed if name != "prompts"]
             word = "column" if len(columns) == 1 else "columns"
             for note in notes:
                 note.append(f"{reward.name} not computed: it needs the {word} {', '.join(columns)}")

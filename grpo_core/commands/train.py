@@ -12,6 +12,7 @@ from typing import Any
 from grpo_core.commands.errors import print_error
 from grpo_core.commands.gc_pause import pause_gc
 from grpo_core.config.files import load_job
+from grpo_core.config.paths import split_resume
 from grpo_core.config.sections import RunConfig
 from grpo_core.data.forms import recognise
 from grpo_core.distributed import ranks, signals
@@ -35,8 +36,8 @@ def run_train(config: Path | None, overrides: Sequence[str] = ()) -> int:
 
 def announce(config: RunConfig) -> None:
     """Print at once which run is started; the imports before the next line take seconds."""
-    is_folder = config.resume not in (None, "auto", "force")
-    folder = Path(str(config.resume)) if is_folder else Path(config.output_dir) / config.name
+    named = split_resume(config.resume) if config.resume not in (None, "auto", "force") else None
+    folder = named[0] if named else Path(config.output_dir) / config.name
     print_on_main(f"run {folder}: loading")
 
 

@@ -17,11 +17,13 @@ from grpo_core.batch import SamplingParams, describe_temperature
 from grpo_core.config.environment_checks import check_environment
 from grpo_core.config.function_checks import check_functions
 from grpo_core.config.lora_checks import check_lora
+from grpo_core.config.paths import split_resume
 from grpo_core.config.rope_checks import check_rope
 from grpo_core.config.sections import RewardConfig, RunConfig
 from grpo_core.config.source_checks import SET_NAME, check_sources
 from grpo_core.config.teacher_checks import HOW_TO_SET, asks_for_teacher, check_teacher
 from grpo_core.objective.advantages import ADVANTAGES
+from grpo_core.objective.reward_labels import find_label
 from grpo_core.objective.rewards import REWARDS, reads_other_rewards
 from grpo_core.objective.truncation import TRUNCATIONS
 from grpo_core.registry import get_fact
@@ -63,8 +65,13 @@ def check(config: RunConfig) -> None:
         raise ConfigError(f"name is {config.name!r}; it must be the name of one folder, which is created in output_dir")
     if config.resume is not None and config.overwrite:
         raise ConfigError(f"resume is {config.resume!r} and overwrite is true; a run is continued or removed, not both")
-    if config.resume not in (None, "auto", "force") and not (Path(config.resume) / "config.yaml").exists():
-        raise ConfigError(f"resume is {config.resume!r}; it must be auto, force, null, or the folder of a run")
+    if config.resume not in (None, "auto", "force") and split_resume(config.resume) is None:
+        known = sorted(path.name for path in Path(config.resume).parent.glob("step-*"))
+        others = f", of which {Path(config.resume).parent} holds {', '.join(known)}" if known else ""
+        raise ConfigError(
+            f"resume is {config.resume!r}; it must be auto, force, null, or the folder of a run or of one of its "
+            f"checkpoints{others}"
+        )
 
 
 NOT_EMPTY = (  # an empty one would mean the shell's folder, or would be taken for another key's value
@@ -134,7 +141,7 @@ def _check_rewards(config: RunConfig) -> None:
     is_taught = config.teacher.trains or asks_for_teacher(config) or config.environment.gives_reward
     lists = {"rewards": config.rewards}
     lists |= {f"data.sources[{i}].rewards": x.rewards for i, x in enumerate(config.data.sources) if x.rewards}
-    names = {reward.name for rewards in lists.values() for reward in rewards}
+    names = {config.label_reward(reward.name) for rewards in lists.values() for reward in rewards}
     for key, rewards in lists.items():
         _check_functions(config, key, rewards)
         if len({reward.name for reward in rewards}) < len(rewards) or not (rewards or is_taught):
@@ -142,10 +149,11 @@ def _check_rewards(config: RunConfig) -> None:
             hint = "" if rewards else f"{hint}{HOW_TO_SET}, or environment.name"
             raise ConfigError(f"{key} must name at least one reward, and none of them twice{hint}")
         for i, reward in enumerate(rewards):
+            label = config.label_reward(reward.name)
             for suffix in ("_std", "_square"):  # of metrics of the other reward
-                if (other := reward.name.removesuffix(suffix)) != reward.name and other in names:
+                if (other := label.removesuffix(suffix)) != label and other in names:
                     raise ConfigError(
-                        f"{key}[{i}].name is {reward.name!r}, but rewards/{reward.name} is a metric of the reward "
+                        f"{key}[{i}].name is {reward.name!r}, but rewards/{label} is a metric of the reward "
                         f"{other}; give one of the two functions another name"
                     )
         if all(reward.weight == 0 for reward in rewards) and not is_taught:
@@ -193,7 +201,7 @@ def _check_other_rewards(place: str, name: str, function: Callable, rewards: Seq
         raise ConfigError(f"{place} is {name}, which reads the values of other rewards, but there is none")
     argument = get_fact(function, "names_reward")
     wanted = argument and keyword_arguments(function)[argument].default
-    if argument and wanted not in readable:
+    if argument and find_label(wanted, readable) is None:
         raise ConfigError(
             f"{place}.args.{argument} is {wanted!r}; it must be another reward of the run: {', '.join(readable)}"
         )
@@ -330,9 +338,9 @@ def _check_finite(value: Any, key: str) -> None:
 
 def _check_chat(config: RunConfig) -> None:
     """Refuse settings of the chat template that the prompt does not use, and those that are set elsewhere."""
-    data = config.data
+    data, uses_template = config.data, any(config.of_source(x).data.prompt == "chat" for x in config.source_names)
     for key in ("chat_template", "chat_template_kwargs"):
-        if getattr(data, key) and data.prompt != "chat":
+        if getattr(data, key) and not uses_template:
             raise ConfigError(
                 f"data.{key} is {str(getattr(data, key))[:60]!r}, but data.prompt is {data.prompt}, which uses no chat "
                 f"template; set data.prompt to chat"

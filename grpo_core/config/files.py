@@ -16,10 +16,10 @@ from grpo_core.config.checks import check
 from grpo_core.config.formula import LETTERS, render
 from grpo_core.config.lora_checks import find_written, use_settings_of_adapter
 from grpo_core.config.nearest import describe_unknown_key
-from grpo_core.config.paths import resolve_path, resolve_paths
+from grpo_core.config.paths import resolve_path, resolve_paths, split_resume
 from grpo_core.config.presets import get_preset, merge
 from grpo_core.config.sections import DataConfig, EvaluationConfig, RunConfig, SftConfig, use_supervised_objective
-from grpo_core.config.shipped import find_default, find_file, list_shipped
+from grpo_core.config.shipped import describe_place, find_default, find_file, list_shipped
 from grpo_core.config.text_files import parse_json, read_text
 from grpo_core.config.words import ITEM, check_overrides, find_type, get_in, parse_value, split_word, type_hints
 from grpo_core.config.yaml_text import parse_yaml
@@ -34,7 +34,7 @@ IN_TEMPLATE = re.compile(r"\n|\{[{%#]")  # in every Jinja template, and in no pa
 MAX_NAMED_KEYS = 8  # in a sentence about keys that differ
 
 
-# of a configuration, the keys of its words, and whether it is for `sft`: the keys of the data's form, and a sentence
+# of a configuration, the keys of its words, and whether it is for `sft`: the keys of the data's form, and lines on them
 Recognise = Callable[[RunConfig, Collection[str], bool], tuple[dict[str, Any], str | None]]
 
 
@@ -50,8 +50,9 @@ def load(
 
     `path` may be the name of a shipped configuration, such as `tiny` or `tiny.yaml`. `base: FILE` in a file names
     another file, beside it or shipped, whose keys the file overrides. `supervised` is for the command `sft`: it
-    replaces the objective by the supervised one before the check. Where a word sets data.path, `recognise` names the
-    keys of the data's form (data/forms.py), which replace those of the file, and `notify` gets its sentence about them.
+    replaces the objective by the supervised one before the check. Where a word sets data.path or data.sources,
+    `recognise` names the keys of the data's form (data/forms.py), which replace those of the file, and `notify` gets
+    its lines about them.
 
     Raises:
         ConfigError: a missing file, an unknown key, a value of the wrong type, or values that exclude each other.
@@ -66,7 +67,7 @@ def load(
             f"{list_known(path.stem, list_shipped())}"
         )
     data = _layers(path, ())
-    return _resolve(_use_form(data, overrides, supervised, recognise, notify), overrides, supervised)
+    return _resolve(*_use_form(data, overrides, supervised, recognise, notify), supervised)
 
 
 def _use_form(
@@ -75,18 +76,22 @@ def _use_form(
     supervised: bool,
     recognise: Recognise | None,
     notify: Callable[[str], object],
-) -> dict[str, Any]:
-    """Return the keys of a file with those of the data's form in place of its own, if a word sets data.path."""
-    written = {split_word(word)[0] for word in overrides}
-    if recognise is None or "data.path" not in written:
-        return data
-    keys, sentence = recognise(_build(_apply(deepcopy(data), overrides)), written, supervised)
-    if sentence:
-        notify(sentence)
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the keys of a file with those of the data's form in place of its own, if a word sets the data's place.
+
+    Return also the words that are applied to them: all but data.sources, where the form has added keys to its items.
+    """
+    words = [*overrides]
+    written = {split_word(word)[0] for word in words}
+    if recognise is None or not written & {"data.path", "data.sources"}:
+        return data, words
+    keys, lines = recognise(_build(_apply(deepcopy(data), words)), written, supervised)
+    for line in (lines or "").splitlines():
+        notify(line)
     data = deepcopy(data)
     for key, value in keys.items():
         set_key(data, key, value)
-    return data
+    return data, [word for word in words if split_word(word)[0] not in keys.keys() & {"data.sources"}]
 
 
 def load_job(
@@ -103,14 +108,18 @@ def load_job(
     A run continues from its own config.yaml, with the overrides on top. `path` then only says, by name and output_dir,
     which run auto and force mean; a resumed run keeps both. `notify` gets a sentence about its other keys that differ.
     Without `path` the file is `default`, or the shipped one for this machine. A run without a checkpoint has nothing to
-    continue, so auto and force start it anew. `supervised` and `recognise` are as for `load`.
+    continue, so auto and force start it anew, with `path` if that is given and else with its own config.yaml, and
+    `notify` gets a sentence about which, and about a default file that is used. `supervised` and `recognise` are as for
+    `load`.
 
     Raises:
         ConfigError: as `load`, or `resume` names a folder and the overrides another name or output_dir.
     """
     file = path or default or find_default()
     folder, by_name = _find_resumed(file, overrides)
-    if folder is None:
+    if folder is None or _starts_anew(folder, by_name, path, file, notify):
+        if folder is None and path is None:
+            notify(f"no --config is given, so the configuration is {describe_place(file)}")
         return load(file, overrides, supervised=supervised, recognise=recognise, notify=notify)
     file_data, words = _layers(find_file(file, Path()), ()), [*overrides]
     _apply_start(file_data, words)
@@ -121,6 +130,8 @@ def load_job(
     # the folder may have been moved or renamed since its config.yaml was written
     data |= {"name": place.name, "output_dir": str(place.parent)}
     words = [word for word in words if split_word(word)[0] not in ("name", "output_dir")]
+    if not _has_checkpoint(folder) and _build(_apply(deepcopy(data), words)).data.path != _build(data).data.path:
+        data, words = _use_form(data, words, supervised, recognise, notify)
     config = _resolve(data, words, supervised, reads_adapter=False)
     if path and (keys := _list_differing(file_data, words, config)):
         more = f" and {len(keys) - MAX_NAMED_KEYS} more keys" if len(keys) > MAX_NAMED_KEYS else ""
@@ -141,12 +152,32 @@ def _find_resumed(file: Path, overrides: Sequence[str]) -> tuple[Path | None, bo
     resume, name, output_dir = (data.get(key, getattr(RunConfig, key)) for key in ("resume", "name", "output_dir"))
     if not all(isinstance(value, str) for value in (resume, name, output_dir)) or data.get("overwrite"):
         return None, False
-    by_name = resume in ("auto", "force")
-    folder = Path(os.path.expanduser(output_dir)) / name if by_name else Path(os.path.expanduser(resume))
-    if not os.path.isfile(folder / "config.yaml"):
-        return None, by_name
-    has_checkpoint = any(folder.glob("checkpoints/step-*"))
-    return (folder if has_checkpoint or not by_name else None), by_name
+    if resume in ("auto", "force"):
+        return Path(os.path.expanduser(output_dir)) / name, True
+    named = split_resume(resume)
+    return (named[0] if named else None), False
+
+
+def _starts_anew(folder: Path, by_name: bool, path: Path | None, file: Path, notify: Callable[[str], object]) -> bool:
+    """Return whether auto or force start a run with `file`, because the run in `folder` does not continue.
+
+    `notify` gets a sentence about what is started.
+    """
+    own = folder / "config.yaml"
+    if not os.path.isfile(own):
+        notify(f"{folder} holds no run to resume; it is started with {describe_place(file)}")
+        return True
+    if not by_name or _has_checkpoint(folder):
+        return False
+    if path is None:
+        notify(f"{folder} has no checkpoint to resume from; it is started anew with its own config.yaml")
+    elif not os.path.samefile(own, find_file(path, Path())):
+        notify(f"{folder} has no checkpoint to resume from; it is started anew with {path}, not its own config.yaml")
+    return path is not None
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any(folder.glob("checkpoints/step-*"))
 
 
 def _check_keeps_name(folder: Path, overrides: Sequence[str]) -> None:
@@ -237,7 +268,7 @@ def load_overrides(
     Raises:
         ConfigError: as `load`.
     """
-    return _resolve(_use_form({}, overrides, False, recognise, notify), overrides)
+    return _resolve(*_use_form({}, overrides, False, recognise, notify))
 
 
 def _layers(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:

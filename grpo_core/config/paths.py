@@ -7,6 +7,7 @@ A path on the command line is relative to the shell's folder. `~` is the home fo
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ READ = (  # beside the file, or in the shell's folder
     *(("teacher", "path"), ("teacher", "adapter"), ("lora", "path")),
 )
 WRITTEN = (("output_dir",), ("resume",), ("sft", "output"))  # in the shell's folder
+CHECKPOINT = re.compile(r"step-\d+")  # name of a checkpoint's folder
 FUNCTIONS = (  # file.py:function
     *(("loss", "name"), ("loss", "kl"), ("loss", "average"), ("loss", "rollout_correction", "name")),
     ("loss", "rejection", "name"),
@@ -56,6 +58,23 @@ def resolve_path(text: str, folder: Path) -> str:
     if folder == Path() or not text or os.path.isabs(text) or not os.path.exists(folder / text):
         return text
     return str(folder / text)
+
+
+def split_resume(resume: str) -> tuple[Path, Path | None] | None:
+    """Return the run folder and the checkpoint that `resume` names, which is None for the folder of a run.
+
+    Return None if it names neither. A link such as checkpoints/best stands for the checkpoint that it names.
+    """
+    path = Path(os.path.expanduser(resume))
+    if os.path.isfile(path / "config.yaml"):
+        return path, None
+    if path.name in ("", ".."):
+        path = Path(os.path.abspath(path))
+    if os.path.islink(path):
+        path = path.parent / os.readlink(path)
+    folder = path.parent.parent
+    is_checkpoint = CHECKPOINT.fullmatch(path.name) and os.path.isdir(path) and os.path.isfile(folder / "config.yaml")
+    return (folder, path) if is_checkpoint else None
 
 
 def resolve_function(name: str, folder: Path) -> str:

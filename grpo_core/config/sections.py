@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from grpo_core.objective.reward_labels import label_rewards
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -130,7 +132,8 @@ class SourceConfig:
     eval_split: str | None = None  # both null: the built-in test split, or held-out rows of the source
     columns: dict[str, str] | None = None  # null: data.columns
     template: str | None = None  # null: data.template
-    system: str | None = None  # null: data.system
+    prompt: Literal["template", "chat"] | None = None  # null: data.prompt
+    system: str | None = None  # null: data.system; "": none
     rewards: list[RewardConfig] = field(default_factory=list)  # of its completions; []: the run's rewards
     eval_reward: str | None = None  # null: evaluation.reward
 
@@ -374,7 +377,9 @@ class RunConfig:
     output_dir: str = "runs"
     seed: int = 0
     alerts: Literal["warn", "stop"] = "warn"  # what to do when a metric shows a problem; stop: end the run
-    resume: str | None = None  # auto: continue this run from its newest checkpoint; force; or a run folder
+    resume: str | None = (
+        None  # auto: continue this run from its newest checkpoint; force; a run's folder or a checkpoint's
+    )
     overwrite: bool = False  # true: replace an existing run of this name; false: refuse to start
     preset: str | None = None  # a published objective by name; keys of the file override it
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -435,13 +440,18 @@ class RunConfig:
         """Return whether completions have several turns."""
         return self.environment.name is not None or bool(self.tools)
 
+    def label_reward(self, name: str) -> str:
+        """Return the name in metrics of a reward, by its name here."""
+        every = [*self.rewards, *(reward for source in self.data.sources for reward in source.rewards)]
+        return label_rewards(reward.name for reward in every).get(name, name)
+
     def of_source(self, name: str) -> RunConfig:
         """Return the configuration of a run whose only data is the source `name`; without sources it is this one."""
         source = next((source for source in self.data.sources if source.name == name), None)
         if source is None:
             return self
         own = {key: getattr(source, key) for key in ("path", "args", "subset", "split", "eval_path", "eval_split")}
-        for key in ("limit", "columns", "template", "system"):
+        for key in ("limit", "columns", "template", "prompt", "system"):
             value = getattr(source, key)
             own[key] = getattr(self.data, key) if value is None else value
         evaluation = replace(self.evaluation, reward=source.eval_reward or self.evaluation.reward)

@@ -25,6 +25,12 @@ def find_file(path: str | Path, *folders: Path) -> Path:
     return next((file for file in candidates if os.path.isfile(file)), folders[-1] / path)
 
 
+def describe_place(file: Path) -> str:
+    """Return the path of a file as seen from the shell's folder, where it lies below that; else as it is."""
+    relative = os.path.relpath(file)
+    return str(file) if relative.startswith("..") else relative
+
+
 def find_default() -> Path:
     """Return the configuration of a run that names no file: that for GPUs if there is one, else the tiny one."""
     import torch

@@ -1,7 +1,8 @@
 """Recognise the forms in which others write their data, and name the keys of the configuration that each form needs.
 
 A form is recognised where data.path is a word of the command line. Its keys then replace those of the configuration
-file, which were written for other data; the other words of the command line win.
+file, which were written for other data; the other words of the command line win. Where data.sources is such a word, the
+form of each source that names nothing but its path, name and weight sets the keys of that source.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_core.config import files
-from grpo_core.config.sections import DataConfig, RunConfig
+from grpo_core.config.sections import DataConfig, RunConfig, SourceConfig
 from grpo_core.data.columns import MISSING, is_conversation, read_path, rename
 from grpo_core.data.rows import Row, peek_rows
 from grpo_core.objective.numbers import read_gold
@@ -30,7 +31,11 @@ EQUATION = (
     "Make {target} from the numbers {nums} with + - * / and brackets, each number once. Think first, then write the "
     "equation in <answer> </answer>."
 )
-MAX_SHOWN_CHARACTERS = 60  # of a value in a sentence
+MAX_SHOWN_CHARACTERS = 120  # of a value in a sentence, or of an item in a list
+KEYS_OF_SOURCE = {  # of a form -> of a source
+    **{f"data.{key}": key for key in ("columns", "template", "prompt", "system")},
+    **{"rewards": "rewards", "evaluation.reward": "eval_reward"},
+}
 
 
 @dataclass(frozen=True)
@@ -187,14 +192,51 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, supervised: 
 def recognise(
     config: RunConfig, written: Collection[str], supervised: bool = False
 ) -> tuple[dict[str, Any], str | None]:
-    """Return the keys of the form that the data at data.path has, and a sentence about what they replace, if they do.
+    """Return the keys of the form that the data has, and a line about what they replace, if they do.
 
-    `written` are the keys of the command line's words, which stay as they are.
+    `written` are the keys of the command line's words, which stay as they are. With data.sources there is a line for
+    each source whose form is recognised.
 
     Raises:
-        ConfigError: the data cannot be read; nothing says how completions are scored; or a library that the form's
-            reward needs is not installed.
+        ConfigError: the data cannot be read; nothing says how completions are scored; a library that the form's
+            reward needs is not installed; or the sources are for `sft` and have several targets.
     """
+    if config.data.sources:
+        return _recognise_sources(config, written, supervised) if "data.sources" in written else ({}, None)
+    return _recognise_path(config, written, supervised)
+
+
+def _recognise_sources(
+    config: RunConfig, written: Collection[str], supervised: bool
+) -> tuple[dict[str, Any], str | None]:
+    """Return data.sources with the keys of their forms, the other keys that these need, and the lines about them."""
+    sources, lines, others, targets = [], [], {}, []
+    own = {*written, "data.last_turn", "evaluation.num_tasks"}  # they are the same for all sources
+    for i, source in enumerate(config.data.sources):
+        keys: dict[str, Any] = {}
+        if source == SourceConfig(path=source.path, name=source.name, weight=source.weight):
+            try:
+                keys, line = _recognise_path(config.of_source(source.name), own, supervised)
+            except ConfigError as error:
+                raise ConfigError(f"data.sources[{i}] ({source.name}): {error}") from None
+            lines += [f"data.sources[{i}] ({source.name}): {line}"] if line else []
+        form_keys = {KEYS_OF_SOURCE[key]: value for key, value in keys.items() if key in KEYS_OF_SOURCE}
+        if "system" in form_keys and config.data.system:
+            form_keys["system"] = ""
+        sources.append(asdict(source) | form_keys)
+        others |= {key: value for key, value in keys.items() if key == "data.max_prompt_tokens"}
+        targets += [keys["sft.targets"]] if "sft.targets" in keys else []
+    if any(target != targets[0] for target in targets):
+        raise ConfigError(
+            f"data.sources have forms with several targets, {', '.join(target[0] for target in targets)}; sft trains "
+            f"the same targets of all sources, so name them with sft.targets, and the columns of each source"
+        )
+    others |= {"sft.targets": targets[0]} if targets else {}
+    return {"data.sources": sources, **others} if lines else {}, "\n".join(lines) or None
+
+
+def _recognise_path(config: RunConfig, written: Collection[str], supervised: bool) -> tuple[dict[str, Any], str | None]:
+    """Return the keys of the form that the data at data.path has, and a line about what they replace."""
     data = config.data
     if ":" in data.path and not Path(data.path).exists():  # rows that are generated, such as builtin:word_problems
         return {}, None
@@ -340,14 +382,15 @@ def _check_library(form: Form, path: str, keys: dict[str, Any]) -> None:
 
 
 def _describe_changes(config: RunConfig, keys: dict[str, Any]) -> str:
-    """Return the keys whose values change, each with its new and its old value; "" without any."""
+    """Return the keys whose values change, each with its new and its old value; "" without any.
+
+    Rewards and targets that are replaced are named with their weights and arguments, which are lost too.
+    """
     changes = []
     for key, new in keys.items():
         old = attrgetter(key)(config)
         if isinstance(old, list):
-            full = [_shorten_item(item) for item in old]
-            names = [item if isinstance(item, str) else next(iter(item.values())) for item in full]
-            old = full if names == new else names
+            old = [_shorten_item(item) for item in old]
         if old != new:
             changes.append(f"{key} {_show(new)} (not {_show(old)})")
     return ", ".join(changes)
@@ -363,5 +406,12 @@ def _shorten_item(item: Any) -> Any:
 
 
 def _show(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else " ".join(files.to_inline_yaml(value).split())
+    """Return a value as text; each item of a list is shortened on its own, so that all are named."""
+    if isinstance(value, list):
+        return f"[{', '.join(_shorten(files.to_inline_yaml(item)) for item in value)}]"
+    return _shorten(repr(value) if isinstance(value, str) else files.to_inline_yaml(value))
+
+
+def _shorten(text: str) -> str:
+    text = " ".join(text.split())
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."

@@ -19,7 +19,7 @@ from torch import Tensor
 from grpo_core.counts import quantify
 from grpo_core.distributed import watchdog
 from grpo_core.random_keys import Key, make_generator, torch_seed
-from grpo_core.schema import ConfigError, first_line
+from grpo_core.schema import ConfigError, first_line, read_message
 
 MIN_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 LOST_RANK_CODE = 5  # exit code of a rank whose collective failed because another rank ended or cannot be reached
@@ -122,8 +122,9 @@ def report_run_folder(folder: Path) -> None:
 
 def is_lost_rank(error: BaseException) -> bool:
     """Return whether a collective failed because another rank has ended or cannot be reached."""
-    is_collective = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-    return is_collective and LOST_RANK.search(str(error)) is not None
+    message = read_message(error)
+    is_collective = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in message)
+    return is_collective and LOST_RANK.search(message) is not None
 
 
 def shutdown() -> None:

@@ -124,7 +124,7 @@ class Alerts:
         precision = "fp32" if resolve_dtype(config.model.precision) is torch.float32 else "other"
         self._pending.append(_make_gap_alert(MAX_LOGPROB_GAP[precision]))
         if any(reward.name == config.evaluation.reward for reward in config.all_rewards):
-            self._pending.append(_make_hacking_alert(config.evaluation.reward))
+            self._pending.append(_make_hacking_alert(config.label_reward(config.evaluation.reward)))
         self._rows: deque[Row] = deque(maxlen=WINDOW_STEPS)
         self._first: list[Row] = []
 

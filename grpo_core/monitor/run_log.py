@@ -44,7 +44,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, config: RunConfig, start_step: int, num_steps: int) -> None:
-        """Create the folder of a run, or continue it at `start_step`, where the rows of later steps are removed.
+        """Create the folder of a run, or continue it at `start_step`; `drop_later_rows` makes its files ready.
 
         With config.overwrite an existing run folder is emptied first.
         """
@@ -68,22 +68,32 @@ class RunLog:
                 config = replace(config, name=folder.name, output_dir=str(folder.parent))
             written = dump(replace(config, resume=None, overwrite=False))
             (folder / "config.yaml").write_text(written, encoding="utf-8")
-            ranks.report_run_folder(folder)
             for file in find_user_files(config):
                 (folder / "code").mkdir(exist_ok=True)
                 shutil.copy(file, folder / "code")
-            for name, last in (
-                ("metrics", start_step - 1),
-                ("completions", start_step - 1),
-                ("evaluation", start_step or -1),  # the evaluation before the first step is repeated
-                ("evaluation_completions", start_step or -1),
-            ):
-                _truncate(folder / f"{name}.jsonl", last)
             self.bar = tqdm(
                 total=num_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True, leave=False
             )
             self._stop_refreshing = keep_refreshing(self.bar, self._describe_progress)
             self.trackers = Trackers(folder, config, written, start_step, self.info)
+
+    def drop_later_rows(self) -> int:
+        """Remove the rows of the steps that are taken again; return the number of those in metrics.jsonl.
+
+        It is called once, when nothing can refuse the start any more.
+        """
+        if not ranks.is_main():
+            return 0
+        start = self._steps_taken
+        last_steps = {
+            "metrics": start - 1,
+            "completions": start - 1,
+            "evaluation": start or -1,  # the evaluation before the first step is repeated
+            "evaluation_completions": start or -1,
+        }
+        dropped = {name: _truncate(self.folder / f"{name}.jsonl", last) for name, last in last_steps.items()}
+        ranks.report_run_folder(self.folder)  # a restart may continue from its newest checkpoint
+        return dropped["metrics"]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -351,16 +361,20 @@ def _format_step(row: dict[str, float], rewards: list[str]) -> str:
     )
 
 
-def _truncate(path: Path, last_step: int) -> None:
-    """Remove the rows of steps after `last_step`, which will be repeated, and an incomplete last row."""
+def _truncate(path: Path, last_step: int) -> int:
+    """Remove the rows of steps after `last_step`, which will be repeated, and an incomplete last row.
+
+    Return the number of rows that were removed.
+    """
     if not path.exists():
-        return
-    lines = []
-    for line in path.read_bytes().splitlines(keepends=True):  # bytes: text is also split at U+2028, which JSON allows
+        return 0
+    lines, staying = path.read_bytes().splitlines(keepends=True), []
+    for line in lines:  # bytes: text is also split at U+2028, which JSON allows
         if not line.endswith(b"\n") or json.loads(line)["step"] > last_step:
             break
-        lines.append(line)
-    path.write_bytes(b"".join(lines))
+        staying.append(line)
+    path.write_bytes(b"".join(staying))
+    return len(lines) - len(staying)
 
 
 def _append_all(path: Path, content: bytes) -> None:

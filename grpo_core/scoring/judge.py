@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_core.objective.rewards import REWARDS
-from grpo_core.schema import ConfigError, summarize_error
+from grpo_core.schema import ConfigError, show_value, summarize_error
 from grpo_core.scoring.chat_client import ChatClient, NoAnswer
 from grpo_core.scoring.event_loop import EventLoop
 from grpo_core.scoring.kept_answers import KeptAnswers, digest
@@ -37,6 +37,7 @@ answer. Then end with a line of the form "Score: N", where N is a number from 0 
 """
 PATTERN = r"[Ss]core(?: ?[(\[][^)\]]{0,20}[)\]])?\W{1,6}?(-?\d+(?:\.\d+)?)(?!\d|[eE,.]\d)"
 OPTIONS = {"temperature": 0.0, "max_tokens": 512}
+CONNECTION = ("url", "key_from", "at_once", "retries", "request_timeout", "budget")  # arguments: how it is reached
 PARTS = ("prompt", "completion")  # of the template, beside columns
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -206,7 +207,10 @@ class JudgeSession:
         self._tasks: dict[str, asyncio.Task] = {}  # by question, those that run
 
     def start(self, questions: Sequence[str | NoAnswer]) -> list[Row]:
-        """Ask all questions that have no kept answer and are not asked already; return a row for each."""
+        """Ask all questions that have no kept answer and are not asked already; return a row for each.
+
+        An answer without a score is a failure, which is not kept.
+        """
         return [question if isinstance(question, NoAnswer) else self._start(question) for question in questions]
 
     def read(self, row: Row) -> tuple[float | None, str | None]:
@@ -241,7 +245,8 @@ class JudgeSession:
     def _start(self, question: str) -> Row:
         body = self.settings.write_body(question)
         key = digest(body)
-        if (answer := self._answers.get(key)) is not None:
+        answer = self._answers.get(key)
+        if answer is not None and self._has_score(answer):
             return answer
         if key not in self._tasks:
             self._tasks[key] = asyncio.create_task(self._ask(key, body))
@@ -257,8 +262,16 @@ class JudgeSession:
         async with self._limit:
             self._http = self._http or self._client.open()
             answer = await self._client.ask(self._http, body)
-        self._answers.add(key, answer)
+        if self._has_score(answer):
+            self._answers.add(key, answer)
         return answer
+
+    def _has_score(self, answer: str) -> bool:
+        try:
+            self.settings.read_score(answer)
+        except NoAnswer:
+            return False
+        return True
 
 
 class Judge:
@@ -284,9 +297,9 @@ class Judge:
         self._rows: list[Row] = []
         self._explained: set[str] = set()  # kinds of failures that were described in full
 
-    def start_step(self) -> None:
+    def start_step(self, step: int) -> None:
         """Begin a step, which has the whole budget."""
-        self._left = self.settings.budget
+        self._left, self._answers.step = self.settings.budget, step
 
     def ask_ahead(self, completions: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
         """Begin to ask about completions that `submit` will bring later, without waiting."""
@@ -364,5 +377,7 @@ def write_questions(
             parts = {"prompt": show_prompt(prompt, row), "completion": completion}
             questions.append(template.format(**{**row, **parts}))
         except Exception as error:  # the values of columns are of any type
-            questions.append(NoAnswer(f"cannot be asked, because its template cannot be filled in: {error!r}"))
+            questions.append(
+                NoAnswer(f"cannot be asked, because its template cannot be filled in: {show_value(error, 200)}")
+            )
     return questions

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_core.counts import quantify
+from grpo_core.objective.reward_labels import OtherRewards
 from grpo_core.objective.rewards import OTHER_REWARDS, takes_groups
 from grpo_core.registry import get_fact
-from grpo_core.schema import keyword_arguments, summarize_error
+from grpo_core.schema import keyword_arguments, show_value, summarize_error
 from grpo_core.scoring.event_loop import shared_loop
 
 MAX_REWARD = 1e6  # absolute value; beyond it a reward is a mistake, and float32 cannot resolve differences
@@ -68,7 +69,7 @@ def collect_outcome(get_values: Callable[[], Any], count: int, group_size: int |
     if True in failed:
         first = failed.index(True)
         why = (
-            f"returned {repr(values[first])[:40]} for completion {first}; it must be None or a number from -1e6 to 1e6"
+            f"returned {show_value(values[first])} for completion {first}; it must be None or a number from -1e6 to 1e6"
         )
     return RewardOutcome([None if bad else number for number, bad in zip(numbers, failed, strict=True)], failed, why)
 
@@ -112,7 +113,7 @@ def call_reward(function: Callable, completions: list[str], columns: dict[str, A
     own: dict[str, Any] = {}  # copies, which the reward may change
     for name, values in columns.items():
         if name == OTHER_REWARDS and name in parameters:
-            own[name] = {other: shape(numbers) for other, numbers in values.items()}
+            own[name] = OtherRewards({other: shape(numbers) for other, numbers in values.items()})
         elif (takes_all or name in parameters) and name not in configuration and name != OTHER_REWARDS:
             own[name] = [_copy(value) for value in (values[::group_size] if by_group else values)]
     if "completions" in parameters:
@@ -128,13 +129,13 @@ def _join_groups(values: Any, count: int, group_size: int) -> tuple[list[Any], s
     """Return the values of all groups as one list, and why they are not N lists of G as a verb phrase, or None."""
     must = f"it must return {quantify(count // group_size, 'list')} of {quantify(group_size, 'value')}"
     if _describe_wrong_result(values):
-        return [], f"returned {repr(values)[:40]}; {must}"
+        return [], f"returned {show_value(values)}; {must}"
     groups = list(values)
     if len(groups) * group_size != count:
         return [], f"returned {quantify(len(groups), 'list')}; {must}"
     for i, group in enumerate(groups):
         if _describe_wrong_result(group):
-            return [], f"returned {repr(group)[:40]} for group {i}; {must}"
+            return [], f"returned {show_value(group)} for group {i}; {must}"
         groups[i] = list(group)
         if len(groups[i]) != group_size:
             return [], f"returned {quantify(len(groups[i]), 'value')} for group {i}; {must}"
@@ -152,7 +153,7 @@ def _describe_wrong_result(values: Any) -> str | None:
     if ordered or isinstance(values, ValuesView):
         return None
     kind = f"a {type(values).__name__}, " if isinstance(values, (Mapping, Set)) else ""
-    return f"returned {kind}{repr(values)[:40]}; it must return a list with a number for each"
+    return f"returned {kind}{show_value(values)}; it must return a list with a number for each"
 
 
 def _to_number(value: Any) -> float | None:
@@ -163,6 +164,6 @@ def _to_number(value: Any) -> float | None:
         return math.nan
     try:
         number = float(value)
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # of any class
         return math.nan
     return number if abs(number) <= MAX_REWARD else math.nan

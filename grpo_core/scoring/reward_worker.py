@@ -19,7 +19,7 @@ from typing import Any
 
 from grpo_core.objective.rewards import REWARDS
 from grpo_core.registry import get_fact
-from grpo_core.schema import ConfigError, summarize_error
+from grpo_core.schema import ConfigError, first_line, summarize_error
 from grpo_core.scoring.reward_call import RewardOutcome, attempt, failed_outcome
 from grpo_core.scoring.supervise import interruptible, run_supervised
 from grpo_core.scoring.worker_process import SIZE, WorkerProcess, build_in_worker, send_message
@@ -48,7 +48,7 @@ class RewardWorker(WorkerProcess):
         try:
             request = pickle.dumps((completions, columns, group_size))
         except Exception as error:
-            self._problem = f"cannot be sent its columns, which cannot be pickled: {error}"
+            self._problem = f"cannot be sent its columns, which cannot be pickled: {first_line(error)}"
             return
         if self.wait_until_ready():
             self._deadline = time.monotonic() + self.timeout

@@ -33,6 +33,7 @@ class Reward:
     function: Callable | RunningReward
     reads_others: bool = False  # called after the others, with their values (`rewards.reads_other_rewards`)
     sources: tuple[str, ...] = ()  # names of the sources whose completions it scores; (): all
+    configured: str | None = None  # its name in the configuration, if that is another
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,11 @@ def close_rewards(functions: Iterable[Callable | RunningReward]) -> None:
             function.close()
 
 
-def start_step(rewards: Iterable[Reward]) -> None:
-    """Give the rewards that have a budget for each step a new one."""
+def start_step(rewards: Iterable[Reward], step: int) -> None:
+    """Give the rewards that have a budget for each step a new one, for `step` of the run."""
     for reward in rewards:
         if isinstance(reward.function, Judge):
-            reward.function.start_step()
+            reward.function.start_step(step)
 
 
 def ask_ahead(rewards: Iterable[Reward], tasks: Sequence[Task]) -> Callable[[int, list[str]], None] | None:

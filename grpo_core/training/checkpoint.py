@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.config.files import flatten
-from grpo_core.config.sections import RunConfig
+from grpo_core.config.sections import RunConfig, SourceConfig
 from grpo_core.counts import quantify
 from grpo_core.data.pass_rates import PREFIX
 from grpo_core.distributed import ranks
@@ -34,6 +34,8 @@ from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.policy import Policy
 from grpo_core.monitor.file_modes import apply_umask
 from grpo_core.schema import ConfigError
+from grpo_core.scoring.judge import CONNECTION
+from grpo_core.scoring.judge import NAME as JUDGE
 from grpo_core.training.control import Control
 from grpo_core.training.run import Run
 
@@ -205,7 +207,8 @@ def read_meta(checkpoint: Path, config: RunConfig, job: str = "train") -> tuple[
     meta = json.loads((checkpoint / META).read_text(encoding="utf-8"))
     if (other := meta.get("job", job)) != job:
         raise ConfigError(f"cannot resume from {checkpoint} with {job}, because it belongs to a run of {other}")
-    defaults, saved, current = (flatten(x) for x in (asdict(RunConfig()), meta["config"], asdict(config)))
+    configs = (asdict(RunConfig()), meta["config"], asdict(config))
+    defaults, saved, current = (flatten(_without_connections(values)) for values in configs)
     differing = [
         f"{key} ({then!r} in the checkpoint, {current.get(key)!r} now)"
         for key in sorted(saved.keys() | current.keys())
@@ -218,6 +221,23 @@ def read_meta(checkpoint: Path, config: RunConfig, job: str = "train") -> tuple[
             f"new run with another name, or use resume=force to resume anyway"
         )
     return meta, differing
+
+
+def _without_connections(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration without how its judges are reached, which may differ: no answer depends on it."""
+
+    def strip(rewards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {**reward, "args": {key: value for key, value in reward["args"].items() if key not in CONNECTION}}
+            if reward["name"] == JUDGE
+            else reward
+            for reward in rewards
+        ]
+
+    data = config.get("data", {})
+    newer = asdict(SourceConfig(path=""))  # a checkpoint may be older than a key
+    sources = [{**newer, **source, "rewards": strip(source.get("rewards", []))} for source in data.get("sources", [])]
+    return {**config, "rewards": strip(config.get("rewards", [])), "data": {**data, "sources": sources}}
 
 
 def load(checkpoint: Path, meta: dict[str, Any], run: Run) -> list[str]:

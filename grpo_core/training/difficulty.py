@@ -28,7 +28,8 @@ def note_outcomes(run: Run, tasks: Sequence[Task], scores: Scores) -> None:
         return
     values = torch.full_like(scores.rewards, torch.nan)  # [N, G]
     for source in dict.fromkeys(task.source for task in tasks):
-        measured = scores.by_name.get(run.config.of_source(source).evaluation.reward)
+        reward = run.config.of_source(source).evaluation.reward
+        measured = scores.by_name.get(run.config.label_reward(reward))
         if measured is not None:
             values = torch.where(select_source(values, tasks, source), measured, values)
     passed, judged = (values == 1.0).sum(dim=1), (~values.isnan()).sum(dim=1)

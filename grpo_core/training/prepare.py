@@ -147,10 +147,10 @@ def _check_readers_of_prompts(config: RunConfig, number: int, tasks: Sequence[Ta
     sources = config.data.sources
     if names and sources and not sources[number].rewards:
         sharing = [config.of_source(source.name).data for source in sources if not source.rewards]
-        if len({(data.template, data.system) for data in sharing}) > 1:
+        if len({(data.template, data.prompt, data.system) for data in sharing}) > 1:
             raise ConfigError(
-                f"the reward {names[0]} reads the prompts of several sources, whose template or system differs; name "
-                f"the rewards of each source in data.sources[{number}].rewards"
+                f"the reward {names[0]} reads the prompts of several sources, whose template, prompt or system differ; "
+                f"name the rewards of each source in data.sources[{number}].rewards"
             )
 
 
@@ -297,6 +297,7 @@ def make_rewards(config: RunConfig, folder: Path | None = None) -> list[Reward]:
 
 def make_reward(config: RunConfig, reward: RewardConfig, sources: tuple[str, ...], folder: Path | None) -> Reward:
     """Return one reward for the completions of some sources, or of all; () are all."""
+    label = config.label_reward(reward.name)
     config = config.of_source(sources[0]) if sources else config
     if reward.name == REWARD_MODEL:
         function = load_reward_model(config, resolve_dtype(config.model.precision), ranks.device())
@@ -305,7 +306,7 @@ def make_reward(config: RunConfig, reward: RewardConfig, sources: tuple[str, ...
     else:
         function = build_reward(reward.name, reward.args, timeout=config.trainer.reward_timeout)
     reads_others = reads_other_rewards(REWARDS.get(reward.name))
-    return Reward(reward.name, reward.weight, function, reads_others=reads_others, sources=sources)
+    return Reward(label, reward.weight, function, reads_others, sources, configured=reward.name)
 
 
 def make_eval_rewards(config: RunConfig) -> dict[str, Callable | RunningReward]:

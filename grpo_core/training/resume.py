@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from grpo_core.config.paths import split_resume
 from grpo_core.config.sections import LoraConfig, RunConfig
 from grpo_core.counts import quantify
 from grpo_core.monitor import run_lock
@@ -28,6 +29,7 @@ class RunStart:
     meta: dict[str, Any]  # the checkpoint's metadata; empty for a new run
     overridden: list[str]  # configuration keys that differ from the checkpoint's (resume: force)
     warnings: list[str]  # one for each damaged checkpoint
+    goes_back: bool = False  # resume names the checkpoint, so what the run has written after it is discarded
 
     @property
     def step(self) -> int:
@@ -64,7 +66,9 @@ def look_up_start(config: RunConfig, job: str = "train") -> RunStart:
     """
     folder, latest, warnings = run_dir.find_run_folder(config)
     meta, overridden = checkpoint.read_meta(latest, config, job) if latest else ({}, [])
-    return RunStart(folder, latest, meta, overridden, warnings)
+    is_path = config.resume not in (None, "auto", "force")
+    goes_back = is_path and (split_resume(str(config.resume)) or (folder, None))[1] is not None
+    return RunStart(folder, latest, meta, overridden, warnings, goes_back)
 
 
 def check_num_steps(start: RunStart, num_steps: int) -> None:
@@ -106,11 +110,18 @@ def load_start(run: Run, start: RunStart) -> None:
         run.log.info(f"warning: {sentence}")
     if latest:
         overridden = start.overridden + checkpoint.load(latest, start.meta, run)
+        discarded = run_dir.discard_later(run.folder, run.start_step) if start.goes_back else []
+        rows = run.log.drop_later_rows()
         checkpoint.restore_best(run)
         run.log.info(f"resumed from {latest} after {quantify(run.start_step, 'step')}")
+        if start.goes_back:
+            discarded += [f"the rows of {quantify(rows, 'step')}"] if rows else []
+            run.log.info(f"discarded, because resume names this checkpoint: {', '.join(discarded) or 'nothing'}")
         if overridden:
             run.log.info(
                 f"warning: resume=force ignored these differences from the checkpoint: {', '.join(overridden)}"
             )
-    elif config.resume:
+        return
+    run.log.drop_later_rows()
+    if config.resume:
         run.log.info(f"resume is {config.resume}, but {run.folder} has no checkpoint; the run starts at step 0")

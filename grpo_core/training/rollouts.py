@@ -37,7 +37,7 @@ def collect(run: Run, step: int, stats: Stats) -> tuple[list[Task], Rollouts, Sc
     times at most. DAPO, arXiv:2503.14476.
     """
     tasks = run.tasks.batch(step)
-    start_step(run.rewards)
+    start_step(run.rewards, step)
     rollouts, scores = _sample_and_score(run, tasks)
     if run.config.sampling.dynamic_attempts:
         tasks, rollouts, scores = _resample(run, step, stats, tasks, rollouts, scores)

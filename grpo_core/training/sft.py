@@ -40,7 +40,7 @@ from grpo_core.training.job import close_at_end, describe_best
 from grpo_core.training.prepare import Prepared, prepare
 from grpo_core.training.resume import check_num_steps, find_start, load_start
 from grpo_core.training.run import Run
-from grpo_core.training.setup import assemble, count_steps, describe_tasks, initialise_process, note_steps
+from grpo_core.training.setup import assemble, count_steps, describe_tasks, initialise_process, note_tasks
 from grpo_core.training.sft_conversations import (
     build_conversation_rollouts,
     choose_conversations,
@@ -97,11 +97,13 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
         config, tokenizer=tokenizer, model_config=base.config if base else None, scores_training_tasks=False
     )
     column = find_conversations(config, prepared.tasks)
-    longest = 0
+    longest = longest_whole = 0
     if column:
-        prepared, longest = choose_conversations(prepared, column, config.data, _name_source_of_tasks(config))
+        prepared, longest, longest_whole = choose_conversations(
+            prepared, column, config.data, _name_source_of_tasks(config)
+        )
     check_num_steps(run_start, count_steps(config, len(prepared.tasks), config.trainer.completions_per_step))
-    note_steps(config, len(prepared.tasks), config.trainer.completions_per_step)
+    note_tasks(config, prepared, config.trainer.completions_per_step)
     longest = longest or find_longest(config, prepared)
     if base:
         policy = wrap(base.to(dtype), config.model, config.lora, temperature=TEMPERATURE)
@@ -115,10 +117,20 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
     load_start(run, run_start)
     run.log.info(
         f"{describe_tasks(config, prepared)}, {quantify(run.num_steps, 'step')} of "
-        f"{quantify(per_step, 'conversation' if column else 'target')} of up to "
-        f"{quantify(longest, 'token')} on {quantify(ranks.world_size(), 'process', 'processes')}, {dtype_name(dtype)}"
+        f"{_describe_lengths(per_step, longest, longest_whole)} on "
+        f"{quantify(ranks.world_size(), 'process', 'processes')}, {dtype_name(dtype)}"
     )
     return run, prepared.tokenizer, make_targets
+
+
+def _describe_lengths(per_step: int, longest: int, longest_whole: int) -> str:
+    """Return what a step trains: targets of up to `longest` tokens, or conversations of up to `longest_whole`."""
+    if not longest_whole:
+        return f"{quantify(per_step, 'target')} of up to {quantify(longest, 'token')}"
+    return (
+        f"{quantify(per_step, 'conversation')} of up to {quantify(longest_whole, 'token')}, up to {longest:,} of them "
+        f"from the assistant's first turn on,"
+    )
 
 
 def find_conversations(config: RunConfig, tasks: Sequence[Task]) -> str | None:

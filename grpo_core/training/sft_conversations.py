@@ -37,11 +37,11 @@ def find_answered_column(config: DataConfig, tasks: Sequence[Task]) -> str | Non
 
 def choose_conversations(
     prepared: Prepared, column: str, config: DataConfig, name_sources: Sequence[Callable[[Task], str]]
-) -> tuple[Prepared, int]:
+) -> tuple[Prepared, int, int]:
     """Return the tasks whose conversations can be trained, and the token count of the longest.
 
-    It counts from the assistant's first turn on. data.bad_rows decides about the other tasks. `name_sources` name the
-    source of a task for training and of one for evaluation in messages.
+    The first count is that from the assistant's first turn on, the second is of the whole. data.bad_rows decides about
+    the other tasks. `name_sources` name the source of a task for training and of one for evaluation in messages.
 
     Raises:
         ConfigError: there are others and data.bad_rows is error; a conversation exceeds the model's positions; or a
@@ -53,27 +53,28 @@ def choose_conversations(
             "or error"
         )
     notes: list[str] = []
-    parts, longest = [], 0
+    parts, longest, longest_whole = [], 0, 0
     for tasks, name_source in zip((prepared.tasks, prepared.eval_tasks), name_sources, strict=True):
         faults: dict[int, str] = {}
         trained: list[int] = []
         for place, task in enumerate(tasks):
             try:
-                length = _measure(task, column, config, prepared, name_source)
+                length, whole = _measure(task, column, config, prepared, name_source)
             except BadRow as error:
                 faults[task.index] = f"column {column!r} {error}"
             else:
                 trained.append(place)
-                longest = max(longest, length)
+                longest, longest_whole = max(longest, length), max(longest_whole, whole)
         handle_bad_rows(faults, len(tasks), "", config, notes)
         parts.append(select_tasks(tasks, trained))
-    return replace(prepared, tasks=parts[0], eval_tasks=list(parts[1]), warnings=prepared.warnings + notes), longest
+    prepared = replace(prepared, tasks=parts[0], eval_tasks=list(parts[1]), warnings=prepared.warnings + notes)
+    return prepared, longest, longest_whole
 
 
 def _measure(
     task: Task, column: str, config: DataConfig, prepared: Prepared, name_source: Callable[[Task], str]
-) -> int:
-    """Return the token count of a conversation from the assistant's first turn on.
+) -> tuple[int, int]:
+    """Return the token counts of a conversation from the assistant's first turn on, and of the whole.
 
     Raises:
         BadRow: see `encode_conversation`.
@@ -87,7 +88,7 @@ def _measure(
             f"row {task.index + 1} of {name_source(task)}: the conversation has {quantify(len(ids), 'token')}, but the "
             f"model has only {positions} positions"
         )
-    return len(ids) - is_trained.index(True)
+    return len(ids) - is_trained.index(True), len(ids)
 
 
 def build_conversation_rollouts(
