@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -15,7 +16,7 @@ from grpo_core.objective.rewards import REWARDS
 from grpo_core.registry import get_fact
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.async_reward import AsyncReward
-from grpo_core.scoring.event_loop import shared_loop
+from grpo_core.scoring.event_loop import EventLoop, forget_shared_loop, shared_loop
 from grpo_core.scoring.reward_call import attempt
 from grpo_core.scoring.reward_worker import RewardWorker
 from grpo_core.scoring.scoring import Reward, build_reward, close_rewards, score
@@ -203,3 +204,18 @@ def test_an_object_is_registered_by_the_decorator_with_its_facts(monkeypatch):
     strict = REWARDS.register("strict")(functools.partial(REWARDS.get("correct_answer"), strict=True))
     strict.own = True  # facts of a partial and of what it binds
     assert get_fact(REWARDS.build("strict"), "never_null") == ("answer",) and get_fact(REWARDS.build("strict"), "own")
+
+
+def test_threads_that_ask_for_the_loop_at_the_same_time_get_the_same(monkeypatch):
+    """What an async reward, tool or environment keeps belongs to one loop."""
+    real, count = EventLoop.__init__, 8
+
+    def slow(self):
+        time.sleep(0.05)
+        real(self)
+
+    monkeypatch.setattr(EventLoop, "__init__", slow)
+    forget_shared_loop()
+    with ThreadPoolExecutor(count) as pool:
+        loops = list(pool.map(lambda _: shared_loop(), range(count)))
+    assert len({id(loop) for loop in loops}) == 1

@@ -10,7 +10,7 @@ from typing import Any
 
 from grpo_core.objective.rewards import takes_groups
 from grpo_core.schema import unwrap
-from grpo_core.scoring.event_loop import shared_loop
+from grpo_core.scoring.event_loop import forget_shared_loop, shared_loop
 from grpo_core.scoring.reward_call import RewardOutcome, call_reward, collect_outcome, failed_outcome
 
 CANCEL_TIMEOUT = 1.0  # seconds for the loop to take new work after a reward was cancelled
@@ -42,7 +42,7 @@ class AsyncReward:
             return collect_outcome(self._future.result, self._count, self._group_size)
         self.close()
         if not shared_loop().responds(CANCEL_TIMEOUT):
-            shared_loop.cache_clear()  # the call blocks the loop, and a thread cannot be ended
+            forget_shared_loop()  # the call blocks the loop, and a thread cannot be ended
         return failed_outcome(self._count, f"took more than {self.timeout:g} s")
 
     def close(self) -> None:

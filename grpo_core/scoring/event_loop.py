@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import os
 import threading
 from collections.abc import Awaitable
@@ -52,13 +51,35 @@ class EventLoop:
                 self._loop.run_forever()
 
 
-@functools.cache
+class _SharedLoop:
+    """The loop of a process, which is made when it is first asked for, by whichever thread."""
+
+    def __init__(self) -> None:
+        self._loop: EventLoop | None = None
+        self._lock = threading.Lock()
+
+    def get(self) -> EventLoop:
+        with self._lock:  # two threads that ask at the same time get the same loop
+            if self._loop is None:
+                self._loop = EventLoop()
+            return self._loop
+
+
+_shared = _SharedLoop()
+
+
 def shared_loop() -> EventLoop:
-    """Return the loop of this process. After `shared_loop.cache_clear()` it is a new one."""
-    return EventLoop()
+    """Return the loop of this process. After `forget_shared_loop` it is a new one."""
+    return _shared.get()
 
 
-os.register_at_fork(after_in_child=shared_loop.cache_clear)  # the thread stays in the parent
+def forget_shared_loop() -> None:
+    """Leave the loop of this process to itself."""
+    global _shared
+    _shared = _SharedLoop()
+
+
+os.register_at_fork(after_in_child=forget_shared_loop)  # the thread stays in the parent
 
 
 async def _wait_for(awaitable: Awaitable[Any]) -> Any:
