@@ -1,6 +1,7 @@
 """An adapter: train on an environment of the library verifiers (0.1.14), whose own loop and rubric run unchanged.
 
-python examples/verifiers_environment.py my_game > my_rows.jsonl
+The rows of an environment are written by
+    python examples/verifiers_environment.py my_game > my_rows.jsonl
 """
 
 import asyncio
@@ -10,15 +11,16 @@ from functools import cache
 from unittest.mock import patch
 
 import verifiers
-from verifiers.clients import Client
-from verifiers.types import Response, ResponseMessage
+from verifiers import clients, types
 
 from grpo_core import Reply, Turn
 
 load = cache(patch("signal.signal", lambda *args: None)(verifiers.load_environment))  # signals are the trainer's
 
 
-class Verifiers(Client):  # also a model of verifiers: requests for its turns wait until the policy has drawn them
+class Verifiers(
+    clients.Client
+):  # also a model of verifiers: requests for its turns wait until the policy has drawn them
     setup_client = to_native_tool = to_native_prompt = get_native_response = None
     raise_from_native_response = from_native_response = None
 
@@ -49,8 +51,8 @@ class Verifiers(Client):  # also a model of verifiers: requests for its turns wa
         self.requests.put_nowait(prompt)
         if (turn := await self.turns.get()) is None:
             raise verifiers.OverlongPromptError("the completion has no room for another turn")
-        message = ResponseMessage(content=turn.text, finish_reason="stop", is_truncated=turn.ended_by == "limit")
-        return Response(id="", created=0, model="policy", message=message)
+        message = types.ResponseMessage(content=turn.text, finish_reason="stop", is_truncated=turn.ended_by == "limit")
+        return types.Response(id="", created=0, model="policy", message=message)
 
     async def close(self):
         return self.rollout and self.rollout.cancel()
