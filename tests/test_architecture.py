@@ -47,7 +47,7 @@ PLACES = {  # heavy dependency -> the modules that may import it
     "safetensors": {"training/saved_batches", "model/composite", "training/checkpoint", "commands/export"},
     "triton": {
         "sampling/decode_kernels", "sampling/attention_kernels", "sampling/state_kernels", "sampling/expert_kernels", "model/kernels",
-        "sampling/delta_net_kernel", "sampling/row_attention_kernels", "sampling/elementwise_kernels",
+        "sampling/delta_net_kernels", "sampling/row_attention_kernels", "sampling/elementwise_kernels",
     },
 }
 TRANSFORMERS = {"data", "model", "sampling", "environments", "training", "commands"}  # the folders that may import it

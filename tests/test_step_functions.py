@@ -74,7 +74,7 @@ def test_an_exact_gelu_is_not_taken_for_its_approximation():
 
 
 def step_in_torch(x, weights, conv_state, state):
-    """One token of a gated delta net, as delta_net_kernel.py computes it."""
+    """One token of a gated delta net, as delta_net_kernels.py computes it."""
     rows, heads, key_dim, _ = state.shape
     channels = torch.cat([y.flatten(1) for y in (x.q, x.k, x.v)], dim=1)
     mixed = qwen.causal_conv1d_update(channels[..., None], conv_state, weights.conv, weights.conv_bias, "silu" if weights.is_silu else None)

@@ -349,7 +349,7 @@ def load_kernels(device: torch.device) -> Kernels | None:
     if device.type != "cuda":
         return None
     try:
-        from grpo_core.sampling import delta_net_kernel, elementwise_kernels, row_attention_kernels, state_kernels
+        from grpo_core.sampling import delta_net_kernels, elementwise_kernels, row_attention_kernels, state_kernels
     except ImportError as error:
         raise Unsupported(f"triton cannot be imported: {error}") from error
-    return Kernels(state_kernels, delta_net_kernel, row_attention_kernels, elementwise_kernels)
+    return Kernels(state_kernels, delta_net_kernels, row_attention_kernels, elementwise_kernels)

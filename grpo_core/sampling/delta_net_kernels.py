@@ -1,4 +1,4 @@
-"""A Triton kernel of one token step of a gated delta net (arXiv:2412.06464), from its projections to its gated norm.
+"""Triton kernels of one token step of a gated delta net (arXiv:2412.06464), from its projections to its gated norm.
 
 A program owns one key head of one row: its channels of the convolution, and the states of the value heads that share
 the key. So no other program reads or writes its memory, and both states are updated in place.
