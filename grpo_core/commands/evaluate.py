@@ -94,7 +94,10 @@ def run_evaluate(
     tasks = _check_problems(opened, tasks, description, warnings)
     folder = output or (opened.folder or Path()) / name_folder(opened.steps, data)
     _make_folder(folder)
-    parts = ranks.gather(answer_with_policies(opened, tasks, samples, settings, base=base))
+    try:
+        parts = ranks.gather(answer_with_policies(opened, tasks, samples, settings, base=base))
+    finally:
+        opened.close()
     if not parts:  # only the main rank receives the rows, and writes them
         return 0
     for sentence in warnings:
