@@ -1,6 +1,7 @@
 """Environments in a process of their own: many at the same time, and whatever one does, the others go on."""
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -180,6 +181,18 @@ def test_whatever_a_step_does_the_others_go_on(worker, text, failure):
     assert text_of(take_all(worker, [first])[first]) == "a,b p 3!"
 
 
+def test_a_fork_that_a_step_has_left_running_ends(worker):
+    server = int(text_of(answer(worker, "pid")))
+    assert text_of(answer(worker, "fork")) == "fork p 3!"
+    deadline = time.monotonic() + 3
+    while [path for path in Path(f"/proc/{server}/task").glob("*/children") if path.read_text().strip()]:
+        states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{server}/task").glob("*/children") for pid in path.read_text().split()]
+        if set(states) <= {"Z"}:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_row_that_cannot_be_made_or_sent_fails_alone(worker):
     assert answer(worker, "a", row={"broken": 1}).failure == "raised ValueError: no such row (mine.py, line 9)"
     assert answer(worker, "a", row={"f": lambda: 0}).failure.startswith("cannot be sent its row")
@@ -217,6 +230,7 @@ def test_an_async_step_that_takes_too_long_is_cancelled_and_the_process_stays(wa
         "took more than 0.8 s", None, "raised TimeoutError: its own (mine.py, line 57)"
     ]  # fmt: skip
     assert (text_of(outcomes[keys[1]]), outcomes[keys[1]].answered.reward) == ("1 a", 1.0) and waiting._process.pid == before
+    assert waiting._is_open and waiting._process.poll() is None
 
 
 def test_an_async_step_that_blocks_the_others_is_the_one_that_fails(waiting):

@@ -307,3 +307,26 @@ def test_the_sampler_saw_prompt_and_stretches_and_its_log_probs_are_the_models(f
         own = torch.stack([logprobs[place, whole[0, place + 1]] for place in places])
         torch.testing.assert_close(rollouts.rollout_logprobs[row, :valid][[turn >= 0 for turn in turns]], own, atol=1e-5, rtol=0)
         assert not rollouts.rollout_logprobs[row][rollouts.turns[row] < 0].any()
+
+
+CLOSES = '''
+from pathlib import Path
+
+class Closes:
+    def __init__(self, row, seed, *, folder: str = ""):
+        self.file = Path(folder) / str(seed)
+    def step(self, turn):
+        return None
+    async def close(self):
+        self.file.write_text("closed")
+'''
+
+
+def test_every_object_is_closed(model, tmp_path):
+    (tmp_path / "closes.py").write_text(CLOSES)
+    (tmp_path / "notes").mkdir()
+    config = load(TINY, [f"environment.name={tmp_path}/closes.py:Closes", f"environment.args.folder={tmp_path}/notes"])
+    environments = Environments(config, sampler_of(model))
+    environments.generate(tasks_of(model[1]), 2)
+    environments.close()
+    assert len([*(tmp_path / "notes").iterdir()]) == 6

@@ -95,7 +95,10 @@ def run_evaluate(
     folder = output or (opened.folder or Path()) / name_folder(opened.steps, data)
     _make_folder(folder)
     failures: dict[str, str] = {}
-    rows = answer_with_policies(opened, tasks, samples, settings, base=base, failures=failures)
+    try:
+        rows = answer_with_policies(opened, tasks, samples, settings, base=base, failures=failures)
+    finally:
+        opened.close()
     parts = ranks.gather((rows, failures))
     if not parts:  # only the main rank receives the rows, and writes them
         return 0
