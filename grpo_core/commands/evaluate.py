@@ -9,8 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
