@@ -93,6 +93,11 @@ class Rollouts:
         return self.completion_mask if self.valid_mask is None else self.valid_mask
 
     @property
+    def given(self) -> Tensor:
+        """The tokens of each completion that an environment gave, [B, C] bool."""
+        return self.valid & ~self.completion_mask
+
+    @property
     def turns(self) -> Tensor:
         """The number of the turn of every drawn token from 0, -1 elsewhere, [B, C] int16."""
         return self.completion_mask.to(torch.int16) - 1 if self.turn_ids is None else self.turn_ids

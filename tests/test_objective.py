@@ -105,13 +105,13 @@ def test_the_formula_has_the_values_in_it():
         "loss.top_entropy=0.15", "loss.off_policy_mask=0.7", "loss.rollout_correction={name: token_truncate, args: {clip_max: 1.9}}",
         "advantage.args={eps: 0.005}", "advantage.min_group_std=0.06", "truncation.name=mask_loss", "sampling.dynamic_attempts=7",
         "reference.every=11", "reference.mixing=0.65", "loss.kl_target=0.08", "loss.log_ratio_coef=0.013", "loss.positive_nll_coef=0.017",
-        "loss.positive_nll_above=0.45",
+        "loss.positive_nll_above=0.45", "loss.echo_coef=0.019",
     ])  # fmt: skip
     text = render(config)
     for part in (
         "min(r, 4.5)", "1 - 0.1, 1 + 0.37", "0.021 KL", "a KL of 0.08, with a horizon of 10,000 completions", "correct_answer(strict=True)", "completions * 48", "0.003 H", "top 15%", "<= 0.7", "min(v, 1.9)",
         "std + 0.005", "std < 0.06", "mask_loss", "up to 7 times", "every 11 steps, 0.65 of the way", "1 correct_answer",
-        "+ 0.013 (l - l_roll)**2", ", + 0.017 NLL", "a reward above 0.45",
+        "+ 0.013 (l - l_roll)**2", ", + 0.017 NLL", "a reward above 0.45", ", + 0.019 ECHO",
     ):  # fmt: skip
         assert part in text, (part, text)
     alone = render(load(TINY, ["loss.positive_nll_coef=0.017"]))
@@ -160,6 +160,7 @@ def test_what_an_author_may_not_have_meant_is_remarked(overrides, remark):
     (["reference.every=2", "loss.kl_coef=0"], "reference.every is 2, but loss.kl_coef 0 uses no reference"),
     (["loss.log_ratio_coef=-0.1"], "loss.log_ratio_coef is -0.1; it must be at least 0"),
     (["loss.positive_nll_coef=-0.1"], "loss.positive_nll_coef is -0.1; it must be at least 0"),
+    (["loss.echo_coef=-0.1"], "loss.echo_coef is -0.1; it must be at least 0"),
     (["loss.kl_in=both"], "loss.kl_in is 'both'; it must be one of loss, reward"),
     (["loss.args={clip_low: -0.2}"], "loss grpo: clip_low is -0.2"),
     (["loss.args={delta: 1.0}"], "loss grpo: delta is 1.0"),

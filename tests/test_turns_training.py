@@ -7,11 +7,13 @@ import torch
 from fakes import frozen_batch, tiny_policy, with_objective
 from test_loop import make_run, rows
 from test_packing import Recorder, grouped_rollouts
+from test_policy import naive_logprobs
 from test_turns_batch import whole
 from turn_fakes import ScriptedTurns, with_turns
 
 from grpo_core.batch import take
 from grpo_core.commands.attribution import compute_attribution
+from grpo_core.config.sections import LossConfig
 from grpo_core.model.memory import Budgets
 from grpo_core.model.packing import Budget
 from grpo_core.monitor.aggregates import Stats
@@ -19,12 +21,14 @@ from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
 from grpo_core.objective.inputs import CORRECTION_INPUTS, LOSS_INPUTS, REJECTION_INPUTS, select_tokens
 from grpo_core.objective.losses import LOSSES
+from grpo_core.objective.policy_loss import PolicyLoss
 from grpo_core.objective.rejections import REJECTIONS
 from grpo_core.objective.returns import close_gaps, turn_returns
 from grpo_core.objective.token_weights import AVERAGES, Totals, token_weights
 from grpo_core.objective.truncation import soft_penalty
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.scoring.scoring import Scores
+from grpo_core.training import update as update_module
 from grpo_core.training.freeze import freeze
 from grpo_core.training.rollouts import _replace_scores, _tied, _truncate, compute_step_advantages
 from grpo_core.training.saved_batches import _concatenate, read_dump
@@ -230,3 +234,70 @@ def test_a_saved_batch_of_several_turns_is_read_back(tmp_path):
     assert (rollouts.valid & ~rollouts.completion_mask).any() and torch.equal(rollouts.completion_mask, rollouts.turn_ids >= 0)
     for row, entry in enumerate(dumped.completions):
         assert len(entry["tokens"]) == len(entry["ratio"]) == rollouts.completion_mask[row].sum()
+
+
+@pytest.mark.parametrize("budget", [10_000, 1, 60])
+def test_echo_trains_what_was_given_and_leaves_the_rest_as_it_is(tmp_path, budget):
+    """The gradient without, plus that of the mean -l of given tokens, also of rows that are otherwise not trained."""
+    rollouts = with_turns(grouped_rollouts(groups=4, group_size=8))
+    advantages, trained = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)), torch.ones(4, 8, dtype=torch.bool)
+    advantages[1], trained[2] = 0.0, False
+    gradients = {}
+    for coef in (0.0, 0.3):
+        run = make_run(tmp_path / str(coef), policy=tiny_policy(lora_noise=0.1), loss=LossConfig(name="grpo", average="token", echo_coef=coef))
+        assert run.objective.echo_coef == coef
+        run = replace(run, budgets=Budgets(*2 * [Budget(budget)]))
+        gradients[coef], row = update(run, frozen_batch(run, rollouts, advantages, trained))
+        assert ("echo" in row) == (coef > 0)
+    policy = tiny_policy(lora_noise=0.1)
+    naive = naive_logprobs(policy, whole(rollouts))
+    loss = -(naive * rollouts.given).sum() / rollouts.given.sum()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, policy.parameters())])
+    torch.testing.assert_close(gradients[0.3] - gradients[0.0], 0.3 * expected, atol=1e-6, rtol=1e-3)
+    assert row["echo"] == pytest.approx(float(loss.detach()), rel=1e-4)
+
+
+def test_echo_keeps_given_tokens_when_a_micro_batch_is_halved(tmp_path, monkeypatch):
+    rollouts, seen = with_turns(grouped_rollouts(groups=4, group_size=8)), []
+    forward = update_module.forward_with_gradient
+    for fails in (False, True):
+        run = with_objective(make_run(tmp_path / str(fails), policy=tiny_policy(lora_noise=0.1)), echo_coef=0.3)
+        run = replace(run, budgets=Budgets(*2 * [Budget(10_000)]))
+        left = [1] if fails else []
+
+        def forward_or_fail(*args, left=left):
+            if left:
+                left.pop()
+                raise torch.OutOfMemoryError
+            return forward(*args)
+
+        monkeypatch.setattr(update_module, "forward_with_gradient", forward_or_fail)
+        seen.append(update(run, frozen_batch(run, rollouts, torch.zeros(4, 8))))
+    assert seen[1][1]["memory_retries"] == 1 and seen[0][0].abs().max() > 1e-3
+    torch.testing.assert_close(seen[1][0], seen[0][0], atol=1e-6, rtol=1e-4)
+
+
+def inverse(logprobs, old_logprobs, advantages, completion_mask, rollout_logprobs):
+    """A loss that divides by the policy's probability."""
+    return PolicyLoss(-(rollout_logprobs - logprobs).exp() * advantages)
+
+
+def test_echo_does_not_let_a_loss_see_given_tokens(tmp_path):
+    """Their log-probs are computed for ECHO, where the sampler's are 0; a loss must not divide the two."""
+    rollouts, advantages = with_turns(grouped_rollouts(groups=2, group_size=8)), torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
+    run = with_objective(make_run(tmp_path), loss_fn=inverse, echo_coef=1e-30)
+    batch = frozen_batch(run, rollouts, advantages)
+    seen = []
+    for coef in (1e-30, 0.0):
+        own = replace(run.objective, echo_coef=coef)
+        [packing] = run.policy.plan(rollouts, predict_given=coef > 0)
+        tokens = run.policy.forward(rollouts, packing)
+        if coef:
+            assert (tokens.logprobs[rollouts.given] < 0).all()
+            tokens = replace(tokens, logprobs=torch.where(rollouts.given, tokens.logprobs - 200, tokens.logprobs))
+        totals = update_module.count_over_ranks(own, batch, 1)
+        loss = update_module.micro_loss(own, batch, tokens, totals, run.control, Stats())
+        seen.append(torch.autograd.grad(loss, run.policy.parameters(), retain_graph=True))
+    for got, want in zip(*seen, strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, want)

@@ -202,8 +202,9 @@ def replay(dumped: DumpedBatch, weights: Weights, name: str, config: RunConfig, 
     dumped = replace(dumped, batch=_move_to(dumped.batch, ranks.device()))
     policy = weights.policy
     policy.temperature, policy.replays_routing = config.sampling.temperature, config.sampling.replay_routing
-    # the load-balancing loss of routers is no sum over tokens, so no token has a part in it
-    objective = replace(build_objective(config), steps_per_batch=1, learns_from_ties=True, router_aux_coef=0.0)
+    # the load-balancing loss of routers is no sum over tokens, and that of given tokens none over drawn ones
+    objective = build_objective(config)
+    objective = replace(objective, steps_per_batch=1, learns_from_ties=True, router_aux_coef=0.0, echo_coef=0.0)
     budget, control = _choose_budget(config), _make_control(dumped, config, own)
     batch = _rebuild_batch(dumped, weights, objective, budget, config, own)
     attribution = compute_attribution(policy, objective, budget, batch, control)

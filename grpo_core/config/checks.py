@@ -258,6 +258,7 @@ MINIMUMS = {  # smallest value -> keys; null, auto and epoch pass where a key al
             "loss.kl_coef",
             "loss.log_ratio_coef",
             "loss.positive_nll_coef",
+            "loss.echo_coef",
             "loss.router_aux_coef",
             "loss.entropy_coef",
             "loss.entropy_delta",

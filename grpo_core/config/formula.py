@@ -67,6 +67,8 @@ def render(config: RunConfig) -> str:
     if loss.positive_nll_coef:
         above = _format_number(loss.positive_nll_above)
         rows.append(("NLL", f"mean -l over the tokens of completions with a reward above {above}"))
+    if loss.echo_coef:
+        rows.append(("ECHO", "mean -l over the tokens that the environment gave"))
     if loss.router_aux_coef:
         rows.append(("B", "mean load-balancing loss of the step's completions"))
     rows += [("A", _describe_advantage(config)), *_describe_teacher(config)]
@@ -103,6 +105,7 @@ def _render_sum(config: RunConfig) -> str:
     if loss.entropy_coef or loss.entropy_target is not None:
         text += f", - {_format_number(loss.entropy_coef)} H"
     text += f", + {_format_number(loss.positive_nll_coef)} NLL" if loss.positive_nll_coef else ""
+    text += f", + {_format_number(loss.echo_coef)} ECHO" if loss.echo_coef else ""
     return text + (f", + {_format_number(loss.router_aux_coef)} B" if loss.router_aux_coef else "")
 
 

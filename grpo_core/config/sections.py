@@ -216,6 +216,7 @@ class LossConfig:
     log_ratio_coef: float = 0.0  # weight of (l - l_roll)^2, on all tokens
     positive_nll_coef: float = 0.0  # weight of the mean -l over the completions that are positive examples
     positive_nll_above: float = 0.0  # a completion with a reward above this is one
+    echo_coef: float = 0.0  # weight of the mean -l over the tokens that the environment gave
     router_aux_coef: float = 0.0  # weight of the load-balancing loss of a mixture of experts, a mean over completions
 
 

@@ -270,6 +270,7 @@ def retry_in_halves(policy: Policy, rollouts: Rollouts, packing: Packing, work: 
         pass  # leave the handler first: the exception keeps the tensors of the failed attempt alive
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    for half in policy.plan(rollouts, Budget(packing.tokens // 2), packing.rows.tolist()):
+    rows, given = packing.rows.tolist(), packing.predict_given
+    for half in policy.plan(rollouts, Budget(packing.tokens // 2), rows, predict_given=given):
         work(half)
     return True

@@ -127,6 +127,7 @@ class Packing:
     mask: Tensor | None  # [R, L] bool of a grid
     tokens: int  # T
     row_tokens: tuple[np.ndarray, np.ndarray]  # every token of every row: which of the b rows, which of the T tokens
+    predict_given: bool = True  # whether tokens that an environment gave are predicted too, if there are any
 
     def members(self) -> Tensor:
         """Return 1 where a token belongs to a row, else 0, [b, T] float32. Rows may share the tokens of a prompt."""
@@ -301,6 +302,7 @@ def pack(rollouts: Rollouts, shapes: RowShapes, rows: Sequence[int], layout: Lay
         mask=mask,
         tokens=size,
         row_tokens=(row, token),
+        predict_given=shapes.predicted is None,
     )
 
 

@@ -50,6 +50,7 @@ class Objective:
     log_ratio_coef: float = 0.0  # weight of (l - l_roll)**2
     positive_nll_coef: float = 0.0  # weight of the mean -l over completions with a reward above the next number
     positive_nll_above: float = 0.0
+    echo_coef: float = 0.0  # weight of the mean -l over the tokens that environments gave
     router_aux_coef: float = 0.0  # weight of the load-balancing loss of a model's routers, a mean over completions
     min_group_std: float = 0.0  # a group whose rewards spread less counts as tied
     max_new_tokens: int = 256  # length limit of a completion

@@ -25,6 +25,7 @@ class Totals:
     entropy_tokens: Tensor | None = None  # tokens that the entropy bonus acts on; None: `tokens`
     micro_batches: Tensor | int = 1
     positive_tokens: Tensor | int = 0  # tokens of completions that are positive examples
+    given_tokens: Tensor | int = 0  # tokens that environments gave
 
 
 @AVERAGES.register("sequence")
@@ -87,7 +88,8 @@ def token_weights(completion_mask: Tensor, *, average: str, totals: Totals, dtyp
 def mean_weights(mask: Tensor, tokens: Tensor | int, dtype: torch.dtype | None = None) -> Tensor:
     """Return the weights of a mean over `tokens` tokens, [B, C]: 1 / tokens where `mask`, else 0.
 
-    The entropy bonus and the likelihood of positive examples are such means, whatever loss.average is.
+    The entropy bonus and the likelihoods of positive examples and of given tokens are such means, whatever loss.average
+    is.
     """
     return mask.to(dtype or torch.float32) / _at_least_one(tokens)
 

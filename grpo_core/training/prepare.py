@@ -267,6 +267,7 @@ def build_objective(config: RunConfig) -> Objective:
         log_ratio_coef=loss.log_ratio_coef,
         positive_nll_coef=loss.positive_nll_coef,
         positive_nll_above=loss.positive_nll_above,
+        echo_coef=loss.echo_coef,
         router_aux_coef=loss.router_aux_coef,
         min_group_std=advantage.min_group_std,
         max_new_tokens=config.sampling.max_new_tokens,

@@ -47,7 +47,8 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
         budget = run.budgets.forward
         minibatch = look_at_all_rows(run.policy, run.objective, budget, minibatch, key, stats, is_first=is_first)
         rows = rows_to_train(run.objective, minibatch, control)
-        plan = run.policy.plan(minibatch.rollouts, run.budgets.update, rows)
+        has_echo = run.objective.echo_coef > 0
+        plan = run.policy.plan(minibatch.rollouts, run.budgets.update, rows, predict_given=has_echo)
         totals = count_over_ranks(run.objective, minibatch, len(plan))
         with run.policy.training():
             fits = accumulate_gradients(run, minibatch, plan, totals, control, stats)
@@ -94,10 +95,15 @@ def accumulate_gradients(
 
 
 def rows_to_train(objective: Objective, minibatch: TrainBatch, control: Control) -> list[int]:
-    """Return the rows that the gradient depends on: where only the surrogate learns, not those with advantage 0."""
+    """Return the rows that the gradient depends on: where only the surrogate learns, not those with advantage 0.
+
+    The loss of given tokens depends on all rows that have any, also those whose drawn tokens are not trained.
+    """
     rows = minibatch.loss_mask.any(dim=1)
     if not objective.trains_ties(control.kl_coef, control.entropy_bonus):
         rows = rows & (minibatch.advantages != 0).any(dim=1)
+    if objective.echo_coef:
+        rows = rows | minibatch.rollouts.given.any(dim=1)
     return rows.nonzero().squeeze(1).tolist()
 
 
@@ -108,12 +114,13 @@ def count_over_ranks(objective: Objective, minibatch: TrainBatch, micro_batches:
     """
     mask = minibatch.loss_mask
     positive = _positive_mask(objective, minibatch).sum() if objective.positive_nll_coef else 0
-    counts = [mask.sum(), len(mask), _surrogate_mask(minibatch).sum(), micro_batches, positive]
-    tokens, completions, entropy_tokens, all_micro_batches, positive_tokens = ranks.all_sum(
+    given = minibatch.rollouts.given.sum() if objective.echo_coef else 0
+    counts = [mask.sum(), len(mask), _surrogate_mask(minibatch).sum(), micro_batches, positive, given]
+    tokens, completions, entropy_tokens, all_micro_batches, *others = ranks.all_sum(
         torch.stack([torch.as_tensor(count, device=mask.device) for count in counts])
     )
     return Totals(
-        tokens, completions, objective.max_new_tokens, entropy_tokens, all_micro_batches.clamp(min=1), positive_tokens
+        tokens, completions, objective.max_new_tokens, entropy_tokens, all_micro_batches.clamp(min=1), *others
     )
 
 
@@ -138,10 +145,13 @@ def micro_loss(
     """Return a micro-batch's part of its minibatch's loss, a scalar.
 
     It is (token_loss * token_weights).sum(), less entropy_coef times the mean entropy, with positive_nll_coef times
-    the mean -l of the positive examples (VAPO, arXiv:2504.05118), and with router_aux_coef times the load-balancing
-    loss of each row over the completions of the optimizer step.
+    the mean -l of the positive examples (VAPO, arXiv:2504.05118), with echo_coef times the mean -l of the given tokens
+    (ECHO, arXiv:2605.24517), and with router_aux_coef times the load-balancing loss of each row over the completions of
+    the optimizer step.
     """
-    mask = micro.loss_mask
+    mask, given_logprobs = micro.loss_mask, tokens.logprobs
+    if objective.echo_coef:  # elsewhere given tokens are not predicted, and have the log-prob 0 of padding
+        tokens = replace(tokens, logprobs=given_logprobs.masked_fill(micro.rollouts.given, 0.0))
     old_logprobs = tokens.logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
     loss = token_loss(objective, micro, tokens, old_logprobs, control, stats)
     loss = (loss * token_weights(mask, average=objective.average, totals=totals, dtype=loss.dtype)).sum()
@@ -157,6 +167,11 @@ def micro_loss(
         weights = mean_weights(positive, totals.positive_tokens, dtype=loss.dtype)
         loss = loss - objective.positive_nll_coef * (tokens.logprobs * weights).sum()
         stats.add_mean("positive_nll", -tokens.logprobs, positive)
+    if objective.echo_coef:
+        given = micro.rollouts.given
+        weights = mean_weights(given, totals.given_tokens, dtype=loss.dtype)
+        loss = loss - objective.echo_coef * (given_logprobs * weights).sum()
+        stats.add_mean("echo", -given_logprobs, given)
 
     gap = (old_logprobs - micro.rollouts.rollout_logprobs).abs()
     stats.add_mean("entropy", tokens.entropy, mask)
