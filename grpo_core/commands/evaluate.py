@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,8 @@ def run_evaluate(
     tasks = _check_problems(opened, tasks, description, warnings)
     folder = output or (opened.folder or Path()) / name_folder(opened.steps, data)
     _make_folder(folder)
-    try:
+    with closing(opened):
         parts = ranks.gather(answer_with_policies(opened, tasks, samples, settings, base=base))
-    finally:
-        opened.close()
     if not parts:  # only the main rank receives the rows, and writes them
         return 0
     for sentence in warnings:
