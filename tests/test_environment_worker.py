@@ -162,7 +162,7 @@ def test_it_answers_from_row_seed_turns_and_arguments(mine):
     ("hang", "took more than 1 s"),
     ("exit", "raised SystemExit: 0 (mine.py, line 19)"),
     ("leave", "ended with exit code 7"),
-    ("crash", "was ended by SIGSEGV"),
+    pytest.param("crash", "was ended by SIGSEGV", marks=pytest.mark.soak),
     ("number", "returned 7; it must be text, a Reply, or None for the end"),
     ("nan", "returned the reward nan; it must be None or a number from -1e6 to 1e6"),
     ("half", "returned text with a lone surrogate, half of a character"),
@@ -233,6 +233,7 @@ def test_an_async_step_that_takes_too_long_is_cancelled_and_the_process_stays(wa
     assert waiting._is_open and waiting._process.poll() is None
 
 
+@pytest.mark.soak
 def test_an_async_step_that_blocks_the_others_is_the_one_that_fails(waiting):
     keys = [ask(waiting, text) for text in ("a", "block", "b")]
     outcomes = take_all(waiting, keys)

@@ -239,6 +239,7 @@ def test_a_step_that_is_taken_again_reads_its_answers(trained, here, tmp_path):
     assert "raised ZeroDivisionError" in done.stdout and "asked again" not in done.stdout
 
 
+@pytest.mark.soak
 def test_a_recording_of_other_turns_asks_again_with_a_warning(trained, here, tmp_path):
     shutil.copytree(trained, tmp_path / "tiny")
     shutil.rmtree(tmp_path / "tiny" / "checkpoints" / "step-000002")
