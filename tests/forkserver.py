@@ -122,7 +122,7 @@ def load_everything() -> None:
 
     torch.set_num_threads(1)
     for module in pkgutil.walk_packages(grpo_core.__path__, "grpo_core."):
-        if not module.name.endswith(("__main__", "_kernels", "kernels")):
+        if not module.name.endswith(("__main__", "_kernel", "kernels")):
             importlib.import_module(module.name)
     from grpo_core.config.sections import LoraConfig, ModelConfig
     from grpo_core.model.loading import load_tokenizer

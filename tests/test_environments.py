@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from test_boundary import FOLDER, tokenizer_of
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_core.batch import Task
+from grpo_core.commands.replay import run_replay
+from grpo_core.commands.sample import format_turns
 from grpo_core.config.files import load
 from grpo_core.data.encoding import apply_chat_template
 from grpo_core.data.tool_schemas import offer_tools_of
@@ -23,6 +26,7 @@ from grpo_core.model.new_model import new_model
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.scoring import Scores
+from grpo_core.training.saved_batches import _describe_completions, read_dump
 
 TINY = ROOT / "configs" / "tiny.yaml"
 EXAMPLE = ROOT / "examples" / "calculator_environment.py"
@@ -206,7 +210,7 @@ def trained(tmp_path_factory):
     shutil.copy(EXAMPLE, folder / "calculator.py")
     words = [*WORDS, f"output_dir={folder}", f"environment.name={folder}/calculator.py:Calculator", "sampling.stop= ="]
     with group_of_one():
-        assert main(["train", "--config", str(TINY), *words, "checkpoint.every=1"]) == 0
+        assert main(["train", "--config", str(TINY), *words, "checkpoint.every=1", "debug.dump_batches=1"]) == 0
     return folder / "tiny"
 
 
@@ -256,9 +260,48 @@ def test_evaluate_and_sample_ask_the_environment(trained, here, tmp_path):
     rows = lines_of(tmp_path / "evaluate" / "completions.jsonl")
     assert len(rows) == 8 and all(row["turns"] for row in rows) and "reward environment" in done.stdout
     done = here("sample", trained, "Ada has 7 boxes with 6 pens each. How many pens does she have?", "--samples", 2)
-    assert done.returncode == 0 and " turn" in done.stdout, done.stderr
+    assert done.returncode == 0 and done.stdout.count("[turn 1]") == 2, done.stderr
     done = here("sample", trained, "Ada has 7 boxes with 6 pens each. How many pens does she have?")
-    assert done.returncode == 0 and " turn" in done.stdout, done.stderr
+    assert done.returncode == 0 and done.stdout.count("[turn 1]") == 1 and " turn" in done.stdout.splitlines()[-1], done.stderr
+    assert ("=\n[answer]\n " in done.stdout) == ("[turn 2]" in done.stdout)
+
+
+def test_sample_prints_turns_and_answers_apart():
+    turns = [PlayedTurn("look\n", "eos", "12\n", 0.5, calls=2, errors=1), PlayedTurn("3 =", "stop", " 3"), PlayedTurn("end", "eos")]
+    parts = ["[turn 1, reward 0.5]", "look", "[answer to 2 tool calls, 1 error]", "12", "[turn 2]", "3 =", "[answer]", " 3", "[turn 3]", "end"]
+    assert format_turns(PlayedCompletion(turns)) == "\n".join(parts)
+
+
+def test_a_replay_of_a_batch_with_turns_has_the_runs_gradient(trained, tmp_path):
+    """The masks are saved and loaded; other credit is computed again from the rewards of turns; given tokens have no part."""
+    name = trained / "batches" / "step-000001"
+    rollouts, row = read_dump(name).batch.rollouts, lines_of(trained / "metrics.jsonl")[1]
+    assert rollouts.valid_mask.sum() > rollouts.completion_mask.sum() and rollouts.turn_ids.max() > 0
+    assert torch.equal(rollouts.turn_ids >= 0, rollouts.completion_mask)
+    assert run_replay(name, ["advantage.name=turn_level"], output=tmp_path / "replay.json") == 0
+    summary = json.loads((tmp_path / "replay.json").read_text())
+    for objective, norm in zip(summary["objectives"], (row["grad_norm"], None), strict=True):
+        assert norm is None or objective["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        for classes in objective["classes"].values():
+            assert sum(part["tokens"] for part in classes.values()) == int(rollouts.completion_mask.sum())
+        assert [len(values) for values in objective["tokens"]["weight"]] == rollouts.lengths().tolist()
+    assert summary["logprob_gap_max"] < 1e-5
+    saved = json.loads(name.with_name("step-000001-rank-0.json").read_text())["completions"]
+    for completion, replayed, played in zip(saved, summary["completions"], lines_of(trained / "completions.jsonl")[16:], strict=True):
+        drawn = [token for token, turn in zip(completion["tokens"], completion["turns"], strict=True) if turn >= 0]
+        assert replayed["tokens"] == drawn and len(drawn) == played["length"]
+        assert completion["turns"].count(-1) == played["given_tokens"] and max(completion["turns"]) == len(played["turns"]) - 1
+        assert [x is None for x in completion["logprobs"]] == [turn == -1 for turn in completion["turns"]]
+
+
+def test_a_batch_with_credit_of_turns_is_saved_with_the_advantage_of_each_token():
+    mask = torch.tensor([[True, True, False, True]])
+    tensors = {"completion_mask": mask, "valid_mask": torch.ones(1, 4, dtype=torch.bool), "completion_ids": torch.arange(4)[None]}
+    tensors |= {"turn_ids": torch.tensor([[0, 0, -1, 1]]), "old_logprobs": torch.zeros(1, 4), "advantages": torch.tensor([[1.0, 1.0, 0.0, -1.0]])}
+    batch = SimpleNamespace(mean_advantages=lambda: torch.tensor([0.3]))
+    tokenizer = SimpleNamespace(decode=lambda ids: chr(97 + ids[0]))
+    (saved,) = _describe_completions(tokenizer, [Task(0, "p", [1], {})], batch, tensors, torch.zeros(1, 4))
+    assert saved["tokens"] == list("abcd") and saved["advantages"] == [1, 1, 0, -1] and saved["ratio"] == [1, 1, None, 1]
 
 
 def test_a_dry_run_asks_the_environment(trained, here, tmp_path):

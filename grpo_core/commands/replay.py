@@ -299,8 +299,18 @@ def summarise(dumped: DumpedBatch, weights: Weights, replayed: list[Replayed], o
         "logprob_gap_max": float(gap),
         "row": dumped.row,
         "objectives": [_summarise_objective(objective, run_attribution, mask) for objective in replayed],
-        "completions": [{key: row[key] for key in ("task", "sample", "tokens")} for row in dumped.completions],
+        "completions": [
+            {"task": row["task"], "sample": row["sample"], "tokens": _drawn_tokens(row)} for row in dumped.completions
+        ],
     }
+
+
+def _drawn_tokens(completion: dict[str, Any]) -> list[str]:
+    """Return the texts of a saved completion's drawn tokens, which the numbers per token belong to."""
+    turns = completion.get("turns")
+    if turns is None:
+        return completion["tokens"]
+    return [text for text, turn in zip(completion["tokens"], turns, strict=True) if turn >= 0]
 
 
 def _summarise_objective(replayed: Replayed, run_attribution: Attribution, mask: torch.Tensor) -> dict[str, Any]:

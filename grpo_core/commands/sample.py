@@ -171,7 +171,7 @@ def answer_question(opened: OpenedPolicy, rewards: Sequence[Reward], question: s
             with show_elapsed("sampling"):
                 rollouts, turns = opened.environments.generate([task], settings.samples, settings=settings.sampling)
             if settings.samples == 1:
-                print(printable(rollouts.completions[0]))
+                print(printable(format_turns(turns[0])))
         elif settings.samples == 1:
             printer = TokenPrinter(opened.tokenizer, opened.sampler.eos_ids)
             rollouts = opened.sampler.generate([task], 1, settings=settings.sampling, watch=printer)
@@ -193,7 +193,21 @@ def answer_question(opened: OpenedPolicy, rewards: Sequence[Reward], question: s
     if settings.samples == 1:
         print(f"[{'; '.join(notes[0])}]")
     else:
-        print(format_columns(rollouts.completions, notes, shutil.get_terminal_size((110, 24)).columns))
+        texts = [format_turns(played) for played in turns] or rollouts.completions
+        print(format_columns(texts, notes, shutil.get_terminal_size((110, 24)).columns))
+
+
+def format_turns(played: PlayedCompletion) -> str:
+    """Return the turns of a completion and the answers to them, each below a line with its name in brackets."""
+    parts = []
+    for number, turn in enumerate(played.turns, 1):
+        reward = "" if turn.reward is None else f", reward {turn.reward:.4g}"
+        parts += [f"[turn {number}{reward}]", turn.text.strip("\n")]
+        if turn.answer is not None:
+            calls = f" to {quantify(turn.calls, 'tool call')}" if turn.calls else ""
+            errors = f", {quantify(turn.errors, 'error')}" if turn.errors else ""
+            parts += [f"[answer{calls}{errors}]", turn.answer.strip("\n")]
+    return "\n".join(parts)
 
 
 def describe_turns(played: PlayedCompletion) -> list[str]:

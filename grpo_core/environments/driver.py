@@ -50,6 +50,9 @@ class PlayedTurn:
     ended_by: TurnEnd
     answer: str | None = None  # None: the completion ended
     reward: float | None = None
+    start: int = 0  # place in the completion's text at which the turn begins
+    calls: int = 0  # of tools
+    errors: int = 0  # calls whose answer was an error
 
 
 @dataclass
@@ -99,12 +102,12 @@ class EnvironmentTurns:
         """Receive turns that have ended."""
         texts = self.decode([turn.ids for turn in turns])
         for turn, text in zip(turns, texts, strict=True):
-            row = turn.row
+            row, start = turn.row, len(self._texts[turn.row])
             self._texts[row] += text
             self._places[row] += len(turn.ids)
             number = len(self._turns[row])
             self._turns[row].append(Turn(text, self._texts[row], number, turn.ended_by))
-            self.played[row].turns.append(PlayedTurn(text, turn.ended_by))
+            self.played[row].turns.append(PlayedTurn(text, turn.ended_by, start=start))
             self._waiting[row] = turn
             self._digest.add(turn)
             if self._recorded is None:
@@ -170,7 +173,7 @@ class EnvironmentTurns:
         played.failure = answer.failure
         played.calls, played.errors = played.calls + answered.calls, played.errors + answered.errors
         newest = played.turns[-1]
-        newest.reward = answered.reward
+        newest.reward, newest.calls, newest.errors = answered.reward, answered.calls, answered.errors
         texts, end = answered.texts, Answer(turn.row, None)
         if texts is None or turn.ended_by == "limit" or len(played.turns) >= self.limits.max_turns:
             return end

@@ -16,14 +16,16 @@ from grpo_core.report.run_reader import (
     read_batch,
     read_rows,
 )
+from grpo_core.report.turns import cut_turns, place_turns
 
 MAX_CHARACTERS = 100_000  # of one prompt or completion; the rest is cut off
 ROW_OVERHEAD = 20  # bytes of a row's commas, brackets and places in other tables
 MIN_DENSITY = 0.05  # bytes in the report per byte of completions.jsonl
 COLUMNS = (
     "step", "task", "sample", "prompt", "text", "rewards", "reward", "shaped_reward",
-    "advantage", "length", "truncated", "tokens",
+    "advantage", "length", "truncated", "turns", "given_tokens", "failure", "tokens",
 )  # fmt: skip
+TOKEN_COLUMNS = ("tokens", "logprobs", "ratio", "turns", "advantages")
 Key = tuple[Any, Any, Any]  # step, task, sample
 
 
@@ -41,7 +43,8 @@ def sample_completions(run: RunFolder, budget: int) -> dict[str, Any]:
     there are any.
 
     Returns total and total_steps; columns and rows (lists in that order; `prompt` and `tokens` are indices into prompts
-    and tokens, `rewards` is in the order of names); correct_by, the reward whose 1 means correct, or None.
+    and tokens, `rewards` is in the order of names, `turns` are those of `place_turns`, or None); correct_by, the reward
+    whose 1 means correct, or None.
     """
     dumps = find_batches(run.path)
     tokens, keys = _read_tokens(dumps, budget // 3)
@@ -64,7 +67,7 @@ def sample_completions(run: RunFolder, budget: int) -> dict[str, Any]:
         "correct_by": correct_by[0] if correct_by else None,
         "prompts": list(prompts),
         "rows": table,
-        "tokens": [{name: row[name] for name in ("tokens", "logprobs", "ratio")} for row in tokens],
+        "tokens": [{name: row[name] for name in TOKEN_COLUMNS if name in row} for row in tokens],
     }
 
 
@@ -100,14 +103,14 @@ def _select_rows(
     if not steps:
         return
     raw_sizes = {step: sum(size for _, size in rows) for step, rows in places.items()}
-    last = [_cut_texts(row) for row in read_rows(source, places[steps[-1]])]
+    last = [_prepare(row) for row in read_rows(source, places[steps[-1]])]
     density = max(MIN_DENSITY, _table_size(last) / raw_sizes[steps[-1]])
     count = max(2, int(len(steps) * budget / (sum(raw_sizes.values()) * density)))
     order = order_by_coverage(space_evenly(steps, count))
     order = list(dict.fromkeys([*order[:2], *sorted(preferred & set(steps)), *order[2:]]))
     left = budget
     for place, step in enumerate(order):
-        rows = last if step == steps[-1] else [_cut_texts(row) for row in read_rows(source, places[step])]
+        rows = last if step == steps[-1] else [_prepare(row) for row in read_rows(source, places[step])]
         if place > 1 and _table_size(rows) > left:
             return
         share = left // 2 if place == 0 and len(order) > 1 else left  # the first step needs its part too
@@ -145,12 +148,17 @@ def _table_row(row: Row, names: list[str], prompts: dict[str, int], keys: dict[K
         [_rounded(rewards.get(name)) for name in names],
         *numbers.values(),
         row.get("truncated") if isinstance(row.get("truncated"), bool) else None,
+        row.get("stretches"),
+        finite_number(row.get("given_tokens")),
+        row.get("environment_failure") if isinstance(row.get("environment_failure"), str) else None,
         keys.get((row.get("step"), row.get("task"), row.get("sample"))) if keys else None,
     ]
 
 
-def _cut_texts(row: Row) -> Row:
-    """Return the row with its prompt and text cut to MAX_CHARACTERS."""
+def _prepare(row: Row) -> Row:
+    """Return the row with its turns as `stretches`, and its prompt and text cut to MAX_CHARACTERS."""
+    text, stretches = place_turns(row)
+    row = row | {"text": text, "stretches": cut_turns(stretches, (text or "")[:MAX_CHARACTERS])}
     cut = {
         name: f"{row[name][:MAX_CHARACTERS]}\n… {len(row[name]) - MAX_CHARACTERS:,} more characters"
         for name in ("prompt", "text")
@@ -188,13 +196,19 @@ def _read_tokens(dumps: dict[int, list[Path]], budget: int) -> tuple[list[Row], 
 
 
 def _token_row(completion: Row) -> Row:
-    """Return the tokens of a dumped completion; log-probs are rounded to 0.001 and ratios to 0.0001, as displayed."""
+    """Return the tokens of a dumped completion; log-probs are rounded to 0.001 and ratios to 0.0001, as displayed.
+
+    Completions of several turns also have the number of each token's turn, -1 for a given token.
+    """
     texts = [text if isinstance(text, str) else "\ufffd" for text in _list(completion, "tokens")]
     row: Row = {"tokens": texts}
-    for name, digits in (("logprobs", 3), ("ratio", 4)):
+    for name, digits in (("logprobs", 3), ("ratio", 4), ("turns", 0), ("advantages", 4)):
+        if name not in completion and name in ("turns", "advantages"):
+            continue
         numbers = [finite_number(value) for value in _list(completion, name)]
         row[name] = [None if value is None else round(value, digits) for value in numbers][: len(texts)]
-    return {**row, "advantage": _rounded(completion.get("advantage")), "length": len(texts)}
+    length = len(texts) - row.get("turns", []).count(-1)
+    return {**row, "advantage": _rounded(completion.get("advantage")), "length": length}
 
 
 def _list(row: Row, name: str) -> list[Any]:

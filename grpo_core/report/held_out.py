@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from grpo_core.report.run_reader import Row, RunFolder, finite_number, read_json, read_json_lines
+from grpo_core.report.turns import cut_turns, place_turns
 from grpo_core.schema import describe_eval_rows
 
 MAX_ANSWERS = 10  # problems of a run whose answers are in the report
@@ -15,7 +16,7 @@ def collect_answers(run: RunFolder) -> list[dict[str, Any]]:
     """Return one row for each of the first held-out problems: its prompt, and the answers before and after training.
 
     They are those of the first and of the last evaluation in evaluation_completions.jsonl. `steps` are the steps taken
-    before the two evaluations; a run with one evaluation has no answer after it.
+    before the two evaluations; a run with one evaluation has no answer after it. `turns` are those of `place_turns`.
     """
     by_step: dict[int, dict[Any, Row]] = {}
     for row in read_json_lines(run.path / "evaluation_completions.jsonl"):
@@ -28,12 +29,14 @@ def collect_answers(run: RunFolder) -> list[dict[str, Any]]:
     answers = []
     for task, row in list(before.items())[:MAX_ANSWERS]:
         pair = [row, *(rows[task] for rows in after if task in rows)]
+        placed = [place_turns(answer) for answer in pair]
         answers.append(
             {
                 "task": task,
                 "prompt": _shorten(row.get("prompt")),
                 "steps": steps[: len(pair)],
-                "texts": [_shorten(answer.get("text")) for answer in pair],
+                "texts": [_shorten(text) for text, _ in placed],
+                "turns": [cut_turns(turns, (text or "")[:MAX_CHARACTERS]) for text, turns in placed],
                 "correct": [answer.get("correct") is True for answer in pair],
             }
         )

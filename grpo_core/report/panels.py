@@ -60,6 +60,33 @@ PANELS = (
         "Near 0. Near 1 the completions do not end, and their reward is mostly chance.",
     ),
     Panel(
+        "turns", "Turns", "per completion", ("turns",),
+        "Mean number of turns of a completion.",
+        "A trend comes from the reward. The most is environment.max_turns.",
+    ),
+    Panel(
+        "given", "Given tokens", "tokens per completion", ("given_tokens",),
+        "Tokens that the environment or tools put into a completion. They are not trained.",
+        "Follows the number of turns. Together with the length it is at most sampling.max_new_tokens.",
+    ),
+    Panel(
+        "tools", "Tool calls", "per completion", ("tool_calls", "tool_errors"),
+        "Mean number of calls of tools, and of those whose answer is an error.",
+        "Errors fall. No calls at all: the prompt does not describe the tools, or the policy cannot use them.",
+    ),
+    Panel(
+        "environment", "Troubles of answers", "per completion",
+        ("environment_failures", "cut_answers", "answers_without_room"),
+        "Completions that the environment failed on; answers cut to environment.max_answer_tokens; completions that "
+        "ended because an answer did not fit into them.",
+        "0. Answers without room: raise sampling.max_new_tokens, or lower environment.max_answer_tokens.",
+    ),
+    Panel(
+        "echo", "Loss on given tokens", "nats per token", ("echo",),
+        "Mean -log-prob of the tokens that the environment gave (loss.echo_coef).",
+        "Falls: the policy learns to predict the environment.",
+    ),
+    Panel(
         "tied", "Tied groups", "share of groups", ("tied_groups", "first_draw/tied_groups"),
         "Groups whose completions all have the same reward. Their advantage is 0.",
         "Well below 1. At 1 nothing is learned: the tasks are too hard or too easy, or the reward does not distinguish "
@@ -148,7 +175,13 @@ PANELS = (
     ),
 )  # fmt: skip
 OTHER = Panel("other", "", "", (), "A metric that no other panel shows.", "Compare it with a run that went well.")
-HIDDEN_WHEN_QUIET = {"skipped", "failed", "coefficients"}  # ids of panels left out while 0, or while constant
+HIDDEN_WHEN_QUIET = {
+    "skipped",
+    "failed",
+    "coefficients",
+    "tools",
+    "environment",
+}  # ids of panels left out while 0, or while constant
 NOT_DRAWN = {
     "step",
     "seconds",
@@ -248,8 +281,13 @@ def _matching(line: str, present: Iterable[str]) -> list[str]:
 
 
 def _is_quiet(run: RunFolder, panel: Panel, names: list[str]) -> bool:
-    """Return whether the coefficients are constant, or the counts of another panel all 0."""
+    """Return whether the coefficients are constant, or the counts of another panel all 0.
+
+    Of a run with tools, calls are never quiet: without any, nothing is learned of them.
+    """
     values = [{row.get(name) for row in run.metrics} - {None} for name in names]
+    if panel.id == "tools" and run.settings.get("environment.name", "null") == "null":
+        return not any(values)
     if panel.id == "coefficients":
         return all(len(different) <= 1 for different in values)
     return not any(any(different) for different in values)

@@ -21,7 +21,16 @@ from grpo_core.report.whole_files import write_whole
 from grpo_core.schema import ConfigError
 
 PAGE = Path(__file__).parent / "page"
-SCRIPTS = ("dom", "scales", "chart", "panels", "tokens", "completions", "report")  # a script uses only those before it
+SCRIPTS = (
+    "dom",
+    "scales",
+    "chart",
+    "panels",
+    "tokens",
+    "turns",
+    "completions",
+    "report",
+)  # a script uses only those before it
 MAX_DATA_BYTES = 18_000_000  # with the page itself and the error of the estimate, a report stays below 20 MB
 MIN_COMPLETION_BYTES = 500_000  # of all runs together, however many curves there are
 MAX_POINTS, MIN_POINTS = 2_000, 200  # of a curve, by the number of runs

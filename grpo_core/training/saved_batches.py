@@ -198,9 +198,16 @@ def finish_dump(
 def _describe_completions(
     tokenizer: Any, tasks: list[Task], batch: TrainBatch, tensors: dict[str, Tensor], logprobs: Tensor
 ) -> list[dict[str, Any]]:
-    """Return each completion's advantage and its tokens, with their log-probs before the update and their ratios."""
-    mask, ids, old = tensors["completion_mask"], tensors["completion_ids"], tensors["old_logprobs"]
+    """Return each completion's advantage and its tokens, with their log-probs before the update and their ratios.
+
+    Completions of several turns have given tokens too, whose numbers are None, and for each token the number of its
+    turn, -1 for a given one. Advantages that differ within a completion are listed for each token.
+    """
+    drawn, ids = tensors["completion_mask"], tensors["completion_ids"]
+    mask, turn_ids = tensors.get("valid_mask", drawn), tensors.get("turn_ids")
+    old = tensors["old_logprobs"].masked_fill(~drawn, torch.nan)
     ratio, advantages = (logprobs - old).exp(), batch.mean_advantages()
+    by_token = tensors["advantages"] if tensors["advantages"].shape[1] > 1 else None
     text = {i: tokenizer.decode([i]) for i in ids[mask].unique().tolist()}
     keys = completion_keys(tasks, len(mask) // len(tasks))
     return [
@@ -210,6 +217,8 @@ def _describe_completions(
             "tokens": [text[token] for token in ids[i][tokens].tolist()],
             "logprobs": _round(old[i][tokens]),
             "ratio": _round(ratio[i][tokens]),
+            **({} if turn_ids is None else {"turns": turn_ids[i][tokens].tolist()}),
+            **({} if by_token is None else {"advantages": _round(by_token[i][tokens])}),
         }
         for i, (key, tokens) in enumerate(zip(keys, mask, strict=True))
     ]

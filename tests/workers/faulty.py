@@ -15,12 +15,14 @@ FAULT = json.loads(os.environ.get("FAULT", "null"))
 
 
 def places():
+    from grpo_core.environments import boundary
     from grpo_core.sampling import sampler
     from grpo_core.training import checkpoint, engine, rollouts
 
     return {
         "sample": (sampler.Sampler, "generate"), "reward": (rollouts, "score_by_source"), "backward": (engine.Engine, "backward"),
         "step": (engine.Engine, "step"), "write": (checkpoint, "save_file"), "name": (checkpoint.os, "replace"),
+        "answer": (boundary.Boundary, "encode"),
     }  # fmt: skip
 
 

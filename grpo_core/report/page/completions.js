@@ -12,6 +12,7 @@ function recordsOf(found, run) {
     prompt: row[place.prompt] === null ? "" : found.prompts[row[place.prompt]], text: row[place.text],
     rewards: row[place.rewards], reward: row[place.reward], shaped: row[place.shaped_reward],
     advantage: row[place.advantage], length: row[place.length], truncated: row[place.truncated],
+    turns: row[place.turns], given: row[place.given_tokens], failure: row[place.failure],
     tokens: row[place.tokens] === null ? null : found.tokens[row[place.tokens]],
     correct: judge < 0 || row[place.rewards][judge] === null ? null : row[place.rewards][judge] === 1,
   }));
@@ -104,6 +105,7 @@ function filters(runs, records) {
     input("task", "text", "Task", { inputmode: "numeric" }),
     records.some((record) => record.correct !== null) ? choice("correct", "Answer", [["", "any"], ["true", "correct"], ["false", "wrong"]]) : null,
     choice("truncated", "End", [["", "any"], ["true", "truncated"], ["false", "ended"]]),
+    records.some((record) => record.failure !== null) ? choice("failed", "Environment", [["", "any"], ["true", "failed"], ["false", "did not fail"]]) : null,
     records.some((record) => record.tokens) ? choice("tokens", "Tokens", [["", "any"], ["true", "dumped"]]) : null,
     el("button", { type: "reset" }, "Clear"),
   ];
@@ -114,13 +116,13 @@ function filters(runs, records) {
   const same = (given, wanted) => wanted === "" || String(given) === wanted;
   function read() {
     const wanted = Object.fromEntries(
-      ["query", "run", "from", "to", "low", "high", "task", "correct", "truncated", "tokens"].map((name) => [name, value(name)])
+      ["query", "run", "from", "to", "low", "high", "task", "correct", "truncated", "failed", "tokens"].map((name) => [name, value(name)])
     );
     const needle = wanted.query.toLowerCase();
     const accepts = (record) =>
       same(record.run, wanted.run) && within(record.step, wanted.from, wanted.to) && same(record.task, wanted.task) &&
       within(record.reward, wanted.low, wanted.high) && same(record.correct, wanted.correct) &&
-      same(record.truncated, wanted.truncated) && (wanted.tokens === "" || record.tokens !== null) &&
+      same(record.truncated, wanted.truncated) && same(record.failure !== null, wanted.failed) && (wanted.tokens === "" || record.tokens !== null) &&
       (!needle || record.text.toLowerCase().includes(needle) || record.prompt.toLowerCase().includes(needle));
     return { query: wanted.query, accepts };
   }
@@ -149,6 +151,8 @@ function item(record, runs, query, only) {
     runs.length > 1 ? el("span", { class: `badge run c${record.run % 8}` }, visible(runs[record.run].name)) : null,
     record.correct === null ? null : el("span", { class: record.correct ? "badge right" : "badge" }, record.correct ? "correct" : "wrong"),
     record.truncated ? el("span", { class: "badge cut" }, "truncated") : null,
+    record.turns ? el("span", { class: "badge" }, counted(record.turns.length, "turn")) : null,
+    record.failure !== null ? el("span", { class: "badge cut" }, "environment failed") : null,
     record.tokens ? el("span", { class: "badge" }, "tokens") : null,
   ];
   const start = record.text.slice(0, 300).replace(/\s+/g, " ");
@@ -171,21 +175,29 @@ function inFull(record, query, only) {
   facts.push(["reward", inShort(record.reward)]);
   if (record.shaped !== null) facts.push(["reward after shaping", inShort(record.shaped)]);
   facts.push(["advantage", signed(record.advantage)], ["tokens", inShort(record.length)]);
+  if (record.turns) facts.push(...factsOfTurns(record));
   const group = el("button", { type: "button", click: () => only(record) }, "All completions of this prompt in this step");
   return el(
     "div", { class: "full" },
     record.prompt ? el("h4", {}, "Prompt") : null,
     record.prompt ? el("pre", { class: "text prompt" }, ...marked(record.prompt, query)) : null,
     el("h4", {}, "Completion"),
-    record.tokens ? tokenView(record.tokens, record.advantage ?? 0) : el("pre", { class: "text" }, ...marked(record.text, query)),
+    record.turns ? turnView(record.text, record.turns, query) : null,
+    record.turns && record.tokens ? el("h4", {}, "Tokens") : null,
+    record.tokens ? tokenView(record.tokens, record.advantage ?? 0) : record.turns ? null : el("pre", { class: "text" }, ...marked(record.text, query)),
     record.found.tokens.length ? null : el("p", { class: "what" }, "A run with debug.dump_batches=N keeps the tokens of every N-th step; they are then coloured here."),
     el("dl", { class: "facts" }, ...facts.map(([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text)))),
     group
   );
 }
 
-function signed(value) {
-  return (value > 0 ? "+" : "") + inShort(value, 3);
+// `tokens` are those that the policy drew; the environment gave others.
+function factsOfTurns(record) {
+  const sum = (place) => record.turns.reduce((total, turn) => total + (turn[place] ?? 0), 0);
+  const facts = [["turns", inShort(record.turns.length)], ["given tokens", inShort(record.given)]];
+  if (sum(4)) facts.push(["tool calls", inShort(sum(4))], ["errors of tools", inShort(sum(5))]);
+  if (record.failure !== null) facts.push(["the environment", visible(record.failure)]);
+  return facts;
 }
 
 function turnPages(pager, page, pages, go) {

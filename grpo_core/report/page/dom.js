@@ -60,6 +60,10 @@ function inShort(value, digits = 4) {
   return text.replace(/-/g, MINUS);
 }
 
+function signed(value) {
+  return (value > 0 ? "+" : "") + inShort(value, 3);
+}
+
 function percent(value, digits = 1) {
   return value === null || value === undefined ? NONE : (100 * value).toFixed(digits).replace("-", MINUS) + " %";
 }

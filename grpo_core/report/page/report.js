@@ -74,7 +74,7 @@ function fillAnswers(data) {
     for (const answer of run.answers) {
       const both = answer.texts.flatMap((text, i) => [
         el("p", { class: "lead" }, `After ${counted(answer.steps[i], "step")}, ${answer.correct[i] ? "correct" : "wrong"}`),
-        el("pre", { class: "text", tabindex: "0" }, visible(text)),
+        answer.turns[i] ? turnView(text, answer.turns[i], "") : el("pre", { class: "text", tabindex: "0" }, visible(text)),
       ]);
       const title = `Problem ${answer.task}: ${answer.correct.map((right) => (right ? "correct" : "wrong")).join(", then ")}`;
       byId("answers").append(el("details", { class: "config" }, el("summary", {}, title), el("pre", { class: "text", tabindex: "0" }, visible(answer.prompt)), ...both));

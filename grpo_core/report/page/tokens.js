@@ -37,10 +37,12 @@ const COLOURINGS = {
 };
 let colouring = "advantage"; // what was chosen last holds for the next completion too
 
-// `dump` is {tokens, logprobs, ratio}; the advantage is that of the whole completion.
-function tokenView(dump, advantage) {
+// `dump` is {tokens, logprobs, ratio}; `whole` is the advantage of the whole completion. Completions of several turns have
+// `turns`, the number of each token's turn, -1 for a given token; `advantages` are there if those of the tokens differ.
+function tokenView(dump, whole) {
   const facts = dump.tokens.map((text, i) => ({
-    text, advantage, logprob: dump.logprobs[i] ?? null, ratio: dump.ratio[i] ?? null,
+    text, logprob: dump.logprobs[i] ?? null, ratio: dump.ratio[i] ?? null, advantage: dump.advantages ? dump.advantages[i] ?? 0 : whole,
+    turn: dump.turns ? dump.turns[i] : null,
   }));
   const text = el("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "Tokens; select one with the arrow keys" });
   const legend = el("p", { class: "token-legend" }), what = el("p", { class: "what" });
@@ -52,11 +54,13 @@ function tokenView(dump, advantage) {
   function paint() {
     const { look, what: words, legend: steps } = COLOURINGS[colouring];
     facts.forEach((fact, i) => {
-      const against = colouring === "advantage" && fact.ratio !== null && advantage * (fact.ratio - 1) < -1e-4;
-      spans[i].className = `${look(fact)}${against ? " against" : ""}${i === at ? " at" : ""}`;
+      const against = colouring === "advantage" && fact.ratio !== null && fact.advantage * (fact.ratio - 1) < -1e-4;
+      const coloured = fact.turn === -1 ? "given" : `${look(fact)}${against ? " against" : ""}`;
+      spans[i].className = `${coloured}${i === at ? " at" : ""}`;
     });
     what.textContent = words;
-    legend.replaceChildren(...steps.map(([name, label]) => el("span", {}, el("i", { class: name }), label)));
+    const given = dump.turns ? [["given", "given by the environment"]] : [];
+    legend.replaceChildren(...[...steps, ...given].map(([name, label]) => el("span", {}, el("i", { class: name }), label)));
     for (const [name, button] of buttons) button.setAttribute("aria-pressed", String(name === colouring));
   }
 
@@ -65,11 +69,12 @@ function tokenView(dump, advantage) {
     if (at >= 0) spans[at].classList.remove("at");
     at = i;
     spans[at].classList.add("at");
-    const { logprob, ratio } = facts[i];
+    const { logprob, ratio, advantage, turn } = facts[i];
     said.replaceChildren(
       el("b", {}, `Token ${i + 1} of ${facts.length}`), ` ${JSON.stringify(visible(facts[i].text))}: `,
-      `probability ${logprob === null ? NONE : percent(Math.exp(logprob))}, log-prob ${inShort(logprob)}, `,
-      `ratio ${inShort(ratio, 5)}, advantage ${inShort(advantage)}`
+      turn === -1 ? "given by the environment, not trained" :
+        `${turn === null ? "" : `turn ${turn + 1}, `}probability ${logprob === null ? NONE : percent(Math.exp(logprob))}, ` +
+        `log-prob ${inShort(logprob)}, ratio ${inShort(ratio, 5)}, advantage ${inShort(advantage)}`
     );
   }
 
