@@ -13,17 +13,17 @@ from transformers.models.granitemoehybrid import modeling_granitemoehybrid as gr
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
 from grpo_core.model.trial import is_same
-from grpo_core.sampling import delta_net, elementwise, module_model, row_attention
 from grpo_core.sampling.live_rows import begin
-from grpo_core.sampling.module_model import ModuleModel
+from grpo_core.sampling.modules import delta_net, elementwise, module_model, row_attention
+from grpo_core.sampling.modules.module_model import ModuleModel
 
 pytest.importorskip("triton")
 HAS_GPU = torch.cuda.is_available()
 RUNS = HAS_GPU or os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or TRITON_INTERPRET=1")
 if RUNS:
-    from grpo_core.sampling import delta_net_kernels, elementwise_kernels, row_attention_kernels
-    from grpo_core.sampling import state_kernels as kernels
+    from grpo_core.sampling.kernels import delta_net_kernels, elementwise_kernels, row_attention_kernels
+    from grpo_core.sampling.kernels import state_kernels as kernels
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 DOT_DTYPES = DTYPES if HAS_GPU else [torch.float32]  # the interpreter cannot multiply bfloat16

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from transformers.models.cohere import modeling_cohere as cohere
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
-from grpo_core.sampling import cache_check, delta_net, elementwise, row_attention
+from grpo_core.sampling import cache_check
 from grpo_core.sampling.cache_check import check_steps, find_method
 from grpo_core.sampling.decode_ops import TorchOps
-from grpo_core.sampling.layer_memory import LayerMemory
 from grpo_core.sampling.live_rows import begin
-from grpo_core.sampling.module_model import ModuleModel
-from grpo_core.sampling.row_attention import RowAttention
+from grpo_core.sampling.modules import delta_net, elementwise, row_attention
+from grpo_core.sampling.modules.layer_memory import LayerMemory
+from grpo_core.sampling.modules.module_model import ModuleModel
+from grpo_core.sampling.modules.row_attention import RowAttention
 
 
 def make_model(name, **own):

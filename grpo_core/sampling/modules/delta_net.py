@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from grpo_core.model.trial import EXACT_DTYPES
-from grpo_core.sampling.layer_memory import LayerMemory
-from grpo_core.sampling.step_functions import Substitute, find_kind
+from grpo_core.sampling.modules.layer_memory import LayerMemory
+from grpo_core.sampling.modules.step_functions import Substitute, find_kind
 
 TRIAL_ROWS = 3
 TOLERANCE, ROUGH_TOLERANCE = 1e-4, 0.03  # relative, of the outputs and the states of one step
