@@ -106,7 +106,7 @@ class Case:
     """One number of rows of one shape: inputs, and the groups of four choices of experts."""
 
     def __init__(self, name, rows, skew, own):
-        from grpo_core.sampling import expert_kernels as kernels
+        from grpo_core.sampling.kernels import expert_kernels as kernels
 
         self.name, self.rows, self.skew, self.own, self.kernels = name, rows, skew, own, kernels
         self.count, self.top_k, self.hidden, self.inner, self.routing, _ = SHAPES[name]
@@ -147,7 +147,7 @@ class Case:
 
 def list_blocks(pairs, part):
     """Return the blocks that are tried; with twice the columns for down, which has one column for each output."""
-    from grpo_core.sampling.expert_kernels import Blocks
+    from grpo_core.sampling.kernels.expert_kernels import Blocks
 
     scale = 1 if part == "gate_up" else 2
     return [Blocks(p, scale * n, k, warps, stages) for p, n, (k, stages), warps in product(pairs, COLUMNS, INNER_AND_STAGES, WARPS)]
@@ -157,7 +157,7 @@ def compile_share(share):
     """Compile some of the kernels in this process, which leaves them in Triton's cache."""
     import contextlib
 
-    from grpo_core.sampling import expert_kernels as kernels
+    from grpo_core.sampling.kernels import expert_kernels as kernels
 
     index, end = share
     case_of = {}
@@ -216,7 +216,7 @@ def tune_part(case, part, bandwidth, end):
 
 def measure_parts(bandwidth):
     """Measure every kernel of a layer, and the layer, with the blocks of expert_kernels.py; first compare it with its definition."""
-    from grpo_core.sampling import expert_kernels as kernels
+    from grpo_core.sampling.kernels import expert_kernels as kernels
 
     end = time.time() + LIMITS["parts"]
     for name, shape in SHAPES.items():
@@ -254,7 +254,7 @@ def check():
         x, logits = make_inputs(shape, 5, "even", 0, device, torch.float32)
         want = mix_experts(x, *choose_experts(logits, shape[4]), own)
         if device == "cuda":
-            from grpo_core.sampling import expert_kernels as kernels
+            from grpo_core.sampling.kernels import expert_kernels as kernels
 
             ours = kernels.apply_experts(x, *kernels.choose_experts(logits, shape[4]), own).sum()
             torch.testing.assert_close(ours, want, atol=1e-5, rtol=1e-4)

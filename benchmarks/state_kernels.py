@@ -16,7 +16,7 @@ from itertools import product
 
 import torch
 
-from grpo_core.sampling.delta_net import DeltaInputs, DeltaWeights
+from grpo_core.sampling.modules.delta_net import DeltaInputs, DeltaWeights
 
 BANDWIDTH = 4.3e6  # bytes per microsecond
 MAX_SECONDS = 170
@@ -119,12 +119,12 @@ def run(workload, rows, step_bytes, steps, options):
 
 
 def main(combinations):
-    from grpo_core.sampling import delta_net_kernel, row_attention_kernels
+    from grpo_core.sampling.kernels import delta_net_kernels, row_attention_kernels
 
     started, results = time.monotonic(), []
     for (name, (delta, attention)), rows in product(SHAPES.items(), ROWS):
         for workload, options, make, kernels, sizes in (
-            (f"delta net, {name}", combinations[0], make_delta_nets, delta_net_kernel, delta),
+            (f"delta net, {name}", combinations[0], make_delta_nets, delta_net_kernels, delta),
             (f"attention, {name}", combinations[1], make_attention, row_attention_kernels, attention),
         ):
             step_bytes, steps = make(kernels, rows, *sizes)

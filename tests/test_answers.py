@@ -233,7 +233,7 @@ def test_attack_2_other_groups_are_not_one_number(text):
 
 
 NOT_ONE_NUMBER = [
-    "(3, 4)", "5 hours 30 minutes", "5'6\"", "5 ft 6 in", "5 or 6", "3 : 4", "3:4", "5!", "5 million", "5 Million dollars", "2 thousand",
+    "(3, 4)", "5 hours 30 minutes", "5'6\"", "5 ft 6 in", "5 or 6", "3 : 4", "3:4", "5!", "5 million", "5 Million dollars", "6 mn", "6 bn dollars", "6 mio.", "$6 M", "€ 5 k", "2x = 4", "x^2 = 4", "so 3y = 12", r"\sqrt{x} = 3", "2 thousand",
     "12 dozen", "5k", "$5M", "5bn", "5e", "5 and a half", "5±1", "10 (or 11)", "3 a 4", "5 to 7", "1010 base 2", "x = 5, y = 6",
     "x = 5 and y = 6", "5 squared", "12 hundredths", "twice 5", "half of 5", "5, 6 and 7", "5 | 6", r"5\text{ million}", "$5-$6",
 ]  # fmt: skip

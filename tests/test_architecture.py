@@ -46,8 +46,8 @@ PLACES = {  # heavy dependency -> the modules that may import it
     "huggingface_hub": {"commands/export", "data/rows"},
     "safetensors": {"training/saved_batches", "model/composite", "training/checkpoint", "commands/export"},
     "triton": {
-        "sampling/decode_kernels", "sampling/attention_kernels", "sampling/state_kernels", "sampling/expert_kernels", "model/kernels",
-        "sampling/delta_net_kernel", "sampling/row_attention_kernels", "sampling/elementwise_kernels",
+        "sampling/kernels/decode_kernels", "sampling/kernels/attention_kernels", "sampling/kernels/state_kernels", "sampling/kernels/expert_kernels", "model/kernels",
+        "sampling/kernels/delta_net_kernels", "sampling/kernels/row_attention_kernels", "sampling/kernels/elementwise_kernels",
     },
 }
 TRANSFORMERS = {"data", "model", "sampling", "environments", "training", "commands"}  # the folders that may import it

@@ -109,7 +109,7 @@ def test_which_problems(tmp_path):
     def of(own, evaluation=None, **given):
         config = RunConfig(data=own, evaluation=evaluation or EvaluationConfig(num_tasks=5))
         return load_problems(
-            SimpleNamespace(config=config, tokenizer=tokenizer),
+            SimpleNamespace(config=config, tokenizer=tokenizer, folder=None),
             given.get("data"),
             given.get("split"),
             given.get("limit"),

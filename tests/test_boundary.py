@@ -151,6 +151,7 @@ def test_an_answer_is_cut_between_characters():
     ("{{ raise_exception('only one turn') }}", "refuses an answer: TemplateError: only one turn"),
     ("{{ messages[-1].content }}", "leaves out the assistant's turn"),
     ("{{ messages[0].content }}{{ messages[1].content }}", "leaves out an answer"),
+    ("{{ messages[0].content }}{{ messages[1].content }}<|im_end|>", "leaves out an answer"),
 ])  # fmt: skip
 def test_a_template_that_cannot_be_split_is_refused(template, sentence):
     tokenizer, eos_ids = tokenizer_of("qwen")

@@ -26,7 +26,7 @@ def random(*shape, dtype=torch.float32):
 
 
 def both():
-    from grpo_core.sampling.decode_kernels import TritonOps  # needs triton, which only torch for a GPU brings
+    from grpo_core.sampling.kernels.decode_kernels import TritonOps  # needs triton, which only torch for a GPU brings
 
     torch.manual_seed(0)
     return TritonOps(DEVICE), ops.TorchOps()

@@ -74,6 +74,8 @@ CHAT = ["data.prompt=chat"]
     (["environment.timeout=0"], "environment.timeout is 0.0; it must be above 0"),
     (["environment.max_turn_tokens=5"], "environment.max_turn_tokens is 5, but there is neither an environment nor a tool"),
     (["environment.max_answer_tokens=5"], "environment.max_answer_tokens is 5, but there is neither"),
+    (["loss.echo_coef=0.1"], "loss.echo_coef is 0.1, but there is neither an environment nor a tool"),
+    (["environment.max_answer_tokens=0"], "environment.max_answer_tokens is 0; it must be at least 1"),
     (["tools=['mine.py:search']"], "data.prompt is template; tools are described by the model's chat template"),
     (["tools=['mine.py:other']", *CHAT], "mine.py has no function other"),
     (["tools=['mine.py:search', 'mine.py:search']", *CHAT], "an earlier tool has the name search, too"),

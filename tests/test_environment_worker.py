@@ -1,6 +1,7 @@
 """Environments in a process of their own: many at the same time, and whatever one does, the others go on."""
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -161,7 +162,7 @@ def test_it_answers_from_row_seed_turns_and_arguments(mine):
     ("hang", "took more than 1 s"),
     ("exit", "raised SystemExit: 0 (mine.py, line 19)"),
     ("leave", "ended with exit code 7"),
-    ("crash", "was ended by SIGSEGV"),
+    pytest.param("crash", "was ended by SIGSEGV", marks=pytest.mark.soak),
     ("number", "returned 7; it must be text, a Reply, or None for the end"),
     ("nan", "returned the reward nan; it must be None or a number from -1e6 to 1e6"),
     ("half", "returned text with a lone surrogate, half of a character"),
@@ -178,6 +179,18 @@ def test_whatever_a_step_does_the_others_go_on(worker, text, failure):
     assert outcomes[key].failure == failure
     worker.ask(first, ROW, 3, turns_of("a", "b"))  # made again with its earlier turns where the process is new
     assert text_of(take_all(worker, [first])[first]) == "a,b p 3!"
+
+
+def test_a_fork_that_a_step_has_left_running_ends(worker):
+    server = int(text_of(answer(worker, "pid")))
+    assert text_of(answer(worker, "fork")) == "fork p 3!"
+    deadline = time.monotonic() + 3
+    while [path for path in Path(f"/proc/{server}/task").glob("*/children") if path.read_text().strip()]:
+        states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{server}/task").glob("*/children") for pid in path.read_text().split()]
+        if set(states) <= {"Z"}:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_row_that_cannot_be_made_or_sent_fails_alone(worker):
@@ -217,8 +230,10 @@ def test_an_async_step_that_takes_too_long_is_cancelled_and_the_process_stays(wa
         "took more than 0.8 s", None, "raised TimeoutError: its own (mine.py, line 57)"
     ]  # fmt: skip
     assert (text_of(outcomes[keys[1]]), outcomes[keys[1]].answered.reward) == ("1 a", 1.0) and waiting._process.pid == before
+    assert waiting._is_open and waiting._process.poll() is None
 
 
+@pytest.mark.soak
 def test_an_async_step_that_blocks_the_others_is_the_one_that_fails(waiting):
     keys = [ask(waiting, text) for text in ("a", "block", "b")]
     outcomes = take_all(waiting, keys)

@@ -243,6 +243,7 @@ def test_a_step_that_is_taken_again_reads_its_answers(trained, here, tmp_path):
     assert "raised ZeroDivisionError" in done.stdout and "asked again" not in done.stdout
 
 
+@pytest.mark.soak
 def test_a_recording_of_other_turns_asks_again_with_a_warning(trained, here, tmp_path):
     shutil.copytree(trained, tmp_path / "tiny")
     shutil.rmtree(tmp_path / "tiny" / "checkpoints" / "step-000002")
@@ -350,3 +351,26 @@ def test_the_sampler_saw_prompt_and_stretches_and_its_log_probs_are_the_models(f
         own = torch.stack([logprobs[place, whole[0, place + 1]] for place in places])
         torch.testing.assert_close(rollouts.rollout_logprobs[row, :valid][[turn >= 0 for turn in turns]], own, atol=1e-5, rtol=0)
         assert not rollouts.rollout_logprobs[row][rollouts.turns[row] < 0].any()
+
+
+CLOSES = '''
+from pathlib import Path
+
+class Closes:
+    def __init__(self, row, seed, *, folder: str = ""):
+        self.file = Path(folder) / str(seed)
+    def step(self, turn):
+        return None
+    async def close(self):
+        self.file.write_text("closed")
+'''
+
+
+def test_every_object_is_closed(model, tmp_path):
+    (tmp_path / "closes.py").write_text(CLOSES)
+    (tmp_path / "notes").mkdir()
+    config = load(TINY, [f"environment.name={tmp_path}/closes.py:Closes", f"environment.args.folder={tmp_path}/notes"])
+    environments = Environments(config, sampler_of(model))
+    environments.generate(tasks_of(model[1]), 2)
+    environments.close()
+    assert len([*(tmp_path / "notes").iterdir()]) == 6

@@ -23,8 +23,8 @@ from grpo_core.sampling.decode_ops import TorchOps
 from grpo_core.sampling.expert_ops import ExpertWeights, Gating, Routing
 from grpo_core.sampling.fused_mlp import ExpertMlp
 from grpo_core.sampling.fused_model import FusedModel, check_model
-from grpo_core.sampling.module_model import ModuleModel
-from grpo_core.sampling.step_functions import find_expert_substitutes, installed
+from grpo_core.sampling.modules.module_model import ModuleModel
+from grpo_core.sampling.modules.step_functions import find_expert_substitutes, installed
 
 # Without an interpreter the tests of kernels are reported as skipped on a CPU; with it, a missing triton is a failure.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -61,7 +61,7 @@ def random(*shape, dtype=torch.float32):
 
 
 def load_kernels():
-    from grpo_core.sampling import expert_kernels  # needs triton, which only torch for a GPU brings
+    from grpo_core.sampling.kernels import expert_kernels  # needs triton, which only torch for a GPU brings
 
     torch.manual_seed(0)
     return expert_kernels
@@ -129,7 +129,7 @@ def test_a_router_of_every_size(dtype, rows, hidden):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norms_delta", [False, True])
 def test_a_norm_after_the_sum_of_parts(dtype, norms_delta):
-    from grpo_core.sampling.decode_kernels import TritonOps
+    from grpo_core.sampling.kernels.decode_kernels import TritonOps
 
     own, x = make_weights(dtype), random(5, HIDDEN, dtype=dtype)
     experts, weights = expert_ops.choose_experts(random(5, EXPERTS), Routing(TOP_K, True))
@@ -227,7 +227,7 @@ def test_every_entry_of_the_table_of_blocks():
 
 def test_blocks_fit_into_the_memory_of_small_gpus():
     pytest.importorskip("triton")
-    from grpo_core.sampling.expert_kernels import BLOCKS, DEFAULT_SHARED_BYTES, fit, shared_bytes
+    from grpo_core.sampling.kernels.expert_kernels import BLOCKS, DEFAULT_SHARED_BYTES, fit, shared_bytes
 
     for (_, *both), itemsize in product(BLOCKS, (2,)):
         for blocks, is_gated in zip(both, (True, False), strict=True):
@@ -400,7 +400,7 @@ def test_an_adapter_on_experts_goes_through_the_substitute():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["olmoe", "ernie4_5_moe", "qwen3_next"])
 def test_the_modules_decoder_uses_the_substitutes(name):
-    from grpo_core.sampling.decode_kernels import TritonOps
+    from grpo_core.sampling.kernels.decode_kernels import TritonOps
 
     model = make_tiny(name)
     computation = ModuleModel(model, "padded", 0, TritonOps(DEVICE))

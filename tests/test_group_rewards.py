@@ -101,7 +101,7 @@ def test_a_users_group_reward_that_reads_the_others_runs_in_its_process(tmp_path
     rewards = make_rewards(config)
     scores = score(rewards, TASKS, TEXTS, 3)
     close_rewards(reward.function for reward in rewards)
-    assert scores.failures == () and scores.by_name[name][0].tolist() == pytest.approx([1 / 9, 1 / 9, 4 / 9])
+    assert scores.failures == () and scores.by_name["mine.py:spread"][0].tolist() == pytest.approx([1 / 9, 1 / 9, 4 / 9])
 
 
 @pytest.mark.parametrize("values, rates", [

@@ -119,6 +119,16 @@ def test_products_and_words_between_answers(gold, text):
 
 
 @needs_library
+@pytest.mark.parametrize("gold, text, value", [
+    (r"\text{blue, red}", r"\boxed{\text{red, blue}}", 1.0), (r"\text{blue, red}", "red, blue", 1.0), (r"\text{blue}, \text{red}", r"\boxed{\text{Red and blue}}", 1.0),
+    (r"\text{blue, red}", r"\boxed{\text{red, blue, green}}", 0.0), (r"\text{blue, red}", r"\boxed{\text{blue}}", 0.0), (r"\text{blue, red}", r"\boxed{\text{red, green}}", 0.0),
+    (r"(\text{blue, red})", r"\boxed{(\text{red, blue})}", 0.0), (r"(\text{blue, red})", r"\boxed{(\text{blue, red})}", 1.0), ("1, 2", r"\boxed{2, 1}", 1.0),
+    ("Monday, Tuesday, and Friday", r"\boxed{\text{Friday, Monday and Tuesday}}", 1.0), ("no solution", r"\boxed{\text{solution, no}}", 0.0),
+])  # fmt: skip
+def test_the_order_of_a_list_makes_no_difference_but_in_parentheses(gold, text, value):
+    assert judge(text, gold) == value
+
+
 @pytest.mark.parametrize("gold, text", [
     (r"\sqrt{2}", "√2"), (r"-2\sqrt{3}", "−2√3"), ("x^2", "x²"), (r"2\pi", "2*pi"), (r"\emptyset", r"\varnothing"), (r"\sqrt{x+1}", "√(x+1)"), (r"2\sqrt{3}", "2·√3"),
     (r"2\pi", "2π"), (r"\emptyset", "∅"), ("x^{12}+1", "x¹²+1"), (r"\infty", "∞"), ("pi", r"\pi"), (r"\sin x", "sin x"), (r"\frac{\pi}{2}", "pi/2"),

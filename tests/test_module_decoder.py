@@ -14,12 +14,13 @@ from grpo_core.batch import SamplingParams, Task
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model.policy import wrap
 from grpo_core.model.routing import find_routers
-from grpo_core.sampling import graph_decoder, module_model
+from grpo_core.sampling import graph_decoder
 from grpo_core.sampling.computation import Unsupported
 from grpo_core.sampling.decode_ops import TorchOps
-from grpo_core.sampling.module_model import ModuleModel
+from grpo_core.sampling.modules import module_model
+from grpo_core.sampling.modules.module_model import ModuleModel
+from grpo_core.sampling.modules.step_functions import JoinedCalls, Substitute, installed
 from grpo_core.sampling.sampler import Sampler
-from grpo_core.sampling.step_functions import JoinedCalls, Substitute, installed
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ELSEWHERE = [pytest.mark.soak] if DEVICE.type == "cpu" else []

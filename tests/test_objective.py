@@ -105,13 +105,14 @@ def test_the_formula_has_the_values_in_it():
         "loss.top_entropy=0.15", "loss.off_policy_mask=0.7", "loss.rollout_correction={name: token_truncate, args: {clip_max: 1.9}}",
         "advantage.args={eps: 0.005}", "advantage.min_group_std=0.06", "truncation.name=mask_loss", "sampling.dynamic_attempts=7",
         "reference.every=11", "reference.mixing=0.65", "loss.kl_target=0.08", "loss.log_ratio_coef=0.013", "loss.positive_nll_coef=0.017",
-        "loss.positive_nll_above=0.45", "loss.echo_coef=0.019",
+        "loss.positive_nll_above=0.45", "loss.echo_coef=0.019", "environment.reward_weight=0.3",
+        f"environment.name={TINY.parents[1]}/examples/calculator_environment.py:Calculator",
     ])  # fmt: skip
     text = render(config)
     for part in (
         "min(r, 4.5)", "1 - 0.1, 1 + 0.37", "0.021 KL", "a KL of 0.08, with a horizon of 10,000 completions", "correct_answer(strict=True)", "completions * 48", "0.003 H", "top 15%", "<= 0.7", "min(v, 1.9)",
         "std + 0.005", "std < 0.06", "mask_loss", "up to 7 times", "every 11 steps, 0.65 of the way", "1 correct_answer",
-        "+ 0.013 (l - l_roll)**2", ", + 0.017 NLL", "a reward above 0.45", ", + 0.019 ECHO",
+        "+ 0.013 (l - l_roll)**2", ", + 0.017 NLL", "a reward above 0.45", ", + 0.019 ECHO", "0.3 environment",
     ):  # fmt: skip
         assert part in text, (part, text)
     alone = render(load(TINY, ["loss.positive_nll_coef=0.017"]))

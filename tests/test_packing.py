@@ -167,7 +167,7 @@ def test_every_architecture(name, layout="rows"):
         for p in policy.parameters():
             p.normal_(0, 0.1)
     rollouts = grouped_rollouts(width=12, vocabulary=config.vocab_size)
-    assert policy.layout == ("grid" if name.startswith("gemma2") else layout)
+    assert policy.layout == ("grid" if name.startswith(("gemma2", "gpt_oss")) else layout)  # caps and sinks cannot be packed
     ours, naive = forwards(policy, rollouts, Budget(80)), naive_logprobs(policy, rollouts)
     torch.testing.assert_close(ours, naive, atol=1e-4, rtol=1e-4)
     mask = rollouts.completion_mask

@@ -37,6 +37,10 @@ def judge(code, tests=TESTS, **args):
     (None, None), ("", None), ([], None), (["assert f()", ""], None), ([{"input": "1"}], None), ({"inputs": [1], "outputs": [2]}, None),
     ({"inputs": ["a"], "outputs": ["a", "b"]}, None), ({"inputs": ["a", "b"], "outputs": ["a"]}, None), ({"inputs": [], "outputs": []}, None),
     ({"fn_name": "f", "inputs": ["1"], "outputs": ["2"]}, None), ("[broken", None), (3, None), ([["a"]], None),
+    ("5", None), ("the answer is 5", None), ("x", None), (["5", "6"], None), ("def check(candidate):\n    assert candidate(1) == 2", None),
+    ("import math\nclass T:\n    def test(self):\n        assert f()", None), ("x = 5", None), ("\0", None), ("(" * 9999, None),
+    ("def check(f):\n    assert f(1) == 2\n\ncheck(add)", ["def check(f):\n    assert f(1) == 2\n\ncheck(add)"]), ("if f() != 1:\n    raise ValueError", ["if f() != 1:\n    raise ValueError"]),
+    (["x = 5", "assert f('\\d') == x"], ["x = 5", "assert f('\\d') == x"]),
 ])  # fmt: skip
 def test_the_column(value, tests):
     assert read_tests(value) == tests
@@ -218,3 +222,12 @@ def test_its_seconds_must_fit_into_the_time_of_a_batch(words, sentence):
         load("tiny", words)
     assert str(error.value) == sentence
     load("tiny", ["rewards=[{name: python_tests, args: {seconds: 24, reward_timeout: 31}}]", "trainer.reward_timeout=60"])
+
+
+def test_the_rows_of_the_documents_judge_programs():
+    text = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()
+    rows = [json.loads(line) for line in text.split("### python_tests")[1].split("```json\n")[1].split("```")[0].splitlines()]
+    right = ["def middle(values):\n    return sorted(values)[len(values) // 2]", "def vowels(text):\n    return sum(letter in 'aeiou' for letter in text)", "print(sum(map(int, input().split())))"]
+    wrong = ["def middle(values):\n    return values[0]", "def vowels(text):\n    return 2", "print(3)"]
+    for programs, value in ((right, 1.0), (wrong, 0.0)):
+        assert python_tests([block(code) for code in programs], tests=[row["tests"] for row in rows], seconds=10.0) == [value] * 3

@@ -14,7 +14,7 @@ from grpo_core.distributed import ranks
 from grpo_core.random_keys import PURPOSES, make_generator, make_key, torch_seed
 
 PACKAGE = ROOT / "grpo_core"
-FIXED_INPUTS = {"objective/laws.py", "objective/advantage_laws.py", "model/fast_layers.py", "model/logprobs.py", "sampling/step_functions.py"}  # of checks: no seed of a run
+FIXED_INPUTS = {"objective/laws.py", "objective/advantage_laws.py", "model/fast_layers.py", "model/logprobs.py", "sampling/modules/step_functions.py", "sampling/modules/delta_net.py", "sampling/modules/elementwise.py", "sampling/modules/expert_substitutes.py"}  # of checks: no seed of a run
 
 
 def first_draws(key, count=4):

@@ -291,9 +291,9 @@ def test_a_reward_that_goes_wrong_on_one_rank_is_counted_and_told_and_too_often_
     assert "mine.py:bad returned nan for completion 3; it must be None or a number from -1e6 to 1e6" in done.stdout
     assert "mine.py:bad took more than 2 s" in done.stdout
     rows = read(tmp_path / "tiny" / "metrics.jsonl")
-    assert [row[f"failed/{file}:bad"] for row in rows] == [1 / 32, 0.5, 1 / 32]
+    assert [row["failed/mine.py:bad"] for row in rows] == [1 / 32, 0.5, 1 / 32]
     assert [row["failed/correct_answer"] for row in rows] == [0, 0, 0] and rows[1]["seconds/reward"] < 4
-    unscored = [row for row in read(tmp_path / "tiny" / "completions.jsonl") if row["rewards"][f"{file}:bad"] is None]
+    unscored = [row for row in read(tmp_path / "tiny" / "completions.jsonl") if row["rewards"]["mine.py:bad"] is None]
     assert [row["step"] for row in unscored] == [0, *16 * [1], 2] and all(row["reward"] in (0, 1) for row in unscored)
     assert (
         "mine.py:bad failed on 19% of the completions of the last 3 steps, more than trainer.max_failed_rewards (0.01)"

@@ -50,15 +50,15 @@ def test_how_many_rows_train_and_how_many_are_held_out(tmp_path):
 def test_rows_that_the_run_trains_on_are_counted(tmp_path):
     mine = write(tmp_path / "mine.jsonl", range(40))
     config = load(TINY, [f"data.path={mine}", "evaluation.num_tasks=10"])
-    for numbers, begin in ((range(40), "30 of 40 problems of "), (range(100, 110), None)):
+    for numbers, begin in ((range(40), "the run trains on the prompts of 30 problems of "), (range(100, 110), None)):
         other = write(tmp_path / "other.jsonl", numbers)
         warning = warn_of_trained_rows(config, load_rows(str(other), None, "train", None))
-        assert warning is None if begin is None else warning.startswith(f"{begin}{other} have prompts that the run trains on ({mine})")
+        assert warning is None if begin is None else warning.startswith(f"{begin}{other}, out of 40 (its data is {mine})")
     renamed = write(tmp_path / "renamed.jsonl", range(40), column="problem")
     columns = load(TINY, [f"data.path={renamed}", "data.columns.question=problem", "evaluation.num_tasks=10"])
-    assert "30 of 40 problems" in warn_of_trained_rows(columns, load_rows(str(renamed), None, "train", None))
+    assert "of 30 problems of" in warn_of_trained_rows(columns, load_rows(str(renamed), None, "train", None))
     whole = load(TINY, [f"data.path={mine}", f"data.eval_path={other}"])
-    assert warn_of_trained_rows(whole, load_rows(str(mine), None, "train", 5)).startswith("all 5 problems of")
+    assert warn_of_trained_rows(whole, load_rows(str(mine), None, "train", 5)).startswith(f"the run trains on the prompts of 5 problems of {mine}, out of 5 (")
     mine.unlink()
     assert warn_of_trained_rows(whole, load_rows(str(other), None, "train", None)) is None
 
@@ -107,4 +107,4 @@ def test_an_evaluation_on_the_runs_own_rows_warns_and_sft_says_whole_lengths(tmp
     assert 3 < part < whole
     done = here("evaluate", tmp_path / "s", "--data", path, "--samples", "0", "--no-base")
     assert done.returncode == 0, done.stderr
-    assert f"warning: 20 of 24 problems of {path} have prompts that the run trains on" in done.stdout
+    assert f"warning: the run trains on the prompts of 20 problems of {path}, out of 24 (" in done.stdout

@@ -13,17 +13,17 @@ from transformers.models.granitemoehybrid import modeling_granitemoehybrid as gr
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
 from grpo_core.model.trial import is_same
-from grpo_core.sampling import delta_net, elementwise, module_model, row_attention
 from grpo_core.sampling.live_rows import begin
-from grpo_core.sampling.module_model import ModuleModel
+from grpo_core.sampling.modules import delta_net, elementwise, module_model, row_attention
+from grpo_core.sampling.modules.module_model import ModuleModel
 
 pytest.importorskip("triton")
 HAS_GPU = torch.cuda.is_available()
 RUNS = HAS_GPU or os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or TRITON_INTERPRET=1")
 if RUNS:
-    from grpo_core.sampling import delta_net_kernel, elementwise_kernels, row_attention_kernels
-    from grpo_core.sampling import state_kernels as kernels
+    from grpo_core.sampling.kernels import delta_net_kernels, elementwise_kernels, row_attention_kernels
+    from grpo_core.sampling.kernels import state_kernels as kernels
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 DOT_DTYPES = DTYPES if HAS_GPU else [torch.float32]  # the interpreter cannot multiply bfloat16
@@ -152,7 +152,7 @@ def test_a_step_of_a_gated_delta_net(dtype, key_heads, heads, key_dim, value_dim
     views = (*(x.unflatten(1, (key_heads, -1)) for x in (q, k)), *(x.unflatten(1, (key_heads, shared, -1)) for x in (v, z)))
     inputs = delta_net.DeltaInputs(*views, *(x.unflatten(1, (key_heads, shared)) for x in (b, a)))
     weights = delta_net.DeltaWeights(conv, bias, decay, decay_bias, norm, 1e-6, offset, gate_kind, beta_scale, True)
-    ours = delta_net_kernel.delta_net(inputs, weights, own, own_state, columns=columns)
+    ours = delta_net_kernels.delta_net(inputs, weights, own, own_state, columns=columns)
 
     mixed = qwen.causal_conv1d_update(joined[..., :channels].transpose(1, 2), more, conv, bias, "silu").transpose(1, 2)
     q, k, v = (x.unflatten(2, (n, -1)) for x, n in zip(mixed.split(sizes[:3], dim=-1), (key_heads, key_heads, heads), strict=True))
@@ -174,14 +174,14 @@ def test_a_gated_delta_net_is_found_and_computed_by_the_kernel(name, dtype, monk
     live = begin("cached", model, [[3, 4, 5], [6, 7, 8]], 0)
     with torch.no_grad():
         live.prefill()
-    step = delta_net_kernel.delta_net
-    monkeypatch.setattr(delta_net_kernel, "delta_net", lambda *arguments: calls.append(1) or step(*arguments))
-    (substitute,) = delta_net.find_delta_nets(model, live.cache, delta_net_kernel, kernels)
+    step = delta_net_kernels.delta_net
+    monkeypatch.setattr(delta_net_kernels, "delta_net", lambda *arguments: calls.append(1) or step(*arguments))
+    (substitute,) = delta_net.find_delta_nets(model, live.cache, delta_net_kernels, kernels)
     assert len(calls) == 1  # by the trial
-    monkeypatch.setattr(delta_net_kernel, "delta_net", lambda *arguments: 1.1 * step(*arguments))
-    assert delta_net.find_delta_nets(model, live.cache, delta_net_kernel, kernels) == []
+    monkeypatch.setattr(delta_net_kernels, "delta_net", lambda *arguments: 1.1 * step(*arguments))
+    assert delta_net.find_delta_nets(model, live.cache, delta_net_kernels, kernels) == []
     module, x = substitute.owner, random(2, 1, model.config.hidden_size, dtype=dtype)
-    monkeypatch.setattr(delta_net_kernel, "delta_net", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(delta_net_kernels, "delta_net", lambda *arguments: 1 / 0)
     with torch.no_grad():
         assert torch.equal(substitute.function(x), module(x))  # without a cache, by the module itself
 

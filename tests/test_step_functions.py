@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from transformers.models.cohere import modeling_cohere as cohere
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
-from grpo_core.sampling import cache_check, delta_net, elementwise, row_attention
+from grpo_core.sampling import cache_check
 from grpo_core.sampling.cache_check import check_steps, find_method
 from grpo_core.sampling.decode_ops import TorchOps
-from grpo_core.sampling.layer_memory import LayerMemory
 from grpo_core.sampling.live_rows import begin
-from grpo_core.sampling.module_model import ModuleModel
-from grpo_core.sampling.row_attention import RowAttention
+from grpo_core.sampling.modules import delta_net, elementwise, row_attention
+from grpo_core.sampling.modules.layer_memory import LayerMemory
+from grpo_core.sampling.modules.module_model import ModuleModel
+from grpo_core.sampling.modules.row_attention import RowAttention
 
 
 def make_model(name, **own):
@@ -74,7 +75,7 @@ def test_an_exact_gelu_is_not_taken_for_its_approximation():
 
 
 def step_in_torch(x, weights, conv_state, state):
-    """One token of a gated delta net, as delta_net_kernel.py computes it."""
+    """One token of a gated delta net, as delta_net_kernels.py computes it."""
     rows, heads, key_dim, _ = state.shape
     channels = torch.cat([y.flatten(1) for y in (x.q, x.k, x.v)], dim=1)
     mixed = qwen.causal_conv1d_update(channels[..., None], conv_state, weights.conv, weights.conv_bias, "silu" if weights.is_silu else None)

@@ -501,7 +501,7 @@ DISTILL = ["teacher.adapter=runs/tiny/adapter"]
     "words, sentence",
     [
         (["teacher.kl=reverse"], "teacher.kl is reverse, but there is no teacher; set teacher.path, teacher.adapter or teacher.prompt"),
-        (["rewards=[]"], "rewards must name at least one reward, and none of them twice; only with a teacher there may be none"),
+        (["rewards=[]"], "rewards must name at least one reward, and none of them twice; only with a teacher or an environment that gives rewards there may be none"),
         (["rewards=[]", *DISTILL, "teacher.coef=0"], "rewards must name at least one reward"),
         (["rewards=[]", *DISTILL, "sampling.dynamic_attempts=1"], "sampling.dynamic_attempts is 1, but no reward has a weight"),
         (["rewards=[]", *DISTILL, "loss.kl_in=reward"], "loss.kl_in is reward, but no reward has a weight"),

@@ -73,7 +73,7 @@ def forced(policy, rollouts, tasks, group_size=GROUP):
     """Draw every token again from the logits of the whole row: the tokens, and their log-probs."""
     keys = [(*task.seed, i) for task in tasks for i in range(group_size)]
     noise = draw_uniforms(keys, WIDTH)
-    tokens, logprobs = torch.zeros_like(rollouts.completion_ids), torch.zeros_like(rollouts.rollout_logprobs)
+    tokens, logprobs = torch.zeros_like(rollouts.completion_ids).cpu(), torch.zeros_like(rollouts.rollout_logprobs).cpu()
     for row in range(len(rollouts)):
         prompt = rollouts.prompt_ids[row][rollouts.prompt_mask[row]]
         ids = rollouts.completion_ids[row][rollouts.valid[row]]
@@ -81,12 +81,14 @@ def forced(policy, rollouts, tasks, group_size=GROUP):
             logits = policy.causal_lm(torch.cat([prompt, ids])[None]).logits[0, len(prompt) - 1 : -1].float()
         at = torch.arange(len(ids))
         tokens[row, at], logprobs[row, at] = draw(logits.cpu(), 1.0, noise[row, at].cpu())
-    return tokens, logprobs
+    return tokens.to(DEVICE), logprobs.to(DEVICE)
 
 
 @pytest.fixture(scope="module")
 def policy():
-    return tiny_policy(lora_noise=0.1)
+    policy = tiny_policy(lora_noise=0.1)
+    policy.model.to(DEVICE)
+    return policy
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,7 @@ def test_greedy_turns_and_limits_of_single_rows(policy, decoder):
     turns = ScriptedTurns(script, first_limit=9, delay=DELAYS["late"])
     settings = SamplingParams(1.0, True)
     rollouts, turns, _ = sample(policy, decoder, turns=turns, settings=settings, limits=limits)
-    assert (rollouts.valid_lengths() <= limits).all() and turns.turns[0][0][1] in ("limit", "eos")
+    assert (rollouts.valid_lengths().cpu() <= limits).all() and turns.turns[0][0][1] in ("limit", "eos")
     for row in range(ROWS):
         prompt, ids = rollouts.prompt_ids[row][rollouts.prompt_mask[row]], rollouts.completion_ids[row][rollouts.valid[row]]
         with torch.no_grad():
@@ -199,9 +201,9 @@ def test_a_watching_user_sees_drawn_and_given_tokens(policy):
         assert seen[row] == ids[rollouts.valid[row]].tolist()
 
 
-# attention alone; a gated delta rule; convolutions; a state space with experts; experts
-@pytest.mark.parametrize("name", ["llama", "qwen3_5_text", *(
-    pytest.param(name, marks=ELSEWHERE) for name in ("lfm2", "granitemoehybrid", "qwen3_moe", "mamba2", "gemma3_text")
+# a gated delta rule; attention alone; convolutions; a state space; experts; a state space alone; a window
+@pytest.mark.parametrize("name", ["qwen3_5_text", *(
+    pytest.param(name, marks=ELSEWHERE) for name in ("llama", "lfm2", "granitemoehybrid", "qwen3_moe", "mamba2", "gemma3_text")
 )])  # fmt: skip
 @pytest.mark.parametrize("stop", [(), ("k",)])
 def test_the_modules_draw_what_the_plain_decoder_draws(name, stop):
@@ -216,7 +218,7 @@ def test_the_modules_draw_what_the_plain_decoder_draws(name, stop):
         agree(got, want)
     _, logprobs = forced(policy, want, tasks)
     mask = want.completion_mask
-    torch.testing.assert_close(logprobs * mask, want.rollout_logprobs.cpu(), atol=1e-5 if DEVICE.type == "cpu" else 1e-4, rtol=0)
+    torch.testing.assert_close(logprobs * mask, want.rollout_logprobs, atol=1e-5 if DEVICE.type == "cpu" else 1e-4, rtol=0)
     torch.testing.assert_close(policy.logprobs(want), want.rollout_logprobs, atol=2e-5, rtol=0)
 
 
@@ -234,6 +236,7 @@ def test_the_experts_of_given_tokens_are_recorded(decoder):
     torch.testing.assert_close(stats.logprobs, rollouts.rollout_logprobs, atol=2e-5, rtol=0)
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a captured graph does not call the step again")
 def test_memory_that_ends_after_an_answer_is_refused(policy, monkeypatch):
     """Before the first turn was reported, fewer rows are tried; a turn cannot be answered twice."""
     from grpo_core.sampling import fused_model

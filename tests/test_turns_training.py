@@ -233,7 +233,8 @@ def test_a_saved_batch_of_several_turns_is_read_back(tmp_path):
     rollouts = dumped.batch.rollouts
     assert (rollouts.valid & ~rollouts.completion_mask).any() and torch.equal(rollouts.completion_mask, rollouts.turn_ids >= 0)
     for row, entry in enumerate(dumped.completions):
-        assert len(entry["tokens"]) == len(entry["ratio"]) == rollouts.completion_mask[row].sum()
+        drawn = rollouts.completion_mask[row, : int(rollouts.valid[row].sum())]
+        assert len(entry["tokens"]) == len(drawn) and [ratio is not None for ratio in entry["ratio"]] == drawn.tolist()
 
 
 @pytest.mark.parametrize("budget", [10_000, 1, 60])

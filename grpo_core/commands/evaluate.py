@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,8 @@ def run_evaluate(
     folder = output or (opened.folder or Path()) / name_folder(opened.steps, data)
     _make_folder(folder)
     failures: dict[str, str] = {}
-    rows = answer_with_policies(opened, tasks, samples, settings, base=base, failures=failures)
+    with closing(opened):
+        rows = answer_with_policies(opened, tasks, samples, settings, base=base, failures=failures)
     parts = ranks.gather((rows, failures))
     if not parts:  # only the main rank receives the rows, and writes them
         return 0

@@ -56,6 +56,11 @@ class OpenedPolicy:
         """The environments or tools of the run, whose process starts when they are first asked for."""
         return make_environments(self.config, self.sampler)
 
+    def close(self) -> None:
+        """End the process of the environments, if it was started."""
+        if environments := vars(self).get("environments"):
+            environments.close()
+
     @property
     def has_adapter(self) -> bool:
         """Return True if the adapter can be switched off to use the base model."""
@@ -73,7 +78,7 @@ class OpenedPolicy:
 
         A prompt is a text, which is continued as it is, or a chat: a list of messages with `role` and `content`, for
         the model's chat template. The noise of a completion is a function of the seed and of the prompt's place in the
-        list, so a prompt that stands in the list twice has two samples.
+        list, so a prompt that stands in the list twice has two samples. Environments and tools are not asked.
 
         Raises:
             ConfigError: a prompt is neither, is empty, or is too long for the completion to follow it; the model has no

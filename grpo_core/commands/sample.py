@@ -80,12 +80,15 @@ def run_sample(
     opened = open_source(source, overrides, config=config, notify=partial(print, file=sys.stderr))
     settings, rewards = AnswerSettings(**fields), make_rewards(opened.config)  # type: ignore[arg-type]
     check_base(opened, settings)
-    if question is None:
-        run_prompt(opened, rewards, settings)
-        return 0
-    if not question.strip():
+    if question is not None and not question.strip():
         raise ConfigError("the question is empty; leave it out to read questions from a prompt")
-    answer_question(opened, rewards, question, settings)
+    try:
+        if question is None:
+            run_prompt(opened, rewards, settings)
+        else:
+            answer_question(opened, rewards, question, settings)
+    finally:
+        opened.close()
     return 0
 
 

@@ -45,9 +45,9 @@ def check(config: RunConfig) -> None:
     with torch.device("cpu"):  # whatever torch's default device is: the batches of two are made here
         check_functions(config)
     check_sources(config)
-    check_environment(config)
     _check_rewards(config)
     _check_numbers(config)
+    check_environment(config)
     check_lora(config.lora)
     check_rope(config.model.rope)
     _check_chat(config)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from operator import attrgetter
 
 from grpo_core.config.environment_functions import BUILT_IN_TOOLS, TOOL_PARSERS, build_environment, load_tools
-from grpo_core.config.sections import ENVIRONMENT_REWARD, EnvironmentConfig, RunConfig
+from grpo_core.config.sections import ENVIRONMENT_REWARD, RunConfig
 from grpo_core.schema import ConfigError
 
 
@@ -41,7 +42,7 @@ def check_environment(config: RunConfig) -> None:
     elif config.tool_parser is not None:
         raise ConfigError(f"tool_parser is {config.tool_parser!r}, but there are no tools; set tools")
     if not config.has_turns:
-        _check_unused(environment)
+        _check_unused(config)
 
 
 def _check_tools(config: RunConfig) -> None:
@@ -61,11 +62,10 @@ def _check_tools(config: RunConfig) -> None:
             ) from None
 
 
-def _check_unused(environment: EnvironmentConfig) -> None:
-    """Refuse limits of turns where there is only one."""
-    for key in ("max_turn_tokens", "max_answer_tokens"):
-        if getattr(environment, key) is not None:
+def _check_unused(config: RunConfig) -> None:
+    """Refuse what has no effect where a completion is one turn."""
+    for key in ("environment.max_turn_tokens", "environment.max_answer_tokens", "loss.echo_coef"):
+        if value := attrgetter(key)(config):
             raise ConfigError(
-                f"environment.{key} is {getattr(environment, key)}, but there is neither an environment nor a tool; "
-                f"set environment.name or tools"
+                f"{key} is {value}, but there is neither an environment nor a tool; set environment.name or tools"
             )

@@ -198,7 +198,7 @@ def _describe_rewards(config: RunConfig) -> list[tuple[str, str]]:
     for name in config.source_names:
         text = " + ".join(
             f"{_format_number(reward.weight)} {reward.name}{_render_arguments(reward.args)}"
-            for reward in config.of_source(name).rewards
+            for reward in [*config.of_source(name).rewards, *config.environment_rewards]
         )
         if loss.kl_coef and loss.kl_in == "reward":
             text += f" - {_format_number(loss.kl_coef)} sum_t KL"

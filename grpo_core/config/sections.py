@@ -430,10 +430,12 @@ class RunConfig:
         for reward in [*shared, *(reward for source in sources for reward in source.rewards)]:
             if reward.name not in by_name or not by_name[reward.name].weight:
                 by_name[reward.name] = reward
-        environment = (
-            [RewardConfig(ENVIRONMENT_REWARD, self.environment.reward_weight)] if self.environment.name else []
-        )
-        return [*by_name.values(), *environment]
+        return [*by_name.values(), *self.environment_rewards]
+
+    @property
+    def environment_rewards(self) -> list[RewardConfig]:
+        """Return the reward of the environment, if there is one."""
+        return [RewardConfig(ENVIRONMENT_REWARD, self.environment.reward_weight)] if self.environment.name else []
 
     @property
     def has_turns(self) -> bool:

@@ -32,10 +32,9 @@ def warn_of_trained_rows(config: RunConfig, rows: Rows) -> str | None:
     shared = sum(prompt in known for prompt in _identify(rows, columns, fields))
     if not shared:
         return None
-    number = "all" if shared == len(rows) else f"{shared:,} of"
     return (
-        f"{number} {quantify(len(rows), 'problem')} of {rows.source} have prompts that the run trains on "
-        f"({trained.source}), so the accuracy on them says nothing about new problems"
+        f"the run trains on the prompts of {quantify(shared, 'problem')} of {rows.source}, out of {len(rows):,} (its "
+        f"data is {trained.source}), so the accuracy on them says nothing about new problems"
     )
 
 

@@ -74,6 +74,7 @@ class Environments:
             self.worker.forget()
             raise
         turns.finish()
+        self.worker.finish(0.0)  # sends what closes the last completions' objects
         return rollouts, turns.played
 
     def add_to_scores(self, scores: Scores, played: Sequence[PlayedCompletion]) -> Scores:
@@ -96,7 +97,8 @@ class Environments:
         return sentences + ([f"{self.label} {self.recording.problem}"] if self.recording.problem else [])
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, after the objects of completions that have ended are closed."""
+        self.worker.finish(self.config.environment.timeout)
         self.worker.close()
 
     def _start(

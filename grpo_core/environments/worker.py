@@ -84,7 +84,7 @@ class EnvironmentWorker(WorkerProcess):
             raise ConfigError(problem if problem.startswith("environment") else f"environment {name} {problem}")
 
     def ask(self, key: int, row: dict[str, Any], seed: int, turns: Sequence[Turn]) -> None:
-        """Ask the environment of a completion for the answer to the last of its turns."""
+        """Ask the environment of a completion for the answer to the last of its turns; `take` sends it."""
         self._add(_Request(key, list(turns), row, seed))
 
     def end(self, key: int) -> None:
@@ -103,6 +103,15 @@ class EnvironmentWorker(WorkerProcess):
             if self._outcomes or time.monotonic() >= deadline:
                 outcomes, self._outcomes = self._outcomes, []
                 return outcomes
+
+    def finish(self, seconds: float) -> None:
+        """Wait at most `seconds` until the objects of completions that have ended are closed."""
+        deadline = time.monotonic() + seconds
+        while self._requests:
+            left = deadline - time.monotonic()
+            self.take(min(max(left, 0.0), POLL_SECONDS))
+            if left <= 0:
+                return
 
     def forget(self) -> None:
         """Give up all completions that have not ended, as after an interrupt."""
@@ -129,7 +138,6 @@ class EnvironmentWorker(WorkerProcess):
     def _add(self, request: _Request) -> None:
         self._number += 1
         self._requests[self._number] = request
-        self._send_requests()
 
     def _list_times_left(self) -> list[float]:
         now = time.monotonic()

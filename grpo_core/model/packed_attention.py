@@ -150,7 +150,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Return the attention of every token to the tokens of its row up to itself, [1, T, heads, D].
 
-    `attend_rows` computes the attention of one new token per row instead (sampling/module_model.py).
+    `attend_rows` computes the attention of one new token per row instead (sampling/modules/module_model.py).
 
     Raises:
         CannotPack: the model does not attend causally to all tokens of the row, or adds something to the

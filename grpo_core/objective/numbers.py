@@ -125,9 +125,10 @@ _MINUS_WORD = re.compile(r"(?:(?P<negative>\bnegative)|\bminus)[ ]\Z", re.I)
 _SCALED = re.compile(  # behind a number of a gold answer: its value is another one
     r"""[ ]?\{?[ ]?(?:tenth|dozen|lakh|crore|half|(?:hundred|thousand|[mbtr]illion|quadrillion)(?:th)?)s?(?![A-Za-z])
       | [ ](?:squared|cubed|factorial)(?![A-Za-z]) | [ ]and[ ](?:a|one)[ ](?:half|third|quarter|fifth)(?![A-Za-z])
-      | (?-i:[kKMBe]|bn|mn)(?![A-Za-z])""",
+      | (?-i:[kKMBe])(?![A-Za-z]) | [ ]?(?-i:bn|mn|mln|mio|mrd|tn)\.?(?![A-Za-z])""",
     re.X | re.I,
 )
+_SCALED_AMOUNT = re.compile(r"[$€£¥][ ]?[\d.,]{1,40}[ ][kKMB][.)}\]*]{0,4}\s*\Z")  # $6 M; without $ it may be a unit
 _SCALED_BEFORE = re.compile(r"\b(?:half|third|quarter|twice|thrice|double|triple|times|plus)[ ](?:of[ ])?\Z", re.I)
 _TWO_EQUATIONS = re.compile(  # x = 5, y = 6
     r"(?:\A|=)[ ]?-?[\d./]+[ ]?(?:[,;](?!\d)|and\b|or\b)(?:[ ]?(?:and|or)\b)?[ ]?[A-Za-z](?:_\w{1,9})?[ ]?="
@@ -171,7 +172,8 @@ def read_gold(value: Any) -> set[Fraction] | None:
     """Return the numbers that a gold answer accepts, or None if it cannot be read as a number.
 
     A text needs an answer mark or a box with exactly one number, or a last sentence with exactly one. "5 million",
-    "3 : 4", "5!" and "5 or 6" are not one number. A list accepts any of its items.
+    "3 : 4", "5!" and "5 or 6" are not one number, nor is the right side of an equation of one unknown, "2x = 4". A list
+    accepts any of its items.
     """
     if isinstance(value, (list, tuple)):
         numbers = [number for item in value for number in read_gold(item) or ()]
@@ -181,6 +183,8 @@ def read_gold(value: Any) -> set[Fraction] | None:
     if plain := _PLAIN_GOLD.search(str(value)):
         return {Fraction(plain[1] or plain[2])}
     text = _clean(str(value))
+    if _SCALED_AMOUNT.search(text):
+        return None
     marked = _find_marked(text)
     if marked is not None:
         number = _gold_number(marked[0])
@@ -214,7 +218,7 @@ def states_equation(text: str) -> bool:
 
 def _gold_number(text: str) -> Fraction | None:
     """Return the number of a gold answer that has exactly one, without a word that changes its value."""
-    if _TWO_EQUATIONS.search(text):
+    if _TWO_EQUATIONS.search(text) or states_equation(text):
         return None
     for match in _standing_alone(text):
         before = text[max(0, match.start() - WINDOW) : match.start()]

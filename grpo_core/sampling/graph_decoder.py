@@ -309,7 +309,7 @@ def _make_ops(device: torch.device) -> TorchOps:
     if device.type == "cpu":
         return TorchOps()
     try:
-        from grpo_core.sampling.decode_kernels import TritonOps
+        from grpo_core.sampling.kernels.decode_kernels import TritonOps
     except ImportError as error:
         raise Unsupported(f"triton cannot be imported: {error}") from error
     return TritonOps(device)

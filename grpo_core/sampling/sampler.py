@@ -30,7 +30,7 @@ from grpo_core.sampling.finished_groups import FinishedGroups, OnGroup
 from grpo_core.sampling.fused_model import FusedModel
 from grpo_core.sampling.graph_decoder import GraphDecoder
 from grpo_core.sampling.live_rows import pad_left
-from grpo_core.sampling.module_model import ModuleModel
+from grpo_core.sampling.modules.module_model import ModuleModel
 from grpo_core.sampling.plain_decoder import PlainDecoder
 from grpo_core.sampling.request import DecodeRequest, Draws, Watch
 from grpo_core.sampling.stop_strings import StopStrings

@@ -208,6 +208,8 @@ def _is_equal(final: str, number: Fraction | None, gold: str, percent: str, unit
         return False
     if _WORDS.fullmatch(words := normalise_text(gold)) and normalise_text(final) == words:
         return True
+    if (listed := _list_items(gold)) is not None and listed == _list_items(final):
+        return True
     if is_equation:  # of which the library takes the right side
         return False
     if not _list_words(gold) <= _list_words(final):  # the library takes words for products of their letters
@@ -227,6 +229,18 @@ def _list_words(text: str) -> set[str]:
         text = _LATEX_UNIT.sub(lambda match: f" {match[1] or ''} ", text)
     words = _WORD.findall(_COMMANDS.sub(" ", text))
     return {word.casefold() for word in words if not _PRODUCT.fullmatch(word)} - {*_NAMES.split()}
+
+
+def _list_items(text: str) -> set[str] | None:
+    r"""Return the items of a list of words, such as \text{blue, red}, in lower case; None for any other answer.
+
+    Their order makes no difference, as in the library's lists of numbers and of texts. Items in parentheses have one.
+    """
+    plain = _LATEX_UNIT.sub(lambda match: f" {match[1] or ''} ", _DELIMITERS.sub("", text))
+    plain = re.sub(r"\[{}]", "", plain).strip().rstrip(".")
+    items = [" ".join(item.split()).casefold() for item in re.split(r",\s*(?:and\s)?|\sand\s", plain)]
+    are_words = all(_WORDS.fullmatch(item) and not _PRODUCT.fullmatch(item) for item in items)
+    return {*items} if len(items) > 1 and are_words else None
 
 
 def _list_scales(gold_is_percent: bool, is_percent: bool, percent: str) -> list[tuple[Fraction, Fraction]]:

@@ -6,7 +6,9 @@ and processes without end. They are no sandbox against malice.
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
 import json
 import os
 import re
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,13 +38,14 @@ def read_tests(value: Any) -> list[str] | list[list[str]] | None:
     """Return the tests of a row, or None if it has none that can be run.
 
     They are Python texts (a text, or a list such as MBPP's test_list), or pairs of stdin and expected stdout: a list of
-    {input, output}, or {inputs: [...], outputs: [...]}. Either may be text in JSON.
+    {input, output}, or {inputs: [...], outputs: [...]}. Either may be text in JSON. Python that every program passes,
+    such as 5 or a function that is not called, is no test.
     """
     if isinstance(value, str):
         if not value.strip():
             return None
         if value.lstrip()[0] not in "[{":
-            return [value]
+            return [value] if can_fail(value) else None
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     if isinstance(value, dict):
@@ -54,9 +58,23 @@ def read_tests(value: Any) -> list[str] | list[list[str]] | None:
     if not isinstance(value, (list, tuple)) or not value:
         return None
     if all(isinstance(item, str) and item.strip() for item in value):
-        return list(value)
+        return list(value) if any(map(can_fail, value)) else None
     pairs = [[item.get("input"), item.get("output")] if isinstance(item, dict) else [None] for item in value]
     return pairs if all(isinstance(text, str) for pair in pairs for text in pair) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def can_fail(text: str) -> bool:
+    """Return whether Python text asserts, raises or calls something when it is run, and not only defines it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the text's escapes
+            body = ast.parse(text).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+    run = [node for statement in body if not isinstance(statement, definitions) for node in ast.walk(statement)]
+    return any(isinstance(node, (ast.Assert, ast.Raise, ast.Call)) for node in run)
 
 
 def find_code(text: str) -> str | None:

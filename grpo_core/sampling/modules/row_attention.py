@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.model.trial import is_same
-from grpo_core.sampling.layer_memory import LayerMemory
+from grpo_core.sampling.modules.layer_memory import LayerMemory
 
 TOLERANCE, ROUGH_TOLERANCE = 1e-4, 0.02  # relative, of the attention of one step
 

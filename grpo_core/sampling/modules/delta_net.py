@@ -1,4 +1,4 @@
-"""Find the gated delta nets of a model, and let one kernel compute their token step (delta_net_kernel.py).
+"""Find the gated delta nets of a model, and let one kernel compute their token step (delta_net_kernels.py).
 
 A delta net is known by the names of its layers and sizes. A trial compares the kernel with the module on random states,
 and the module keeps its own forward if they differ.
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from grpo_core.model.trial import EXACT_DTYPES
-from grpo_core.sampling.layer_memory import LayerMemory
-from grpo_core.sampling.step_functions import Substitute, find_kind
+from grpo_core.sampling.modules.layer_memory import LayerMemory
+from grpo_core.sampling.modules.step_functions import Substitute, find_kind
 
 TRIAL_ROWS = 3
 TOLERANCE, ROUGH_TOLERANCE = 1e-4, 0.03  # relative, of the outputs and the states of one step
@@ -63,7 +63,7 @@ class DeltaWeights:
 def find_delta_nets(model: nn.Module, cache: Any, kernels: Any, state_kernels: Any) -> list[Substitute]:
     """Return forwards of the model's gated delta nets that compute one token of each row by `kernels.delta_net`.
 
-    `cache` is a cache of transformers that a forward has filled. `kernels` is delta_net_kernel.py and `state_kernels`
+    `cache` is a cache of transformers that a forward has filled. `kernels` is delta_net_kernels.py and `state_kernels`
     the file of that name.
     """
     substitutes: list[Substitute] = []

@@ -24,13 +24,13 @@ from grpo_core.sampling.cache_check import CACHE_ERRORS, check_steps
 from grpo_core.sampling.computation import CallSize, Unsupported
 from grpo_core.sampling.cuda_graph import capture
 from grpo_core.sampling.decode_ops import DRAWN, PROMPT, SLOT, START, TOKEN, TorchOps
-from grpo_core.sampling.delta_net import find_delta_nets
-from grpo_core.sampling.elementwise import find_elementwise
 from grpo_core.sampling.expert_table import ExpertTable
-from grpo_core.sampling.layer_memory import LayerMemory, Name, grows
 from grpo_core.sampling.live_rows import Method, begin, next_logits
-from grpo_core.sampling.row_attention import RowAttention, make_bias
-from grpo_core.sampling.step_functions import (
+from grpo_core.sampling.modules.delta_net import find_delta_nets
+from grpo_core.sampling.modules.elementwise import find_elementwise
+from grpo_core.sampling.modules.layer_memory import LayerMemory, Name, grows
+from grpo_core.sampling.modules.row_attention import RowAttention, make_bias
+from grpo_core.sampling.modules.step_functions import (
     Substitute,
     find_expert_substitutes,
     find_joined_calls,
@@ -349,7 +349,12 @@ def load_kernels(device: torch.device) -> Kernels | None:
     if device.type != "cuda":
         return None
     try:
-        from grpo_core.sampling import delta_net_kernel, elementwise_kernels, row_attention_kernels, state_kernels
+        from grpo_core.sampling.kernels import (
+            delta_net_kernels,
+            elementwise_kernels,
+            row_attention_kernels,
+            state_kernels,
+        )
     except ImportError as error:
         raise Unsupported(f"triton cannot be imported: {error}") from error
-    return Kernels(state_kernels, delta_net_kernel, row_attention_kernels, elementwise_kernels)
+    return Kernels(state_kernels, delta_net_kernels, row_attention_kernels, elementwise_kernels)

@@ -13,8 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_core.batch import SamplingParams
-from grpo_core.sampling import expert_kernels
-from grpo_core.sampling.attention_kernels import TABLE_WIDTH, TritonCache, multiply_by_weight
 from grpo_core.sampling.decode_ops import (
     DONE,
     DRAWN,
@@ -27,8 +25,10 @@ from grpo_core.sampling.decode_ops import (
     Tables,
     TorchOps,
 )
-from grpo_core.sampling.expert_kernels import Parts, sum_parts
 from grpo_core.sampling.expert_ops import ExpertWeights, Routing
+from grpo_core.sampling.kernels import expert_kernels
+from grpo_core.sampling.kernels.attention_kernels import TABLE_WIDTH, TritonCache, multiply_by_weight
+from grpo_core.sampling.kernels.expert_kernels import Parts, sum_parts
 
 _TOKEN, _DRAWN, _LIMIT, _ROW, _DONE, _GIVEN = (tl.constexpr(x) for x in (TOKEN, DRAWN, LIMIT, ROW, DONE, GIVEN))
 _TABLE_WIDTH = tl.constexpr(TABLE_WIDTH)

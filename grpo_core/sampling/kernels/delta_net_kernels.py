@@ -1,4 +1,4 @@
-"""A Triton kernel of one token step of a gated delta net (arXiv:2412.06464), from its projections to its gated norm.
+"""Triton kernels of one token step of a gated delta net (arXiv:2412.06464), from its projections to its gated norm.
 
 A program owns one key head of one row: its channels of the convolution, and the states of the value heads that share
 the key. So no other program reads or writes its memory, and both states are updated in place.
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo_core.sampling.delta_net import DeltaInputs, DeltaWeights
-from grpo_core.sampling.state_kernels import gate_before_norm, scale_after_norm
+from grpo_core.sampling.kernels.state_kernels import gate_before_norm, scale_after_norm
+from grpo_core.sampling.modules.delta_net import DeltaInputs, DeltaWeights
 
 MAX_COLUMNS = 64  # of a state [K, V] that a program holds at once
 ELEMENTS_PER_WARP = 2048  # of those columns

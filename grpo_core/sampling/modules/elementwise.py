@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from grpo_core.model.trial import is_same
 from grpo_core.sampling.decode_ops import Activation
-from grpo_core.sampling.step_functions import ROUGH_TOLERANCE, TOLERANCE, Substitute
+from grpo_core.sampling.modules.step_functions import ROUGH_TOLERANCE, TOLERANCE, Substitute
 
 # names of the layers for gate, up and down, or of those for gate and up side by side, and down
 MLP_FORMS = (

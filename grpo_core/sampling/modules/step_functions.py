@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from grpo_core.model.trial import is_same
 from grpo_core.sampling.computation import Unsupported
 from grpo_core.sampling.decode_ops import TorchOps
-from grpo_core.sampling.expert_substitutes import find_expert_forwards
 from grpo_core.sampling.joined_linear import JoinedLinear, check_linear
+from grpo_core.sampling.modules.expert_substitutes import find_expert_forwards
 
 TOLERANCE, ROUGH_TOLERANCE = 1e-4, 0.02  # relative, of one norm
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo_core.sampling.decode_kernels import multiply_gate
+from grpo_core.sampling.kernels.decode_kernels import multiply_gate
 
 __all__ = ["apply_rotary_pos_emb", "multiply_gate", "rotate"]
 

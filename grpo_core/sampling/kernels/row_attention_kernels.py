@@ -10,7 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo_core.sampling.attention_kernels import MAX_SPLITS, attend_to_block, average_parts, count_splits, log_sum
+from grpo_core.sampling.kernels.attention_kernels import (
+    MAX_SPLITS,
+    attend_to_block,
+    average_parts,
+    count_splits,
+    log_sum,
+)
 
 MAX_DIM = 256  # of a head
 KEYS_PER_BLOCK = 64  # keys that a program loads at once
