@@ -18,9 +18,7 @@ from grpo_core import Reply, Turn
 load = cache(patch("signal.signal", lambda *args: None)(verifiers.load_environment))  # signals are the trainer's
 
 
-class Verifiers(
-    clients.Client
-):  # also a model of verifiers: requests for its turns wait until the policy has drawn them
+class Verifiers(clients.Client):  # also a model, whose requests wait until the policy has drawn the turn
     setup_client = to_native_tool = to_native_prompt = get_native_response = None
     raise_from_native_response = from_native_response = None
 
