@@ -1,4 +1,4 @@
-"""A digest of the code and settings that answer the turns of a run: recorded answers with another digest are not read."""
+"""A digest of the code and settings that answer the turns of a run; answers recorded under another one are not read."""
 
 from __future__ import annotations
 
