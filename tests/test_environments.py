@@ -2,7 +2,6 @@
 
 import json
 import re
-import runpy
 import shutil
 import sys
 from types import SimpleNamespace
@@ -16,10 +15,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from grpo_core.batch import Task
 from grpo_core.commands.replay import run_replay
 from grpo_core.commands.sample import format_turns
+from grpo_core.config.environment_functions import build_environment
 from grpo_core.config.files import load
 from grpo_core.data.encoding import apply_chat_template
 from grpo_core.data.tool_schemas import offer_tools_of
 from grpo_core.environments.driver import PlayedCompletion, PlayedTurn
+from grpo_core.environments.interface import Turn
 from grpo_core.environments.scores import add_environment
 from grpo_core.environments.setup import Environments, find_parser
 from grpo_core.model.new_model import new_model
@@ -29,7 +30,13 @@ from grpo_core.scoring.scoring import Scores
 from grpo_core.training.saved_batches import _describe_completions, read_dump
 
 TINY = ROOT / "configs" / "tiny.yaml"
-EXAMPLE = ROOT / "examples" / "calculator_environment.py"
+OWN_CALCULATOR = """
+from grpo_core.environments import calculator
+
+class Calculator(calculator.Calculator):
+    def step(self, turn):
+        return super().step(turn)
+"""
 GAME = '''
 from grpo_core import Reply
 
@@ -181,15 +188,16 @@ def test_tools_are_described_and_called(model, tmp_path):
         tokenizer.offered_tools = []
 
 
-def test_the_calculator(monkeypatch, capsys):
-    example = runpy.run_path(str(EXAMPLE))
-    turn = sys.modules["grpo_core"].Turn
-    calculator = example["Calculator"]({}, 0, most_digits=3)
-    answers = {"so 3 * 4 =": " 12", "(3 - 10)*2 =": " -14", "x =": " ?", "9 / 3 =": " 3", "9 / 2 =": " ?", "9 / 0 =": " ?", "99 * 99 =": " ?", "7 =": " 7", "- =": " ?"}
-    assert {text: calculator.step(turn(text, text, 0, "stop")) for text in answers} == answers
-    assert calculator.step(turn("3 * 4 =", "3 * 4 =", 0, "eos")) is None
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
-    assert capsys.readouterr().out.splitlines()[0] == "She has 7 * 6 = 42"
+def test_the_calculator():
+    calculator = build_environment("calculator", {"most_digits": 3})({}, 0)
+    answers = {
+        "so 3 * 4 =": " 12", "(3 - 10)*2 =": " -14", "x =": " ?", "9 / 3 =": " 3", "9 / 2 =": " ?", "9 / 0 =": " ?", "99 * 99 =": " ?", "7 =": " 7", "- =": " ?",
+        "3 * 4 = 12. 12 + 500 =": " 512", "999 + 0 =": " 999", "999 + 1 =": " ?", "-999 - 1 =": " ?", "99**99 =": " ?", f"{'9' * 5000} * 9 =": " ?", f"{'(' * 5000}9 =": " ?",
+    }  # fmt: skip
+    assert {text: calculator.step(Turn(text, text, 0, "stop")) for text in answers} == answers
+    assert calculator.step(Turn(" 4 =", "3 * 4 =", 0, "stop")) == " 12"  # the expression may have begun in an earlier turn
+    for text, ended_by in (("3 * 4 =", "eos"), ("3 * 4 =", "turn_limit"), ("3 * 4\n", "stop")):
+        assert calculator.step(Turn(text, text, 0, ended_by)) is None
 
 
 WORDS = ["trainer.num_steps=2", "trainer.completions_per_step=16", "evaluation.num_tasks=4", "log.evaluation_completions=4", "environment.max_turns=3", "data.limit=200"]
@@ -207,7 +215,7 @@ def trained(tmp_path_factory):
     from grpo_core.cli import main
 
     folder = tmp_path_factory.mktemp("runs")
-    shutil.copy(EXAMPLE, folder / "calculator.py")
+    (folder / "calculator.py").write_text(OWN_CALCULATOR)
     words = [*WORDS, f"output_dir={folder}", f"environment.name={folder}/calculator.py:Calculator", "sampling.stop= ="]
     with group_of_one():
         assert main(["train", "--config", str(TINY), *words, "checkpoint.every=1", "debug.dump_batches=1"]) == 0
@@ -232,7 +240,7 @@ def test_a_step_that_is_taken_again_reads_its_answers(trained, here, tmp_path):
     example = trained.parent / "calculator.py"
     text = example.read_text()
     try:
-        example.write_text(text.replace('if turn.ended_by != "stop":', "if 1 // 0:"))
+        example.write_text(text.replace("return super()", "return 1 // 0, super()"))
         done = here("train", "--config", TINY, f"resume={tmp_path / 'tiny'}")
     finally:
         example.write_text(text)
