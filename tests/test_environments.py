@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest

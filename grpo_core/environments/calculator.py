@@ -26,9 +26,9 @@ class Calculator:
         self.most_digits = most_digits
 
     def step(self, turn: Turn) -> str | None:
-        """Return the value of the expression in front of the equals sign, or "?" if it has none; None after any other turn.
+        """Return the value of the expression in front of the equals sign; None, the end, after any other turn.
 
-        A value of more than `most_digits` digits is none.
+        It is "?" if there is no value, or one of more than `most_digits` digits.
         """
         if not (turn.ended_by == "stop" and turn.text.endswith("=")):
             return None
