@@ -257,14 +257,14 @@ def test_a_step_that_is_taken_again_with_other_code_is_asked_again(trained, here
     example = trained.parent / "calculator.py"
     text = example.read_text()
     try:
-        example.write_text(text.replace('return f" {value}"', 'return " one"').replace('else " ?"', 'else " none"'))
+        example.write_text(text.replace("return super().step(turn)", 'return super().step(turn) and " one"'))
         done = here("train", "--config", TINY, f"resume={tmp_path / 'tiny'}")
     finally:
         example.write_text(text)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("were recorded in step 1 are not read, because the code or the settings of the environment") == 1
     answers = {turn["answer"] for row in lines_of(tmp_path / "tiny" / "completions.jsonl") if row["step"] == 1 for turn in row["turns"]}
-    assert answers <= {" one", " none", None} and len(answers) > 1
+    assert answers == {" one", None}
 
 
 @pytest.mark.soak
