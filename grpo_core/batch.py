@@ -7,8 +7,8 @@ completion token t; only model/packing.py shifts by one. Two prompts with G = 1,
     completion_ids   [[4, 2, 0], [4, 4, 4]]     completion_mask  [[1, 1, 0], [1, 1, 1]]
     truncated        [False, True]              id 2 is the end-of-sequence token
 
-A completion of several turns also has tokens that an environment gave. They are seen by the model and trained by
-nothing. Two turns of which the second ends the completion, with an answer of two tokens between them:
+A completion of several turns also has tokens that an environment gave. The model sees them, and they are not trained.
+Two turns of which the second ends the completion, with an answer of two tokens between them:
 
     completion_ids   [[4, 2, 7, 8, 5, 2]]       valid_mask       [[1, 1, 1, 1, 1, 1]]
     turn_ids         [[0, 0, -1, -1, 1, 1]]     completion_mask  [[1, 1, 0, 0, 1, 1]]

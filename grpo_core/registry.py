@@ -199,7 +199,7 @@ class ProcessExit(Exception):
 def exits_as_errors() -> Iterator[None]:
     """Inside, raise ProcessExit where the user's code would end this process by sys.exit or os._exit.
 
-    Processes that it forks, other threads and this package end the process as ever.
+    This does not affect processes that the code forks, other threads and this package.
     """
     exit_process, pid, thread = os._exit, os.getpid(), threading.get_ident()
 

@@ -156,7 +156,7 @@ def test_long_runs_an_accuracy_is_counted_once_and_rounding_does_not_hide_an_imp
     selection = Selection()
     for step, accuracy in enumerate((0.15, 0.25, 0.35)):  # 0.35 - 0.25 is below 0.1 in floating point
         for _ in range(2):
-            selection.see(step, accuracy, 0.1)
+            selection.record(step, accuracy, 0.1)
     assert (selection.stale, selection.best_step, selection.last_step) == (0, 2, 2)
     config = RunConfig()
     other = Selection()

@@ -184,7 +184,7 @@ def describe_sizes(config: RunConfig, prepared: Prepared, processes: int, per_ra
 
 
 def describe_learning_rate(engine: EngineConfig, total_steps: int) -> str:
-    """Return the learning rate of the first optimizer steps, and how it goes on."""
+    """Return the learning rate of the first optimizer steps, and its schedule after them."""
     factor, warmup = learning_rate_schedule(engine.schedule, engine.warmup_steps, total_steps), engine.warmup_steps
     first, peak = (f"{engine.learning_rate * factor(step):g}" for step in (0, min(warmup, total_steps - 1)))
     if not warmup:

@@ -78,7 +78,7 @@ def run_export(
 
     `overrides` are as in `open_source`: model.path names a base model that has moved.
 
-    Returns 0, or 3 if the logits differ by more than merging or rounding explains; then nothing is left.
+    Returns 0, or 3 if the logits differ by more than merging or rounding explains; the export is then deleted.
 
     Raises:
         ConfigError: the source cannot be opened, written or uploaded, or has no adapter to export.

@@ -78,7 +78,7 @@ class OpenedPolicy:
 
         A prompt is a text, which is continued as it is, or a chat: a list of messages with `role` and `content`, for
         the model's chat template. The noise of a completion is a function of the seed and of the prompt's place in the
-        list, so a prompt that stands in the list twice has two samples. Environments and tools are not asked.
+        list, so a prompt that stands in the list twice has two samples. Environments and tools are not used.
 
         Raises:
             ConfigError: a prompt is neither, is empty, or is too long for the completion to follow it; the model has no

@@ -64,7 +64,7 @@ def run_study(path: Path, *, jobs: int = 1, dry_run: bool = False) -> int:
 
 
 def find_state(study: Study, key: RunKey) -> str:
-    """Return finished, or which step a run would start from.
+    """Return "finished", or the step that a run would start from.
 
     Raises:
         ConfigError: its folder holds a run of another configuration, or of another version of a user's file.

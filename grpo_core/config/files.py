@@ -50,7 +50,7 @@ def load(
 
     `path` may be the name of a shipped configuration, such as `tiny` or `tiny.yaml`. `base: FILE` in a file names
     another file, beside it or shipped, whose keys the file overrides. `supervised` is for the command `sft`: it
-    replaces the objective by the supervised one before the check. Where a word sets data.path or data.sources,
+    replaces the objective by the supervised one before the check. If an override sets data.path or data.sources,
     `recognise` names the keys of the data's form (data/forms.py), which replace those of the file, and `notify` gets
     its lines about them.
 
@@ -103,14 +103,14 @@ def load_job(
     supervised: bool = False,
     recognise: Recognise | None = None,
 ) -> RunConfig:
-    """Return the configuration of a training job: that of `load`; with `resume` that of the run which it continues.
+    """Return the configuration of a training job: that of `load`, or with `resume` that of the run to continue.
 
-    A run continues from its own config.yaml, with the overrides on top. `path` then only says, by name and output_dir,
-    which run auto and force mean; a resumed run keeps both. `notify` gets a sentence about its other keys that differ.
-    Without `path` the file is `default`, or the shipped one for this machine. A run without a checkpoint has nothing to
-    continue, so auto and force start it anew, with `path` if that is given and else with its own config.yaml, and
-    `notify` gets a sentence about which, and about a default file that is used. `supervised` and `recognise` are as for
-    `load`.
+    A resumed run uses its own config.yaml with the overrides, and keeps its name and output_dir. With resume auto or
+    force, the file `path` only identifies the run, by name and output_dir; `notify` gets a sentence about the other
+    keys of the file that differ. Without `path` the file is `default`, or the shipped one for this machine. With auto
+    or force, a run without a checkpoint starts from the beginning, with the file `path` if it is given and else with
+    its own config.yaml; `notify` gets a sentence that names the file, and one about a default file that is used.
+    `supervised` and `recognise` are as for `load`.
 
     Raises:
         ConfigError: as `load`, or `resume` names a folder and the overrides another name or output_dir.

@@ -1,7 +1,7 @@
 """Try the functions of an objective on small batches, before a model is loaded.
 
-A function that does not exist, cannot be called with the inputs of its section, raises, or returns something else than
-it must, ends in a ConfigError that names the key.
+A ConfigError names the key if a function does not exist, cannot be called with the inputs of its section, raises an
+exception, or returns a wrong value.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The dtypes that `model.precision` names, and the one that auto stands for on this machine."""
+"""The dtypes that `model.precision` names, and the choice of auto on this machine."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 A preset sets every key that its objective depends on, so it does not change when a default does. With `preset: NAME` in
 a file, the other keys of the file override the preset. With `preset=NAME` on the command line, the preset overrides the
-file, and the other words of the command line override the preset. A preset does not set learning rates, batch sizes,
-lengths and numbers of passes, even where its source names them.
+file, and the other overrides of the command line override the preset. A preset does not set learning rates, batch
+sizes, lengths and numbers of passes, even where its source names them.
 """
 
 from __future__ import annotations

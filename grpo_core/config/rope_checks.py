@@ -42,7 +42,7 @@ def check_rope(rope: dict[str, Any]) -> None:
 
 
 def check_parameters(values: dict[str, Any], key: str, *, is_whole: bool) -> None:
-    """Check rotary parameters; those that are laid over a model's own are not the whole.
+    """Check rotary parameters. Without `is_whole` they are overrides of a model's own, and none is required.
 
     Raises:
         ConfigError: an unknown name or type, a wrong value, or of the whole a missing parameter.

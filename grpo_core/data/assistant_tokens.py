@@ -25,7 +25,8 @@ def encode_conversation(
     """Return the token ids of a conversation up to the end of the assistant's last turn, and which are the assistant's.
 
     Its tokens are the text of its turns and the end-of-sequence token behind each, as in sampling. A chat template with
-    {% generation %} marks them itself. Without it they are what a turn adds to the prompt in front of it.
+    {% generation %} marks them itself. Without marks, they are the tokens that a turn adds to the conversation before
+    it.
 
     Raises:
         BadRow: the assistant has no turn, or its tokens cannot be found.

@@ -1,4 +1,4 @@
-"""Give the columns of the data other names; a name may be a path into a nested value, as in reward_model.truth."""
+"""Rename the columns of the data; an old name may be a path into a nested value, as in reward_model.truth."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def check_names(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
 def rename(row: Row, columns: Mapping[str, str]) -> Row:
     """Return a row with the names of `columns`, {new name: column or path}.
 
-    A column gets its new names, one or several, in place of its own. A place inside a column is one column more; None
-    where the row lacks it.
+    A column loses its own name and gets its new names, one or several. A path adds a column, which is None if the row
+    has nothing at the path.
     """
     new_names: dict[str, list[str]] = {}
     for new_name, path in columns.items():
@@ -71,7 +71,7 @@ def rename(row: Row, columns: Mapping[str, str]) -> Row:
 def read_path(row: Row, path: str) -> Any:
     """Return the value at a path of keys and indices, such as prompt.0.content, or MISSING.
 
-    A column whose own name is the path comes first.
+    A column whose name equals the path takes precedence.
     """
     if path in row:
         return row[path]

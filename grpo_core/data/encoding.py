@@ -71,7 +71,7 @@ def get_tools(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def find_turn_end(tokenizer: PreTrainedTokenizerBase, config: DataConfig, eos_ids: Collection[int]) -> int | None:
     """Return the end-of-sequence token with which the chat template ends a turn of the assistant.
 
-    It may be another than the tokenizer's, as <end_of_turn> of Gemma. None without a chat template, or if the template
+    It may differ from the tokenizer's, as <end_of_turn> of Gemma does. None without a chat template, or if the template
     ends a turn in another way.
     """
     if config.prompt != "chat":
@@ -143,9 +143,9 @@ def encode_continuations(
 ) -> list[list[int]]:
     """Return the token ids of texts as they continue their prompts.
 
-    A tokenizer that marks the beginning of a text, as SentencePiece does with a space, would mark that of a target too,
-    where sampling never meets it. There the target is encoded behind its prompt, or behind another text if the prompt's
-    last token changes with it.
+    A tokenizer that marks the beginning of a text, as SentencePiece does with a space, would mark the beginning of a
+    target too, where sampling has no mark. With such a tokenizer a target is encoded after its prompt, or after another
+    text if the prompt's last token would change.
     """
 
     def encode(parts: Sequence[str]) -> list[list[int]]:

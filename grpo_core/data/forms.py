@@ -1,8 +1,8 @@
-"""Recognise the forms in which others write their data, and name the keys of the configuration that each form needs.
+"""Recognise the forms of other projects' data, and name the keys of the configuration that each form needs.
 
-A form is recognised where data.path is a word of the command line. Its keys then replace those of the configuration
-file, which were written for other data; the other words of the command line win. Where data.sources is such a word, the
-form of each source that names nothing but its path, name and weight sets the keys of that source.
+A form is recognised if data.path is given on the command line. Its keys then replace those of the configuration file,
+which were written for other data; other keys given on the command line take precedence. If data.sources is given on the
+command line, the form of each source that sets nothing but path, name and weight sets the other keys of that source.
 """
 
 from __future__ import annotations
@@ -195,8 +195,8 @@ def recognise(
 ) -> tuple[dict[str, Any], str | None]:
     """Return the keys of the form that the data has, and a line about what they replace, if they do.
 
-    `written` are the keys of the command line's words, which stay as they are. With data.sources there is a line for
-    each source whose form is recognised.
+    `written` are the keys given on the command line, which are not replaced. With data.sources there is a line for each
+    source whose form is recognised.
 
     Raises:
         ConfigError: the data cannot be read; nothing says how completions are scored; a library that the form's

@@ -80,10 +80,10 @@ def split_last_turn(
 
 
 def render_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
-    """Return a conversation in the model's chat template, up to where the assistant goes on.
+    """Return a conversation in the model's chat template, up to the place where the assistant continues.
 
-    That is the beginning of a turn, or the end of the last turn if it is the assistant's. data.system is the system
-    turn of a conversation without one.
+    The place is the beginning of a turn, or the end of the last turn if that is the assistant's. A conversation without
+    a system turn gets data.system.
 
     Raises:
         BadRow: the chat template refuses it.
@@ -102,7 +102,7 @@ def render_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokeni
 
 
 def add_system_turn(messages: Sequence[Message], config: DataConfig) -> list[Message]:
-    """Return the messages with data.system in front, unless they have a system turn or there is no such text."""
+    """Return the messages with data.system in front, unless they have a system turn or data.system is empty."""
     if not config.system or any(message["role"] == "system" for message in messages):
         return list(messages)
     return [{"role": "system", "content": config.system}, *messages]

@@ -73,7 +73,7 @@ class PassRates:
         return {f"{PREFIX}{name}": torch.from_numpy(values.copy()) for name, values in self._arrays().items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the state in a checkpoint; one without it, or of other tasks, leaves the numbers at 0."""
+        """Restore the state in a checkpoint; without one, or with that of other tasks, the numbers stay 0."""
         for name, values in self._arrays().items():
             saved = tensors.get(f"{PREFIX}{name}")
             if saved is not None and len(saved) == len(values):

@@ -1,8 +1,9 @@
 """Name the modules of a text model as the composite model does that plain transformers opens.
 
-Of a composite model, text model and towers, a run loads the text model alone. Plain transformers opens some of them
-whole. The files of an adapter have the names of the model that plain transformers opens, so that PEFT loads them there,
-and whole names of modules, so that PEFT refuses them on another class. A run reads both kinds of names.
+Of a composite model, which has a text model and towers, a run loads only the text model. Plain transformers opens some
+composite models whole. The files of an adapter have the names of the model that plain transformers opens, so that PEFT
+loads them there, and whole names of modules, so that PEFT refuses them on another class. A run reads both kinds of
+names.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Attention over a packed forward (packing.py), for every model that uses transformers' attention interface.
 
-`attend` takes the place of "sdpa" in that interface. The name in a model's configuration stays, because models compare
-it: another name would lead them into other code. Calls without a packing compute what sdpa computes. Attention is
+`attend` takes the place of "sdpa" in that interface. The name in a model's configuration stays "sdpa", because models
+compare it and run other code with another name. Calls without a packing compute what sdpa computes. Attention is
 causal, so rows padded on the right need no mask.
 """
 

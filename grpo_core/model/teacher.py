@@ -1,4 +1,4 @@
-"""The teacher: a frozen model that says how probable it finds every token of the policy's completions.
+"""The teacher: a frozen model that computes the log-probs of the tokens of the policy's completions.
 
 It is another model, the policy's own base with a second adapter, or the policy itself with more in its prompt. Nothing
 of it is trained, saved or sampled from.

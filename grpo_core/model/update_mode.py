@@ -1,4 +1,4 @@
-"""Switch a model to the mode of the update: the adapter's dropout and gradient checkpointing on, all else as sampled.
+"""Switch a model to the mode of the update, which is sampling's but for the adapter's dropout and checkpointing.
 
 The base model stays in evaluation mode, so its own randomness is off by whatever name it is configured: dropout of
 attention, residuals or embeddings, skipped layers, jitter of a router.
@@ -83,7 +83,7 @@ def evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def keep_when_recomputed(make: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    """Let what is checkpointed inside be recomputed in the backward within `make()`, in the mode of the update."""
+    """Recompute what is checkpointed in the block within the context `make()`, in the mode of the update."""
     _KEPT.append(make)
     try:
         yield

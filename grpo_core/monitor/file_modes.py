@@ -1,4 +1,4 @@
-"""Give files the mode that the process's umask asks for, where a library writes them for their owner alone."""
+"""Set files to the mode of the process's umask, where a library writes them readable by their owner only."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The lock of a run folder: a file that names the process that writes the run.
 
-The main rank holds it from the choice of the checkpoint to the end of the run. The lock of a process that no longer
-runs is taken over, which is known only on the same host.
+The main rank holds it from the choice of the checkpoint to the end of the run. A lock is taken over if its process no
+longer runs, which can be seen only on the same host.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _held: _Held | None = None
 
 
 def find_writer(folder: Path) -> Writer | None:
-    """Return the process that writes the run in `folder`: another one, which runs or whose host is not this one."""
+    """Return the other process that writes the run in `folder`: it runs on this host, or it is on another host."""
     try:
         writer = Writer(**json.loads((folder / LOCK).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -63,7 +63,7 @@ def find_writer(folder: Path) -> Writer | None:
 
 
 def check_not_written(path: Path, key: str = "") -> None:
-    """Refuse to write to `path`, the value of `key`, if another process writes the run that it is or lies in.
+    """Refuse to write to `path`, the value of `key`, if it is, or lies in, a run that another process writes.
 
     Raises:
         ConfigError: names the process.

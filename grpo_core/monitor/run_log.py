@@ -80,7 +80,7 @@ class RunLog:
     def drop_later_rows(self) -> int:
         """Remove the rows of the steps that are taken again; return the number of those in metrics.jsonl.
 
-        It is called once, when nothing can refuse the start any more.
+        It is called once, after all checks of the start.
         """
         if not ranks.is_main():
             return 0

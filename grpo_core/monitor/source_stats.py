@@ -16,7 +16,7 @@ from grpo_core.scoring.sources import select_source
 def add_source_stats(
     stats: Stats, sources: Sequence[str], tasks: Sequence[Task], rollouts: Rollouts, scores: Scores
 ) -> None:
-    """Add the metrics of every named source; where the step has none of its prompts, they are means over nothing."""
+    """Add the metrics of every named source; they are means over nothing if the step has none of its prompts."""
     shape = scores.rewards.shape  # [N, G]
     lengths, truncated = (values.view(shape).cpu() for values in (rollouts.lengths(), rollouts.truncated))
     tied = tied_groups(scores.rewards)

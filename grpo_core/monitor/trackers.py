@@ -80,7 +80,7 @@ class Trackers:
         self._each(lambda tracker: tracker.log_numbers(numbers, step))
 
     def log_evaluation(self, row: Mapping[str, Any], step: int) -> None:
-        """Send a row of evaluation.jsonl; its names are prefixed with evaluation/, but for those of named sets."""
+        """Send a row of evaluation.jsonl; its names are prefixed with evaluation/, except those of named sets."""
         numbers = {
             name if name.startswith("eval/") else f"evaluation/{name}": value
             for name, value in _finite_numbers(row).items()
@@ -186,7 +186,7 @@ class Trackio:
 class MLflow:
     """A tracker that logs to a run of an MLflow experiment; MLFLOW_TRACKING_URI and the like are read as MLflow does.
 
-    Texts are artifacts of the run. Characters that MLflow has no place for in a metric's name are written as _.
+    Texts are artifacts of the run. Characters that MLflow does not allow in a metric's name are written as _.
     """
 
     def __init__(self, folder: Path, experiment: str, name: str) -> None:

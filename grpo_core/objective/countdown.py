@@ -47,8 +47,8 @@ def find_equation(text: str, *, strict: bool = False) -> str | None:
     r"""Return the text in which a completion states its equation, or None.
 
     It is the content of the last <answer>...</answer>, else the line after the last ####, else the content of the last
-    \boxed{}, else what follows the last "answer is" or "answer:", else (unless `strict`) the last line; of all these
-    the part after the last colon.
+    \boxed{}, else what follows the last "answer is" or "answer:", else (unless `strict`) the last line. If that has a
+    colon, only the part after the last colon counts.
     """
     tagged = _TAGGED.findall(text)
     answer = tagged[-1] if tagged else find_answer(text, strict=strict)

@@ -5,8 +5,8 @@ tokens have most of it. Each token's part is
 
     c = (A - mean(A)) (l - mean(l)),   means over the trained tokens of the optimizer step
 
-These losses treat the tokens of high c apart. Which ones is chosen over the rows of all ranks, by the function that a
-loss names as its attribute `selects`; the loss asks for the choice by the name `selected`.
+These losses treat the tokens of high c apart. The tokens are chosen over the rows of all ranks, by the function in the
+loss's attribute `selects`; the loss gets the choice as its argument `selected`.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Inputs of the objective's functions: those that a function always gets, and those that it may ask for by name.
 
-A function gets the positional inputs of its kind, in this order and whatever its parameters are called. Each further
+A function gets the positional inputs of its kind in a fixed order, whatever its parameters are called. Each further
 parameter asks for the input of its name:
 
     def my_loss(logprobs, old_logprobs, advantages, completion_mask, rollout_logprobs, *, bound: float = 0.2): ...

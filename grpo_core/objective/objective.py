@@ -27,10 +27,10 @@ from grpo_core.schema import unwrap
 class Objective:
     """The functions and switches of an objective.
 
-    A term that learns from tied groups (all rewards of a group equal, so every advantage is 0) sets
-    `learns_from_ties`; the update leaves rows with advantage 0 out of its forward otherwise. A registered function, or
-    one of a user's file, declares it by an attribute: `my_loss.learns_from_ties = True`. Someone who adds a term to
-    update.token_loss passes `learns_from_ties=True` in training/prepare.py, build_objective.
+    A term that learns from tied groups (all rewards of a group equal, so every advantage is 0) sets `learns_from_ties`;
+    the update leaves rows with advantage 0 out of its forward otherwise. A registered function, or one of a user's
+    file, declares it by an attribute: `my_loss.learns_from_ties = True`. For a term that is added to update.token_loss,
+    build_objective in training/prepare.py passes `learns_from_ties=True`.
     """
 
     loss_fn: Callable  # objective/losses.py
@@ -113,10 +113,10 @@ class Objective:
 
 
 def learns_from_ties(average: str, loss_fn: Callable, *others: Callable) -> bool:
-    """Return whether a function declares that it learns from tied groups, or is seen to.
+    """Return whether a function declares that it learns from tied groups, or a trial shows that it does.
 
-    The loss is seen to where its gradient at advantage 0 is not 0, and the average where a row that is left out changes
-    the weight of the other rows (it breaks the law `splits`).
+    A loss does if its gradient at advantage 0 is not 0. An average does if leaving out a row changes the weights of the
+    other rows (it breaks the law `splits`).
     """
     if any(get_fact(function, "learns_from_ties", False) for function in (loss_fn, *others)):
         return True

@@ -211,7 +211,7 @@ def length_by_pass_rate(
     of: str = "correct_answer",
     scale: float = 1000.0,
 ) -> list[list[float | None]]:
-    """-length / scale * max(pass rate, 1 / G): a completion costs its length, the more the easier its prompt is.
+    """-length / scale * max(pass rate, 1 / G): a penalty for length that grows with the pass rate of the prompt.
 
     The pass rate is the share of 1.0 among the values of the reward `of` in the group; None where it has no value. The
     length is in characters. After arXiv:2506.05256.

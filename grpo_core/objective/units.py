@@ -1,6 +1,6 @@
-"""Units that stand behind a number, in letters.
+"""Names of units that may follow a number.
 
-Other short words there, as in 6xy and 4ac, are products of variables.
+Other short words after a number, as in 6xy and 4ac, are products of variables.
 """
 
 _LENGTHS = "mm cm dm km nm um in ft yd mi inch inches foot feet yard yards mile miles metre metres meter meters"

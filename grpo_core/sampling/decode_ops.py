@@ -153,7 +153,7 @@ class TorchOps:
     def draw(self, logits: Tensor, state: Tensor, tables: Tables, settings: SamplingParams) -> None:
         """Draw the next token of every row that is not done from logits [R, V]; write it to `state` and `tables`.
 
-        Where the token is given, it is taken from the tables, and ends nothing.
+        A given token is taken from the tables and does not end its row.
         """
         live = (state[DONE] == 0).nonzero().squeeze(1)
         rows, at = state[ROW, live], state[DRAWN, live]

@@ -1,7 +1,8 @@
 """Pass on the texts of groups whose completions have all ended, while others still decode.
 
-What is passed on changes no draw. It is final, with one exception: where a decoder gives up in the middle and another
-one draws the completions again, up to rounding, a group may be passed on twice, and only the second time is final.
+Passing a group on changes no draw. Its texts are final, with one exception: if a decoder gives up during a call and
+another decoder draws the completions again, up to rounding, a group may be passed on twice, and the second texts are
+final.
 """
 
 from __future__ import annotations

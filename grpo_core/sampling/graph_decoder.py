@@ -1,7 +1,7 @@
 """Decode with a computation of one token step. On a GPU every token step is one captured graph.
 
-Rows that end make room for others. A row that has ended a turn waits for its answer (turn_columns.py) while others go
-on. The computation is a FusedModel or a ModuleModel (computation.py).
+A new row takes the place of a row that has ended. A row that has ended a turn waits for its answer (turn_columns.py)
+while others go on. The computation is a FusedModel or a ModuleModel (computation.py).
 """
 
 from __future__ import annotations

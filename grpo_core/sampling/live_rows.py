@@ -6,8 +6,8 @@
 - "uncached": prompts of one length together, and the whole rows are computed again for every token. It is slow, and
   needs nothing from the model.
 
-Caches are fanned out and reduced through `reorder_cache`, which every cache of transformers has for beam search. So
-keys and values, and the states of recurrent layers, go with their row.
+Rows are copied and removed through `reorder_cache`, which every cache of transformers has for beam search. Keys and
+values, and the states of recurrent layers, therefore stay with their row.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LiveRows(Protocol):
         """Return the logits [N, V] after the prompts."""
 
     def select(self, indices: Tensor) -> None:
-        """Go on with the rows at `indices`, in this order; a row may occur several times."""
+        """Keep the rows at `indices`, in this order; a row may occur several times."""
 
     def append(self, tokens: Tensor) -> Tensor:
         """Return the logits [rows, V] after one more token [rows] of each row."""
@@ -58,7 +58,7 @@ class PaddedRows:
         return self._forward(self.ids)
 
     def select(self, indices: Tensor) -> None:
-        """Go on with the rows at `indices`."""
+        """Keep the rows at `indices`, in this order."""
         self.cache.reorder_cache(indices)
         self.mask = self.mask[indices]
 
@@ -84,7 +84,7 @@ class CachedRows:
         return next_logits(self.model, self.ids, self.cache)
 
     def select(self, indices: Tensor) -> None:
-        """Go on with the rows at `indices`."""
+        """Keep the rows at `indices`, in this order."""
         self.cache.reorder_cache(indices)
 
     def append(self, tokens: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class UncachedRows:
         return next_logits(self.model, self.ids)
 
     def select(self, indices: Tensor) -> None:
-        """Go on with the rows at `indices`."""
+        """Keep the rows at `indices`, in this order."""
         self.ids = self.ids[indices]
 
     def append(self, tokens: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class RecordedRows:
         return logits
 
     def select(self, indices: Tensor) -> None:
-        """Go on with the rows at `indices`."""
+        """Keep the rows at `indices`, in this order."""
         self.rows.select(indices)
 
     def append(self, tokens: Tensor) -> Tensor:

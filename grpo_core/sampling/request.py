@@ -18,7 +18,7 @@ Watch = Callable[[list[int], list[int]], None]  # receives row indices and the t
 class DecodeRequest:
     """A request for G completions of each of N prompts: B = N * G rows, prompt-major.
 
-    With `turns`, what ends a completion otherwise ends a turn of it, and `limits` bound all tokens, drawn and given.
+    With `turns`, an end-of-sequence token or a stop string ends a turn, and `limits` bound all tokens, drawn and given.
     """
 
     prompts: Sequence[Sequence[int]]  # N lists of token ids

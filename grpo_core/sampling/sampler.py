@@ -52,10 +52,10 @@ class Sampler:
 
     `decoder` is auto (the first of fused, modules and plain that supports the model; modules needs a GPU), or one of
     modules and plain, where modules gives way to plain if it does not support the model. `rows_at_once` bounds the
-    completions that are decoded at once. If the GPU's memory does not suffice, it is halved, and the completions stay
-    the same. `stop` are texts that end a completion and stay in it. `notify` receives a message when memory does not
-    suffice, and when a decoder does not support the model. The experts that `routers` choose are recorded with the
-    completions. `decoder_name` is the decoder of the last call.
+    completions that are decoded at once. If the GPU's memory does not suffice, `rows_at_once` is halved, and the
+    completions stay the same. `stop` are texts that end a completion and stay in it. `notify` receives a message when
+    memory does not suffice, and when a decoder does not support the model. The experts that `routers` choose are
+    recorded with the completions. `decoder_name` is the decoder of the last call.
 
     Raises:
         ValueError: `decoder` has another value, or rows_at_once is below 1.
@@ -132,9 +132,10 @@ class Sampler:
         ended (finished_groups.py); it must return at once. The log-probs are those of the drawn tokens at the sampling
         temperature, greedy or not.
 
-        With `turns`, what ends a completion otherwise ends a turn, which is answered (turns.py). max_new_tokens bounds
-        drawn and given tokens together, and a completion is truncated if it has no room for another token, and its
-        last turn no end-of-sequence token or stop string. Texts are those of all tokens of a completion.
+        With `turns`, an end-of-sequence token or a stop string ends a turn, which is answered (turns.py).
+        max_new_tokens bounds drawn and given tokens together, and a completion is truncated if it has no room for
+        another token, and its last turn no end-of-sequence token or stop string. Texts are those of all tokens of a
+        completion.
 
         Raises:
             ConfigError: a prompt is empty, or too long for max_new_tokens to follow it; the memory does not suffice,

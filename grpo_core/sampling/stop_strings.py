@@ -1,7 +1,7 @@
 """Stop strings: a completion ends with the token in which one of them becomes complete in the decoded text.
 
-Decoders draw until `are_in` says that a row has one, which costs them a few tokens at most; `cut` then ends
-every completion at the same token, however often a decoder asked and whichever rows it decoded together.
+A decoder calls `are_in` every few tokens, and so draws at most a few tokens too many. `cut` then ends every completion
+at the same token, however often the decoder has called and whichever rows it decoded together.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class StopStrings:
     def are_in(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Return for rows of ids [R, T], of which the first `lengths` [R] are drawn, whether a stop string is in them.
 
-        One that became complete long ago is not seen: only the newest tokens are decoded, those since the last
-        question with a margin before them, and where these have a stop string, the whole row.
+        Only the tokens since the last call are decoded, with a margin before them, and the whole row only if these have
+        a stop string. A stop string that became complete earlier is therefore not reported.
         """
         width = MAX_STEPS + self.margin
         place = (lengths[:, None] - width + torch.arange(width, device=lengths.device)).clamp(min=-1).to(ids.device)

@@ -83,7 +83,7 @@ class TurnRows:
 
 
 class WatchedTurns:
-    """Turns that know whether one was reported: then a call cannot begin again, because each is answered once."""
+    """Turns that record whether one was reported: the call then cannot be repeated, as a turn is answered once."""
 
     def __init__(self, turns: Turns) -> None:
         self.turns, self.first_limit = turns, turns.first_limit

@@ -1,7 +1,7 @@
 """Ask a server that speaks OpenAI's chat completions, with retries.
 
-The key is read from an environment variable at every request. It stands in the Authorization header alone: in every
-message and answer that leaves this module it is replaced by MASK.
+The key is read from an environment variable at every request. The key is sent in the Authorization header only. In
+every message and answer that leaves this module it is replaced by MASK.
 """
 
 from __future__ import annotations

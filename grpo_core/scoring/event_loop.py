@@ -74,7 +74,7 @@ def shared_loop() -> EventLoop:
 
 
 def forget_shared_loop() -> None:
-    """Leave the loop of this process to itself."""
+    """Make `shared_loop` return a new loop from now on; the old one keeps running."""
     global _shared
     _shared = _SharedLoop()
 

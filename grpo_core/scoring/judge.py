@@ -1,7 +1,7 @@
 """The reward `judge`: a language model behind an HTTP address gives every completion a score.
 
-In a run (`Judge`) the time that a step waits for answers has a budget, answers are kept in the run folder, and a
-question that is asked already is not asked again. Called as a function it asks and keeps nothing.
+In a run (`Judge`), a step waits for answers at most for the seconds of its budget, answers are kept in the run folder,
+and a question that is being asked is not asked twice. Called as a function, the judge keeps no answers.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def flush(file: object) -> bool:
 
 
 def end_with(parent: int) -> None:
-    """End this process where its parent ends, also one that has ended by now."""
+    """End this process when its parent ends, or now if the parent has ended already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:

@@ -1,4 +1,4 @@
-"""Score completions: call every reward on a batch and add the results up by weight."""
+"""Score completions: call every reward on a batch and return the weighted sum."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class Scores:
 def build_reward(name: str, args: dict[str, Any] | None = None, *, timeout: float) -> Callable | RunningReward:
     """Return the reward `name` with its arguments bound.
 
-    A reward from a user's file, or with the fact `own_process`, runs in a process of its own. It, and an async reward,
-    may take `timeout` seconds for a batch, which is also its argument `reward_timeout`, if it has one that `args` does
-    not set. A judge has a budget of its own.
+    A reward from a user's file, or with the fact `own_process`, runs in a process of its own. Such a reward, or an
+    async one, may take `timeout` seconds for a batch; its argument `reward_timeout`, if it has one, is `timeout` unless
+    `args` sets it. A judge has a budget of its own.
 
     Raises:
         ConfigError: there is no such reward, or it does not take `args`.
@@ -102,7 +102,7 @@ def ask_ahead(rewards: Iterable[Reward], tasks: Sequence[Task]) -> Callable[[int
 
 
 def make_columns(rows: Sequence[Task]) -> dict[str, list[Any]]:
-    """Return what a reward reads beside the completions: for each column, and the prompts, a value per completion."""
+    """Return the columns and the prompts that a reward may read, with a value per completion."""
     columns = {name: [task.columns[name] for task in rows] for name in rows[0].columns}
     return {**columns, "prompts": [task.prompt for task in rows]}
 
@@ -113,13 +113,13 @@ def score(
     completions: Sequence[str],  # B = N * G texts, prompt-major
     group_size: int,
 ) -> Scores:
-    """Call every reward on all completions and add them up by weight.
+    """Call every reward on all completions and return their values and the weighted sum.
 
-    Those in processes of their own and async ones run at the same time; those that read the others' values run after
-    these.
+    Rewards in processes of their own and async rewards run at the same time. Rewards that read the values of others run
+    after all others.
 
-    Where a reward returns None or fails (see `reward_call.attempt`), it is left out of the sum. Without rewards the
-    sum is NaN.
+    Where a reward returns None or fails (see `reward_call.attempt`), the sum omits it. A completion without any reward
+    has the sum NaN.
     """
     columns = make_columns([task for task in tasks for _ in range(group_size)])
     outcomes = _call_all(rewards, list(completions), columns, group_size)

@@ -3,9 +3,9 @@
 A checkpoint is a folder step-NNNNNN. The main rank writes it under a temporary name, syncs it to disk and renames it,
 which is atomic: a checkpoint is complete or absent. It holds tensors as safetensors and numbers as JSON, so loading
 unpickles nothing, and SHA256SUMS over both, which `sha256sum -c` checks. Nothing in it depends on the number of
-processes. The outcomes of every prompt so far are among the tensors. The batch is a function of (seed, step) and of
-them, the sampling noise and the dropout noise of (seed, step), so they need no saving. With checkpoint.keep_best the
-link `best` names the checkpoint of the best evaluation, which is kept beside the newest.
+processes. The outcomes of every prompt so far are among the tensors. Batches and noise need no saving: a batch is a
+function of (seed, step) and of these outcomes, the noise of sampling and dropout one of (seed, step). With
+checkpoint.keep_best the link `best` names the checkpoint of the best evaluation, which is kept beside the newest.
 """
 
 from __future__ import annotations
@@ -139,9 +139,9 @@ def save(run: Run, next_step: int, control: Control, good_step: int | None = Non
 def prune(folder: Path, keep: int, written: int, good_step: int) -> str | None:
     """Delete checkpoints: those after the one just written at step `written`, and all but the newest `keep`.
 
-    Those after it belong to a course that the run has left: they were damaged, or hold the state amid skipped steps.
-    The newest checkpoint up to `good_step` stays, the state before a streak of skipped steps, and so does the best.
-    Return the reason if one cannot be deleted.
+    The run does not continue from checkpoints after `written`: they are damaged, or have the state within a streak of
+    skipped steps. The newest checkpoint up to `good_step`, which has the state before such a streak, stays, and so does
+    the best one. Return the reason if a checkpoint cannot be deleted.
     """
     best = find_best_step(folder)
     paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(folder)}
@@ -161,11 +161,11 @@ def prune(folder: Path, keep: int, written: int, good_step: int) -> str | None:
 
 
 def prune_recordings(folder: Path, keep: int, good_step: int) -> str | None:
-    """Delete the recorded answers of environments of steps that no resume takes again, and that have no saved batch.
+    """Delete recorded answers of environments, except those of steps that a resume repeats or that have a saved batch.
 
-    A resume takes the steps from the oldest checkpoint on, where one that is there because it is the best alone does
-    not count: the run goes back to it only if its name is given, and then it is a new course. Return the reason if they
-    cannot be deleted.
+    A resume repeats at most the steps after the oldest checkpoint. A checkpoint that is there only because it is the
+    best does not count: a run goes back to it only if it is named, and everything after it is then discarded. Return
+    the reason if answers cannot be deleted.
     """
     steps = [int(path.name.removeprefix("step-")) for path in list_checkpoints(folder / "checkpoints")]
     first = min([*steps[-keep:], *[step for step in steps if step <= good_step][-1:]], default=0)
@@ -178,7 +178,7 @@ def prune_recordings(folder: Path, keep: int, good_step: int) -> str | None:
 
 
 def restore_best(run: Run) -> None:
-    """Let the link `best` name the best checkpoint, where a run was ended between writing that and the link."""
+    """Set the link `best` to the best checkpoint, if the run was killed between writing the two."""
     folder, step = run.folder / "checkpoints", run.selection.best_step
     if ranks.is_main() and run.config.checkpoint.keep_best and step is not None and find_best_step(folder) != step:
         name = f"step-{step:06d}"

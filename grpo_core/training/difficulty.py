@@ -1,4 +1,4 @@
-"""Note which completions of a step were right, and move the curriculum on."""
+"""Note which completions of a step were right, and update the curriculum."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def note_outcomes(run: Run, tasks: Sequence[Task], scores: Scores) -> None:
 
 
 def end_step(run: Run, step: int, stats: Stats) -> None:
-    """Count the step's groups of all ranks, and move the curriculum on. A collective."""
+    """Count the step's groups of all ranks, and update the curriculum. A collective."""
     if run.pass_rates is None:
         return
     visits = run.pass_rates.end_step()

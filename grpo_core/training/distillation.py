@@ -1,7 +1,8 @@
-"""On-policy distillation: what the teacher says of a step's completions, and its part in the advantages and the loss.
+"""On-policy distillation: the teacher's log-probs of a step's completions, and their part in advantages and loss.
 
 The advantage of a token is coef (l_teacher - l_old): its sum over a completion drawn from the policy is an unbiased
-estimate of -KL(policy || teacher). arXiv:2306.13649, arXiv:2601.19897. It has no group, so tied groups are trained.
+estimate of -KL(policy || teacher). arXiv:2306.13649, arXiv:2601.19897. It does not depend on the group, so tied groups
+are trained.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from grpo_core.training.run import Run
 
 @torch.no_grad()
 def ask_teacher(run: Run, tasks: Sequence[Task], frozen: Frozen, stats: Stats) -> Frozen:
-    """Return `frozen` with the teacher's prompts and its log-probs of the drawn tokens; without a teacher as it is."""
+    """Return `frozen` with the teacher's prompts and its log-probs of the drawn tokens; unchanged without a teacher."""
     if run.teacher is None:
         return frozen
     with run.log.phase("teacher"):
@@ -51,7 +52,7 @@ def make_teacher_prompts(tasks: Sequence[Task], rollouts: Rollouts) -> dict[str,
 
 
 def show_teacher(batch: Frozen | TrainBatch) -> Rollouts:
-    """Return the rollouts of `batch` with the teacher's prompts, for which its own routers choose the experts."""
+    """Return the rollouts of `batch` with the teacher's prompts; the teacher's own routers choose the experts."""
     rollouts = batch.rollouts.without_routing()
     if batch.teacher_prompt_ids is None:
         return rollouts

@@ -2,8 +2,8 @@
 
 Every micro-batch's loss is already its part of the whole step's loss (token_weights), so gradients must be *summed*
 over micro-batches and ranks. Micro-batches are summed here, in float32 and without DeepSpeed, so ranks may have
-different numbers of them; `step` hands the sum over in one backward, whose collectives are the only ones of the step.
-DeepSpeed averages over ranks: the sum is multiplied by the world size.
+different numbers of them; `step` passes the sum to DeepSpeed in one backward, whose collectives are the only ones of
+the step. DeepSpeed averages over ranks: the sum is multiplied by the world size.
 
 DeepSpeed's step runs a few dozen small operations for every parameter, and LoRA has hundreds: 170 to 200 ms for 420
 matrices, 5 to 10 ms for one vector. So the model's trained parameters are views of a few flat parameters, as in
@@ -143,7 +143,7 @@ class Engine:
         return {"adam_steps": self._adam_steps(), "schedule": schedule, "loss_scale": scaler}
 
     def load(self, tensors: Mapping[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Continue bitwise from what `tensors` and `numbers` gave.
+        """Restore the state that `tensors` and `numbers` returned, bitwise.
 
         Raises:
             ConfigError: the weights have other names or shapes than those that are trained now.
@@ -309,7 +309,7 @@ class _FlatParameters:
 
     @contextlib.contextmanager
     def registered(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the flat parameters are parameters of `model`."""
+        """Register the flat parameters as parameters of `model` inside the block."""
         names = [f"flat_parameter_{i}" for i in range(len(self.parameters))]
         for name, flat in zip(names, self.parameters, strict=True):
             model.register_parameter(name, flat)
@@ -320,7 +320,7 @@ class _FlatParameters:
                 delattr(model, name)
 
     def attach(self, parameters: list[nn.Parameter]) -> None:
-        """Let the trained parameters be views of the flat ones, which DeepSpeed has moved into its own buffer."""
+        """Make the trained parameters views of the flat ones, which DeepSpeed has moved into its own buffer."""
         for p, view in zip(parameters, self.views(self.parameters), strict=True):
             p.data = view
             p.requires_grad_(True)

@@ -114,5 +114,5 @@ def evaluate_now(run: Run, steps_taken: int) -> str | None:
                 f"{f' of the set {name}' if name else ''}, more than trainer.max_failed_rewards ({limit:g}) allows"
             )
     accuracy = results[run.config.selecting_set]["accuracy"]
-    run.selection.see(steps_taken, accuracy, run.config.trainer.early_stopping_delta)
+    run.selection.record(steps_taken, accuracy, run.config.trainer.early_stopping_delta)
     return None

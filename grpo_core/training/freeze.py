@@ -32,7 +32,7 @@ def freeze(
 
     Old log-probs cost a forward only where several optimizer steps share the batch (with one, the ratio is 1), where
     the advantages or a teacher's log-probs need the policy's, or where a mask or weight depends on other rows.
-    Reference log-probs cost one only where something reads them.
+    Reference log-probs cost a forward only where something reads them.
     """
     rollouts = replace(rollouts, completions=())  # the loss reads no text
     mask = rollouts.completion_mask

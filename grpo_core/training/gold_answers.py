@@ -60,10 +60,10 @@ def check_gold_answers(
 def drop_unjudged(
     config: RunConfig, tasks: Sequence[Task], eval_tasks: Sequence[Task]
 ) -> tuple[Sequence[Task], list[Task], list[str]]:
-    """Leave out the tasks whose gold answers cannot be judged, if data.bad_rows is drop, with a sentence that counts.
+    """Leave out tasks whose gold answers cannot be judged, if data.bad_rows is drop, and report their number.
 
-    That is a training task that none of the rewards with a gold answer can judge, and an evaluation task that
-    evaluation.reward cannot judge. Where no task would be left they all stay, for `check_gold_answers` to refuse.
+    These are training tasks that no reward with a gold answer can judge, and evaluation tasks that evaluation.reward
+    cannot judge. If no task would be left, all of them stay, and `check_gold_answers` refuses the run.
     """
     if config.data.bad_rows != "drop":
         return tasks, eval_tasks, []

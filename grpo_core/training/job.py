@@ -64,7 +64,7 @@ def close_at_end(run: Run) -> Iterator[None]:
 
 
 def describe_best(run: Run) -> str:
-    """Return a line about the checkpoint that checkpoint.keep_best has kept, and "" where none was to be kept."""
+    """Return a line about the checkpoint that checkpoint.keep_best has kept; "" if that is off."""
     selection = run.selection
     if not run.config.checkpoint.keep_best or selection.best_step is None:
         return ""

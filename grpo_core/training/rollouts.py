@@ -1,7 +1,7 @@
 """From a step's tasks to its advantages: sampling, scoring, dynamic sampling, shaped rewards.
 
-Which prompt replaces a tied one is a function of (seed, step, attempt, position). A rank replaces its own tied groups
-and takes part in no collective while it does, so ranks may need different numbers of attempts.
+The prompt that replaces a tied one is a function of (seed, step, attempt, position). A rank replaces its own tied
+groups and takes part in no collective while it does, so ranks may need different numbers of attempts.
 """
 
 from __future__ import annotations
@@ -185,9 +185,10 @@ def _compute_correction_for_advantages(frozen: Frozen, objective: Objective) -> 
 
 
 def groups_without_signal(objective: Objective, rollouts: Rollouts, scores: Scores) -> Tensor:
-    """Return the groups that teach nothing, [N] bool.
+    """Return the groups without a learning signal, [N] bool.
 
-    A group is one if its scores are tied, which is DAPO's rule, or if it is tied or untrained after truncation.
+    A group has none if its scores are tied (DAPO's rule), or if after truncation its rewards are tied or none of its
+    completions is trained.
     """
     rewards, trained = _truncate(objective, rollouts, scores.rewards)
     tied = _tied(objective, scores.rewards, scores) | _tied(objective, rewards, scores)

@@ -136,8 +136,8 @@ def discard_later(folder: Path, step: int) -> list[str]:
 
     These are checkpoints, saved batches, and recorded answers of a judge and of environments.
 
-    Return what was removed, as noun phrases. The newest go first, so that what is left is a run at every moment. A
-    collective.
+    Return what was removed, as noun phrases. The newest are removed first, so that the folder holds a valid run at
+    every moment. A collective.
 
     Raises:
         ConfigError: something cannot be removed.

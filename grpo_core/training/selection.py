@@ -1,4 +1,4 @@
-"""Select by held-out accuracy: keep the best evaluation in mind, and end a run whose accuracy no longer rises.
+"""Select by held-out accuracy: remember the best evaluation, and end a run whose accuracy no longer rises.
 
 The state is a function of the evaluations so far, and part of every checkpoint. A resumed run therefore keeps the same
 checkpoint as best and stops at the same step as a run that was never interrupted.
@@ -26,8 +26,8 @@ class Selection:
     mark: float = -1.0  # accuracy at the last improvement of at least trainer.early_stopping_delta
     stale: int = 0  # evaluations since then
 
-    def see(self, step: int, accuracy: float, delta: float) -> None:
-        """Note the accuracy after `step` steps; one that was noted before, of a resumed run, counts once."""
+    def record(self, step: int, accuracy: float, delta: float) -> None:
+        """Record the accuracy after `step` steps; an evaluation that a resumed run repeats counts once."""
         if step <= self.last_step:
             return
         self.last_step = step
@@ -44,7 +44,7 @@ class Selection:
         return 0 < config.trainer.early_stopping <= self.stale
 
     def restore(self, state: dict[str, Any] | None, config: RunConfig) -> None:
-        """Take over the state in a checkpoint; it is left out where another set or reward measures now."""
+        """Restore the state in a checkpoint, unless another set or reward measures the accuracy now."""
         self.measure = describe_measure(config)
         if state and state["measure"] == self.measure:
             vars(self).update(state)

@@ -26,7 +26,7 @@ from grpo_core.training.sft_targets import pad_right
 def find_answered_column(config: DataConfig, tasks: Sequence[Task]) -> str | None:
     """Return the column with conversations that end with the assistant's turn; None if there are no such targets.
 
-    With data.last_turn drop or continue that turn is no target, so the answers are those of sft.targets.
+    With data.last_turn drop or continue this turn is not trained, and sft.targets gives the answers.
     """
     first = [row for _, row in islice(list_rows(tasks), 1)]  # a task has messages if the others have
     column = find_conversation_column(first, config.template)
@@ -38,10 +38,11 @@ def find_answered_column(config: DataConfig, tasks: Sequence[Task]) -> str | Non
 def choose_conversations(
     prepared: Prepared, column: str, config: DataConfig, name_sources: Sequence[Callable[[Task], str]]
 ) -> tuple[Prepared, int, int]:
-    """Return the tasks whose conversations can be trained, and the token count of the longest.
+    """Return the tasks whose conversations can be trained, and two token counts of the longest ones.
 
-    The first count is that from the assistant's first turn on, the second is of the whole. data.bad_rows decides about
-    the other tasks. `name_sources` name the source of a task for training and of one for evaluation in messages.
+    The first count begins with the assistant's first turn, the second is that of the whole conversation. data.bad_rows
+    decides about the other tasks. `name_sources` name the source of a task for training and of one for evaluation in
+    messages.
 
     Raises:
         ConfigError: there are others and data.bad_rows is error; a conversation exceeds the model's positions; or a

@@ -23,7 +23,7 @@ from grpo_core.training.update import update_policy
 def train(run: Run) -> None:
     """Take the run's steps. Step s is a function of (seed, s) and of the weights and coefficients before it.
 
-    N prompts, G completions of each, B = N * G rows; all of them are this rank's.
+    This rank has N prompts with G completions each, B = N * G rows.
 
     Raises:
         Interrupted: a signal asked for an end; a checkpoint was written.
@@ -60,9 +60,9 @@ def train(run: Run) -> None:
 
 
 def begin(run: Run) -> None:
-    """Evaluate the policy that a new run starts from, or make up for an evaluation that an interrupt has prevented.
+    """Evaluate the policy that a new run starts from, or do an evaluation that an interrupt has prevented.
 
-    A signal that came before ends the run here, with a checkpoint.
+    If a signal has been received, the run ends here with a checkpoint.
 
     Raises:
         Interrupted: a signal asked for an end.

@@ -95,7 +95,7 @@ def accumulate_gradients(
 
 
 def rows_to_train(objective: Objective, minibatch: TrainBatch, control: Control) -> list[int]:
-    """Return the rows that the gradient depends on: where only the surrogate learns, not those with advantage 0.
+    """Return the rows that the gradient depends on; rows with advantage 0 are left out if only the surrogate learns.
 
     The loss of given tokens depends on all rows that have any, also those whose drawn tokens are not trained.
     """
@@ -132,7 +132,7 @@ def forward_with_gradient(
     control: Control,
     teacher: TeacherStates | None = None,
 ) -> TokenStats:
-    """Compute what the loss needs of a micro-batch's tokens, [b, C] each."""
+    """Compute the statistics of a micro-batch's tokens that the loss needs, [b, C] each."""
     kl_in_loss = control.kl_coef > 0 and objective.kl_in == "loss"
     divergence = objective.kl_fn if kl_in_loss and objective.kl_needs_vocabulary else None
     options = {"entropy_gradient": control.entropy_bonus > 0, "divergence": divergence, "teacher": teacher}
@@ -268,7 +268,7 @@ def collect_inputs(micro: TrainBatch, tokens: TokenStats, old_logprobs: Tensor) 
 
 
 def untrained_row(run: Run, minibatch: TrainBatch) -> tuple[TrainBatch, TokenStats]:
-    """Return the first row with no token to train."""
+    """Return the minibatch's first row with an empty loss mask, and statistics of 0."""
     row = take(minibatch, torch.zeros(1, dtype=torch.long, device="cpu"))
     zeros = torch.zeros_like(row.rollouts.rollout_logprobs)
     tokens = TokenStats(
@@ -280,7 +280,7 @@ def untrained_row(run: Run, minibatch: TrainBatch) -> tuple[TrainBatch, TokenSta
 
 
 def fail_out_of_memory(run: Run, step: int, control: Control, *, weights_unchanged: bool) -> None:
-    """Raise RunFailed, with a checkpoint of before this step where none of its minibatches has changed the weights."""
+    """Raise RunFailed; if this step has not changed the weights, write a checkpoint of the state before it."""
     if weights_unchanged:
         checkpoint.save(run, step, control)
     raise signals.RunFailed(

@@ -131,7 +131,7 @@ def _is_eos(token, eos, EOS: tl.constexpr):
 
 @triton.jit
 def _advance(column, capacity, row, drawn, token, is_given, lengths, ended, eos, EOS: tl.constexpr):
-    """Update the state and the tables of one row whose next token is `token`; a given token ends nothing."""
+    """Update the state and the tables of one row whose next token is `token`; a given token does not end it."""
     is_end = _is_eos(token, eos, EOS) & (is_given == 0)
     tl.store(lengths + row, drawn + 1)
     tl.store(ended + row, is_end)

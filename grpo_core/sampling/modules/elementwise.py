@@ -1,6 +1,6 @@
-"""Find a model's rotary embeddings and gated MLPs, and let one kernel compute what each does value by value.
+"""Find a model's rotary embeddings and gated MLPs, and compute the elementwise part of each by one kernel.
 
-Both are compared with the model's own on random numbers, and left alone if they differ.
+Both kernels are compared with the model's own functions on random numbers, and are not used if they differ.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The forward of experts as the sampler's own kernels, in the place of transformers' for a step of the modules decoder.
+"""Forwards of experts by the sampler's own kernels, which replace transformers' in a step of the modules decoder.
 
 An `experts` module of transformers has joined weights `gate_up_proj` and `down_proj` for all experts, and takes the
-hidden states, the experts of each row and their weights. Each kind of module is compared with it on random numbers,
-small ones and ones at which a bound of its activation would show.
+hidden states, the experts of each row and their weights. Each forward is compared with the module on random numbers:
+small ones, and ones so large that a bound of the activation has an effect.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ MAX_HELD_SHARE = 0.05  # of the GPU's memory that may be held between calls, so 
 
 
 class Variant(NamedTuple):
-    """A way to compute a step: what stands in for the model's own functions, and what its modules are told to use."""
+    """A way to compute a step: the substitutes for the model's own functions, and the settings of its modules."""
 
     substitutes: list[Substitute]
     passes_rows: bool  # whether attention is computed by `_attend`; otherwise by the model, with a mask
