@@ -1,4 +1,4 @@
-"""Switch a model to the mode of the update, which is sampling's but for the adapter's dropout and checkpointing.
+"""Switch a model to the mode of the update: that of sampling, with the adapter's dropout and checkpointing added.
 
 The base model stays in evaluation mode, so its own randomness is off by whatever name it is configured: dropout of
 attention, residuals or embeddings, skipped layers, jitter of a router.
