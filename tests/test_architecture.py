@@ -10,7 +10,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "grpo_core"
 LAYERS = [  # a module imports from its own folder and from layers above its own in this list
-    {"trl_names", "moved", "counts"},
+    {"trl_names", "verl_names", "moved", "counts"},
     {"schema"},
     {"registry"},
     {"random_keys"},
