@@ -234,7 +234,14 @@ def _as_set(values: Sequence[Any]) -> set[str]:
     return {str(value) for value in values}
 
 
-def find_written(data: dict[str, Any]) -> set[str]:
-    """Return the keys that a configuration's mapping sets in the section `lora`."""
+def find_written(data: dict[str, Any], words: Sequence[str] = ()) -> set[str]:
+    """Return the keys of the section `lora` that were written for the adapter at lora.path.
+
+    `data` is a configuration's mapping, with the words of the command line in it. Where lora.path is such a word, the
+    file's keys were written for other adapters, and only those of the words count.
+    """
+    keys = [key for key, _, _ in (word.partition("=") for word in words)]
+    if "lora.path" in keys and "lora" not in keys:
+        return {key.split(".")[1] for key in keys if key.startswith("lora.")}
     section = data.get("lora")
     return set(section) if isinstance(section, dict) else set()
