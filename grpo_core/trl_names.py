@@ -115,11 +115,10 @@ NO_COUNTERPART = {  # TRL option -> why there is no such option here
     "gradient_accumulation_steps": "a step has as many micro-batches as it needs; the completions of a step, over all "
     "processes, are trainer.completions_per_step",
     **dict.fromkeys(
-        ("vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_server_base_url", "vllm_server_host"),
-        "the sampler draws from the live weights in the training process",
-    ),
-    **dict.fromkeys(
-        ("vllm_server_port", "vllm_server_timeout", "vllm_group_port"),
+        (
+            *("vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_server_base_url", "vllm_server_host"),
+            *("vllm_server_port", "vllm_server_timeout", "vllm_group_port"),
+        ),
         "the sampler draws from the live weights in the training process",
     ),
     "vllm_structured_outputs_regex": "it would restrict the distribution",

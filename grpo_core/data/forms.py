@@ -19,6 +19,7 @@ from typing import Any
 
 from grpo_core.config import files
 from grpo_core.config.sections import DataConfig, RunConfig, SourceConfig
+from grpo_core.counts import quantify
 from grpo_core.data.columns import MISSING, is_conversation, read_path, rename
 from grpo_core.data.rows import Row, peek_rows
 from grpo_core.objective.numbers import read_gold
@@ -274,7 +275,7 @@ def _recognise_path(config: RunConfig, written: Collection[str], supervised: boo
     _check_library(form, data.path, keys)
     changes = _describe_changes(config, keys) or "nothing else"
     if others := len(peeked) - len(rows):
-        changes += f"; {others} of its first {len(peeked)} rows {'has' if others == 1 else 'have'} no form"
+        changes += f"; {others} of its first {quantify(len(peeked), 'row')} {'has' if others == 1 else 'have'} no form"
     return keys, f"{data.path} has the form of {form.name} ({form.signature}), which sets {changes}"
 
 
