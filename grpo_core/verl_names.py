@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-SECTIONS = ("actor_rollout_ref", "algorithm", "critic", "custom_reward_function", "reward_model")
+SECTIONS = ("actor_rollout_ref", "algorithm", "critic", "custom_reward_function", "reward", "reward_model")
 KEY_HINTS = {  # verl's key -> what to use here
     "data.train_files": "data.path",
     "data.val_files": "data.eval_path",
@@ -71,9 +71,15 @@ KEY_HINTS = {  # verl's key -> what to use here
     "algorithm.kl_ctrl.horizon": "loss.kl_horizon",
     "algorithm.filter_groups.enable": "sampling.dynamic_attempts above 0",
     "algorithm.filter_groups.max_num_gen_batches": "sampling.dynamic_attempts",
-    "custom_reward_function.path": "rewards, as in rewards=my_rewards.py:my_reward",
-    "custom_reward_function.name": "rewards, as in rewards=my_rewards.py:my_reward",
-    "custom_reward_function.reward_kwargs": "args of an item of rewards",
+    **{
+        f"{section}custom_reward_function.{name}": hint
+        for section in ("", "reward.")  # of newer versions
+        for name, hint in (
+            ("path", "rewards, as in rewards=my_rewards.py:my_reward"),
+            ("name", "rewards, as in rewards=my_rewards.py:my_reward"),
+            ("reward_kwargs", "args of an item of rewards"),
+        )
+    },
     "reward_model.model.path": "rewards='{name: reward_model, args: {path: ORG/MODEL}}'",
     "trainer.total_epochs": "trainer.epochs",
     "trainer.total_training_steps": "trainer.num_steps",
@@ -90,6 +96,14 @@ KEY_HINTS = {  # verl's key -> what to use here
     "trainer.n_gpus_per_node": "the number behind bash launch.sh",
     "trainer.nnodes": "torchrun, one command on each machine",
 }
+REASONS = {  # verl's key without a counterpart -> why
+    "data.shuffle": "because every epoch is a seeded permutation",
+    "data.return_raw_chat": "because a prompt of messages is recognised as such",
+    "data.image_key": "because only text is supported",
+    "data.video_key": "because only text is supported",
+    "trainer.balance_batch": "because micro-batches are always cut by their number of tokens",
+    "trainer.device": "because a GPU is used where there is one",
+}
 
 
 def key_hint(key: str, value: Any = None) -> str | None:
@@ -100,4 +114,6 @@ def key_hint(key: str, value: Any = None) -> str | None:
         key = f"{key}.{name}"
     if key in KEY_HINTS:
         return f"instead of verl's {key} use {KEY_HINTS[key]}"
+    if key in REASONS:
+        return f"verl's {key} has no counterpart, {REASONS[key]}"
     return f"verl's {key} has no counterpart" if is_section and section in SECTIONS else None
