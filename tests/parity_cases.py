@@ -32,8 +32,8 @@ from grpo_core.objective.returns import (
 from grpo_core.objective.token_weights import Totals, token_weights
 from grpo_core.objective.truncation import penalize_length, soft_overlong_penalty
 from grpo_core.random_keys import make_key
-from grpo_core.training.all_rows import look_at_all_rows
 from grpo_core.training.control import first_control, next_kl_coef
+from grpo_core.training.cross_row_masks import add_cross_row_masks
 from grpo_core.training.distillation import add_teacher_advantages
 from grpo_core.training.prepare import build_objective
 from grpo_core.training.update import micro_loss
@@ -228,7 +228,7 @@ def scale_of(weights, old, rollout, mask):
     """The factor of loss.normalize_correction, by the update's own stage."""
     objective = replace(build_objective(RunConfig()), correction_fn=lambda *_: weights, normalize_correction=True)
     batch = replace(make_batch(rollout, torch.zeros(len(mask), 1), mask), frozen_logprobs=old)
-    return look_at_all_rows(None, objective, None, batch, make_key("selection", 0), Stats(), is_first=True).correction_scale
+    return add_cross_row_masks(None, objective, None, batch, make_key("selection", 0), Stats(), is_first=True).correction_scale
 
 
 def verl_rollout_is(config, t):

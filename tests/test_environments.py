@@ -262,7 +262,7 @@ def test_a_step_that_is_taken_again_with_other_code_is_asked_again(trained, here
     finally:
         example.write_text(text)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("were recorded in step 1 are not read, because the code or the settings of the environment") == 1
+    assert done.stdout.count("were recorded in step 2 are not read, because the code or the settings of the environment") == 1
     answers = {turn["answer"] for row in lines_of(tmp_path / "tiny" / "completions.jsonl") if row["step"] == 1 for turn in row["turns"]}
     assert answers == {" one", None}
 

@@ -91,7 +91,7 @@ def test_attack_weights_that_become_nan_end_the_run_without_a_checkpoint_of_them
         return result
 
     run.engine.step = spoil
-    with pytest.raises(signals.RunFailed, match="^step 2 made weights NaN or infinite .*step-000002 was written before"):
+    with pytest.raises(signals.RunFailed, match="^step 3 made weights NaN or infinite .*step-000002 was written before"):
         trainer.train(run)
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == ["step-000001", "step-000002"]
 

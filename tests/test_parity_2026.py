@@ -12,8 +12,8 @@ from grpo_core.config.files import load
 from grpo_core.model.policy import TokenStats
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.random_keys import make_key
-from grpo_core.training.all_rows import look_at_all_rows
 from grpo_core.training.control import first_control
+from grpo_core.training.cross_row_masks import add_cross_row_masks
 from grpo_core.training.prepare import build_objective
 from grpo_core.training.update import count_over_ranks, micro_loss
 
@@ -85,7 +85,7 @@ def test_a_preset_trains_as_the_trainer_whose_name_it_bears(preset):
     config = load("configs/tiny.yaml", [f"preset={preset}", *overrides])
     objective = build_objective(config)
     batch = replace(make_batch(rollout, advantages, mask.bool(), old), frozen_logprobs=old)
-    batch = look_at_all_rows(None, objective, None, batch, make_key("selection", 0), Stats(), is_first=True)
+    batch = add_cross_row_masks(None, objective, None, batch, make_key("selection", 0), Stats(), is_first=True)
     leaf.requires_grad_()
     totals = count_over_ranks(objective, batch, 1)
     loss = micro_loss(objective, batch, TokenStats(leaf, torch.zeros_like(old)), totals, first_control(config.loss), Stats())

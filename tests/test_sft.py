@@ -320,7 +320,7 @@ def test_a_run_that_learns_nothing_and_one_that_is_not_finite_end(tmp_path, grou
             run.policy.parameters()[0].data.fill_(float("nan"))
         return answers(tasks)
 
-    with pytest.raises(RunFailed, match="not finite in 2 steps in a row, from step 1 on"):
+    with pytest.raises(RunFailed, match="not finite in 2 steps in a row, from step 2 on"):
         sft.train(run, breaks)
     assert [path.name for path in checkpoint.list_checkpoints(run.folder / "checkpoints")] == ["step-000001"]
     assert (run.folder / "incidents" / "step-000002-rank-0.safetensors").exists()

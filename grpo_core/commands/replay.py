@@ -44,8 +44,8 @@ from grpo_core.random_keys import make_key
 from grpo_core.report.whole_files import write_whole
 from grpo_core.schema import ConfigError, finite_or_none, printable
 from grpo_core.training import saved_batches
-from grpo_core.training.all_rows import look_at_all_rows
 from grpo_core.training.control import Control
+from grpo_core.training.cross_row_masks import add_cross_row_masks
 from grpo_core.training.freeze import freeze
 from grpo_core.training.prepare import build_objective
 from grpo_core.training.rollouts import compute_step_advantages, shape_rewards
@@ -245,7 +245,7 @@ def _rebuild_batch(
     batch = frozen.with_advantages(advantages, rewards)
     batch = replace(batch, old_logprobs=stored.old_logprobs)
     key = make_key("selection", config.seed, dumped.step, 0)
-    batch = look_at_all_rows(policy, objective, budget, batch, key, stats, is_first=weights.are_before_step)
+    batch = add_cross_row_masks(policy, objective, budget, batch, key, stats, is_first=weights.are_before_step)
     return replace(batch, old_logprobs=None if weights.are_before_step else stored.old_logprobs)
 
 

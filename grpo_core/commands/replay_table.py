@@ -29,7 +29,7 @@ def _format_head(summary: dict[str, Any]) -> str:
     tokens = sum(len(completion["tokens"]) for completion in summary["completions"])
     steps, gap = summary["optimizer_steps"], summary["logprob_gap_max"]
     lines = [
-        f"batch: {summary['run']}, step {summary['step']}, {quantify(len(summary['completions']), 'completion')}, "
+        f"batch: {summary['run']}, step {summary['step'] + 1}, {quantify(len(summary['completions']), 'completion')}, "
         f"{quantify(tokens, 'token')}, sampled by {quantify(summary['ranks'], 'process', 'processes')}",
         f"weights: {summary['weights']}",
     ]

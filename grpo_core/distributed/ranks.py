@@ -181,7 +181,7 @@ def all_rows(values: Tensor) -> Tensor:
     return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
 
 
-def raise_on_all_ranks(function: Callable, *args: Any) -> Any:
+def call_and_share_errors(function: Callable, *args: Any) -> Any:
     """Return function(*args); a ConfigError that it raises on any rank is raised on all ranks. A collective."""
     result, error = None, None
     try:

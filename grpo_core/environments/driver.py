@@ -99,8 +99,8 @@ class EnvironmentTurns:
         self._recorded = self.recording.get(step, self._call)  # polls that are read; None: the environments are asked
         if self.recording.is_outdated(step, self._call):
             warn(
-                f"the answers of environments that were recorded in step {step} are not read, because the code or the "
-                f"settings of the environment have changed since"
+                f"the answers of environments that were recorded in step {step + 1} are not read, because the code or "
+                f"the settings of the environment have changed since"
             )
         self._is_read = self._recorded is not None
         self._digest, self._polls, self._count = TurnsDigest(), list[Poll](), 0

@@ -12,7 +12,8 @@ loss names as its attribute `selects`; the loss asks for the choice by the name 
 import torch
 from torch import Tensor
 
-from grpo_core.objective.policy_loss import LOSSES, PolicyLoss, check_advantages, clip_surrogate, token_ratio
+from grpo_core.objective.clip import clip_surrogate
+from grpo_core.objective.policy_loss import LOSSES, PolicyLoss, check_advantages, token_ratio
 from grpo_core.schema import ConfigError
 
 

@@ -1,9 +1,10 @@
 """Policy losses: pure functions of tensors.
 
 A loss maps log-probs [B, C] to an unreduced loss [B, C]. It does not average, does not handle padding, and does not
-know about micro-batches and ranks. `token_weights.token_weights` fixes the weight of every token once per optimizer
-step, and the trainer's loss is (per_token_loss * token_weights).sum(). The gradient therefore does not depend on how a
-step is cut into micro-batches.
+know about micro-batches and ranks. The losses that clip the ratio call `clipped_loss` of clip.py.
+
+`token_weights.token_weights` fixes the weight of every token once per optimizer step, and the trainer's loss is
+(per_token_loss * token_weights).sum(). The gradient therefore does not depend on how a step is cut into micro-batches.
 
 On policy the ratio is 1, and most losses have the value of the advantage with its sign changed, whose mean is zero. A
 loss of 0.0 is therefore normal, and its gradient is not zero: watch the reward and grad_norm instead.
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.objective import covariance_losses, sampler_losses  # noqa: F401 - they register their losses
+from grpo_core.objective.clip import check_clip_bounds, clipped_loss
 from grpo_core.objective.policy_loss import (
     DETACHED,
     LOSSES,
@@ -37,8 +39,6 @@ from grpo_core.objective.policy_loss import (
     PolicyLoss,
     by_sign,
     check_advantages,
-    check_clip_bounds,
-    clip_surrogate,
     row_mean,
     sequence_ratio,
     token_ratio,
@@ -66,7 +66,7 @@ def grpo_loss(
     on the ratio of a token with A < 0 (two-sided clipping, arXiv:2505.07291). It must be above 1 + clip_high; null
     means no bound.
     """
-    return _clipped(token_ratio(logprobs, old_logprobs), advantages, clip_low, clip_high, delta)
+    return clipped_loss(token_ratio(logprobs, old_logprobs), advantages, clip_low, clip_high, delta)
 
 
 @LOSSES.register("dual_clip", ratio="token")
@@ -87,7 +87,7 @@ def dual_clip_loss(
     """
     if not c > 1:
         raise ConfigError(f"c is {c}; it must be above 1")
-    return _clipped(token_ratio(logprobs, old_logprobs), advantages, clip_low, clip_high, c=c)
+    return clipped_loss(token_ratio(logprobs, old_logprobs), advantages, clip_low, clip_high, c=c)
 
 
 @LOSSES.register("gspo", ratio="sequence", averages=("sequence",))
@@ -105,7 +105,7 @@ def gspo_loss(
 
     The surrogate of grpo with one ratio for each completion. arXiv:2507.18071.
     """
-    return _clipped(sequence_ratio(logprobs, old_logprobs, completion_mask), advantages, clip_low, clip_high, delta)
+    return clipped_loss(sequence_ratio(logprobs, old_logprobs, completion_mask), advantages, clip_low, clip_high, delta)
 
 
 @LOSSES.register(
@@ -129,7 +129,7 @@ def gspo_token_loss(
     completion. arXiv:2507.18071.
     """
     ratio = sequence_ratio(logprobs, old_logprobs, completion_mask).detach() * (logprobs - logprobs.detach()).exp()
-    return _clipped(ratio, advantages, clip_low, clip_high)
+    return clipped_loss(ratio, advantages, clip_low, clip_high)
 
 
 @LOSSES.register("luspo", ratio="sequence", averages=("row_sum",))
@@ -146,7 +146,7 @@ def luspo_loss(
 
     The surrogate of gspo, to be used with the average row_sum, which removes the length bias. arXiv:2602.05261.
     """
-    return _clipped(sequence_ratio(logprobs, old_logprobs, completion_mask), advantages, clip_low, clip_high)
+    return clipped_loss(sequence_ratio(logprobs, old_logprobs, completion_mask), advantages, clip_low, clip_high)
 
 
 @LOSSES.register("gmpo", ratio="sequence", averages=("sequence",))
@@ -293,16 +293,3 @@ def gpg_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, complet
     tied). That factor counts the whole step, and a loss sees one micro-batch. arXiv:2504.02546.
     """
     return reinforce_loss(logprobs, old_logprobs, advantages, completion_mask)
-
-
-def _clipped(
-    ratio: Tensor,
-    advantages: Tensor,
-    clip_low: float,
-    clip_high: float,
-    delta: float | None = None,
-    c: float | None = None,
-) -> PolicyLoss:
-    """Return the loss of PPO's clipped surrogate, with the optional bounds `delta` (grpo) and `c` (dual_clip)."""
-    surrogate, clipped = clip_surrogate(ratio, advantages, clip_low, clip_high, delta, c)
-    return PolicyLoss(-surrogate, {"ratio": ratio.detach(), "clip_frac": clipped.float()})

@@ -83,7 +83,7 @@ class Objective:
         return get_fact(self.loss_fn, "selects") is not None
 
     @property
-    def looks_at_all_rows(self) -> bool:
+    def needs_cross_row_masks(self) -> bool:
         """Return whether a mask or weight depends on other rows of the optimizer step, which costs a forward."""
         return self.rejects or self.selects or self.normalize_correction
 
@@ -104,8 +104,8 @@ class Objective:
         """Return whether the KL is a sum over the vocabulary, which costs a reference forward in every micro-batch."""
         return bool(get_fact(self.kl_fn, "full_vocabulary"))
 
-    def trains_ties(self, kl_coef: float, entropy_bonus: float) -> bool:
-        """Return whether rows with advantage 0 have a part in the gradient under these coefficients."""
+    def learns_from_ties_at(self, kl_coef: float, entropy_bonus: float) -> bool:
+        """Return whether rows with advantage 0 have a part in the gradient: `learns_from_ties`, or a term does."""
         kl_in_loss = kl_coef != 0 and self.kl_in == "loss"
         coefficients = (entropy_bonus, self.log_ratio_coef, self.positive_nll_coef, self.router_aux_coef)
         has_term = kl_in_loss or any(coefficient != 0 for coefficient in coefficients)

@@ -1,10 +1,10 @@
 """The return value of a policy loss, the registry of losses, and the ratios that losses share.
 
-losses.py has the losses that compare with the policy before the step's first update, sampler_losses.py those that
-compare with the sampler, and covariance_losses.py those that choose tokens by the covariance of log-prob and advantage.
+The clip of the ratio is in clip.py. The losses that compare with the policy before the step's first update are in
+losses.py, those that compare with the sampler in sampler_losses.py, and those that choose tokens by the covariance of
+log-prob and advantage in covariance_losses.py.
 """
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -71,37 +71,3 @@ def by_sign(positive: Tensor, if_positive: float, otherwise: float, like: Tensor
     """
     yes, no = (torch.full((), number, dtype=like.dtype, device=like.device) for number in (if_positive, otherwise))
     return torch.where(positive, yes, no)
-
-
-def clip_surrogate(
-    ratio: Tensor,  # [B, C]
-    advantages: Tensor,  # [B, 1] or [B, C]
-    clip_low: float,
-    clip_high: float,
-    delta: float | None = None,
-    c: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return PPO's clipped surrogate and where it is clipped, [B, C] each; arXiv:1707.06347.
-
-    The minimum of the two terms means that clipping can remove an incentive but never adds one. `delta` bounds the
-    ratio where A < 0, `c` the loss there, at -c A.
-
-    Raises:
-        ConfigError: the bounds are not in their ranges.
-    """
-    check_clip_bounds(clip_low, clip_high, max_clip_low=1.0)
-    check_advantages(advantages, ratio)
-    if delta is not None and not delta > 1 + clip_high:
-        raise ConfigError(f"delta is {delta}; it must be above 1 + clip_high ({1 + clip_high:g}), or null")
-    bounded = ratio if delta is None else ratio.clamp(max=delta)
-    surrogate = torch.minimum(bounded * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    if c is not None:
-        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, c * advantages), surrogate)
-    return surrogate, surrogate != ratio * advantages
-
-
-def check_clip_bounds(clip_low: float, clip_high: float, max_clip_low: float = math.inf) -> None:
-    """Raise ConfigError unless both bounds are at least 0, and `clip_low` at most `max_clip_low`."""
-    if not (0 <= clip_low <= max_clip_low and clip_high >= 0):
-        limit = "" if max_clip_low == math.inf else f", and clip_low at most {max_clip_low:g}"
-        raise ConfigError(f"clip_low is {clip_low} and clip_high is {clip_high}; both must be at least 0{limit}")

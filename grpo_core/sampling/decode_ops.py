@@ -17,6 +17,7 @@ from torch import Tensor
 from grpo_core.batch import SamplingParams
 from grpo_core.sampling import expert_ops
 from grpo_core.sampling.draw import draw
+from grpo_core.sampling.end_of_sequence import is_eos
 from grpo_core.sampling.expert_ops import ExpertWeights, Routing
 
 # the fields of `state` [FIELDS, R] int64
@@ -161,7 +162,7 @@ class TorchOps:
         is_given = at < state[GIVEN, live]
         token, logprob = torch.where(is_given, tables.ids[rows, at], token), logprob.masked_fill(is_given, 0.0)
         tables.ids[rows, at], tables.logprobs[rows, at], tables.lengths[rows] = token, logprob, at + 1
-        ended = torch.isin(token, tables.eos) & ~is_given
+        ended = is_eos(token, tables.eos) & ~is_given
         tables.ended[rows] = ended
         state[TOKEN, live], state[DRAWN, live] = token, at + 1
         state[DONE, live] = (ended | (at + 1 >= state[LIMIT, live])).long()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_core.schema import ConfigError
@@ -24,6 +26,11 @@ def find_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
             "eos_token_id in the model's generation_config.json"
         )
     return ids
+
+
+def is_eos(tokens: Tensor, eos_ids: Tensor) -> Tensor:
+    """Return which of `tokens` are end-of-sequence tokens, bool. `_is_eos` of kernels/decode_kernels.py is its twin."""
+    return torch.isin(tokens, eos_ids)
 
 
 def check_eos_ids(source: object, config: PretrainedConfig, file: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from grpo_core.model.rotation import find_rotations, split_by_rotation
 from grpo_core.model.routing import Routers
 from grpo_core.sampling.draw import draw, restrict
+from grpo_core.sampling.end_of_sequence import is_eos
 from grpo_core.sampling.live_rows import LiveRows, Method, begin
 from grpo_core.sampling.recorded_rows import RecordedRows
 from grpo_core.sampling.request import DecodeRequest, Draws
@@ -114,7 +115,7 @@ class PlainDecoder:
         for t in range(draws.ids.shape[1]):
             logits = restrict(logits, settings) if settings.restricted else logits
             token, logprob = draw(logits, settings.temperature, None if uniforms is None else uniforms[rows, t])
-            ended = torch.isin(token, self.eos)
+            ended = is_eos(token, self.eos)
             draws.ids[rows, t], draws.logprobs[rows, t] = token, logprob
             draws.lengths[rows], draws.ended[rows] = t + 1, ended
             if request.watch is not None:

@@ -41,7 +41,7 @@ def freeze(
     reused = objective.steps_per_batch > 1
     own = surrogate_mask = ref_logprobs = None
     needs_logprobs = (
-        objective.looks_at_all_rows or objective.needs_teacher or "rollout_weights" in objective.advantage_needs
+        objective.needs_cross_row_masks or objective.needs_teacher or "rollout_weights" in objective.advantage_needs
     )
     asked = OF_THE_POLICY & (objective.advantage_needs | ({"logprobs"} if needs_logprobs else set()))
     if reused or objective.top_entropy < 1 or asked:

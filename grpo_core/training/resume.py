@@ -124,4 +124,4 @@ def load_start(run: Run, start: RunStart) -> None:
         return
     run.log.drop_later_rows()
     if config.resume:
-        run.log.info(f"resume is {config.resume}, but {run.folder} has no checkpoint; the run starts at step 0")
+        run.log.info(f"resume is {config.resume}, but {run.folder} has no checkpoint; the run starts with step 1")

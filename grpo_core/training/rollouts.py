@@ -159,7 +159,9 @@ def _gather_tokens(frozen: Frozen, objective: Objective, group_size: int) -> dic
         "entropy": frozen.entropy,
         "sum_p_squared": frozen.sum_p_squared,
         "turn_ids": frozen.rollouts.turns.long(),
-        "rollout_weights": _weigh_rollouts(frozen, objective) if "rollout_weights" in names else None,
+        "rollout_weights": _compute_correction_for_advantages(frozen, objective)
+        if "rollout_weights" in names
+        else None,
     }
     asked = {name: values for name, values in tokens.items() if name in names and values is not None}
     if not asked:
@@ -170,7 +172,7 @@ def _gather_tokens(frozen: Frozen, objective: Objective, group_size: int) -> dic
     return {name: ranks.all_rows(x).cpu().unflatten(0, (-1, group_size)) for name, x in sorted(padded.items())}
 
 
-def _weigh_rollouts(frozen: Frozen, objective: Objective) -> Tensor | None:
+def _compute_correction_for_advantages(frozen: Frozen, objective: Objective) -> Tensor | None:
     """Return the weights of the rollout correction, [B, C], or None without one."""
     inputs = {
         "old_logprobs": frozen.logprobs,

@@ -221,7 +221,7 @@ def train(run: Run, make_targets: MakeTargets) -> None:
         row = {"step": step, **stats.reduce(), **numbers}
         row = {name: row[name] for name in COLUMNS}
         run.log.log_row(step, row, _format_row)
-        skipped_steps.see(step, tasks, batch, row, run.control)
+        skipped_steps.record(step, tasks, batch, row, run.control)
         finish_step(run, step + 1, run.control, alerts.update(row), None, skipped_steps.start)
 
 

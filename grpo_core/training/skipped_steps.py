@@ -23,7 +23,7 @@ class SkippedSteps:
         self.run = run
         self.start, self.control = run.start_step, run.control  # state before the current streak of skipped steps
 
-    def see(self, step: int, tasks: list[Task], batch: TrainBatch, row: dict[str, float], control: Control) -> None:
+    def record(self, step: int, tasks: list[Task], batch: TrainBatch, row: dict[str, float], control: Control) -> None:
         """Note a step's `row` of metrics and the coefficients after it; keep the batch of a skipped step. Collective.
 
         fp16 skips steps while its loss scale finds its place; those leave no batch, unless the loss is not finite.
@@ -46,7 +46,7 @@ class SkippedSteps:
         is_saved = checkpoint.save(self.run, self.start, self.control)
         place = f"in {self.run.folder / 'checkpoints'}" if is_saved else "not written, for lack of room"
         raise signals.RunFailed(
-            f"the gradient was not finite in {quantify(streak, 'step')} in a row, from step {self.start} on; they "
+            f"the gradient was not finite in {quantify(streak, 'step')} in a row, from step {self.start + 1} on; they "
             "changed nothing, "
             f"and a checkpoint of the state before them is {place}"
         )
@@ -56,5 +56,5 @@ class SkippedSteps:
         earlier = checkpoint.list_checkpoints(self.run.folder / "checkpoints")
         advice = f"; {earlier[-1]} was written before" if earlier else ", and no checkpoint was written before"
         raise signals.RunFailed(
-            f"step {step} made weights NaN or infinite (adapter_norm){advice}; lower engine.learning_rate"
+            f"step {step + 1} made weights NaN or infinite (adapter_norm){advice}; lower engine.learning_rate"
         )

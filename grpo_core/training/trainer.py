@@ -34,7 +34,7 @@ def train(run: Run) -> None:
     begin(run)
     for step in remaining_steps(run):
         stats = Stats()
-        tasks, rollouts, scores = ranks.raise_on_all_ranks(collect, run, step, stats)
+        tasks, rollouts, scores = ranks.call_and_share_errors(collect, run, step, stats)
         with log.phase("freeze"):
             rewards, trained = shape_rewards(objective, policy, budget, rollouts, scores, control.kl_coef, stats)
             frozen = freeze(policy, objective, budget, rollouts, trained)  # old and reference log-probs, [B, C]
@@ -51,7 +51,7 @@ def train(run: Run) -> None:
         saved_batches.finish_dump(run, step, tasks, batch, dump, row)
         log.warn(scores.failures)
         control = next_control(control, run.config, row)
-        skipped_steps.see(step, tasks, batch, row, control)
+        skipped_steps.record(step, tasks, batch, row, control)
         reference = run.config.reference
         if reference.every and (step + 1) % reference.every == 0:
             policy.move_reference(reference.mixing)

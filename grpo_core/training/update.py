@@ -24,8 +24,8 @@ from grpo_core.random_keys import make_key, torch_seed
 from grpo_core.registry import get_fact
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint
-from grpo_core.training.all_rows import correction_inputs, look_at_all_rows
 from grpo_core.training.control import Control
+from grpo_core.training.cross_row_masks import add_cross_row_masks, correction_inputs
 from grpo_core.training.distillation import compute_teacher_states
 from grpo_core.training.run import Run
 
@@ -45,7 +45,7 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
     for index, minibatch in enumerate(minibatches):
         key, is_first = make_key("selection", config.seed, step, index), index == 0
         budget = run.budgets.forward
-        minibatch = look_at_all_rows(run.policy, run.objective, budget, minibatch, key, stats, is_first=is_first)
+        minibatch = add_cross_row_masks(run.policy, run.objective, budget, minibatch, key, stats, is_first=is_first)
         rows = rows_to_train(run.objective, minibatch, control)
         has_echo = run.objective.echo_coef > 0
         plan = run.policy.plan(minibatch.rollouts, run.budgets.update, rows, predict_given=has_echo)
@@ -100,7 +100,7 @@ def rows_to_train(objective: Objective, minibatch: TrainBatch, control: Control)
     The loss of given tokens depends on all rows that have any, also those whose drawn tokens are not trained.
     """
     rows = minibatch.loss_mask.any(dim=1)
-    if not objective.trains_ties(control.kl_coef, control.entropy_bonus):
+    if not objective.learns_from_ties_at(control.kl_coef, control.entropy_bonus):
         rows = rows & (minibatch.advantages != 0).any(dim=1)
     if objective.echo_coef:
         rows = rows | minibatch.rollouts.given.any(dim=1)
@@ -204,7 +204,7 @@ def token_loss(
     """
     mask, rollout_logprobs = micro.loss_mask, micro.rollouts.rollout_logprobs
     inputs = collect_inputs(micro, tokens, old_logprobs)
-    correction = _weigh_rollouts(objective, micro, inputs)
+    correction = _compute_correction_for_loss(objective, micro, inputs)
     corrects_itself = bool(get_fact(objective.loss_fn, "corrects_rollout"))  # takes the correction through old_logprobs
     if correction is not None and corrects_itself:
         inputs["old_logprobs"] = corrected_old_logprobs(old_logprobs, correction, mask)
@@ -247,7 +247,9 @@ def _log_diagnostics(surrogate: PolicyLoss, mask: Tensor, stats: Stats) -> None:
         stats.add_mean(name, values, mask)
 
 
-def _weigh_rollouts(objective: Objective, micro: TrainBatch, inputs: dict[str, Tensor | None]) -> Tensor | None:
+def _compute_correction_for_loss(
+    objective: Objective, micro: TrainBatch, inputs: dict[str, Tensor | None]
+) -> Tensor | None:
     """Return the weights of the rollout correction, [b, C] or [b, 1], or None without one."""
     weights = CORRECTION_INPUTS.call(objective.correction_fn, inputs)
     return weights if weights is None or micro.correction_scale is None else weights * micro.correction_scale

@@ -121,12 +121,18 @@ def _search(weights, target, at, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _advance(column, capacity, row, drawn, token, is_given, lengths, ended, eos, EOS: tl.constexpr):
-    """Update the state and the tables of one row whose next token is `token`; a given token ends nothing."""
+def _is_eos(token, eos, EOS: tl.constexpr):
+    """Return whether `token` is one of the EOS end-of-sequence tokens at `eos`, as `is_eos` of end_of_sequence.py."""
     is_end = token < 0
     for e in tl.static_range(EOS):
         is_end = is_end | (token == tl.load(eos + e))
-    is_end = is_end & (is_given == 0)
+    return is_end
+
+
+@triton.jit
+def _advance(column, capacity, row, drawn, token, is_given, lengths, ended, eos, EOS: tl.constexpr):
+    """Update the state and the tables of one row whose next token is `token`; a given token ends nothing."""
+    is_end = _is_eos(token, eos, EOS) & (is_given == 0)
     tl.store(lengths + row, drawn + 1)
     tl.store(ended + row, is_end)
     tl.store(column + _TOKEN * capacity, token)

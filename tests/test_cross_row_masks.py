@@ -24,9 +24,9 @@ from grpo_core.objective.returns import close_gaps, discounted_returns, open_gap
 from grpo_core.objective.truncation import penalize_length
 from grpo_core.random_keys import make_key
 from grpo_core.schema import ConfigError
-from grpo_core.training import all_rows
-from grpo_core.training.all_rows import look_at_all_rows
+from grpo_core.training import cross_row_masks
 from grpo_core.training.control import first_control
+from grpo_core.training.cross_row_masks import add_cross_row_masks
 from grpo_core.training.update import count_over_ranks, micro_loss, rows_to_train, update_policy
 
 KEY = make_key("selection", 0, 0, 0)
@@ -48,7 +48,7 @@ def gradient(run, batch, stats=None):
 
 
 def look(run, batch, *, is_first=True, key=KEY, stats=None):
-    return look_at_all_rows(run.policy, run.objective, run.budgets.forward, batch, key, stats or Stats(), is_first=is_first)
+    return add_cross_row_masks(run.policy, run.objective, run.budgets.forward, batch, key, stats or Stats(), is_first=is_first)
 
 
 def test_nothing_is_computed_where_nothing_looks_at_other_rows(run, monkeypatch):
@@ -106,7 +106,7 @@ def test_the_forward_for_a_choice_has_no_dropout(tmp_path, monkeypatch):
     """The second optimizer step's log-probs are the policy's own, as it is before that step."""
     policy = tiny_policy(lora_noise=0.05, dropout=0.5)
     run = with_objective(make_run(tmp_path, policy=policy, num_passes=2), loss_fn=LOSSES.build("kl_cov", {"share": 0.2}))
-    seen, forward_all = [], all_rows.forward_all
+    seen, forward_all = [], cross_row_masks.forward_all
 
     def watch(model, budget, rollouts):
         own = forward_all(model, budget, rollouts)
@@ -114,7 +114,7 @@ def test_the_forward_for_a_choice_has_no_dropout(tmp_path, monkeypatch):
         return own
 
     batch = frozen_batch(run, ragged_rollouts(), torch.randn(8, 1, generator=torch.Generator().manual_seed(0)))
-    monkeypatch.setattr(all_rows, "forward_all", watch)
+    monkeypatch.setattr(cross_row_masks, "forward_all", watch)
     update_policy(run, batch, 0, run.control, Stats())
     assert len(seen) == 1 and torch.equal(*seen[0][:2]) and not seen[0][2]
 

@@ -1,11 +1,11 @@
-"""The masks and weights of an optimizer step that depend on other rows than their own.
+"""The masks and weights of an optimizer step in which a row depends on other rows.
 
     loss.rejection              the tokens that are not trained because sampler and trainer differ too much there
     loss.normalize_correction   the mean by which the weights of the rollout correction are divided
     the loss's `selects`        the tokens that the loss treats apart, such as those of the highest covariance
 
-They are computed once for each optimizer step, over the rows of all ranks and before micro-batches are cut, so they
-depend on neither.
+They are computed once for each optimizer step, over the rows of all ranks and before micro-batches are cut. The number
+of ranks and the size of micro-batches therefore do not change them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from grpo_core.training.freeze import forward_all
 
 
 @torch.no_grad()
-def look_at_all_rows(
+def add_cross_row_masks(
     policy: Policy,
     objective: Objective,
     budget: Budget,
@@ -43,7 +43,7 @@ def look_at_all_rows(
     A forward without gradient and without dropout computes the policy's log-probs where the loss chooses tokens and an
     optimizer step was taken since the batch was frozen.
     """
-    if not objective.looks_at_all_rows:
+    if not objective.needs_cross_row_masks:
         return minibatch
     old = minibatch.frozen_logprobs if minibatch.old_logprobs is None else minibatch.old_logprobs
     if old is None:  # the batch was read from a file
