@@ -5,6 +5,7 @@ An environment is a class (environments/interface.py); a tool and a parser are f
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,9 +36,25 @@ def build_environment(name: str, args: dict[str, Any]) -> Callable[..., Any]:
             f"def __init__(self, row, seed), and further arguments stand after a * and have defaults"
         ) from None
     inner = unwrap(make)
-    if inspect.isclass(inner) and not callable(getattr(inner, "step", None)):
-        raise ConfigError(f"environment.name is {name}, a class without the method step(self, turn)")
+    if inspect.isclass(inner):
+        _check_step(name, getattr(inner, "step", None))
     return make
+
+
+def _check_step(name: str, step: Any) -> None:
+    """Check that the attribute `step` of the class `name` is a method that can be called with a turn."""
+    if not callable(step):
+        raise ConfigError(f"environment.name is {name}, a class without the method step(self, turn)")
+    if inspect.isgeneratorfunction(step) or inspect.isasyncgenfunction(step):
+        raise ConfigError(f"environment.name is {name}, whose method step yields; it must return the answer")
+    with contextlib.suppress(ValueError):  # a callable without a signature
+        try:
+            inspect.signature(step).bind(None, None)
+        except TypeError as error:
+            raise ConfigError(
+                f"environment.name is {name}, whose method step cannot be called with a turn ({error}); it must be "
+                f"def step(self, turn)"
+            ) from None
 
 
 def load_tools(names: Sequence[str]) -> dict[str, Callable[..., Any]]:

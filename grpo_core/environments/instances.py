@@ -64,6 +64,8 @@ class Instances:
             else:
                 for turn in step.turns:
                     value = environment.step(turn)
+                    if inspect.isawaitable(value):  # of an async function inside a decorator
+                        value = shared_loop().run(value)
                 self._answer(step, value)
         except BaseException as error:  # also SystemExit and KeyboardInterrupt, which would end the thread alone
             self._fail(step, _describe(error))

@@ -80,10 +80,16 @@ def read_reply(value: Any) -> Answered:
     reply = value if isinstance(value, Reply) else Reply(value)
     if reply.text is not None and not isinstance(reply.text, str):
         place = "a Reply whose text is " if isinstance(value, Reply) else ""
-        raise WrongReply(f"returned {place}{repr(reply.text)[:40]}; it must be text, a Reply, or None for the end")
+        raise WrongReply(f"returned {place}{_describe(reply.text)}; it must be text, a Reply, or None for the end")
     if reply.text is not None:
         _check_text(reply.text)
     return Answered(None if reply.text is None else (reply.text,), _read_reward(reply.reward))
+
+
+def _describe(value: Any) -> str:
+    """Return a value in a few words, without an address, which would differ from completion to completion."""
+    text = repr(value)
+    return f"a {type(value).__name__}" if re.search(r" at 0x[0-9a-f]+>", text) else text[:40]
 
 
 def _check_text(text: str) -> None:
@@ -101,5 +107,5 @@ def _read_reward(reward: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= MAX_REWARD:
-        raise WrongReply(f"returned the reward {repr(reward)[:40]}; it must be None or a number from -1e6 to 1e6")
+        raise WrongReply(f"returned the reward {_describe(reward)}; it must be None or a number from -1e6 to 1e6")
     return number
