@@ -2,9 +2,7 @@
 
 import json
 import re
-import runpy
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,10 +14,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from grpo_core.batch import Task
 from grpo_core.commands.replay import run_replay
 from grpo_core.commands.sample import format_turns
+from grpo_core.config.environment_functions import build_environment
 from grpo_core.config.files import load
 from grpo_core.data.encoding import apply_chat_template
 from grpo_core.data.tool_schemas import offer_tools_of
 from grpo_core.environments.driver import PlayedCompletion, PlayedTurn
+from grpo_core.environments.interface import Turn
 from grpo_core.environments.scores import add_environment
 from grpo_core.environments.setup import Environments, find_parser
 from grpo_core.model.new_model import new_model
@@ -29,7 +29,13 @@ from grpo_core.scoring.scoring import Scores
 from grpo_core.training.saved_batches import _describe_completions, read_dump
 
 TINY = ROOT / "configs" / "tiny.yaml"
-EXAMPLE = ROOT / "examples" / "calculator_environment.py"
+OWN_CALCULATOR = """
+from grpo_core.environments import calculator
+
+class Calculator(calculator.Calculator):
+    def step(self, turn):
+        return super().step(turn)
+"""
 GAME = '''
 from grpo_core import Reply
 
@@ -181,15 +187,16 @@ def test_tools_are_described_and_called(model, tmp_path):
         tokenizer.offered_tools = []
 
 
-def test_the_calculator(monkeypatch, capsys):
-    example = runpy.run_path(str(EXAMPLE))
-    turn = sys.modules["grpo_core"].Turn
-    calculator = example["Calculator"]({}, 0, most_digits=3)
-    answers = {"so 3 * 4 =": " 12", "(3 - 10)*2 =": " -14", "x =": " ?", "9 / 3 =": " 3", "9 / 2 =": " ?", "9 / 0 =": " ?", "99 * 99 =": " ?", "7 =": " 7", "- =": " ?"}
-    assert {text: calculator.step(turn(text, text, 0, "stop")) for text in answers} == answers
-    assert calculator.step(turn("3 * 4 =", "3 * 4 =", 0, "eos")) is None
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
-    assert capsys.readouterr().out.splitlines()[0] == "She has 7 * 6 = 42"
+def test_the_calculator():
+    calculator = build_environment("calculator", {"most_digits": 3})({}, 0)
+    answers = {
+        "so 3 * 4 =": " 12", "(3 - 10)*2 =": " -14", "x =": " ?", "9 / 3 =": " 3", "9 / 2 =": " ?", "9 / 0 =": " ?", "99 * 99 =": " ?", "7 =": " 7", "- =": " ?",
+        "3 * 4 = 12. 12 + 500 =": " 512", "999 + 0 =": " 999", "999 + 1 =": " ?", "-999 - 1 =": " ?", "99**99 =": " ?", f"{'9' * 5000} * 9 =": " ?", f"{'(' * 5000}9 =": " ?",
+    }  # fmt: skip
+    assert {text: calculator.step(Turn(text, text, 0, "stop")) for text in answers} == answers
+    assert calculator.step(Turn(" 4 =", "3 * 4 =", 0, "stop")) == " 12"  # the expression may have begun in an earlier turn
+    for text, ended_by in (("3 * 4 =", "eos"), ("3 * 4 =", "turn_limit"), ("3 * 4\n", "stop")):
+        assert calculator.step(Turn(text, text, 0, ended_by)) is None
 
 
 WORDS = ["trainer.num_steps=2", "trainer.completions_per_step=16", "evaluation.num_tasks=4", "log.evaluation_completions=4", "environment.max_turns=3", "data.limit=200"]
@@ -207,8 +214,8 @@ def trained(tmp_path_factory):
     from grpo_core.cli import main
 
     folder = tmp_path_factory.mktemp("runs")
-    broken = 'if __import__("os").path.exists(__file__ + ".broken"):\n            1 // 0\n        if turn.ended_by'
-    (folder / "calculator.py").write_text(EXAMPLE.read_text().replace("if turn.ended_by", broken))
+    broken = 'if __import__("os").path.exists(__file__ + ".broken"):\n            1 // 0\n        return super()'
+    (folder / "calculator.py").write_text(OWN_CALCULATOR.replace("return super()", broken))
     words = [*WORDS, f"output_dir={folder}", f"environment.name={folder}/calculator.py:Calculator", "sampling.stop= ="]
     with group_of_one():
         assert main(["train", "--config", str(TINY), *words, "checkpoint.every=1", "debug.dump_batches=1"]) == 0
@@ -250,14 +257,14 @@ def test_a_step_that_is_taken_again_with_other_code_is_asked_again(trained, here
     example = trained.parent / "calculator.py"
     text = example.read_text()
     try:
-        example.write_text(text.replace('return f" {value}"', 'return " one"').replace('else " ?"', 'else " none"'))
+        example.write_text(text.replace("return super().step(turn)", 'return super().step(turn) and " one"'))
         done = here("train", "--config", TINY, f"resume={tmp_path / 'tiny'}")
     finally:
         example.write_text(text)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("were recorded in step 1 are not read, because the code or the settings of the environment") == 1
     answers = {turn["answer"] for row in lines_of(tmp_path / "tiny" / "completions.jsonl") if row["step"] == 1 for turn in row["turns"]}
-    assert answers <= {" one", " none", None} and len(answers) > 1
+    assert answers == {" one", None}
 
 
 @pytest.mark.soak
