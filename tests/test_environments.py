@@ -214,7 +214,8 @@ def trained(tmp_path_factory):
     from grpo_core.cli import main
 
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "calculator.py").write_text(OWN_CALCULATOR)
+    broken = 'if __import__("os").path.exists(__file__ + ".broken"):\n            1 // 0\n        return super()'
+    (folder / "calculator.py").write_text(OWN_CALCULATOR.replace("return super()", broken))
     words = [*WORDS, f"output_dir={folder}", f"environment.name={folder}/calculator.py:Calculator", "sampling.stop= ="]
     with group_of_one():
         assert main(["train", "--config", str(TINY), *words, "checkpoint.every=1", "debug.dump_batches=1"]) == 0
@@ -229,20 +230,20 @@ def test_a_run_with_an_environment(trained):
         assert row["environment_failure"] is None and row["rewards"]["environment"] == 0
     assert {row["environment_failures"] for row in metrics} == {0} and all("failed/environment" in row for row in metrics)
     assert len(lines_of(trained / "evaluation_completions.jsonl")[0]["turns"]) >= 1
-    assert sum("complete" in line for line in lines_of(trained / "turns" / "rank-0.jsonl")) == 2
+    assert [path.name for path in sorted((trained / "turns").glob("*"))] == [f"step-00000{step}-rank-0.jsonl" for step in (0, 1)]
+    assert sum("complete" in line for line in lines_of(trained / "turns" / "step-000001-rank-0.jsonl")) == 1
 
 
 def test_a_step_that_is_taken_again_reads_its_answers(trained, here, tmp_path):
     """The environment of the second start fails whenever it is asked, which only the evaluation does."""
     shutil.copytree(trained, tmp_path / "tiny")
     shutil.rmtree(tmp_path / "tiny" / "checkpoints" / "step-000002")
-    example = trained.parent / "calculator.py"
-    text = example.read_text()
+    broken = trained.parent / "calculator.py.broken"
+    broken.touch()
     try:
-        example.write_text(text.replace("return super()", "return 1 // 0, super()"))
         done = here("train", "--config", TINY, f"resume={tmp_path / 'tiny'}")
     finally:
-        example.write_text(text)
+        broken.unlink()
     assert done.returncode == 0, done.stderr
     before, after = (lines_of(folder / "completions.jsonl") for folder in (trained, tmp_path / "tiny"))
     assert [row for row in after if row["step"] == 1] == [row for row in before if row["step"] == 1]
@@ -250,15 +251,31 @@ def test_a_step_that_is_taken_again_reads_its_answers(trained, here, tmp_path):
     assert "raised ZeroDivisionError" in done.stdout and "asked again" not in done.stdout
 
 
+def test_a_step_that_is_taken_again_with_other_code_is_asked_again(trained, here, tmp_path):
+    shutil.copytree(trained, tmp_path / "tiny")
+    shutil.rmtree(tmp_path / "tiny" / "checkpoints" / "step-000002")
+    example = trained.parent / "calculator.py"
+    text = example.read_text()
+    try:
+        example.write_text(text.replace("return super().step(turn)", 'return super().step(turn) and " one"'))
+        done = here("train", "--config", TINY, f"resume={tmp_path / 'tiny'}")
+    finally:
+        example.write_text(text)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("were recorded in step 1 are not read, because the code or the settings of the environment") == 1
+    answers = {turn["answer"] for row in lines_of(tmp_path / "tiny" / "completions.jsonl") if row["step"] == 1 for turn in row["turns"]}
+    assert answers == {" one", None}
+
+
 @pytest.mark.soak
 def test_a_recording_of_other_turns_asks_again_with_a_warning(trained, here, tmp_path):
     shutil.copytree(trained, tmp_path / "tiny")
     shutil.rmtree(tmp_path / "tiny" / "checkpoints" / "step-000002")
-    file = tmp_path / "tiny" / "turns" / "rank-0.jsonl"
+    file = tmp_path / "tiny" / "turns" / "step-000001-rank-0.jsonl"
     file.write_text(re.sub(r'"turns": "\w+"', '"turns": "0"', file.read_text()))
     done = here("train", "--config", TINY, f"resume={tmp_path / 'tiny'}")
     assert done.returncode == 0 and done.stdout.count("the environments are asked again") == 1
-    assert sum("complete" in line for line in lines_of(file)) == 3
+    assert sum("complete" in line for line in lines_of(file)) == 2
 
 
 def test_evaluate_and_sample_ask_the_environment(trained, here, tmp_path):

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from grpo_core.data.word_problems import compute, make_word_problems
+from grpo_core.data.word_problems import Numbers, compute, make_word_problems
 from grpo_core.objective.rewards import correct_answer, final_number
 
 
@@ -55,3 +55,10 @@ def test_large_numbers_have_more_digits():
     )
     assert max(small) < 1000 < max(large) < 100_000
     assert sum(number >= 100 for number in small) / len(small) < 0.2 < 0.5 < sum(number >= 100 for number in large) / len(large)
+
+
+def test_numbers_of_a_scale_have_the_whole_range():
+    draws = Numbers("draws", 10)
+    numbers = {draws.number(3, 9) for _ in range(3000)}
+    assert numbers == set(range(30, 100))
+    assert {Numbers(str(i), 1).number(3, 9) for i in range(200)} == set(range(3, 10))
