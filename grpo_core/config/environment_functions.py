@@ -5,7 +5,6 @@ An environment is a class (environments/interface.py); a tool and a parser are f
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,24 +41,26 @@ def build_environment(name: str, args: dict[str, Any]) -> Callable[..., Any]:
         ) from None
     inner = unwrap(make)
     if inspect.isclass(inner):
-        _check_step(name, getattr(inner, "step", None))
+        _check_step(name, inner)
     return make
 
 
-def _check_step(name: str, step: Any) -> None:
-    """Check that the attribute `step` of the class `name` is a method that can be called with a turn."""
-    if not callable(step):
+def _check_step(name: str, kind: type) -> None:
+    """Check that the class `kind`, which is called `name`, has a method step that can be called with a turn."""
+    if not callable(step := getattr(kind, "step", None)):
         raise ConfigError(f"environment.name is {name}, a class without the method step(self, turn)")
     if inspect.isgeneratorfunction(step) or inspect.isasyncgenfunction(step):
         raise ConfigError(f"environment.name is {name}, whose method step yields; it must return the answer")
-    with contextlib.suppress(ValueError):  # a callable without a signature
-        try:
-            inspect.signature(step).bind(None, None)
-        except TypeError as error:
-            raise ConfigError(
-                f"environment.name is {name}, whose method step cannot be called with a turn ({error}); it must be "
-                f"def step(self, turn)"
-            ) from None
+    given = (None, None) if inspect.isfunction(inspect.getattr_static(kind, "step")) else (None,)  # self and a turn
+    try:
+        inspect.signature(step).bind(*given)
+    except TypeError as error:
+        raise ConfigError(
+            f"environment.name is {name}, whose method step cannot be called with a turn ({error}); it must be "
+            f"def step(self, turn)"
+        ) from None
+    except ValueError:  # it has no signature
+        return
 
 
 def load_tools(names: Sequence[str]) -> dict[str, Callable[..., Any]]:

@@ -89,7 +89,7 @@ def read_reply(value: Any) -> Answered:
 def _describe(value: Any) -> str:
     """Return a value in a few words, without an address, which would differ from completion to completion."""
     text = repr(value)
-    return f"a {type(value).__name__}" if re.search(r" at 0x[0-9a-f]+>", text) else text[:40]
+    return f"an object of the type {type(value).__name__}" if re.search(r" at 0x[0-9a-f]+>", text) else text[:40]
 
 
 def _check_text(text: str) -> None:
