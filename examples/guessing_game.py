@@ -9,6 +9,7 @@ examples of the supervised start. In these the guesses are random, whatever the 
 """
 
 import json
+import math
 import random
 import sys
 from pathlib import Path
@@ -22,30 +23,28 @@ MAX_GUESSES = 30  # environment.max_turns of the configuration
 class GuessingGame:
     """One game. It remembers which numbers the answers have left.
 
-    A guess costs the share of them that it leaves on average over what the number may be: about 1 at either end, a half
-    in the middle, and 1 if the answers so far rule it out. A strict game ends at a guess that they rule out.
+    A guess in the middle of them costs nothing, and any other log2(1 + its distance from the middle).
     """
 
-    def __init__(self, row: dict, seed: int, *, strict: bool = False):  # environment.args: {strict: true}
-        self.number, self.strict = int(row["answer"]), strict
+    def __init__(self, row: dict, seed: int):
+        self.number = int(row["answer"])
         self.low, self.high = 1, MOST
 
     def step(self, turn: Turn) -> Reply:
         """Return "higher" or "lower"; the game ends at the right guess."""
         text = turn.text.strip()
-        guess = int(text) if text.isascii() and text.isdigit() else None
-        if guess is None or not self.low <= guess <= self.high:
-            return Reply(None if self.strict else self.answer(guess), -1.0)
-        below, above = guess - self.low, self.high - guess
-        cost = (below**2 + above**2) / (below + above + 1) ** 2
+        if not (text.isascii() and text.isdigit()):
+            return Reply("?\n", -8.0)
+        guess = int(text)
+        distance = abs(guess - (self.low + self.high) / 2)
         if guess < self.number:
-            self.low = guess + 1
+            self.low = max(self.low, guess + 1)
         else:
-            self.high = guess - 1
-        return Reply(None if guess == self.number else self.answer(guess), -cost)
+            self.high = min(self.high, guess - (guess > self.number))
+        return Reply(None if guess == self.number else self.answer(guess), -math.log2(1 + distance))
 
-    def answer(self, guess: int | None) -> str:
-        return "?\n" if guess is None else "higher\n" if guess < self.number else "lower\n"
+    def answer(self, guess: int) -> str:
+        return "higher\n" if guess < self.number else "lower\n"
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:

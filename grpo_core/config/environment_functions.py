@@ -73,7 +73,20 @@ def load_tools(names: Sequence[str]) -> dict[str, Callable[..., Any]]:
     for i, name in enumerate(names):
         function = TOOLS.get(name)
         own = name.rpartition(":")[2]
+        _check_tool(f"tools[{i}] is {name!r}", function)
         if own in tools:
             raise ConfigError(f"tools[{i}] is {name!r}, and an earlier tool has the name {own}, too; rename one")
         tools[own] = function
     return tools
+
+
+def _check_tool(key: str, function: Callable[..., Any]) -> None:
+    """Check that a call, which gives every argument by its name, can give all arguments of a tool."""
+    if inspect.isgeneratorfunction(unwrap(function)):
+        raise ConfigError(f"{key}, which yields; a tool must return its result")
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise ConfigError(
+                f"{key}, whose argument {str(parameter).partition(':')[0]} has no name for a call; a call gives every "
+                f"argument by its name, so list them one by one (in a decorator, use functools.wraps)"
+            )

@@ -22,10 +22,12 @@ import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from grpo_core.schema import show_value
 from grpo_core.scoring.reward_call import MAX_REWARD
 
 MAX_CHARACTERS = 1_000_000  # of an answer, which has at most as many tokens as fit into a completion
 SURROGATE = re.compile("[\ud800-\udfff]")
+ADDRESS = re.compile(r" at 0x[0-9a-f]+>")  # of an object without a text of its own; it differs from object to object
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,9 @@ def read_reply(value: Any) -> Answered:
 
 
 def _describe(value: Any) -> str:
-    """Return a value in a few words, without an address, which would differ from completion to completion."""
-    text = repr(value)
-    return f"an object of the type {type(value).__name__}" if re.search(r" at 0x[0-9a-f]+>", text) else text[:40]
+    """Return a value in a few words, without an address."""
+    text = show_value(value, 1000)
+    return f"an object of the type {type(value).__name__}" if ADDRESS.search(text) else text[:40]
 
 
 def _check_text(text: str) -> None:
