@@ -93,6 +93,10 @@ class Closes:
         if self.row.get("fails"):
             raise OSError("too late")
 
+class ClosesLater(Closes):
+    async def close(self):
+        await asyncio.sleep(1000)
+
 class NoStep:
     def __init__(self, row, seed):
         pass
@@ -292,6 +296,18 @@ def test_close_is_called_and_its_failure_is_kept(mine, tmp_path):
             worker.take(0.1)
             assert time.monotonic() < deadline
         assert note.read_text() == "closedclosed" and worker.close_failures == ["raised OSError: too late (mine.py, line 83)"]
+    finally:
+        worker.close()
+
+
+def test_an_async_close_that_takes_too_long_is_cancelled(mine):
+    worker = EnvironmentWorker(f"{mine}:ClosesLater", {}, timeout=0.3)
+    try:
+        key = ask(worker, "a")
+        take_all(worker, [key])
+        worker.end(key)
+        worker.finish(5.0)
+        assert worker.close_failures == ["took more than 0.3 s"] and worker._process.poll() is None
     finally:
         worker.close()
 

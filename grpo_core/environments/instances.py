@@ -92,7 +92,15 @@ class Instances:
         if environment is not None and hasattr(environment, "close"):
             value = environment.close()
             if inspect.isawaitable(value):
-                shared_loop().start(value).result(step.seconds)
+                future = shared_loop().start(value)
+                try:
+                    future.result(step.seconds)
+                except TimeoutError:
+                    if future.done():  # its own
+                        raise
+                    future.cancel()
+                    self._fail(step, f"took more than {step.seconds:g} s")
+                    return
         self._end_forks()
         self.send({"number": step.number})
 
