@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -166,9 +167,9 @@ def can_join(weights: Sequence[QuantizedWeight]) -> bool:
 
 def join(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """Return weights for which `can_join` holds as one, with their rows behind one another."""
-    assert can_join(weights)
     if len(weights) == 1:
         return weights[0]
+    assert can_join(weights)
     scales = [weight.scales for weight in weights]
     nested = [scale.nested for scale in scales if scale.nested is not None]
     joined = replace(scales[0], absmax=torch.cat([scale.absmax for scale in scales]))
@@ -180,19 +181,28 @@ def join(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
 
 
 def split(weight: QuantizedWeight, rows: Sequence[int]) -> list[QuantizedWeight]:
-    """Return the weights that `join` put together, with these numbers of rows, as views."""
+    """Return parts of a weight with these numbers of rows, as views. Only the last may end within a block."""
     parts, width, first = [], weight.shape[1], 0
     for count in rows:
         begin, end = first * width, (first + count) * width
-        blocks = slice(begin // weight.scales.block, end // weight.scales.block)
+        blocks = slice(begin // weight.scales.block, -(-end // weight.scales.block))
         scales = replace(weight.scales, absmax=weight.scales.absmax[blocks])
         if scales.nested is not None:
-            outer = slice(blocks.start // NESTED_BLOCK, blocks.stop // NESTED_BLOCK)
+            outer = slice(blocks.start // NESTED_BLOCK, -(-blocks.stop // NESTED_BLOCK))
             nested = scales.nested
             scales = replace(scales, nested=replace(nested, absmax=nested.absmax[outer], offset=nested.offset[outer]))
-        parts.append(QuantizedWeight(weight.packed[begin // 2 : end // 2], scales, (count, width)))
+        parts.append(QuantizedWeight(weight.packed[begin // 2 : -(-end // 2)], scales, (count, width)))
         first += count
     return parts
+
+
+def split_rows(weight: QuantizedWeight, max_values: int) -> list[QuantizedWeight]:
+    """Return a weight as parts of its rows, as views, each of at most `max_values` values where its blocks allow it."""
+    rows, width = weight.shape
+    values = weight.scales.block * (NESTED_BLOCK if weight.scales.nested else 1)
+    unit = values // math.gcd(values, width)  # rows between two places where a block begins
+    count = max(unit, max_values // width // unit * unit)
+    return split(weight, [min(count, rows - first) for first in range(0, rows, count)]) if rows > count else [weight]
 
 
 class QuantizedLinear(nn.Linear):
