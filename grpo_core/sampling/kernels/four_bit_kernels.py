@@ -33,12 +33,21 @@ class Settings(NamedTuple):
     warps: int = 4
     stages: int = 4
     splits: int | None = None  # parts of the sum; None: so many that there are two programs for each processor
-    lookup: str = "load"  # how a number is looked up: load (through the cache), gather or select (in registers)
+    lookup: str = "gather"  # how a number is looked up: gather (shared memory), load (the cache), select (registers)
 
 
 # (rows up to which they are used, settings) for 16-bit values
 SETTINGS = [(16, Settings()), (32, Settings()), (MAX_ROWS, Settings(stages=3))]
 WIDE_SETTINGS = Settings(32, 1, 4, 2)  # for float32
+
+
+@triton.jit
+def _select(index, c0, c1, c2, c3, c4, c5, c6, c7):
+    """Return the number of 8 that each index means, by its three bits."""
+    is_odd, is_second, is_upper = (index & 1) != 0, (index & 2) != 0, index > 3
+    lower = tl.where(is_second, tl.where(is_odd, c3, c2), tl.where(is_odd, c1, c0))
+    upper = tl.where(is_second, tl.where(is_odd, c7, c6), tl.where(is_odd, c5, c4))
+    return tl.where(is_upper, upper, lower)
 
 
 @triton.jit
@@ -50,10 +59,11 @@ def _look_up(code, index, LOOKUP: tl.constexpr):
         table = tl.load(code + tl.arange(0, 16))
         flat = tl.gather(table, tl.reshape(index, [index.shape[0] * index.shape[1]]), 0)
         return tl.reshape(flat, [index.shape[0], index.shape[1]])
-    value = tl.zeros(index.shape, tl.float32)
-    for i in tl.static_range(16):
-        value = tl.where(index == i, tl.load(code + i), value)
-    return value
+    lower = _select(index & 7, tl.load(code), tl.load(code + 1), tl.load(code + 2), tl.load(code + 3),
+                    tl.load(code + 4), tl.load(code + 5), tl.load(code + 6), tl.load(code + 7))  # fmt: skip
+    upper = _select(index & 7, tl.load(code + 8), tl.load(code + 9), tl.load(code + 10), tl.load(code + 11),
+                    tl.load(code + 12), tl.load(code + 13), tl.load(code + 14), tl.load(code + 15))  # fmt: skip
+    return tl.where(index > 7, upper, lower)
 
 
 @triton.jit
