@@ -81,7 +81,12 @@ def make_lora_forward(module: nn.Module) -> Callable[..., Tensor]:
             base = module.base_layer
             is_frozen = not any(p.requires_grad for p in base.parameters()) and b.bias is None
             in_four_bits = isinstance(base, QuantizedLinear)
-            if no_dropout and is_frozen and a.weight.dtype == x.dtype and (in_four_bits or base.weight.dtype == x.dtype):
+            if (
+                no_dropout
+                and is_frozen
+                and a.weight.dtype == x.dtype
+                and (in_four_bits or base.weight.dtype == x.dtype)
+            ):
                 rows, scaling = x.reshape(-1, x.shape[-1]), float(module.scaling[names[0]])
                 weight = base.quantized if in_four_bits else base.weight
                 out = _Lora.apply(rows, weight, base.bias, a.weight, b.weight, scaling)

@@ -26,11 +26,10 @@ Laws:
 from __future__ import annotations
 
 import importlib.util
-import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,12 +107,13 @@ def _map_tensors(record: Any, function: Callable[[Tensor], Tensor]) -> Any:
 def check_installed(key: str, value: object) -> None:
     """Raise ConfigError unless bitsandbytes is installed, which `key` with this value needs."""
     if importlib.util.find_spec(PACKAGE) is None:
-        raise ConfigError(f"{key} is {value}, which needs {PACKAGE}, which is not installed: pip install -e '.[quantize]'")
+        raise ConfigError(
+            f"{key} is {value}, which needs {PACKAGE}, which is not installed: pip install -e '.[quantize]'"
+        )
 
 
 def load_functions() -> Any:
-    """Return the functions of bitsandbytes, without its hint at packages that are not used here."""
-    logging.getLogger(f"{PACKAGE}.backends.cpu.ops").setLevel(logging.ERROR)
+    """Return the functions of bitsandbytes."""
     import bitsandbytes.functional as functions
 
     return functions
@@ -277,12 +277,19 @@ def to_plain(model: nn.Module, dtype: torch.dtype) -> None:
         model.set_submodule(name, plain)
 
 
-def count_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, int, int]]:
-    """Yield every parameter of a model once, with the number of weights that it holds and the bytes that they take."""
+class Sizes(NamedTuple):
+    """The size of weights."""
+
+    count: int  # weights
+    bytes: int
+
+
+def count_weights(parameters: Iterable[nn.Parameter], model: nn.Module) -> Sizes:
+    """Return the size of parameters, of which some may be those of layers in 4 bits in `model`."""
     layers = {id(layer.weight): layer for layer in find_quantized(model).values()}
-    for parameter in model.parameters():
+    count = size = 0
+    for parameter in parameters:
         layer = layers.get(id(parameter))
-        if layer is None:
-            yield parameter, parameter.numel(), parameter.numel() * parameter.element_size()
-        else:
-            yield parameter, layer.in_features * layer.out_features, layer.quantized.bytes
+        count += parameter.numel() if layer is None else layer.in_features * layer.out_features
+        size += parameter.numel() * parameter.element_size() if layer is None else layer.quantized.bytes
+    return Sizes(count, size)

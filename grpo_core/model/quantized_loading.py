@@ -173,6 +173,13 @@ def describe_quantization(model: nn.Module) -> str | None:
     return None if layer is None else _name_kind(layer.quantized.scales.kind, layer.quantized.scales.nested is not None)
 
 
+def describe_configured(model: ModelConfig) -> str | None:
+    """Return how the weights of the base model of `model` are quantised; None if they are not."""
+    if stored := read_stored(load_whole_config(model)):
+        return _describe_stored(stored)
+    return None if model.quantize is None else _name_kind(model.quantize, model.double_quant)
+
+
 def loading_options(model: ModelConfig, whole: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Return the arguments of from_pretrained for a model in 4 bits; none for another."""
     if model.quantize is None and not read_stored(whole):

@@ -80,13 +80,13 @@ def _load_scale(absmax, nested_absmax, nested_offset, nested_code, block, inside
 @triton.jit(do_not_specialize=["R", "x_stride"])
 def _multiply(
     x, x_stride, packed, code, absmax, nested_absmax, nested_offset, nested_code, bias, a, out, R,
-    O: tl.constexpr, I: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr,
+    OUT: tl.constexpr, IN: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr,
     NESTED: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, UNROLL: tl.constexpr,
     LOOKUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store one part of the sum for BLOCK_O outputs of all rows; the parts are [SPLITS, R, O + RANK]."""
-    tiles: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O
-    blocks: tl.constexpr = I // _BLOCK
+    """Store one part of the sum for BLOCK_O outputs of all rows; the parts are [SPLITS, R, OUT + RANK]."""
+    tiles: tl.constexpr = (OUT + BLOCK_O - 1) // BLOCK_O
+    blocks: tl.constexpr = IN // _BLOCK
     per_split: tl.constexpr = ((blocks + SPLITS - 1) // SPLITS + UNROLL - 1) // UNROLL * UNROLL
     tile, part = tl.program_id(0), tl.program_id(1)
     row, k, byte = tl.arange(0, BLOCK_R), tl.arange(0, _BLOCK), tl.arange(0, _BLOCK // 2)
@@ -97,11 +97,11 @@ def _multiply(
         for first in range(part * per_split, end, UNROLL):
             for i in tl.static_range(UNROLL):
                 block = first + i
-                inside = (o < O) & (block < end)
+                inside = (o < OUT) & (block < end)
                 scale = _load_scale(
                     absmax, nested_absmax, nested_offset, nested_code, o * blocks + block, inside, NESTED
                 )[:, None]
-                at = packed + o[:, None] * (I // 2) + block * (_BLOCK // 2) + byte[None, :]
+                at = packed + o[:, None] * (IN // 2) + block * (_BLOCK // 2) + byte[None, :]
                 pair = tl.load(at, inside[:, None], other=0).to(tl.int32)
                 high, low = _look_up(code, pair >> 4, LOOKUP), _look_up(code, pair & 15, LOOKUP)
                 weight = tl.join((high * scale).to(x.dtype.element_ty), (low * scale).to(x.dtype.element_ty))
@@ -109,36 +109,41 @@ def _multiply(
                 seen = (row < R)[None, :] & (block < end)
                 values = tl.load(x + row[None, :] * x_stride + block * _BLOCK + k[:, None], seen, other=0.0)
                 sums = tl.dot(weight, values, sums, input_precision=PRECISION)
-        column, width = o, O
+        column, width = o, OUT
         if HAS_BIAS and SPLITS == 1:
-            sums += tl.load(bias + o, o < O, other=0.0).to(tl.float32)[:, None]
+            sums += tl.load(bias + o, o < OUT, other=0.0).to(tl.float32)[:, None]
     else:
         o = (tile - tiles) * BLOCK_O + tl.arange(0, BLOCK_O)
         for block in range(part * per_split, end):
-            factors = tl.load(a + o[:, None] * I + block * _BLOCK + k[None, :], (o < RANK)[:, None], other=0.0)
+            factors = tl.load(a + o[:, None] * IN + block * _BLOCK + k[None, :], (o < RANK)[:, None], other=0.0)
             seen = (row < R)[None, :]
             values = tl.load(x + row[None, :] * x_stride + block * _BLOCK + k[:, None], seen, other=0.0)
             sums = tl.dot(factors, values, sums, input_precision=PRECISION)
-        column, width = O + o, O + RANK
-    at = out + (part * R + row[None, :]) * (O + RANK) + column[:, None]
+        column, width = OUT + o, OUT + RANK
+    at = out + (part * R + row[None, :]) * (OUT + RANK) + column[:, None]
     tl.store(at, sums, (column < width)[:, None] & (row < R)[None, :])
 
 
 @triton.jit(do_not_specialize=["R"])
-def _add_parts(parts, bias, out, R, O: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_O: tl.constexpr):  # fmt: skip  # noqa: E501
-    """Store the sum of the parts of one row, and of the bias of the first O columns."""
+def _add_parts(
+    parts, bias, out, R, OUT: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """Store the sum of the parts of one row, and of the bias of the first OUT columns."""
     row, column = tl.program_id(0), tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     total = tl.zeros([BLOCK_O], tl.float32)
     for part in tl.static_range(SPLITS):
         total += tl.load(parts + (part * R + row) * WIDTH + column, column < WIDTH, other=0.0)
     if HAS_BIAS:
-        total += tl.load(bias + column, column < O, other=0.0).to(tl.float32)
+        total += tl.load(bias + column, column < OUT, other=0.0).to(tl.float32)
     tl.store(out + row * WIDTH + column, total, column < WIDTH)
 
 
 @cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else DEFAULT_PROCESSORS
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else DEFAULT_PROCESSORS
+    )
 
 
 def fits(x: Tensor, weight: QuantizedWeight) -> bool:
