@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
 from grpo_core.commands.open_policy import load_checkpoint
@@ -242,11 +242,8 @@ def describe_memory(
     zero = deepspeed_config(config, policy.causal_lm.dtype, 1)["zero_optimization"]
     offload = (zero.get("offload_optimizer") or {}).get("device")
     device = f"in {offload} memory" if offload not in (None, "none") else "on the device of the weights"
-    dtype = dtype_name(policy.causal_lm.dtype)
-    if kind := describe_quantization(policy.causal_lm):
-        dtype += f", those of the layers' linear layers in {kind}"
     lines = [
-        f"{_format_bytes(sizes.bytes)} weights ({sizes.count:,} parameters, {dtype})",
+        f"{_format_bytes(sizes.bytes)} weights ({sizes.count:,} parameters, {_describe_dtype(policy.causal_lm)})",
         f"{_format_bytes(trained * 4)} gradients of {trained:,} trained parameters, summed in float32",
         f"{_format_bytes(trained * 12)} float32 copy of the trained parameters and Adam's two moments, {device}, "
         f"divided among the processes",
@@ -272,6 +269,11 @@ def describe_memory(
         find_budgets(config, policy, (longest, config.sampling.max_new_tokens), rows, lines.append, taught)
     peak = torch.cuda.max_memory_allocated()
     return "\n".join([*lines, f"{_format_bytes(peak)} allocated at most while these were tried"])
+
+
+def _describe_dtype(model: PreTrainedModel) -> str:
+    kind = describe_quantization(model)
+    return dtype_name(model.dtype) + (f", and the layers' products in {kind}" if kind else "")
 
 
 def cache_bytes_per_token(policy: Policy) -> int:

@@ -20,7 +20,7 @@ from grpo_core.data.eval_sets import describe_set
 from grpo_core.data.prompts import list_template_fields
 from grpo_core.model.composite import find_auto_class
 from grpo_core.model.loading import is_composite, load_whole_config
-from grpo_core.model.quantized_loading import describe_configured, read_stored
+from grpo_core.model.quantized_loading import describe_configured, find_stored_bits
 from grpo_core.monitor.run_log import describe_evaluation
 from grpo_core.objective.reward_labels import label_rewards
 from grpo_core.report.eval_sets import collect_accuracies, label_set
@@ -147,7 +147,7 @@ def _loading_code(opened: OpenedPolicy, adapter: bool, dtype: str) -> str:
         values["config"] = LOAD_CONFIG.format(base=base_name(opened), options=options, rope=rope)
         values["classes"], options = f"AutoConfig, {auto}", f"{options}, config=config"
     values["quantization"] = ""
-    if config.model.quantize and not read_stored(load_whole_config(config.model)):
+    if config.model.quantize and not find_stored_bits(load_whole_config(config.model)):
         values["quantization"] = LOAD_QUANTIZATION.format(
             kind=config.model.quantize, double=config.model.double_quant, dtype=values["dtype"]
         )

@@ -24,8 +24,8 @@ from grpo_core.model.quantized_loading import (
     adopt,
     check_quantization,
     check_quantized,
+    find_stored_bits,
     loading_options,
-    read_stored,
 )
 from grpo_core.model.rope import override_rope
 from grpo_core.monitor.progress import print_note
@@ -44,28 +44,49 @@ def load_base_model(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             transformers would fill with random numbers, or hold one of another size; a weight is not finite; or the
             model cannot be quantised as configured.
     """
-    folder = resolve_model_path(model.path)
     whole = load_whole_config(model)
     check_quantization(model, whole)
-    in_four_bits = loading_options(model, whole, dtype)
     config = find_text_config(whole)
-    if (stored := read_stored(whole)) and config is not whole:
+    if (stored := find_stored_bits(whole)) and config is not whole:
         config.quantization_config = stored
     override_rope(config, model.rope)
     names = _name_text_weights(config) if is_composite(whole) else {}
-    prefix = f"model.path is {model.path!r}, and it cannot be loaded: "
+    options = loading_options(model, whole, dtype)
+    options |= {"config": config} if config is not whole or model.rope else {}
+    options |= {"key_mapping": names} if names else {}
+    base, report = _read(model, dtype, options)
+    adopt(base)
+    _forget_names(base, names)
+    if names:
+        setattr(base, ATTRIBUTE, find_names(whole, base))
+    if quantization := options.get("quantization_config"):
+        report["mismatched_keys"] = {*report.get("mismatched_keys", ()), *quantization.mismatched}
+    if problem := describe_wrong_weights(report):
+        raise ConfigError(f"model.path is {model.path!r}, and it cannot be loaded: {problem}")
+    if model.quantize is not None or stored:
+        check_quantized(base, model)
+    check_finite(base, f"the model {model.path}")
+    for note in _list_notes(base, {} if names else report):  # the towers of a composite model are not used
+        print_note(f"{note} (model.path {model.path})")
+    return base
+
+
+def _read(model: ModelConfig, dtype: torch.dtype, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the model of transformers, and its report of weights that are missing or of another size.
+
+    Raises:
+        ConfigError: the model cannot be loaded or has no such attention implementation.
+    """
     try:
-        base, report = AutoModelForCausalLM.from_pretrained(
-            folder,
+        return AutoModelForCausalLM.from_pretrained(
+            resolve_model_path(model.path),
             dtype=dtype,
             attn_implementation=model.attention,
             trust_remote_code=model.trust_remote_code,
             **at_revision(model.revision),
-            ignore_mismatched_sizes=True,  # they are refused below
+            ignore_mismatched_sizes=True,  # they are refused by the caller
             output_loading_info=True,
-            **({"config": config} if config is not whole or model.rope else {}),
-            **({"key_mapping": names} if names else {}),
-            **in_four_bits,
+            **options,
         )
     except torch.OutOfMemoryError:
         raise
@@ -75,21 +96,8 @@ def load_base_model(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
                 f"model.attention is {model.attention}, which the model at model.path does not support; use eager"
             ) from error
         has_sentence = isinstance(error, (OSError, ValueError, ImportError))
-        raise ConfigError(prefix + (first_line(error) if has_sentence else summarize_error(error))) from error
-    adopt(base)
-    _forget_names(base, names)
-    if names:
-        setattr(base, ATTRIBUTE, find_names(whole, base))
-    if options := in_four_bits.get("quantization_config"):
-        report["mismatched_keys"] = {*report.get("mismatched_keys", ()), *options.mismatched}
-    if problem := describe_wrong_weights(report):
-        raise ConfigError(prefix + problem)
-    if in_four_bits or stored:
-        check_quantized(base)
-    check_finite(base, f"the model {model.path}")
-    for note in _list_notes(base, {} if names else report):  # the towers of a composite model are not used
-        print_note(f"{note} (model.path {model.path})")
-    return base
+        reason = first_line(error) if has_sentence else summarize_error(error)
+        raise ConfigError(f"model.path is {model.path!r}, and it cannot be loaded: {reason}") from error
 
 
 def _name_text_weights(config: PretrainedConfig) -> dict[str, str]:

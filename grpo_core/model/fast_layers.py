@@ -80,15 +80,10 @@ def make_lora_forward(module: nn.Module) -> Callable[..., Tensor]:
             no_dropout = not dropout.training or getattr(dropout, "p", 0.0) == 0.0
             base = module.base_layer
             is_frozen = not any(p.requires_grad for p in base.parameters()) and b.bias is None
-            in_four_bits = isinstance(base, QuantizedLinear)
-            if (
-                no_dropout
-                and is_frozen
-                and a.weight.dtype == x.dtype
-                and (in_four_bits or base.weight.dtype == x.dtype)
-            ):
+            weight = base.quantized if isinstance(base, QuantizedLinear) else base.weight
+            has_dtype = a.weight.dtype == x.dtype and (isinstance(weight, QuantizedWeight) or weight.dtype == x.dtype)
+            if no_dropout and is_frozen and has_dtype:
                 rows, scaling = x.reshape(-1, x.shape[-1]), float(module.scaling[names[0]])
-                weight = base.quantized if in_four_bits else base.weight
                 out = _Lora.apply(rows, weight, base.bias, a.weight, b.weight, scaling)
                 return out.view(*x.shape[:-1], out.shape[-1])  # here, so that the output may be changed in place
         return original(module, x, *args, **kwargs)

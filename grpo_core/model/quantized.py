@@ -54,7 +54,7 @@ class NestedScales:
 
 @dataclass(frozen=True)
 class BlockScales:
-    """What turns the 4 bits of a weight into its values: its numbers, and the maximum of every block."""
+    """The numbers that 4 bits stand for, and the maximum of every block of a weight."""
 
     kind: str  # nf4 or fp4
     block: int  # values in a block

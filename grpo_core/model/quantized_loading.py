@@ -34,6 +34,7 @@ from grpo_core.model.quantized import (
 )
 from grpo_core.schema import ConfigError, summarize_error
 
+BITSANDBYTES = "bitsandbytes"  # the name of its format in a folder's configuration
 METHOD = "grpo_core_nf4"  # the name by which transformers finds the loader
 IN_LAYER = re.compile(r"\.\d+\.")  # in the name of a module of a decoder layer
 ROUTERS = ("gate", "router")  # last parts of the names of linear layers that choose experts
@@ -116,17 +117,17 @@ def check_quantization(model: ModelConfig, whole: PretrainedConfig) -> None:
         ConfigError: bitsandbytes is missing, or the folder's weights are quantised in another way.
     """
     stored = read_stored(whole)
-    if model.quantize is None and stored.get("quant_method") != "bitsandbytes":
+    if model.quantize is None and stored.get("quant_method") != BITSANDBYTES:
         return
     key, value = ("model.path", repr(model.path)) if model.quantize is None else ("model.quantize", model.quantize)
     if not stored:
         check_installed(key, value)
         return
-    how = _describe_stored(stored)
-    problem = f"model.path is {model.path!r}, whose weights are already quantised ({how})"
-    if stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit"):
+    kind = _describe_stored(stored)
+    problem = f"model.path is {model.path!r}, whose weights are already quantised ({kind})"
+    if stored.get("quant_method") != BITSANDBYTES or not stored.get("load_in_4bit"):
         raise ConfigError(f"{problem}; only those of bitsandbytes in 4 bits can be used")
-    if model.quantize is not None and how != _name_kind(model.quantize, model.double_quant):
+    if model.quantize is not None and kind != _name_kind(model.quantize, model.double_quant):
         raise ConfigError(
             f"{problem}, but model.quantize is {model.quantize} and model.double_quant is "
             f"{str(model.double_quant).lower()}; leave both out, and they are used as they are"
@@ -142,7 +143,7 @@ def check_training(model: ModelConfig, lora: LoraConfig) -> None:
     """
     whole = load_whole_config(model)
     check_quantization(model, whole)
-    if stored := read_stored(whole):
+    if stored := find_stored_bits(whole):
         check_lora_of_quantized(lora, f"model.path is {model.path!r}, whose weights are {_describe_stored(stored)}")
 
 
@@ -155,8 +156,14 @@ def read_stored(whole: PretrainedConfig) -> dict[str, Any]:
     return {}
 
 
+def find_stored_bits(whole: PretrainedConfig) -> dict[str, Any]:
+    """Return the settings with which bitsandbytes has quantised the weights of a folder; empty if it has not."""
+    stored = read_stored(whole)
+    return stored if stored.get("quant_method") == BITSANDBYTES else {}
+
+
 def _describe_stored(stored: dict[str, Any]) -> str:
-    if stored.get("quant_method") != "bitsandbytes":
+    if stored.get("quant_method") != BITSANDBYTES:
         return str(stored.get("quant_method"))
     if not stored.get("load_in_4bit"):
         return "bitsandbytes, 8 bits"
@@ -175,18 +182,19 @@ def describe_quantization(model: nn.Module) -> str | None:
 
 def describe_configured(model: ModelConfig) -> str | None:
     """Return how the weights of the base model of `model` are quantised; None if they are not."""
-    if stored := read_stored(load_whole_config(model)):
+    if stored := find_stored_bits(load_whole_config(model)):
         return _describe_stored(stored)
     return None if model.quantize is None else _name_kind(model.quantize, model.double_quant)
 
 
 def loading_options(model: ModelConfig, whole: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Return the arguments of from_pretrained for a model in 4 bits; none for another."""
-    if model.quantize is None and not read_stored(whole):
+    stored = find_stored_bits(whole)
+    if model.quantize is None and not stored:
         return {}
     device = ranks.device()  # where the weights are quantised, and where they stay
     options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
-    if not read_stored(whole):
+    if not stored:
         options["quantization_config"] = Nf4Config(model.double_quant, dtype)
     return options
 
@@ -225,21 +233,23 @@ def _take_over(module: Any) -> QuantizedLinear:
 
 
 @torch.no_grad()
-def check_quantized(model: PreTrainedModel) -> None:
+def check_quantized(model: PreTrainedModel, settings: ModelConfig) -> None:
     """Refuse a model in 4 bits that cannot compute.
 
     Raises:
         ConfigError: experts are packed weights of three dimensions, there is no linear layer, or the model's own code
             reads a weight instead of calling the layer.
     """
-    kind = model.config.model_type
-    problem = f"model.quantize is nf4, which the {kind} model does not support"
+    key = f"model.path is {settings.path!r}, whose weights are in 4 bits"
+    if settings.quantize is not None:
+        key = f"model.quantize is {settings.quantize}"
+    problem = f"{key}, which is not supported for the model type {model.config.model_type}"
     for name, module in model.named_modules():
         is_packed = any(p.dim() == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
         if is_packed and IN_LAYER.search(f"{name}."):
-            raise ConfigError(f"{problem}: {name} has weights of experts that are no linear layers; leave it out")
+            raise ConfigError(f"{problem}: {name} has weights of experts, which are no linear layers")
     if not find_quantized(model):
-        raise ConfigError(f"{problem}: its layers have no plain linear layer; leave it out")
+        raise ConfigError(f"{problem}: its layers have no plain linear layer")
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
     try:
         model.eval()(input_ids=ids, use_cache=False)

@@ -26,7 +26,7 @@ DEFAULT_PROCESSORS = 132  # of a GPU, where there is none
 
 
 class Settings(NamedTuple):
-    """How the work is divided; benchmarks/four_bits.py measures them."""
+    """The division of a product among programs, as benchmarks/four_bits.py measures it."""
 
     outputs: int = 64  # of a program
     blocks: int = 2  # of 64 values that one turn of the loop adds
