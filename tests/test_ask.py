@@ -158,3 +158,13 @@ def test_watching_several_rows_tells_each_token_once():
     rollouts = sampler.generate(FixedTasks().batch(0), 2, watch=watch)
     for row, (ids, mask) in enumerate(zip(rollouts.completion_ids, rollouts.completion_mask, strict=True)):
         assert seen[row] == ids[mask].tolist()
+
+
+def test_an_answer_to_the_template_of_the_first_source_has_the_rewards_of_that_source(capsys):
+    first = '{path: builtin:word_problems, name: a, rewards: [{name: correct_answer, args: {strict: true}}]}'
+    second = '{path: builtin:word_problems, name: b, split: test}'
+    for sources, rewards in (([first, second], ["correct_answer"]), ([second, first], ["correct_answer", "has_think_tags"])):
+        words = ["rewards=[correct_answer, has_think_tags]", f"data.sources=[{', '.join(sources)}]", "evaluation.num_tasks=0", "sampling.max_new_tokens=4"]
+        assert main(["sample", "builtin:tiny", QUESTION, "--answer", "11", *words]) == 0
+        notes = capsys.readouterr().out.rsplit("\n[", 1)[1].rstrip("]\n").split("; ")[1:]
+        assert [note.split()[0] for note in notes] == rewards

@@ -32,7 +32,7 @@ class Game:
             file.write("x")
         return None if turn.number == 3 else f" {len(turn.text)} ="
 '''
-STEPS = {"sampling__max_new_tokens": 32, "evaluation__num_tasks": 0, "reference__every": 0, "data__curriculum": "{}", "data__limit": 50}
+STEPS = {"sampling__max_new_tokens": 32, "evaluation__num_tasks": 0, "reference__every": 0, "data__curriculum": "{}", "data__limit": 50, "debug__dump_batches": 1}  # answers of steps with a saved batch stay
 ANSWERS = 8 * 3  # of a rank in a step, but for completions that have no room left
 
 
@@ -57,7 +57,8 @@ def contents(folder):
 
 
 def polls(folder, rank):
-    return [json.loads(line) for line in (folder / "turns" / f"rank-{rank}.jsonl").read_text().splitlines() if line]
+    files = sorted((folder / "turns").glob(f"step-*-rank-{rank}.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines() if line]
 
 
 @pytest.mark.parametrize("processes, attempts", [

@@ -192,7 +192,7 @@ def test_a_step_that_is_taken_again_reads_its_answers(chat, tmp_path):
     again, other, warnings, read = record(chat, tmp_path)
     assert again == rows and other.asked == [] and warnings == [] and read.played == turns.played
     assert read._count == turns._count
-    lines = (tmp_path / "rank-0.jsonl").read_text().splitlines()
+    lines = (tmp_path / "step-000000-rank-0.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["complete"] == turns._count and len([x for x in lines if "complete" in x]) == 1
 
 
@@ -202,7 +202,7 @@ def test_recorded_polls_come_at_their_numbers(chat, tmp_path):
         turns.report([EndedTurn(0, draw(chat, "one"), "eos")])
         assert [len(turns.take_answers(wait=False)) for _ in range(4)] == [0, 0, 1, 0]
         turns.finish()
-    assert (tmp_path / "rank-0.jsonl").read_text().count("complete") == 1
+    assert (tmp_path / "step-000000-rank-0.jsonl").read_text().count("complete") == 1
 
 
 @pytest.mark.parametrize("script", [
@@ -221,7 +221,7 @@ def test_turns_that_differ_from_the_recorded_ones_are_asked_again(chat, tmp_path
 
 def test_an_incomplete_recording_is_ignored(chat, tmp_path):
     rows, *_ = record(chat, tmp_path)
-    file = tmp_path / "rank-0.jsonl"
+    file = tmp_path / "step-000000-rank-0.jsonl"
     text = file.read_text()
     file.write_text(text[: text.index('{"call"', text.rindex("answers"))][:-20])  # as a crash cuts it off
     again, worker, warnings, _ = record(chat, tmp_path)
@@ -232,7 +232,7 @@ def test_an_incomplete_recording_is_ignored(chat, tmp_path):
 def test_another_call_or_rank_has_its_own_recording(chat, tmp_path):
     record(chat, tmp_path)
     assert record(chat, tmp_path, max_new_tokens=90)[1].asked
-    assert Recording(tmp_path, 1).get(record(chat, tmp_path)[3]._call) is None
+    assert Recording(tmp_path, 1).get(0, record(chat, tmp_path)[3]._call) is None
 
 
 def test_a_folder_that_cannot_be_written_ends_nothing(chat, tmp_path):

@@ -39,6 +39,9 @@ class Echo:
             os.fork()
         if text == "slow":
             time.sleep(0.4)
+        if text == "long":
+            time.sleep(0.4)
+            return "x" * 900_000
         if text == "later":
             threading.Timer(0.05, os._exit, [9]).start()
         if text == "end":
@@ -227,7 +230,7 @@ def test_an_async_step_that_takes_too_long_is_cancelled_and_the_process_stays(wa
     keys = [ask(waiting, text) for text in ("hang", "a", "raise")]
     outcomes = take_all(waiting, keys)
     assert [outcomes[key].failure for key in keys] == [
-        "took more than 0.8 s", None, "raised TimeoutError: its own (mine.py, line 57)"
+        "took more than 0.8 s", None, "raised TimeoutError: its own (mine.py, line 60)"
     ]  # fmt: skip
     assert (text_of(outcomes[keys[1]]), outcomes[keys[1]].answered.reward) == ("1 a", 1.0) and waiting._process.pid == before
     assert waiting._is_open and waiting._process.poll() is None
@@ -238,6 +241,15 @@ def test_an_async_step_that_blocks_the_others_is_the_one_that_fails(waiting):
     keys = [ask(waiting, text) for text in ("a", "block", "b")]
     outcomes = take_all(waiting, keys)
     assert [outcomes[key].failure for key in keys] == [None, "took more than 0.8 s", None]
+
+
+@pytest.mark.parametrize("text", ["slow", "long"])
+def test_an_answer_that_came_in_time_counts_however_late_it_is_taken(worker, text):
+    """As where the trainer decodes meanwhile. Long answers come in many parts."""
+    keys = [ask(worker, text) for _ in range(3)]
+    worker.take(0.1)  # which hears that they have started
+    time.sleep(1.3)
+    assert [x.failure for x in take_all(worker, keys).values()] == [None] * 3
 
 
 def test_of_several_that_ran_the_one_that_ends_the_process_again_is_the_one_that_fails(worker):
@@ -261,7 +273,7 @@ def test_close_is_called_and_its_failure_is_kept(mine, tmp_path):
         while not worker.close_failures:
             worker.take(0.1)
             assert time.monotonic() < deadline
-        assert note.read_text() == "closedclosed" and worker.close_failures == ["raised OSError: too late (mine.py, line 69)"]
+        assert note.read_text() == "closedclosed" and worker.close_failures == ["raised OSError: too late (mine.py, line 72)"]
     finally:
         worker.close()
 

@@ -2,9 +2,7 @@
 
 import json
 import re
-import runpy
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,10 +14,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from grpo_core.batch import Task
 from grpo_core.commands.replay import run_replay
 from grpo_core.commands.sample import format_turns
+from grpo_core.config.environment_functions import build_environment
 from grpo_core.config.files import load
 from grpo_core.data.encoding import apply_chat_template
 from grpo_core.data.tool_schemas import offer_tools_of
 from grpo_core.environments.driver import PlayedCompletion, PlayedTurn
+from grpo_core.environments.interface import Turn
 from grpo_core.environments.scores import add_environment
 from grpo_core.environments.setup import Environments, find_parser
 from grpo_core.model.new_model import new_model
@@ -29,7 +29,13 @@ from grpo_core.scoring.scoring import Scores
 from grpo_core.training.saved_batches import _describe_completions, read_dump
 
 TINY = ROOT / "configs" / "tiny.yaml"
-EXAMPLE = ROOT / "examples" / "calculator_environment.py"
+OWN_CALCULATOR = """
+from grpo_core.environments import calculator
+
+class Calculator(calculator.Calculator):
+    def step(self, turn):
+        return super().step(turn)
+"""
 GAME = '''
 from grpo_core import Reply
 
@@ -181,15 +187,16 @@ def test_tools_are_described_and_called(model, tmp_path):
         tokenizer.offered_tools = []
 
 
-def test_the_calculator(monkeypatch, capsys):
-    example = runpy.run_path(str(EXAMPLE))
-    turn = sys.modules["grpo_core"].Turn
-    calculator = example["Calculator"]({}, 0, most_digits=3)
-    answers = {"so 3 * 4 =": " 12", "(3 - 10)*2 =": " -14", "x =": " ?", "9 / 3 =": " 3", "9 / 2 =": " ?", "9 / 0 =": " ?", "99 * 99 =": " ?", "7 =": " 7", "- =": " ?"}
-    assert {text: calculator.step(turn(text, text, 0, "stop")) for text in answers} == answers
-    assert calculator.step(turn("3 * 4 =", "3 * 4 =", 0, "eos")) is None
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
-    assert capsys.readouterr().out.splitlines()[0] == "She has 7 * 6 = 42"
+def test_the_calculator():
+    calculator = build_environment("calculator", {"most_digits": 3})({}, 0)
+    answers = {
+        "so 3 * 4 =": " 12", "(3 - 10)*2 =": " -14", "x =": " ?", "9 / 3 =": " 3", "9 / 2 =": " ?", "9 / 0 =": " ?", "99 * 99 =": " ?", "7 =": " 7", "- =": " ?",
+        "3 * 4 = 12. 12 + 500 =": " 512", "999 + 0 =": " 999", "999 + 1 =": " ?", "-999 - 1 =": " ?", "99**99 =": " ?", f"{'9' * 5000} * 9 =": " ?", f"{'(' * 5000}9 =": " ?",
+    }  # fmt: skip
+    assert {text: calculator.step(Turn(text, text, 0, "stop")) for text in answers} == answers
+    assert calculator.step(Turn(" 4 =", "3 * 4 =", 0, "stop")) == " 12"  # the expression may have begun in an earlier turn
+    for text, ended_by in (("3 * 4 =", "eos"), ("3 * 4 =", "turn_limit"), ("3 * 4\n", "stop")):
+        assert calculator.step(Turn(text, text, 0, ended_by)) is None
 
 
 WORDS = ["trainer.num_steps=2", "trainer.completions_per_step=16", "evaluation.num_tasks=4", "log.evaluation_completions=4", "environment.max_turns=3", "data.limit=200"]
@@ -207,7 +214,8 @@ def trained(tmp_path_factory):
     from grpo_core.cli import main
 
     folder = tmp_path_factory.mktemp("runs")
-    shutil.copy(EXAMPLE, folder / "calculator.py")
+    broken = 'if __import__("os").path.exists(__file__ + ".broken"):\n            1 // 0\n        return super()'
+    (folder / "calculator.py").write_text(OWN_CALCULATOR.replace("return super()", broken))
     words = [*WORDS, f"output_dir={folder}", f"environment.name={folder}/calculator.py:Calculator", "sampling.stop= ="]
     with group_of_one():
         assert main(["train", "--config", str(TINY), *words, "checkpoint.every=1", "debug.dump_batches=1"]) == 0
@@ -222,20 +230,20 @@ def test_a_run_with_an_environment(trained):
         assert row["environment_failure"] is None and row["rewards"]["environment"] == 0
     assert {row["environment_failures"] for row in metrics} == {0} and all("failed/environment" in row for row in metrics)
     assert len(lines_of(trained / "evaluation_completions.jsonl")[0]["turns"]) >= 1
-    assert sum("complete" in line for line in lines_of(trained / "turns" / "rank-0.jsonl")) == 2
+    assert [path.name for path in sorted((trained / "turns").glob("*"))] == [f"step-00000{step}-rank-0.jsonl" for step in (0, 1)]
+    assert sum("complete" in line for line in lines_of(trained / "turns" / "step-000001-rank-0.jsonl")) == 1
 
 
 def test_a_step_that_is_taken_again_reads_its_answers(trained, here, tmp_path):
     """The environment of the second start fails whenever it is asked, which only the evaluation does."""
     shutil.copytree(trained, tmp_path / "tiny")
     shutil.rmtree(tmp_path / "tiny" / "checkpoints" / "step-000002")
-    example = trained.parent / "calculator.py"
-    text = example.read_text()
+    broken = trained.parent / "calculator.py.broken"
+    broken.touch()
     try:
-        example.write_text(text.replace('if turn.ended_by != "stop":', "if 1 // 0:"))
         done = here("train", "--config", TINY, f"resume={tmp_path / 'tiny'}")
     finally:
-        example.write_text(text)
+        broken.unlink()
     assert done.returncode == 0, done.stderr
     before, after = (lines_of(folder / "completions.jsonl") for folder in (trained, tmp_path / "tiny"))
     assert [row for row in after if row["step"] == 1] == [row for row in before if row["step"] == 1]
@@ -243,15 +251,31 @@ def test_a_step_that_is_taken_again_reads_its_answers(trained, here, tmp_path):
     assert "raised ZeroDivisionError" in done.stdout and "asked again" not in done.stdout
 
 
+def test_a_step_that_is_taken_again_with_other_code_is_asked_again(trained, here, tmp_path):
+    shutil.copytree(trained, tmp_path / "tiny")
+    shutil.rmtree(tmp_path / "tiny" / "checkpoints" / "step-000002")
+    example = trained.parent / "calculator.py"
+    text = example.read_text()
+    try:
+        example.write_text(text.replace("return super().step(turn)", 'return super().step(turn) and " one"'))
+        done = here("train", "--config", TINY, f"resume={tmp_path / 'tiny'}")
+    finally:
+        example.write_text(text)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("were recorded in step 1 are not read, because the code or the settings of the environment") == 1
+    answers = {turn["answer"] for row in lines_of(tmp_path / "tiny" / "completions.jsonl") if row["step"] == 1 for turn in row["turns"]}
+    assert answers == {" one", None}
+
+
 @pytest.mark.soak
 def test_a_recording_of_other_turns_asks_again_with_a_warning(trained, here, tmp_path):
     shutil.copytree(trained, tmp_path / "tiny")
     shutil.rmtree(tmp_path / "tiny" / "checkpoints" / "step-000002")
-    file = tmp_path / "tiny" / "turns" / "rank-0.jsonl"
+    file = tmp_path / "tiny" / "turns" / "step-000001-rank-0.jsonl"
     file.write_text(re.sub(r'"turns": "\w+"', '"turns": "0"', file.read_text()))
     done = here("train", "--config", TINY, f"resume={tmp_path / 'tiny'}")
     assert done.returncode == 0 and done.stdout.count("the environments are asked again") == 1
-    assert sum("complete" in line for line in lines_of(file)) == 3
+    assert sum("complete" in line for line in lines_of(file)) == 2
 
 
 def test_evaluate_and_sample_ask_the_environment(trained, here, tmp_path):

@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from doc_commands import job, simple_commands
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from grpo_core import REWARDS, attempt
+from grpo_core import REWARDS, attempt, cli
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.files import load
 from grpo_core.distributed import ranks
+from grpo_core.model.loading import load_tokenizer
 from grpo_core.random_keys import make_key
 
 PAGE = (ROOT / "examples" / "README.md").read_text()
@@ -73,13 +75,17 @@ def test_the_page_lists_every_example_with_the_commands_of_its_docstring():
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if not line.startswith("python examples/")])
-def test_the_commands_of_the_page_are_accepted(command, here):
+def test_the_commands_of_the_page_are_accepted(command, here):  # in the repository's root folder
     for environment, words in simple_commands(command):
         for one in job(environment, words):
-            if one["kind"] == "main":
+            if words[3:4] == ["evaluate"]:  # of a run that is not here
+                cli.commands.commands["evaluate"].make_context("evaluate", words[4:])
+            elif one["kind"] == "main":
                 assert here(*one["arguments"]).returncode == 0  # check-loss: every law holds
+            elif words[3:4] == ["sft"]:
+                load(one["config"], one["overrides"], supervised=True)
             else:
-                prompts_per_rank(load(ROOT / one["config"], one["overrides"]), one["processes"])
+                prompts_per_rank(load(one["config"], one["overrides"]), one["processes"])
 
 
 def test_the_reward_judges_by_distance():
@@ -105,3 +111,36 @@ def test_a_run_trains_with_both(here, tmp_path):
     assert done.returncode == 0, done.stderr
     (row,) = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
     assert row["skipped"] == 0 and 0 <= row["rewards/my_reward.py:close_answer"] <= 1
+
+
+@pytest.mark.slow
+def test_the_calculator_answers_and_its_tokens_are_not_trained(here, tmp_path):
+    given = [
+        "model.path=builtin:tiny", "trainer.num_steps=1", "trainer.completions_per_step=32", "evaluation.num_tasks=0", "data.limit=500",
+        "debug.dump_batches=1", f"output_dir={tmp_path}",
+    ]  # fmt: skip
+    done = here("train", "--config", "tools_tiny", *given)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "tools_tiny"
+    rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    turns = [turn for row in rows for turn in row["turns"] if turn["answer"]]
+    answered = [(turn["answer"], match) for turn in turns if (match := re.search(r"(?:>|\. )(\d+) ([-+*/]) (\d+) =$", turn["text"]))]
+    for answer, match in answered:
+        left, right = int(match[1]), int(match[3])
+        result = {"+": left + right, "-": left - right, "*": left * right, "/": Fraction(left, right)}[match[2]]
+        assert answer == (f" {result}" if result == int(result) else " ?")
+    assert len(answered) >= 8
+    batch = load_file(folder / "batches" / "step-000000-rank-0.safetensors")
+    given, tokenizer = batch["valid_mask"] & ~batch["completion_mask"], load_tokenizer("builtin:tiny")
+    for row, mask, ids in zip(rows, given, batch["completion_ids"], strict=True):
+        assert tokenizer.decode(ids[mask]) == "".join(turn["answer"] or "" for turn in row["turns"])
+    assert not (batch["loss_mask"] & given).any() and batch["loss_mask"].any(dim=1).all()
+
+
+@pytest.mark.soak
+def test_the_policy_learns_to_use_the_calculator(environment):
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "environments.py"], env=environment, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[0])
+    assert row["met"] and row["workload"].startswith("calculator: accuracy"), row
+    assert row["detail"]["after, without it"]["value"] < 0.2, row  # the tool solves them, and not the policy

@@ -408,3 +408,43 @@ def test_the_tasks_of_sources_in_forms_are_made_each_in_its_way():
     tasks, _, _, _ = read_tasks(config, load_tokenizer("builtin:tiny"))
     first = {task.source: task for task in reversed(tasks)}
     assert [first[name].prompt.count("Question: ") for name in ("gsm8k", "trl_text_solution")] == [1, 1]  # the second has its own
+
+
+USER, ASSISTANT = {"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "#### 5"}
+GOOD = {  # a row of a form -> what may be wrong with another
+    "conversations": ({"messages": [USER, ASSISTANT]}, [{"messages": []}, {"messages": None}, {"messages": "a"}, {"messages": [None, ASSISTANT]}, {"messages": [USER]}, {"other": 1}]),
+    "verl": ({"data_source": "x", "prompt": [USER], "reward_model": {"ground_truth": "5"}}, [{"data_source": "x", "prompt": None, "reward_model": {"ground_truth": "5"}}, {"other": 1}]),
+    "TRL": ({"prompt": [USER], "solution": "5"}, [{"prompt": None, "solution": "5"}, {}]),
+    "GSM8K": ({"question": "2 + 3?", "answer": "#### 5"}, [{"question": None, "answer": "#### 5"}, {"question": "2 + 3?", "answer": None}]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_faulty_rows_do_not_hide_the_form_of_the_others(name, tmp_path):
+    good, faults = GOOD[name]
+    path = tmp_path / "rows.jsonl"
+    for fault in faults:
+        for rows in ([good, fault, good], [fault, good, good]):
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            keys, sentence = recognise(files.load(TINY, [f"data.path={path}"]), {"data.path"})
+            assert keys["rewards"] == ["correct_answer"] and f"has the form of {name} " in sentence
+            assert sentence.endswith("; 1 of its first 3 rows has no form"), (fault, sentence)
+    path.write_text("".join(json.dumps(row) + "\n" for row in (good, fault)))  # as many as the others
+    assert "rewards" not in recognise(files.load(TINY, [f"data.path={path}"]), {"data.path"})[0]
+
+
+def test_a_faulty_row_of_a_form_is_named_or_left_out(tmp_path):
+    path, tokenizer = tmp_path / "rows.jsonl", load_tokenizer("builtin:tiny")
+    for fault in GOOD["conversations"][1][:4]:
+        rows = [GOOD["conversations"][0], fault, GOOD["conversations"][0]]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(ConfigError, match=r"row 2 .*data.bad_rows: drop"):
+            read_tasks(load_config(TINY, [f"data.path={path}", "evaluation.num_tasks=0"]), tokenizer)
+
+
+def test_gold_answers_of_which_few_are_words_are_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"messages": [USER, ASSISTANT]}] * 3 + [{"messages": [USER, {"role": "assistant", "content": "none"}]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match=r"; 1 of its first 4 gold answers is no number, such as 'none'; .* rewards=correct_answer evaluation.reward=correct_answer data.bad_rows=drop$"):
+        recognise(files.load(TINY, [f"data.path={path}"]), {"data.path"})

@@ -1,13 +1,15 @@
 """Inputs that an objective's functions ask for by name, and advantages for each token, through the trainer's own steps."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from fakes import frozen_batch, ragged_rollouts, tiny_policy, with_objective
 from test_loop import make_run, rows
 
-from grpo_core.config.function_checks import check_inputs
+from grpo_core.config.function_checks import check_functions, check_inputs
+from grpo_core.data.forms import load_config
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.inputs import ADVANTAGE_INPUTS, LOSS_INPUTS
 from grpo_core.objective.losses import LOSSES, PolicyLoss
@@ -20,6 +22,7 @@ from grpo_core.training.freeze import freeze
 from grpo_core.training.rollouts import compute_step_advantages
 from grpo_core.training.update import micro_loss, rows_to_train
 
+TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 NAMES = ("rollout_logprobs", "ref_logprobs", "entropy", "sum_p_squared", "rewards")
 
 
@@ -196,3 +199,18 @@ def test_groups_of_all_ranks_are_gathered_with_their_tokens_whose_number_may_dif
 def test_what_a_function_asks_for():
     assert ADVANTAGE_INPUTS.requested(lambda rewards, entropy, lengths=None, *, eps=1.0: 0) == ("entropy", "lengths")
     assert ADVANTAGE_INPUTS.requested(lambda rewards, *, weights=2.0: 0) == ()  # a YAML argument
+
+
+def test_a_correction_and_an_advantage_that_each_need_the_other_first_are_refused(tmp_path):
+    file = tmp_path / "c.py"
+    for asked, is_late in (("rewards", True), ("advantages", True), ("ref_logprobs", False)):
+        file.write_text(f"def f(old, rollout, mask, *, {asked}):\n    return (old - rollout).exp()\n")
+        words = [f"loss.rollout_correction.name={file}:f", "sampling.group_size=4", "loss.kl_coef=0.1"]
+        check_functions(load_config(TINY, words))  # whose advantage needs no weights
+        words.append("advantage.name=optimal_token_baseline")
+        if is_late:
+            sentence = f"c.py:f needs {asked}, but advantage optimal_token_baseline needs the weights of the correction first"
+            with pytest.raises(ConfigError, match=sentence):
+                check_functions(load_config(TINY, words))
+        else:
+            check_functions(load_config(TINY, words))

@@ -124,7 +124,7 @@ def test_in_the_configuration(train, overrides, sentence):
     ("epsilon=0.2", "use clip_low in loss.args"),
     ("loss.epsilon_high=0.28", "use clip_high in loss.args"),
     ("loss.args={epsilon: 0.2}", "unknown key loss.args.epsilon; instead of TRL's epsilon use clip_low in loss.args"),
-    ("scale_rewards=false", "use advantage.name: grpo for group, batch_std for batch, dr_grpo for none"),
+    ("scale_rewards=false", "use advantage.name: grpo for group or true, batch_std for batch, dr_grpo for none or false"),
     ("advantage.name=batch", "unknown advantage 'batch'; TRL's scale_rewards=batch is advantage.name=batch_std"),
     ("trainer.max_steps=3", "use trainer.num_steps"),
     ("num_iterations=2", "use trainer.num_passes"),

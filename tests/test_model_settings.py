@@ -170,5 +170,8 @@ def test_every_command_renders_the_same_prompt(tmp_path, here):
     assert here("export", run, "--adapter").returncode == 0
     card = (run / "export-adapter" / "README.md").read_text()
     assert "'rope_type': 'yarn'" in card and "<me><quiet>" in card
-    refused = here("train", "--config", "tiny", "data.prompt=chat", "data.chat_template={{ messages }}", "data.chat_template_kwargs={x: 1}")
+    refused = here(
+        "train", "--config", "tiny", f"output_dir={tmp_path}", "name=refused", "data.prompt=chat", "data.chat_template={{ messages }}",
+        "data.chat_template_kwargs={x: 1}",
+    )  # fmt: skip
     assert "data.chat_template_kwargs has 'x', which the model's chat template does not read" in refused.stderr

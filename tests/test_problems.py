@@ -1,7 +1,11 @@
+import hashlib
+import json
 import re
 from collections import Counter
 
-from grpo_core.data.word_problems import compute, make_word_problems
+import pytest
+
+from grpo_core.data.word_problems import Numbers, compute, make_word_problems
 from grpo_core.objective.rewards import correct_answer, final_number
 
 
@@ -14,8 +18,9 @@ def test_splits_are_disjoint_seeded_and_distinct():
     assert other != train and not {row["question"] for row in other} & {row["question"] for row in test}
 
 
-def test_every_step_is_right_and_leads_to_the_answer():
-    for row in make_word_problems("train", 2000):
+@pytest.mark.parametrize("scale", [1, 10])
+def test_every_step_is_right_and_leads_to_the_answer(scale):
+    for row in make_word_problems("train", 2000, scale=scale):
         steps = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)\.", row["cot"])
         assert len(steps) in (2, 3)
         for left, sign, right, result in steps:
@@ -36,3 +41,24 @@ def test_the_first_numbers_of_a_step_come_from_the_question_or_the_step_before()
 def test_there_are_several_kinds():
     shapes = Counter(re.sub(r"\d+|[A-Z]\w+|\b[a-z]+s\b", "_", row["question"]) for row in make_word_problems("train", 2000))
     assert len(shapes) >= 8 and min(count for _, count in shapes.most_common(8)) > 50
+
+
+def test_the_small_problems_are_those_of_the_published_figures():
+    """Every figure on builtin:word_problems, and the built-in model, are of these rows."""
+    digest = hashlib.md5(json.dumps([make_word_problems("train", 2000), make_word_problems("test", 500)]).encode()).hexdigest()
+    assert digest == "c929aaf986662f7df03b711e6c20b206"
+
+
+def test_large_numbers_have_more_digits():
+    small, large = (
+        [int(number) for row in make_word_problems("train", 2000, scale=scale) for number in re.findall(r"\d+", row["cot"])] for scale in (1, 10)
+    )
+    assert max(small) < 1000 < max(large) < 100_000
+    assert sum(number >= 100 for number in small) / len(small) < 0.2 < 0.5 < sum(number >= 100 for number in large) / len(large)
+
+
+def test_numbers_of_a_scale_have_the_whole_range():
+    draws = Numbers("draws", 10)
+    numbers = {draws.number(3, 9) for _ in range(3000)}
+    assert numbers == set(range(30, 100))
+    assert {Numbers(str(i), 1).number(3, 9) for i in range(200)} == set(range(3, 10))

@@ -290,3 +290,28 @@ def test_an_exception_at_the_import_that_cannot_be_shown_is_a_sentence(tmp_path)
     (tmp_path / "silent.py").write_text(SILENT + "\nraise Silent\n")
     with pytest.raises(ConfigError, match="silent.py cannot be loaded: Silent: its message cannot be read, because __str__ raises ZeroDivisionError$"):
         REWARDS.get(f"{tmp_path}/silent.py:failing")
+
+
+READS_MESSAGES = """
+def first(completions, **columns):
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+def last(completions, **columns):
+    texts = [completion[-1].get("content") for completion in completions]
+    return [float(len(text)) for text in texts]
+
+def every(completions, **columns):
+    return [float(sum(len(message["content"]) for message in completion)) for completion in completions]
+
+def column(completions, info):
+    return [row["score"] for row in info]
+"""
+
+
+def test_a_reward_that_takes_completions_for_messages_is_told_that_they_are_texts(tmp_path):
+    (tmp_path / "messages.py").write_text(READS_MESSAGES)
+    for name in ("first", "last", "every", "column"):
+        why = attempt(REWARDS.build(f"{tmp_path}/messages.py:{name}"), ["yes"], {"info": ["a"], "prompts": ["?"]}).why
+        assert why.startswith("raised ") and "(messages.py, line " in why
+        clause = "; a completion is a text here, not a list of messages: write completion, not completion[0]['content']"
+        assert why.endswith(clause) == (name != "column"), why

@@ -161,7 +161,7 @@ ACROSS_RANKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["plain", "switches", "curriculum"])
+@pytest.mark.parametrize("name", ["plain", "switches", "curriculum", "turns"])
 def test_rollouts_do_not_depend_on_the_number_of_processes(tmp_path, here, on_two, name):
     """Nor does the update: what is relative to the batch, or a share of it, is of all ranks' batch."""
     done = here(*TINY, *overrides(tmp_path, trainer__num_steps=2, **RUNS[name]))
@@ -210,6 +210,10 @@ RUNS = {  # of two steps, on two processes
     "own": {
         "loss__name": "FILE:soft", "loss__args": "{power: 0.25}", "advantage__name": "FILE:best", "advantage__args": "{bonus: 2.0}",
         "rewards": "[{name: 'FILE:short', args: {limit: 30}}]",
+    },
+    "turns": {
+        "environment__name": "tests/workers/game.py:Game", "environment__max_turn_tokens": 6, "environment__max_turns": 4,
+        "advantage__name": "turn_level", "loss__echo_coef": 0.1, "trainer__num_minibatches": 2, "sampling__dynamic_attempts": 1,
     },
     **{name: {"engine__deepspeed": name} for name in DEEPSPEED},
 }  # fmt: skip

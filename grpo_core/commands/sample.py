@@ -71,6 +71,7 @@ def run_sample(
 ) -> int:
     """Answer `question`, or questions from an interactive prompt if it is None. Returns 0.
 
+    Of several sources the template and the rewards are those of the first.
     `overrides` are as in `open_source`: model.path names a base model that has moved.
 
     Raises:
@@ -78,7 +79,9 @@ def run_sample(
     """
     overrides = [*overrides, *([f"sampling.max_new_tokens={max_new_tokens}"] if max_new_tokens else [])]
     opened = open_source(source, overrides, config=config, notify=partial(print, file=sys.stderr))
-    settings, rewards = AnswerSettings(**fields), make_rewards(opened.config)  # type: ignore[arg-type]
+    whole = opened.config
+    rewards = make_rewards(whole.of_source(whole.source_names[0]))  # the question has the template of this source
+    settings = AnswerSettings(**fields)  # type: ignore[arg-type]
     check_base(opened, settings)
     if question is not None and not question.strip():
         raise ConfigError("the question is empty; leave it out to read questions from a prompt")

@@ -5,7 +5,13 @@ from __future__ import annotations
 import inspect
 from operator import attrgetter
 
-from grpo_core.config.environment_functions import BUILT_IN_TOOLS, TOOL_PARSERS, build_environment, load_tools
+from grpo_core.config.environment_functions import (
+    BUILT_IN_TOOLS,
+    CALCULATOR,
+    TOOL_PARSERS,
+    build_environment,
+    load_tools,
+)
 from grpo_core.config.sections import ENVIRONMENT_REWARD, RunConfig
 from grpo_core.schema import ConfigError
 
@@ -25,10 +31,7 @@ def check_environment(config: RunConfig) -> None:
     if environment.name == BUILT_IN_TOOLS:
         raise ConfigError(f"environment.name is {BUILT_IN_TOOLS!r}; set tools to a list of functions instead")
     if environment.name is not None:
-        if not environment.name.rpartition(":")[0].endswith(".py") and not environment.name.endswith(".py"):
-            raise ConfigError(
-                f"environment.name is {environment.name!r}; it must be a class in a file, my_env.py:MyEnvironment"
-            )
+        _check_name(config)
         build_environment(environment.name, environment.args)
         for reward in config.all_rewards[:-1]:
             if reward.name == ENVIRONMENT_REWARD:
@@ -43,6 +46,20 @@ def check_environment(config: RunConfig) -> None:
         raise ConfigError(f"tool_parser is {config.tool_parser!r}, but there are no tools; set tools")
     if not config.has_turns:
         _check_unused(config)
+
+
+def _check_name(config: RunConfig) -> None:
+    name, stops = config.environment.name or "", config.sampling.stop_strings
+    is_file = name.rpartition(":")[0].endswith(".py") or name.endswith(".py")
+    if name != CALCULATOR and not is_file:
+        raise ConfigError(
+            f"environment.name is {name!r}; it must be {CALCULATOR}, or a class in a file, my_env.py:MyEnvironment"
+        )
+    if name == CALCULATOR and not any(text.endswith("=") for text in stops):
+        raise ConfigError(
+            f"environment.name is {name}, which answers turns that end in an equals sign, but sampling.stop is "
+            f"{config.sampling.stop!r}; set it to a text that ends in one, such as ' ='"
+        )
 
 
 def _check_tools(config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""The registries of environments, tools and parsers of tool calls, which name what is in users' files.
+"""The registries of environments, tools and parsers of tool calls, which are built in or in users' files.
 
 An environment is a class (environments/interface.py); a tool and a parser are functions (environments/tools.py).
 """
@@ -13,7 +13,12 @@ from grpo_core.registry import Registry
 from grpo_core.schema import ConfigError, unwrap
 
 BUILT_IN_TOOLS = "tools"  # the environment that calls tools
-ENVIRONMENTS = Registry("environment", allows_classes=True, modules={BUILT_IN_TOOLS: "grpo_core.environments.tools"})
+CALCULATOR = "calculator"  # the environment that completes calculations
+ENVIRONMENTS = Registry(
+    "environment",
+    allows_classes=True,
+    modules={BUILT_IN_TOOLS: "grpo_core.environments.tools", CALCULATOR: "grpo_core.environments.calculator"},
+)
 TOOLS = Registry("tool", allows_async=True)
 TOOL_PARSERS = Registry(
     "tool_parser", modules=dict.fromkeys(("tagged_json", "llama_3_json"), "grpo_core.environments.tool_calls")

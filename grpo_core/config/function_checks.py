@@ -53,15 +53,26 @@ def check_functions(config: RunConfig) -> None:
     check_inputs("loss.kl", loss.kl, KLS.get(loss.kl))
     AVERAGES.get(loss.average)
     try_loss(loss.name, loss.args, _larger_batch(config))
-    try_advantage(config.advantage.name, config.advantage.args)
+    advantage = try_advantage(config.advantage.name, config.advantage.args)
     correction, rejection, truncation = loss.rollout_correction, loss.rejection, config.truncation
     function = CORRECTIONS.build(correction.name, correction.args, "loss.rollout_correction.args")
     _try("loss.rollout_correction", correction.name, function, small)
+    _check_order(config, advantage, function)
     function = REJECTIONS.build(rejection.name, rejection.args, "loss.rejection.args")
     _try("loss.rejection", rejection.name, function, small)
     function = TRUNCATIONS.build(truncation.name, truncation.args, "truncation.args")
     inputs = {"rewards": torch.eye(2), "lengths": torch.ones(2, 2), "truncated": torch.zeros(2, 2, dtype=torch.bool)}
     _try("truncation", truncation.name, function, {**inputs, "max_new_tokens": 8})
+
+
+def _check_order(config: RunConfig, advantage: Callable, correction: Callable) -> None:
+    """Check that the correction needs nothing that comes after its weights, where the advantages need these."""
+    late = [name for name in CORRECTION_INPUTS.requested(correction) if name in ("advantages", "rewards")]
+    if late and "rollout_weights" in ADVANTAGE_INPUTS.requested(advantage):
+        raise ConfigError(
+            f"loss.rollout_correction {config.loss.rollout_correction.name} needs {' and '.join(late)}, but advantage "
+            f"{config.advantage.name} needs the weights of the correction first; choose another of the two"
+        )
 
 
 def try_loss(name: str, args: dict[str, Any], larger: tuple[int, int] | None = None) -> Callable:

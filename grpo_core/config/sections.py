@@ -68,7 +68,8 @@ class CurriculumConfig:
 class DataConfig:
     """The training and evaluation data, and how a prompt is made from a row."""
 
-    # hub id; folder; file (json, jsonl, csv, tsv, parquet); builtin:word_problems; reasoning_gym:TASK
+    # hub id; folder; file (json, jsonl, csv, tsv, parquet); builtin:word_problems or builtin:large_word_problems;
+    # reasoning_gym:TASK
     path: str = "builtin:word_problems"
     args: dict[str, Any] = field(default_factory=dict)  # arguments of a task of Reasoning Gym
     subset: str | None = None

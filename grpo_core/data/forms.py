@@ -19,12 +19,13 @@ from typing import Any
 
 from grpo_core.config import files
 from grpo_core.config.sections import DataConfig, RunConfig, SourceConfig
+from grpo_core.counts import quantify
 from grpo_core.data.columns import MISSING, is_conversation, read_path, rename
 from grpo_core.data.rows import Row, peek_rows
 from grpo_core.objective.numbers import read_gold
 from grpo_core.schema import ConfigError
 
-PEEKED_ROWS = 50  # of the data, which must all have the form
+PEEKED_ROWS = 50  # of the data, by which its form is recognised
 GOLDS = ("solution", "answer", "ground_truth")  # columns with the gold answer beside TRL's prompt
 BOXED = "{question}\nThink step by step, and write the final answer in \\boxed{{}}."
 EQUATION = (
@@ -68,7 +69,7 @@ def _ends_with_assistant(value: Any) -> bool:
 
 
 TRUTH = "reward_model.ground_truth"  # the gold answer in verl's form
-FORMS = (  # the first that all rows match counts
+FORMS = (  # the first that all rows match counts (`find_form`)
     Form("Countdown", "nums, target", _has("nums", "target"), EQUATION, gold=None, reward="countdown", target=None),
     Form(
         "Countdown in verl's form",
@@ -245,8 +246,8 @@ def _recognise_path(config: RunConfig, written: Collection[str], supervised: boo
         keys |= {"data.split": "train", "data.subset": None, "data.eval_split": None}
     keys = {key: value for key, value in keys.items() if key not in written}
     subset, split = (keys.get(key, attrgetter(key)(config)) for key in ("data.subset", "data.split"))
-    rows = peek_rows(data.path, subset, split, PEEKED_ROWS)
-    form = next((form for form in FORMS if rows and all(map(form.matches, rows))), None)
+    peeked = peek_rows(data.path, subset, split, PEEKED_ROWS)
+    form, rows = find_form(peeked)
     if form is None:
         changes = _describe_changes(config, keys)
         return keys, f"{data.path} is one file, which sets {changes}" if changes else None
@@ -261,6 +262,7 @@ def _recognise_path(config: RunConfig, written: Collection[str], supervised: boo
         raise ConfigError(
             f"data.path is {data.path!r}, in the form of {form.name} ({form.signature}), which does not say how "
             f"completions are scored; name the rewards, such as rewards=my_rewards.py:my_reward"
+            f"{_describe_words(form, [rename(row, columns) for row in rows])}"
         )
     form_keys = _list_keys(form, rows, reward, supervised)
     if data.max_prompt_tokens < DataConfig.max_prompt_tokens:  # a limit for the file's own data
@@ -272,7 +274,22 @@ def _recognise_path(config: RunConfig, written: Collection[str], supervised: boo
     keys |= {key: value for key, value in form_keys.items() if not _is_written(key, written)}
     _check_library(form, data.path, keys)
     changes = _describe_changes(config, keys) or "nothing else"
+    if others := len(peeked) - len(rows):
+        changes += f"; {others} of its first {quantify(len(peeked), 'row')} {'has' if others == 1 else 'have'} no form"
     return keys, f"{data.path} has the form of {form.name} ({form.signature}), which sets {changes}"
+
+
+def find_form(rows: Sequence[Row]) -> tuple[Form | None, list[Row]]:
+    """Return the form of the data, and the rows that have it; None and no rows for data of no form.
+
+    Rows that match no form at all do not count if they are fewer than half: they are faulty, and are refused or left
+    out by their number when the tasks are made.
+    """
+    formed = [row for row in rows if any(form.matches(row) for form in FORMS)]
+    if 2 * len(formed) <= len(rows):
+        return None, []
+    form = next((form for form in FORMS if all(map(form.matches, formed))), None)
+    return form, formed if form else []
 
 
 def _list_columns(form: Form, data: DataConfig, written: Collection[str]) -> dict[str, str]:
@@ -289,12 +306,29 @@ def _choose_reward(form: Form, rows: Sequence[Row]) -> str | None:
     """
     if form.reward is not None or form.gold is None:
         return form.reward
-    has_answer = any("answer" in row for row in rows)
-    golds = [row.get("answer") if has_answer else read_path(row, form.gold) for row in rows]
+    golds = _list_golds(form, rows)
     have_tests = {_is_tests(gold) for gold in golds}
     if True in have_tests:
         return None if False in have_tests else "python_tests"
     return "correct_answer" if all(read_gold(gold) is not None for gold in golds) else form.reward_of_texts
+
+
+def _list_golds(form: Form, rows: Sequence[Row]) -> list[Any]:
+    has_answer = any("answer" in row for row in rows)
+    return [row.get("answer") if has_answer else read_path(row, str(form.gold)) for row in rows]
+
+
+def _describe_words(form: Form, rows: Sequence[Row]) -> str:
+    """Return a clause about the first gold answer that is no number among others that are; "" for other answers."""
+    golds = [] if form.gold is None or form.reward_of_texts else _list_golds(form, rows)
+    words = [gold for gold in golds if read_gold(gold) is None]
+    if 2 * len(words) >= len(golds):
+        return ""
+    are = "is no number" if len(words) == 1 else "are no numbers"
+    return (
+        f"; {len(words)} of its first {len(golds)} gold answers {are}, such as {_show(words[0])}; to train on the "
+        f"others alone, write rewards=correct_answer evaluation.reward=correct_answer data.bad_rows=drop"
+    )
 
 
 def _is_tests(gold: Any) -> bool:

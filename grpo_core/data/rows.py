@@ -32,7 +32,8 @@ DIFFERENT_COLUMNS = (
 )
 OWN_FILES = ("dataset_info.json", "dataset_infos.json", "state.json")  # of datasets: no data
 LARGE_BYTES = 512 * 2**20  # of data, above which the rows stay on disk
-BUILTIN_ROWS = {"train": 20_000, "test": 1_000}  # rows of builtin:word_problems by split
+BUILTIN_ROWS = {"train": 20_000, "test": 1_000}  # rows of the built-in data by split
+BUILTIN_SCALES = {"builtin:word_problems": 1, "builtin:large_word_problems": 10}  # of the numbers in the problems
 
 
 class Rows(list[Row]):
@@ -156,13 +157,14 @@ def _read_rows(
     if is_gym_path(path):
         return make_gym_rows(path, args, split, limit)
     if path.startswith("builtin:"):
-        if path != "builtin:word_problems" or split not in BUILTIN_ROWS:
+        if path not in BUILTIN_SCALES or split not in BUILTIN_ROWS:
             raise ConfigError(
-                f"data.path {path!r} (split {split!r}) is not built in; known: builtin:word_problems with split train "
-                f"or test"
+                f"data.path {path!r} (split {split!r}) is not built in; known: {' and '.join(BUILTIN_SCALES)}, with "
+                f"split train or test"
             )
         count = BUILTIN_ROWS[split]
-        return make_word_problems(split, count if limit is None else max(1, min(limit, count)))
+        limit = count if limit is None else max(1, min(limit, count))
+        return make_word_problems(split, limit, scale=BUILTIN_SCALES[path])
     if os.path.isfile(local / "config.yaml") and os.path.isfile(local / "metrics.jsonl"):
         raise ConfigError(f"data: {path} is the folder of a run; did you mean {local / 'completions.jsonl'}?")
     if local.suffix in FORMATS and not local.exists():

@@ -82,6 +82,7 @@ class EnvironmentTurns:
         *,
         first_key: int = 0,  # of the first row, which no other completion of the worker has
         recording: Recording | None = None,
+        step: int = 0,  # of the run, to which the recording belongs
         warn: Callable[[str], object] = lambda sentence: None,
     ) -> None:
         self.worker, self.boundary, self.decode, self.limits = worker, boundary, decode, limits
@@ -94,7 +95,13 @@ class EnvironmentTurns:
         self._places = [0 for _ in self.played]  # tokens of the completions so far
         self._waiting: dict[int, EndedTurn] = {}  # row -> its newest turn, which has no answer
         self._call = make_call_key(tasks, group_size, limits.max_new_tokens)
-        self._recorded = self.recording.get(self._call)  # polls that are read; None: the environments are asked
+        self._step = step
+        self._recorded = self.recording.get(step, self._call)  # polls that are read; None: the environments are asked
+        if self.recording.is_outdated(step, self._call):
+            warn(
+                f"the answers of environments that were recorded in step {step} are not read, because the code or the "
+                f"settings of the environment have changed since"
+            )
         self._is_read = self._recorded is not None
         self._digest, self._polls, self._count = TurnsDigest(), list[Poll](), 0
 
@@ -129,7 +136,7 @@ class EnvironmentTurns:
     def finish(self) -> None:
         """Record the call, in which every turn has been answered."""
         if not self._is_read:
-            self.recording.add(self._call, self._polls, self._count)
+            self.recording.add(self._step, self._call, self._polls, self._count)
 
     def _ask(self, row: int) -> None:
         task = self._tasks[row // self._group_size]

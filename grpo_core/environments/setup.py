@@ -16,9 +16,10 @@ from grpo_core.config.sections import DataConfig, RunConfig
 from grpo_core.data.encoding import apply_chat_template
 from grpo_core.environments.boundary import CALL_ID, Boundary
 from grpo_core.environments.driver import EnvironmentTurns, PlayedCompletion, TurnLimits
-from grpo_core.environments.recording import Recording
+from grpo_core.environments.recording import FOLDER, Recording
 from grpo_core.environments.scores import add_environment
 from grpo_core.environments.tool_calls import recognise_form
+from grpo_core.environments.user_code import digest_environment
 from grpo_core.environments.worker import EnvironmentWorker
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.sampling.texts import decode_completions, find_hidden_ids
@@ -56,18 +57,18 @@ class Environments:
         self.label = f"environment {settings.name}" if settings.name else "the process of the tools"
         hidden = find_hidden_ids(tokenizer, sampler.eos_ids)
         self.decode = partial(decode_completions, tokenizer, hidden=hidden)
-        self.recording = Recording(None if folder is None else folder / "turns", rank)
+        self.recording = Recording(None if folder is None else folder / FOLDER, rank, digest_environment(config))
         self.worker = EnvironmentWorker(name, args, settings.timeout)
         self._next_key = 0
 
     def generate(
-        self, tasks: Sequence[Task], group_size: int, *, records: bool = False, **options: Any
+        self, tasks: Sequence[Task], group_size: int, *, step: int | None = None, **options: Any
     ) -> tuple[Rollouts, list[PlayedCompletion]]:
         """Draw completions as `Sampler.generate` does, and return them with their turns, [B].
 
-        With `records` the answers are kept in the run folder, or read from it.
+        With `step`, that of the run, the answers are kept in the run folder, or read from it.
         """
-        turns = self._start(tasks, group_size, options.get("max_new_tokens"), records)
+        turns = self._start(tasks, group_size, options.get("max_new_tokens"), step)
         try:
             rollouts = self.sampler.generate(tasks, group_size, turns=turns, **options)
         except BaseException:
@@ -102,7 +103,7 @@ class Environments:
         self.worker.close()
 
     def _start(
-        self, tasks: Sequence[Task], group_size: int, max_new_tokens: int | None, records: bool
+        self, tasks: Sequence[Task], group_size: int, max_new_tokens: int | None, step: int | None
     ) -> EnvironmentTurns:
         settings = self.config.environment
         limits = TurnLimits(
@@ -119,7 +120,8 @@ class Environments:
             group_size,
             limits,
             first_key=self._next_key,
-            recording=self.recording if records else None,
+            recording=None if step is None else self.recording,
+            step=step or 0,
             warn=self.warn,
         )
         self._next_key += len(tasks) * group_size
@@ -137,7 +139,7 @@ def sample_turns(
     """Draw completions with or without environments; without them there are no turns."""
     if environments is not None:
         return environments.generate(tasks, group_size, **options)
-    options.pop("records", None)
+    options.pop("step", None)
     return sampler.generate(tasks, group_size, **options), []
 
 

@@ -34,6 +34,7 @@ from grpo_core.scoring.worker_process import (
 )
 
 CANCEL_SECONDS = 1.0  # beyond its time limit in which an async step must have been cancelled
+LISTEN_SECONDS = 0.05  # in which no message must come before a step is judged late
 MAX_ENDS = 3  # times in a row that the process may end while no step runs
 
 
@@ -168,24 +169,24 @@ class EnvironmentWorker(WorkerProcess):
                 return
             request.is_sent, self._seen[request.key] = True, len(request.turns)
 
-    def _receive_messages(self, seconds: float) -> None:
-        """Read what has come, and wait at most `seconds` for the first of it."""
+    def _receive_messages(self, seconds: float) -> bool:
+        """Read what has come, wait at most `seconds` for the first of it, and return whether there was any."""
         if not self._is_open:
             time.sleep(seconds)
-            return
+            return False
         try:
             self._socket.settimeout(seconds)
             part = self._socket.recv(1 << 20)
         except (TimeoutError, BlockingIOError):
             if self._process.poll() is not None:  # a process that it has forked holds the socket open
                 self._handle_end(self._describe(ConnectionError()))
-            return
+            return False
         except OSError as error:
             self._handle_end(self._describe(error))
-            return
+            return False
         if not part:
             self._handle_end(self._describe(ConnectionError()))
-            return
+            return False
         self._received += part
         while len(self._received) >= SIZE.size:
             size = SIZE.size + SIZE.unpack(self._received[: SIZE.size])[0]
@@ -194,6 +195,7 @@ class EnvironmentWorker(WorkerProcess):
             message = json.loads(self._received[SIZE.size : size])
             del self._received[:size]
             self._handle_message(message)
+        return True
 
     def _handle_message(self, message: dict[str, Any]) -> None:
         if "number" not in message:  # of a start
@@ -229,22 +231,35 @@ class EnvironmentWorker(WorkerProcess):
                 self.close_failures.append(reason)
 
     def _end_late_steps(self) -> None:
-        """Fail the steps that take too long, and end the process that runs them."""
-        now = time.monotonic()
-        if self._is_open and not self._is_ready and self._requests:
-            if now >= self._started + max(START_TIMEOUT, self.timeout):
-                self._fail([*self._requests], "was not ready in time")
-                self.close()
+        """Fail the steps that take too long, and end the process that runs them.
+
+        Where the caller was busy, their answers may have come in time, and are read first.
+        """
+        if not self._list_late():
             return
-        late = {n: x for n, x in self._requests.items() if x.deadline is not None and x.deadline <= now}
-        blocks_loop = any(x.is_async for x in late.values())  # one of them does, but perhaps one that is not late yet
-        if blocks_loop and self._suspect_running():
-            late = {}
+        while self._receive_messages(LISTEN_SECONDS):
+            pass
+        late = self._list_late()
+        if late and not self._is_ready:
+            self._fail(late, "was not ready in time")
+            self.close()
+            return
+        # of async steps one blocks the loop, but perhaps one that is not late yet
+        if any(self._requests[number].is_async for number in late) and self._suspect_running():
+            late = []
         elif not late:
             return
-        for number, request in late.items():
-            self._fail([number], f"took more than {request.seconds:g} s")
+        for number in late:
+            self._fail([number], f"took more than {self._requests[number].seconds:g} s")
         self.close()
+
+    def _list_late(self) -> list[int]:
+        """Return the requests whose time is over, all of them where the process has not become ready in time."""
+        now = time.monotonic()
+        if self._is_open and not self._is_ready:
+            is_over = now >= self._started + max(START_TIMEOUT, self.timeout)
+            return [*self._requests] if is_over else []
+        return [number for number, x in self._requests.items() if x.deadline is not None and x.deadline <= now]
 
     def _handle_end(self, reason: str) -> None:
         """Deal with a process that has ended: `reason` is a verb phrase."""

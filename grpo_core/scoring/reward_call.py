@@ -6,6 +6,8 @@ import copy
 import functools
 import inspect
 import math
+import re
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence, Set, ValuesView
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from grpo_core.registry import get_fact
 from grpo_core.schema import keyword_arguments, show_value, summarize_error
 from grpo_core.scoring.event_loop import shared_loop
 
+ERROR_OF_TEXT = re.compile("string indices must be integers|'str' object has no attribute")
 MAX_REWARD = 1e6  # absolute value; beyond it a reward is a mistake, and float32 cannot resolve differences
 
 
@@ -60,7 +63,7 @@ def collect_outcome(get_values: Callable[[], Any], count: int, group_size: int |
             return failed_outcome(count, problem)
         values = list(values)
     except (Exception, SystemExit) as error:
-        return failed_outcome(count, f"raised {summarize_error(error)}")
+        return failed_outcome(count, f"raised {summarize_error(error)}{_describe_messages(error)}")
     if len(values) != count:
         return failed_outcome(count, f"returned {quantify(len(values), 'value')} for {quantify(count, 'completion')}")
     numbers = [_to_number(value) for value in values]
@@ -72,6 +75,15 @@ def collect_outcome(get_values: Callable[[], Any], count: int, group_size: int |
             f"returned {show_value(values[first])} for completion {first}; it must be None or a number from -1e6 to 1e6"
         )
     return RewardOutcome([None if bad else number for number, bad in zip(numbers, failed, strict=True)], failed, why)
+
+
+def _describe_messages(error: BaseException) -> str:
+    """Return a clause for an error of a reward that takes a completion for messages, as TRL's are; "" for others."""
+    is_of_text = isinstance(error, (TypeError, AttributeError)) and ERROR_OF_TEXT.match(str(error))
+    lines = [frame.line or "" for frame in traceback.extract_tb(error.__traceback__)] if is_of_text else []
+    if not any("content" in line for line in lines):
+        return ""
+    return "; a completion is a text here, not a list of messages: write completion, not completion[0]['content']"
 
 
 def failed_outcome(count: int, why: str) -> RewardOutcome:

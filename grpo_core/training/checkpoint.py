@@ -30,6 +30,7 @@ from grpo_core.config.sections import RunConfig, SourceConfig
 from grpo_core.counts import quantify
 from grpo_core.data.pass_rates import PREFIX
 from grpo_core.distributed import ranks
+from grpo_core.environments import recording
 from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.policy import Policy
 from grpo_core.monitor.file_modes import apply_umask
@@ -48,7 +49,7 @@ MAY_DIFFER = (
     *("resume", "overwrite", "preset", "name", "output_dir", "log", "checkpoint", "debug", "alerts"),
     *("trainer.num_steps", "trainer.epochs", "trainer.tokens_per_micro_batch"),
     *("trainer.max_skipped_steps", "trainer.max_restarts", "trainer.max_failed_rewards", "trainer.early_stopping"),
-    *("trainer.reward_timeout", "trainer.hang_timeout"),
+    *("trainer.reward_timeout", "trainer.hang_timeout", "environment.timeout"),
     *("model.gradient_checkpointing", "engine.deepspeed", "sampling.rows_at_once", "sampling.decoder"),
     *("evaluation.every", "evaluation.batch_size", "evaluation.reward", "sft.output", "sft.save_precision"),
     "data.max_unjudged",
@@ -124,6 +125,8 @@ def save(run: Run, next_step: int, control: Control, good_step: int | None = Non
             good_step = next_step if good_step is None else good_step
             if left := prune(folder, run.config.checkpoint.keep, next_step, good_step):
                 run.log.info(f"warning: an old checkpoint cannot be deleted ({left}); the run continues")
+            if left := prune_recordings(run.folder, run.config.checkpoint.keep, good_step):
+                run.log.info(f"warning: old answers of environments cannot be deleted ({left}); the run continues")
     problem = ranks.broadcast_from_main(problem)
     if problem:
         run.log.info(
@@ -155,6 +158,23 @@ def prune(folder: Path, keep: int, written: int, good_step: int) -> str | None:
     if find_best_step(folder) is None:
         (folder / BEST).unlink(missing_ok=True)
     return problem
+
+
+def prune_recordings(folder: Path, keep: int, good_step: int) -> str | None:
+    """Delete the recorded answers of environments of steps that no resume takes again, and that have no saved batch.
+
+    A resume takes the steps from the oldest checkpoint on, where one that is there because it is the best alone does
+    not count: the run goes back to it only if its name is given, and then it is a new course. Return the reason if they
+    cannot be deleted.
+    """
+    steps = [int(path.name.removeprefix("step-")) for path in list_checkpoints(folder / "checkpoints")]
+    first = min([*steps[-keep:], *[step for step in steps if step <= good_step][-1:]], default=0)
+    saved = {int(path.name.split("-")[1]) for path in (folder / "batches").glob("step-*-rank-*.json")}
+    try:
+        recording.drop_recordings(folder / recording.FOLDER, lambda step: step >= first or step in saved)
+    except OSError as error:
+        return error_text(error)
+    return None
 
 
 def restore_best(run: Run) -> None:

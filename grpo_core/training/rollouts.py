@@ -38,7 +38,7 @@ def collect(run: Run, step: int, stats: Stats) -> tuple[list[Task], Rollouts, Sc
     """
     tasks = run.tasks.batch(step)
     start_step(run.rewards, step)
-    rollouts, scores = _sample_and_score(run, tasks)
+    rollouts, scores = _sample_and_score(run, step, tasks)
     if run.config.sampling.dynamic_attempts:
         tasks, rollouts, scores = _resample(run, step, stats, tasks, rollouts, scores)
     return tasks, rollouts, scores
@@ -59,7 +59,7 @@ def _resample(
             break
         others = run.tasks.replacements(step, attempt)
         fresh = [others[group] for group in tied.tolist()]
-        fresh_rollouts, fresh_scores = _sample_and_score(run, fresh)
+        fresh_rollouts, fresh_scores = _sample_and_score(run, step, fresh)
         for group, task in zip(tied.tolist(), fresh, strict=True):
             tasks[group] = task
         rows = (tied[:, None] * group_size + torch.arange(group_size, device="cpu")).flatten()
@@ -192,12 +192,12 @@ def groups_without_signal(objective: Objective, rollouts: Rollouts, scores: Scor
     return tied | ~trained.any(dim=1)
 
 
-def _sample_and_score(run: Run, tasks: list[Task]) -> tuple[Rollouts, Scores]:
+def _sample_and_score(run: Run, step: int, tasks: list[Task]) -> tuple[Rollouts, Scores]:
     group_size = run.config.sampling.group_size
     with run.log.phase("sample"):
         on_group = ask_ahead(run.rewards, tasks)  # finished groups are judged while others still decode
         options = {"on_group": on_group} if on_group else {}
-        rollouts, turns = sample_turns(run.sampler, run.environments, tasks, group_size, records=True, **options)
+        rollouts, turns = sample_turns(run.sampler, run.environments, tasks, group_size, step=step, **options)
     with run.log.phase("reward"):
         scores = score_by_source(run.rewards, tasks, rollouts.completions, group_size)
         if run.environments is not None:

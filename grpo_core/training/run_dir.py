@@ -13,6 +13,7 @@ from grpo_core.config.paths import split_resume
 from grpo_core.config.sections import RunConfig
 from grpo_core.counts import quantify
 from grpo_core.distributed import ranks
+from grpo_core.environments import recording
 from grpo_core.monitor import run_lock
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.kept_answers import drop_answers_from
@@ -131,7 +132,9 @@ def describe_later(folder: Path, step: int) -> list[str]:
 
 
 def discard_later(folder: Path, step: int) -> list[str]:
-    """Remove checkpoints, saved batches and answers of a judge that a run has written after its first `step` steps.
+    """Remove what a run has written after its first `step` steps.
+
+    These are checkpoints, saved batches, and recorded answers of a judge and of environments.
 
     Return what was removed, as noun phrases. The newest go first, so that what is left is a run at every moment. A
     collective.
@@ -168,6 +171,8 @@ def _discard_on_main(folder: Path, step: int) -> list[str]:
         removed.append(quantify(len({_read_step(path) for path in batches}), "saved batch", "saved batches"))
     if answers := drop_answers_from(folder / "judge", step):
         removed.append(quantify(answers, "answer of the judge", "answers of the judge"))
+    if steps := recording.drop_recordings(folder / recording.FOLDER, lambda recorded: recorded < step):
+        removed.append(f"the answers of environments of {quantify(steps, 'step')}")
     return removed
 
 
