@@ -108,7 +108,7 @@ def check_installed(key: str, value: object) -> None:
     """Raise ConfigError unless bitsandbytes is installed, which `key` with this value needs."""
     if importlib.util.find_spec(PACKAGE) is None:
         raise ConfigError(
-            f"{key} is {value}, which needs {PACKAGE}, which is not installed: pip install -e '.[quantize]'"
+            f"{key} is {value}, which needs {PACKAGE}, which is not installed: pip install -e '.[four_bit]'"
         )
 
 
@@ -141,16 +141,20 @@ def quantize(weight: Tensor, double: bool = True) -> QuantizedWeight:
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Return the values [O, I] of a weight in `dtype`; `out` is a buffer of at least O * I values for them."""
     load_functions()
-    scales, shape = weight.scales, list(weight.shape)
-    arguments = (weight.packed.view(-1, 1), scales.maxima(), scales.block, scales.kind, shape, dtype)
-    if out is None:
-        return torch.ops.bitsandbytes.dequantize_4bit(*arguments)
-    values = out.view(-1)[: shape[0] * shape[1]].view(shape)
-    if values.is_cuda:
-        torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=values)
-    else:  # where the operation has no output argument
-        values.copy_(torch.ops.bitsandbytes.dequantize_4bit(*arguments))
-    return values
+    scales, (rows, width) = weight.scales, weight.shape
+    count = rows * width
+    arguments = (weight.packed.view(-1, 1), scales.maxima(), scales.block, scales.kind)
+    if weight.packed.is_cuda:
+        if out is None:
+            return torch.ops.bitsandbytes.dequantize_4bit(*arguments, [rows, width], dtype)
+        values = out.view(-1)[:count].view(rows, width)
+        torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, [rows, width], dtype, out=values)
+        return values
+    # on a CPU bitsandbytes ends a block with each row, which is wrong for most widths, and compiles code for odd ones
+    even = count + count % 2
+    layout = [1, even] if even % scales.block else [even // scales.block, scales.block]
+    values = torch.ops.bitsandbytes.dequantize_4bit(*arguments, layout, dtype).view(-1)[:count].view(rows, width)
+    return values if out is None else out.view(-1)[:count].view(rows, width).copy_(values)
 
 
 def can_join(weights: Sequence[QuantizedWeight]) -> bool:
