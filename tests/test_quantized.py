@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from fakes import Alphabet, FixedTasks, ragged_rollouts
+from fakes import Alphabet, FixedTasks
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from test_sampler import MODELS
@@ -17,7 +17,6 @@ from grpo_core.model.policy import Policy
 from grpo_core.model.quantized import (
     QuantizedLinear,
     can_join,
-    count_weights,
     dequantize,
     find_quantized,
     join,
@@ -30,7 +29,7 @@ from grpo_core.model.quantized import (
 from grpo_core.model.quantized_loading import find_quantizable
 from grpo_core.sampling import decode_ops
 from grpo_core.sampling.decode_ops import TorchOps
-from grpo_core.sampling.joined_linear import JoinedLinear, PlainWeights, QuantizedWeights, SeparateWeights
+from grpo_core.sampling.joined_linear import JoinedLinear, QuantizedWeights, SeparateWeights
 from grpo_core.sampling.sampler import Sampler
 
 functions = pytest.importorskip("bitsandbytes").functional
@@ -231,3 +230,78 @@ def test_the_sampler_draws_with_the_trainers_logprobs(name, decoder, double):
     mask = rollouts.completion_mask
     torch.testing.assert_close(rollouts.rollout_logprobs[mask], trainer[mask], atol=2e-3, rtol=1e-3)
     assert sampler.decoder_name == {"auto": "fused"}.get(decoder, decoder) and not notes
+
+
+def make_joined(rank=3, double=True, dtype=torch.float32, outputs=(512, 256), bias=True, ops=None):
+    """Return layers with the same input as one product in 4 bits, and the plain layers; each has LoRA."""
+    pairs = [make_layer(256, count, bias, double, dtype, seed) for seed, count in enumerate(outputs)]
+    targets = [f"{i}" for i in range(len(outputs))]
+    settings = PeftLoraConfig(r=rank, lora_alpha=6, target_modules=targets)
+    models = []
+    for layers in zip(*pairs, strict=True):
+        model = get_peft_model(nn.ModuleDict(dict(zip(targets, layers, strict=True))), settings, autocast_adapter_dtype=False)
+        generator = torch.Generator().manual_seed(5)
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.data = torch.randn(parameter.shape, generator=generator).to(DEVICE, dtype)
+        models.append([model.base_model.model[name] for name in targets])
+    joined = JoinedLinear(models[0], ops or TorchOps(), dtype)
+    joined.refresh()
+    return joined, models[1]
+
+
+@DOUBLE
+@pytest.mark.parametrize("outputs", [(512, 256), (512, 40), (64,)])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_joined_layers_in_4_bits_compute_the_plain_layers(outputs, rows, double, monkeypatch):
+    monkeypatch.setattr(decode_ops, "MAX_BUFFER_VALUES", 1 << 16)  # several parts
+    joined, plain = make_joined(double=double, outputs=outputs)
+    kind = SeparateWeights if double and 40 in outputs else QuantizedWeights  # 256 maxima of blocks end with no row
+    assert isinstance(joined.weights, kind)
+    x = random(rows, 256, seed=9)
+    with torch.no_grad():
+        torch.testing.assert_close(joined(x), torch.cat([layer(x) for layer in plain], dim=1), atol=1e-3, rtol=1e-4)
+
+
+def test_the_decoder_computes_with_the_bytes_of_the_model(monkeypatch):
+    """After sampling there is one copy of the 4 bits, without a change, and it is that of the decoder."""
+    made, make = [], QuantizedWeights.__init__
+    monkeypatch.setattr(QuantizedWeights, "__init__", lambda self, *words: made.append(self) or make(self, *words))
+    model, _ = make_models(hidden_size=128, intermediate_size=256)
+    before = {name: dequantize(layer.quantized, torch.float32) for name, layer in find_quantized(model).items()}
+    Sampler(model, Alphabet(), max_new_tokens=3).generate(FixedTasks().batch(0), 2)
+    after = find_quantized(model)
+    assert all(torch.equal(dequantize(layer.quantized, torch.float32), before[name]) for name, layer in after.items())
+    memory = {storage.data_ptr(): storage.nbytes() for storage in (layer.weight.untyped_storage() for layer in after.values())}
+    assert sum(memory.values()) == sum(layer.weight.numel() for layer in after.values())
+    used = {weights.weight.packed.untyped_storage().data_ptr() for weights in made}
+    assert used == memory.keys() and len(used) < len(after)  # some are joined
+
+
+@pytest.mark.skipif(not KERNELS, reason="needs Triton")
+@DOUBLE
+@pytest.mark.parametrize("rows", [1, 16, 33, 64])
+@pytest.mark.parametrize("outputs, inputs, rank, bias", [(96, 128, 0, False), (200, 192, 5, True), (64, 576, 16, False)])
+def test_the_triton_product_is_the_product_of_dequantised_weights(outputs, inputs, rank, bias, rows, double):
+    from grpo_core.sampling.kernels import four_bit_kernels as kernels
+
+    weight, x = quantize(random(outputs, inputs), double), random(rows, inputs, seed=1)
+    b, a = random(outputs, seed=2) if bias else None, random(rank, inputs, seed=3) if rank else None
+    want = F.linear(x, dequantize(weight, torch.float32), b)
+    for settings in (None, kernels.Settings(32, 1, 4, 2, 1), kernels.Settings(32, 2, 4, 2, 3, "load"), kernels.Settings(16, 1, 4, 1, 2, "select")):
+        y, inner = kernels.multiply(x, weight, b, a, settings)
+        torch.testing.assert_close(y, want, atol=1e-3, rtol=1e-4)
+        assert (inner is None) == (rank == 0)
+        if rank:
+            torch.testing.assert_close(inner, x @ a.t(), atol=1e-3, rtol=1e-4)
+    if rows == 64:
+        assert not kernels.fits(random(65, inputs), weight)
+
+
+@pytest.mark.skipif(not KERNELS, reason="needs Triton")
+def test_the_triton_product_rounds_weights_as_dequantize_does():
+    from grpo_core.sampling.kernels import four_bit_kernels as kernels
+
+    weight, x = quantize(random(64, 256)), torch.eye(256, device=DEVICE, dtype=torch.float16)[:16]
+    y, _ = kernels.multiply(x, weight, None, None, kernels.Settings(32, 1, 4, 2, 1))
+    assert torch.equal(y, dequantize(weight, torch.float16).t()[:16])

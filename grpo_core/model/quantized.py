@@ -104,9 +104,14 @@ def _map_tensors(record: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return replace(record, **changed)
 
 
+def is_installed() -> bool:
+    """Return whether bitsandbytes is installed."""
+    return importlib.util.find_spec(PACKAGE) is not None
+
+
 def check_installed(key: str, value: object) -> None:
     """Raise ConfigError unless bitsandbytes is installed, which `key` with this value needs."""
-    if importlib.util.find_spec(PACKAGE) is None:
+    if not is_installed():
         raise ConfigError(
             f"{key} is {value}, which needs {PACKAGE}, which is not installed: pip install -e '.[four_bit]'"
         )
