@@ -48,7 +48,9 @@ PLACES = {  # heavy dependency -> the modules that may import it
     "triton": {
         "sampling/kernels/decode_kernels", "sampling/kernels/attention_kernels", "sampling/kernels/state_kernels", "sampling/kernels/expert_kernels", "model/kernels",
         "sampling/kernels/delta_net_kernels", "sampling/kernels/row_attention_kernels", "sampling/kernels/elementwise_kernels",
+        "sampling/kernels/four_bit_kernels",
     },
+    "bitsandbytes": {"model/quantized"},
 }
 TRANSFORMERS = {"data", "model", "sampling", "environments", "training", "commands"}  # the folders that may import it
 MATHEMATICS = {"grpo_core", "torch", "numpy"} | set(sys.stdlib_module_names)
