@@ -36,12 +36,12 @@ class GuessingGame:
         if not (text.isascii() and text.isdigit()):
             return Reply("?\n", -8.0)
         guess = int(text)
-        distance = abs(guess - (self.low + self.high) / 2)
+        cost = math.log2(1 + abs(guess - (self.low + self.high) / 2)) + (not self.low <= guess <= self.high)
         if guess < self.number:
             self.low = max(self.low, guess + 1)
         else:
             self.high = min(self.high, guess - (guess > self.number))
-        return Reply(None if guess == self.number else self.answer(guess), -math.log2(1 + distance))
+        return Reply(None if guess == self.number else self.answer(guess), -cost)
 
     def answer(self, guess: int) -> str:
         return "higher\n" if guess < self.number else "lower\n"
