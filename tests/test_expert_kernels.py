@@ -4,7 +4,6 @@ TRITON_INTERPRET=1 python -m pytest tests/test_expert_kernels.py        (the ker
 """
 
 import os
-import sys
 from dataclasses import replace
 from itertools import product
 
@@ -341,7 +340,7 @@ def test_modules_of_experts_have_a_substitute_of_their_kind(name, kind, monkeypa
     mix = ops.mix_experts
     monkeypatch.setattr(ops, "mix_experts", lambda *inputs: (seen.append(inputs[3]), mix(*inputs))[1], raising=False)
     substitutes, want = find_expert_substitutes(model, ops), logits_of(model)
-    if name == "aria_text" and not hasattr(sys.modules[type(model).__module__], "AriaExperts"):
+    if name == "aria_text" and not any(hasattr(module, "gate_up_proj") for module in model.modules()):
         pytest.skip("this version of transformers computes the experts of Aria in another way")
     seen.clear()
     with installed(substitutes):
