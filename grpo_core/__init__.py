@@ -15,12 +15,14 @@ These names are the stable imports; everything else may move between modules:
 A name loads its module when it is first used, so `import grpo_core` loads nothing heavy.
 """
 
+import logging
 from importlib import import_module
 from typing import Any
 
 from grpo_core import moved
 
 __version__ = "0.1.0"
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # which logs when peft imports it
 _EXPORTS = {
     "ADVANTAGES": "objective.advantages",
     "LOSSES": "objective.losses",

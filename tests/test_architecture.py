@@ -10,7 +10,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "grpo_core"
 LAYERS = [  # a module imports from its own folder and from layers above its own in this list
-    {"trl_names", "moved", "counts"},
+    {"trl_names", "verl_names", "moved", "counts"},
     {"schema"},
     {"registry"},
     {"random_keys"},
@@ -48,7 +48,9 @@ PLACES = {  # heavy dependency -> the modules that may import it
     "triton": {
         "sampling/kernels/decode_kernels", "sampling/kernels/attention_kernels", "sampling/kernels/state_kernels", "sampling/kernels/expert_kernels", "model/kernels",
         "sampling/kernels/delta_net_kernels", "sampling/kernels/row_attention_kernels", "sampling/kernels/elementwise_kernels",
+        "sampling/kernels/four_bit_kernels",
     },
+    "bitsandbytes": {"model/quantized"},
 }
 TRANSFORMERS = {"data", "model", "sampling", "environments", "training", "commands"}  # the folders that may import it
 MATHEMATICS = {"grpo_core", "torch", "numpy"} | set(sys.stdlib_module_names)

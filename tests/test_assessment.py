@@ -10,6 +10,7 @@ from conftest import start_two_ranks, wait_for
 from grpo_core.cli import main
 from grpo_core.commands.evaluate import (
     compute_figures,
+    format_figure,
     format_table,
     load_problems,
     make_correctness_and_rewards,
@@ -52,6 +53,13 @@ def test_figures_of_hand_made_rows():
         "length",
         "cut off",
     ]
+
+
+def test_turns_are_a_figure_where_there_are_some():
+    rows = [{**r, "turns": [{}] * (1 + r["sample"])} for r in ROWS]
+    found = compute_figures(rows, 4, final_number)
+    assert found["turns"] == [3.5, 3.5] and [*found][-3:] == ["turns", "length", "cut off"]
+    assert format_figure("turns", {"value": 3.5, "ci_low": 3, "ci_high": 4}) == "3.5 (3 to 4)"
 
 
 def test_figures_without_samples_are_of_the_greedy_answers():

@@ -147,6 +147,16 @@ def test_an_answer_is_cut_between_characters():
     assert boundary.count(text) == 6
 
 
+def test_a_text_is_shortened_if_its_beginning_has_more_tokens_than_the_limit():
+    tokenizer, eos_ids = tokenizer_of("qwen")
+    boundary = Boundary(tokenizer, CONFIG, eos_ids)
+    word = next(token for token in sorted(tokenizer.get_vocab(), key=len, reverse=True) if token.startswith("<|"))
+    for text in ("1" * 200, "123", "", word * 100):  # a token of many characters
+        assert boundary.shorten(text, 100) == text
+    assert len(boundary.shorten("1" * 5000, 100)) < 1000
+    assert boundary.cut(boundary.shorten("12345" * 1000, 7), 7) == "1234512"
+
+
 @pytest.mark.parametrize("template, sentence", [
     ("{{ raise_exception('only one turn') }}", "refuses an answer: TemplateError: only one turn"),
     ("{{ messages[-1].content }}", "leaves out the assistant's turn"),

@@ -81,6 +81,13 @@ def test_only_what_changes_no_number_may_differ(two):
     assert meta["next_step"] == 2 and [key.split()[0] for key in overridden] == ["seed", "trainer.num_passes"]
 
 
+def test_an_argument_that_was_set_differs_and_the_empty_mapping_around_it_does_not(two):
+    run, config = two
+    other = replace(config, loss=replace(config.loss, args={"clip_low": 0.1}))
+    with pytest.raises(ConfigError, match=r"differs: loss.args.clip_low \(None in the checkpoint, 0.1 now\); start"):
+        checkpoint.read_meta(run.folder / "checkpoints" / "step-000002", other)
+
+
 def test_a_judge_may_be_reached_in_another_way_and_is_the_same_judge(two):
     run, config = two
 

@@ -27,6 +27,41 @@ class NoStep:
     def __init__(self, row, seed):
         pass
 
+class NoTurn(Game):
+    def step(self):
+        return None
+
+class Yields(Game):
+    def step(self, turn):
+        yield "more"
+
+class YieldsLater(Game):
+    async def step(self, turn):
+        yield "more"
+
+class NotCalled(Game):
+    step = "more"
+
+class Static(Game):
+    @staticmethod
+    def step(turn):
+        return None
+
+class OfTheClass(Game):
+    @classmethod
+    def step(cls, turn):
+        return None
+
+class Callable:
+    def __call__(self, turn, more=()):
+        return None
+
+class Held(Game):
+    step = Callable()
+
+class Decorated(Game):
+    step = lambda self, *turns: None
+
 class Environment(Game):
     pass
 
@@ -63,6 +98,10 @@ CHAT = ["data.prompt=chat"]
     (["environment.name=mine.py"], "is a file; name a class in it: mine.py:class"),
     (["environment.name=mine.py:NoRow"], "environment.name is mine.py:NoRow, which cannot be made from a row and a seed"),
     (["environment.name=mine.py:NoStep"], "a class without the method step(self, turn)"),
+    (["environment.name=mine.py:NotCalled"], "a class without the method step(self, turn)"),
+    (["environment.name=mine.py:NoTurn"], "whose method step cannot be called with a turn (too many positional arguments)"),
+    (["environment.name=mine.py:Yields"], "whose method step yields; it must return the answer"),
+    (["environment.name=mine.py:YieldsLater"], "whose method step yields; it must return the answer"),
     (["environment.name=mine.py:Game", "environment.args={side: 3}"], "unknown key environment.args.side; known: size"),
     (["environment.name=mine.py:Game", "environment.args.size=large"], "environment.args.size is 'large'; it must be an integer"),
     (["environment.args={size: 3}"], "environment.args is {'size': 3}, but environment.name is null"),
@@ -100,6 +139,11 @@ def test_an_environment_may_be_the_only_reward(mine):
     text = dump(config)
     Path("again.yaml").write_text(text)
     assert load("again.yaml") == config
+
+
+@pytest.mark.parametrize("name", ["Static", "OfTheClass", "Held", "Decorated"])
+def test_step_may_be_whatever_takes_a_turn(mine, name):
+    assert load(TINY, [f"environment.name=mine.py:{name}"]).has_turns
 
 
 def test_paths_are_those_beside_the_file(mine, tmp_path, monkeypatch):

@@ -165,6 +165,34 @@ def test_long_answers_are_cut_and_counted(chat):
     assert (played.cut_answers, played.calls, played.errors, played.turns[0].answer) == (1, 2, 1, "123\n45")
 
 
+@pytest.mark.parametrize("limits", [{}, {"max_answer_tokens": 5}])
+def test_of_a_gigantic_answer_the_beginning_alone_is_kept_and_tokenised(chat, tmp_path, limits):
+    worker, count = FakeWorker(lambda key, turns: "1234 " * 200_000), chat[2].count
+    turns = make_turns(chat, worker, plain=True, recording=Recording(tmp_path), **limits)
+    counted = turns.boundary.count = Counter(count)
+    turns.report([EndedTurn(0, draw(chat, "one", end=False), "stop")])
+    (answer,) = turns.take_answers(wait=True)
+    turns.finish()
+    played = turns.played[0]
+    if limits:
+        assert answer.ids == draw(chat, "1234 ", end=False) and played.cut_answers == 1
+    else:
+        assert answer.ids is None and played.lacks_room
+    assert (tmp_path / "step-000000-rank-0.jsonl").stat().st_size < 5000
+    assert max(counted.sizes) < 2000
+
+
+class Counter:
+    """Counts tokens, and notes how long the texts were."""
+
+    def __init__(self, count):
+        self.count, self.sizes = count, []
+
+    def __call__(self, text):
+        self.sizes.append(len(text))
+        return self.count(text)
+
+
 def test_a_failure_ends_its_completion_alone(chat):
     worker = FakeWorker(lambda key, turns: Outcome(key, failure="raised X") if key == 10 else count_up(key, turns))
     turns = make_turns(chat, worker)

@@ -48,6 +48,12 @@ class Echo:
             return None
         if text == "number":
             return 7
+        if text == "object":
+            return object()
+        if text == "later answer":
+            return self.answer_later()
+        if text == "later failure":
+            return self.fail_later()
         if text == "reward":
             return Reply("yes", reward=True)
         if text == "nan":
@@ -57,6 +63,11 @@ class Echo:
         if text == "pid":
             return str(os.getpid())
         return f"{','.join(self.seen)} {self.row['prompt']} {self.seed}{self.mark}"
+    async def answer_later(self):
+        await asyncio.sleep(0.01)
+        return "waited for"
+    async def fail_later(self):
+        raise KeyError("later")
 
 class Async:
     def __init__(self, row, seed):
@@ -81,6 +92,10 @@ class Closes:
         open(self.row["note"], "a").write("closed")
         if self.row.get("fails"):
             raise OSError("too late")
+
+class ClosesLater(Closes):
+    async def close(self):
+        await asyncio.sleep(1000)
 
 class NoStep:
     def __init__(self, row, seed):
@@ -167,6 +182,8 @@ def test_it_answers_from_row_seed_turns_and_arguments(mine):
     ("leave", "ended with exit code 7"),
     pytest.param("crash", "was ended by SIGSEGV", marks=pytest.mark.soak),
     ("number", "returned 7; it must be text, a Reply, or None for the end"),
+    ("object", "returned an object of the type object; it must be text, a Reply, or None for the end"),
+    ("later failure", "raised KeyError: 'later' (mine.py, line 59)"),
     ("nan", "returned the reward nan; it must be None or a number from -1e6 to 1e6"),
     ("half", "returned text with a lone surrogate, half of a character"),
     ("print", None),
@@ -182,6 +199,11 @@ def test_whatever_a_step_does_the_others_go_on(worker, text, failure):
     assert outcomes[key].failure == failure
     worker.ask(first, ROW, 3, turns_of("a", "b"))  # made again with its earlier turns where the process is new
     assert text_of(take_all(worker, [first])[first]) == "a,b p 3!"
+
+
+def test_a_plain_step_that_returns_an_awaitable_is_waited_for(worker):
+    """As of an async function inside a decorator that is not."""
+    assert text_of(answer(worker, "later answer")) == "waited for"
 
 
 def test_a_fork_that_a_step_has_left_running_ends(worker):
@@ -230,7 +252,7 @@ def test_an_async_step_that_takes_too_long_is_cancelled_and_the_process_stays(wa
     keys = [ask(waiting, text) for text in ("hang", "a", "raise")]
     outcomes = take_all(waiting, keys)
     assert [outcomes[key].failure for key in keys] == [
-        "took more than 0.8 s", None, "raised TimeoutError: its own (mine.py, line 60)"
+        "took more than 0.8 s", None, "raised TimeoutError: its own (mine.py, line 71)"
     ]  # fmt: skip
     assert (text_of(outcomes[keys[1]]), outcomes[keys[1]].answered.reward) == ("1 a", 1.0) and waiting._process.pid == before
     assert waiting._is_open and waiting._process.poll() is None
@@ -273,7 +295,19 @@ def test_close_is_called_and_its_failure_is_kept(mine, tmp_path):
         while not worker.close_failures:
             worker.take(0.1)
             assert time.monotonic() < deadline
-        assert note.read_text() == "closedclosed" and worker.close_failures == ["raised OSError: too late (mine.py, line 72)"]
+        assert note.read_text() == "closedclosed" and worker.close_failures == ["raised OSError: too late (mine.py, line 83)"]
+    finally:
+        worker.close()
+
+
+def test_an_async_close_that_takes_too_long_is_cancelled(mine):
+    worker = EnvironmentWorker(f"{mine}:ClosesLater", {}, timeout=0.3)
+    try:
+        key = ask(worker, "a")
+        take_all(worker, [key])
+        worker.end(key)
+        worker.finish(5.0)
+        assert worker.close_failures == ["took more than 0.3 s"] and worker._process.poll() is None
     finally:
         worker.close()
 

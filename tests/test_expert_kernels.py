@@ -4,7 +4,6 @@ TRITON_INTERPRET=1 python -m pytest tests/test_expert_kernels.py        (the ker
 """
 
 import os
-import sys
 from dataclasses import replace
 from itertools import product
 
@@ -159,11 +158,10 @@ def test_groups_list_every_pair_once(rows, count):
     experts[rows // 2] = expert_ops.NO_EXPERT
     groups = kernels.group_rows(experts, count)
     listed = sorted(set(experts.flatten().tolist()) - {expert_ops.NO_EXPERT})
-    assert int(groups.total) == len(listed) and groups.order[: len(listed)].tolist() == listed
-    for position, expert in enumerate(listed):
-        size = int(groups.sizes[position])
-        pairs = groups.pairs.view(count, rows)[expert, :size]
-        assert pairs.tolist() == (experts.flatten() == expert).nonzero().flatten().tolist()
+    assert int(groups.total) == len(listed) and sorted(groups.order[: len(listed)].tolist()) == listed
+    for expert in range(count):
+        pairs = groups.pairs[expert, : int(groups.sizes[expert])]
+        assert sorted(pairs.tolist()) == (experts.flatten() == expert).nonzero().flatten().tolist()
 
 
 LAYOUTS = [(False, False, False), (True, True, True), (True, False, True), (False, True, False)]
@@ -342,7 +340,7 @@ def test_modules_of_experts_have_a_substitute_of_their_kind(name, kind, monkeypa
     mix = ops.mix_experts
     monkeypatch.setattr(ops, "mix_experts", lambda *inputs: (seen.append(inputs[3]), mix(*inputs))[1], raising=False)
     substitutes, want = find_expert_substitutes(model, ops), logits_of(model)
-    if name == "aria_text" and not hasattr(sys.modules[type(model).__module__], "AriaExperts"):
+    if name == "aria_text" and not any(hasattr(module, "gate_up_proj") for module in model.modules()):
         pytest.skip("this version of transformers computes the experts of Aria in another way")
     seen.clear()
     with installed(substitutes):

@@ -17,7 +17,7 @@ from test_packing import forwards, grouped_rollouts
 from test_policy import naive_logprobs
 
 from grpo_core.batch import Task
-from grpo_core.config.files import load_overrides
+from grpo_core.config.files import load, load_overrides
 from grpo_core.config.lora_checks import use_settings_of_adapter
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model.adapter_check import check_targets
@@ -238,6 +238,15 @@ def test_an_adapter_to_start_from_brings_its_own_settings(tmp_path):
         with pytest.raises(ConfigError, match=rf"{key} is .*, but the adapter of lora.path .* has .*leave {key} out"):
             load_overrides([start, word])
     assert use_settings_of_adapter(LoraConfig(path=str(tmp_path / "adapter"))).r == 6
+    (tmp_path / "own.yaml").write_text("lora: {r: 16, target_modules: all-linear}\nloss: {kl_coef: 0}\n")
+    lora = load(tmp_path / "own.yaml", [start]).lora  # the file was written for another adapter
+    assert (lora.r, sorted(lora.target_modules)) == (6, ["q_proj", "up_proj"])
+    for words in (["lora.r=16"], ["lora.target_modules=all-linear"]):
+        with pytest.raises(ConfigError, match="leave lora"):
+            load(tmp_path / "own.yaml", [start, *words])
+    (tmp_path / "own.yaml").write_text(f"lora: {{path: {tmp_path}/adapter, r: 16}}\n")
+    with pytest.raises(ConfigError, match="leave lora.r out"):
+        load(tmp_path / "own.yaml")
     file = tmp_path / "adapter" / "adapter_config.json"
     settings = json.loads(file.read_text())
     for changes, sentence in (

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import pytest
 import torch
 import yaml
 
+from grpo_core import verl_names
 from grpo_core.cli import main
+from grpo_core.config.nearest import list_keys
+from grpo_core.config.sections import RunConfig
 from grpo_core.objective.losses import LOSSES
 from grpo_core.training import setup
 
@@ -148,6 +152,30 @@ def test_in_the_configuration(train, overrides, sentence):
 ], ids=lambda value: value.split("; ")[0] if "=" in value else "")  # fmt: skip
 def test_a_name_of_trls(train, word, sentence):
     assert sentence in train(word)
+
+
+@pytest.mark.parametrize("word, sentence", [
+    ("data.train_files=a.parquet", "unknown key data.train_files; instead of verl's data.train_files use data.path"),
+    ("trainer.total_epochs=3", "use trainer.epochs"),
+    ("actor_rollout_ref.rollout.n=5", "instead of verl's actor_rollout_ref.rollout.n use sampling.group_size"),
+    ("algorithm.kl_ctrl.kl_coef=0.1", "use loss.kl_coef with loss.kl_in=reward"),
+    ("actor_rollout_ref.rollout.name=vllm", "unknown key actor_rollout_ref; verl's actor_rollout_ref.rollout.name has no counterpart"),
+    ("reward.custom_reward_function.path=my.py", "use rewards, as in rewards=my_rewards.py:my_reward"),
+    ("data.shuffle=true", "verl's data.shuffle has no counterpart, because every epoch is a seeded permutation"),
+    ("algorithm=grpo", "unknown key algorithm; known: advantage, "),
+    ("data.training_files=a.parquet", "unknown key data.training_files; known: args, "),
+])  # fmt: skip
+def test_a_name_of_verls(train, word, sentence):
+    assert sentence in train(word)
+
+
+def test_every_hint_for_a_name_of_verls_has_a_key_and_hides_none():
+    ours = {key.replace("[0]", "") for key in list_keys(RunConfig, "")}
+    assert not ours & {*verl_names.KEY_HINTS, *verl_names.REASONS}
+    for hint in verl_names.KEY_HINTS.values():
+        named = re.findall(r"(?<![\w.])(?:[a-z_]+\.)+[a-z_]+", re.sub(r"data\.train_batch_size|my_rewards\.py\S*|launch\.sh", "", hint))
+        assert named or hint.partition(",")[0].split()[0] in {*ours, "rewards='{name:", "args", "the", "torchrun", "clip_low"}, hint
+        assert set(named) <= ours, hint
 
 
 def test_a_name_of_trls_that_someone_has_given_to_a_loss_of_their_own_is_theirs(train, tmp_path, monkeypatch):

@@ -129,7 +129,7 @@ def test_layers_that_share_an_input_are_one_product_and_weights_keep_their_value
 
 def test_a_joined_layer_computes_the_input_that_it_is_given():
     q, k = nn.Linear(4, 3, bias=False), nn.Linear(4, 2, bias=False)
-    group = JoinedCalls([q.requires_grad_(False), k.requires_grad_(False)], TorchOps())
+    group = JoinedCalls([q.requires_grad_(False), k.requires_grad_(False)], TorchOps(), torch.float32)
     forwards = [substitute.function for substitute in group.substitutes()]
     x, other = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
     for value in (x, other, x):

@@ -6,8 +6,9 @@ import json
 import pytest
 from test_boundary import FAMILIES, tokenizer_of
 
+from grpo_core.config.environment_functions import load_tools
 from grpo_core.data.tool_schemas import make_schema
-from grpo_core.environments.interface import Turn
+from grpo_core.environments.interface import Turn, read_reply
 from grpo_core.environments.tool_calls import read_llama_3_json, read_tagged_json, recognise_form
 from grpo_core.environments.tools import Tools
 from grpo_core.schema import ConfigError
@@ -55,6 +56,73 @@ def parse(text):
     name, _, a = text.partition(" ")
     return [{"name": name, "arguments": {"a": int(a)}}] if a else []
 '''
+
+
+ODD = """
+import dataclasses, enum, functools, sys
+import numpy as np
+from typing import Optional
+
+class Color(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+@dataclasses.dataclass
+class Place:
+    name: str
+
+class NoText:
+    pass
+
+class Broken:
+    def __repr__(self):
+        raise ValueError("no text")
+
+RESULTS = {
+    "number": np.int64(3), "numbers": np.ones(2, dtype="float32"), "place": [Place("here")], "set": {"b", "a"},
+    "object": NoText(), "objects": {"x": [NoText()]}, "broken": Broken(), "half": "\\ud800", "keys": {(1, 2): 3},
+}
+
+def paint(color: Color, other: Optional[Color] = None):
+    return f"{color.name} {other and other.name}"
+
+def make(what: str):
+    return RESULTS[what]
+
+def ends(code: int = 2):
+    sys.exit(code)
+
+def says(what: str):
+    raise ValueError(what)
+
+def says_nothing():
+    raise ValueError
+
+def yields(a: int):
+    yield a
+
+def many(*a: int):
+    return a
+
+def named(**a: int):
+    return a
+
+def placed(a: int, /):
+    return a
+
+def decorate(function):
+    return lambda *args: function(*args)
+
+decorated = decorate(make)
+partial = functools.partial(make, what="set")
+"""
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    file = tmp_path_factory.mktemp("odd") / "odd.py"
+    file.write_text(ODD)
+    return str(file)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +193,48 @@ def test_calls_of_llama_3(text, calls):
 def test_the_arguments_of_a_call_are_checked(mine, arguments, answer):
     answered = tools_of(mine).step(turn(tag(call("add", **arguments))))
     assert (answered.texts, answered.calls, answered.errors) == ((answer,), 1, int(answer.startswith("error")))
+
+
+@pytest.mark.parametrize("name, arguments, answer", [
+    ("paint", {"color": "red"}, "RED None"),
+    ("paint", {"color": "red", "other": "blue"}, "RED BLUE"),
+    ("paint", {"color": "red", "other": None}, "RED None"),
+    ("paint", {"color": "green"}, "error: color is 'green'; it must be one of red, blue"),
+    ("paint", {"color": None}, "error: color is None; it must be one of red, blue"),
+    ("make", {"what": "number"}, "3"),
+    ("make", {"what": "numbers"}, "[1.0, 1.0]"),
+    ("make", {"what": "place"}, '[{"name": "here"}]'),
+    ("make", {"what": "set"}, '["a", "b"]'),
+    ("make", {"what": "keys"}, "{(1, 2): 3}"),
+    ("make", {"what": "half"}, "\N{REPLACEMENT CHARACTER}"),
+    ("make", {"what": "object"}, "error: TypeError: the tool returned an object of the type NoText, which is no JSON"),
+    ("make", {"what": "objects"}, "error: TypeError: the tool returned an object of the type dict, which is no JSON"),
+    ("make", {"what": "broken"}, "error: ValueError: no text"),
+    ("ends", {}, "error: SystemExit: 2"),
+    ("says", {"what": "\ud800"}, "error: ValueError: \N{REPLACEMENT CHARACTER}"),
+    ("says", {"what": "x" * 10**6}, f"error: ValueError: {'x' * 478}..."),
+    ("says", {"what": 3 * 10**600}, f"error: what is 3{'0' * 481}..."),
+    ("says_nothing", {}, "error: ValueError"),
+    ("\ud800" + "y" * 200, {}, f"error: there is no tool \N{REPLACEMENT CHARACTER}{'y' * 99}; known: ends, make, paint, says, says_nothing"),
+])  # fmt: skip
+def test_whatever_a_tool_does_the_policy_gets_an_answer(odd, name, arguments, answer):
+    tools = tools_of(odd, ("paint", "make", "ends", "says", "says_nothing"))
+    answered = read_reply(tools.step(turn(tag(call(name, **arguments)))))
+    assert (answered.texts, answered.errors) == ((answer,), int(answer.startswith("error")))
+
+
+@pytest.mark.parametrize("name, sentence", [
+    ("yields", "which yields; a tool must return its result"),
+    ("many", "whose argument *a has no name for a call"),
+    ("named", r"whose argument **a has no name for a call"),
+    ("placed", "whose argument a has no name for a call"),
+    ("decorated", "whose argument *args has no name for a call"),
+])  # fmt: skip
+def test_a_tool_that_no_call_fits_is_refused(odd, name, sentence):
+    with pytest.raises(ConfigError) as error:
+        load_tools([f"{odd}:{name}"])
+    assert f"tools[0] is '{odd}:{name}', {sentence}" in str(error.value)
+    assert load_tools([f"{odd}:partial"])
 
 
 def test_calls_are_answered_in_order_and_a_turn_without_one_ends(mine):

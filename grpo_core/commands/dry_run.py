@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
 from grpo_core.commands.open_policy import load_checkpoint
@@ -24,6 +24,8 @@ from grpo_core.environments.setup import make_environments, sample_turns
 from grpo_core.model.families import head_dim
 from grpo_core.model.memory import Taught, find_budgets
 from grpo_core.model.policy import Policy, load_policy
+from grpo_core.model.quantized import count_weights
+from grpo_core.model.quantized_loading import describe_quantization
 from grpo_core.model.quieten import quieten
 from grpo_core.model.reward_model import RewardModel
 from grpo_core.model.teacher import Teacher, load_teacher
@@ -232,7 +234,7 @@ def describe_memory(
     of_teacher = [] if teacher is None else [weight for _, weight in teacher.own_parameters()]
     own = {id(weight) for weight in of_teacher}
     of_policy = [weight for weight in policy.model.parameters() if id(weight) not in own]
-    weights, parameters = _count_bytes(of_policy), sum(p.numel() for p in of_policy)
+    sizes = count_weights(of_policy, policy.model)
     trained = sum(p.numel() for p in policy.parameters())
     rows, longest = per_rank * config.sampling.group_size, max(prompt_lengths(tasks))
     rows_at_once = min(rows, config.sampling.rows_at_once or rows)
@@ -240,9 +242,8 @@ def describe_memory(
     zero = deepspeed_config(config, policy.causal_lm.dtype, 1)["zero_optimization"]
     offload = (zero.get("offload_optimizer") or {}).get("device")
     device = f"in {offload} memory" if offload not in (None, "none") else "on the device of the weights"
-    dtype = dtype_name(policy.causal_lm.dtype)
     lines = [
-        f"{_format_bytes(weights)} weights ({parameters:,} parameters, {dtype})",
+        f"{_format_bytes(sizes.bytes)} weights ({sizes.count:,} parameters, {_describe_dtype(policy.causal_lm)})",
         f"{_format_bytes(trained * 4)} gradients of {trained:,} trained parameters, summed in float32",
         f"{_format_bytes(trained * 12)} float32 copy of the trained parameters and Adam's two moments, {device}, "
         f"divided among the processes",
@@ -250,9 +251,9 @@ def describe_memory(
         f"{longest} + "
         f"{quantify(config.sampling.max_new_tokens, 'token')}; fewer are sampled at once if they do not fit",
     ]
-    if of_teacher:
-        count = sum(p.numel() for p in of_teacher)
-        lines.insert(1, f"{_format_bytes(_count_bytes(of_teacher))} weights of the teacher ({count:,} parameters)")
+    if teacher is not None and of_teacher:
+        count, size = count_weights(of_teacher, teacher.policy.model)
+        lines.insert(1, f"{_format_bytes(size)} weights of the teacher ({count:,} parameters)")
     for reward in rewards:
         if isinstance(reward.function, RewardModel):
             of_reward = reward.function.parameters()
@@ -268,6 +269,11 @@ def describe_memory(
         find_budgets(config, policy, (longest, config.sampling.max_new_tokens), rows, lines.append, taught)
     peak = torch.cuda.max_memory_allocated()
     return "\n".join([*lines, f"{_format_bytes(peak)} allocated at most while these were tried"])
+
+
+def _describe_dtype(model: PreTrainedModel) -> str:
+    kind = describe_quantization(model)
+    return dtype_name(model.dtype) + (f", and the layers' products in {kind}" if kind else "")
 
 
 def cache_bytes_per_token(policy: Policy) -> int:

@@ -312,8 +312,8 @@ def compute_figures(rows: Sequence[Row], samples: int, answer_of: Callable | Non
     """Compute the figures of one policy, each a list with a number per problem.
 
     greedy; greedy, strict: correctness of the greedy answer. mean@n, pass@k and maj@k: of the samples
-    (training/eval_statistics.py). Rewards, length and cut off (the share of truncated completions): of the samples,
-    or of the greedy answer without samples. `answer_of` returns the final answer in a text; maj@k needs it.
+    (training/eval_statistics.py). Rewards, turns, length and cut off (the share of truncated completions): of the
+    samples, or of the greedy answer without samples. `answer_of` returns the final answer in a text; maj@k needs it.
     """
     by_task: dict[int, list[Row]] = {}
     for row in rows:
@@ -334,6 +334,8 @@ def compute_figures(rows: Sequence[Row], samples: int, answer_of: Callable | Non
     for name in rows[0]["rewards"]:
         values = [[row["rewards"][name] for row in group if row["rewards"][name] is not None] for group in groups]
         figures[f"reward {name}"] = [sum(value) / len(value) if value else math.nan for value in values]
+    if "turns" in rows[0]:
+        figures["turns"] = [sum(len(row["turns"]) for row in group) / len(group) for group in groups]
     figures["length"] = [sum(row["length"] for row in group) / len(group) for group in groups]
     figures["cut off"] = [sum(row["truncated"] for row in group) / len(group) for group in groups]
     return figures
@@ -421,7 +423,7 @@ def _format_head(result: dict[str, Any]) -> list[str]:
 
 def format_figure(name: str, figure: dict[str, float], *, signed: bool = False) -> str:
     """Return the mean and interval of a figure, in per cent if it is a share. `signed` is for differences."""
-    is_share = not name.startswith(("reward", "length"))
+    is_share = not name.startswith(("reward", "turns", "length"))
     scale, number_format = (100, ".1f") if is_share else (1, ".3g")
     sign, unit = "+" if signed else "", " %" if is_share and not signed else ""
     mean, low, high = (f"{figure[key] * scale:{sign}{number_format}}" for key in ("value", "ci_low", "ci_high"))

@@ -29,6 +29,7 @@ from grpo_core.config.precision import DTYPES
 from grpo_core.counts import format_significant, quantify
 from grpo_core.data.word_problems import make_word_problems
 from grpo_core.model.adapter import count_adapter
+from grpo_core.model.quantized import count_weights, to_plain
 from grpo_core.monitor import run_lock
 from grpo_core.monitor.file_modes import apply_umask
 from grpo_core.monitor.progress import show_elapsed
@@ -119,9 +120,12 @@ def run_export(
 def write_merged(opened: OpenedPolicy, folder: Path, dtype: str, texts: Sequence[str]) -> tuple[Gap, Gap]:
     """Merge the adapter in float32 and write the model in `dtype`. Changes the opened policy.
 
+    Weights in 4 bits are dequantised first.
+
     Returns the gaps after merging and after loading the written model.
     """
     expected = compute_logits(opened.policy.causal_lm, opened, texts)
+    to_plain(opened.policy.model, torch.float32)  # PEFT cannot merge into weights in 4 bits
     untie_adapted_embeddings(opened.policy.causal_lm)
     model = opened.policy.model.merge_and_unload() if opened.has_adapter else opened.policy.model
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -336,7 +340,7 @@ def _make_empty_folder(folder: Path) -> None:
 
 def _preview(opened: OpenedPolicy, folder: Path, adapter: bool, dtype: str, push: str | None) -> None:
     """Print the names of the files that would be written or uploaded, the size of the weights, and the model card."""
-    whole = sum(p.numel() for p in opened.policy.model.parameters())
+    whole = count_weights(opened.policy.model.parameters(), opened.policy.model).count
     added = count_adapter(opened.policy.model)
     count = added if adapter else whole - added
     size = count * DTYPES[dtype].itemsize / 1e6

@@ -20,6 +20,7 @@ from grpo_core.data.eval_sets import describe_set
 from grpo_core.data.prompts import list_template_fields
 from grpo_core.model.composite import find_auto_class
 from grpo_core.model.loading import is_composite, load_whole_config
+from grpo_core.model.quantized_loading import describe_configured, find_stored_bits
 from grpo_core.monitor.run_log import describe_evaluation
 from grpo_core.objective.reward_labels import label_rewards
 from grpo_core.report.eval_sets import collect_accuracies, label_set
@@ -35,13 +36,18 @@ from peft import PeftModel
 from transformers import {classes}, AutoTokenizer
 
 folder = "."  # the folder of this file, or the name of the hub repository
-{config}model = {auto}.from_pretrained("{base}", dtype={dtype}{options})
+{config}{quantization}model = {auto}.from_pretrained("{base}", dtype={dtype}{options})
 model = PeftModel.from_pretrained(model, folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 """
 LOAD_CONFIG = """\
 config = AutoConfig.from_pretrained("{base}"{options})
 config.get_text_config().update({rope})
+"""
+LOAD_QUANTIZATION = """\
+quantization = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="{kind}", bnb_4bit_use_double_quant={double}, bnb_4bit_compute_dtype={dtype}
+)
 """
 LOAD_MERGED = """\
 import torch
@@ -123,7 +129,11 @@ def _describe_model(opened: OpenedPolicy, adapter: bool, run: RunFolder | None) 
         classes = f" {fit}" if adapter else ""
     method = "supervised fine-tuning" if run and run.is_supervised else "GRPO"
     training = f", trained by {method} with grpo_core" if run else ""
-    return f"{kind} {base_name(opened)}{training}.{classes}"
+    quantization = ""
+    if bits := describe_configured(opened.config.model):
+        merged = "" if adapter else ", which were then dequantised, and the adapter merged into them"
+        quantization = f" The weights of the base's layers were in 4 bits ({bits}) in training{merged}."
+    return f"{kind} {base_name(opened)}{training}.{classes}{quantization}"
 
 
 def _loading_code(opened: OpenedPolicy, adapter: bool, dtype: str) -> str:
@@ -136,6 +146,15 @@ def _loading_code(opened: OpenedPolicy, adapter: bool, dtype: str) -> str:
         rope = {name: getattr(text, name) for name in ("rope_parameters", "max_position_embeddings")}
         values["config"] = LOAD_CONFIG.format(base=base_name(opened), options=options, rope=rope)
         values["classes"], options = f"AutoConfig, {auto}", f"{options}, config=config"
+    values["quantization"] = ""
+    if config.model.quantize and not find_stored_bits(load_whole_config(config.model)):
+        values["quantization"] = LOAD_QUANTIZATION.format(
+            kind=config.model.quantize, double=config.model.double_quant, dtype=values["dtype"]
+        )
+        values["classes"], options = (
+            f"{values['classes']}, BitsAndBytesConfig",
+            f"{options}, quantization_config=quantization",
+        )
     values["options"] = options
     load = (LOAD_ADAPTER if adapter else LOAD_MERGED).format(**values)
     prompt = _fill_with_example(config.data.template)

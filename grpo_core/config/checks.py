@@ -16,7 +16,7 @@ import torch
 from grpo_core.batch import SamplingParams, describe_temperature
 from grpo_core.config.environment_checks import check_environment
 from grpo_core.config.function_checks import check_functions
-from grpo_core.config.lora_checks import check_lora
+from grpo_core.config.lora_checks import check_lora, check_quantization
 from grpo_core.config.paths import split_resume
 from grpo_core.config.rope_checks import check_rope
 from grpo_core.config.sections import RewardConfig, RunConfig
@@ -49,6 +49,7 @@ def check(config: RunConfig) -> None:
     _check_numbers(config)
     check_environment(config)
     check_lora(config.lora)
+    check_quantization(config.model, config.lora)
     check_rope(config.model.rope)
     _check_chat(config)
     _check_curriculum(config)

@@ -40,9 +40,27 @@ def build_environment(name: str, args: dict[str, Any]) -> Callable[..., Any]:
             f"def __init__(self, row, seed), and further arguments stand after a * and have defaults"
         ) from None
     inner = unwrap(make)
-    if inspect.isclass(inner) and not callable(getattr(inner, "step", None)):
-        raise ConfigError(f"environment.name is {name}, a class without the method step(self, turn)")
+    if inspect.isclass(inner):
+        _check_step(name, inner)
     return make
+
+
+def _check_step(name: str, kind: type) -> None:
+    """Check that the class `kind`, which is called `name`, has a method step that can be called with a turn."""
+    if not callable(step := getattr(kind, "step", None)):
+        raise ConfigError(f"environment.name is {name}, a class without the method step(self, turn)")
+    if inspect.isgeneratorfunction(step) or inspect.isasyncgenfunction(step):
+        raise ConfigError(f"environment.name is {name}, whose method step yields; it must return the answer")
+    given = (None, None) if inspect.isfunction(inspect.getattr_static(kind, "step")) else (None,)  # self and a turn
+    try:
+        inspect.signature(step).bind(*given)
+    except TypeError as error:
+        raise ConfigError(
+            f"environment.name is {name}, whose method step cannot be called with a turn ({error}); it must be "
+            f"def step(self, turn)"
+        ) from None
+    except ValueError:  # it has no signature
+        return
 
 
 def load_tools(names: Sequence[str]) -> dict[str, Callable[..., Any]]:
@@ -55,7 +73,20 @@ def load_tools(names: Sequence[str]) -> dict[str, Callable[..., Any]]:
     for i, name in enumerate(names):
         function = TOOLS.get(name)
         own = name.rpartition(":")[2]
+        _check_tool(f"tools[{i}] is {name!r}", function)
         if own in tools:
             raise ConfigError(f"tools[{i}] is {name!r}, and an earlier tool has the name {own}, too; rename one")
         tools[own] = function
     return tools
+
+
+def _check_tool(key: str, function: Callable[..., Any]) -> None:
+    """Check that a call, which gives every argument by its name, can give all arguments of a tool."""
+    if inspect.isgeneratorfunction(unwrap(function)):
+        raise ConfigError(f"{key}, which yields; a tool must return its result")
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise ConfigError(
+                f"{key}, whose argument {str(parameter).partition(':')[0]} has no name for a call; a call gives every "
+                f"argument by its name, so list them one by one (in a decorator, use functools.wraps)"
+            )

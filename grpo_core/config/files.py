@@ -309,7 +309,7 @@ def _resolve(
     config = _build(data)
     config = use_supervised_objective(config) if supervised else config
     if config.lora.path and reads_adapter:
-        config = replace(config, lora=use_settings_of_adapter(config.lora, find_written(data)))
+        config = replace(config, lora=use_settings_of_adapter(config.lora, find_written(data, overrides)))
     check(config)
     return config
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from grpo_core.config.sections import LoraConfig
+from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.schema import ConfigError, coerce, describe_impossible_path, list_known
 
 ADAPTER_FILE = "adapter_config.json"  # the file that PEFT writes beside an adapter
@@ -50,6 +50,38 @@ def check_lora(lora: LoraConfig) -> None:
                     f"lora.{name} is {value!r} with lora.target_parameters, where PEFT has no {name}; set it to "
                     f"{str(default).lower()}"
                 )
+
+
+def check_quantization(model: ModelConfig, lora: LoraConfig) -> None:
+    """Check the keys of the quantisation, and the section `lora` beside them.
+
+    Raises:
+        ConfigError: a key is without effect, or the adapter cannot be trained on weights in 4 bits.
+    """
+    if model.quantize is not None:
+        check_lora_of_quantized(lora, f"model.quantize is {model.quantize}")
+    elif not model.double_quant:
+        raise ConfigError(
+            "model.double_quant is false, but model.quantize is null, so nothing is quantised; leave it out, or set "
+            "model.quantize to nf4"
+        )
+
+
+def check_lora_of_quantized(lora: LoraConfig, reason: str) -> None:
+    """Refuse an adapter that cannot be trained on weights in 4 bits; `reason` is a clause that says why they are.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if not lora.r:
+        raise ConfigError(f"{reason}, but lora.r is 0; weights in 4 bits are frozen, so set lora.r above 0")
+    for name in ("use_dora", "target_parameters"):
+        if value := getattr(lora, name):
+            default = "false" if value is True else "null"
+            raise ConfigError(
+                f"{reason}, but lora.{name} is {str(value).lower() if value is True else value}, which needs whole "
+                f"weights; set it to {default}"
+            )
 
 
 def _check_modules(lora: LoraConfig) -> None:
@@ -234,7 +266,14 @@ def _as_set(values: Sequence[Any]) -> set[str]:
     return {str(value) for value in values}
 
 
-def find_written(data: dict[str, Any]) -> set[str]:
-    """Return the keys that a configuration's mapping sets in the section `lora`."""
+def find_written(data: dict[str, Any], words: Sequence[str] = ()) -> set[str]:
+    """Return the keys of the section `lora` that were written for the adapter at lora.path.
+
+    `data` is a configuration's mapping, with the words of the command line in it. Where lora.path is such a word, the
+    file's keys were written for other adapters, and only those of the words count.
+    """
+    keys = [key for key, _, _ in (word.partition("=") for word in words)]
+    if "lora.path" in keys and "lora" not in keys:
+        return {key.split(".")[1] for key in keys if key.startswith("lora.")}
     section = data.get("lora")
     return set(section) if isinstance(section, dict) else set()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin
 
-from grpo_core import trl_names
+from grpo_core import trl_names, verl_names
 from grpo_core.config.sections import RunConfig
 from grpo_core.config.words import REGISTRIES, type_hints
 from grpo_core.schema import keyword_arguments, list_known
@@ -36,7 +36,7 @@ OTHER_NAMES = {  # names of other programs -> key
 def describe_unknown_key(section: str, name: str, names: Iterable[str], value: Any) -> str:
     """Return the rest of the message about an unknown key `name` of a section with the keys `names`."""
     names, key = list(names), f"{section}.{name}" if section else name
-    if hint := trl_names.key_hint(key, value):
+    if hint := verl_names.key_hint(key, value) or trl_names.key_hint(key, value):
         return hint
     if difflib.get_close_matches(name, names, n=1, cutoff=0.85) or not (keys := find_keys(name)):
         return list_known(name, names)

@@ -25,6 +25,8 @@ class ModelConfig:
     trust_remote_code: bool = False
     revision: str | None = None  # branch, tag or commit of a hub id; null: its main branch
     rope: dict[str, Any] = field(default_factory=dict)  # laid over the rotary parameters in the model's configuration
+    quantize: Literal["nf4"] | None = None  # the weights of the layers in 4 bits, by bitsandbytes
+    double_quant: bool = True  # with quantize: the scales of the blocks are quantised, too
 
 
 @dataclass(frozen=True)

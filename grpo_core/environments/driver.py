@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from grpo_core.batch import Task
@@ -127,7 +127,7 @@ class EnvironmentTurns:
             outcomes = self.worker.take(WAIT_SECONDS if wait else 0.0)
             while wait and not outcomes:
                 outcomes = self.worker.take(WAIT_SECONDS)
-            came = tuple(RowAnswer(x.key - self.first_key, x.answered, x.failure) for x in outcomes)
+            came = tuple(RowAnswer(x.key - self.first_key, self._shorten(x.answered), x.failure) for x in outcomes)
         if came:
             self._polls.append(Poll(self._count, self._digest.text(), came))
         self._count += 1
@@ -196,6 +196,13 @@ class EnvironmentTurns:
         played.cut_answers += cut_texts != list(texts)
         newest.answer = "\n".join(cut_texts)
         return Answer(turn.row, ids, self.limits.max_turn_tokens)
+
+    def _shorten(self, answered: Answered | None) -> Answered | None:
+        """Return an answer without what no completion has room for, which would only be kept and tokenised."""
+        if answered is None or answered.texts is None:
+            return answered
+        limit = min(self.limits.max_new_tokens, self.limits.max_answer_tokens or self.limits.max_new_tokens)
+        return replace(answered, texts=tuple(self.boundary.shorten(text, limit) for text in answered.texts))
 
     def _cut(self, texts: Sequence[str]) -> list[str]:
         """Return the texts of an answer with at most max_answer_tokens together."""

@@ -64,6 +64,8 @@ class Instances:
             else:
                 for turn in step.turns:
                     value = environment.step(turn)
+                    if inspect.isawaitable(value):  # of an async function inside a decorator
+                        value = shared_loop().run(value)
                 self._answer(step, value)
         except BaseException as error:  # also SystemExit and KeyboardInterrupt, which would end the thread alone
             self._fail(step, _describe(error))
@@ -90,7 +92,15 @@ class Instances:
         if environment is not None and hasattr(environment, "close"):
             value = environment.close()
             if inspect.isawaitable(value):
-                shared_loop().start(value).result(step.seconds)
+                future = shared_loop().start(value)
+                try:
+                    future.result(step.seconds)
+                except TimeoutError:
+                    if future.done():  # its own
+                        raise
+                    future.cancel()
+                    self._fail(step, f"took more than {step.seconds:g} s")
+                    return
         self._end_forks()
         self.send({"number": step.number})
 

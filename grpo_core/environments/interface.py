@@ -22,10 +22,12 @@ import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from grpo_core.schema import show_value
 from grpo_core.scoring.reward_call import MAX_REWARD
 
 MAX_CHARACTERS = 1_000_000  # of an answer, which has at most as many tokens as fit into a completion
 SURROGATE = re.compile("[\ud800-\udfff]")
+ADDRESS = re.compile(r" at 0x[0-9a-f]+>")  # of an object without a text of its own; it differs from object to object
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,16 @@ def read_reply(value: Any) -> Answered:
     reply = value if isinstance(value, Reply) else Reply(value)
     if reply.text is not None and not isinstance(reply.text, str):
         place = "a Reply whose text is " if isinstance(value, Reply) else ""
-        raise WrongReply(f"returned {place}{repr(reply.text)[:40]}; it must be text, a Reply, or None for the end")
+        raise WrongReply(f"returned {place}{_describe(reply.text)}; it must be text, a Reply, or None for the end")
     if reply.text is not None:
         _check_text(reply.text)
     return Answered(None if reply.text is None else (reply.text,), _read_reward(reply.reward))
+
+
+def _describe(value: Any) -> str:
+    """Return a value in a few words, without an address."""
+    text = show_value(value, 1000)
+    return f"an object of the type {type(value).__name__}" if ADDRESS.search(text) else text[:40]
 
 
 def _check_text(text: str) -> None:
@@ -101,5 +109,5 @@ def _read_reward(reward: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= MAX_REWARD:
-        raise WrongReply(f"returned the reward {repr(reward)[:40]}; it must be None or a number from -1e6 to 1e6")
+        raise WrongReply(f"returned the reward {_describe(reward)}; it must be None or a number from -1e6 to 1e6")
     return number

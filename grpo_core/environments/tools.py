@@ -7,6 +7,8 @@ Calls of several completions run at the same time, in threads; a tool may be asy
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import inspect
 import json
 import threading
@@ -14,11 +16,12 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from grpo_core.config.environment_functions import BUILT_IN_TOOLS, ENVIRONMENTS, TOOL_PARSERS, load_tools
-from grpo_core.environments.interface import Answered, Turn
+from grpo_core.environments.interface import ADDRESS, SURROGATE, Answered, Turn
 from grpo_core.environments.tool_calls import Call, check_calls
 from grpo_core.schema import ConfigError, coerce, first_line, list_known, list_options, unwrap
 from grpo_core.scoring.event_loop import shared_loop
 
+MAX_ERROR_CHARACTERS = 500  # of an error's text, which may quote the policy
 KNOWN_TYPES = (bool, int, float, str, list, dict, Any, None, type(None))
 
 
@@ -37,31 +40,34 @@ class Tools:
         try:
             calls = check_calls(self.parse(turn.text))
         except Exception as error:  # of a user's parser: the turn is no call that it can read
-            return Answered((f"error: {first_line(error)}",), calls=1, errors=1)
+            return Answered((write_error(first_line(error)),), calls=1, errors=1)
         if not calls:
             return Answered(None)
         results = [self._call(call) for call in calls]
         errors = sum(is_error for _, is_error in results)
-        return Answered(tuple(text for text, _ in results), calls=len(calls), errors=errors)
+        # JSON may write half of a character, which a tool may repeat
+        texts = tuple(SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text) for text, _ in results)
+        return Answered(texts, calls=len(calls), errors=errors)
 
     def _call(self, call: Call) -> tuple[str, bool]:
         """Return the result of a call as text, and whether it is an error."""
         if isinstance(call, str):
-            return f"error: {call}", True
+            return write_error(call), True
         name, arguments = call["name"], call["arguments"]
         if name not in self.tools:
-            return f"error: there is no tool {name}; {list_known(name, self.tools)}", True
+            return write_error(f"there is no tool {name:.100}; {list_known(name, self.tools)}"), True
         function = self.tools[name]
         try:
             arguments = check_tool_arguments(name, function, arguments)
             value = function(**arguments)
             if inspect.isawaitable(value):
                 value = shared_loop().run(value)
+            return write_result(value), False
         except ConfigError as error:
-            return f"error: {error}", True
-        except Exception as error:
-            return f"error: {type(error).__name__}: {first_line(error)}", True
-        return write_result(value), False
+            return write_error(str(error)), True
+        except (Exception, SystemExit) as error:  # a program's main function ends with SystemExit
+            kind, message = type(error).__name__, first_line(error)
+            return write_error(kind if message == kind else f"{kind}: {message}"), True
 
 
 _lock = threading.Lock()
@@ -90,10 +96,18 @@ def check_tool_arguments(name: str, function: Callable[..., Any], arguments: dic
         hints = get_type_hints(unwrap(function))
     except Exception:  # an annotation may name a type that exists for a type checker only
         hints = {}
-    return {
-        key: coerce(value, hints[key], key) if key in hints and _is_known(hints[key]) else value
-        for key, value in arguments.items()
-    }
+    return {key: _check_value(value, hints.get(key, Any), key) for key, value in arguments.items()}
+
+
+def _check_value(value: Any, kind: Any, key: str) -> Any:
+    """Return a JSON value as the type `kind`, a member of an Enum for its value; unchecked if the type is not known."""
+    for option in list_options(kind):
+        if isinstance(option, type) and issubclass(option, enum.Enum):
+            if value is None and len(list_options(kind)) > 1:
+                return None
+            literal = Literal[tuple(member.value for member in option)]
+            return option(coerce(value, literal, key))
+    return coerce(value, kind, key) if _is_known(kind) else value
 
 
 def _is_known(kind: Any) -> bool:
@@ -107,15 +121,42 @@ def _is_known(kind: Any) -> bool:
     return kind in KNOWN_TYPES
 
 
+def write_error(message: str) -> str:
+    """Return the text of an error, shortened."""
+    text = f"error: {message}"
+    return text if len(text) <= MAX_ERROR_CHARACTERS else f"{text[: MAX_ERROR_CHARACTERS - 3]}..."
+
+
 def write_result(value: Any) -> str:
     """Return the result of a tool as text: JSON, unless it is text already.
 
-    >>> [write_result(value) for value in ("a", 3, {"x": [1.5, None]}, None)]
-    ['a', '3', '{"x": [1.5, null]}', '']
+    >>> [write_result(value) for value in ("a", 3, {"x": [1.5, None]}, {"b", "a"}, None)]
+    ['a', '3', '{"x": [1.5, null]}', '["a", "b"]', '']
+
+    Raises:
+        TypeError: its text would have an address in memory, which differs from call to call.
     """
     if isinstance(value, str) or value is None:
         return value or ""
     try:
-        return json.dumps(value, ensure_ascii=False, default=str)
-    except (TypeError, ValueError, RecursionError):  # such as keys that are no text
-        return str(value)
+        return json.dumps(value, ensure_ascii=False, default=_simplify)
+    except (TypeError, ValueError, RecursionError):  # such as keys that are no text, or a list that contains itself
+        return _write_object(value)
+
+
+def _simplify(value: Any) -> Any:
+    """Return what JSON has for an object of another type."""
+    if hasattr(value, "tolist"):  # of NumPy and torch
+        return value.tolist()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=str)
+    return _write_object(value)
+
+
+def _write_object(value: Any) -> str:
+    text = str(value)
+    if ADDRESS.search(text):
+        raise TypeError(f"the tool returned an object of the type {type(value).__name__}, which is no JSON")
+    return text

@@ -28,6 +28,7 @@ from grpo_core.model.composite import map_keys, names_of, rename_files
 from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.loading import describe_misfit
 from grpo_core.model.lora_targets import find_unadaptable
+from grpo_core.model.quantized import QuantizedLinear, is_quantized
 from grpo_core.schema import ConfigError, first_line
 
 ADAPTER = "default"  # PEFT's name of the adapter that is trained
@@ -46,6 +47,7 @@ def add_adapter(base: PreTrainedModel, lora: LoraConfig, revision: str | None = 
         model: Any = get_peft_model(base, _make_peft_config(lora, unadaptable), autocast_adapter_dtype=False)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"lora.{_find_key(error, lora)}: {first_line(error)}") from error
+    fit_quantized(model, "the section lora")
     model.peft_config[ADAPTER].revision = revision
     return model
 
@@ -99,8 +101,31 @@ def load_adapter(base: PreTrainedModel, folder: Path, model_path: str) -> PeftMo
             f"the adapter in {folder} does not fit the model {model_path}: {describe_misfit(error)}"
         ) from error
     check_complete(report, ADAPTER, f"the adapter in {folder}", model_path)
+    fit_quantized(model, f"the adapter in {folder}")
     check_finite(model, f"the adapter in {folder}")
     return model
+
+
+def fit_quantized(model: nn.Module, description: str) -> None:
+    """Let adapters of layers in 4 bits have the dtype of the model, which PEFT takes from a weight's dtype.
+
+    Raises:
+        ConfigError: an adapter is a variant of LoRA that needs whole weights, or trains a layer in 4 bits whole.
+    """
+    if not is_quantized(model):
+        return
+    dtype = next(p.dtype for name, p in model.named_parameters() if p.is_floating_point() and "lora_" not in name)
+    for name, module in model.named_modules():
+        problem = None
+        if isinstance(module, ModulesToSaveWrapper) and is_quantized(module):
+            problem = "would be trained whole"
+        elif isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), QuantizedLinear):
+            problem = "has a variant of LoRA that needs its whole weight" if module.lora_variant else None
+            for group in (module.lora_A, module.lora_B):
+                group.to(dtype)
+        if problem:
+            name = name.removeprefix("base_model.model.")
+            raise ConfigError(f"{description} does not fit a model in 4 bits: {name} {problem}")
 
 
 def check_complete(report: Any, name: str, description: str, model_path: str) -> None:

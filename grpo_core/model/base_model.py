@@ -20,38 +20,73 @@ from grpo_core.model.loading import (
     resolve_model_path,
 )
 from grpo_core.model.lora_targets import make_without_weights
+from grpo_core.model.quantized_loading import (
+    adopt,
+    check_quantization,
+    check_quantized,
+    find_stored_bits,
+    loading_options,
+)
 from grpo_core.model.rope import override_rope
 from grpo_core.monitor.progress import print_note
 from grpo_core.schema import ConfigError, first_line, summarize_error
 
 
 def load_base_model(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the causal language model of `model.path` in `dtype`.
+    """Load the causal language model of `model.path` in `dtype`, or with the weights of its layers in 4 bits.
 
     Weights of the files that the model does not use are named in a note, and so is a head that the model's
-    configuration ties to the embeddings, but whose own weight is in the files and is used.
+    configuration ties to the embeddings, but whose own weight is in the files and is used. With 4 bits the model is
+    loaded onto this rank's GPU, where there is one; otherwise onto the CPU.
 
     Raises:
         ConfigError: the model cannot be loaded or has no such attention implementation; its files lack a weight, which
-            transformers would fill with random numbers, or hold one of another size; or a weight is not finite.
+            transformers would fill with random numbers, or hold one of another size; a weight is not finite; or the
+            model cannot be quantised as configured.
     """
-    folder = resolve_model_path(model.path)
     whole = load_whole_config(model)
+    check_quantization(model, whole)
     config = find_text_config(whole)
+    if (stored := find_stored_bits(whole)) and config is not whole:
+        config.quantization_config = stored
     override_rope(config, model.rope)
     names = _name_text_weights(config) if is_composite(whole) else {}
-    prefix = f"model.path is {model.path!r}, and it cannot be loaded: "
+    options = loading_options(model, whole, dtype)
+    options |= {"config": config} if config is not whole or model.rope else {}
+    options |= {"key_mapping": names} if names else {}
+    base, report = _read(model, dtype, options)
+    adopt(base)
+    _forget_names(base, names)
+    if names:
+        setattr(base, ATTRIBUTE, find_names(whole, base))
+    if quantization := options.get("quantization_config"):
+        report["mismatched_keys"] = {*report.get("mismatched_keys", ()), *quantization.mismatched}
+    if problem := describe_wrong_weights(report):
+        raise ConfigError(f"model.path is {model.path!r}, and it cannot be loaded: {problem}")
+    if model.quantize is not None or stored:
+        check_quantized(base, model)
+    check_finite(base, f"the model {model.path}")
+    for note in _list_notes(base, {} if names else report):  # the towers of a composite model are not used
+        print_note(f"{note} (model.path {model.path})")
+    return base
+
+
+def _read(model: ModelConfig, dtype: torch.dtype, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the model of transformers, and its report of weights that are missing or of another size.
+
+    Raises:
+        ConfigError: the model cannot be loaded or has no such attention implementation.
+    """
     try:
-        base, report = AutoModelForCausalLM.from_pretrained(
-            folder,
+        return AutoModelForCausalLM.from_pretrained(
+            resolve_model_path(model.path),
             dtype=dtype,
             attn_implementation=model.attention,
             trust_remote_code=model.trust_remote_code,
             **at_revision(model.revision),
-            ignore_mismatched_sizes=True,  # they are refused below
+            ignore_mismatched_sizes=True,  # they are refused by the caller
             output_loading_info=True,
-            **({"config": config} if config is not whole or model.rope else {}),
-            **({"key_mapping": names} if names else {}),
+            **options,
         )
     except torch.OutOfMemoryError:
         raise
@@ -61,16 +96,8 @@ def load_base_model(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
                 f"model.attention is {model.attention}, which the model at model.path does not support; use eager"
             ) from error
         has_sentence = isinstance(error, (OSError, ValueError, ImportError))
-        raise ConfigError(prefix + (first_line(error) if has_sentence else summarize_error(error))) from error
-    _forget_names(base, names)
-    if names:
-        setattr(base, ATTRIBUTE, find_names(whole, base))
-    if problem := describe_wrong_weights(report):
-        raise ConfigError(prefix + problem)
-    check_finite(base, f"the model {model.path}")
-    for note in _list_notes(base, {} if names else report):  # the towers of a composite model are not used
-        print_note(f"{note} (model.path {model.path})")
-    return base
+        reason = first_line(error) if has_sentence else summarize_error(error)
+        raise ConfigError(f"model.path is {model.path!r}, and it cannot be loaded: {reason}") from error
 
 
 def _name_text_weights(config: PretrainedConfig) -> dict[str, str]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grpo_core.model.families import FAMILIES
+from grpo_core.model.quantized import QuantizedLinear, QuantizedWeight, dequantize
 from grpo_core.model.trial import is_same, keep_if_same, without_trace
 
 TOLERANCE, ROUGH_TOLERANCE = 1e-4, 0.03  # relative, of one layer: tighter than those of a whole model in trial.py
@@ -34,9 +35,10 @@ def install(model: nn.Module) -> None:
             make_forward = next((make for applies, make in REPLACEMENTS if applies(module)), None)
             if make_forward is None or "forward" in vars(module):
                 continue
-            key = (type(module), make_forward, getattr(module, "variance_epsilon", None))
+            base = type(getattr(module, "base_layer", None))
+            key = (type(module), base, make_forward, getattr(module, "variance_epsilon", None))
             if key not in agrees:
-                agrees[key] = _computes_the_same(module, make_forward(module))
+                agrees[key] = _computes_the_same(module, make_forward(module), _dtype_of(module, model))
             if agrees[key]:
                 replacements.append((module, make_forward(module)))
 
@@ -46,6 +48,11 @@ def install(model: nn.Module) -> None:
 
     if replacements:
         keep_if_same(model, replace, lambda: _outputs(model))
+
+
+def _dtype_of(module: nn.Module, model: nn.Module) -> torch.dtype:
+    """Return the dtype in which a module computes: that of its weights, or of the model's if they are in 4 bits."""
+    return next(p.dtype for p in (*module.parameters(), *model.parameters()) if p.is_floating_point())
 
 
 def _outputs(model: nn.Module) -> Tensor:
@@ -59,6 +66,8 @@ def _outputs(model: nn.Module) -> Tensor:
 def make_lora_forward(module: nn.Module) -> Callable[..., Tensor]:
     """Return a forward for x W' + b + scaling (x A') B' with frozen W and b, one adapter and no dropout.
 
+    A W in 4 bits is computed for the product in the forward, and again in the backward.
+
     Any other case, such as a disabled or merged adapter, uses PEFT's forward.
     """
     original = type(module).forward
@@ -71,9 +80,11 @@ def make_lora_forward(module: nn.Module) -> Callable[..., Tensor]:
             no_dropout = not dropout.training or getattr(dropout, "p", 0.0) == 0.0
             base = module.base_layer
             is_frozen = not any(p.requires_grad for p in base.parameters()) and b.bias is None
-            if no_dropout and is_frozen and a.weight.dtype == x.dtype == base.weight.dtype:
-                rows = x.reshape(-1, x.shape[-1])
-                out = _Lora.apply(rows, base.weight, base.bias, a.weight, b.weight, float(module.scaling[names[0]]))
+            weight = base.quantized if isinstance(base, QuantizedLinear) else base.weight
+            has_dtype = a.weight.dtype == x.dtype and (isinstance(weight, QuantizedWeight) or weight.dtype == x.dtype)
+            if no_dropout and is_frozen and has_dtype:
+                rows, scaling = x.reshape(-1, x.shape[-1]), float(module.scaling[names[0]])
+                out = _Lora.apply(rows, weight, base.bias, a.weight, b.weight, scaling)
                 return out.view(*x.shape[:-1], out.shape[-1])  # here, so that the output may be changed in place
         return original(module, x, *args, **kwargs)
 
@@ -100,23 +111,33 @@ def make_mlp_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
 class _Lora(torch.autograd.Function):
     @staticmethod
     def forward(
-        context: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+        context: Any,
+        rows: Tensor,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
     ) -> Tensor:
         inner = rows @ a.T  # [n, r]
-        out = F.linear(rows, weight, bias).addmm_(inner, b.T, alpha=scaling)
-        context.save_for_backward(rows, weight, a, b, inner)
-        context.scaling = scaling
+        out = F.linear(rows, _whole(weight, rows.dtype), bias).addmm_(inner, b.T, alpha=scaling)
+        context.save_for_backward(rows, a, b, inner)
+        context.weight, context.scaling = weight, scaling  # frozen, so it needs no check for changes
         return out
 
     @staticmethod
     def backward(context: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, a, b, inner = context.saved_tensors
+        rows, a, b, inner = context.saved_tensors
         needs_x, needs_a, needs_b = (context.needs_input_grad[i] for i in (0, 3, 4))
         inner_grad = (grad @ b).mul_(context.scaling)  # [n, r]
-        x_grad = (grad @ weight).addmm_(inner_grad, a) if needs_x else None
+        x_grad = (grad @ _whole(context.weight, grad.dtype)).addmm_(inner_grad, a) if needs_x else None
         a_grad = inner_grad.T @ rows if needs_a else None
         b_grad = (grad.T @ inner).mul_(context.scaling) if needs_b else None
         return x_grad, None, None, a_grad, b_grad, None
+
+
+def _whole(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    return dequantize(weight, dtype) if isinstance(weight, QuantizedWeight) else weight
 
 
 class _SiluMul(torch.autograd.Function):
@@ -153,7 +174,7 @@ def _silu_mul_functions(x: Tensor) -> tuple[Callable, Callable]:
 
 def _is_lora(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("lora_A", "lora_B", "lora_variant", "merged")) and (
-        type(getattr(module, "base_layer", None)) is nn.Linear
+        type(getattr(module, "base_layer", None)) in (nn.Linear, QuantizedLinear)
     )
 
 
@@ -171,11 +192,13 @@ REPLACEMENTS = [(_is_lora, make_lora_forward), (_is_norm, make_norm_forward), (_
 
 
 @torch.no_grad()
-def _computes_the_same(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> bool:
+def _computes_the_same(module: nn.Module, forward: Callable[[Tensor], Tensor], dtype: torch.dtype) -> bool:
     """Return whether `forward` and the forward of the module's class agree on random input, up to rounding."""
     weight = next(module.parameters())
+    first = next((layer for layer in module.modules() if isinstance(layer, QuantizedLinear)), None)
+    width = weight.shape[-1] if first is None else first.in_features
     generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(3, weight.shape[-1], generator=generator, device="cpu").to(weight.device, weight.dtype)
+    x = torch.randn(3, width, generator=generator, device="cpu").to(weight.device, dtype)
     try:
         return is_same(forward(x), module.forward(x), TOLERANCE, ROUGH_TOLERANCE)
     except Exception:  # a module of another kind with the same names

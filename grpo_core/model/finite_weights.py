@@ -8,16 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from grpo_core.counts import quantify
+from grpo_core.model.quantized import find_quantized
 from grpo_core.schema import ConfigError
 
 
 def check_finite(model: nn.Module, description: str) -> None:
-    """Check every floating-point parameter of the model; `description` begins the sentence of an error.
+    """Check every floating-point parameter of the model, and the scales of weights in 4 bits.
+
+    `description` begins the sentence of an error.
 
     Raises:
         ConfigError: a value is NaN or infinite; names the first parameter.
     """
-    bad = find_not_finite((name, p) for name, p in model.named_parameters() if p.is_floating_point() and p.numel())
+    weights = [(name, p.detach()) for name, p in model.named_parameters() if p.is_floating_point() and p.numel()]
+    weights += [(f"{name}.weight", layer.quantized.scales.maxima()) for name, layer in find_quantized(model).items()]
+    bad = find_not_finite(weights)
     if not bad:
         return
     name, weight = bad[0]

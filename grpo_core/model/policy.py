@@ -37,6 +37,7 @@ from grpo_core.model.logprobs import (
 )
 from grpo_core.model.optional_kernels import drop_wrong_kernels
 from grpo_core.model.packing import Budget, Layout, Packing, Plan, pack_routed_experts, plan
+from grpo_core.model.quantized import count_weights
 from grpo_core.model.rotation import find_rotations, forget_lengths
 from grpo_core.model.routing import RoutedForward, Routers, find_routers, watching
 from grpo_core.model.update_mode import enable_gradient_checkpointing, evaluation_mode, update_mode
@@ -332,7 +333,9 @@ class Policy:
         )
         for key in embeddings - head:
             parameters.pop(key, None)  # a look-up, no product
-        return float(sum(p.numel() * (6 if p.requires_grad else 4) for p in parameters.values()))
+        trained = [p for p in parameters.values() if p.requires_grad]
+        frozen = [p for p in parameters.values() if not p.requires_grad]
+        return 6.0 * count_weights(trained, self.model).count + 4.0 * count_weights(frozen, self.model).count
 
     def norm(self) -> Tensor:
         """Return the L2 norm of all trained weights, a scalar.

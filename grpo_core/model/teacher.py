@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core.batch import Rollouts
 from grpo_core.config.lora_checks import read_adapter
 from grpo_core.config.sections import LoraConfig, ModelConfig, RunConfig
-from grpo_core.model.adapter import check_complete
+from grpo_core.model.adapter import check_complete, fit_quantized
 from grpo_core.model.composite import map_keys
 from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.loading import (
@@ -158,6 +158,7 @@ def load_teacher(config: RunConfig, policy: Policy, dtype: torch.dtype, device: 
             f"{describe_misfit(error)}"
         ) from error
     check_complete(report, TEACHER_ADAPTER, f"the adapter in {adapter} (teacher.adapter)", config.model.path)
+    fit_quantized(policy.model, f"the adapter in {adapter}")
     teacher = Teacher(policy, TEACHER_ADAPTER)
     for _, parameter in teacher.own_parameters():
         parameter.requires_grad_(False)

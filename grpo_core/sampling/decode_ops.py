@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo_core.batch import SamplingParams
+from grpo_core.model.quantized import QuantizedWeight, dequantize, split_rows
 from grpo_core.sampling import expert_ops
 from grpo_core.sampling.draw import draw
 from grpo_core.sampling.end_of_sequence import is_eos
@@ -31,6 +32,8 @@ ROW = 6  # index of the row in the tables
 DONE = 7  # 1 if the row draws no more tokens, else 0
 GIVEN = 8  # number of tokens up to the last given one, which stand in the tables and are taken from there
 FIELDS = 9
+
+MAX_BUFFER_VALUES = 1 << 25  # of a weight in 4 bits that exist whole at once, in a product with many rows
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class TorchOps:
     """The operations in eager torch, for any device."""
 
     head_multiple = 2  # a head's dimension must be a multiple of it
+    _buffer: Tensor = torch.empty(0, device="cpu")  # of whole weights
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x Wᵀ + b, [R, O].
@@ -102,6 +106,39 @@ class TorchOps:
         if x.dtype == torch.float32 and bias is None and len(x) >= 16 and torch.get_num_threads() > 1:
             return (weight @ x.t()).t()
         return F.linear(x, weight, bias)
+
+    def quantized_linear(
+        self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, a: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return x Wᵀ + b [R, O] for a weight in 4 bits, and x Aᵀ [R, rank] if there is an A.
+
+        The weight is dequantised in parts, into one buffer that all layers share.
+        """
+        out, first = x.new_empty(len(x), weight.shape[0]), 0
+        for part in split_rows(weight, MAX_BUFFER_VALUES):
+            last = first + part.shape[0]
+            values, columns = dequantize(part, x.dtype, self._reserve(part, x)), out[:, first:last]
+            if bias is None:
+                torch.mm(x, values.t(), out=columns)
+            else:
+                torch.addmm(bias[first:last], x, values.t(), out=columns)
+            first = last
+        return out, None if a is None else x @ a.t()
+
+    def _reserve(self, weight: QuantizedWeight, like: Tensor) -> Tensor:
+        """Return the buffer, which grows to the size of the greatest weight, but not above MAX_BUFFER_VALUES.
+
+        Captured graphs read it where it is, so it is never freed while they exist: `reserve` is called before.
+        """
+        count = weight.shape[0] * weight.shape[1]
+        if len(self._buffer) < count or self._buffer.dtype != like.dtype or self._buffer.device != like.device:
+            self._buffer = like.new_empty(count)
+        return self._buffer
+
+    def reserve(self, weight: QuantizedWeight, like: Tensor) -> None:
+        """Allocate the buffer for a weight that is multiplied later, with the dtype and the device of `like`."""
+        for part in split_rows(weight, MAX_BUFFER_VALUES):
+            self._reserve(part, like)
 
     def add_norm(
         self,

@@ -18,10 +18,12 @@ from grpo_core.sampling.joined_linear import JoinedLinear
 class GatedMlp:
     """An MLP whose gate and up are one product."""
 
-    def __init__(self, mlp: nn.Module, family: Family, activation: Activation, ops: TorchOps) -> None:
+    def __init__(
+        self, mlp: nn.Module, family: Family, activation: Activation, ops: TorchOps, dtype: torch.dtype
+    ) -> None:
         self.ops, self.activation = ops, activation
-        self.gate_up = JoinedLinear([getattr(mlp, name) for name in family.gate_up], ops)
-        self.down = JoinedLinear([mlp.down_proj], ops)
+        self.gate_up = JoinedLinear([getattr(mlp, name) for name in family.gate_up], ops, dtype)
+        self.down = JoinedLinear([mlp.down_proj], ops, dtype)
         self.products = [self.gate_up, self.down]
         self.width = self.gate_up.width  # numbers for each token that its widest product returns
 

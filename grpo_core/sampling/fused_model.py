@@ -49,20 +49,27 @@ class FusedLayer:
     """One transformer layer as a few products and its norms."""
 
     def __init__(
-        self, layer: nn.Module, family: Family, rotation: int | None, window: int | None, ops: TorchOps, config: Any
+        self,
+        layer: nn.Module,
+        family: Family,
+        rotation: int | None,
+        window: int | None,
+        ops: TorchOps,
+        config: Any,
+        dtype: torch.dtype,
     ) -> None:
         attention, activation = layer.self_attn, _activation(config, family)
         self._norms = [None if name is None else getattr(layer, name) for name in family.norms]
         self._head_norms = (attention.q_norm, attention.k_norm) if family.query_norm else None
         self._rotation, self._window = rotation, window
         self._attention = attention if family.has_sinks else None
-        self.qkv = JoinedLinear([getattr(attention, name) for name in family.qkv], ops)
-        self.o = JoinedLinear([attention.o_proj], ops)
+        self.qkv = JoinedLinear([getattr(attention, name) for name in family.qkv], ops, dtype)
+        self.o = JoinedLinear([attention.o_proj], ops, dtype)
         self.mlp: GatedMlp | ExpertMlp
         if family.experts is not None and has_experts(layer.mlp, family):
             self.mlp = ExpertMlp(layer.mlp, family.experts, activation, ops, config)
         else:
-            self.mlp = GatedMlp(layer.mlp, family, activation, ops)
+            self.mlp = GatedMlp(layer.mlp, family, activation, ops, dtype)
         self.products = (self.qkv, self.o, *self.mlp.products)
 
     @property
@@ -114,7 +121,7 @@ class FusedModel:
         self.layers = []
         for i, layer in enumerate(body.layers):
             rotation, window = self._kind_of(i, family), layer_window(config, family, i)
-            self.layers.append(FusedLayer(layer, family, rotation, window, ops, config))
+            self.layers.append(FusedLayer(layer, family, rotation, window, ops, config, self.dtype))
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # the weights' old memory is too fragmented for the next layer
         self.cache = ops.make_cache(self.shape, self.dtype, self.device)

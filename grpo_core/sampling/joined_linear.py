@@ -3,23 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grpo_core.model.quantized import QuantizedLinear, can_join, join, split
 from grpo_core.sampling.computation import Unsupported
 from grpo_core.sampling.decode_ops import TorchOps
+
+
+class Weights(Protocol):
+    """The frozen weights of layers that share an input, and the rows of LoRA's A, whose values `a` [rank, I] has."""
+
+    a: Tensor
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return x Wᵀ + b [R, O], which may be changed in place, and x Aᵀ [R, rank], None for rank 0."""
+
+
+class PlainWeights:
+    """Weights as one tensor, with A behind them. The layers' own weights and biases become views of it."""
+
+    def __init__(self, bases: Sequence[nn.Linear], rank: int, ops: TorchOps) -> None:
+        first, sizes = bases[0].weight, [base.out_features for base in bases]
+        self.linear, self.width, self.rank = ops.linear, sum(sizes), rank
+        rows = [*sizes, rank]
+        self.weight = first.new_zeros(sum(rows), first.shape[1])
+        *base_weights, self.a = self.weight.split(rows)
+        for base, part in zip(bases, base_weights, strict=True):
+            part.copy_(base.weight.data)
+            base.weight.data = part
+        self.bias = _join_biases(bases, rows)
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        y = self.linear(x, self.weight, self.bias)
+        return y[:, : self.width], y[:, self.width :] if self.rank else None
+
+
+class QuantizedWeights:
+    """Weights in 4 bits as one, of which the layers' own become views."""
+
+    def __init__(self, bases: Sequence[QuantizedLinear], rank: int, ops: TorchOps, dtype: torch.dtype) -> None:
+        self.ops, sizes = ops, [base.out_features for base in bases]
+        self.weight = join([base.quantized for base in bases])
+        if len(bases) > 1:
+            for base, part in zip(bases, split(self.weight, sizes), strict=True):
+                base.quantized = part
+        self.a = torch.zeros(rank, bases[0].in_features, dtype=dtype, device=self.weight.packed.device)
+        self.bias = _join_biases(bases, sizes)
+        ops.reserve(self.weight, self.a)
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.ops.quantized_linear(x, self.weight, self.bias, self.a if len(self.a) else None)
+
+
+class SeparateWeights:
+    """Weights in 4 bits that have a block in common where they would meet, each by itself."""
+
+    def __init__(self, bases: Sequence[QuantizedLinear], rank: int, ops: TorchOps, dtype: torch.dtype) -> None:
+        first, *others = bases
+        self.parts = [QuantizedWeights([first], rank, ops, dtype)]
+        self.parts += [QuantizedWeights([base], 0, ops, dtype) for base in others]
+        self.a = self.parts[0].a
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        (first, inner), *others = [part.product(x) for part in self.parts]
+        return torch.cat([first, *(y for y, _ in others)], dim=1), inner
 
 
 class JoinedLinear:
     """The linear layers that share an input, as one product: y = x Wᵀ + b, plus s (x Aᵀ) Bᵀ of each with LoRA.
 
-    If the layers themselves are trained, nothing is joined, and each is computed from its own weight.
+    If the layers themselves are trained, nothing is joined, and each is computed from its own weight. `dtype` is that
+    of x.
+
+    Raises:
+        Unsupported: some of the layers are in 4 bits, and others are not.
     """
 
-    def __init__(self, linears: Sequence[nn.Module], ops: TorchOps) -> None:
-        self.linear = ops.linear
+    def __init__(self, linears: Sequence[nn.Module], ops: TorchOps, dtype: torch.dtype) -> None:
         self.linears = list(linears)
         self.bases: list[nn.Linear] = [getattr(linear, "base_layer", linear) for linear in linears]
         self.sizes = [base.out_features for base in self.bases]
@@ -27,22 +91,10 @@ class JoinedLinear:
         self.is_trained = any(p.requires_grad for base in self.bases for p in base.parameters())
         if self.is_trained:
             return
-        first = self.bases[0].weight
         self.ranks = [len(a) if (a := _lora_factors(linear)[0]) is not None else 0 for linear in self.linears]
-        rows, self.rank = [*self.sizes, sum(self.ranks)], sum(self.ranks)
-        self.weight = first.new_zeros(sum(rows), first.shape[1])
-        *base_weights, self.a = self.weight.split(rows)
-        self.b = first.new_zeros(self.width, self.rank)
-        for base, part in zip(self.bases, base_weights, strict=True):
-            part.copy_(base.weight.data)
-            base.weight.data = part
-        self.bias = None
-        if any(base.bias is not None for base in self.bases):
-            self.bias = first.new_zeros(sum(rows))
-            for base, part in zip(self.bases, self.bias.split(rows), strict=False):
-                if base.bias is not None:
-                    part.copy_(base.bias.data)
-                    base.bias.data = part
+        self.rank = sum(self.ranks)
+        self.weights = _join_weights(self.bases, self.rank, ops, dtype)
+        self.b = self.weights.a.new_zeros(self.width, self.rank)
 
     def refresh(self) -> None:
         """Copy LoRA's factors as they are now, with their scale; zeros while the adapter is off."""
@@ -54,20 +106,49 @@ class JoinedLinear:
                 a, b, scale = _lora_factors(linear)
                 if len(a) != rank:
                     raise Unsupported("the rank of its active adapter has changed")
-                self.a[column : column + rank] = a
+                self.weights.a[column : column + rank] = a
                 self.b[row : row + size, column : column + rank] = b * scale
             row, column = row + size, column + rank
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.is_trained:
             return torch.cat([F.linear(x, base.weight, base.bias) for base in self.bases], dim=1)
-        y = self.linear(x, self.weight, self.bias)
-        return y[:, : self.width].addmm_(y[:, self.width :], self.b.t()) if self.rank else y
+        y, inner = self.weights.product(x)
+        return y if inner is None else y.addmm_(inner, self.b.t())
+
+
+def _join_weights(bases: Sequence[nn.Linear], rank: int, ops: TorchOps, dtype: torch.dtype) -> Weights:
+    quantized = [base for base in bases if isinstance(base, QuantizedLinear)]
+    if not quantized:
+        return PlainWeights(bases, rank, ops)
+    if len(quantized) < len(bases):
+        raise Unsupported("some of the layers that share an input are in 4 bits, and others are not")
+    make = QuantizedWeights if can_join([base.quantized for base in quantized]) else SeparateWeights
+    return make(quantized, rank, ops, dtype)
+
+
+def _join_biases(bases: Sequence[nn.Linear], rows: Sequence[int]) -> Tensor | None:
+    """Return the biases behind one another, of which the layers' own become views; None if there is none.
+
+    `rows` are the numbers of outputs of the layers, and of what follows.
+    """
+    first = next((base.bias for base in bases if base.bias is not None), None)
+    if first is None:
+        return None
+    bias = first.new_zeros(sum(rows))
+    for base, part in zip(bases, bias.split([*rows]), strict=False):
+        if base.bias is not None:
+            part.copy_(base.bias.data)
+            base.bias.data = part
+    return bias
 
 
 def check_linear(linear: nn.Module, base: nn.Module) -> None:
-    """Raise Unsupported unless `linear` is `base`, a torch linear layer, or has one plain LoRA adapter on it."""
-    if type(base) is not nn.Linear:
+    """Raise Unsupported unless `linear` is `base`, a linear layer, or has one plain LoRA adapter on it.
+
+    A linear layer is torch's, or one in 4 bits.
+    """
+    if type(base) not in (nn.Linear, QuantizedLinear):
         raise Unsupported(f"its {type(base).__name__} is not a plain linear layer")
     if linear is base:
         return

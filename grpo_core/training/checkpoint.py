@@ -229,9 +229,11 @@ def read_meta(checkpoint: Path, config: RunConfig, job: str = "train") -> tuple[
         raise ConfigError(f"cannot resume from {checkpoint} with {job}, because it belongs to a run of {other}")
     configs = (asdict(RunConfig()), meta["config"], asdict(config))
     defaults, saved, current = (flatten(_without_connections(values)) for values in configs)
+    keys = saved.keys() | current.keys()
+    empty = {key for key in keys if any(other.startswith(f"{key}.") for other in keys)}  # {} in one of them
     differing = [
         f"{key} ({then!r} in the checkpoint, {current.get(key)!r} now)"
-        for key in sorted(saved.keys() | current.keys())
+        for key in sorted(keys - empty)
         if (then := saved.get(key, defaults.get(key))) != current.get(key)  # a checkpoint may be older than a key
         and not key.startswith(MAY_DIFFER)
     ]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from grpo_core.batch import Frozen, Rollouts, Task, TrainBatch
 from grpo_core.model.logprobs import TeacherStates
+from grpo_core.model.quantized import count_weights
 from grpo_core.monitor.aggregates import Stats
 from grpo_core.objective.objective import Objective
 from grpo_core.sampling.live_rows import pad_left
@@ -29,7 +30,7 @@ def ask_teacher(run: Run, tasks: Sequence[Task], frozen: Frozen, stats: Stats) -
         return frozen
     with run.log.phase("teacher"):
         frozen = replace(frozen, **make_teacher_prompts(tasks, frozen.rollouts))
-        own_bytes = sum(p.numel() * p.element_size() for _, p in run.teacher.own_parameters())
+        own_bytes = count_weights([p for _, p in run.teacher.own_parameters()], run.teacher.policy.model).bytes
         stats.add_max("teacher_weights_gb", torch.tensor(own_bytes / 1e9, dtype=torch.double, device="cpu"))
         if not run.objective.needs_teacher:
             return frozen

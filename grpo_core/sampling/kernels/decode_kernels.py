@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_core.batch import SamplingParams
+from grpo_core.model.quantized import QuantizedWeight
 from grpo_core.sampling.decode_ops import (
     DONE,
     DRAWN,
@@ -26,7 +27,7 @@ from grpo_core.sampling.decode_ops import (
     TorchOps,
 )
 from grpo_core.sampling.expert_ops import ExpertWeights, Routing
-from grpo_core.sampling.kernels import expert_kernels
+from grpo_core.sampling.kernels import expert_kernels, four_bit_kernels
 from grpo_core.sampling.kernels.attention_kernels import TABLE_WIDTH, TritonCache, multiply_by_weight
 from grpo_core.sampling.kernels.expert_kernels import Parts, sum_parts
 
@@ -210,6 +211,13 @@ class TritonOps(TorchOps):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
+
+    def quantized_linear(
+        self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, a: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if four_bit_kernels.fits(x, weight):
+            return four_bit_kernels.multiply(x, weight, bias, a)
+        return super().quantized_linear(x, weight, bias, a)
 
     def add_norm(
         self,

@@ -1,6 +1,6 @@
 """Triton kernels for a mixture of experts, which expert_ops.py defines in torch.
 
-`_multiply_router` and `_choose_experts` choose the experts of each row. `_group_rows` lists the pairs of each expert,
+`_multiply_router` and `_choose_experts` choose the experts of each row. `_group_pairs` lists the pairs of each expert,
 and the experts that have any. `_multiply_groups` computes the product of every listed expert with its rows: gate and up
 with the activation, then down. `sum_parts` adds the weighted outputs of a row. All sizes are those of the inputs, so a
 graph can capture them, and every output is written by one program, so the same inputs give the same bits. Sums are
@@ -44,7 +44,7 @@ WIDE_BLOCKS = Blocks(16, 16, 32, 4, 2)  # for float32, which tensor cores would 
 COLUMNS_PER_PROGRAM = 1024  # of the sum of a row's parts
 MAX_ROUTED_ROWS = 64  # for which the product of a router is divided
 ROUTER_INNER, ROUTER_BLOCK, ROUTER_EXPERTS = 256, 128, 16  # dimensions of a part, those at once, and experts at once
-CELLS_PER_PROGRAM = 4096  # rows times experts that are counted at once
+PAIRS_PER_PROGRAM = 256  # that are grouped
 DEFAULT_SHARED_BYTES = 99 * 1024  # of the smallest GPU that is supported
 
 
@@ -104,39 +104,20 @@ def _choose_experts(
     tl.store(weights + row * K + j, weight, j < K)
 
 
-@triton.jit(do_not_specialize=["R"])
-def _group_rows(
-    experts, pairs, order, sizes, total, R,
-    E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Store the pairs of one expert in its row of `pairs` [E, R].
+@triton.jit(do_not_specialize=["count", "R"])
+def _group_pairs(experts, pairs, order, sizes, total, count, R, BLOCK_P: tl.constexpr):
+    """Add some pairs to the rows of their experts in `pairs` [E, R], and list experts that had none; see `Groups`.
 
-    `order` has the experts with any pair, `sizes` how many each of them has, and `total` how many experts these are.
+    Which pair comes first is left to chance, and changes no result: every pair has outputs of its own.
     """
-    own = tl.program_id(0)
-    e = tl.arange(0, BLOCK_E)
-    counts = tl.zeros([BLOCK_E], tl.int32)
-    size = 0
-    for begin in range(0, R, BLOCK_R):
-        row = begin + tl.arange(0, BLOCK_R)
-        hits = tl.zeros([BLOCK_R, BLOCK_E], tl.int32)
-        place = tl.zeros([BLOCK_R], tl.int32)  # among the row's experts, from 1
-        for j in tl.static_range(K):
-            chosen = tl.load(experts + row * K + j, row < R, other=_NO_EXPERT).to(tl.int32)
-            hits += (chosen[:, None] == e[None, :]).to(tl.int32)
-            place = tl.where(chosen == own, j + 1, place)
-        counts += tl.sum(hits, 0)
-        member = (place > 0).to(tl.int32)
-        rank = size + tl.cumsum(member, 0) - member
-        tl.store(pairs + own.to(tl.int64) * R + rank, row * K + place - 1, place > 0)
-        size += tl.sum(member, 0)
-    is_listed = (counts > 0).to(tl.int32)
-    position = tl.sum(tl.where(e < own, is_listed, 0), 0)
-    if size > 0:
-        tl.store(order + position, own)
-        tl.store(sizes + position, size)
-    if own == 0:
-        tl.store(total, tl.sum(is_listed, 0))
+    pair = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    expert = tl.load(experts + pair, pair < count, other=_NO_EXPERT).to(tl.int64)
+    is_grouped = expert >= 0
+    place = tl.atomic_add(sizes + expert, 1, is_grouped, sem="relaxed")
+    tl.store(pairs + expert * R + place, pair, is_grouped)
+    is_first = is_grouped & (place == 0)
+    position = tl.atomic_add(total + expert * 0, 1, is_first, sem="relaxed")
+    tl.store(order + position, expert, is_first)
 
 
 @triton.jit
@@ -187,8 +168,9 @@ def _multiply_groups(
     blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     width: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     position = tl.program_id(0) // blocks
-    expert, size = tl.load(order + position).to(tl.int64), tl.load(sizes + position)  # not read beyond the total
     if position < tl.load(total):
+        expert = tl.load(order + position).to(tl.int64)
+        size = tl.load(sizes + expert)
         first = (tl.program_id(0) % blocks) * BLOCK_N
         unit, column = _find_columns(first, N, width, GATED, INTERLEAVED, HALVES)
         source = weights + expert * EXPERT_STRIDE + column[None, :] * COLUMN_STRIDE
@@ -283,19 +265,19 @@ def _choose(
 class Groups(NamedTuple):
     """The pairs of every expert: the inputs of `_multiply_groups`."""
 
-    pairs: Tensor  # [E, R] int32: in the row of an expert its pairs, row * k + place
-    order: Tensor  # [E] int32: the experts with any pair
-    sizes: Tensor  # [E] int32: the number of pairs of each of them
-    total: Tensor  # [1] int32: the number of these experts
+    pairs: Tensor  # [E, R] int32: in the row of an expert its pairs, row * k + place, in any order
+    order: Tensor  # [E] int32: first the experts with any pair, in any order
+    sizes: Tensor  # [E] int32: the number of pairs of each expert
+    total: Tensor  # [1] int32: the number of experts with any pair
 
 
 def group_rows(experts: Tensor, count: int) -> Groups:
     """Return the pairs of each of `count` experts, for the experts [R, k] of rows."""
-    rows, top_k = experts.shape
-    pairs, order, sizes, total = (experts.new_empty(n, dtype=torch.int32) for n in (count * rows, count, count, 1))
-    block_e = max(16, triton.next_power_of_2(count))
-    block_r = max(16, min(CELLS_PER_PROGRAM // block_e, triton.next_power_of_2(rows)))
-    _group_rows[(count,)](experts, pairs, order, sizes, total, rows, count, top_k, block_e, block_r, num_warps=4)
+    (rows, _), device = experts.shape, experts.device
+    pairs, order = (torch.empty(size, dtype=torch.int32, device=device) for size in ((count, rows), (count,)))
+    sizes, total = torch.zeros(count + 1, dtype=torch.int32, device=device).split([count, 1])
+    grid = (triton.cdiv(experts.numel(), PAIRS_PER_PROGRAM),)
+    _group_pairs[grid](experts, pairs, order, sizes, total, experts.numel(), rows, PAIRS_PER_PROGRAM, num_warps=4)
     return Groups(pairs, order, sizes, total)
 
 

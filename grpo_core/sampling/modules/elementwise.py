@@ -66,7 +66,7 @@ def _rotates_equally(original: Callable, function: Callable, model: Any) -> bool
     return True
 
 
-def _find_mlps(model: nn.Module, kernels: Any) -> list[Substitute]:
+def _find_mlps(model: Any, kernels: Any) -> list[Substitute]:
     """Return forwards of gated MLPs."""
     substitutes: list[Substitute] = []
     activations: dict[tuple, Activation | None] = {}
@@ -78,7 +78,9 @@ def _find_mlps(model: nn.Module, kernels: Any) -> list[Substitute]:
         if key not in activations:
             candidates = [name for name in ("silu", "gelu_tanh") if _is_activation(module, name)]
             forwards = ((name, _make_mlp(module, form, name, kernels)) for name in candidates)
-            activations[key] = next((name for name, forward in forwards if _is_equal_mlp(module, form, forward)), None)
+            activations[key] = next(
+                (name for name, forward in forwards if _is_equal_mlp(module, form, forward, model.dtype)), None
+            )
         if (activation := activations[key]) is not None:
             substitutes.append(Substitute(module, "forward", _make_mlp(module, form, activation, kernels)))
     return substitutes
@@ -120,12 +122,13 @@ def _make_mlp(module: Any, form: tuple[str, ...], activation: Activation, kernel
 
 
 @torch.no_grad()
-def _is_equal_mlp(module: Any, form: tuple[str, ...], forward: Callable[..., Tensor]) -> bool:
-    """Return whether `forward` gives the module's output for a random input."""
+def _is_equal_mlp(module: Any, form: tuple[str, ...], forward: Callable[..., Tensor], dtype: torch.dtype) -> bool:
+    """Return whether `forward` gives the module's output for a random input; `dtype` is that of layers in 4 bits."""
     layer = getattr(module, form[0])
     weight = getattr(layer, "base_layer", layer).weight
+    dtype = weight.dtype if weight.is_floating_point() else dtype
     x = torch.randn(3, 1, layer.in_features, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    x = x.to(weight.device, weight.dtype)
+    x = x.to(weight.device, dtype)
     try:
         return is_same(forward(x), module.forward(x), TOLERANCE, ROUGH_TOLERANCE)
     except torch.OutOfMemoryError:

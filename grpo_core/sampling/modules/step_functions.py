@@ -9,7 +9,7 @@ is compared with the model by `check_steps` (cache_check.py), and computed witho
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from grpo_core.model.quantized import QuantizedLinear
 from grpo_core.model.trial import is_same
 from grpo_core.sampling.computation import Unsupported
 from grpo_core.sampling.decode_ops import TorchOps
@@ -119,8 +120,8 @@ def find_kind(module: Any, kernels: Any) -> tuple[int, int] | None:
 class JoinedCalls:
     """Linear layers that are called with the same input, computed as one product when the first of them is called."""
 
-    def __init__(self, linears: Sequence[Any], ops: TorchOps) -> None:
-        self.joined = JoinedLinear(linears, ops)
+    def __init__(self, linears: Sequence[Any], ops: TorchOps, dtype: torch.dtype) -> None:
+        self.joined = JoinedLinear(linears, ops, dtype)
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 
@@ -149,7 +150,7 @@ def find_joined_calls(model: nn.Module, forward: Callable[[], Any], ops: TorchOp
     parents = {id(child): parent for parent in model.modules() for child in parent.children()}
 
     def record(module: Any, arguments: tuple) -> None:
-        if arguments and isinstance(x := arguments[0], Tensor) and x.dtype == getattr(module, "weight", x).dtype:
+        if arguments and isinstance(x := arguments[0], Tensor) and x.dtype == _dtype_of(module, model):
             inputs.append(x)
             groups.setdefault((id(parents[id(module)]), id(x)), []).append(module)
 
@@ -166,12 +167,34 @@ def find_joined_calls(model: nn.Module, forward: Callable[[], Any], ops: TorchOp
         for linear in group:
             calls[id(linear)] = calls.get(id(linear), 0) + 1
     whole = [group for group in groups.values() if all(calls[id(linear)] == 1 for linear in group)]
-    return [JoinedCalls(group, ops) for group in whole if len(group) > 1 or hasattr(group[0], "lora_A")]
+    return [JoinedCalls(group, ops, model.dtype) for group in _joinable(whole)]
+
+
+def _joinable(groups: Iterable[list[Any]]) -> Iterator[list[Any]]:
+    """Yield the groups that one product computes faster: several layers, one with LoRA, or one in 4 bits.
+
+    Of a group with layers in 4 bits and others these two kinds are groups.
+    """
+    for group in groups:
+        in_four_bits = [_is_quantized(linear) for linear in group]
+        kinds = ([x for x, is_one in zip(group, in_four_bits, strict=True) if is_one == kind] for kind in (True, False))
+        for kind in kinds:
+            if len(kind) > 1 or (kind and (hasattr(kind[0], "lora_A") or _is_quantized(kind[0]))):
+                yield kind
+
+
+def _is_quantized(linear: Any) -> bool:
+    return isinstance(getattr(linear, "base_layer", linear), QuantizedLinear)
+
+
+def _dtype_of(linear: Any, model: Any) -> torch.dtype:
+    """Return the dtype of the inputs of a linear layer."""
+    return model.dtype if _is_quantized(linear) else linear.weight.dtype
 
 
 def _is_joinable(module: Any) -> bool:
     """Return whether a module is a linear layer with frozen weights, and with one plain LoRA adapter or none."""
-    if type(module) is not nn.Linear and not hasattr(module, "lora_A"):
+    if type(module) not in (nn.Linear, QuantizedLinear) and not hasattr(module, "lora_A"):
         return False
     base = getattr(module, "base_layer", module)
     try:
