@@ -290,6 +290,18 @@ def test_evaluate_and_sample_ask_the_environment(trained, here, tmp_path):
     assert ("=\n[answer]\n " in done.stdout) == ("[turn 2]" in done.stdout)
 
 
+def test_a_dry_run_shows_turns_and_refuses_an_environment_that_fails_on_a_whole_group(game, here, tmp_path):
+    words = [f"environment.name={game}", "rewards=[]", "environment.max_turn_tokens=5", "data.limit=50", f"output_dir={tmp_path}"]
+    done = here("train", "--config", TINY, "--dry-run", *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[turn 1, reward 1]") == 8 and done.stdout.count("[turn 3, reward 3]") == 8
+    file = tmp_path / "game.py"
+    file.write_text(file.read_text().replace("return False", "return True"))
+    done = here("train", "--config", TINY, "--dry-run", *words)
+    assert done.returncode == 2, done.stdout
+    assert f"environment {game} raised ValueError: no letters (game.py, line 11), on all 8 completions of a group" in done.stderr
+
+
 def test_sample_prints_turns_and_answers_apart():
     turns = [PlayedTurn("look\n", "eos", "12\n", 0.5, calls=2, errors=1), PlayedTurn("3 =", "stop", " 3"), PlayedTurn("end", "eos")]
     parts = ["[turn 1, reward 0.5]", "look", "[answer to 2 tool calls, 1 error]", "12", "[turn 2]", "3 =", "[answer]", " 3", "[turn 3]", "end"]

@@ -54,7 +54,7 @@ class Environments:
         name, args = settings.name or BUILT_IN_TOOLS, settings.args
         if config.tools:
             args = {"tools": config.tools, "parser": config.tool_parser or find_parser(tokenizer, config.data)}
-        self.label = f"environment {settings.name}" if settings.name else "the process of the tools"
+        self.label = label_environment(config)
         hidden = find_hidden_ids(tokenizer, sampler.eos_ids)
         self.decode = partial(decode_completions, tokenizer, hidden=hidden)
         self.recording = Recording(None if folder is None else folder / FOLDER, rank, digest_environment(config))
@@ -126,6 +126,11 @@ class Environments:
         )
         self._next_key += len(tasks) * group_size
         return turns
+
+
+def label_environment(config: RunConfig) -> str:
+    """Return the subject of sentences about a run's environment or tools."""
+    return f"environment {config.environment.name}" if config.environment.name else "the process of the tools"
 
 
 def make_environments(config: RunConfig, sampler: Sampler, **options: Any) -> Environments | None:
