@@ -4,8 +4,9 @@
     python -m grpo_core sft --config configs/experiments/guessing_game_sft.yaml
     python -m grpo_core train --config configs/experiments/guessing_game.yaml
 
-The first command plays a game and writes the data: numbers.jsonl, the 100 numbers, and random_guesses.jsonl, the
-examples of the supervised start. In these the guesses are random, whatever the answers were. docs/environments.md describes what an environment receives and what it may return.
+The first command plays a game and writes the data: numbers.jsonl, the 100 numbers, and random_guesses.jsonl, games for
+the supervised start in which all guesses are random. docs/environments.md describes what an environment receives and
+what it may return.
 """
 
 import json
