@@ -247,7 +247,7 @@ def _check_plain(value: Any, key: str) -> None:
     elif isinstance(value, (datetime.date, set, bytes)):
         hint = ", so put quotes around it" if isinstance(value, datetime.date) else ""
         raise ConfigError(
-            f"{key} is {value}, of the type {type(value).__name__}; it must be text, a number, true, false, null, a "
+            f"{key} is {value!s}, of the type {type(value).__name__}; it must be text, a number, true, false, null, a "
             f"list or a mapping{hint}"
         )
 
