@@ -82,7 +82,7 @@ class Environments:
         """Return the scores of completions with their turns and the environment's rewards (scores.py)."""
         settings = self.config.environment
         weight = settings.reward_weight if settings.name else None
-        scores = add_environment(scores, played, label=self.label, weight=weight, max_turns=settings.max_turns)
+        scores = add_environment(scores, played, label=self.label, weight=weight)
         return replace(scores, failures=(*scores.failures, *self.take_problems()))
 
     def list_problems(self, played: Sequence[PlayedCompletion]) -> list[str]:
