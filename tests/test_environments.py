@@ -12,6 +12,7 @@ from test_boundary import FOLDER, tokenizer_of
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_core.batch import Task
+from grpo_core.commands.evaluate import _note_failures
 from grpo_core.commands.replay import run_replay
 from grpo_core.commands.sample import format_turns
 from grpo_core.config.environment_functions import build_environment
@@ -126,6 +127,16 @@ def test_the_rewards_of_turns_and_those_of_functions(weight, others, expected):
     factor = 0.0 if weight is None else weight
     torch.testing.assert_close(scores.turn_rewards, by_turn * factor, equal_nan=True)
     assert len(scores.weights) == len(scores.by_name) and ("environment" in scores.by_name) == (weight is not None)
+
+
+def test_evaluate_says_why_an_environment_and_a_reward_failed():
+    failed = {"environment": torch.ones(1, 2, dtype=torch.bool), "a": torch.ones(1, 2, dtype=torch.bool)}
+    scores = Scores(torch.zeros(1, 2), {}, (), failed, ("reward a raised X", "environment e.py:E raised Y", "environment e.py:E raised Z"))
+    failures = {}
+    _note_failures(SimpleNamespace(environments=SimpleNamespace(label="environment e.py:E")), scores, failures)
+    assert failures == {"environment": "environment e.py:E raised Y", "a": "reward a raised X"}
+    _note_failures(SimpleNamespace(environments=None), scores, alone := {})
+    assert alone == {"a": "reward a raised X"}
 
 
 def test_a_template_whose_calls_are_in_another_form_needs_a_parser(model):

@@ -14,9 +14,7 @@ from grpo_core.environments.driver import PlayedCompletion
 from grpo_core.scoring.scoring import Scores
 
 
-def add_environment(
-    scores: Scores, played: Sequence[PlayedCompletion], *, label: str, weight: float | None
-) -> Scores:
+def add_environment(scores: Scores, played: Sequence[PlayedCompletion], *, label: str, weight: float | None) -> Scores:
     """Return the scores with the turns of the completions, and with the environment's rewards in them.
 
     The reward named `environment` is the sum of the rewards of a completion's turns, 0 if there are none, and NaN where
