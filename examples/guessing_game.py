@@ -4,9 +4,9 @@
     python -m grpo_core sft --config configs/experiments/guessing_game_sft.yaml
     python -m grpo_core train --config configs/experiments/guessing_game.yaml
 
-The first command plays a game and writes the data: numbers.jsonl, the 100 numbers, and random_guesses.jsonl, the
-examples of the supervised start. In these the guesses are random, whatever the answers were.
-docs/environments.md describes what an environment receives and what it may return.
+The first command plays a game and writes the data: numbers.jsonl, the 100 numbers, and random_guesses.jsonl, games for
+the supervised start in which all guesses are random. docs/environments.md describes what an environment receives and
+what it may return.
 """
 
 import json
@@ -18,13 +18,13 @@ from pathlib import Path
 from grpo_core import Reply, Turn
 
 MOST = 100
-MAX_GUESSES = 30  # environment.max_turns of the configuration
+MAX_GUESSES = 30
 
 
 class GuessingGame:
     """One game. It remembers which numbers the answers have left.
 
-    A guess in the middle of them costs nothing, and any other log2(1 + its distance from the middle).
+    A guess costs log2(1 + its distance from the middle of these numbers), and 1 more if it is none of them.
     """
 
     def __init__(self, row: dict, seed: int):
@@ -32,20 +32,19 @@ class GuessingGame:
         self.low, self.high = 1, MOST
 
     def step(self, turn: Turn) -> Reply:
-        """Return "higher" or "lower"; the game ends at the right guess."""
+        """Return "higher" or "lower" and the guess's reward; the game ends at the right guess."""
         text = turn.text.strip()
         if not (text.isascii() and text.isdigit()):
             return Reply("?\n", -8.0)
         guess = int(text)
         cost = math.log2(1 + abs(guess - (self.low + self.high) / 2)) + (not self.low <= guess <= self.high)
+        if guess == self.number:
+            return Reply(None, -cost)
         if guess < self.number:
             self.low = max(self.low, guess + 1)
-        else:
-            self.high = min(self.high, guess - (guess > self.number))
-        return Reply(None if guess == self.number else self.answer(guess), -cost)
-
-    def answer(self, guess: int) -> str:
-        return "higher\n" if guess < self.number else "lower\n"
+            return Reply("higher\n", -cost)
+        self.high = min(self.high, guess - 1)
+        return Reply("lower\n", -cost)
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:

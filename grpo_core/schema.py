@@ -198,6 +198,8 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
     Raises:
         ConfigError: the value has another type; the message names the key, the value and the type.
     """
+    if kind in (Any, dict, list):
+        _check_plain(value, key)
     if kind is Any:
         return value
     origin, options = get_origin(kind), get_args(kind)
@@ -235,6 +237,19 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
         hint += ", so put quotes around it"
     text = str(value) if isinstance(value, datetime.date) else repr(value)
     raise ConfigError(f"{key} is {text}; {hint}")
+
+
+def _check_plain(value: Any, key: str) -> None:
+    """Refuse what YAML has and JSON has not, at any depth: dates, sets and bytes."""
+    if isinstance(value, (dict, list)):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_plain(inner, f"{key}.{name}" if isinstance(value, dict) else f"{key}[{name}]")
+    elif isinstance(value, (datetime.date, set, bytes)):
+        hint = ", so put quotes around it" if isinstance(value, datetime.date) else ""
+        raise ConfigError(
+            f"{key} is {value!s}, of the type {type(value).__name__}; it must be text, a number, true, false, null, a "
+            f"list or a mapping{hint}"
+        )
 
 
 def check_integer(value: Any, name: str) -> int:

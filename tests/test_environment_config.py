@@ -17,6 +17,10 @@ class Game:
     def step(self, turn):
         return None
 
+class Open(Game):
+    def __init__(self, row, seed, *, start=None):
+        pass
+
 class NoRow:
     def __init__(self):
         pass
@@ -104,6 +108,9 @@ CHAT = ["data.prompt=chat"]
     (["environment.name=mine.py:YieldsLater"], "whose method step yields; it must return the answer"),
     (["environment.name=mine.py:Game", "environment.args={side: 3}"], "unknown key environment.args.side; known: size"),
     (["environment.name=mine.py:Game", "environment.args.size=large"], "environment.args.size is 'large'; it must be an integer"),
+    (["environment.name=mine.py:Open", "environment.args.start=2026-01-02"], "environment.args.start is 2026-01-02, of the type date; it must be text, a number, true, false, null, a list or a mapping, so put quotes around it"),
+    (["data.chat_template_kwargs={a: {b: [1, 2026-01-02]}}"], "data.chat_template_kwargs.a.b[1] is 2026-01-02, of the type date"),
+    (["loss.args={a: !!set {x}}"], "loss.args.a is {'x'}, of the type set; it must be text, a number, true, false, null, a list or a mapping"),
     (["environment.args={size: 3}"], "environment.args is {'size': 3}, but environment.name is null"),
     (["environment.name=game"], "environment.name is 'game'; it must be calculator, or a class in a file, my_env.py:MyEnvironment"),
     (["environment.name=calculator"], "answers turns that end in an equals sign, but sampling.stop is []; set it to a text that ends in one"),

@@ -101,6 +101,12 @@ class NoStep:
     def __init__(self, row, seed):
         pass
 
+class Shows:
+    def __init__(self, row, seed, *, value=None):
+        self.value = value
+    def step(self, turn):
+        return repr(self.value)
+
 class NoSeed:
     def __init__(self, row):
         pass
@@ -171,6 +177,15 @@ def test_it_answers_from_row_seed_turns_and_arguments(mine):
         assert text_of(take_all(worker, [key])[key]) == "a p 3?"
         worker.ask(key, ROW, 3, turns_of("a", "b"))  # the same object
         assert text_of(take_all(worker, [key])[key]) == "a,b p 3?"
+    finally:
+        worker.close()
+
+
+def test_arguments_arrive_as_they_were(mine):
+    value = {1: "é", "x": [None, float("inf"), True]}
+    worker = EnvironmentWorker(f"{mine}:Shows", {"value": value}, timeout=5.0)
+    try:
+        assert text_of(answer(worker, "a")) == repr(value)
     finally:
         worker.close()
 

@@ -12,6 +12,7 @@ from test_boundary import FOLDER, tokenizer_of
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_core.batch import Task
+from grpo_core.commands.evaluate import _note_failures
 from grpo_core.commands.replay import run_replay
 from grpo_core.commands.sample import format_turns
 from grpo_core.config.environment_functions import build_environment
@@ -77,7 +78,7 @@ def tasks_of(tokenizer, count=3):
 
 @pytest.mark.parametrize("decoder", ["plain", "auto"])
 def test_completions_of_several_turns(model, game, decoder):
-    config = load(TINY, [f"environment.name={game}", "environment.max_turn_tokens=4", "rewards=[]"])
+    config = load(TINY, [f"environment.name={game}", "environment.max_turn_tokens=4", "rewards=[]", "environment.max_turns=1000000000"])
     sampler, tasks = sampler_of(model, decoder=decoder), tasks_of(model[1])
     environments = Environments(config, sampler)
     try:
@@ -92,8 +93,7 @@ def test_completions_of_several_turns(model, game, decoder):
         again, _ = environments.generate(tasks, 2)
         assert torch.equal(again.completion_ids, rollouts.completion_ids)
         scores = environments.add_to_scores(Scores(torch.full((3, 2), torch.nan), {}), played)
-        assert scores.rewards.tolist() == [[6.0, 6.0]] * 3 and scores.turn_rewards.shape == (3, 2, 8)
-        assert scores.turn_rewards[0, 0].tolist()[:3] == [1.0, 2.0, 3.0] and scores.turn_rewards[0, 0, 3:].isnan().all()
+        assert scores.rewards.tolist() == [[6.0, 6.0]] * 3 and scores.turn_rewards.tolist() == [[[1.0, 2.0, 3.0]] * 2] * 3
     finally:
         environments.close()
 
@@ -119,7 +119,7 @@ def test_the_rewards_of_turns_and_those_of_functions(weight, others, expected):
     if others is not None:
         values = torch.tensor(others)
         scores = Scores(values, {"a": values}, (1.0,), {"a": torch.zeros(2, 2, dtype=torch.bool)})
-    scores = add_environment(scores, played, label="environment e", weight=weight, max_turns=3)
+    scores = add_environment(scores, played, label="environment e", weight=weight)
     torch.testing.assert_close(scores.rewards, torch.tensor(expected), equal_nan=True)
     assert scores.failed["environment"].tolist() == [[False, False], [True, False]]
     assert scores.failures == ("environment e raised X",) and scores.turns == tuple(played)
@@ -127,6 +127,16 @@ def test_the_rewards_of_turns_and_those_of_functions(weight, others, expected):
     factor = 0.0 if weight is None else weight
     torch.testing.assert_close(scores.turn_rewards, by_turn * factor, equal_nan=True)
     assert len(scores.weights) == len(scores.by_name) and ("environment" in scores.by_name) == (weight is not None)
+
+
+def test_evaluate_says_why_an_environment_and_a_reward_failed():
+    failed = {"environment": torch.ones(1, 2, dtype=torch.bool), "a": torch.ones(1, 2, dtype=torch.bool)}
+    scores = Scores(torch.zeros(1, 2), {}, (), failed, ("reward a raised X", "environment e.py:E raised Y", "environment e.py:E raised Z"))
+    failures = {}
+    _note_failures(SimpleNamespace(environments=SimpleNamespace(label="environment e.py:E")), scores, failures)
+    assert failures == {"environment": "environment e.py:E raised Y", "a": "reward a raised X"}
+    _note_failures(SimpleNamespace(environments=None), scores, alone := {})
+    assert alone == {"a": "reward a raised X"}
 
 
 def test_a_template_whose_calls_are_in_another_form_needs_a_parser(model):
@@ -288,6 +298,18 @@ def test_evaluate_and_sample_ask_the_environment(trained, here, tmp_path):
     done = here("sample", trained, "Ada has 7 boxes with 6 pens each. How many pens does she have?")
     assert done.returncode == 0 and done.stdout.count("[turn 1]") == 1 and " turn" in done.stdout.splitlines()[-1], done.stderr
     assert ("=\n[answer]\n " in done.stdout) == ("[turn 2]" in done.stdout)
+
+
+def test_a_dry_run_shows_turns_and_refuses_an_environment_that_fails_on_a_whole_group(game, here, tmp_path):
+    words = [f"environment.name={game}", "rewards=[]", "environment.max_turn_tokens=5", "data.limit=50", f"output_dir={tmp_path}"]
+    done = here("train", "--config", TINY, "--dry-run", *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[turn 1, reward 1]") == 8 and done.stdout.count("[turn 3, reward 3]") == 8
+    file = tmp_path / "game.py"
+    file.write_text(file.read_text().replace("return False", "return True"))
+    done = here("train", "--config", TINY, "--dry-run", *words)
+    assert done.returncode == 2, done.stdout
+    assert f"environment {game} raised ValueError: no letters (game.py, line 11), on all 8 completions of a group" in done.stderr
 
 
 def test_sample_prints_turns_and_answers_apart():

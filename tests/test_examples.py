@@ -2,6 +2,9 @@
 
 import ast
 import json
+import math
+import os
+import random
 import re
 import runpy
 import subprocess
@@ -19,6 +22,7 @@ from grpo_core import REWARDS, attempt, cli
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.files import load
 from grpo_core.distributed import ranks
+from grpo_core.environments.interface import Turn
 from grpo_core.model.loading import load_tokenizer
 from grpo_core.random_keys import make_key
 
@@ -32,6 +36,14 @@ def minimal_grpo(monkeypatch):
     import minimal_grpo
 
     return minimal_grpo
+
+
+@pytest.fixture
+def guessing_game(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import guessing_game
+
+    return guessing_game
 
 
 def test_two_steps_of_the_minimal_example_are_the_trainers(minimal_grpo, here, tmp_path, monkeypatch):
@@ -137,9 +149,72 @@ def test_the_calculator_answers_and_its_tokens_are_not_trained(here, tmp_path):
     assert not (batch["loss_mask"] & given).any() and batch["loss_mask"].any(dim=1).all()
 
 
+def test_the_guessing_game_by_hand(guessing_game):
+    game = guessing_game.GuessingGame({"answer": 37}, 0)
+
+    def play(guess):
+        reply = game.step(Turn(f"{guess}\n", "", 0, "stop"))
+        return reply.text, round(reply.reward, 2)
+
+    assert play(50) == ("lower\n", -0.58)  # the middle of 1 to 100 is 50.5
+    assert play(25) == ("higher\n", 0.0)  # of 1 to 49
+    assert play(60) == ("lower\n", round(-math.log2(23.5) - 1, 2))  # ruled out, 22.5 from the middle of 26 to 49
+    assert play(10) == ("higher\n", round(-math.log2(28.5) - 1, 2)) and (game.low, game.high) == (26, 49)
+    assert play("37 or") == play("²") == ("?\n", -8.0)
+    assert play(37) == (None, round(-math.log2(1.5), 2))
+    middles = [guesses_by_halving(guessing_game, number) for number in range(1, 101)]
+    assert max(middles) == 7 and 5.7 < sum(middles) / 100 < 5.9
+
+
+def guesses_by_halving(guessing_game, number):
+    game = guessing_game.GuessingGame({"answer": number}, 0)
+    for guesses in range(1, 31):
+        guess = (game.low + game.high) // 2
+        if game.step(Turn(f"{guess}\n", "", 0, "stop")).text is None:
+            return guesses
+
+
+def test_the_guesses_of_the_supervised_start_are_random(guessing_game):
+    draw = random.Random(0)
+    games = [guessing_game.make_random_game(draw).split() for _ in range(300)]
+    guesses = [int(guess) for game in games for guess in game[::2]]
+    assert set(guesses) == set(range(1, 101)) and 48 < sum(guesses) / len(guesses) < 53
+    assert max(map(len, games)) == 60 and 22 < len(guesses) / len(games) < 29
+
+
+@pytest.mark.slow
+def test_the_guessing_game_is_played_and_its_answers_are_not_trained(here, tmp_path):
+    """By the built-in model, which knows no game, on the rows that the example writes."""
+    command = [sys.executable, ROOT / "examples" / "guessing_game.py", tmp_path / "rows"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split()[-1] == "right", done.stderr
+    given = [
+        "model.path=builtin:tiny", f"data.path={tmp_path}/rows/numbers.jsonl", f"data.eval_path={tmp_path}/rows/numbers.jsonl", "environment.max_turns=4",
+        "data.template='Guess 1 to 100: 5\n6\n'", "trainer.num_steps=1", "trainer.completions_per_step=32", "debug.dump_batches=1", f"output_dir={tmp_path}",
+    ]  # fmt: skip
+    done = here("train", "--config", "configs/experiments/guessing_game.yaml", *given)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "guessing_game"
+    rows = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    turns = [turn for row in rows for turn in row["turns"]]
+    assert {turn["answer"] for turn in turns if turn["answer"]} <= {"?\n", "higher\n", "lower\n"}
+    assert len(rows) == 32 and len(turns) > 64 and all(turn["reward"] <= 0 for turn in turns)
+    batch = load_file(folder / "batches" / "step-000000-rank-0.safetensors")
+    assert not (batch["loss_mask"] & ~batch["completion_mask"]).any() and (batch["valid_mask"] & ~batch["completion_mask"]).any()
+
+
+@pytest.mark.soak
+def test_the_policy_learns_to_halve_what_is_left(environment):
+    command = [sys.executable, ROOT / "benchmarks" / "environments.py", "game"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[0])
+    assert row["met"] and row["workload"].startswith("guessing game: guesses"), row
+
+
 @pytest.mark.soak
 def test_the_policy_learns_to_use_the_calculator(environment):
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "environments.py"], env=environment, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "environments.py", "calculator"], env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout.splitlines()[0])
     assert row["met"] and row["workload"].startswith("calculator: accuracy"), row

@@ -11,16 +11,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
 from grpo_core.commands.open_policy import load_checkpoint
+from grpo_core.commands.sample import format_turns
 from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.formula import render
 from grpo_core.config.precision import dtype_name, resolve_dtype
-from grpo_core.config.sections import EngineConfig, RunConfig
+from grpo_core.config.sections import ENVIRONMENT_REWARD, EngineConfig, RunConfig
 from grpo_core.counts import name_interval, quantify
 from grpo_core.data.eval_sets import group_by_set
 from grpo_core.data.rows import describe_eval_source
 from grpo_core.data.tasks_on_disk import prompt_lengths
 from grpo_core.distributed import ranks
-from grpo_core.environments.setup import make_environments, sample_turns
+from grpo_core.environments.setup import label_environment, make_environments, sample_turns
 from grpo_core.model.families import head_dim
 from grpo_core.model.memory import Taught, find_budgets
 from grpo_core.model.policy import Policy, load_policy
@@ -298,7 +299,8 @@ def describe_group(
         scores = environments.add_to_scores(scores, turns)
         environments.close()
     lines += scores.failures
-    for i, (text, length) in enumerate(zip(rollouts.completions, rollouts.lengths().tolist(), strict=True)):
+    texts = [format_turns(played) for played in turns] or rollouts.completions
+    for i, (text, length) in enumerate(zip(texts, rollouts.lengths().tolist(), strict=True)):
         by_name = ", ".join(f"{name} {float(values[0, i]):.4g}" for name, values in scores.by_name.items())
         truncated = ", truncated" if rollouts.truncated[i] else ""
         ellipsis = " ..." if len(text) > MAX_SHOWN_CHARACTERS else ""
@@ -319,7 +321,8 @@ def list_failures(config: RunConfig, task: Task, completions: Sequence[str], sco
     if config.trainer.max_failed_rewards >= 1:
         return []
     part, failures = config.of_source(task.source), list(scores.failures)
-    failed = [f"reward {name} " for name, values in scores.failed.items() if values.all()]
+    labels = {ENVIRONMENT_REWARD: label_environment(config)}
+    failed = [f"{labels.get(name, f'reward {name}')} " for name, values in scores.failed.items() if values.all()]
     name = part.evaluation.reward
     is_new = part.evaluation.num_tasks and config.label_reward(name) not in scores.by_name
     if is_new and not find_missing_columns(REWARDS.get(name), task.columns):

@@ -16,7 +16,7 @@ from typing import Any
 
 from grpo_core.batch import SamplingParams, Task
 from grpo_core.commands.open_policy import OpenedPolicy, open_source
-from grpo_core.config.sections import RunConfig
+from grpo_core.config.sections import ENVIRONMENT_REWARD, RunConfig
 from grpo_core.counts import quantify
 from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.eval_sets import describe_set, load_eval_sets
@@ -41,7 +41,7 @@ from grpo_core.schema import (
     keyword_arguments,
     list_known,
 )
-from grpo_core.scoring.scoring import Reward, build_reward, score
+from grpo_core.scoring.scoring import Reward, Scores, build_reward, score
 from grpo_core.training import run_dir
 from grpo_core.training.eval_statistics import bootstrap_interval, majority_at_k, mcnemar, pass_at_k, wilson_interval
 from grpo_core.training.gold_answers import check_gold_answers, drop_unjudged
@@ -297,15 +297,22 @@ def _answer_batch(
     scores = score(rewards, tasks, rollouts.completions, count)
     if opened.environments is not None:
         scores = opened.environments.add_to_scores(scores, turns)
-    for name in scores.failed if failures is not None else ():
-        for why in scores.failures:
-            if why.startswith(begin := f"reward {name} "):
-                subject = "evaluation.reward" if name in MARKS.values() else f"reward {name}"
-                failures.setdefault(name, f"{subject} {why.removeprefix(begin)}")
+    if failures is not None:
+        _note_failures(opened, scores, failures)
     by_name = {name: values.flatten().tolist() for name, values in scores.by_name.items()}
     columns = {column: [x == 1.0 for x in by_name.pop(name)] for column, name in MARKS.items() if name in by_name}
     columns["rewards"] = [{name: values[i] for name, values in by_name.items()} for i in range(len(rollouts))]
     return completion_rows(tasks, rollouts, columns | make_turn_columns(turns), first_sample=first_sample)
+
+
+def _note_failures(opened: OpenedPolicy, scores: Scores, failures: dict[str, str]) -> None:
+    """Add a sentence for each reward that failed for the first time, and for the environment."""
+    for name in scores.failed:
+        begin = opened.environments.label if opened.environments and name == ENVIRONMENT_REWARD else f"reward {name}"
+        subject = "evaluation.reward" if name in MARKS.values() else begin
+        for why in scores.failures:
+            if why.startswith(f"{begin} "):
+                failures.setdefault(name, subject + why.removeprefix(begin))
 
 
 def compute_figures(rows: Sequence[Row], samples: int, answer_of: Callable | None) -> Figures:

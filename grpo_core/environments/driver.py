@@ -15,6 +15,7 @@ from grpo_core.random_keys import make_key, torch_seed
 from grpo_core.sampling.turns import Answer, EndedTurn, TurnEnd
 from grpo_core.schema import ConfigError
 
+MAX_SEED = 2**32  # NumPy's older generators take smaller ones alone
 WAIT_SECONDS = 60.0  # for one call of the worker where every row waits; it is repeated
 Decode = Callable[[Sequence[Sequence[int]]], list[str]]  # texts of rows of token ids
 
@@ -141,7 +142,7 @@ class EnvironmentTurns:
     def _ask(self, row: int) -> None:
         task = self._tasks[row // self._group_size]
         columns = {**task.columns, "prompt": task.prompt}
-        seed = torch_seed(make_key("environment", *task.seed, row % self._group_size))
+        seed = torch_seed(make_key("environment", *task.seed, row % self._group_size)) % MAX_SEED
         self.worker.ask(self.first_key + row, columns, seed, self._turns[row])
 
     def _read_poll(self, wait: bool) -> tuple[RowAnswer, ...] | None:

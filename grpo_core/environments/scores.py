@@ -14,9 +14,7 @@ from grpo_core.environments.driver import PlayedCompletion
 from grpo_core.scoring.scoring import Scores
 
 
-def add_environment(
-    scores: Scores, played: Sequence[PlayedCompletion], *, label: str, weight: float | None, max_turns: int
-) -> Scores:
+def add_environment(scores: Scores, played: Sequence[PlayedCompletion], *, label: str, weight: float | None) -> Scores:
     """Return the scores with the turns of the completions, and with the environment's rewards in them.
 
     The reward named `environment` is the sum of the rewards of a completion's turns, 0 if there are none, and NaN where
@@ -31,11 +29,12 @@ def add_environment(
     reasons = dict.fromkeys(x.failure for x in played if x.failure is not None)
     failures = (*scores.failures, *(f"{label} {reason}" for reason in [*reasons][:1]))
     everything = {"turns": tuple(played), "failed": scores.failed | {ENVIRONMENT_REWARD: failed}, "failures": failures}
-    by_turn = torch.full((len(played), max_turns), math.nan, device="cpu")
+    width = max(len(completion.turns) for completion in played)  # max_turns may be any number, as for "no limit"
+    by_turn = torch.full((len(played), width), math.nan, device="cpu")
     for row, completion in enumerate(played):
         for number, turn in enumerate(completion.turns):
             by_turn[row, number] = 0.0 if completion.failure else turn.reward or 0.0
-    by_turn = by_turn.view(*shape, max_turns)
+    by_turn = by_turn.view(*shape, width)
     if weight is None:
         return replace(scores, turn_rewards=0 * by_turn, **everything)
     own = by_turn.nansum(dim=-1).masked_fill(failed, math.nan)

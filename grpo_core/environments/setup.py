@@ -54,7 +54,7 @@ class Environments:
         name, args = settings.name or BUILT_IN_TOOLS, settings.args
         if config.tools:
             args = {"tools": config.tools, "parser": config.tool_parser or find_parser(tokenizer, config.data)}
-        self.label = f"environment {settings.name}" if settings.name else "the process of the tools"
+        self.label = label_environment(config)
         hidden = find_hidden_ids(tokenizer, sampler.eos_ids)
         self.decode = partial(decode_completions, tokenizer, hidden=hidden)
         self.recording = Recording(None if folder is None else folder / FOLDER, rank, digest_environment(config))
@@ -82,7 +82,7 @@ class Environments:
         """Return the scores of completions with their turns and the environment's rewards (scores.py)."""
         settings = self.config.environment
         weight = settings.reward_weight if settings.name else None
-        scores = add_environment(scores, played, label=self.label, weight=weight, max_turns=settings.max_turns)
+        scores = add_environment(scores, played, label=self.label, weight=weight)
         return replace(scores, failures=(*scores.failures, *self.take_problems()))
 
     def list_problems(self, played: Sequence[PlayedCompletion]) -> list[str]:
@@ -126,6 +126,11 @@ class Environments:
         )
         self._next_key += len(tasks) * group_size
         return turns
+
+
+def label_environment(config: RunConfig) -> str:
+    """Return the subject of sentences about a run's environment or tools."""
+    return f"environment {config.environment.name}" if config.environment.name else "the process of the tools"
 
 
 def make_environments(config: RunConfig, sampler: Sampler, **options: Any) -> Environments | None:

@@ -12,7 +12,6 @@ import contextlib
 import json
 import pickle
 import socket
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from grpo_core.scoring.worker_process import (
     START_TIMEOUT,
     WorkerProcess,
     build_in_worker,
+    read_arguments,
     send_message,
 )
 
@@ -298,5 +298,5 @@ def serve(connection: socket.socket, name: str, args: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    to_rank = socket.socket(fileno=int(sys.argv[1]))
-    run_supervised(lambda: serve(to_rank, sys.argv[2], json.loads(sys.argv[3])), release=to_rank.close)
+    to_rank, own_name, own_args = read_arguments()
+    run_supervised(lambda: serve(to_rank, own_name, own_args), release=to_rank.close)

@@ -7,11 +7,9 @@ process starts fast.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,7 +20,7 @@ from grpo_core.registry import get_fact
 from grpo_core.schema import ConfigError, first_line, summarize_error
 from grpo_core.scoring.reward_call import RewardOutcome, attempt, failed_outcome
 from grpo_core.scoring.supervise import interruptible, run_supervised
-from grpo_core.scoring.worker_process import SIZE, WorkerProcess, build_in_worker, send_message
+from grpo_core.scoring.worker_process import SIZE, WorkerProcess, build_in_worker, read_arguments, send_message
 
 
 class RewardWorker(WorkerProcess):
@@ -94,5 +92,5 @@ def _serve(connection: socket.socket, name: str, args: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    to_rank = socket.socket(fileno=int(sys.argv[1]))
-    run_supervised(lambda: serve(to_rank, sys.argv[2], json.loads(sys.argv[3])), release=to_rank.close)
+    to_rank, own_name, own_args = read_arguments()
+    run_supervised(lambda: serve(to_rank, own_name, own_args), release=to_rank.close)

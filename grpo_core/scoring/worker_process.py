@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import signal
 import socket
 import struct
@@ -34,7 +35,7 @@ SIZE = struct.Struct("<Q")  # of a message, in front of it
 class WorkerProcess:
     """A process that runs what `name` names with the arguments `args`; a call may take `timeout` seconds."""
 
-    module: str  # that the process runs; it gets the descriptor of its socket, the name, and the arguments in JSON
+    module: str  # that the process runs; it gets what `read_arguments` returns
 
     def __init__(self, name: str, args: dict[str, Any], timeout: float) -> None:
         """Start the process, without waiting until it is ready."""
@@ -75,7 +76,7 @@ class WorkerProcess:
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         descriptor = child_socket.fileno()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", self.module, str(descriptor), self.name, json.dumps(self.args)],
+            [sys.executable, "-m", self.module, str(descriptor), self.name, pickle.dumps(self.args).hex()],
             pass_fds=[descriptor],
             stdin=subprocess.DEVNULL,
             stdout=STDERR,  # what the user's code prints
@@ -154,6 +155,11 @@ def send_message(connection: socket.socket, message: dict[str, Any]) -> None:
     """Send a message to the process that started this one."""
     content = json.dumps(message).encode()
     connection.sendall(SIZE.pack(len(content)) + content)
+
+
+def read_arguments() -> tuple[socket.socket, str, dict[str, Any]]:
+    """Return the connection, the name and the arguments that the process was started with."""
+    return socket.socket(fileno=int(sys.argv[1])), sys.argv[2], pickle.loads(bytes.fromhex(sys.argv[3]))
 
 
 def build_in_worker(connection: socket.socket, build: Callable[[], Any]) -> Any:
