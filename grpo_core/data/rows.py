@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,19 @@ def peek_rows(path: str, subset: str | None, split: str, count: int, args: dict[
         return _read_json_rows(local, count)[:count]
     rows = _read_rows(path, subset, split, count, args or {})
     return rows[:count] if isinstance(rows, list) else rows.read(range(len(rows))[:count])
+
+
+def count_rows(path: str, subset: str | None, split: str, most: int) -> int:
+    """Return the number of rows of a split, or `most` if it has more, of which a JSON Lines file reads no more lines.
+
+    Raises:
+        ConfigError: as `load_rows`.
+    """
+    local = Path(path)
+    if local.is_file() and FORMATS.get(local.suffix) == "json" and split == "train" and not _is_json_list(local):
+        with local.open("rb") as file:
+            return sum(1 for _ in islice((line for line in file if line.strip()), most))
+    return min(most, len(_read_rows(path, subset, split, most, {})))
 
 
 def _read_rows(

@@ -129,7 +129,8 @@ def list_held_out(config: RunConfig, prepared: Prepared) -> list[str]:
         if held_out and not has_own:
             sentences.append(
                 f"of the {quantify(len(trained) + held_out, 'task')} of {data.path} the run trains on "
-                f"{len(trained):,}, and {held_out:,} are held out for the evaluation (evaluation.num_tasks)"
+                f"{len(trained):,}, and {held_out:,} {'is' if held_out == 1 else 'are'} held out for the evaluation "
+                f"(evaluation.num_tasks)"
             )
     return sentences
 
