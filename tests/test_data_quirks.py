@@ -1,15 +1,22 @@
 """Data as people have it: other columns beside the form's, gaps, capitals, and few rows."""
 
+import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
+from grpo_core.batch import Task
 from grpo_core.config import files
 from grpo_core.data.columns import check_names, rename
 from grpo_core.data.forms import recognise
-from grpo_core.data.rows import count_rows
+from grpo_core.data.prompts import make_tasks
+from grpo_core.data.rows import count_rows, load_rows
+from grpo_core.model.loading import load_tokenizer
 from grpo_core.schema import ConfigError
+from grpo_core.training.gold_answers import check_gold_answers
+from grpo_core.training.setup import describe_shared_prompts
 
 TINY = ROOT / "configs" / "tiny.yaml"
 USER = {"role": "user", "content": "2 + 3?"}
@@ -29,7 +36,8 @@ def load(path, *words):
 
 @pytest.fixture(autouse=True)
 def has_math(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: name)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name if name == "math_verify" else find(name, *rest))
 
 
 TRUTH = {"style": "rule", "ground_truth": "5"}
@@ -90,6 +98,8 @@ def test_a_prompt_alone_beside_other_columns_names_them(tmp_path):
     with pytest.raises(ConfigError, match=r"such as rewards=my_rewards.py:my_reward, or the gold answer, such as data.columns='{answer: COLUMN}', of the columns result, level$"):
         load(path)
     assert load(path, "data.columns={answer: result}")[0].rewards[0].name == "correct_answer"
+    config, (note,) = load(path, "data.columns.answer=result", "rewards=correct_answer")
+    assert config.data.columns == {"answer": "result"} and "data.columns" not in note
 
 
 @pytest.mark.parametrize("count, words, size", [
@@ -109,3 +119,87 @@ def test_rows_are_counted_up_to_a_limit(tmp_path):
     assert [count_rows(write(tmp_path, rows, begin="\n\n"), None, "train", most) for most in (3, 7, 100)] == [3, 7, 7]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     assert count_rows(str(tmp_path / "list.json"), None, "train", 100) == 7
+
+
+EMPTY = {  # a row that is no task -> what is wrong with it
+    "has only empty turns of the user": {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " \n"}], "solution": "5"},
+    "is the text of a list of messages, '[{\"role\": ": {"prompt": json.dumps([USER]), "solution": "5"},
+    "is the text of a list of messages, \"[ {'content': ": {"prompt": "[ {'content': 'a', 'role': 'user'}]", "solution": "5"},
+    "the prompt is empty, because data.template has no text from question": {"question": " ", "answer": "#### 5"},
+    "has no turn of the user; its roles are human, assistant": {"messages": [{"role": "human", "content": "a"}, {"role": "assistant", "content": "5"}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", EMPTY)
+def test_a_prompt_without_text_or_messages_as_text_is_refused(sentence, tmp_path):
+    config, _ = load(write(tmp_path, [EMPTY[sentence]] * 2))
+    with pytest.raises(ConfigError) as error:
+        make_tasks([EMPTY[sentence]], config.data, load_tokenizer("builtin:tiny"))
+    assert sentence in str(error.value) and "row 1 of the data" in str(error.value)
+
+
+def test_a_list_in_a_text_prompt_is_no_message():
+    config = files.load(TINY, ["data.template={prompt}"])
+    tasks, _ = make_tasks([{"prompt": "[{'a': 1}, 2] has"}, {"prompt": "role: 'user'"}], config.data, load_tokenizer("builtin:tiny"))
+    assert len(tasks) == 2
+
+
+def test_other_columns_are_answered_with_the_key_that_names_them(tmp_path):
+    config, _ = load(write(tmp_path, [{"instruction": "2 + 3?", "output": "5"}]))
+    with pytest.raises(ConfigError, match=r"columns instruction, output; name the one with the prompt, such as data.columns='{question: COLUMN}' or data.template='{COLUMN}'$"):
+        make_tasks([{"instruction": "2 + 3?", "output": "5"}], config.data, load_tokenizer("builtin:tiny"))
+
+
+@pytest.mark.parametrize("value, path", [({"target": ["5", "five"]}, "truth.target"), ([{"role": "assistant", "content": "5"}], "truth.-1.content")])
+def test_a_place_inside_of_gold_answers_is_proposed(value, path):
+    config = files.load(TINY, ["data.columns={answer: truth}"])
+    with pytest.raises(ConfigError, match=rf"name a place in these values, such as data.columns.answer={path}, or raise"):
+        check_gold_answers(config, [Task(0, "q", [1], {"answer": value})], [])
+    with pytest.raises(ConfigError, match=r"name another column with data.columns, leave such rows out with data.bad_rows: drop, or raise"):
+        check_gold_answers(config, [Task(i, "q", [1], {"answer": "5" if i else ""}) for i in range(3)], [])
+
+
+def test_prompts_that_are_trained_and_evaluated_are_counted():
+    tasks, eval_tasks = ([Task(i, prompt, [1], {}) for i, prompt in enumerate(prompts)] for prompts in ("abca", "xa"))
+    sentence = describe_shared_prompts(SimpleNamespace(tasks=tasks, eval_tasks=eval_tasks))
+    assert "of the 2 tasks of the evaluation 1 has a prompt that the run also trains on" in sentence
+    assert describe_shared_prompts(SimpleNamespace(tasks=tasks, eval_tasks=eval_tasks[:1])) is None
+
+
+# --- files
+
+
+@pytest.mark.parametrize("name, content, sentence", [
+    ("rows.jsonl.gz", "a", "unpack it, as with gunzip -k "), ("rows.jsonl.zst", "a", "unpack it, as with unzstd "),
+    ("a.json", '{"q": {"0": "a", "1": "b"}, "a": {"0": 1, "1": 2}}', "is one object, whose q, a hold the rows; write one object per line"),
+    ("a.json", '{"data": [{"q": 1}, {"q": 2}]}', "is one object, whose data hold the rows; write one object per line"),
+])  # fmt: skip
+def test_files_in_another_form_are_answered_with_what_to_do(name, content, sentence, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=sentence):
+        load_rows(str(tmp_path / name), None, "train", None)
+
+
+@pytest.mark.parametrize("path", ["data/*.parquet", "[a.parquet,b.parquet]", "a.jsonl,b.jsonl"])
+def test_several_files_are_a_folder_or_sources(path):
+    with pytest.raises(ConfigError, match=r"it takes one path, so name a folder for files of the same form, or list them as data.sources"):
+        load_rows(path, None, "train", None)
+
+
+def test_one_conversation_is_a_row_and_no_list_of_rows(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"messages": [USER, {"role": "assistant", "content": "5"}]}))
+    assert len(load_rows(str(tmp_path / "a.json"), None, "train", None)) == 1
+
+
+def test_a_saved_data_set_is_read_with_its_splits(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_list([{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(6)])
+    rows.save_to_disk(str(tmp_path / "one"))
+    DatasetDict(easy=rows, test=rows.select([1])).save_to_disk(str(tmp_path / "several"))
+    read = lambda name, split: [row["question"][0] for row in load_rows(str(tmp_path / name), None, split, None)]  # noqa: E731
+    assert read("one", "train") == list("012345") and read("several", "easy[:2]+test") == list("011") and read("several", "test") == ["1"]
+    with pytest.raises(ConfigError, match=r"has no split 'train'; it has easy, test$"):
+        read("several", "train")
+    config, (note,) = load(tmp_path / "one", "evaluation.num_tasks=2")
+    assert "the form of GSM8K" in note and len(config.rewards) == 1

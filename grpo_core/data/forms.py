@@ -134,6 +134,7 @@ def _recognise_path(config: RunConfig, written: Collection[str], supervised: boo
             f"{_describe_columns(form, rows[0])}{_describe_words(form, [rename(row, columns) for row in rows])}"
         )
     form_keys = _list_keys(form, [rename(row, columns) for row in rows], rows[0], reward, supervised)
+    form_keys["data.columns"] |= _list_written(data, written)
     if data.max_prompt_tokens < DataConfig.max_prompt_tokens:  # a limit for the file's own data
         form_keys["data.max_prompt_tokens"] = DataConfig.max_prompt_tokens
     if "evaluation.num_tasks" in written and not config.evaluation.num_tasks:  # no evaluation needs a reward
@@ -180,7 +181,11 @@ def _list_columns(form: Form, data: DataConfig, written: Collection[str]) -> dic
     """Return data.columns as the words of the command line leave them."""
     if "data.columns" in written:
         return data.columns
-    return form.columns | {name: path for name, path in data.columns.items() if f"data.columns.{name}" in written}
+    return form.columns | _list_written(data, written)
+
+
+def _list_written(data: DataConfig, written: Collection[str]) -> dict[str, str]:
+    return {name: path for name, path in data.columns.items() if f"data.columns.{name}" in written}
 
 
 def _choose_reward(form: Form, rows: Sequence[Row]) -> str | None:

@@ -26,11 +26,13 @@ from grpo_core.random_keys import make_generator, make_key
 from grpo_core.schema import GENERATED, ConfigError, describe_eval_rows, first_line
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+COMPRESSED = {".gz": "gunzip -k", ".zst": "unzstd", ".bz2": "bunzip2 -k", ".xz": "unxz -k", ".zip": "unzip"}
 SPLIT_WORD = re.compile("train|test|valid|dev|eval")  # a file name with one of them belongs to a split
 NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # how datasets names files without a row
 DIFFERENT_COLUMNS = (
     "its files differ in their columns or in the types of the values; give all the same, or name one file"
 )
+SAVED = ("state.json", "dataset_dict.json")  # which save_to_disk writes, for one split and for several
 OWN_FILES = ("dataset_info.json", "dataset_infos.json", "state.json")  # of datasets: no data
 LARGE_BYTES = 512 * 2**20  # of data, above which the rows stay on disk
 BUILTIN_ROWS = {"train": 20_000, "test": 1_000}  # rows of the built-in data by split
@@ -181,6 +183,11 @@ def _read_rows(
         return make_word_problems(split, limit, scale=BUILTIN_SCALES[path])
     if os.path.isfile(local / "config.yaml") and os.path.isfile(local / "metrics.jsonl"):
         raise ConfigError(f"data: {path} is the folder of a run; did you mean {local / 'completions.jsonl'}?")
+    if not local.exists() and (set("*[,") & set(path)):
+        raise ConfigError(
+            f"data.path is {path!r}, which is no file; it takes one path, so name a folder for files of the same form, "
+            f"or list them as data.sources"
+        )
     if local.suffix in FORMATS and not local.exists():
         raise ConfigError(f"data: there is no file {path}")
     if local.is_file() and split != "train":
@@ -189,7 +196,8 @@ def _read_rows(
             f"file for evaluation"
         )
     if local.is_file() and local.suffix not in FORMATS:
-        raise ConfigError(f"data.path is {path}; a file must end in {', '.join(FORMATS)}")
+        hint = "" if local.suffix not in COMPRESSED else f"; unpack it, as with {COMPRESSED[local.suffix]} {path}"
+        raise ConfigError(f"data.path is {path}; a file must end in {', '.join(FORMATS)}{hint}")
     if local.is_file() and FORMATS[local.suffix] == "json":
         is_large = local.stat().st_size > LARGE_BYTES and not _is_json_list(local)
         return JsonLines(local) if is_large else _read_json_rows(local)
@@ -210,12 +218,27 @@ def _read_json_rows(path: Path, count: int | None = None) -> list[Row]:
     else:
         lines = enumerate(text.split("\n"), 1)
         rows = [(f"line {i}", parse_json(line, f"{path}, line {i},")) for i, line in lines if line.strip()]
+    if len(rows) == 1 and isinstance(rows[0][1], dict) and _holds_rows(rows[0][1]):
+        raise ConfigError(
+            f"{path} is one object, whose {', '.join(rows[0][1])} hold the rows; write one object per line, or one "
+            f"list of objects, as pandas does with to_json(..., orient='records')"
+        )
     for place, row in rows:
         if not isinstance(row, dict):
             raise ConfigError(
                 f"{path}, {place}, is {json.dumps(row)[:40]}; it must be an object whose keys are the columns"
             )
     return [row for _, row in rows]
+
+
+def _holds_rows(row: Row) -> bool:
+    """Return whether one object holds rows: a list of objects under a key, or mappings of row numbers to values."""
+    values = list(row.values())
+    if all(isinstance(value, dict) and list(value)[:2] == ["0", "1"] for value in values):
+        return bool(values)
+    (value, *others) = values or [None]
+    is_list = not others and isinstance(value, list) and len(value) > 1
+    return is_list and all(isinstance(item, dict) and "role" not in item and "from" not in item for item in value)
 
 
 def _is_json_list(path: Path) -> bool:
@@ -252,6 +275,8 @@ def _read_with_datasets(path: str, subset: str | None, split: str) -> list[Row] 
     disable_progress_bars()
     local = Path(path)
     try:
+        if any((local / name).is_file() for name in SAVED):
+            return MappedTable(_read_saved(local, path, subset, split), path)
         if local.is_file():
             kind = FORMATS[local.suffix]
             table = load_dataset(kind, data_files=str(local), split="train", **_parquet_options(kind == "parquet"))
@@ -270,10 +295,34 @@ def _read_with_datasets(path: str, subset: str | None, split: str) -> list[Row] 
         if is_unreachable and (folder := _find_downloaded(path)):
             return _read_with_datasets(folder, subset, split)
         cause = _describe_cause(error)
+        cause += "; unpack the files" if cause.startswith("Compression type") else ""
         if any(sentence in cause for sentence in NO_ROWS):
             return []
         hint = "" if local.exists() else "; without a network, set data.path to a file or folder of this machine"
         raise ConfigError(f"data.path is {path!r} (split {split!r}), and it cannot be loaded: {cause}{hint}") from error
+
+
+def _read_saved(folder: Path, path: str, subset: str | None, split: str) -> Any:
+    """Return the rows of a split of a data set that was saved with save_to_disk of `datasets`.
+
+    One without splits is train. `split` may be a slice or a sum, such as train[:10%] or train+test.
+    """
+    from datasets import DatasetDict, ReadInstruction, concatenate_datasets, load_from_disk
+
+    saved = load_from_disk(str(folder))
+    splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
+    if subset is not None:
+        raise ConfigError(f"data.subset is {subset!r}, but {path} has no subsets; leave it null")
+    if unknown := [name for name in re.split(r"\+", split) if name.partition("[")[0] not in splits]:
+        raise ConfigError(f"data.path is {path!r}, which has no split {unknown[0]!r}; it has {', '.join(splits)}")
+    parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    tables = [
+        splits[part.splitname].select(
+            range(part.from_ or 0, len(splits[part.splitname]) if part.to is None else part.to)
+        )
+        for part in parts
+    ]
+    return concatenate_datasets(tables) if len(tables) > 1 else tables[0]
 
 
 def _parquet_options(is_parquet: bool) -> dict[str, Any]:

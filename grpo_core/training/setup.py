@@ -135,9 +135,30 @@ def list_held_out(config: RunConfig, prepared: Prepared) -> list[str]:
     return sentences
 
 
+def describe_shared_prompts(prepared: Prepared) -> str | None:
+    """Return a sentence about the evaluation prompts that the run trains on too, as other rows; None without any.
+
+    Training rows that stay on disk are not compared.
+    """
+    if not isinstance(prepared.tasks, list) or not prepared.eval_tasks:
+        return None
+    trained = {task.prompt for task in prepared.tasks}
+    shared = sum(task.prompt in trained for task in prepared.eval_tasks)
+    if not shared:
+        return None
+    return (
+        f"the data has prompts several times: of the {quantify(len(prepared.eval_tasks), 'task')} of the evaluation "
+        f"{shared:,} {'has a prompt' if shared == 1 else 'have prompts'} that the run also trains on, so its accuracy "
+        f"is too high for new problems"
+    )
+
+
 def note_tasks(config: RunConfig, prepared: Prepared, tasks_per_step: int) -> None:
-    """Print how many tasks are held out of the training data, and the number of steps as `note_steps`."""
-    for sentence in list_held_out(config, prepared):
+    """Print how many tasks are held out, prompts that are trained and evaluated, and the number of steps."""
+    sentences = list_held_out(config, prepared)
+    if shared := describe_shared_prompts(prepared):
+        sentences.append(shared)
+    for sentence in sentences:
         print_note(sentence)
     note_steps(config, len(prepared.tasks), tasks_per_step)
 
