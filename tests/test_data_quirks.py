@@ -9,14 +9,16 @@ from conftest import ROOT
 
 from grpo_core.batch import Task
 from grpo_core.config import files
+from grpo_core.data import rows as rows_module
 from grpo_core.data.columns import check_names, rename
 from grpo_core.data.forms import recognise
 from grpo_core.data.prompts import make_tasks
-from grpo_core.data.rows import count_rows, load_rows
+from grpo_core.data.rows import count_rows, load_rows, load_splits
+from grpo_core.data.rows_on_disk import RowsOnDisk
 from grpo_core.model.loading import load_tokenizer
 from grpo_core.schema import ConfigError
 from grpo_core.training.gold_answers import check_gold_answers
-from grpo_core.training.setup import describe_shared_prompts
+from grpo_core.training.task_notes import list_leaks
 
 TINY = ROOT / "configs" / "tiny.yaml"
 USER = {"role": "user", "content": "2 + 3?"}
@@ -161,9 +163,66 @@ def test_a_place_inside_of_gold_answers_is_proposed(value, path):
 
 def test_prompts_that_are_trained_and_evaluated_are_counted():
     tasks, eval_tasks = ([Task(i, prompt, [1], {}) for i, prompt in enumerate(prompts)] for prompts in ("abca", "xa"))
-    sentence = describe_shared_prompts(SimpleNamespace(tasks=tasks, eval_tasks=eval_tasks))
+    (sentence,) = list_leaks(SimpleNamespace(tasks=tasks, eval_tasks=eval_tasks))
     assert "of the 2 tasks of the evaluation 1 has a prompt that the run also trains on" in sentence
-    assert describe_shared_prompts(SimpleNamespace(tasks=tasks, eval_tasks=eval_tasks[:1])) is None
+    assert list_leaks(SimpleNamespace(tasks=tasks, eval_tasks=eval_tasks[:1])) == []
+
+
+@pytest.mark.parametrize("columns, name", [
+    ([{"extra_info": {"split": split}} for split in ("train", "test")], "extra_info.split"), ([{"split": split} for split in ("dev", "train")], "split"),
+    ([{"split": split} for split in ("test", "test")], None), ([{"split": split} for split in ("train", "hard")], None), ([{}, {"split": None}], None),
+])  # fmt: skip
+def test_trained_rows_of_a_test_split_are_named_with_the_words_that_divide_them(columns, name):
+    tasks = [Task(i, str(i), [1], row) for i, row in enumerate(columns)]
+    sentences = list_leaks(SimpleNamespace(tasks=tasks, eval_tasks=[]))
+    assert len(sentences) == (name is not None)
+    if name:
+        other = "test" if name.startswith("extra") else "dev"
+        assert sentences[0].startswith(f"the run trains on rows whose {name} is {other}; ")
+        assert sentences[0].endswith(f"write data.split={name}=train data.eval_split={name}={other}")
+
+
+# --- splits that a column names
+
+VERL = [{"prompt": [{"role": "user", "content": f"{i} + 1?"}], "reward_model": {"ground_truth": str(i + 1)}, "extra_info": {"split": "test" if i % 3 == 2 else "train"}} for i in range(9)]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "folder"])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_column_says_which_rows_are_a_split(name, large, tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    monkeypatch.setattr(rows_module, "LARGE_BYTES", 0 if large else 2**30)
+    path = write(tmp_path, VERL)
+    if name != "rows.jsonl":
+        path = str(tmp_path / "folder" / "rows.parquet")
+        Dataset.from_list(VERL).to_parquet(path)
+        path = path if name == "rows.parquet" else str(tmp_path / "folder")
+    config, (note,) = load(path, "data.split=extra_info.split=train", "data.eval_split=extra_info.split=test")
+    assert "the form of verl" in note and config.evaluation.num_tasks == 500
+    train, held_out = load_splits(config.data, 500)
+    assert isinstance(train, RowsOnDisk) == large
+    assert [row["extra_info"]["split"] for row in train] == ["train"] * 6 and len(held_out) == 3
+    assert [*train.numbers] == [0, 1, 3, 4, 6, 7] and [*held_out.numbers] == [2, 5, 8]  # as in the file
+    assert train.source == f"{path} (extra_info.split=train)"
+    assert [*load_rows(path, None, "extra_info.split=test", 2).numbers] == [2, 5] and count_rows(path, None, "extra_info.split=test", 500) == 3
+    config, _ = load(path, "data.split=extra_info.split=test")  # of which a tenth is held out
+    train, held_out = load_splits(config.data, config.evaluation.num_tasks)
+    assert (len(train), len(held_out)) == (2, 1)
+    with pytest.raises(ConfigError, match=r"of which no row has extra_info.split=dev; extra_info.split is train, test$"):
+        load_rows(path, None, "extra_info.split=dev", None)
+    with pytest.raises(ConfigError, match=r"of which no row has level=3; it has no column level$"):
+        load_rows(path, None, "level=3", None)
+
+
+@pytest.mark.parametrize("words", [
+    ["data.eval_split=extra_info.split=test"], ["data.split=extra_info.split=train", "data.eval_split=test"],
+    ["data.split=extra_info.split=train", "data.eval_split=level=3"], ["data.split=extra_info.split=train", "evaluation.sets=[{name: b, split: level=1}]"],
+])  # fmt: skip
+def test_a_column_that_names_only_one_of_two_splits_is_refused(words, tmp_path):
+    with pytest.raises(ConfigError, match=r"name one column in all of them or in none, so that no row is trained on and evaluated$"):
+        load(write(tmp_path, VERL), *words)
+    load(write(tmp_path, VERL), "data.eval_path=builtin:word_problems", *(word for word in words if "eval" not in word))
 
 
 # --- files

@@ -18,9 +18,10 @@ from grpo_core.config.gym_tasks import is_gym_path
 from grpo_core.config.sections import DataConfig
 from grpo_core.config.text_files import decode_text, parse_json, read_text
 from grpo_core.counts import quantify
+from grpo_core.data.columns import MISSING, read_path
 from grpo_core.data.csv_rows import read_csv_rows
 from grpo_core.data.gym_rows import make_gym_rows
-from grpo_core.data.rows_on_disk import JsonLines, MappedTable, Row, RowsOnDisk
+from grpo_core.data.rows_on_disk import CHUNK, JsonLines, MappedTable, Row, RowsOnDisk
 from grpo_core.data.word_problems import make_word_problems
 from grpo_core.random_keys import make_generator, make_key
 from grpo_core.schema import GENERATED, ConfigError, describe_eval_rows, first_line
@@ -34,6 +35,7 @@ DIFFERENT_COLUMNS = (
 )
 SAVED = ("state.json", "dataset_dict.json")  # which save_to_disk writes, for one split and for several
 OWN_FILES = ("dataset_info.json", "dataset_infos.json", "state.json")  # of datasets: no data
+MAX_VALUES = 10  # of a column, in a sentence
 LARGE_BYTES = 512 * 2**20  # of data, above which the rows stay on disk
 BUILTIN_ROWS = {"train": 20_000, "test": 1_000}  # rows of the built-in data by split
 BUILTIN_SCALES = {"builtin:word_problems": 1, "builtin:large_word_problems": 10}  # of the numbers in the problems
@@ -89,8 +91,8 @@ def describe_eval_source(config: DataConfig) -> tuple[str, str]:
 
 
 def name_split(path: str, split: str) -> str:
-    """Return the name of a split with its path; a file has no splits."""
-    return path if Path(path).is_file() else f"{path} ({split})"
+    """Return the name of a split with its path; a file has no splits but those that a column names."""
+    return path if Path(path).is_file() and "=" not in split else f"{path} ({split})"
 
 
 def name_eval_split(config: DataConfig) -> str:
@@ -108,7 +110,7 @@ def load_rows(path: str, subset: str | None, split: str, limit: int | None, args
     Raises:
         ConfigError: the data cannot be loaded, or has no rows.
     """
-    return _load(path, subset, split, limit, _read_rows(path, subset, split, limit, args or {}))
+    return _load(path, split, limit, _read_rows(path, subset, *_find_base(split, limit), args or {}))
 
 
 def load_training_rows(
@@ -119,23 +121,52 @@ def load_training_rows(
     Raises:
         ConfigError: as `load_rows`.
     """
-    rows = _read_rows(path, subset, split, limit, args or {})
+    rows = _read_rows(path, subset, *_find_base(split, limit), args or {})
     if isinstance(rows, list) or not rows or rows.num_bytes <= LARGE_BYTES:
-        return _load(path, subset, split, limit, rows)
-    count = len(rows) if limit is None else min(limit, len(rows))
-    return RowsOnDisk(rows.read, np.arange(count), name_split(path, split))
+        return _load(path, split, limit, rows)
+    return RowsOnDisk(rows.read, np.asarray(_choose_places(path, split, rows)[:limit]), name_split(path, split))
 
 
-def _load(
-    path: str, subset: str | None, split: str, limit: int | None, rows: list[Row] | JsonLines | MappedTable
-) -> Rows:
+def _load(path: str, split: str, limit: int | None, rows: list[Row] | JsonLines | MappedTable) -> Rows:
     """Return the first rows that a reader has, in memory, as `load_rows`."""
     if not rows:
         raise ConfigError(f"data.path is {path!r} (split {split!r}), and it has no rows")
-    if not isinstance(rows, list):
-        rows = rows.read(range(len(rows))[:limit])
-    columns = dict.fromkeys(name for row in rows for name in row)
-    return Rows(({name: row.get(name) for name in columns} for row in rows[:limit]), source=name_split(path, split))
+    places = _choose_places(path, split, rows)[:limit]
+    if isinstance(rows, list):
+        columns = dict.fromkeys(name for row in rows for name in row)
+        chosen = [{name: rows[i].get(name) for name in columns} for i in places]
+    else:
+        chosen = rows.read(places)
+    return Rows(chosen, places, name_split(path, split))
+
+
+def _find_base(split: str, limit: int | None) -> tuple[str, int | None]:
+    """Return the split, and the number of its rows, from which those of `split` are chosen."""
+    return ("train", None) if "=" in split else (split, limit)
+
+
+def _choose_places(path: str, split: str, rows: list[Row] | JsonLines | MappedTable) -> Sequence[int]:
+    """Return the places of the rows of a split: all, or those that a column with its value names, as in level=3.
+
+    Raises:
+        ConfigError: no row has this value, or the data has no such column.
+    """
+    if "=" not in split:
+        return range(len(rows))
+    column, _, wanted = split.partition("=")
+    values: list[str] = []
+    for start in range(0, len(rows), CHUNK):
+        part = range(start, min(start + CHUNK, len(rows)))
+        chunk = [rows[i] for i in part] if isinstance(rows, list) else rows.read(part)
+        values += [str(value) for value in (read_path(row, column) for row in chunk)]
+    places = [i for i, value in enumerate(values) if value == wanted]
+    if not places:
+        known = [value for value in dict.fromkeys(values) if value != str(MISSING)]
+        raise ConfigError(
+            f"data.path is {path!r}, of which no row has {split}; "
+            + (f"{column} is {', '.join(known[:MAX_VALUES])}" if known else f"it has no column {column}")
+        )
+    return places
 
 
 def peek_rows(path: str, subset: str | None, split: str, count: int, args: dict[str, Any] | None = None) -> list[Row]:
@@ -147,6 +178,8 @@ def peek_rows(path: str, subset: str | None, split: str, count: int, args: dict[
     local = Path(path)
     if local.is_file() and local.suffix in FORMATS and FORMATS[local.suffix] == "json" and split == "train":
         return _read_json_rows(local, count)[:count]
+    if "=" in split:
+        return load_rows(path, subset, split, count, args)
     rows = _read_rows(path, subset, split, count, args or {})
     return rows[:count] if isinstance(rows, list) else rows.read(range(len(rows))[:count])
 
@@ -161,6 +194,8 @@ def count_rows(path: str, subset: str | None, split: str, most: int) -> int:
     if local.is_file() and FORMATS.get(local.suffix) == "json" and split == "train" and not _is_json_list(local):
         with local.open("rb") as file:
             return sum(1 for _ in islice((line for line in file if line.strip()), most))
+    if "=" in split:
+        return len(load_rows(path, subset, split, most))
     return min(most, len(_read_rows(path, subset, split, most, {})))
 
 
@@ -193,7 +228,7 @@ def _read_rows(
     if local.is_file() and split != "train":
         raise ConfigError(
             f"{path} is one file and has no split {split!r}; set data.split to train, and data.eval_path to another "
-            f"file for evaluation"
+            f"file for evaluation, or choose rows by a column, such as data.split=level=3"
         )
     if local.is_file() and local.suffix not in FORMATS:
         hint = "" if local.suffix not in COMPRESSED else f"; unpack it, as with {COMPRESSED[local.suffix]} {path}"
