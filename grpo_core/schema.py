@@ -68,8 +68,8 @@ def describe_eval_rows(path: str, split: str, eval_path: str | None, eval_split:
 
 
 def describe_split(path: str, split: str) -> str:
-    """Return the name of a split; a file has no splits, and its only one is the whole file."""
-    return "the whole file" if Path(path).is_file() else split
+    """Return the name of a split; a file has no splits but those that a column names, else it is the whole file."""
+    return "the whole file" if Path(path).is_file() and "=" not in split else split
 
 
 def describe_impossible_path(path: str | Path, max_bytes: int = MAX_PATH_BYTES) -> str | None:

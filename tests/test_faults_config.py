@@ -582,7 +582,7 @@ def test_n3_a_null_answer_is_named_with_its_file(tmp_path, reward):
     tasks = [Task(index, "q", [1], {"answer": "1" if index else None}) for index in (4, 0)]
     config = replace(load(TINY), data=DataConfig(path="a/b", eval_path="c/d", eval_split="dev"))
     arguments, source = ((tasks, []), r"a/b \(train\)") if reward == "rewards" else ((tasks[:1], tasks), r"c/d \(dev\)")
-    with pytest.raises(ValueError, match=f"'answer', which is null in row 1 of the data, {source}$"):
+    with pytest.raises(ValueError, match=f"'answer', which is null in row 1 of the data, {source}; correct the row, or leave such rows out with data.bad_rows: drop$"):
         check_columns(config, *arguments)
 
 

@@ -33,12 +33,14 @@ EXPECTED = {
     "trl_prompt_solution": ("TRL", {"answer": "solution"}, "chat", "{prompt}", "correct_answer"),
     "trl_prompt_solution_latex": ("TRL", {"answer": "solution"}, "chat", "{prompt}", "math_equal"),
     "trl_text_solution": ("TRL", {"answer": "solution"}, "template", "{prompt}", "correct_answer"),
+    "trl_answer_solution": ("TRL", {}, "chat", "{prompt}", "correct_answer"),
     "trl_last_turn": ("TRL", {}, "chat", "{prompt}", "correct_answer"),
     "verl": ("verl", {"answer": TRUTH}, "chat", "{prompt}", "correct_answer"),
     "verl_latex": ("verl", {"answer": TRUTH}, "chat", "{prompt}", "math_equal"),
     "verl_code": ("verl", {"tests": TRUTH}, "chat", "{prompt}", "python_tests"),
     "verl_countdown": ("Countdown in verl's form", {"nums": f"{TRUTH}.numbers", "target": f"{TRUTH}.target"}, "chat", "{prompt}", "countdown"),
     "open_r1": ("open-r1", {"question": "problem"}, "chat", "{question}\nThink", "math_equal"),
+    "open_r1_answer": ("open-r1", {"question": "problem"}, "chat", "{question}\nThink", "math_equal"),
     "gsm8k": ("GSM8K", {}, "chat", "{question}", "correct_answer"),
     "math": ("MATH", {"question": "problem", "answer": "solution"}, "chat", "{question}\nThink", "math_equal"),
     "dapo_math": ("DAPO-Math", {"answer": TRUTH}, "chat", "{prompt}", "correct_answer"),
@@ -104,7 +106,7 @@ def test_data_that_does_not_say_how_it_is_scored_asks_for_rewards(name):
         keys_of(name)
     keys, sentence = keys_of(name, "rewards=think_format")
     assert "rewards" not in keys and keys["evaluation.num_tasks"] == 0 and "evaluation.num_tasks 0 (not 500)" in sentence
-    assert "evaluation.num_tasks" not in keys_of(name, "rewards=think_format", "evaluation.reward=think_format")[0]
+    assert keys_of(name, "rewards=think_format", "evaluation.reward=think_format")[0]["evaluation.num_tasks"] == 1
 
 
 def test_a_word_that_names_the_gold_answer_of_prompts_leaves_the_rewards_of_the_file(tmp_path):
@@ -191,6 +193,7 @@ def test_data_of_no_form_leaves_the_configuration_as_it_is(tmp_path, rows):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = files.load(TINY, [f"data.path={path}"])
+    config = replace(config, evaluation=replace(config.evaluation, num_tasks=1)) if len(rows) > 1 else config
     assert files.load(TINY, [f"data.path={path}"], recognise=recognise) == config
 
 
@@ -328,14 +331,14 @@ def test_it_trains_two_steps_without_a_key(name, suffix, tmp_path, here):
     if not can_run(reward):
         pytest.skip(f"the library of the reward {reward} is not installed")
     path = many(name, tmp_path, suffix)
-    small = [*SHORT, f"output_dir={tmp_path}", "name=form", "trainer.num_steps=2", "evaluation.num_tasks=2"]
+    small = [*SHORT[1:], f"output_dir={tmp_path}", "name=form", "trainer.num_steps=2"]  # without evaluation.num_tasks
     done = here("train", "--config", "tiny", f"data.path={path}", *small)
     assert done.returncode == 0, done.stderr
     assert f"note: {path} has the form of {EXPECTED[name][0]}" in done.stdout
     rows = read(tmp_path / "form" / "metrics.jsonl")
     assert len(rows) == 2 and all(f"rewards/{reward}" in row for row in rows)
     first, last = read(tmp_path / "form" / "evaluation.jsonl")[0], read(tmp_path / "form" / "evaluation.jsonl")[-1]
-    assert first["n"] == last["n"] == 2
+    assert first["n"] == last["n"] == 1  # a tenth of the rows
 
 
 def test_a_column_that_gets_our_name_keeps_its_own_which_functions_of_the_user_read(tmp_path):
@@ -360,6 +363,7 @@ def test_sources_that_name_nothing_but_path_name_and_weight_have_their_forms():
     plain = {"path": fixture("gsm8k"), "name": "own", "template": "Q: {question}"}
     config, notes = mix({"path": fixture("gsm8k"), "weight": 3}, fixture("trl_text_solution"), {"path": fixture("verl_countdown"), "name": "count"}, plain)
     first, second, third, fourth = config.data.sources
+    size = notes.pop()
     assert (first.template, first.prompt, first.weight, first.eval_reward, first.rewards) == ("{question}", "chat", 3, "correct_answer", [RewardConfig("correct_answer")])
     assert (second.template, second.prompt, renamed(second.columns)) == ("{prompt}", "template", {"answer": "solution"})
     assert [x.name for x in third.rewards] == ["countdown"] and third.eval_reward == "countdown" and third.columns["nums"] == f"{TRUTH}.numbers"
@@ -367,6 +371,7 @@ def test_sources_that_name_nothing_but_path_name_and_weight_have_their_forms():
     assert [note.split(" has the form of ")[1].split(" (")[0] for note in notes] == ["GSM8K", "TRL", "Countdown in verl's form"]
     assert notes[0].startswith(f"data.sources[0] (gsm8k): {fixture('gsm8k')} has") and f"rewards [correct_answer] (not {OF_TINY})" in notes[0]
     assert config.data.max_prompt_tokens == 512 and "num_tasks" not in str(notes)
+    assert size == "the source count is small, which sets evaluation.num_tasks 1 (not 500)" and config.evaluation.num_tasks == 1
     assert [config.of_source(name).data.prompt for name in config.source_names] == ["chat", "template", "chat", "template"]
 
 
@@ -392,7 +397,7 @@ def test_a_source_that_does_not_say_how_it_is_scored_is_named():
     with pytest.raises(ConfigError, match=r"^data.sources\[1\] \(trl_prompt\): data.path is .*; name the rewards, such as"):
         mix(fixture("gsm8k"), fixture("trl_prompt"))
     config, _ = mix(fixture("gsm8k"), fixture("trl_prompt"), words=["rewards=think_format", "evaluation.reward=think_format"])
-    assert config.data.sources[1].template == "{prompt}" and config.evaluation.num_tasks == 500
+    assert config.data.sources[1].template == "{prompt}" and config.evaluation.num_tasks == 1
 
 
 def test_sft_has_one_target_for_all_sources():
@@ -428,7 +433,7 @@ def test_faulty_rows_do_not_hide_the_form_of_the_others(name, tmp_path):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             keys, sentence = recognise(files.load(TINY, [f"data.path={path}"]), {"data.path"})
             assert keys["rewards"] == ["correct_answer"] and f"has the form of {name} " in sentence
-            assert sentence.endswith("; 1 of its first 3 rows has no form"), (fault, sentence)
+            assert sentence.endswith("; 1 of its first 3 rows does not have it"), (fault, sentence)
     path.write_text("".join(json.dumps(row) + "\n" for row in (good, fault)))  # as many as the others
     assert "rewards" not in recognise(files.load(TINY, [f"data.path={path}"]), {"data.path"})[0]
 

@@ -313,5 +313,5 @@ def test_a_reward_that_takes_completions_for_messages_is_told_that_they_are_text
     for name in ("first", "last", "every", "column"):
         why = attempt(REWARDS.build(f"{tmp_path}/messages.py:{name}"), ["yes"], {"info": ["a"], "prompts": ["?"]}).why
         assert why.startswith("raised ") and "(messages.py, line " in why
-        clause = "; a completion is a text here, not a list of messages: write completion, not completion[0]['content']"
+        clause = "; completions and prompts are texts here, not lists of messages: write completion, not completion[0]['content']"
         assert why.endswith(clause) == (name != "column"), why

@@ -16,7 +16,7 @@ from grpo_core.data.trained_rows import warn_of_trained_rows
 from grpo_core.scoring.scoring import Scores
 from grpo_core.training.lr_schedule import learning_rate_schedule
 from grpo_core.training.prepare import Prepared
-from grpo_core.training.setup import list_held_out
+from grpo_core.training.task_notes import list_held_out
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 SMALL = ["trainer.completions_per_step=16", "sampling.max_new_tokens=8"]

@@ -20,7 +20,7 @@ from grpo_core.config.lora_checks import check_lora, check_quantization
 from grpo_core.config.paths import split_resume
 from grpo_core.config.rope_checks import check_rope
 from grpo_core.config.sections import RewardConfig, RunConfig
-from grpo_core.config.source_checks import SET_NAME, check_sources
+from grpo_core.config.source_checks import SET_NAME, check_sources, check_split_columns
 from grpo_core.config.teacher_checks import HOW_TO_SET, asks_for_teacher, check_teacher
 from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.reward_labels import find_label
@@ -45,6 +45,7 @@ def check(config: RunConfig) -> None:
     with torch.device("cpu"):  # whatever torch's default device is: the batches of two are made here
         check_functions(config)
     check_sources(config)
+    check_split_columns(config)
     _check_rewards(config)
     _check_numbers(config)
     check_environment(config)

@@ -47,6 +47,27 @@ def check_sources(config: RunConfig) -> None:
     _check_weights(config)
 
 
+def check_split_columns(config: RunConfig) -> None:
+    """Refuse splits that a column names, such as level=3, beside others of the same data, which may share rows.
+
+    Raises:
+        ConfigError: names the keys.
+    """
+    for name in config.source_names:
+        data, key = config.of_source(name).data, f"data.sources ({name})." if name else "data."
+        splits = {f"{key}split": data.split}
+        if data.eval_split is not None and data.eval_path in (None, data.path):
+            splits[f"{key}eval_split"] = data.eval_split
+        for i, part in enumerate(config.evaluation.sets):
+            if part.split is not None and part.path in (None, data.path):
+                splits[f"evaluation.sets[{i}].split"] = part.split
+        if len({split.partition("=")[0] if "=" in split else None for split in splits.values()}) > 1:
+            raise ConfigError(
+                f"{' and '.join(f'{key} is {split!r}' for key, split in splits.items())}; name one column in all of "
+                f"them or in none, so that no row is trained on and evaluated"
+            )
+
+
 def check_data_args(key: str, path: str, args: dict[str, Any]) -> None:
     """Refuse arguments of data that takes none.
 

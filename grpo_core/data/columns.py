@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grpo_core.data.rows import Row
+from grpo_core.data.rows_on_disk import Row
 from grpo_core.schema import ConfigError, list_known
 
 MISSING = object()  # a place that a row does not have; None is a value

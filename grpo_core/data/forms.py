@@ -11,8 +11,8 @@ import contextlib
 import importlib.util
 import json
 import string
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -20,159 +20,19 @@ from typing import Any
 from grpo_core.config import files
 from grpo_core.config.sections import DataConfig, RunConfig, SourceConfig
 from grpo_core.counts import quantify
-from grpo_core.data.columns import MISSING, is_conversation, read_path, rename
-from grpo_core.data.rows import Row, peek_rows
+from grpo_core.data.columns import is_conversation, read_path, rename
+from grpo_core.data.form_table import FORMS, Form, ends_with_assistant, find_form
+from grpo_core.data.rows import Row, count_rows, peek_rows
 from grpo_core.objective.numbers import read_gold
 from grpo_core.schema import ConfigError
 
 PEEKED_ROWS = 50  # of the data, by which its form is recognised
-GOLDS = ("solution", "answer", "ground_truth")  # columns with the gold answer beside TRL's prompt
-BOXED = "{question}\nThink step by step, and write the final answer in \\boxed{{}}."
-EQUATION = (
-    "Make {target} from the numbers {nums} with + - * / and brackets, each number once. Think first, then write the "
-    "equation in <answer> </answer>."
-)
+EVALUATED_SHARE = 10  # one row in as many is held out at most, unless evaluation.num_tasks is a word
 MAX_SHOWN_CHARACTERS = 120  # of a value in a sentence, or of an item in a list
 KEYS_OF_SOURCE = {  # of a form -> of a source
     **{f"data.{key}": key for key in ("columns", "template", "prompt", "system")},
     **{"rewards": "rewards", "evaluation.reward": "eval_reward"},
 }
-
-
-@dataclass(frozen=True)
-class Form:
-    """A form of data: how it is recognised, and where its parts are."""
-
-    name: str
-    signature: str  # what its rows have, in a sentence
-    matches: Callable[[Row], bool]
-    template: str  # data.template
-    columns: dict[str, str] = field(default_factory=dict)  # data.columns
-    gold: str | None = "answer"  # path of the gold answer in a row of the data; None: the data has none
-    reward: str | None = None  # None: python_tests or correct_answer for tests or numbers, else reward_of_texts
-    reward_of_texts: str | None = "math_equal"  # None: the gold answers may be any text
-    prompt: str = "chat"  # data.prompt of a prompt that is text; messages need chat
-    target: str | None = "{answer}"  # the item of sft.targets
-
-
-def _has(*names: str) -> Callable[[Row], bool]:
-    return lambda row: all(row.get(name) is not None for name in names)
-
-
-def _comes_from(row: Row, source: str) -> bool:
-    """Return whether a row in verl's form names a data source that begins with `source`."""
-    return _has("data_source", "prompt", "reward_model")(row) and str(row["data_source"]).lower().startswith(source)
-
-
-def _ends_with_assistant(value: Any) -> bool:
-    return is_conversation(value) and value[-1]["role"] == "assistant"
-
-
-TRUTH = "reward_model.ground_truth"  # the gold answer in verl's form
-FORMS = (  # the first that all rows match counts (`find_form`)
-    Form("Countdown", "nums, target", _has("nums", "target"), EQUATION, gold=None, reward="countdown", target=None),
-    Form(
-        "Countdown in verl's form",
-        "data_source, prompt, reward_model",
-        lambda row: _comes_from(row, "countdown") and read_path(row, f"{TRUTH}.target") is not MISSING,
-        "{prompt}",
-        {"nums": f"{TRUTH}.numbers", "target": f"{TRUTH}.target"},
-        gold=None,
-        reward="countdown",
-        target=None,
-    ),
-    Form(
-        "DAPO-Math",
-        "prompt, solution, source_prompt",
-        _has("prompt", "solution", "source_prompt"),
-        "{prompt}\nThink step by step, and write the answer in the last line.",
-        {"answer": "solution"},
-        "solution",
-    ),
-    Form(
-        "DAPO-Math",
-        "data_source math_dapo, prompt, reward_model",
-        lambda row: _comes_from(row, "math_dapo"),
-        "{prompt}",
-        {"answer": TRUTH},
-        TRUTH,
-    ),
-    Form(
-        "verl",
-        "data_source, prompt, reward_model",
-        lambda row: _comes_from(row, "") and read_path(row, TRUTH) is not MISSING,
-        "{prompt}",
-        {"answer": TRUTH},
-        TRUTH,
-    ),
-    Form(
-        "open-r1",
-        "problem, solution, answer",
-        _has("problem", "solution", "answer"),
-        BOXED,
-        {"question": "problem"},
-        reward="math_equal",
-        target="{solution}",
-    ),
-    Form(
-        "MATH",
-        "problem, solution with \\boxed",
-        lambda row: _has("problem", "solution")(row) and "\\boxed" in str(row["solution"]),
-        BOXED,
-        {"question": "problem", "answer": "solution"},
-        reward="math_equal",
-    ),
-    Form(
-        "GSM8K",
-        "question, answer with ####",
-        lambda row: _has("question", "answer")(row) and "####" in str(row["answer"]),
-        "{question}",
-        reward="correct_answer",
-    ),
-    *(
-        Form(
-            "TRL",
-            f"prompt, {gold}",
-            _has("prompt", gold),
-            "{prompt}",
-            {} if gold == "answer" else {"answer": gold},
-            gold,
-            prompt="template",
-        )
-        for gold in GOLDS
-    ),
-    *(
-        Form(
-            name,
-            f"{column} with a last turn of the assistant",
-            lambda row, column=column: _ends_with_assistant(row.get(column)),
-            f"{{{column}}}",
-            gold=f"{column}.-1.content",
-            reward_of_texts=None,
-        )
-        for name, column in (("TRL", "prompt"), ("conversations", "messages"))
-    ),
-    Form(
-        "TRL",
-        "prompt, completion",
-        lambda row: _has("prompt", "completion")(row) and isinstance(row["completion"], str),
-        "{prompt}",
-        gold=None,
-        prompt="template",
-        target="{completion}",
-    ),
-    Form(
-        "TRL",
-        "prompt, completion with one message",
-        lambda row: _has("prompt")(row) and is_conversation(row.get("completion")) and len(row["completion"]) == 1,
-        "{prompt}",
-        {"target": "completion.0.content"},
-        gold=None,
-        prompt="template",
-        target="{target}",
-    ),
-    Form("TRL", "prompt", _has("prompt"), "{prompt}", gold=None, prompt="template", target=None),
-)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, supervised: bool = False) -> RunConfig:
@@ -211,16 +71,18 @@ def _recognise_sources(
     config: RunConfig, written: Collection[str], supervised: bool
 ) -> tuple[dict[str, Any], str | None]:
     """Return data.sources with the keys of their forms, the other keys that these need, and the lines about them."""
-    sources, lines, others, targets = [], [], {}, []
+    sources, lines, others, targets, sizes = [], [], {}, [], []
     own = {*written, "data.last_turn", "evaluation.num_tasks"}  # they are the same for all sources
     for i, source in enumerate(config.data.sources):
-        keys: dict[str, Any] = {}
-        if source == SourceConfig(path=source.path, name=source.name, weight=source.weight):
-            try:
+        keys, line = {}, None
+        try:
+            if source == SourceConfig(path=source.path, name=source.name, weight=source.weight):
                 keys, line = _recognise_path(config.of_source(source.name), own, supervised)
-            except ConfigError as error:
-                raise ConfigError(f"data.sources[{i}] ({source.name}): {error}") from None
-            lines += [f"data.sources[{i}] ({source.name}): {line}"] if line else []
+            size = _fit_evaluation(config.of_source(source.name), {}, written)
+        except ConfigError as error:
+            raise ConfigError(f"data.sources[{i}] ({source.name}): {error}") from None
+        lines += [f"data.sources[{i}] ({source.name}): {line}"] if line else []
+        sizes += [(size["evaluation.num_tasks"], source.name)] if size else []
         form_keys = {KEYS_OF_SOURCE[key]: value for key, value in keys.items() if key in KEYS_OF_SOURCE}
         if "system" in form_keys and config.data.system:
             form_keys["system"] = ""
@@ -233,13 +95,17 @@ def _recognise_sources(
             f"the same targets of all sources, so name them with sft.targets, and the columns of each source"
         )
     others |= {"sft.targets": targets[0]} if targets else {}
+    if sizes:
+        (size, name), others["evaluation.num_tasks"] = min(sizes), min(sizes)[0]
+        changes = _describe_changes(config, {"evaluation.num_tasks": size})
+        lines.append(f"the source {name} is small, which sets {changes}")
     return {"data.sources": sources, **others} if lines else {}, "\n".join(lines) or None
 
 
 def _recognise_path(config: RunConfig, written: Collection[str], supervised: bool) -> tuple[dict[str, Any], str | None]:
     """Return the keys of the form that the data at data.path has, and a line about what they replace."""
     data = config.data
-    if ":" in data.path and not Path(data.path).exists():  # rows that are generated, such as builtin:word_problems
+    if _is_generated(data.path):
         return {}, None
     keys: dict[str, Any] = {}
     if Path(data.path).is_file():  # which has no splits, whatever the data of the configuration file had
@@ -248,23 +114,27 @@ def _recognise_path(config: RunConfig, written: Collection[str], supervised: boo
     subset, split = (keys.get(key, attrgetter(key)(config)) for key in ("data.subset", "data.split"))
     peeked = peek_rows(data.path, subset, split, PEEKED_ROWS)
     form, rows = find_form(peeked)
+    keys |= _fit_evaluation(config, keys, written)
     if form is None:
         changes = _describe_changes(config, keys)
-        return keys, f"{data.path} is one file, which sets {changes}" if changes else None
+        kind = "is one file, which" if Path(data.path).is_file() else "is small, which"
+        return keys, f"{data.path} {kind} sets {changes}" if changes else None
     columns = _list_columns(form, data, written)
     names_gold = "answer" in data.columns and any(key.startswith("data.columns") for key in written)
     reward = _choose_reward(form, [rename(row, columns) for row in rows])
     if reward == "python_tests":
-        form = replace(form, columns={"tests": str(form.gold)}, target=None)
+        others = {name: path for name, path in form.columns.items() if name != "answer"}
+        form = replace(form, columns=others | {"tests": form.columns.get("answer", str(form.gold))}, target=None)
     if supervised and form.target is None and "sft.targets" not in written:
         _check_targets(config, form, [rename(row, columns) for row in rows])
     if reward is None and not supervised and not names_gold and "rewards" not in written:
         raise ConfigError(
             f"data.path is {data.path!r}, in the form of {form.name} ({form.signature}), which does not say how "
             f"completions are scored; name the rewards, such as rewards=my_rewards.py:my_reward"
-            f"{_describe_words(form, [rename(row, columns) for row in rows])}"
+            f"{_describe_columns(form, rows[0])}{_describe_words(form, [rename(row, columns) for row in rows])}"
         )
-    form_keys = _list_keys(form, rows, reward, supervised)
+    form_keys = _list_keys(form, [rename(row, columns) for row in rows], rows[0], reward, supervised)
+    form_keys["data.columns"] |= _list_written(data, written)
     if data.max_prompt_tokens < DataConfig.max_prompt_tokens:  # a limit for the file's own data
         form_keys["data.max_prompt_tokens"] = DataConfig.max_prompt_tokens
     if "evaluation.num_tasks" in written and not config.evaluation.num_tasks:  # no evaluation needs a reward
@@ -275,28 +145,47 @@ def _recognise_path(config: RunConfig, written: Collection[str], supervised: boo
     _check_library(form, data.path, keys)
     changes = _describe_changes(config, keys) or "nothing else"
     if others := len(peeked) - len(rows):
-        changes += f"; {others} of its first {quantify(len(peeked), 'row')} {'has' if others == 1 else 'have'} no form"
+        changes += (
+            f"; {others} of its first {quantify(len(peeked), 'row')} {'does' if others == 1 else 'do'} not have it"
+        )
     return keys, f"{data.path} has the form of {form.name} ({form.signature}), which sets {changes}"
 
 
-def find_form(rows: Sequence[Row]) -> tuple[Form | None, list[Row]]:
-    """Return the form of the data, and the rows that have it; None and no rows for data of no form.
+def _is_generated(path: str) -> bool:
+    return ":" in path and not Path(path).exists()  # such as builtin:word_problems
 
-    Rows that match no form at all do not count if they are fewer than half: they are faulty, and are refused or left
-    out by their number when the tasks are made.
+
+def _fit_evaluation(config: RunConfig, keys: Mapping[str, Any], written: Collection[str]) -> dict[str, Any]:
+    """Return evaluation.num_tasks for data of which it would hold out more than a tenth; nothing for other data.
+
+    `keys` are those of the data that the configuration is about to get.
     """
-    formed = [row for row in rows if any(form.matches(row) for form in FORMS)]
-    if 2 * len(formed) <= len(rows):
-        return None, []
-    form = next((form for form in FORMS if all(map(form.matches, formed))), None)
-    return form, formed if form else []
+    data, evaluation = config.data, config.evaluation
+    has_own = any(keys.get(key, attrgetter(key)(config)) for key in ("data.eval_split", "data.eval_path"))
+    if (
+        _is_generated(data.path)
+        or has_own
+        or evaluation.sets
+        or "evaluation.num_tasks" in written
+        or not evaluation.num_tasks
+    ):
+        return {}
+    subset, split = (keys.get(key, attrgetter(key)(config)) for key in ("data.subset", "data.split"))
+    count = count_rows(data.path, subset, split, evaluation.num_tasks * EVALUATED_SHARE)
+    count = count if data.limit is None else min(count, data.limit)
+    num_tasks = max(1, count // EVALUATED_SHARE)
+    return {"evaluation.num_tasks": num_tasks} if num_tasks < min(evaluation.num_tasks, count) else {}
 
 
 def _list_columns(form: Form, data: DataConfig, written: Collection[str]) -> dict[str, str]:
     """Return data.columns as the words of the command line leave them."""
     if "data.columns" in written:
         return data.columns
-    return form.columns | {name: path for name, path in data.columns.items() if f"data.columns.{name}" in written}
+    return form.columns | _list_written(data, written)
+
+
+def _list_written(data: DataConfig, written: Collection[str]) -> dict[str, str]:
+    return {name: path for name, path in data.columns.items() if f"data.columns.{name}" in written}
 
 
 def _choose_reward(form: Form, rows: Sequence[Row]) -> str | None:
@@ -306,7 +195,7 @@ def _choose_reward(form: Form, rows: Sequence[Row]) -> str | None:
     """
     if form.reward is not None or form.gold is None:
         return form.reward
-    golds = _list_golds(form, rows)
+    golds = [gold for gold in _list_golds(form, rows) if gold is not None and gold != ""]  # those are faulty rows
     have_tests = {_is_tests(gold) for gold in golds}
     if True in have_tests:
         return None if False in have_tests else "python_tests"
@@ -316,6 +205,16 @@ def _choose_reward(form: Form, rows: Sequence[Row]) -> str | None:
 def _list_golds(form: Form, rows: Sequence[Row]) -> list[Any]:
     has_answer = any("answer" in row for row in rows)
     return [row.get("answer") if has_answer else read_path(row, str(form.gold)) for row in rows]
+
+
+def _describe_columns(form: Form, row: Row) -> str:
+    """Return a clause about the columns of which one may hold the gold answer of TRL's prompt alone; "" without any."""
+    others = [name for name in row if form is FORMS[-1] and name.lower() != "prompt"]
+    return (
+        f", or the gold answer, such as data.columns='{{answer: COLUMN}}', of the columns {', '.join(others)}"
+        if others
+        else ""
+    )
 
 
 def _describe_words(form: Form, rows: Sequence[Row]) -> str:
@@ -355,7 +254,7 @@ def _check_targets(config: RunConfig, form: Form, rows: Sequence[Row]) -> None:
     Raises:
         ConfigError: it lacks one.
     """
-    if any(_ends_with_assistant(row.get(form.template[1:-1])) for row in rows):
+    if any(ends_with_assistant(row.get(form.template[1:-1])) for row in rows):
         return
     for target in config.sft.targets:
         for name in _list_fields(target.template):
@@ -374,15 +273,18 @@ def _list_fields(template: str) -> list[str]:
         return []  # which is refused with the targets
 
 
-def _list_keys(form: Form, rows: Sequence[Row], reward: str | None, supervised: bool) -> dict[str, Any]:
+def _list_keys(form: Form, rows: Sequence[Row], row: Row, reward: str | None, supervised: bool) -> dict[str, Any]:
     """Return every key that a form sets, with its value as in a configuration file.
 
-    A column that gets our name keeps its own too, which functions of the user may read.
+    `rows` have our names, and `row` those of the data. A column that gets our name keeps its own too, which functions
+    of the user may read.
     """
     prompts = [row.get(form.template[1:-1]) for row in rows]
+    own = {name: name for name in form.columns.values() if name in row}
+    hidden = {f"{name}_of_data": name for name in form.columns if name in row and name not in own}
     keys: dict[str, Any] = {
         "data.eval_path": None,
-        "data.columns": form.columns | {name: name for name in form.columns.values() if name in rows[0]},
+        "data.columns": form.columns | own | hidden,
         "data.prompt": "chat" if any(map(is_conversation, prompts)) else form.prompt,
         "data.template": form.template,
         "data.system": None,

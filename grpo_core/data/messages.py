@@ -73,7 +73,10 @@ def split_last_turn(
         text = prompt.pop()["content"]
         gold = text if last_turn == "gold" else None
     if not any(message["role"] == "user" for message in prompt):
-        raise BadRow("has no turn of the user")
+        roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
+        raise BadRow(f"has no turn of the user; its roles are {roles}")
+    if not any(message["role"] == "user" and message["content"].strip() for message in prompt):
+        raise BadRow("has only empty turns of the user")
     if prompt[-1]["role"] == "assistant" and last_turn != "continue":
         raise BadRow("ends with two turns of the assistant")
     return prompt, gold

@@ -22,6 +22,7 @@ from grpo_core.data.rows import Row, Rows
 from grpo_core.schema import ConfigError, summarize_error
 
 RESERVED_COLUMNS = ("completions", "prompts", "other_rewards")  # rewards receive them beside the columns of the data
+TEXT_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
 MAX_EXAMPLES = 3  # of bad rows in a sentence
 
 
@@ -139,7 +140,7 @@ def find_prompt_form(rows: Sequence[Row], config: DataConfig) -> PromptForm:
         if name not in rows[0]:
             raise ConfigError(
                 f"data.template uses {{{name}}}, but the data has the columns {', '.join(rows[0])}"
-                f"{_describe_messages(rows[0])}"
+                f"{_describe_messages(rows[0]) or _describe_template(name)}"
             )
     column = find_conversation_column(rows, config.template)
     if column is None:
@@ -157,6 +158,10 @@ def _describe_messages(row: Row) -> str:
         if fault := describe_other_keys(value):
             return f"; for conversations, {column!r} {fault}, and set data.template='{{{column}}}' and data.prompt=chat"
     return ""
+
+
+def _describe_template(name: str) -> str:
+    return f"; name the one with the prompt, such as data.columns='{{{name}: COLUMN}}' or data.template='{{COLUMN}}'"
 
 
 def find_conversation_column(rows: Sequence[Row], template: str) -> str | None:
@@ -222,6 +227,9 @@ def make_prompt(row: Row, form: PromptForm, config: DataConfig, tokenizer: PreTr
     else:
         for name in form.fields:
             check_text(row, name, "data.template")
+            _refuse_text_of_messages(row, name, config)
+        if form.fields and not any(str(row[name]).strip() for name in form.fields):
+            raise BadRow(f"the prompt is empty, because data.template has no text from {', '.join(form.fields)}")
         prompt = render_prompt(row, config, tokenizer)
     if (character := find_surrogate(prompt)) is not None:
         raise BadRow(
@@ -229,6 +237,16 @@ def make_prompt(row: Row, form: PromptForm, config: DataConfig, tokenizer: PreTr
             f"a character"
         )
     return row, prompt
+
+
+def _refuse_text_of_messages(row: Row, name: str, config: DataConfig) -> None:
+    """Raise BadRow if a prompt is the text of a list of messages, as CSV files have it."""
+    value = row[name]
+    if config.template == f"{{{name}}}" and isinstance(value, str) and TEXT_OF_MESSAGES.match(value):
+        raise BadRow(
+            f"column {name!r} is the text of a list of messages, {value[:40]!r}; save the list itself, as JSON Lines "
+            f"or Parquet"
+        )
 
 
 def handle_bad_rows(

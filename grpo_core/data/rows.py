@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,24 @@ from grpo_core.config.gym_tasks import is_gym_path
 from grpo_core.config.sections import DataConfig
 from grpo_core.config.text_files import decode_text, parse_json, read_text
 from grpo_core.counts import quantify
+from grpo_core.data.columns import MISSING, read_path
 from grpo_core.data.csv_rows import read_csv_rows
 from grpo_core.data.gym_rows import make_gym_rows
-from grpo_core.data.rows_on_disk import JsonLines, MappedTable, Row, RowsOnDisk
+from grpo_core.data.rows_on_disk import CHUNK, JsonLines, MappedTable, Row, RowsOnDisk
 from grpo_core.data.word_problems import make_word_problems
 from grpo_core.random_keys import make_generator, make_key
 from grpo_core.schema import GENERATED, ConfigError, describe_eval_rows, first_line
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+COMPRESSED = {".gz": "gunzip -k", ".zst": "unzstd", ".bz2": "bunzip2 -k", ".xz": "unxz -k", ".zip": "unzip"}
 SPLIT_WORD = re.compile("train|test|valid|dev|eval")  # a file name with one of them belongs to a split
 NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # how datasets names files without a row
 DIFFERENT_COLUMNS = (
     "its files differ in their columns or in the types of the values; give all the same, or name one file"
 )
+SAVED = ("state.json", "dataset_dict.json")  # which save_to_disk writes, for one split and for several
 OWN_FILES = ("dataset_info.json", "dataset_infos.json", "state.json")  # of datasets: no data
+MAX_VALUES = 10  # of a column, in a sentence
 LARGE_BYTES = 512 * 2**20  # of data, above which the rows stay on disk
 BUILTIN_ROWS = {"train": 20_000, "test": 1_000}  # rows of the built-in data by split
 BUILTIN_SCALES = {"builtin:word_problems": 1, "builtin:large_word_problems": 10}  # of the numbers in the problems
@@ -86,8 +91,8 @@ def describe_eval_source(config: DataConfig) -> tuple[str, str]:
 
 
 def name_split(path: str, split: str) -> str:
-    """Return the name of a split with its path; a file has no splits."""
-    return path if Path(path).is_file() else f"{path} ({split})"
+    """Return the name of a split with its path; a file has no splits but those that a column names."""
+    return path if Path(path).is_file() and "=" not in split else f"{path} ({split})"
 
 
 def name_eval_split(config: DataConfig) -> str:
@@ -105,7 +110,7 @@ def load_rows(path: str, subset: str | None, split: str, limit: int | None, args
     Raises:
         ConfigError: the data cannot be loaded, or has no rows.
     """
-    return _load(path, subset, split, limit, _read_rows(path, subset, split, limit, args or {}))
+    return _load(path, split, limit, _read_rows(path, subset, *_find_base(split, limit), args or {}))
 
 
 def load_training_rows(
@@ -116,23 +121,52 @@ def load_training_rows(
     Raises:
         ConfigError: as `load_rows`.
     """
-    rows = _read_rows(path, subset, split, limit, args or {})
+    rows = _read_rows(path, subset, *_find_base(split, limit), args or {})
     if isinstance(rows, list) or not rows or rows.num_bytes <= LARGE_BYTES:
-        return _load(path, subset, split, limit, rows)
-    count = len(rows) if limit is None else min(limit, len(rows))
-    return RowsOnDisk(rows.read, np.arange(count), name_split(path, split))
+        return _load(path, split, limit, rows)
+    return RowsOnDisk(rows.read, np.asarray(_choose_places(path, split, rows)[:limit]), name_split(path, split))
 
 
-def _load(
-    path: str, subset: str | None, split: str, limit: int | None, rows: list[Row] | JsonLines | MappedTable
-) -> Rows:
+def _load(path: str, split: str, limit: int | None, rows: list[Row] | JsonLines | MappedTable) -> Rows:
     """Return the first rows that a reader has, in memory, as `load_rows`."""
     if not rows:
         raise ConfigError(f"data.path is {path!r} (split {split!r}), and it has no rows")
-    if not isinstance(rows, list):
-        rows = rows.read(range(len(rows))[:limit])
-    columns = dict.fromkeys(name for row in rows for name in row)
-    return Rows(({name: row.get(name) for name in columns} for row in rows[:limit]), source=name_split(path, split))
+    places = _choose_places(path, split, rows)[:limit]
+    if isinstance(rows, list):
+        columns = dict.fromkeys(name for row in rows for name in row)
+        chosen = [{name: rows[i].get(name) for name in columns} for i in places]
+    else:
+        chosen = rows.read(places)
+    return Rows(chosen, places, name_split(path, split))
+
+
+def _find_base(split: str, limit: int | None) -> tuple[str, int | None]:
+    """Return the split, and the number of its rows, from which those of `split` are chosen."""
+    return ("train", None) if "=" in split else (split, limit)
+
+
+def _choose_places(path: str, split: str, rows: list[Row] | JsonLines | MappedTable) -> Sequence[int]:
+    """Return the places of the rows of a split: all, or those that a column with its value names, as in level=3.
+
+    Raises:
+        ConfigError: no row has this value, or the data has no such column.
+    """
+    if "=" not in split:
+        return range(len(rows))
+    column, _, wanted = split.partition("=")
+    values: list[str] = []
+    for start in range(0, len(rows), CHUNK):
+        part = range(start, min(start + CHUNK, len(rows)))
+        chunk = [rows[i] for i in part] if isinstance(rows, list) else rows.read(part)
+        values += [str(value) for value in (read_path(row, column) for row in chunk)]
+    places = [i for i, value in enumerate(values) if value == wanted]
+    if not places:
+        known = [value for value in dict.fromkeys(values) if value != str(MISSING)]
+        raise ConfigError(
+            f"data.path is {path!r}, of which no row has {split}; "
+            + (f"{column} is {', '.join(known[:MAX_VALUES])}" if known else f"it has no column {column}")
+        )
+    return places
 
 
 def peek_rows(path: str, subset: str | None, split: str, count: int, args: dict[str, Any] | None = None) -> list[Row]:
@@ -144,8 +178,25 @@ def peek_rows(path: str, subset: str | None, split: str, count: int, args: dict[
     local = Path(path)
     if local.is_file() and local.suffix in FORMATS and FORMATS[local.suffix] == "json" and split == "train":
         return _read_json_rows(local, count)[:count]
+    if "=" in split:
+        return load_rows(path, subset, split, count, args)
     rows = _read_rows(path, subset, split, count, args or {})
     return rows[:count] if isinstance(rows, list) else rows.read(range(len(rows))[:count])
+
+
+def count_rows(path: str, subset: str | None, split: str, most: int) -> int:
+    """Return the number of rows of a split, or `most` if it has more, of which a JSON Lines file reads no more lines.
+
+    Raises:
+        ConfigError: as `load_rows`.
+    """
+    local = Path(path)
+    if local.is_file() and FORMATS.get(local.suffix) == "json" and split == "train" and not _is_json_list(local):
+        with local.open("rb") as file:
+            return sum(1 for _ in islice((line for line in file if line.strip()), most))
+    if "=" in split:
+        return len(load_rows(path, subset, split, most))
+    return min(most, len(_read_rows(path, subset, split, most, {})))
 
 
 def _read_rows(
@@ -167,15 +218,21 @@ def _read_rows(
         return make_word_problems(split, limit, scale=BUILTIN_SCALES[path])
     if os.path.isfile(local / "config.yaml") and os.path.isfile(local / "metrics.jsonl"):
         raise ConfigError(f"data: {path} is the folder of a run; did you mean {local / 'completions.jsonl'}?")
+    if not local.exists() and (set("*[,") & set(path)):
+        raise ConfigError(
+            f"data.path is {path!r}, which is no file; it takes one path, so name a folder for files of the same form, "
+            f"or list them as data.sources"
+        )
     if local.suffix in FORMATS and not local.exists():
         raise ConfigError(f"data: there is no file {path}")
     if local.is_file() and split != "train":
         raise ConfigError(
             f"{path} is one file and has no split {split!r}; set data.split to train, and data.eval_path to another "
-            f"file for evaluation"
+            f"file for evaluation, or choose rows by a column, such as data.split=level=3"
         )
     if local.is_file() and local.suffix not in FORMATS:
-        raise ConfigError(f"data.path is {path}; a file must end in {', '.join(FORMATS)}")
+        hint = "" if local.suffix not in COMPRESSED else f"; unpack it, as with {COMPRESSED[local.suffix]} {path}"
+        raise ConfigError(f"data.path is {path}; a file must end in {', '.join(FORMATS)}{hint}")
     if local.is_file() and FORMATS[local.suffix] == "json":
         is_large = local.stat().st_size > LARGE_BYTES and not _is_json_list(local)
         return JsonLines(local) if is_large else _read_json_rows(local)
@@ -196,12 +253,27 @@ def _read_json_rows(path: Path, count: int | None = None) -> list[Row]:
     else:
         lines = enumerate(text.split("\n"), 1)
         rows = [(f"line {i}", parse_json(line, f"{path}, line {i},")) for i, line in lines if line.strip()]
+    if len(rows) == 1 and isinstance(rows[0][1], dict) and _holds_rows(rows[0][1]):
+        raise ConfigError(
+            f"{path} is one object, whose {', '.join(rows[0][1])} hold the rows; write one object per line, or one "
+            f"list of objects, as pandas does with to_json(..., orient='records')"
+        )
     for place, row in rows:
         if not isinstance(row, dict):
             raise ConfigError(
                 f"{path}, {place}, is {json.dumps(row)[:40]}; it must be an object whose keys are the columns"
             )
     return [row for _, row in rows]
+
+
+def _holds_rows(row: Row) -> bool:
+    """Return whether one object holds rows: a list of objects under a key, or mappings of row numbers to values."""
+    values = list(row.values())
+    if all(isinstance(value, dict) and list(value)[:2] == ["0", "1"] for value in values):
+        return bool(values)
+    (value, *others) = values or [None]
+    is_list = not others and isinstance(value, list) and len(value) > 1
+    return is_list and all(isinstance(item, dict) and "role" not in item and "from" not in item for item in value)
 
 
 def _is_json_list(path: Path) -> bool:
@@ -238,6 +310,8 @@ def _read_with_datasets(path: str, subset: str | None, split: str) -> list[Row] 
     disable_progress_bars()
     local = Path(path)
     try:
+        if any((local / name).is_file() for name in SAVED):
+            return MappedTable(_read_saved(local, path, subset, split), path)
         if local.is_file():
             kind = FORMATS[local.suffix]
             table = load_dataset(kind, data_files=str(local), split="train", **_parquet_options(kind == "parquet"))
@@ -256,10 +330,34 @@ def _read_with_datasets(path: str, subset: str | None, split: str) -> list[Row] 
         if is_unreachable and (folder := _find_downloaded(path)):
             return _read_with_datasets(folder, subset, split)
         cause = _describe_cause(error)
+        cause += "; unpack the files" if cause.startswith("Compression type") else ""
         if any(sentence in cause for sentence in NO_ROWS):
             return []
         hint = "" if local.exists() else "; without a network, set data.path to a file or folder of this machine"
         raise ConfigError(f"data.path is {path!r} (split {split!r}), and it cannot be loaded: {cause}{hint}") from error
+
+
+def _read_saved(folder: Path, path: str, subset: str | None, split: str) -> Any:
+    """Return the rows of a split of a data set that was saved with save_to_disk of `datasets`.
+
+    One without splits is train. `split` may be a slice or a sum, such as train[:10%] or train+test.
+    """
+    from datasets import DatasetDict, ReadInstruction, concatenate_datasets, load_from_disk
+
+    saved = load_from_disk(str(folder))
+    splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
+    if subset is not None:
+        raise ConfigError(f"data.subset is {subset!r}, but {path} has no subsets; leave it null")
+    if unknown := [name for name in re.split(r"\+", split) if name.partition("[")[0] not in splits]:
+        raise ConfigError(f"data.path is {path!r}, which has no split {unknown[0]!r}; it has {', '.join(splits)}")
+    parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    tables = [
+        splits[part.splitname].select(
+            range(part.from_ or 0, len(splits[part.splitname]) if part.to is None else part.to)
+        )
+        for part in parts
+    ]
+    return concatenate_datasets(tables) if len(tables) > 1 else tables[0]
 
 
 def _parquet_options(is_parquet: bool) -> dict[str, Any]:

@@ -83,7 +83,10 @@ def _describe_messages(error: BaseException) -> str:
     lines = [frame.line or "" for frame in traceback.extract_tb(error.__traceback__)] if is_of_text else []
     if not any("content" in line for line in lines):
         return ""
-    return "; a completion is a text here, not a list of messages: write completion, not completion[0]['content']"
+    return (
+        "; completions and prompts are texts here, not lists of messages: write completion, not "
+        "completion[0]['content']"
+    )
 
 
 def failed_outcome(count: int, why: str) -> RewardOutcome:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -49,8 +49,9 @@ def check_gold_answers(
             )
             if unread.count > config.data.max_unjudged * len(rows):
                 raise ConfigError(
-                    f"{sentence}; {_describe_remedy(config, kind)}, name another column with data.columns, or raise "
-                    f"data.max_unjudged ({config.data.max_unjudged:g})"
+                    f"{sentence}; {_describe_remedy(config, kind)}, {_describe_place(config, column, unread)}"
+                    f"{'' if unread.count == len(rows) else 'leave such rows out with data.bad_rows: drop, '}"
+                    f"or raise data.max_unjudged ({config.data.max_unjudged:g})"
                 )
             effect = "count as wrong" if kind == "evaluation" else "are left out of this reward"
             sentences.append(f"{sentence}; they {effect}")
@@ -129,6 +130,17 @@ def _describe_remedy(config: RunConfig, kind: str) -> str:
     others = [reward.name for reward in config.rewards if reward.name != config.evaluation.reward]
     example = others[0] if others else "math_equal or text_match"
     return f"set evaluation.reward to one that can, such as {example}, or evaluation.num_tasks to 0"
+
+
+def _describe_place(config: RunConfig, column: str, unread: Unjudged) -> str:
+    """Return the second part of the advice: where else the answers may be, such as inside of the values."""
+    value, path = unread.examples[0][1], config.data.columns.get(column, column)
+    if isinstance(value, (list, tuple)) and value and isinstance(value[-1], Mapping):
+        value, path = value[-1], f"{path}.-1"
+    if not isinstance(value, Mapping) or not value:
+        return "name another column with data.columns, "
+    key = "content" if "content" in value else next(iter(value))
+    return f"name a place in these values, such as data.columns.{column}={path}.{key}, "
 
 
 def _shorten(value: Any) -> str:

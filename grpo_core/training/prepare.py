@@ -240,7 +240,8 @@ def check_columns(config: RunConfig, tasks: Sequence[Task], eval_tasks: list[Tas
                 if row[column] is None:
                     raise ConfigError(
                         f"reward {name} needs a value in the column {column!r}, which is null in row "
-                        f"{index + 1} of the data, {place}"
+                        f"{index + 1} of the data, {place}; correct the row, or leave such rows out with "
+                        f"data.bad_rows: drop"
                     )
 
 

@@ -14,10 +14,8 @@ from grpo_core.config.formula import list_remarks
 from grpo_core.config.precision import dtype_name, resolve_dtype
 from grpo_core.config.sections import RunConfig, TrainerConfig
 from grpo_core.counts import quantify
-from grpo_core.data.eval_sets import is_share
 from grpo_core.data.pass_rates import PassRates
 from grpo_core.data.stream import TaskStream
-from grpo_core.data.tasks import select_source
 from grpo_core.data.tasks_on_disk import TasksOnDisk, prompt_lengths
 from grpo_core.distributed import ranks
 from grpo_core.environments.setup import make_environments
@@ -31,7 +29,6 @@ from grpo_core.monitor.progress import print_note, show_elapsed
 from grpo_core.monitor.run_log import RunLog
 from grpo_core.random_keys import make_key
 from grpo_core.sampling.end_of_sequence import describe_eos_mismatch
-from grpo_core.schema import GENERATED
 from grpo_core.training.deepspeed_config import deepspeed_config
 from grpo_core.training.difficulty import make_pass_rates
 from grpo_core.training.engine import Engine, check_deepspeed
@@ -47,6 +44,7 @@ from grpo_core.training.prepare import (
 )
 from grpo_core.training.resume import RunStart, check_num_steps, find_start, load_start
 from grpo_core.training.run import Run
+from grpo_core.training.task_notes import list_held_out, list_leaks
 
 
 def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
@@ -114,29 +112,9 @@ def count_steps(config: RunConfig, num_tasks: int, tasks_per_step: int) -> int:
     return config.trainer.num_steps or max(1, int(config.trainer.epochs * num_tasks / tasks_per_step))
 
 
-def list_held_out(config: RunConfig, prepared: Prepared) -> list[str]:
-    """Return a sentence for each source whose evaluation takes rows out of the training data: how many, and of which.
-
-    With evaluation.sets these are the sets without a path and a split.
-    """
-    shares = {part.name for part in config.evaluation.sets if is_share(part)} or {"", *config.source_names}
-    sentences = []
-    for name in config.source_names:
-        data = config.of_source(name).data
-        trained, tasks = select_source(prepared.tasks, name), select_source(prepared.eval_tasks, name)
-        held_out = sum(task.eval_set in shares for task in tasks)
-        has_own = data.eval_path is not None or data.eval_split is not None or data.path.startswith(GENERATED)
-        if held_out and not has_own:
-            sentences.append(
-                f"of the {quantify(len(trained) + held_out, 'task')} of {data.path} the run trains on "
-                f"{len(trained):,}, and {held_out:,} are held out for the evaluation (evaluation.num_tasks)"
-            )
-    return sentences
-
-
 def note_tasks(config: RunConfig, prepared: Prepared, tasks_per_step: int) -> None:
-    """Print how many tasks are held out of the training data, and the number of steps as `note_steps`."""
-    for sentence in list_held_out(config, prepared):
+    """Print how many tasks are held out, prompts that are trained and evaluated, and the number of steps."""
+    for sentence in [*list_held_out(config, prepared), *list_leaks(prepared)]:
         print_note(sentence)
     note_steps(config, len(prepared.tasks), tasks_per_step)
 
