@@ -93,7 +93,7 @@ def make_base(name, quantize=False):
         base = AutoModelForCausalLM.from_config(make_config(name), dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     for path in find_quantizable(base) if quantize else ():
         plain = base.get_submodule(path)
-        layer = QuantizedLinear(plain.in_features, plain.out_features, plain.bias is not None, torch.bfloat16, "meta")
+        layer = QuantizedLinear(plain.in_features, plain.out_features, plain.bias is not None, torch.bfloat16, plain.weight.device)
         layer.quantized, layer.bias = quantize_weight(plain.weight), plain.bias
         base.set_submodule(path, layer.requires_grad_(False))
     return base
@@ -223,50 +223,61 @@ def run_product(job):
     from grpo_core.sampling.kernels import four_bit_kernels as kernels
 
     results, deadline = [], time.time() + job["limit"] - 60
-    default = kernels.Settings()
     for label, outputs, inputs in (("gate_up", 37_888, 3584), ("down", 3584, 18_944), ("qkv", 4608, 3584), ("o", 3584, 3584)):
         count = math.ceil(3e8 / (outputs * inputs / 2))  # copies, so that no weight is in the cache when it is read
-        weights = [quantize(torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16)) for _ in range(count)]
         plain = [torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+        weights = [quantize(weight) for weight in plain]
         for rows in (32, 64, 16, 1):
             x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
-            bf16 = time_replay(lambda w: F.linear(x, w), plain)  # noqa: B023
-            tried, best = {}, default
-
-            def attempt(settings):
-                if settings not in tried and time.time() < deadline:  # noqa: B023
-                    try:
-                        tried[settings] = time_replay(lambda w: kernels.multiply(x, w, None, None, settings), weights)  # noqa: B023
-                    except Exception as error:  # one that needs more shared memory than there is
-                        print(settings, error, file=sys.stderr)
-                        tried[settings] = math.inf
-                return tried.get(settings, math.inf)  # noqa: B023
-
-            used = time_replay(lambda w: kernels.multiply(x, w, None, None), weights)  # noqa: B023
-            choices = {"lookup": ("gather", "load", "select"), "stages": (2, 3, 4, 5), "outputs": (32, 64, 128), "blocks": (1, 2, 4),
-                       "warps": (2, 4, 8), "splits": (None, 1, 2, 4, 8)}  # fmt: skip
-            for field, values in choices.items() if label in ("gate_up", "down") else ():
-                best = min((best._replace(**{field: value}) for value in values), key=attempt)
-            results.append({
-                "weight": label, "rows": rows, "bf16_us": bf16, "as_set_us": used, "best_us": min([used, *tried.values()]),
-                "best": best._asdict(), "tried": len(tried),
-                "times": sorted(([round(t, 1), str(tuple(s))] for s, t in tried.items()), key=lambda pair: pair[0])[:6],
-            })  # fmt: skip
-            print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+            result = {
+                "weight": label, "rows": rows, "bf16_us": time_replay(F.linear, [(x, weight) for weight in plain]),
+                "as_set_us": time_replay(kernels.multiply, [(x, weight, None, None) for weight in weights]),
+            }  # fmt: skip
+            if label in ("gate_up", "down"):
+                times = tune(x, weights, deadline)
+                best = sorted(((t, tuple(settings)) for settings, t in times.items()), key=lambda pair: pair[0])[:6]
+                result |= {"tried": len(times), "best": [[round(t, 1), str(settings)] for t, settings in best]}
+            results.append(result)
+            print(json.dumps(result), file=sys.stderr, flush=True)
     return results
 
 
-def time_replay(function, weights):
-    """Return the microseconds of a call in a CUDA graph that calls it for each weight."""
+def tune(x, weights, deadline):
+    """Return the microseconds of the Triton product by its settings, of which one after another is improved."""
+    from grpo_core.sampling.kernels import four_bit_kernels as kernels
+
+    times, best = {}, kernels.Settings()
+    for field, values in CHOICES.items():
+        choices = [best._replace(**{field: value}) for value in values]
+        for settings in choices:
+            if settings in times or time.time() > deadline:
+                continue
+            try:
+                times[settings] = time_replay(kernels.multiply, [(x, weight, None, None, settings) for weight in weights])
+            except Exception as error:  # it needs more shared memory than there is
+                print(settings, str(error)[:200], file=sys.stderr)
+                times[settings] = math.inf
+        best = min(choices, key=lambda settings: times.get(settings, math.inf))
+    return times
+
+
+CHOICES = {
+    "lookup": ("gather", "load", "select"), "stages": (2, 3, 4, 5), "outputs": (32, 64, 128), "blocks": (1, 2, 4), "warps": (2, 4, 8),
+    "splits": (None, 1, 2, 4, 8),
+}  # fmt: skip
+
+
+def time_replay(function, arguments):
+    """Return the microseconds of a call in a CUDA graph that calls the function with each of these arguments."""
     import torch
 
-    for weight in weights:
-        function(weight)
+    for words in arguments:
+        function(*words)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for weight in weights:
-            function(weight)
+        for words in arguments:
+            function(*words)
     times = []
     for _ in range(9):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -274,7 +285,7 @@ def time_replay(function, weights):
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(1e3 * begin.elapsed_time(end) / len(weights))
+        times.append(1e3 * begin.elapsed_time(end) / len(arguments))
     return statistics.median(times)
 
 
