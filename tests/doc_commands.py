@@ -16,6 +16,7 @@ SMALL_FORMS = {  # benchmark -> the words that start it in a small form, in whic
     "results": ["check"], "experiments": ["--list"], "soak": ["--check"], "families": ["--check"],
     "learning": ["--check"], "update": ["--check"], "update_parts": ["--check"], "peers": ["--check"], "models": ["--check"],
     "curriculum": ["--check"], "environments": ["--check"], "turns": ["--check"], "experts": ["--check"], "state_kernels": ["--check"],
+    "four_bits": ["--check"],
 }  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 

@@ -54,8 +54,6 @@ class Nf4Config(QuantizationConfigMixin):
 class Nf4Loader(HfQuantizer):
     """Quantises the weight of every linear layer in a decoder layer when transformers has read it."""
 
-    quantized_element_size = 0.5
-
     def is_serializable(self) -> bool:
         return False
 

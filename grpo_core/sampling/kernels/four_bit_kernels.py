@@ -54,27 +54,31 @@ def _select(index, c0, c1, c2, c3, c4, c5, c6, c7):
 def _look_up(code, index, LOOKUP: tl.constexpr):
     """Return code[index] for index [M, N]."""
     if LOOKUP == "load":
-        return tl.load(code + index)
-    if LOOKUP == "gather":
+        values = tl.load(code + index)
+    elif LOOKUP == "gather":
         table = tl.load(code + tl.arange(0, 16))
         flat = tl.gather(table, tl.reshape(index, [index.shape[0] * index.shape[1]]), 0)
-        return tl.reshape(flat, [index.shape[0], index.shape[1]])
-    lower = _select(index & 7, tl.load(code), tl.load(code + 1), tl.load(code + 2), tl.load(code + 3),
-                    tl.load(code + 4), tl.load(code + 5), tl.load(code + 6), tl.load(code + 7))  # fmt: skip
-    upper = _select(index & 7, tl.load(code + 8), tl.load(code + 9), tl.load(code + 10), tl.load(code + 11),
-                    tl.load(code + 12), tl.load(code + 13), tl.load(code + 14), tl.load(code + 15))  # fmt: skip
-    return tl.where(index > 7, upper, lower)
+        values = tl.reshape(flat, [index.shape[0], index.shape[1]])
+    else:
+        lower = _select(index & 7, tl.load(code), tl.load(code + 1), tl.load(code + 2), tl.load(code + 3),
+                        tl.load(code + 4), tl.load(code + 5), tl.load(code + 6), tl.load(code + 7))  # fmt: skip
+        upper = _select(index & 7, tl.load(code + 8), tl.load(code + 9), tl.load(code + 10), tl.load(code + 11),
+                        tl.load(code + 12), tl.load(code + 13), tl.load(code + 14), tl.load(code + 15))  # fmt: skip
+        values = tl.where(index > 7, upper, lower)
+    return values
 
 
 @triton.jit
 def _load_scale(absmax, nested_absmax, nested_offset, nested_code, block, inside, NESTED: tl.constexpr):
     """Return the greatest absolute values of these blocks."""
-    if not NESTED:
-        return tl.load(absmax + block, inside, other=0.0)
-    index = tl.load(absmax + block, inside, other=0).to(tl.int32)
-    outer = block // _NESTED_BLOCK
-    scale = tl.load(nested_absmax + outer, inside, other=0.0)
-    return tl.load(nested_code + index) * scale + tl.load(nested_offset + outer, inside, other=0.0)
+    if NESTED:
+        index = tl.load(absmax + block, inside, other=0).to(tl.int32)
+        outer = block // _NESTED_BLOCK
+        factor = tl.load(nested_absmax + outer, inside, other=0.0)
+        scale = tl.load(nested_code + index) * factor + tl.load(nested_offset + outer, inside, other=0.0)
+    else:  # no return in front of this: the compiler reads what follows one, too
+        scale = tl.load(absmax + block, inside, other=0.0)
+    return scale
 
 
 @triton.jit(do_not_specialize=["R", "x_stride"])
