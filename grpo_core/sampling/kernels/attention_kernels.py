@@ -74,6 +74,27 @@ def _rotate(first, second, cos, sin, inside):
     return first * c - second * s, second * c + first * s
 
 
+@triton.jit
+def _load_head(
+    qkv, part_stride, row_stride, bias, b, row, start, half, rest_at, linear, like,
+    DIM: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,
+):  # fmt: skip
+    """Return the two halves and the rest of the head of a `Product` that begins at column `start`."""
+    at, inside = start + half, half < HALF
+    first = load_product(
+        qkv, part_stride, row_stride, bias, b, row, at, inside, linear, like, WIDTH, PARTS, HAS_BIAS, RANK
+    )
+    second = load_product(
+        qkv, part_stride, row_stride, bias, b, row, at + HALF, inside, linear, like, WIDTH, PARTS, HAS_BIAS, RANK
+    )
+    at, inside = start + rest_at, rest_at < DIM
+    rest = load_product(
+        qkv, part_stride, row_stride, bias, b, row, at, inside, linear, like, WIDTH, PARTS, HAS_BIAS, RANK
+    )
+    return first, second, rest
+
+
 # a head is two halves of HALF dimensions, which are rotated if ROTATES, and the rest of its DIM dimensions
 @triton.jit(do_not_specialize=["layer", "capacity"])
 def _rotate_and_store(
@@ -97,35 +118,23 @@ def _rotate_and_store(
         linear = 0
         if LINEARS == 3:
             linear = tl.where(head < HEADS, 0, 1 + (head - HEADS) // KV_HEADS)
-        first = load_product(
-            qkv, part_stride, row_stride, bias, b, row, head * DIM + half, inside, linear, q_out,
-            WIDTH, PARTS, HAS_BIAS, RANK,
+        rest_at = 2 * HALF + tl.arange(0, BLOCK_REST)
+        first, second, rest = _load_head(
+            qkv, part_stride, row_stride, bias, b, row, head * DIM, half, rest_at, linear, q_out,
+            DIM, HALF, WIDTH, PARTS, HAS_BIAS, RANK,
         )  # fmt: skip
-        second = load_product(
-            qkv, part_stride, row_stride, bias, b, row, head * DIM + HALF + half, inside, linear, q_out,
-            WIDTH, PARTS, HAS_BIAS, RANK,
-        )  # fmt: skip
-        if 2 * HALF < DIM:
-            rest_at = 2 * HALF + tl.arange(0, BLOCK_REST)
-            rest = load_product(
-                qkv, part_stride, row_stride, bias, b, row, head * DIM + rest_at, rest_at < DIM, linear, q_out,
-                WIDTH, PARTS, HAS_BIAS, RANK,
-            )  # fmt: skip
         if head < HEADS + KV_HEADS:
             if NORM != _NO_NORM:
                 weight = tl.where(head < HEADS, q_weight, k_weight)
-                if NORM == _NORM_HEADS:
-                    squares = tl.sum(first * first, 0) + tl.sum(second * second, 0)
-                    if 2 * HALF < DIM:
-                        squares += tl.sum(rest * rest, 0)
+                if NORM == _NORM_HEADS:  # the rest is 0 where there is none
+                    squares = tl.sum(first * first, 0) + tl.sum(second * second, 0) + tl.sum(rest * rest, 0)
                     scale = tl.rsqrt(squares / DIM + eps)
                 else:
                     weight += tl.where(head < HEADS, head, head - HEADS) * DIM
                     scale = tl.load(scales + row * 2 + tl.where(head < HEADS, 0, 1))
                 first = multiply_by_weight(first * scale, weight + half, inside, q_out, OFFSET)
                 second = multiply_by_weight(second * scale, weight + HALF + half, inside, q_out, OFFSET)
-                if 2 * HALF < DIM:
-                    rest = multiply_by_weight(rest * scale, weight + rest_at, rest_at < DIM, q_out, OFFSET)
+                rest = multiply_by_weight(rest * scale, weight + rest_at, rest_at < DIM, q_out, OFFSET)
             if ROTATES:
                 at = (tl.load(column + _START * capacity) + place) * HALF + half
                 first, second = _rotate(first, second, cos + at, sin + at, inside)
@@ -138,8 +147,7 @@ def _rotate_and_store(
             target = anchor + offset + place * DIM
         tl.store(target + half, first, inside)
         tl.store(target + HALF + half, second, inside)
-        if 2 * HALF < DIM:
-            tl.store(target + rest_at, rest, rest_at < DIM)
+        tl.store(target + rest_at, rest, rest_at < DIM)
 
 
 @triton.jit

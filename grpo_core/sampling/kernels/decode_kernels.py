@@ -288,7 +288,8 @@ class TritonOps(TorchOps):
             added, constants = (*product.inputs(), x, x), (0, *product.constants()[1:])
         weights = (x if weight is None else weight, x if delta_weight is None else delta_weight)
         flags = (weight is not None, delta_weight is not None, offset, delta_scale != 1.0)
-        warps = min(8, max(1, block // 512))
+        is_sum = constants[1] > 1 or constants[3] > 0  # of several values for each output, which more warps load sooner
+        warps = min(16, max(1, block // (128 if is_sum else 512)), 16 if is_sum else 8)
         _add_norm[(len(x),)](
             x, *added, *weights, out, eps, delta_scale, int(delta is not None), width, block, *constants, *flags,
             num_warps=warps,
