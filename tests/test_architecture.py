@@ -49,6 +49,7 @@ PLACES = {  # heavy dependency -> the modules that may import it
         "sampling/kernels/decode_kernels", "sampling/kernels/attention_kernels", "sampling/kernels/state_kernels", "sampling/kernels/expert_kernels", "model/kernels",
         "sampling/kernels/delta_net_kernels", "sampling/kernels/row_attention_kernels", "sampling/kernels/elementwise_kernels",
         "sampling/kernels/four_bit_kernels",
+        "sampling/kernels/product_kernels",
     },
     "bitsandbytes": {"model/quantized"},
 }

@@ -107,6 +107,18 @@ class TorchOps:
             return (weight @ x.t()).t()
         return F.linear(x, weight, bias)
 
+    def lora_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, ranks: Sequence[int]) -> Any:
+        """Return y = x Wᵀ + bias + (x Aᵀ) B for `weight` [W; A] of layers with LoRAs of these ranks.
+
+        `b` is [sum of ranks, O]. The result is [R, O], as `attend`, `add_norm` and `gate_mul` take it.
+        """
+        y = self.linear(x, weight, bias)
+        return y[:, : b.shape[1]].addmm_(y[:, b.shape[1] :], b) if len(b) else y
+
+    def finish(self, product: Any) -> Tensor:
+        """Return what `lora_linear` returned as a tensor."""
+        return product
+
     def quantized_linear(
         self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, a: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:

@@ -27,9 +27,9 @@ class GatedMlp:
         self.products = [self.gate_up, self.down]
         self.width = self.gate_up.width  # numbers for each token that its widest product returns
 
-    def __call__(self, x: Tensor, done: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the output [R, H] for x [R, H], and None, because there are no experts."""
-        return self.down(self.ops.gate_mul(self.gate_up(x), self.activation)), None
+    def __call__(self, x: Tensor, done: Tensor | None) -> tuple[Any, Tensor | None]:
+        """Return the output [R, H] for x [R, H], as `add_norm` takes it, and None, because there are no experts."""
+        return self.down.product(self.ops.gate_mul(self.gate_up.product(x), self.activation)), None
 
 
 class ExpertMlp:

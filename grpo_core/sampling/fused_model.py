@@ -85,7 +85,7 @@ class FusedLayer:
         return LayerAttention(*weights, self._rotation, self._window, sinks)
 
 
-Attend = Callable[[int, Tensor, LayerAttention], Tensor]  # (index of the layer, qkv, own) -> attention [R, heads dim]
+Attend = Callable[[int, Any, LayerAttention], Tensor]  # (index of the layer, qkv, own) -> attention [R, heads dim]
 
 
 class FusedModel:
@@ -189,8 +189,8 @@ class FusedModel:
         add_norm, delta, after, chosen = self._add_norm, None, None, []
         for i, layer in enumerate(self.layers):
             before_attention, after_attention, before_mlp, after_mlp = layer.norms
-            qkv = layer.qkv(add_norm(x, delta, before_attention, delta_weight=after))
-            delta = layer.o(attend(i, qkv, layer.attention))
+            qkv = layer.qkv.product(add_norm(x, delta, before_attention, delta_weight=after))
+            delta = layer.o.product(attend(i, qkv, layer.attention))
             delta, experts = layer.mlp(add_norm(x, delta, before_mlp, delta_weight=after_attention), done)
             after = after_mlp
             if experts is not None:
@@ -289,7 +289,8 @@ class FusedModel:
         heads, dim = self.shape.heads, self.shape.head_dim
         rotations = [(cos[:width, None], sin[:width, None]) for cos, sin in self._tables]
 
-        def attend(i: int, qkv: Tensor, own: LayerAttention) -> Tensor:
+        def attend(i: int, product: Any, own: LayerAttention) -> Tensor:
+            qkv = self.ops.finish(product)
             rotation = None if own.rotation is None else rotations[own.rotation]
             parts = normalize_and_rotate(qkv.reshape(count, width, -1, dim), self.shape, own, rotation)
             q, k, v = (x.transpose(1, 2) for x in parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,8 @@ class Weights(Protocol):
 
     a: Tensor
 
-    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return x Wᵀ + b [R, O], which may be changed in place, and x Aᵀ [R, rank], None for rank 0."""
+    def product(self, x: Tensor, b: Tensor, ranks: Sequence[int]) -> Any:
+        """Return x Wᵀ + bias + (x Aᵀ) B for `b` [rank, O], as `TorchOps.lora_linear` returns it."""
 
 
 class PlainWeights:
@@ -28,7 +28,7 @@ class PlainWeights:
 
     def __init__(self, bases: Sequence[nn.Linear], rank: int, ops: TorchOps) -> None:
         first, sizes = bases[0].weight, [base.out_features for base in bases]
-        self.linear, self.width, self.rank = ops.linear, sum(sizes), rank
+        self.ops = ops
         rows = [*sizes, rank]
         self.weight = first.new_zeros(sum(rows), first.shape[1])
         *base_weights, self.a = self.weight.split(rows)
@@ -37,9 +37,8 @@ class PlainWeights:
             base.weight.data = part
         self.bias = _join_biases(bases, rows)
 
-    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        y = self.linear(x, self.weight, self.bias)
-        return y[:, : self.width], y[:, self.width :] if self.rank else None
+    def product(self, x: Tensor, b: Tensor, ranks: Sequence[int]) -> Any:
+        return self.ops.lora_linear(x, self.weight, self.bias, b, ranks)
 
 
 class QuantizedWeights:
@@ -55,8 +54,13 @@ class QuantizedWeights:
         self.bias = _join_biases(bases, sizes)
         ops.reserve(self.weight, self.a)
 
-    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def multiply(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return x Wᵀ + bias [R, O] and x Aᵀ [R, rank], None for rank 0."""
         return self.ops.quantized_linear(x, self.weight, self.bias, self.a if len(self.a) else None)
+
+    def product(self, x: Tensor, b: Tensor, ranks: Sequence[int]) -> Tensor:
+        y, inner = self.multiply(x)
+        return y if inner is None else y.addmm_(inner, b)
 
 
 class SeparateWeights:
@@ -68,9 +72,10 @@ class SeparateWeights:
         self.parts += [QuantizedWeights([base], 0, ops, dtype) for base in others]
         self.a = self.parts[0].a
 
-    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        (first, inner), *others = [part.product(x) for part in self.parts]
-        return torch.cat([first, *(y for y, _ in others)], dim=1), inner
+    def product(self, x: Tensor, b: Tensor, ranks: Sequence[int]) -> Tensor:
+        (first, inner), *others = [part.multiply(x) for part in self.parts]
+        y = torch.cat([first, *(y for y, _ in others)], dim=1)
+        return y if inner is None else y.addmm_(inner, b)
 
 
 class JoinedLinear:
@@ -84,7 +89,7 @@ class JoinedLinear:
     """
 
     def __init__(self, linears: Sequence[nn.Module], ops: TorchOps, dtype: torch.dtype) -> None:
-        self.linears = list(linears)
+        self.linears, self.ops = list(linears), ops
         self.bases: list[nn.Linear] = [getattr(linear, "base_layer", linear) for linear in linears]
         self.sizes = [base.out_features for base in self.bases]
         self.width = sum(self.sizes)
@@ -94,7 +99,7 @@ class JoinedLinear:
         self.ranks = [len(a) if (a := _lora_factors(linear)[0]) is not None else 0 for linear in self.linears]
         self.rank = sum(self.ranks)
         self.weights = _join_weights(self.bases, self.rank, ops, dtype)
-        self.b = self.weights.a.new_zeros(self.width, self.rank)
+        self.b = self.weights.a.new_zeros(self.rank, self.width)
 
     def refresh(self) -> None:
         """Copy LoRA's factors as they are now, with their scale; zeros while the adapter is off."""
@@ -107,14 +112,17 @@ class JoinedLinear:
                 if len(a) != rank:
                     raise Unsupported("the rank of its active adapter has changed")
                 self.weights.a[column : column + rank] = a
-                self.b[row : row + size, column : column + rank] = b * scale
+                self.b[column : column + rank, row : row + size] = (b * scale).t()
             row, column = row + size, column + rank
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.ops.finish(self.product(x))
+
+    def product(self, x: Tensor) -> Any:
+        """Return y as `TorchOps.lora_linear` does."""
         if self.is_trained:
             return torch.cat([F.linear(x, base.weight, base.bias) for base in self.bases], dim=1)
-        y, inner = self.weights.product(x)
-        return y if inner is None else y.addmm_(inner, self.b.t())
+        return self.weights.product(x, self.b, self.ranks)
 
 
 def _join_weights(bases: Sequence[nn.Linear], rank: int, ops: TorchOps, dtype: torch.dtype) -> Weights:

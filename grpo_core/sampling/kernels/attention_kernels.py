@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_core.sampling.decode_ops import DONE, DRAWN, PROMPT, SLOT, START, AttentionShape, LayerAttention, Rotation
+from grpo_core.sampling.kernels.product_kernels import Product, finish, load_product, whole
 
 _DRAWN, _START, _PROMPT, _SLOT, _DONE = (tl.constexpr(x) for x in (DRAWN, START, PROMPT, SLOT, DONE))
 
@@ -73,16 +74,39 @@ def _rotate(first, second, cos, sin, inside):
     return first * c - second * s, second * c + first * s
 
 
+@triton.jit
+def _load_head(
+    qkv, part_stride, row_stride, bias, b, row, start, half, rest_at, linear, like,
+    DIM: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,
+):  # fmt: skip
+    """Return the two halves and the rest of the head of a `Product` that begins at column `start`."""
+    at, inside = start + half, half < HALF
+    first = load_product(
+        qkv, part_stride, row_stride, bias, b, row, at, inside, linear, like, WIDTH, PARTS, HAS_BIAS, RANK
+    )
+    second = load_product(
+        qkv, part_stride, row_stride, bias, b, row, at + HALF, inside, linear, like, WIDTH, PARTS, HAS_BIAS, RANK
+    )
+    at, inside = start + rest_at, rest_at < DIM
+    rest = load_product(
+        qkv, part_stride, row_stride, bias, b, row, at, inside, linear, like, WIDTH, PARTS, HAS_BIAS, RANK
+    )
+    return first, second, rest
+
+
 # a head is two halves of HALF dimensions, which are rotated if ROTATES, and the rest of its DIM dimensions
 @triton.jit(do_not_specialize=["layer", "capacity"])
 def _rotate_and_store(
-    qkv, stride, q_out, cos, sin, q_weight, k_weight, scales, eps, state, capacity, anchor, layout, layer,
-    LAYERS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, ROTATES: tl.constexpr,
+    qkv, part_stride, row_stride, bias, b, q_out, cos, sin, q_weight, k_weight, scales, eps, state, capacity, anchor,
+    layout, layer, LAYERS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
+    ROTATES: tl.constexpr, LINEARS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,
 ):  # fmt: skip
     """Process one head of one row: normalize and rotate a query or key, and write it to `q_out` or to the cache.
 
-    Values are written to the cache as they are.
+    Values are written to the cache as they are. `qkv` is a `Product` of one layer, or of three for q, k and v.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -91,27 +115,26 @@ def _rotate_and_store(
         place = tl.load(column + _DRAWN * capacity) - 1
         half = tl.arange(0, BLOCK_HALF)
         inside = half < HALF
-        source = qkv + row * stride + head * DIM
-        first = tl.load(source + half, inside, other=0.0).to(tl.float32)
-        second = tl.load(source + HALF + half, inside, other=0.0).to(tl.float32)
-        if 2 * HALF < DIM:
-            rest_at = 2 * HALF + tl.arange(0, BLOCK_REST)
-            rest = tl.load(source + rest_at, rest_at < DIM, other=0.0).to(tl.float32)
+        linear = 0
+        if LINEARS == 3:
+            linear = tl.where(head < HEADS, 0, 1 + (head - HEADS) // KV_HEADS)
+        rest_at = 2 * HALF + tl.arange(0, BLOCK_REST)
+        first, second, rest = _load_head(
+            qkv, part_stride, row_stride, bias, b, row, head * DIM, half, rest_at, linear, q_out,
+            DIM, HALF, WIDTH, PARTS, HAS_BIAS, RANK,
+        )  # fmt: skip
         if head < HEADS + KV_HEADS:
             if NORM != _NO_NORM:
                 weight = tl.where(head < HEADS, q_weight, k_weight)
-                if NORM == _NORM_HEADS:
-                    squares = tl.sum(first * first, 0) + tl.sum(second * second, 0)
-                    if 2 * HALF < DIM:
-                        squares += tl.sum(rest * rest, 0)
+                if NORM == _NORM_HEADS:  # the rest is 0 where there is none
+                    squares = tl.sum(first * first, 0) + tl.sum(second * second, 0) + tl.sum(rest * rest, 0)
                     scale = tl.rsqrt(squares / DIM + eps)
                 else:
                     weight += tl.where(head < HEADS, head, head - HEADS) * DIM
                     scale = tl.load(scales + row * 2 + tl.where(head < HEADS, 0, 1))
                 first = multiply_by_weight(first * scale, weight + half, inside, q_out, OFFSET)
                 second = multiply_by_weight(second * scale, weight + HALF + half, inside, q_out, OFFSET)
-                if 2 * HALF < DIM:
-                    rest = multiply_by_weight(rest * scale, weight + rest_at, rest_at < DIM, q_out, OFFSET)
+                rest = multiply_by_weight(rest * scale, weight + rest_at, rest_at < DIM, q_out, OFFSET)
             if ROTATES:
                 at = (tl.load(column + _START * capacity) + place) * HALF + half
                 first, second = _rotate(first, second, cos + at, sin + at, inside)
@@ -124,8 +147,7 @@ def _rotate_and_store(
             target = anchor + offset + place * DIM
         tl.store(target + half, first, inside)
         tl.store(target + HALF + half, second, inside)
-        if 2 * HALF < DIM:
-            tl.store(target + rest_at, rest, rest_at < DIM)
+        tl.store(target + rest_at, rest, rest_at < DIM)
 
 
 @triton.jit
@@ -302,11 +324,12 @@ class TritonCache:
     def begin_step(self, state: Tensor, rotations: Sequence[Rotation]) -> None:
         self._state, self._rotations = state, rotations
 
-    def attend(self, layer: int, qkv: Tensor, own: LayerAttention) -> Tensor:
-        s, state, rows = self.shape, self._state, len(qkv)
+    def attend(self, layer: int, qkv: Tensor | Product, own: LayerAttention) -> Tensor:
+        product = whole(qkv) if isinstance(qkv, Tensor) else qkv
+        s, state, rows = self.shape, self._state, product.parts.shape[1]
         sizes = (s.layers, s.heads, s.kv_heads, s.head_dim)
         memory = (state, state.stride(0), self.anchor, self.layout, layer)
-        q = self._rotate_and_store(qkv, own, memory, sizes)
+        q = self._rotate_and_store(product, own, memory, sizes)
         out, splits = torch.empty_like(q), count_splits(rows * s.kv_heads)
         parts = torch.empty(rows * s.heads * splits, s.head_dim, dtype=torch.float32, device=q.device)
         logsums = torch.empty(rows * s.heads * splits, dtype=torch.float32, device=q.device)
@@ -325,24 +348,26 @@ class TritonCache:
             _combine[(rows, s.heads)](parts, logsums, out, state, state.stride(0), splits, *sizes, num_warps=2)
         return out
 
-    def _rotate_and_store(self, qkv: Tensor, own: LayerAttention, memory: tuple, sizes: tuple[int, ...]) -> Tensor:
+    def _rotate_and_store(self, qkv: Product, own: LayerAttention, memory: tuple, sizes: tuple[int, ...]) -> Tensor:
         """Store the keys and values of `qkv` in the cache; return the queries, [R, heads dim]."""
-        s, rows = self.shape, len(qkv)
-        q = qkv.new_empty(rows, s.heads * s.head_dim)
-        norm, weights, scales = NO_NORM, (qkv, qkv), qkv  # what is not read is passed as qkv
+        s, rows = self.shape, qkv.parts.shape[1]
+        q = qkv.parts.new_empty(rows, s.heads * s.head_dim, dtype=qkv.dtype)
+        norm, weights, scales = NO_NORM, (q, q), q  # what is not read is passed as q
         if own.q_norm is not None and own.k_norm is not None:
             norm = NORM_HEADS if len(own.q_norm) == s.head_dim else NORM_WIDTH
             weights = (own.q_norm, own.k_norm)
         if norm == NORM_WIDTH:
-            scales = torch.empty(rows, 2, dtype=torch.float32, device=qkv.device)
+            y = finish(qkv)
+            scales = torch.empty(rows, 2, dtype=torch.float32, device=q.device)
             widths = (s.heads * s.head_dim, s.kv_heads * s.head_dim)
-            _scale_widths[(rows, 2)](qkv, qkv.stride(0), scales, s.eps, *widths, triton.next_power_of_2(widths[0]))
-        rotation = (qkv, qkv) if own.rotation is None else self._rotations[own.rotation]
+            _scale_widths[(rows, 2)](y, y.stride(0), scales, s.eps, *widths, triton.next_power_of_2(widths[0]))
+            qkv = whole(y)
+        rotation = (q, q) if own.rotation is None else self._rotations[own.rotation]
         half = s.head_dim // 2 if own.rotation is None else s.rotated // 2
         blocks = (triton.next_power_of_2(half), triton.next_power_of_2(max(1, s.head_dim - 2 * half)))
         _rotate_and_store[(rows, s.heads + 2 * s.kv_heads)](
-            qkv, qkv.stride(0), q, *rotation, *weights, scales, s.eps, *memory, *sizes, half, *blocks, norm,
-            s.norm_offset, own.rotation is not None, num_warps=1,
+            *qkv.inputs(), q, *rotation, *weights, scales, s.eps, *memory, *sizes, half, *blocks, norm, s.norm_offset,
+            own.rotation is not None, qkv.layers, *qkv.constants(), num_warps=1,
         )  # fmt: skip
         return q
 

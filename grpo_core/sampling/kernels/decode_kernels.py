@@ -6,6 +6,8 @@ are excluded from specialisation, so that every kernel is compiled once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -27,9 +29,10 @@ from grpo_core.sampling.decode_ops import (
     TorchOps,
 )
 from grpo_core.sampling.expert_ops import ExpertWeights, Routing
-from grpo_core.sampling.kernels import expert_kernels, four_bit_kernels
+from grpo_core.sampling.kernels import expert_kernels, four_bit_kernels, product_kernels
 from grpo_core.sampling.kernels.attention_kernels import TABLE_WIDTH, TritonCache, multiply_by_weight
 from grpo_core.sampling.kernels.expert_kernels import Parts, sum_parts
+from grpo_core.sampling.kernels.product_kernels import Product, load_product, whole
 
 _TOKEN, _DRAWN, _LIMIT, _ROW, _DONE, _GIVEN = (tl.constexpr(x) for x in (TOKEN, DRAWN, LIMIT, ROW, DONE, GIVEN))
 _TABLE_WIDTH = tl.constexpr(TABLE_WIDTH)
@@ -48,14 +51,14 @@ def _normalize(value, weight, inside, like, eps, H: tl.constexpr, OFFSET: tl.con
 
 @triton.jit(do_not_specialize=["adds"])
 def _add_norm(
-    x, delta, delta_stride, experts, shares, weight, delta_weight, out, eps, delta_scale, adds, H: tl.constexpr,
-    BLOCK_H: tl.constexpr, TOP_K: tl.constexpr, NORMS_X: tl.constexpr, NORMS_DELTA: tl.constexpr, OFFSET: tl.constexpr,
-    SCALES: tl.constexpr,
+    x, delta, part_stride, row_stride, bias, b, experts, shares, weight, delta_weight, out, eps, delta_scale, adds,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr, NORMS_X: tl.constexpr, NORMS_DELTA: tl.constexpr, OFFSET: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     """Process one row: add `delta` to x in place if `adds` is not 0, and store RMSNorm(x) * (OFFSET + weight).
 
-    Before it is added, `delta` is normalized if NORMS_DELTA, and multiplied by `delta_scale` if SCALES. If TOP_K is not
-    0, it is the sum of the outputs of that many experts.
+    `delta` is a `Product`, or if TOP_K is not 0, the sum of the outputs of that many experts. Before it is added, it is
+    normalized if NORMS_DELTA, and multiplied by `delta_scale` if SCALES.
     """
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK_H)
@@ -63,7 +66,9 @@ def _add_norm(
     value = tl.load(x + row * H + at, inside, other=0.0)
     if adds != 0:
         if TOP_K == 0:
-            change = tl.load(delta + row * delta_stride + at, inside, other=0.0)
+            change = load_product(
+                delta, part_stride, row_stride, bias, b, row, at, inside, 0, x, H, PARTS, HAS_BIAS, RANK
+            ).to(x.dtype.element_ty)
         else:
             change = sum_parts(delta, experts, shares, row, at, H, TOP_K, BLOCK_H).to(x.dtype.element_ty)
         if NORMS_DELTA:
@@ -86,12 +91,36 @@ def _gate_mul(
     inside = at < INNER
     gate = tl.load(gates + row * gate_stride + at, inside, other=0.0)
     up = tl.load(ups + row * up_stride + at, inside, other=0.0).to(tl.float32)
+    tl.store(out + row * INNER + at, _activate(gate, IS_SILU) * up, inside)
+
+
+@triton.jit
+def _gate_mul_product(
+    gate_up, part_stride, row_stride, bias, b, out, INNER: tl.constexpr, BLOCK_I: tl.constexpr, IS_SILU: tl.constexpr,
+    LAYERS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """Store activation(gate) * up for one block of one row of a `Product` of one or two layers."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    inside = at < INNER
+    gate = load_product(
+        gate_up, part_stride, row_stride, bias, b, row, at, inside, 0, out, WIDTH, PARTS, HAS_BIAS, RANK
+    ).to(out.dtype.element_ty)
+    at_up = INNER + at
+    up = load_product(
+        gate_up, part_stride, row_stride, bias, b, row, at_up, inside, LAYERS - 1, out, WIDTH, PARTS, HAS_BIAS, RANK
+    )
+    tl.store(out + row * INNER + at, _activate(gate, IS_SILU) * up, inside)
+
+
+@triton.jit
+def _activate(gate, IS_SILU: tl.constexpr):
+    """Return activation(gate), rounded to the dtype of `gate`, in float32."""
     wide = gate.to(tl.float32)
     argument = wide
     if not IS_SILU:  # 0.5 x (1 + tanh(u)) = x sigmoid(2 u), with 2 u = sqrt(8 / pi) (x + 0.044715 x^3)
         argument = 1.5957691216057308 * (wide + 0.044715 * wide * wide * wide)
-    active = (wide * tl.sigmoid(argument)).to(gate.dtype).to(tl.float32)
-    tl.store(out + row * INNER + at, active * up, inside)
+    return (wide * tl.sigmoid(argument)).to(gate.dtype).to(tl.float32)
 
 
 @triton.jit
@@ -201,6 +230,10 @@ def multiply_gate(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     return out
 
 
+def _as_product(y: Tensor | Product) -> Product:
+    return whole(y) if isinstance(y, Tensor) else y
+
+
 class TritonOps(TorchOps):
     """The operations on a GPU: one or two kernel launches each, which a graph can capture."""
 
@@ -212,6 +245,16 @@ class TritonOps(TorchOps):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 
+    def lora_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, ranks: Sequence[int]
+    ) -> Tensor | Product:
+        if product_kernels.is_finishable(x, weight.shape[1], ranks):
+            return product_kernels.multiply(x, weight, bias, b, ranks)
+        return super().lora_linear(x, weight, bias, b, ranks)
+
+    def finish(self, product: Tensor | Product) -> Tensor:
+        return product_kernels.finish(product)
+
     def quantized_linear(
         self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, a: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -222,7 +265,7 @@ class TritonOps(TorchOps):
     def add_norm(
         self,
         x: Tensor,
-        delta: Tensor | Parts | None,
+        delta: Tensor | Product | Parts | None,
         weight: Tensor | None,
         eps: float,
         *,
@@ -234,21 +277,35 @@ class TritonOps(TorchOps):
             return x
         out, width = x if weight is None else torch.empty_like(x), x.shape[1]
         block = triton.next_power_of_2(width)
+        # what is not read is passed as x
         if isinstance(delta, Parts):
-            added, top_k = (delta.parts, 0, delta.experts, delta.weights), delta.experts.shape[1]
-        else:  # what is not read is passed as x
-            added, top_k = (x, 0, x, x) if delta is None else (delta, delta.stride(0), x, x), 0
+            added, constants = (
+                (delta.parts, 0, 0, x, x, delta.experts, delta.weights),
+                (delta.experts.shape[1], 1, False, 0),
+            )
+        else:
+            product = _as_product(x if delta is None else delta)
+            added, constants = (*product.inputs(), x, x), (0, *product.constants()[1:])
         weights = (x if weight is None else weight, x if delta_weight is None else delta_weight)
         flags = (weight is not None, delta_weight is not None, offset, delta_scale != 1.0)
-        warps = min(8, max(1, block // 512))
+        is_sum = constants[1] > 1 or constants[3] > 0  # of several values for each output, which more warps load sooner
+        warps = min(16, max(1, block // (128 if is_sum else 512)), 16 if is_sum else 8)
         _add_norm[(len(x),)](
-            x, *added, *weights, out, eps, delta_scale, int(delta is not None), width, block, top_k, *flags,
+            x, *added, *weights, out, eps, delta_scale, int(delta is not None), width, block, *constants, *flags,
             num_warps=warps,
         )  # fmt: skip
         return out
 
-    def gate_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        return multiply_gate(*gate_up.chunk(2, dim=1), activation)
+    def gate_mul(self, gate_up: Tensor | Product, activation: Activation) -> Tensor:
+        if isinstance(gate_up, Tensor):
+            return multiply_gate(*gate_up.chunk(2, dim=1), activation)
+        rows, inner = gate_up.parts.shape[1], gate_up.width // 2
+        out = gate_up.parts.new_empty(rows, inner, dtype=gate_up.dtype)
+        _gate_mul_product[(rows, triton.cdiv(inner, ACTIVATIONS_PER_PROGRAM))](
+            *gate_up.inputs(), out, inner, ACTIVATIONS_PER_PROGRAM, activation == "silu", gate_up.layers,
+            *gate_up.constants(),
+        )  # fmt: skip
+        return out
 
     def route(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, done: Tensor | None

@@ -36,7 +36,7 @@ class Blocks(NamedTuple):
 # benchmarks/experts.py
 BLOCKS: list[tuple[int, Blocks, Blocks]] = [
     (16, Blocks(16, 32, 128, 4, 4), Blocks(16, 64, 128, 4, 4)),
-    (32, Blocks(32, 32, 128, 4, 4), Blocks(32, 64, 128, 4, 4)),
+    (32, Blocks(32, 32, 128, 4, 4), Blocks(16, 64, 128, 4, 4)),
     (512, Blocks(64, 32, 64, 4, 4), Blocks(64, 64, 64, 4, 4)),
     (1 << 60, Blocks(64, 64, 64, 4, 4), Blocks(64, 128, 64, 4, 4)),
 ]
