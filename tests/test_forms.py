@@ -1,4 +1,4 @@
-"""Data in the forms that others write: recognised where data.path is a word of the command line."""
+"""Data in the forms of other projects: recognised where data.path is given on the command line."""
 
 import importlib.util
 import json

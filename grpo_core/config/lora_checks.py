@@ -269,8 +269,8 @@ def _as_set(values: Sequence[Any]) -> set[str]:
 def find_written(data: dict[str, Any], words: Sequence[str] = ()) -> set[str]:
     """Return the keys of the section `lora` that were written for the adapter at lora.path.
 
-    `data` is a configuration's mapping, with the words of the command line in it. Where lora.path is such a word, the
-    file's keys were written for other adapters, and only those of the words count.
+    `data` is a configuration's mapping with the overrides `words` applied. If an override sets lora.path, the keys of
+    the file were written for another adapter, and only those of the overrides are returned.
     """
     keys = [key for key, _, _ in (word.partition("=") for word in words)]
     if "lora.path" in keys and "lora" not in keys:

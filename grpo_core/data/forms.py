@@ -27,7 +27,7 @@ from grpo_core.objective.numbers import read_gold
 from grpo_core.schema import ConfigError
 
 PEEKED_ROWS = 50  # of the data, by which its form is recognised
-EVALUATED_SHARE = 10  # one row in as many is held out at most, unless evaluation.num_tasks is a word
+EVALUATED_SHARE = 10  # one row in as many is held out at most, unless evaluation.num_tasks is given
 MAX_SHOWN_CHARACTERS = 120  # of a value in a sentence, or of an item in a list
 KEYS_OF_SOURCE = {  # of a form -> of a source
     **{f"data.{key}": key for key in ("columns", "template", "prompt", "system")},
@@ -178,7 +178,7 @@ def _fit_evaluation(config: RunConfig, keys: Mapping[str, Any], written: Collect
 
 
 def _list_columns(form: Form, data: DataConfig, written: Collection[str]) -> dict[str, str]:
-    """Return data.columns as the words of the command line leave them."""
+    """Return data.columns with the overrides of the command line."""
     if "data.columns" in written:
         return data.columns
     return form.columns | _list_written(data, written)
@@ -301,7 +301,7 @@ def _list_keys(form: Form, rows: Sequence[Row], row: Row, reward: str | None, su
 
 
 def _is_written(key: str, written: Collection[str]) -> bool:
-    """Return whether a word of the command line sets a key; data.template says what the whole prompt is."""
+    """Return whether the command line sets a key; data.template sets the whole prompt."""
     if key in ("data.prompt", "data.system") and "data.template" in written:
         return True
     return key in written or (key == "evaluation.num_tasks" and "evaluation.reward" in written)
