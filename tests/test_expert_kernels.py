@@ -117,8 +117,11 @@ def test_a_router_of_every_size(dtype, rows, hidden):
     x, weight, bias = random(rows, hidden, dtype=dtype), random(EXPERTS, hidden, dtype=dtype), random(EXPERTS, dtype=dtype)
     for added in (None, bias):
         logits = (x.float() @ weight.float().t() + (0.0 if added is None else added.float())).to(dtype)
-        got, weights = kernels.route(x, weight, added, routing, None)
-        want, shares = expert_ops.choose_experts(logits, routing)
+        done = (torch.arange(rows, device=DEVICE) == 1).long()
+        got, weights, groups = kernels.route(x, weight, added, routing, done)
+        check_groups(groups, got)
+        assert (got[1] == expert_ops.NO_EXPERT).all() and not weights[1].any()
+        want, shares = expert_ops.choose_experts(logits, routing, done)
         is_same = (got.long() == want).all(dim=1)  # two logits may round to the same number
         assert is_same.float().mean() > (0.99 if dtype == torch.float32 else 0.8)
         torch.testing.assert_close(weights[is_same], shares[is_same], atol=TOLERANCES[dtype] * 4, rtol=0.02)
@@ -156,10 +159,14 @@ def test_groups_list_every_pair_once(rows, count):
     kernels = load_kernels()
     experts = torch.stack([torch.randperm(count)[:3] for _ in range(rows)]).to(DEVICE)
     experts[rows // 2] = expert_ops.NO_EXPERT
-    groups = kernels.group_rows(experts, count)
+    check_groups(kernels.group_rows(experts, count), experts)
+
+
+def check_groups(groups, experts):
+    """The groups have every pair of these experts [R, k] once."""
     listed = sorted(set(experts.flatten().tolist()) - {expert_ops.NO_EXPERT})
     assert int(groups.total) == len(listed) and sorted(groups.order[: len(listed)].tolist()) == listed
-    for expert in range(count):
+    for expert in range(len(groups.pairs)):
         pairs = groups.pairs[expert, : int(groups.sizes[expert])]
         assert sorted(pairs.tolist()) == (experts.flatten() == expert).nonzero().flatten().tolist()
 

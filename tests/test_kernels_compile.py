@@ -101,8 +101,8 @@ def compile_experts(dtype):
         own = ExpertWeights(gate_up, down, is_transposed=is_transposed, is_interleaved=is_transposed, gating=gating)
         for rows in (1, 32, 256, 1024):
             x, routing = empty(rows, hidden, dtype=dtype), Routing(top_k, True)
-            experts, weights = expert_kernels.route(x, empty(count, hidden, dtype=dtype), None, routing, torch.zeros(rows, dtype=torch.int64))
-            parts = expert_kernels.apply_experts(x, experts, weights, own)
+            experts, weights, groups = expert_kernels.route(x, empty(count, hidden, dtype=dtype), None, routing, torch.zeros(rows, dtype=torch.int64))
+            parts = expert_kernels.apply_experts(x, experts, weights, own, groups)
             parts.sum()
             TritonOps(CPU).add_norm(x, parts, empty(hidden, dtype=dtype), 1e-6)
 

@@ -181,17 +181,18 @@ class TorchOps:
 
     def route(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, done: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Any]:
         """Return the experts [R, k] of each row of x [R, H] by a router's weight [E, H], and their weights [R, k].
 
-        Rows with a 1 in `done` [R] have none; see `expert_ops.choose_experts`.
+        Rows with a 1 in `done` [R] have none; see `expert_ops.choose_experts`. The third value is the groups that
+        `mix_experts` takes.
         """
-        return expert_ops.choose_experts(self.linear(x, weight, bias), routing, done)
+        return *expert_ops.choose_experts(self.linear(x, weight, bias), routing, done), None
 
-    def mix_experts(self, x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights) -> Any:
+    def mix_experts(self, x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights, groups: Any = None) -> Any:
         """Return the weighted sum [R, H] of the outputs of each row's experts, as `add_norm` takes it.
 
-        See `expert_ops.mix_experts`.
+        `groups` are those that `route` returned with the experts, if it did. See `expert_ops.mix_experts`.
         """
         return expert_ops.mix_experts(x, experts, weights, own)
 

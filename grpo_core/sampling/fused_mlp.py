@@ -59,8 +59,8 @@ class ExpertMlp:
         Rows that are `done` have none.
         """
         bias = getattr(self.router, "bias", None)
-        experts, weights = self.ops.route(x, self.router.weight, bias, self.routing, done)
-        return self.ops.mix_experts(x, experts, weights, self.weights), experts
+        experts, weights, groups = self.ops.route(x, self.router.weight, bias, self.routing, done)
+        return self.ops.mix_experts(x, experts, weights, self.weights, groups), experts
 
 
 def has_experts(mlp: nn.Module, family: Family) -> bool:

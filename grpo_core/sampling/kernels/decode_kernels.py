@@ -31,7 +31,7 @@ from grpo_core.sampling.decode_ops import (
 from grpo_core.sampling.expert_ops import ExpertWeights, Routing
 from grpo_core.sampling.kernels import expert_kernels, four_bit_kernels, product_kernels
 from grpo_core.sampling.kernels.attention_kernels import TABLE_WIDTH, TritonCache, multiply_by_weight
-from grpo_core.sampling.kernels.expert_kernels import Parts, sum_parts
+from grpo_core.sampling.kernels.expert_kernels import Groups, Parts, sum_parts
 from grpo_core.sampling.kernels.product_kernels import Product, load_product, whole
 
 _TOKEN, _DRAWN, _LIMIT, _ROW, _DONE, _GIVEN = (tl.constexpr(x) for x in (TOKEN, DRAWN, LIMIT, ROW, DONE, GIVEN))
@@ -309,11 +309,13 @@ class TritonOps(TorchOps):
 
     def route(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, done: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Groups]:
         return expert_kernels.route(x, weight, bias, routing, done)
 
-    def mix_experts(self, x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights) -> Parts:
-        return expert_kernels.apply_experts(x, experts, weights, own)
+    def mix_experts(
+        self, x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights, groups: Groups | None = None
+    ) -> Parts:
+        return expert_kernels.apply_experts(x, experts, weights, own, groups)
 
     def sum_experts(self, x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights) -> Tensor:
         return self.mix_experts(x, experts, weights, own).sum()

@@ -50,13 +50,19 @@ DEFAULT_SHARED_BYTES = 99 * 1024  # of the smallest GPU that is supported
 
 @triton.jit(do_not_specialize=["R"])
 def _multiply_router(
-    x, weight, out, R, E: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr,
+    x, weight, out, counters, R, E: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store one part of the sum of the logits of some rows and experts; the parts are [parts, R, E] in float32."""
+    """Store one part of the sum of the logits of some rows and experts; the parts are [parts, R, E] in float32.
+
+    The E + 1 `counters`, which the next kernel counts with, are set to 0.
+    """
     part = tl.program_id(2)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    if part == 0 and tl.program_id(0) == 0:
+        tl.store(counters + e, 0, e <= E)
+        tl.store(counters + E, 0)
     sums = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
     for start in tl.static_range(0, INNER, BLOCK_H):
         h = part * INNER + start + tl.arange(0, BLOCK_H)
@@ -66,14 +72,29 @@ def _multiply_router(
     tl.store(out + (part * R + row[:, None]) * E + e[None, :], sums, (row < R)[:, None] & (e < E)[None, :])
 
 
+@triton.jit
+def _add_pairs(pair, expert, is_grouped, pairs, order, sizes, total, R):
+    """Add some pairs to the rows of their experts in `pairs` [E, R], and list experts that had none; see `Groups`.
+
+    Which pair comes first is left to chance, and changes no result: every pair has outputs of its own.
+    """
+    expert = expert.to(tl.int64)
+    place = tl.atomic_add(sizes + expert, 1, is_grouped, sem="relaxed")
+    tl.store(pairs + expert * R + place, pair, is_grouped)
+    is_first = is_grouped & (place == 0)
+    position = tl.atomic_add(total + expert * 0, 1, is_first, sem="relaxed")
+    tl.store(order + position, expert, is_first)
+
+
 # the logits of a row are the sum of their PARTS, and of `bias` if HAS_BIAS, rounded to the dtype of `like`
-@triton.jit(do_not_specialize=["part_stride"])
+@triton.jit(do_not_specialize=["part_stride", "R"])
 def _choose_experts(
-    logits, stride, part_stride, bias, like, done, experts, weights, E: tl.constexpr, K: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    NORMALIZED: tl.constexpr, ROUNDED: tl.constexpr, HAS_DONE: tl.constexpr,
+    logits, stride, part_stride, bias, like, done, experts, weights, pairs, order, sizes, total, R,
+    E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NORMALIZED: tl.constexpr, ROUNDED: tl.constexpr, HAS_DONE: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Store the experts of one row and their weights."""
+    """Store the experts of one row and their weights; with GROUPS its pairs too, as `_add_pairs` does."""
     row = tl.program_id(0).to(tl.int64)
     e, j = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     value = tl.load(logits + row * stride + e, e < E, other=0.0).to(tl.float32)
@@ -102,22 +123,16 @@ def _choose_experts(
         weight = tl.where(is_done, 0.0, weight)
     tl.store(experts + row * K + j, chosen, j < K)
     tl.store(weights + row * K + j, weight, j < K)
+    if GROUPS:
+        _add_pairs(row.to(tl.int32) * K + j, chosen, (j < K) & (chosen >= 0), pairs, order, sizes, total, R)
 
 
 @triton.jit(do_not_specialize=["count", "R"])
 def _group_pairs(experts, pairs, order, sizes, total, count, R, BLOCK_P: tl.constexpr):
-    """Add some pairs to the rows of their experts in `pairs` [E, R], and list experts that had none; see `Groups`.
-
-    Which pair comes first is left to chance, and changes no result: every pair has outputs of its own.
-    """
+    """Group some pairs, as `_add_pairs` does."""
     pair = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    expert = tl.load(experts + pair, pair < count, other=_NO_EXPERT).to(tl.int64)
-    is_grouped = expert >= 0
-    place = tl.atomic_add(sizes + expert, 1, is_grouped, sem="relaxed")
-    tl.store(pairs + expert * R + place, pair, is_grouped)
-    is_first = is_grouped & (place == 0)
-    position = tl.atomic_add(total + expert * 0, 1, is_first, sem="relaxed")
-    tl.store(order + position, expert, is_first)
+    expert = tl.load(experts + pair, pair < count, other=_NO_EXPERT)
+    _add_pairs(pair, expert, expert >= 0, pairs, order, sizes, total, R)
 
 
 @triton.jit
@@ -224,41 +239,50 @@ def _add_parts(parts, experts, weights, out, H: tl.constexpr, K: tl.constexpr, B
 
 def choose_experts(logits: Tensor, routing: Routing, done: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the experts [R, k] of each row, and their weights [R, k] in float32; of equal logits the first."""
-    return _choose(logits[None], None, logits, routing, done)
+    return _choose(logits[None], None, logits, routing, done, None)
 
 
 def route(
     x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, done: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the experts [R, k] of each row, and their weights, by the logits x Wᵀ + b for x [R, H] and W [E, H].
+) -> tuple[Tensor, Tensor, Groups]:
+    """Return the experts [R, k] of each row, their weights, and the groups that apply_experts takes.
 
-    For few rows the product is divided into parts of the sum, so that it occupies more of the GPU.
+    The logits are x Wᵀ + b for x [R, H] and W [E, H]. For few rows the product is divided into parts of the sum, so
+    that it occupies more of the GPU.
     """
     (rows, hidden), count = x.shape, len(weight)
     if rows > MAX_ROUTED_ROWS:
-        return choose_experts(F.linear(x, weight, bias), routing, done)
+        experts, weights = choose_experts(F.linear(x, weight, bias), routing, done)
+        return experts, weights, group_rows(experts, count)
     parts = triton.cdiv(hidden, ROUTER_INNER)
     logits = torch.empty(parts, rows, count, dtype=torch.float32, device=x.device)
     block_r, precision = max(16, triton.next_power_of_2(rows)), "ieee" if x.dtype == torch.float32 else "tf32"
     grid = (triton.cdiv(rows, block_r), triton.cdiv(count, ROUTER_EXPERTS), parts)
     sizes = (count, hidden, ROUTER_INNER, block_r, ROUTER_EXPERTS, ROUTER_BLOCK)
-    _multiply_router[grid](x.contiguous(), weight.contiguous(), logits, rows, *sizes, precision, num_warps=4)
-    return _choose(logits, bias, x, routing, done)
+    groups, counters = _make_groups(rows, count, x.device)
+    _multiply_router[grid](x.contiguous(), weight.contiguous(), logits, counters, rows, *sizes, precision, num_warps=4)
+    return *_choose(logits, bias, x, routing, done, groups), groups
 
 
 def _choose(
-    logits: Tensor, bias: Tensor | None, like: Tensor, routing: Routing, done: Tensor | None
+    logits: Tensor, bias: Tensor | None, like: Tensor, routing: Routing, done: Tensor | None, groups: Groups | None
 ) -> tuple[Tensor, Tensor]:
-    """Choose experts by logits [parts, R, E], which are summed, and rounded to the dtype of `like`."""
+    """Choose experts by logits [parts, R, E], which are summed, and rounded to the dtype of `like`.
+
+    Their pairs are added to `groups`, if there are any.
+    """
     parts, rows, count = logits.shape
     experts = torch.empty(rows, routing.top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(rows, routing.top_k, dtype=torch.float32, device=logits.device)
     sizes = (count, routing.top_k, triton.next_power_of_2(count), triton.next_power_of_2(routing.top_k))
-    flags = (parts, bias is not None, routing.is_normalized, routing.is_rounded, done is not None)
+    flags = (
+        parts, bias is not None, routing.is_normalized, routing.is_rounded, done is not None, groups is not None,
+    )  # fmt: skip
     inputs = (logits, logits.stride(1), logits.stride(0), logits if bias is None else bias, like)
     _choose_experts[(rows,)](
-        *inputs, logits if done is None else done, experts, weights, *sizes, *flags, num_warps=1 if count <= 256 else 4
-    )
+        *inputs, logits if done is None else done, experts, weights, *(groups or [experts] * 4), rows, *sizes, *flags,
+        num_warps=1 if count <= 256 else 4,
+    )  # fmt: skip
     return experts, weights
 
 
@@ -273,12 +297,18 @@ class Groups(NamedTuple):
 
 def group_rows(experts: Tensor, count: int) -> Groups:
     """Return the pairs of each of `count` experts, for the experts [R, k] of rows."""
-    (rows, _), device = experts.shape, experts.device
-    pairs, order = (torch.empty(size, dtype=torch.int32, device=device) for size in ((count, rows), (count,)))
-    sizes, total = torch.zeros(count + 1, dtype=torch.int32, device=device).split([count, 1])
+    groups, counters = _make_groups(len(experts), count, experts.device)
+    counters.zero_()
     grid = (triton.cdiv(experts.numel(), PAIRS_PER_PROGRAM),)
-    _group_pairs[grid](experts, pairs, order, sizes, total, experts.numel(), rows, PAIRS_PER_PROGRAM, num_warps=4)
-    return Groups(pairs, order, sizes, total)
+    _group_pairs[grid](experts, *groups, experts.numel(), len(experts), PAIRS_PER_PROGRAM, num_warps=4)
+    return groups
+
+
+def _make_groups(rows: int, count: int, device: torch.device) -> tuple[Groups, Tensor]:
+    """Return groups without pairs, and their counters [E + 1], which must be set to 0 before."""
+    pairs, order = (torch.empty(size, dtype=torch.int32, device=device) for size in ((count, rows), (count,)))
+    counters = torch.empty(count + 1, dtype=torch.int32, device=device)
+    return Groups(pairs, order, *counters.split([count, 1])), counters
 
 
 class Parts(NamedTuple):
@@ -297,12 +327,17 @@ class Parts(NamedTuple):
         return out
 
 
-def apply_experts(x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights) -> Parts:
-    """Return the outputs of each row's experts [R, k] for x [R, H], and their weights [R, k]."""
+def apply_experts(
+    x: Tensor, experts: Tensor, weights: Tensor, own: ExpertWeights, groups: Groups | None = None
+) -> Parts:
+    """Return the outputs of each row's experts [R, k] for x [R, H], and their weights [R, k].
+
+    `groups` are those of `experts`, if they are known.
+    """
     x, experts, weights = x.contiguous(), experts.contiguous(), weights.contiguous()
     (rows, hidden), top_k = x.shape, experts.shape[1]
     _, gate_up_blocks, down_blocks = choose_blocks(rows, x.dtype)
-    groups = group_rows(experts, len(own.gate_up))
+    groups = groups or group_rows(experts, len(own.gate_up))
     inner, parts = x.new_empty(rows * top_k, own.inner), x.new_empty(rows * top_k, hidden)
     multiply_groups(x, groups, own.gate_up, own.gate_up_bias, inner, top_k, top_k, own, own.gating, gate_up_blocks)
     multiply_groups(inner, groups, own.down, own.down_bias, parts, top_k, 1, own, None, down_blocks)
