@@ -179,9 +179,31 @@ def run_training(job):
     from grpo_core.training.trainer import train
 
     run, _ = setup.setup(update.make_config(job, Path(job["out"])))
+    memory = compare_memory(run)
+    (Path(job["out"]) / "memory.json").write_text(json.dumps(memory))
     train(run)
     run.log.close()
     return {"trained": sum(p.numel() for p in run.policy.parameters())}
+
+
+def compare_memory(run):
+    """Return the bytes that the dry run computes, and on a GPU those of the weights and of an update of one completion."""
+    import torch
+
+    from grpo_core.model.memory import _Trial
+    from grpo_core.model.memory_estimate import estimate
+    from grpo_core.model.update_mode import enable_gradient_checkpointing
+
+    config, model, longest = run.config, run.policy.causal_lm, (16 if CHECK else PROMPT, run.config.sampling.max_new_tokens)
+    parts = estimate(model, longest=longest, group_size=config.sampling.group_size, adapter_on_gpu=False)
+    result = {"computed": {**vars(parts), "needed": parts.needed}}
+    if torch.cuda.is_available():
+        if config.model.gradient_checkpointing is True:  # as the estimate supposes
+            enable_gradient_checkpointing(model)
+            trial = _Trial(config, run.policy, longest, config.sampling.group_size)
+            result["measured_update"] = trial._measure_peak(1, backward=True)
+        result["measured_weights_and_adapter"] = torch.cuda.memory_allocated()
+    return result
 
 
 def run_decode(job):
@@ -436,10 +458,11 @@ class Rows:
             "overrides": [*common, *overrides, *small],
         }  # fmt: skip
         result, error = start("train", job, limit or self.limit, processes)
-        file = out / "bench" / "metrics.jsonl"
+        file, memory = out / "bench" / "metrics.jsonl", out / "memory.json"
+        memory = json.loads(memory.read_text()) if memory.exists() else None
         rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         shutil.rmtree(out)
-        return {**summarize(rows), **(result or {}), "errors": error}
+        return {**summarize(rows), **(result or {}), "before_the_run": memory, "errors": error}
 
 
 def summarize(rows):

@@ -245,10 +245,11 @@ def _check_plain(value: Any, key: str) -> None:
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
             _check_plain(inner, f"{key}.{name}" if isinstance(value, dict) else f"{key}[{name}]")
     elif isinstance(value, (datetime.date, set, bytes)):
-        hint = ", so put quotes around it" if isinstance(value, datetime.date) else ""
+        if isinstance(value, datetime.date):
+            raise ConfigError(f"{key} is {value}; it must be text, so put quotes around it")
         raise ConfigError(
-            f"{key} is {value!s}, of the type {type(value).__name__}; it must be text, a number, true, false, null, a "
-            f"list or a mapping{hint}"
+            f"{key} is {value}, of the type {type(value).__name__}; it must be text, a number, true, false, null, a list or "
+            f"a mapping"
         )
 
 

@@ -232,12 +232,13 @@ def test_every_entry_of_the_table_of_blocks():
 
 def test_blocks_fit_into_the_memory_of_small_gpus():
     pytest.importorskip("triton")
-    from grpo_core.sampling.kernels.expert_kernels import BLOCKS, DEFAULT_SHARED_BYTES, fit, shared_bytes
+    from grpo_core.sampling.kernels.expert_kernels import BLOCKS, fit, shared_bytes
+    from grpo_core.sampling.kernels.shared_memory import DEFAULT_BYTES
 
     for (_, *both), itemsize in product(BLOCKS, (2,)):
         for blocks, is_gated in zip(both, (True, False), strict=True):
             fitted = fit(blocks, torch.empty(0, dtype=torch.float16), is_gated)
-            assert fitted.stages >= 2 and fitted.stages * shared_bytes(fitted, itemsize, is_gated) <= DEFAULT_SHARED_BYTES
+            assert fitted.stages >= 2 and fitted.stages * shared_bytes(fitted, itemsize, is_gated) <= DEFAULT_BYTES
 
 
 def adapted(name, **lora):

@@ -29,6 +29,7 @@ from grpo_core.sampling.kernels import (
     expert_kernels,
     four_bit_kernels,
     row_attention_kernels,
+    shared_memory,
     state_kernels,
 )
 from grpo_core.sampling.kernels.decode_kernels import TritonOps
@@ -63,8 +64,6 @@ def compile_attention(dtype):
         (256, 64, 8, 64, {"sinks": True, "window": 128}), (32, 32, 32, 128, {"norm": "width"}), (32, 9, 3, 64, {}), (32, 32, 4, 96, {}),
         (32, 32, 8, 512, {}),
     ):  # fmt: skip
-        if dim > 256 and dtype == torch.float32:
-            continue
         shape = AttentionShape(2, heads, kv_heads, dim, 1e-6, dim**-0.5, dim, score_cap=own.get("cap"))
         cache = TritonOps(CPU).make_cache(shape, dtype, CPU)
         cache.allocate(4, 128, rows, 64)
@@ -116,8 +115,8 @@ def compile_modules(dtype):
         keys, position = empty(rows, 4, 384, size, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
         query = empty(rows, 16, 1, size, dtype=dtype)
         row_attention_kernels.store_tokens(keys[:, :, :1], keys[:, :, :1], keys, keys, position)
-        row_attention_kernels.attend(query, keys, keys, position, 0.1)
-        row_attention_kernels.attend(query, keys, keys, position, 0.1, window=128, softcap=50.0, sinks=empty(16, dtype=dtype))
+        row_attention_kernels.attend_rows(query, keys, keys, position, 0.1)
+        row_attention_kernels.attend_rows(query, keys, keys, position, 0.1, window=128, softcap=50.0, sinks=empty(16, dtype=dtype))
     state = empty(rows, heads, dim, dim, dtype=torch.float32)
     channels = (2 * key_heads + heads) * dim
     state_kernels.conv_step(empty(rows, channels, 1, dtype=dtype), empty(rows, channels, 4, dtype=dtype), empty(channels, 4, dtype=dtype), None, True)
@@ -161,7 +160,7 @@ PARTS = [compile_decoder, compile_attention, compile_products_in_4_bits, compile
 
 def check(part, capability, dtype, monkeypatch):
     limit = SHARED_KB[capability] * 1024
-    monkeypatch.setattr(expert_kernels, "DEFAULT_SHARED_BYTES", limit)  # which a GPU's properties give
+    monkeypatch.setattr(shared_memory, "DEFAULT_BYTES", limit)  # which a GPU's properties give
     with compiling_for(capability) as compiled:
         part(dtype)
     assert compiled

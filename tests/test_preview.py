@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from grpo_core.cli import main
 from grpo_core.config.files import load
+from grpo_core.model.quantized import is_installed
 from grpo_core.schema import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -26,6 +27,8 @@ def test_every_shipped_configuration_is_loaded_and_shown(path, tmp_path, monkeyp
     assert config.name == path.stem
     if "tiny_sft" in path.stem:
         return
+    if config.model.quantize and not is_installed():
+        pytest.skip("needs bitsandbytes")
     needs = [f"teacher.adapter={tiny_run / 'adapter'}"] if config.teacher.adapter else []  # that of a finished run
     assert main(["launch", "--processes", "2", "--config", str(path), "--dry-run", *SMALL, *needs]) == 0
     out = capsys.readouterr().out
@@ -63,6 +66,7 @@ def test_what_it_says_is_what_the_run_does(tiny_run, capsys):
     assert (
         "at most 9.44 MB keys and values while sampling 64 completions of 48 + 48 tokens" in out
     )  # 2 × 2 × 96 × 4 bytes
+    assert "in the update of one completion of 48 + 48 tokens" in out and out.count("a card with 6 GB suffices") == 1
 
 
 def test_a_mistake_is_said_before_the_weights_load(capsys):

@@ -23,7 +23,8 @@ from grpo_core.data.tasks_on_disk import prompt_lengths
 from grpo_core.distributed import ranks
 from grpo_core.environments.setup import label_environment, make_environments, sample_turns
 from grpo_core.model.families import head_dim
-from grpo_core.model.memory import Taught, find_budgets
+from grpo_core.model.memory import RESERVED_BYTES, Taught, find_budgets
+from grpo_core.model.memory_estimate import CARDS, CUDA_BYTES, estimate, find_smallest_card
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.quantized import count_weights
 from grpo_core.model.quantized_loading import describe_quantization
@@ -228,7 +229,7 @@ def describe_memory(
     teacher: Teacher | None = None,
     rewards: Sequence[Reward] = (),
 ) -> str:
-    """Return the bytes of weights, gradients, optimizer state and key-value cache, one per line.
+    """Return the bytes of weights, gradients, optimizer state and key-value cache, and a card that suffices, in lines.
 
     On a GPU the largest micro-batches are tried, and the peak of allocated memory is added.
     """
@@ -242,7 +243,8 @@ def describe_memory(
     cache = rows_at_once * (longest + config.sampling.max_new_tokens) * cache_bytes_per_token(policy)
     zero = deepspeed_config(config, policy.causal_lm.dtype, 1)["zero_optimization"]
     offload = (zero.get("offload_optimizer") or {}).get("device")
-    device = f"in {offload} memory" if offload not in (None, "none") else "on the device of the weights"
+    is_offloaded = offload not in (None, "none")
+    device = f"in {offload} memory" if is_offloaded else "on the device of the weights"
     lines = [
         f"{_format_bytes(sizes.bytes)} weights ({sizes.count:,} parameters, {_describe_dtype(policy.causal_lm)})",
         f"{_format_bytes(trained * 4)} gradients of {trained:,} trained parameters, summed in float32",
@@ -262,14 +264,43 @@ def describe_memory(
             lines.insert(
                 1, f"{_format_bytes(_count_bytes(of_reward))} weights of the reward model ({count:,} parameters)"
             )
+    others = sum(p.numel() for p in of_teacher)
+    others += sum(p.numel() for r in rewards if isinstance(r.function, RewardModel) for p in r.function.parameters())
+    lines += describe_cards(config, policy, (longest, config.sampling.max_new_tokens), not is_offloaded, others)
     if not torch.cuda.is_available():
-        return "\n".join([*lines, "the activations of an update are not included: they are measured on a GPU only"])
+        return "\n".join(lines)
     torch.cuda.reset_peak_memory_stats()
     with show_elapsed("trying what fits into memory"):
         taught = None if teacher is None else Taught(teacher, find_longest_teacher_prompt(tasks))
         find_budgets(config, policy, (longest, config.sampling.max_new_tokens), rows, lines.append, taught)
     peak = torch.cuda.max_memory_allocated()
     return "\n".join([*lines, f"{_format_bytes(peak)} allocated at most while these were tried"])
+
+
+def describe_cards(
+    config: RunConfig, policy: Policy, longest: tuple[int, int], adapter_on_gpu: bool, others: int
+) -> list[str]:
+    """Return lines about the memory that a GPU needs, computed from shapes; `others` is the number of other weights."""
+    parts = estimate(
+        policy.causal_lm, longest=longest, group_size=config.sampling.group_size, adapter_on_gpu=adapter_on_gpu
+    )
+    if parts is None:
+        return [f"what a GPU needs is not computed for the model type {policy.causal_lm.config.model_type}"]
+    needed = parts.needed + 2 * others
+    smallest = find_smallest_card(needed)
+    verdict = f"a card with {smallest} GB suffices" if smallest else f"a card with {CARDS[-1]} GB does not suffice"
+    if smallest and smallest > CARDS[0]:
+        verdict += f", and one with {CARDS[CARDS.index(smallest) - 1]} GB does not"
+    return [
+        f"computed for a GPU in 16 bits: {_format_bytes(parts.weights + 2 * others)} frozen weights, "
+        f"{_format_bytes(parts.adapter)} trained weights with their gradient"
+        f"{' and the state of the optimizer' if adapter_on_gpu else ''}, "
+        f"{_format_bytes(parts.sampling)} while sampling one group, "
+        f"{_format_bytes(parts.update)} in the update of one completion of {longest[0]:,} + {longest[1]:,} tokens with "
+        f"gradient checkpointing",
+        f"{_format_bytes(needed)} in all, with {_format_bytes(CUDA_BYTES + RESERVED_BYTES)} for CUDA and other "
+        f"buffers: {verdict}",
+    ]
 
 
 def _describe_dtype(model: PreTrainedModel) -> str:

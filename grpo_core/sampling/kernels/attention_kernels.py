@@ -15,6 +15,7 @@ from torch import Tensor
 
 from grpo_core.sampling.decode_ops import DONE, DRAWN, PROMPT, SLOT, START, AttentionShape, LayerAttention, Rotation
 from grpo_core.sampling.kernels.product_kernels import Product, finish, load_product, whole
+from grpo_core.sampling.kernels.shared_memory import fit_attention
 
 _DRAWN, _START, _PROMPT, _SLOT, _DONE = (tl.constexpr(x) for x in (DRAWN, START, PROMPT, SLOT, DONE))
 
@@ -337,11 +338,15 @@ class TritonCache:
         block_q = max(16, triton.next_power_of_2(s.heads // s.kv_heads))
         precision = "ieee" if q.dtype == torch.float32 else "tf32"
         is_wide = block_d * q.element_size() >= 512  # such heads need smaller blocks to fit into shared memory
-        block_k = KEYS_PER_BLOCK // 2 if is_wide else KEYS_PER_BLOCK
-        options = {"num_warps": 4, "num_stages": 1 if is_wide and q.element_size() > 2 else 3}
+        block_k, stages = fit_attention(
+            KEYS_PER_BLOCK // 2 if is_wide else KEYS_PER_BLOCK, 1 if is_wide and q.element_size() > 2 else 3,
+            bytes_per_key=2 * block_d * q.element_size(), bytes_of_queries=block_q * block_d * q.element_size(),
+            device=q.device,
+        )  # fmt: skip
         _attend[(rows, s.kv_heads, splits)](
             q, q if own.sinks is None else own.sinks, out, parts, logsums, *memory, s.scale, *sizes, block_d, block_q,
-            block_k, precision, own.window or 0, s.score_cap or 0.0, own.sinks is not None, **options,
+            block_k, precision, own.window or 0, s.score_cap or 0.0, own.sinks is not None, num_warps=4,
+            num_stages=stages,
         )  # fmt: skip
         if splits > 1:
             sizes = (s.heads, s.head_dim, block_d, MAX_SPLITS)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_core.sampling.expert_ops import NO_EXPERT, ExpertWeights, Gating, Routing
+from grpo_core.sampling.kernels.shared_memory import available_bytes
 
 _NO_EXPERT = tl.constexpr(NO_EXPERT)
 
@@ -45,7 +46,6 @@ COLUMNS_PER_PROGRAM = 1024  # of the sum of a row's parts
 MAX_ROUTED_ROWS = 64  # for which the product of a router is divided
 ROUTER_INNER, ROUTER_BLOCK, ROUTER_EXPERTS = 256, 128, 16  # dimensions of a part, those at once, and experts at once
 PAIRS_PER_PROGRAM = 256  # that are grouped
-DEFAULT_SHARED_BYTES = 99 * 1024  # of the smallest GPU that is supported
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -384,11 +384,7 @@ def choose_blocks(rows: int, dtype: torch.dtype) -> tuple[int, Blocks, Blocks]:
 
 def fit(blocks: Blocks, x: Tensor, is_gated: bool) -> Blocks:
     """Return the blocks with as many stages as the GPU's shared memory holds, at least 1."""
-    available = DEFAULT_SHARED_BYTES
-    if x.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(x.device)
-        available = getattr(properties, "shared_memory_per_block_optin", available)
-    stages = min(blocks.stages, available // shared_bytes(blocks, x.element_size(), is_gated))
+    stages = min(blocks.stages, available_bytes(x.device) // shared_bytes(blocks, x.element_size(), is_gated))
     return blocks._replace(stages=max(1, stages))
 
 

@@ -17,6 +17,7 @@ from grpo_core.sampling.kernels.attention_kernels import (
     count_splits,
     log_sum,
 )
+from grpo_core.sampling.kernels.shared_memory import fit_attention
 
 MAX_DIM = 256  # of a head
 KEYS_PER_BLOCK = 64  # keys that a program loads at once
@@ -138,8 +139,13 @@ def attend_rows(
     query = query if query.stride(3) == 1 else query.contiguous()
     block_d, block_value = (max(16, triton.next_power_of_2(n)) for n in (dim, value_dim))
     is_wide = max(block_d, block_value) * query.element_size() >= WIDE_BYTES
-    block = block or (KEYS_PER_WIDE_BLOCK if is_wide else KEYS_PER_BLOCK)
-    stages = stages or (1 if is_wide and query.element_size() > 2 else STAGES)
+    block_q = max(16, triton.next_power_of_2(heads // kv_heads))
+    keys_at_once, most_stages = fit_attention(
+        KEYS_PER_WIDE_BLOCK if is_wide else KEYS_PER_BLOCK, 1 if is_wide and query.element_size() > 2 else STAGES,
+        bytes_per_key=(block_d + block_value) * query.element_size(),
+        bytes_of_queries=block_q * max(block_d, block_value) * query.element_size(), device=query.device,
+    )  # fmt: skip
+    block, stages = block or keys_at_once, stages or most_stages
     splits = splits or min(count_splits(rows * kv_heads), triton.next_power_of_2(triton.cdiv(window or tokens, block)))
     out = query.new_empty(rows, 1, heads, value_dim)
     parts = logsums = out
@@ -149,7 +155,7 @@ def attend_rows(
     _attend[(rows, kv_heads, splits)](
         query, *query.stride()[:2], keys, values, position, query if sinks is None else sinks, out, parts, logsums,
         tokens, scale, heads, kv_heads, dim, value_dim, block_d, block_value,
-        max(16, triton.next_power_of_2(heads // kv_heads)), block, "ieee" if query.dtype == torch.float32 else "tf32",
+        block_q, block, "ieee" if query.dtype == torch.float32 else "tf32",
         window or 0, is_chunked, softcap or 0.0, sinks is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
