@@ -18,6 +18,7 @@ from grpo_core.data.rows_on_disk import RowsOnDisk
 from grpo_core.model.loading import load_tokenizer
 from grpo_core.schema import ConfigError
 from grpo_core.training.gold_answers import check_gold_answers
+from grpo_core.training.prepare import check_columns
 from grpo_core.training.task_notes import list_leaks
 
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -223,6 +224,19 @@ def test_a_column_that_names_only_one_of_two_splits_is_refused(words, tmp_path):
     with pytest.raises(ConfigError, match=r"name one column in all of them or in none, so that no row is trained on and evaluated$"):
         load(write(tmp_path, VERL), *words)
     load(write(tmp_path, VERL), "data.eval_path=builtin:word_problems", *(word for word in words if "eval" not in word))
+
+
+VERLS_REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return float(ground_truth in solution_str)
+"""
+
+
+def test_a_reward_function_of_verl_is_answered_with_how_to_call_it(tmp_path):
+    (tmp_path / "scores.py").write_text(VERLS_REWARD)
+    config = files.load(TINY, [f"rewards={tmp_path}/scores.py:compute_score"])
+    with pytest.raises(ConfigError, match=r"scores one completion; a reward here gets a list of completions, so write one that calls it for each, as in docs/rewards.md$"):
+        check_columns(config, [Task(0, "q", [1], {"data_source": "x", "reward_model": {"ground_truth": "5"}})], [])
 
 
 # --- files

@@ -229,6 +229,12 @@ def check_columns(config: RunConfig, tasks: Sequence[Task], eval_tasks: list[Tas
         uses.append(("evaluation.", config.evaluation.reward, {}, set_tasks, source or name_set(config, set_name)))
     for key, name, args, rows, place in uses:
         if rows and (missing := find_missing_columns(REWARDS.build(name, args), rows[0].columns)):
+            if {"solution_str", "ground_truth"} <= {*missing}:
+                raise ConfigError(
+                    f"{key}reward {name} has the arguments of a reward function of verl, which scores one completion; "
+                    f"a reward here gets a list of completions, so write one that calls it for each, as in "
+                    f"docs/rewards.md"
+                )
             columns = ", ".join(rows[0].columns)
             others = "another evaluation.reward, or evaluation.num_tasks=0" if key else "other rewards"
             raise ConfigError(
