@@ -248,8 +248,8 @@ def _check_plain(value: Any, key: str) -> None:
         if isinstance(value, datetime.date):
             raise ConfigError(f"{key} is {value}; it must be text, so put quotes around it")
         raise ConfigError(
-            f"{key} is {value}, of the type {type(value).__name__}; it must be text, a number, true, false, null, a list or "
-            f"a mapping"
+            f"{key} is {value!r}, of the type {type(value).__name__}; it must be text, a number, true, false, null, a "
+            f"list or a mapping"
         )
 
 
