@@ -1,29 +1,25 @@
 """What a run takes on a GPU, computed from shapes alone: each part against a count by hand, and the cards that suffice."""
 
+import re
+import sys
+
 import pytest
 import torch
 from conftest import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import four_bits
+
+from grpo_core.config.files import load
 from grpo_core.model import memory_estimate
 from grpo_core.model.memory import RESERVED_BYTES
 from grpo_core.model.memory_estimate import CUDA_BYTES, MemoryEstimate, estimate, find_smallest_card
 from grpo_core.model.quantized import QuantizedLinear
 from grpo_core.model.quantized_loading import find_quantizable
 
-SHAPES = {  # sizes as on the models' cards; the longest prompt and completion of the configuration; cards for nf4 and bf16
-    "gpu_8gb_3b": ("qwen2", (256, 2048), 6, 12, {
-        "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16,
-        "num_key_value_heads": 2, "tie_word_embeddings": True,
-    }),
-    "gpu_8gb_7b": ("qwen2", (256, 768), 8, 24, {
-        "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
-        "num_key_value_heads": 4, "tie_word_embeddings": False,
-    }),
-    "gpu_24gb_32b": ("qwen3", (256, 512), 24, None, {
-        "vocab_size": 151_936, "hidden_size": 5120, "intermediate_size": 25_600, "num_hidden_layers": 64, "num_attention_heads": 64,
-        "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
-    }),
+CONFIGURATIONS = {  # name -> shape, longest prompt and completion, smallest card for nf4 and for bf16
+    "gpu_8gb_3b": ("3b", (256, 2048), 6, 12), "gpu_8gb_7b": ("7b", (256, 768), 8, 24), "gpu_24gb_32b": ("32b", (256, 512), 24, None),
 }  # fmt: skip
 
 
@@ -42,17 +38,18 @@ def make_model(kind, sizes, quantize, lora_rank=16):
     return model
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_the_cards_of_the_shipped_configurations(name):
-    assert (ROOT / "configs" / f"{name}.yaml").exists()
-    kind, longest, nf4, bf16, sizes = SHAPES[name]
+    shape, longest, nf4, bf16 = CONFIGURATIONS[name]
+    config, (kind, sizes) = load(ROOT / "configs" / f"{name}.yaml"), four_bits.SHAPES[shape]
+    assert longest == (config.data.max_prompt_tokens, config.sampling.max_new_tokens) and config.model.quantize == "nf4"
     for quantize, card in ((True, nf4), (False, bf16)):
         parts = estimate(make_model(kind, sizes, quantize), longest=longest, group_size=8, adapter_on_gpu=False)
         assert find_smallest_card(parts.needed) == card, parts
 
 
 def test_each_part_is_the_count_by_hand():
-    kind, _, _, _, sizes = SHAPES["gpu_8gb_7b"]
+    kind, sizes = four_bits.SHAPES["7b"]
     parts = estimate(make_model(kind, sizes, True), longest=(100, 200), group_size=4, adapter_on_gpu=True)
     attention, mlp = 3584 * (3584 + 512 + 512) + 3584 * 3584, 3 * 3584 * 18_944
     small = 28 * (3584 + 2 * 512 + 2 * 3584) + 3584 + 2 * 152_064 * 3584  # biases, norms, embeddings and head
@@ -65,6 +62,17 @@ def test_each_part_is_the_count_by_hand():
     assert longer.update > parts.update and longer.adapter == trained * 10
     single = estimate(make_model(kind, sizes, True), longest=(1, 1), group_size=1, adapter_on_gpu=False, double_quant=False)
     assert single.weights - parts.weights == pytest.approx(28 * (attention + mlp) / 64 * (3 - 8 / 256))
+
+
+def test_the_table_of_what_fits_where_is_computed():
+    """The first table of docs/memory.md, for the shapes of benchmarks/four_bits.py."""
+    rows = re.findall(r"^\| Qwen\S+-(\S+)B \| (.*?) GB \| (\S+).*? \| (.*?) GB \| (\d+) GB \|$", (ROOT / "docs" / "memory.md").read_text(), re.M)
+    assert len(rows) == len(four_bits.SHAPES) == 5
+    for name, bf16, bf16_card, nf4, nf4_card in rows:
+        kind, sizes = four_bits.SHAPES[f"{name}b"]
+        for quantize, need, card in ((False, bf16, bf16_card), (True, nf4, nf4_card)):
+            parts = estimate(make_model(kind, sizes, quantize), longest=(256, 1024), group_size=8, adapter_on_gpu=False)
+            assert f"{parts.needed / 1e9:.1f}" == need and str(find_smallest_card(parts.needed) or "none") == card, name
 
 
 def test_sampling_and_update_take_turns():

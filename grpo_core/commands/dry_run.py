@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ from grpo_core.model.families import head_dim
 from grpo_core.model.memory import RESERVED_BYTES, Taught, find_budgets
 from grpo_core.model.memory_estimate import CARDS, CUDA_BYTES, estimate, find_smallest_card
 from grpo_core.model.policy import Policy, load_policy
-from grpo_core.model.quantized import count_weights
+from grpo_core.model.quantized import Sizes, count_weights
 from grpo_core.model.quantized_loading import describe_quantization
 from grpo_core.model.quieten import quieten
 from grpo_core.model.reward_model import RewardModel
@@ -254,19 +255,12 @@ def describe_memory(
         f"{longest} + "
         f"{quantify(config.sampling.max_new_tokens, 'token')}; fewer are sampled at once if they do not fit",
     ]
-    if teacher is not None and of_teacher:
-        count, size = count_weights(of_teacher, teacher.policy.model)
-        lines.insert(1, f"{_format_bytes(size)} weights of the teacher ({count:,} parameters)")
-    for reward in rewards:
-        if isinstance(reward.function, RewardModel):
-            of_reward = reward.function.parameters()
-            count = sum(p.numel() for p in of_reward)
-            lines.insert(
-                1, f"{_format_bytes(_count_bytes(of_reward))} weights of the reward model ({count:,} parameters)"
-            )
-    others = sum(p.numel() for p in of_teacher)
-    others += sum(p.numel() for r in rewards if isinstance(r.function, RewardModel) for p in r.function.parameters())
-    lines += describe_cards(config, policy, (longest, config.sampling.max_new_tokens), not is_offloaded, others)
+    others = [] if teacher is None else [("teacher", teacher.policy.model, of_teacher)]
+    models = [reward.function for reward in rewards if isinstance(reward.function, RewardModel)]
+    others += [("reward model", None, [*model.parameters()]) for model in models]
+    lines[1:1] = [_describe_other(*other) for other in reversed(others) if other[2]]
+    other_bytes = sum(p.numel() * (2 if p.is_floating_point() else 1) for *_, weights in others for p in weights)
+    lines += describe_cards(config, policy, (longest, config.sampling.max_new_tokens), not is_offloaded, other_bytes)
     if not torch.cuda.is_available():
         return "\n".join(lines)
     torch.cuda.reset_peak_memory_stats()
@@ -278,21 +272,21 @@ def describe_memory(
 
 
 def describe_cards(
-    config: RunConfig, policy: Policy, longest: tuple[int, int], adapter_on_gpu: bool, others: int
+    config: RunConfig, policy: Policy, longest: tuple[int, int], adapter_on_gpu: bool, other_bytes: int
 ) -> list[str]:
-    """Return lines about the memory that a GPU needs, computed from shapes; `others` is the number of other weights."""
+    """Return lines about the memory that a GPU needs, computed from shapes, beside `other_bytes` of other models."""
     parts = estimate(
         policy.causal_lm, longest=longest, group_size=config.sampling.group_size, adapter_on_gpu=adapter_on_gpu
     )
     if parts is None:
         return [f"what a GPU needs is not computed for the model type {policy.causal_lm.config.model_type}"]
-    needed = parts.needed + 2 * others
+    needed = parts.needed + other_bytes
     smallest = find_smallest_card(needed)
     verdict = f"a card with {smallest} GB suffices" if smallest else f"a card with {CARDS[-1]} GB does not suffice"
     if smallest and smallest > CARDS[0]:
         verdict += f", and one with {CARDS[CARDS.index(smallest) - 1]} GB does not"
     return [
-        f"computed for a GPU in 16 bits: {_format_bytes(parts.weights + 2 * others)} frozen weights, "
+        f"computed for a GPU in 16 bits: {_format_bytes(parts.weights + other_bytes)} frozen weights, "
         f"{_format_bytes(parts.adapter)} trained weights with their gradient"
         f"{' and the state of the optimizer' if adapter_on_gpu else ''}, "
         f"{_format_bytes(parts.sampling)} while sampling one group, "
@@ -301,6 +295,13 @@ def describe_cards(
         f"{_format_bytes(needed)} in all, with {_format_bytes(CUDA_BYTES + RESERVED_BYTES)} for CUDA and other "
         f"buffers: {verdict}",
     ]
+
+
+def _describe_other(name: str, model: Any, weights: Sequence[torch.nn.Parameter]) -> str:
+    """Return the size of the weights of a model beside the policy; `model` has those in 4 bits, if there are any."""
+    sizes = Sizes(sum(p.numel() for p in weights), _count_bytes(weights))
+    sizes = sizes if model is None else count_weights(weights, model)
+    return f"{_format_bytes(sizes.bytes)} weights of the {name} ({sizes.count:,} parameters)"
 
 
 def _describe_dtype(model: PreTrainedModel) -> str:

@@ -44,7 +44,7 @@ class MemoryEstimate:
 
     @property
     def sampling(self) -> int:
-        """What sampling adds to weights and adapter."""
+        """The memory that sampling adds to weights and adapter."""
         return self.cache + self.sampler
 
 
