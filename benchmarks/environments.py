@@ -2,7 +2,7 @@
 
     python benchmarks/environments.py                      both examples
     python benchmarks/environments.py calculator [word ...]    configs/tools_tiny.yaml
-    python benchmarks/environments.py game [word ...]          configs/experiments/guessing_game.yaml
+    python benchmarks/environments.py game [word ...]          configs/experiments/guessing_game.yaml and _30
     python benchmarks/environments.py [...] --check        one short step; its figures mean nothing
 
 Each example is a supervised start and a run, typed as examples/README.md has them, in a temporary folder; the words,
@@ -77,17 +77,18 @@ def measure_calculator(words: list[str], is_check: bool) -> None:
 
 
 def measure_game(words: list[str], is_check: bool) -> None:
-    """Train configs/experiments/guessing_game.yaml, and count the guesses of all 100 numbers, before and after."""
+    """Train configs/experiments/guessing_game.yaml and _30, and count the guesses of all 100 numbers, before and after."""
     short, limit = (SHORT, ["--limit", "4"]) if is_check else ([], [])
-    config, start = (str(ROOT / "configs" / "experiments" / f"guessing_game{end}.yaml") for end in ("", "_sft"))
-    game = ["--samples", "1" if is_check else "8", "environment.max_turns=30", *limit]
+    start, first, second = (str(ROOT / "configs" / "experiments" / f"guessing_game{end}.yaml") for end in ("_sft", "", "_30"))
+    game = ["--samples", "1" if is_check else "8", *limit]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run_command(folder, "runs/guessing_game", program=(str(ROOT / "examples" / "guessing_game.py"),))
         sft = run_command(folder, "sft", "--config", start, *short)
-        train = run_command(folder, "train", "--config", config, *short, *words)
-        before = evaluate(folder, "runs/experiments/guessing_game_sft/model", "--config", config, *game)["policy"]
-        after = evaluate(folder, "runs/experiments/guessing_game", *game)["policy"]
+        stages = [run_command(folder, "train", "--config", config, *short, *words) for config in (first, second)]
+        before = evaluate(folder, "runs/experiments/guessing_game_sft/model", "--config", second, *game)["policy"]
+        after = evaluate(folder, "runs/experiments/guessing_game_30", *game)["policy"]
+    train = [sum(seconds) for seconds in zip(*stages, strict=True)]
     guesses = after["turns"]["value"]
     detail = {"before": before["turns"], "after": after["turns"]}
     report("guessing game: guesses, mean of 100 numbers", guesses, "<= 9", guesses <= 9 and before["turns"]["value"] >= 15, detail)

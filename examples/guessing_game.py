@@ -3,6 +3,7 @@
     python examples/guessing_game.py runs/guessing_game
     python -m grpo_core sft --config configs/experiments/guessing_game_sft.yaml
     python -m grpo_core train --config configs/experiments/guessing_game.yaml
+    python -m grpo_core train --config configs/experiments/guessing_game_30.yaml
 
 The first command plays a game and writes the data: numbers.jsonl, the 100 numbers, and random_guesses.jsonl, games for
 the supervised start in which all guesses are random. docs/environments.md describes what an environment receives and
