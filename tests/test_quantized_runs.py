@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from grpo_core.cli import main
 from grpo_core.config.sections import ModelConfig
-from grpo_core.model import quantized_loading
+from grpo_core.model import policy, quantized_loading
 from grpo_core.model.base_model import load_base_model
 from grpo_core.model.quantized import dequantize, find_quantized, is_installed, is_quantized, quantize, to_plain
 from grpo_core.schema import ConfigError
@@ -107,14 +107,22 @@ def test_a_run_in_4_bits_is_evaluated_and_asked(run, tmp_path, capsys):
 
 
 @needs_package
-def test_the_weights_depend_on_the_files_alone(tmp_path):
-    """Not on the dtype of the run: they are quantised from the values of the files."""
+@pytest.mark.parametrize("double", [True, False])
+def test_the_weights_depend_on_the_files_alone(tmp_path, double):
+    """Not on the dtype of the run: they are quantised from the values of the files, which are in float32 here."""
     plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    models = [load(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(1 + 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    plain.save_pretrained(tmp_path)
+    models = [load(dtype, path=str(tmp_path), double_quant=double) for dtype in (torch.float32, torch.bfloat16)]
     for name in find_quantized(models[0]):
-        want = quantize(plain.get_submodule(name).weight)
+        want = quantize(plain.get_submodule(name).weight, double)
         for model in models:
-            assert torch.equal(model.get_submodule(name).weight, want.packed), name
+            layer = model.get_submodule(name)
+            assert torch.equal(layer.weight, want.packed), name
+            pairs = zip(layer.scales.tensors(), want.scales.tensors(), strict=True)
+            assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
     names = {name.rpartition(".")[2] for name in find_quantized(models[0])}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert models[1].lm_head.weight.dtype == models[1].model.layers[0].input_layernorm.weight.dtype == torch.bfloat16
@@ -137,7 +145,7 @@ def test_loading_holds_one_whole_weight_at_a_time(monkeypatch):
 
 @needs_package
 @pytest.mark.parametrize("kind, double", [("nf4", True), ("nf4", False), ("fp4", False)])
-def test_a_folder_that_bitsandbytes_has_quantised_is_used_as_it_is(tmp_path, kind, double):
+def test_a_folder_that_bitsandbytes_has_quantised_is_used_as_it_is(tmp_path, kind, double, monkeypatch, capsys):
     from bitsandbytes import functional
 
     settings = BitsAndBytesConfig(
@@ -159,6 +167,10 @@ def test_a_folder_that_bitsandbytes_has_quantised_is_used_as_it_is(tmp_path, kin
     if kind == "nf4" and double:
         with group_of_one():
             assert main(words) == 0
+        loads = []
+        monkeypatch.setattr(policy, "load_base_model", lambda *words: loads.append(words))
+        assert main([*words, "lora.r=0", "loss.kl_coef=0", "overwrite=true"]) == 2 and not loads
+        assert f"whose weights are {kind} with double quantisation, but lora.r is 0" in capsys.readouterr().err
     else:
         other = "false" if double else "true"
         with pytest.raises(ConfigError, match=f"already quantised .{kind}.*but model.quantize is nf4 and model.double_quant is {other}"):
