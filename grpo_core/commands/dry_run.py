@@ -290,7 +290,7 @@ def describe_cards(
         f"{_format_bytes(parts.adapter)} trained weights with their gradient"
         f"{' and the state of the optimizer' if adapter_on_gpu else ''}, "
         f"{_format_bytes(parts.sampling)} while sampling one group, "
-        f"{_format_bytes(parts.update)} in the update of one completion of {longest[0]:,} + {longest[1]:,} tokens with "
+        f"{_format_bytes(parts.update)} in the update of one completion of {quantify(sum(longest), 'token')} with "
         f"gradient checkpointing",
         f"{_format_bytes(needed)} in all, with {_format_bytes(CUDA_BYTES + RESERVED_BYTES)} for CUDA and other "
         f"buffers: {verdict}",
