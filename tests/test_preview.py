@@ -66,7 +66,7 @@ def test_what_it_says_is_what_the_run_does(tiny_run, capsys):
     assert (
         "at most 9.44 MB keys and values while sampling 64 completions of 48 + 48 tokens" in out
     )  # 2 × 2 × 96 × 4 bytes
-    assert "in the update of one completion of 48 + 48 tokens" in out and out.count("a card with 6 GB suffices") == 1
+    assert "in the update of one completion of 96 tokens" in out and out.count("a card with 6 GB suffices") == 1
 
 
 def test_a_mistake_is_said_before_the_weights_load(capsys):
