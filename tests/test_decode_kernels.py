@@ -196,3 +196,13 @@ def test_attention_with_ragged_prompts_shared_by_rows_in_any_slot(rows, heads, k
             close(ours.attend(layer, qkv, layer_own), theirs.attend(layer, qkv, layer_own), 2e-4 if dtype == torch.float32 else 0.03)
         state[ops.DRAWN] += 1
         straight[ops.DRAWN] += 1
+
+
+def test_attention_in_the_shared_memory_of_a_smaller_card(monkeypatch):
+    """Fewer keys at once, as on a card with 64 KB."""
+    from grpo_core.sampling.kernels import shared_memory
+
+    sizes = []
+    monkeypatch.setattr(shared_memory, "available_bytes", lambda device: sizes.append(device) or 64 * 1024)
+    test_attention_with_ragged_prompts_shared_by_rows_in_any_slot(2, 4, 1, 256, {"windows": (40, None)})
+    assert sizes

@@ -178,6 +178,17 @@ def name_kernels():
     return names
 
 
+def test_an_attention_is_lowered_to_what_fits_and_no_further(monkeypatch):
+    def fit(keys, stages, dim, item, kb):
+        monkeypatch.setattr(shared_memory, "DEFAULT_BYTES", kb * 1024)
+        return shared_memory.fit_attention(keys, stages, bytes_per_key=2 * dim * item, bytes_of_queries=16 * dim * item, device=CPU)
+
+    assert fit(64, 3, 128, 2, 99) == (64, 3)  # the sizes that were measured stay
+    assert fit(32, 3, 256, 2, 99) == (32, 3)
+    assert fit(32, 3, 512, 2, 99) == (32, 2)
+    assert fit(32, 1, 256, 4, 99) == (32, 1) and fit(32, 1, 256, 4, 64) == (16, 1)
+
+
 def test_products_in_4_bits_fit_into_a_card_with_99_kb(monkeypatch):
     assert check(compile_products_in_4_bits, 86, torch.bfloat16, monkeypatch) == {"_multiply", "_add_parts"}
 

@@ -47,7 +47,7 @@ def read(path):
 def compute_logits(model, folder=BASE):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
-        return model.eval()(**tokenizer(TEXT, return_tensors="pt")).logits
+        return model.eval()(**tokenizer(TEXT, return_tensors="pt").to(model.device)).logits.cpu()
 
 
 def load(dtype=torch.float32, **settings):
@@ -117,7 +117,7 @@ def test_the_weights_depend_on_the_files_alone(tmp_path, double):
     plain.save_pretrained(tmp_path)
     models = [load(dtype, path=str(tmp_path), double_quant=double) for dtype in (torch.float32, torch.bfloat16)]
     for name in find_quantized(models[0]):
-        want = quantize(plain.get_submodule(name).weight, double)
+        want = quantize(plain.get_submodule(name).weight.to(models[0].device), double)
         for model in models:
             layer = model.get_submodule(name)
             assert torch.equal(layer.weight, want.packed), name
@@ -159,9 +159,9 @@ def test_a_folder_that_bitsandbytes_has_quantised_is_used_as_it_is(tmp_path, kin
     assert len(layers) == 14 and not getattr(model, "is_loaded_in_4bit", False)
     for name, layer in layers.items():
         weight = theirs.get_submodule(name).weight
-        assert torch.equal(layer.weight.view(-1), weight.data.view(-1)) and layer.quantized.scales.kind == kind
+        assert torch.equal(layer.weight.view(-1).cpu(), weight.data.view(-1)) and layer.quantized.scales.kind == kind
         want = functional.dequantize_4bit(weight.data, weight.quant_state)
-        torch.testing.assert_close(dequantize(layer.quantized, torch.float32), want, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(dequantize(layer.quantized, torch.float32).cpu(), want, atol=1e-6, rtol=1e-5)
     assert quantized_loading.describe_quantization(model) == (f"{kind} with double quantisation" if double else kind)
     words = ["train", *CONFIG, f"model.path={tmp_path}", f"output_dir={tmp_path / 'runs'}", *SHORT, "trainer.num_steps=1"]
     if kind == "nf4" and double:
