@@ -48,7 +48,7 @@ from grpo_core.training.sft_conversations import (
 )
 from grpo_core.training.sft_targets import build_target_rollouts, find_longest_target
 from grpo_core.training.skipped_steps import SkippedSteps
-from grpo_core.training.trainer import begin, finish_step, remaining_steps
+from grpo_core.training.trainer import begin, evaluate_save_or_stop, remaining_steps
 from grpo_core.training.update import update_policy
 
 MakeTargets = Callable[[Sequence[Task]], tuple[Rollouts, Tensor]]  # the tasks' targets, and the trained tokens [B, C]
@@ -65,7 +65,7 @@ def run_sft(config: RunConfig) -> Path:
 
     Raises:
         ConfigError: see `setup`.
-        signals.Interrupted: a signal stopped the run, after a checkpoint was written.
+        signals.Interrupted: a signal stopped the run; its `is_saved` tells whether a checkpoint was written.
         signals.RunFailed: the run cannot continue.
     """
     kind = "adapter" if config.lora.r else "model"
@@ -222,7 +222,7 @@ def train(run: Run, make_targets: MakeTargets) -> None:
         row = {name: row[name] for name in COLUMNS}
         run.log.log_row(step, row, _format_row)
         skipped_steps.record(step, tasks, batch, row, run.control)
-        finish_step(run, step + 1, run.control, alerts.update(row), None, skipped_steps.start)
+        evaluate_save_or_stop(run, step + 1, run.control, alerts.update(row), None, skipped_steps.good_step)
 
 
 @torch.no_grad()

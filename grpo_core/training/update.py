@@ -286,7 +286,7 @@ def fail_out_of_memory(run: Run, step: int, control: Control, *, weights_unchang
     raise signals.RunFailed(
         f"a micro-batch of step {step + 1} does not fit into the GPU's memory, not in halves either; lower "
         f"trainer.tokens_per_micro_batch or sampling.max_new_tokens, or switch model.gradient_checkpointing on; "
-        f"resume={run.folder} goes on from the last checkpoint"
+        f"{checkpoint.describe_resume(run.folder)}"
     )
 
 
