@@ -1,4 +1,4 @@
-"""Run a training job: set up, train, export the adapter and log a summary."""
+"""Run a training job: set up, take the steps (`trainer.train`), export the adapter and log a summary."""
 
 from __future__ import annotations
 

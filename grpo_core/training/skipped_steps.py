@@ -22,7 +22,7 @@ class SkippedSteps:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.good_step, self.control = run.start_step, run.control  # state before the current streak of skipped steps
+        self.good_step, self.control = run.start_step, run.control  # state before the streak of skipped steps
 
     def record(self, step: int, tasks: list[Task], batch: TrainBatch, row: dict[str, float], control: Control) -> None:
         """Note a step's `row` of metrics and the coefficients after it; keep the batch of a skipped step. Collective.
@@ -45,11 +45,10 @@ class SkippedSteps:
         if streak < self.run.config.trainer.max_skipped_steps:
             return
         is_saved = checkpoint.save(self.run, self.good_step, self.control)
-        place = f"in {self.run.folder / 'checkpoints'}" if is_saved else "not written, for lack of room"
+        place = f"in {self.run.folder / 'checkpoints'}" if is_saved else "not written; the warning above has the reason"
         raise signals.RunFailed(
-            f"the gradient was not finite in {quantify(streak, 'step')} in a row, from step {self.good_step + 1} on; they "
-            "changed nothing, "
-            f"and a checkpoint of the state before them is {place}"
+            f"the gradient was not finite in {quantify(streak, 'step')} in a row, from step {self.good_step + 1} on; "
+            f"they changed nothing, and a checkpoint of the state before them is {place}"
         )
 
     def fail_not_finite(self, step: int) -> NoReturn:
