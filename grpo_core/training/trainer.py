@@ -21,16 +21,18 @@ from grpo_core.training.update import update_policy
 
 
 def train(run: Run) -> None:
-    """Take the run's steps. Step s is a function of (seed, s) and of the weights and coefficients before it.
+    """Take the run's steps. Step s is a function of (seed, s) and of the state before it, which checkpoints hold.
 
-    This rank has N prompts with G completions each, B = N * G rows.
+    The state is the weights, the optimizer, the coefficients and, for a curriculum, the outcomes of the prompts. This
+    rank has N prompts with G completions each, B = N * G rows, padded to C tokens.
 
     Raises:
         Interrupted: a signal asked for an end; its `is_saved` tells whether a checkpoint was written.
         RunFailed: the run cannot go on.
     """
     control, objective, policy, log = run.control, run.objective, run.policy, run.log
-    budget, alerts, skipped_steps = run.budgets.forward, Alerts(run.config), SkippedSteps(run)
+    budget = run.budgets.forward  # the largest forward without gradient that fits into memory
+    alerts, skipped_steps = Alerts(run.config), SkippedSteps(run)
     begin(run)
     for step in remaining_steps(run):
         stats = Stats()
