@@ -46,13 +46,13 @@ def run_way(way: str, steps: int, overrides: list[str]) -> tuple[dict, torch.Ten
         )
         config = replace(config, model=replace(config.model, precision="fp32" if way != "bf16" else "bf16"))
         dtype = setup.initialise_process(config)
-        start, prepared = resume.find_start(config), prepare(config)
+        start, prepared = resume.find_and_lock_start(config), prepare(config)
         base = torch.float32 if way == "fp32" else torch.bfloat16
         torch.manual_seed(0)
         policy = load_policy(config.model, config.lora, dtype=base, temperature=1.0)
         for parameter in policy.parameters():
             parameter.data = parameter.data.to(dtype)
-        run = setup.assemble(config, start, policy, prepared, config.prompts_per_step, dtype)
+        run = setup.build_run(config, start, policy, prepared, config.prompts_per_step, dtype)
         train(run)
         run.log.close()
         rows, evaluations = (

@@ -149,10 +149,10 @@ def run_job(words: list[str], every: int, seconds: float | None, trace: Path | N
     from grpo_core.commands.train import run_train
     from grpo_core.training import trainer
 
-    samples, finish_step = [], trainer.finish_step
+    samples, evaluate_save_or_stop = [], trainer.evaluate_save_or_stop
 
     def finish_and_sample(run, steps_taken, *arguments):
-        finish_step(run, steps_taken, *arguments)
+        evaluate_save_or_stop(run, steps_taken, *arguments)
         if steps_taken % every == 0:
             samples.append(take_sample(steps_taken))
             if trace is not None:
@@ -163,12 +163,12 @@ def run_job(words: list[str], every: int, seconds: float | None, trace: Path | N
     if seconds is not None:
         timer.daemon = True
         timer.start()
-    trainer.finish_step = finish_and_sample
+    trainer.evaluate_save_or_stop = finish_and_sample
     try:
         code = run_train(ROOT / "configs" / "tiny.yaml", words)
     finally:
         timer.cancel()
-        trainer.finish_step = finish_step
+        trainer.evaluate_save_or_stop = evaluate_save_or_stop
     if code not in (0, 128 + signal.SIGTERM if seconds is not None else 0):
         sys.exit(code)
     if len(samples) < 4:

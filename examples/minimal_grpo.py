@@ -39,7 +39,7 @@ SEED = 0
 
 correct_answer = REWARDS.get("correct_answer")  # 1.0 if the last number of a completion is the right one, else 0.0
 group_advantages = ADVANTAGES.get("grpo")  # (reward - mean of the group) / standard deviation of the group
-clipped_loss = LOSSES.get("grpo")  # -min(ratio * advantage, clip(ratio, 0.8, 1.2) * advantage) for every token
+grpo_loss = LOSSES.get("grpo")  # -min(ratio * advantage, clip(ratio, 0.8, 1.2) * advantage) for every token
 
 
 def load() -> tuple[Policy, Sampler, list[Task], list[Task]]:
@@ -76,7 +76,7 @@ def train_step(policy: Policy, sampler: Sampler, optimizer: torch.optim.Optimize
         old_logprobs = policy.logprobs(rollouts)  # [B, C]
     for _ in range(UPDATES_PER_STEP):
         logprobs = policy.logprobs(rollouts)  # [B, C] with gradient
-        token_loss = clipped_loss(logprobs, old_logprobs, advantages, mask).per_token_loss  # [B, C]
+        token_loss = grpo_loss(logprobs, old_logprobs, advantages, mask).per_token_loss  # [B, C]
         (token_loss * weights).sum().backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=1.0)
         optimizer.step()

@@ -9,27 +9,27 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "grpo_core"
-LAYERS = [  # a module imports from its own folder and from layers above its own in this list
-    {"trl_names", "verl_names", "moved", "counts"},
-    {"schema"},
-    {"registry"},
-    {"random_keys"},
-    {"batch"},
-    {"report"},  # reads files only
-    {"distributed"},
-    {"objective"},  # pure functions of tensors
-    {"config"},
-    {"data", "scoring"},
-    {"monitor"},
-    {"model"},
-    {"sampling"},
-    {"environments"},
-    {"training"},
-    {"commands"},
-    {"cli"},
+LAYERS = [  # a module imports from its own folder and from layers below its own in this list
     {"__init__", "__main__"},
+    {"cli"},
+    {"commands"},
+    {"training"},
+    {"environments"},
+    {"sampling"},
+    {"model"},
+    {"monitor"},
+    {"data", "scoring"},
+    {"config"},
+    {"objective"},  # pure functions of tensors
+    {"distributed"},
+    {"report"},  # reads files only
+    {"batch"},
+    {"random_keys"},
+    {"registry"},
+    {"schema"},
+    {"trl_names", "verl_names", "moved", "counts"},
 ]
-HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
+HEIGHT = {name: height for height, names in enumerate(reversed(LAYERS)) for name in names}
 PLACES = {  # heavy dependency -> the modules that may import it
     "click": {"cli"},
     "wandb": {"monitor/trackers"},

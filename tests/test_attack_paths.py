@@ -14,7 +14,7 @@ from grpo_core.commands.open_policy import open_source
 from grpo_core.config.files import load, load_job
 from grpo_core.schema import ConfigError
 from grpo_core.training import run_dir
-from grpo_core.training.resume import find_start
+from grpo_core.training.resume import find_and_lock_start
 
 TINY = ROOT / "configs" / "tiny.yaml"
 LONG = "x" * 300
@@ -69,7 +69,7 @@ PLACES = ["file", "null", "proc", "below", "link"]
 def test_attack_2_a_dry_run_refuses_what_train_refuses(unwritable, place):
     config = load(TINY, [f"output_dir={unwritable[place]}", "name=a"])
     with pytest.raises(ConfigError, match=re.escape(f"the run folder {unwritable[place]}/a (output_dir and name) cannot be written")):
-        find_start(config)
+        find_and_lock_start(config)
     with pytest.raises(ConfigError, match=re.escape(f"the run folder {unwritable[place]}/a (output_dir and name) cannot be written")):
         next(preview(config, 1))
 

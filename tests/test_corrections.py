@@ -139,12 +139,12 @@ def test_the_kl_coefficient_follows_its_target():
 def test_the_entropy_bonus_is_on_only_below_its_target():
     config = LossConfig(entropy_coef=0.01, entropy_target=0.5, entropy_delta=0.004, entropy_max=0.02)
     control = first_control(config)
-    assert control.entropy_bonus == 0.01
+    assert control.active_entropy_coef == 0.01
     low = adapt(control, config, 0.0, 0.5, 64)
-    assert (low.entropy_coef, low.entropy_on, low.entropy_bonus) == (pytest.approx(0.014), True, pytest.approx(0.014))
+    assert (low.entropy_coef, low.entropy_on, low.active_entropy_coef) == (pytest.approx(0.014), True, pytest.approx(0.014))
     high = adapt(low, config, 0.0, 0.6, 64)
-    assert (high.entropy_coef, high.entropy_bonus) == (pytest.approx(0.01), 0.0)
+    assert (high.entropy_coef, high.active_entropy_coef) == (pytest.approx(0.01), 0.0)
     for _ in range(5):
         low, high = adapt(low, config, 0.0, 0.1, 64), adapt(high, config, 0.0, 9.0, 64)
     assert low.entropy_coef == 0.02 and high.entropy_coef == 0.0
-    assert math.isclose(adapt(Control(0.0, 0.3), LossConfig(entropy_coef=0.3), 0.0, 0.0, 64).entropy_bonus, 0.3)
+    assert math.isclose(adapt(Control(0.0, 0.3), LossConfig(entropy_coef=0.3), 0.0, 0.0, 64).active_entropy_coef, 0.3)

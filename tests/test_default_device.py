@@ -16,7 +16,7 @@ from grpo_core.model import fast_layers, policy
 from grpo_core.objective import advantage_laws, laws
 from grpo_core.objective.advantages import ADVANTAGES, compute_advantages
 from grpo_core.objective.losses import LOSSES
-from grpo_core.objective.objective import learns_from_ties
+from grpo_core.objective.objective import functions_learn_from_ties
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.scoring.scoring import Reward, score
 
@@ -78,7 +78,7 @@ def test_fault_28_functions_are_tried_and_their_laws_checked():
         assert [outcome.holds for outcome in laws.check_loss(LOSSES.get("grpo"))] == expected and all(expected)
         assert all(outcome.holds for outcome in advantage_laws.check_advantage(ADVANTAGES.get("grpo")))
         assert laws.clip_table(LOSSES.get("grpo"))
-        assert not learns_from_ties("sequence", LOSSES.get("grpo"))
+        assert not functions_learn_from_ties("sequence", LOSSES.get("grpo"))
         check(RunConfig())
     rewards = torch.tensor([[1.0, 0.0]])
     with META:

@@ -165,7 +165,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, env
     done = run(2, tmp_path, environment=environment, fault=fault)
     assert done.returncode == 0, done.stderr
     assert (
-        "warning: the checkpoint after 2 steps could not be written (No space left on device); the run continues" in done.stdout
+        "warning: the checkpoint after 2 steps could not be written (No space left on device); earlier checkpoints stay" in done.stdout
     )
     same(results(tmp_path / "tiny"), whole)
     assert [path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir()] == ["step-000004"]

@@ -1,11 +1,15 @@
 """Files of a run on a disk that is full now and then: no row is torn, none is lost once there is room again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from test_loop import make_run, rows
 
+from grpo_core.config.sections import CheckpointConfig
+from grpo_core.distributed import signals
 from grpo_core.training import checkpoint
+from grpo_core.training.job import close_at_end
 from grpo_core.training.trainer import train
 
 
@@ -78,3 +82,24 @@ def test_no_checkpoint_stands_for_rows_that_are_not_there(tmp_path, monkeypatch,
         train(run)
     assert "the checkpoint after 2 steps could not be written (No space left on device)" in capsys.readouterr().out
     assert checkpoint.list_checkpoints(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize("steps_taken", [0, 1, 2])
+def test_an_interrupted_run_does_not_claim_a_checkpoint_that_could_not_be_written(tmp_path, monkeypatch, capsys, steps_taken):
+    run, asked, write = make_run(tmp_path, num_steps=3), [], checkpoint._write
+    run = replace(run, config=replace(run.config, checkpoint=CheckpointConfig(every=1)))
+
+    def full(folder, name, *rest):
+        if name == f"step-{steps_taken:06d}":
+            raise OSError(28, "No space left on device")
+        write(folder, name, *rest)
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(signals, "received_signal", lambda: asked.append(0) or 15 * (len(asked) == 2 + steps_taken))
+    with pytest.raises(signals.Interrupted) as interrupted, close_at_end(run):
+        train(run)
+    assert not interrupted.value.is_saved and interrupted.value.exit_code == 143
+    where = f"resume={tmp_path} continues the run from step-000001" if steps_taken == 2 else "no checkpoint has been written"
+    out = capsys.readouterr().out
+    assert f"stopped by SIGTERM without a checkpoint of its last step; {where}" in out
+    assert "the run continues" not in out and "after writing a checkpoint" not in out

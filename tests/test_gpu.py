@@ -114,8 +114,8 @@ def tasks(count, length=9):
 
 def test_new_weights_need_no_new_graph_and_other_sizes_only_a_few(decoder_policy, monkeypatch):
     sampler, captured = Sampler(decoder_policy.causal_lm, Alphabet(), max_new_tokens=64), []
-    capture = GraphDecoder._capture
-    monkeypatch.setattr(GraphDecoder, "_capture", lambda self, size: (captured.append(size), capture(self, size))[1])
+    capture = GraphDecoder._capture_token_step
+    monkeypatch.setattr(GraphDecoder, "_capture_token_step", lambda self, size: (captured.append(size), capture(self, size))[1])
     first = sampler.generate(tasks(8), 8)
     count = len(captured)
     assert 1 <= count <= 4 and len(set(captured)) == count

@@ -332,23 +332,23 @@ def test_where_every_token_counts_none_is_skipped(tmp_path, loss):
 def test_what_depends_on_rows_without_an_advantage_skips_none():
     from grpo_core.objective.advantages import ADVANTAGES
     from grpo_core.objective.losses import LOSSES, PolicyLoss, grpo_loss
-    from grpo_core.objective.objective import learns_from_ties
+    from grpo_core.objective.objective import functions_learn_from_ties
     from grpo_core.registry import get_fact
 
     pulls = {name for name, loss_fn in LOSSES.functions.items() if "zero_advantage" in (get_fact(loss_fn, "breaks") or {})}
-    assert {name for name in LOSSES.functions if learns_from_ties("token", LOSSES.build(name))} == pulls
+    assert {name for name in LOSSES.functions if functions_learn_from_ties("token", LOSSES.build(name))} == pulls
     assert {"dro", "prime_rl", "ipo", "kl_cov"} <= pulls and "grpo" not in pulls
-    ties = {name for name in ADVANTAGES.functions if learns_from_ties("token", LOSSES.build("grpo"), ADVANTAGES.build(name))}
+    ties = {name for name in ADVANTAGES.functions if functions_learn_from_ties("token", LOSSES.build("grpo"), ADVANTAGES.build(name))}
     assert ties == {"reinforce_plus_plus"}
-    assert learns_from_ties("micro_token", LOSSES.build("grpo"))  # its micro-batches would be others
-    assert learns_from_ties("token", lambda logprobs, old, advantages, mask: PolicyLoss(logprobs * (advantages - 1)))
+    assert functions_learn_from_ties("micro_token", LOSSES.build("grpo"))  # its micro-batches would be others
+    assert functions_learn_from_ties("token", lambda logprobs, old, advantages, mask: PolicyLoss(logprobs * (advantages - 1)))
 
     def declared(*tensors):
         return grpo_loss(*tensors)
 
     declared.learns_from_ties = True
-    assert learns_from_ties("token", declared)  # whatever a probe of it shows
-    assert learns_from_ties("token", LOSSES.build("grpo"), declared)  # as one of the other functions
+    assert functions_learn_from_ties("token", declared)  # whatever a probe of it shows
+    assert functions_learn_from_ties("token", LOSSES.build("grpo"), declared)  # as one of the other functions
 
 
 def test_a_term_that_learns_from_tied_groups_gets_them(tmp_path):

@@ -26,7 +26,7 @@ from grpo_core.monitor.file_modes import apply_umask
 from grpo_core.monitor.run_log import RunLog
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, run_dir, saved_batches
-from grpo_core.training.resume import find_start
+from grpo_core.training.resume import find_and_lock_start
 from grpo_core.training.trainer import train
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
@@ -74,7 +74,7 @@ def test_n2_a_second_start_into_a_live_run_is_refused_and_touches_nothing(run, l
     words = [word.replace("FOLDER", str(run.folder)) for word in words]
     config = load_job(TINY, ["name=cc", f"output_dir={run.folder.parent}", *words])
     with pytest.raises(ConfigError, match=f"cc is being written by process {living.pid} on {socket.gethostname()} since 2026-11-28"):
-        find_start(config, job)
+        find_and_lock_start(config, job)
     assert before == {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
 
 
@@ -89,7 +89,7 @@ def test_n2_a_stale_lock_is_taken_over_and_given_back(run, living):
     for stale in (zombie, lock_of(10**9, started=""), reused, lock_of(os.getpid()), "", "{}", '{"process": 3}', "[1]"):
         (run.folder / "lock.json").write_text(stale)
         with run_lock.released_at_end():
-            assert find_start(config).step == 2
+            assert find_and_lock_start(config).step == 2
             lock = json.loads((run.folder / "lock.json").read_text())
             assert lock["process"] == os.getpid() and lock["host"] == socket.gethostname()
         assert not (run.folder / "lock.json").exists()
@@ -99,7 +99,7 @@ def test_n2_a_stale_lock_is_taken_over_and_given_back(run, living):
 def test_n2_another_host_is_believed_and_the_file_is_named(run):
     (run.folder / "lock.json").write_text(lock_of(1, host="elsewhere"))
     with pytest.raises(ConfigError, match=r"process 1 on elsewhere since .* or delete .*cc/lock.json if it has ended"):
-        find_start(load_job(None, [f"resume={run.folder}"]))
+        find_and_lock_start(load_job(None, [f"resume={run.folder}"]))
 
 
 @pytest.mark.slow
@@ -119,7 +119,7 @@ def test_n2_two_starts_at_once_have_one_winner_and_a_refused_start_leaves_no_fol
         for process in both:
             process.communicate("\n")
     with run_lock.released_at_end(), pytest.raises(ZeroDivisionError):
-        find_start(load_job(TINY, ["name=fresh", f"output_dir={tmp_path}/runs"]))
+        find_and_lock_start(load_job(TINY, ["name=fresh", f"output_dir={tmp_path}/runs"]))
         assert (tmp_path / "runs" / "fresh" / "lock.json").exists()
         1 / 0  # noqa: B018  as where the data turn out to be missing
     assert not (tmp_path / "runs" / "fresh").exists()
@@ -245,7 +245,7 @@ def test_s6_overwrite_of_a_run_folder_that_is_a_link(run):
     link = run.folder.with_name("link")
     link.symlink_to(run.folder)
     with pytest.raises(ConfigError, match="link is a symbolic link; remove the link"):
-        find_start(load_job(TINY, ["name=link", f"output_dir={run.folder.parent}", "overwrite=true"]))
+        find_and_lock_start(load_job(TINY, ["name=link", f"output_dir={run.folder.parent}", "overwrite=true"]))
     assert (run.folder / "metrics.jsonl").exists()
 
 
@@ -256,17 +256,17 @@ def test_n9_a_run_continues_from_its_own_config(run, tmp_path):
         said = []
         config = load_job(None, words, notify=said.append)
         assert replace(config, resume=None) == own and config.resume == words[0].partition("=")[2] and said == []
-        assert find_start(config).step == 2
+        assert find_and_lock_start(config).step == 2
     config = load_job(None, [f"resume={run.folder}", "trainer.num_steps=20", "log.every=1"])
-    assert (config.trainer.num_steps, config.log.every, config.seed) == (20, 1, 5) and find_start(config).step == 2
+    assert (config.trainer.num_steps, config.log.every, config.seed) == (20, 1, 5) and find_and_lock_start(config).step == 2
 
 
 def test_n9_what_may_not_change_is_refused_by_key_and_force_names_it(run):
     words = ["seed=6", "lora.r=4", "trainer.num_steps=20"]
     with pytest.raises(ConfigError, match=r"lora.r \(16 in the checkpoint, 4 now\), seed \(5 in the checkpoint, 6 now\)"):
-        find_start(load_job(None, [f"resume={run.folder}", *words]))
+        find_and_lock_start(load_job(None, [f"resume={run.folder}", *words]))
     config = load_job(None, ["resume=force", "name=cc", f"output_dir={run.folder.parent}", *words])
-    assert [key.split()[0] for key in find_start(config).overridden] == ["lora.r", "seed"]
+    assert [key.split()[0] for key in find_and_lock_start(config).overridden] == ["lora.r", "seed"]
 
 
 def test_n9_a_config_beside_it_says_which_run_and_its_other_keys_are_named(run, tmp_path):
@@ -285,7 +285,7 @@ def test_n9_a_config_beside_it_says_which_run_and_its_other_keys_are_named(run, 
 
 def test_n9_a_moved_or_renamed_run_goes_on_where_it_lies(run, tmp_path):
     moved = run.folder.rename(tmp_path / "runs" / "moved")
-    start = find_start(load_job(None, ["resume=auto", "name=moved", f"output_dir={tmp_path}/runs"]))
+    start = find_and_lock_start(load_job(None, ["resume=auto", "name=moved", f"output_dir={tmp_path}/runs"]))
     assert start.folder == moved and start.step == 2
 
 
@@ -339,7 +339,7 @@ def test_n9_without_a_checkpoint_auto_starts_anew_with_the_file(run, tmp_path):
 
 def test_n9_sft_does_not_continue_a_run_of_train(run):
     with pytest.raises(ConfigError, match="cannot resume from .* with sft, because it belongs to a run of train"):
-        find_start(load_job(None, [f"resume={run.folder}"]), "sft")
+        find_and_lock_start(load_job(None, [f"resume={run.folder}"]), "sft")
 
 
 def test_n9_a_checkpoint_older_than_a_key_resumes(run):

@@ -18,7 +18,7 @@ from grpo_core.report.run_reader import read_run
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint
 from grpo_core.training.job import describe_best
-from grpo_core.training.resume import RunStart, check_num_steps, load_start
+from grpo_core.training.resume import RunStart, check_num_steps, restore_run
 from grpo_core.training.selection import Selection
 from grpo_core.training.trainer import train
 
@@ -270,10 +270,10 @@ def test_long_runs_the_state_of_the_selection_comes_from_the_checkpoint(tmp_path
     meta = json.loads((newest / "meta.json").read_text())
     resumed = replace(run, selection=Selection(), start_step=2)
     monkeypatch.setattr(checkpoint, "load", lambda *args: [])
-    load_start(resumed, RunStart(tmp_path, newest, meta, [], []))
+    restore_run(resumed, RunStart(tmp_path, newest, meta, [], []))
     assert resumed.selection == run.selection and resumed.selection.best_step == 1
     new = replace(run, selection=Selection())
-    load_start(new, RunStart(tmp_path, None, {}, [], []))
+    restore_run(new, RunStart(tmp_path, None, {}, [], []))
     assert new.selection == Selection(measure="correct_answer")
 
 
@@ -296,5 +296,5 @@ def test_long_runs_a_run_killed_between_the_best_checkpoint_and_its_link_has_the
     assert best(tmp_path) == 1 and newest.exists()
     monkeypatch.setattr(checkpoint, "load", lambda *args: [])
     meta = json.loads((newest / "meta.json").read_text())
-    load_start(replace(run, selection=Selection(), start_step=2), RunStart(tmp_path, newest, meta, [], []))
+    restore_run(replace(run, selection=Selection(), start_step=2), RunStart(tmp_path, newest, meta, [], []))
     assert best(tmp_path) == 2

@@ -219,7 +219,7 @@ def test_all_weights_over_a_full_disk_and_a_death_are_bitwise_those_of_a_run_lef
     assert AutoModelForCausalLM.from_pretrained(model).config.vocab_size == len(AutoTokenizer.from_pretrained(model))
     losses = [row["loss"] for row in read(tmp_path / "whole" / "tiny_sft" / "metrics.jsonl")]
     assert losses[-1] < losses[0] - 1
-    write, finish = checkpoint._write, sft.finish_step
+    write, finish = checkpoint._write, sft.evaluate_save_or_stop
 
     def full(folder, name, *rest):
         if name == "step-000001":
@@ -233,11 +233,11 @@ def test_all_weights_over_a_full_disk_and_a_death_are_bitwise_those_of_a_run_lef
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write", full)
-        patch.setattr(sft, "finish_step", dies)
+        patch.setattr(sft, "evaluate_save_or_stop", dies)
         with pytest.raises(KeyboardInterrupt):
             sft.run_sft(config("cut"))
     assert (
-        "the checkpoint after 1 step could not be written (No space left on device); the run continues"
+        "the checkpoint after 1 step could not be written (No space left on device); earlier checkpoints stay"
         in capsys.readouterr().out
     )
     with pytest.raises(ConfigError, match="sft.targets .* in the checkpoint"):

@@ -43,14 +43,14 @@ def test_the_law_of_a_long_trace_finds_a_leak(leaks, broken):
 
 def test_steps_leave_no_open_file_thread_or_process(tmp_path, monkeypatch):
     """Steps on fakes with completions logged and checkpoints: the quick form of the soak."""
-    run, samples, finish_step = make_run(tmp_path / "run", num_steps=12), [], trainer.finish_step
+    run, samples, evaluate_save_or_stop = make_run(tmp_path / "run", num_steps=12), [], trainer.evaluate_save_or_stop
 
     def finish_and_sample(run, steps_taken, *arguments):
-        finish_step(run, steps_taken, *arguments)
+        evaluate_save_or_stop(run, steps_taken, *arguments)
         trainer.checkpoint.save(run, steps_taken, run.control)
         samples.append(soak.take_sample(steps_taken))
 
-    monkeypatch.setattr(trainer, "finish_step", finish_and_sample)
+    monkeypatch.setattr(trainer, "evaluate_save_or_stop", finish_and_sample)
     trainer.train(run)
     run.log.close()
     results = soak.judge(samples, warm_up=4)

@@ -9,7 +9,7 @@ from test_boundary import FAMILIES, tokenizer_of
 from grpo_core.config.environment_functions import load_tools
 from grpo_core.data.tool_schemas import make_schema
 from grpo_core.environments.interface import Turn, read_reply
-from grpo_core.environments.tool_calls import read_llama_3_json, read_tagged_json, recognise_form
+from grpo_core.environments.tool_calls import parse_llama_3_json, parse_tagged_json, recognise_parser
 from grpo_core.environments.tools import Tools
 from grpo_core.schema import ConfigError
 
@@ -164,7 +164,7 @@ def call(name, **arguments):
     ('<tool_call>{"name": "add", "arguments": {"a": 1}}<tool_call>{"name": "add"}</tool_call>', [call("add", a=1), call("add")]),
 ])  # fmt: skip
 def test_calls_in_tags(text, calls):
-    assert [x[: len("the call is no JSON")] if str(x).startswith("the call is no JSON") else x for x in read_tagged_json(text)] == calls
+    assert [x[: len("the call is no JSON")] if str(x).startswith("the call is no JSON") else x for x in parse_tagged_json(text)] == calls
 
 
 @pytest.mark.parametrize("text, calls", [
@@ -179,7 +179,7 @@ def test_calls_in_tags(text, calls):
     ('{"name": "add", "parameters": {"a": 1}} and more', [call("add", a=1), "the call is no JSON"]),
 ])  # fmt: skip
 def test_calls_of_llama_3(text, calls):
-    assert [x[: len("the call is no JSON")] if str(x).startswith("the call is no JSON") else x for x in read_llama_3_json(text)] == calls
+    assert [x[: len("the call is no JSON")] if str(x).startswith("the call is no JSON") else x for x in parse_llama_3_json(text)] == calls
 
 
 @pytest.mark.parametrize("arguments, answer", [
@@ -283,12 +283,12 @@ def test_two_tools_of_a_name_are_refused(mine):
 @pytest.mark.parametrize("family, form", [*zip(FAMILIES, ["tagged_json", "tagged_json", "llama_3_json", None, None], strict=True)])
 def test_the_form_is_recognised_from_the_template(family, form):
     tokenizer, _ = tokenizer_of(family)
-    assert recognise_form(tokenizer.chat_template, None, "add") == form
+    assert recognise_parser(tokenizer.chat_template, None, "add") == form
 
 
 def test_a_form_that_the_template_does_not_write_is_not_recognised():
     template = "<tool_call>{name}</tool_call>"
-    assert recognise_form(template, '<tool_call>{"name": "add", "arguments": {}}</tool_call>', "add") == "tagged_json"
-    assert recognise_form(template, "<tool_call>add(a=1)</tool_call>", "add") is None
+    assert recognise_parser(template, '<tool_call>{"name": "add", "arguments": {}}</tool_call>', "add") == "tagged_json"
+    assert recognise_parser(template, "<tool_call>add(a=1)</tool_call>", "add") is None
     for tag_of_its_own in ("<function=", "<arg_key>"):
-        assert recognise_form(f"<tool_call>\n{tag_of_its_own}add>", None, "add") is None
+        assert recognise_parser(f"<tool_call>\n{tag_of_its_own}add>", None, "add") is None

@@ -37,11 +37,11 @@ class TaskStream:
 
     With several sources each has epochs of its own, and `mixture` says how many prompts of a step are of which source.
 
-    `batch(step)` is a function of (seed, step) alone, so a resumed run needs only the number of its next step. The
+    Without a curriculum `batch(step)` is a function of (seed, step), so a resumed run needs only the number of its next step. The
     prompts of a step do not depend on the number of ranks; rank r has the r-th of `world_size` equal parts of them.
 
-    With a curriculum, `batch(step)` is a function of the pass rates too, so it is that of the next step only, and
-    `end_step` moves on.
+    With a curriculum, `batch(step)` depends on the pass rates too, which a checkpoint holds; so it can be called for the
+    next step only, and `end_step` moves on.
     """
 
     def __init__(

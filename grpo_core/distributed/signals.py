@@ -17,11 +17,14 @@ _received = 0
 
 
 class Interrupted(Exception):
-    """The run was stopped by a signal. The exit code is 128 + the signal's number, as in shells."""
+    """The run was stopped by a signal. The exit code is 128 + the signal's number, as in shells.
 
-    def __init__(self, number: int) -> None:
+    `is_saved` is False if the checkpoint of its state could not be written.
+    """
+
+    def __init__(self, number: int, *, is_saved: bool) -> None:
         super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number
+        self.exit_code, self.is_saved = 128 + number, is_saved
 
 
 class RunFailed(Exception):

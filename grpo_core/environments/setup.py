@@ -18,7 +18,7 @@ from grpo_core.environments.boundary import CALL_ID, Boundary
 from grpo_core.environments.driver import EnvironmentTurns, PlayedCompletion, TurnLimits
 from grpo_core.environments.recording import FOLDER, Recording
 from grpo_core.environments.scores import add_environment
-from grpo_core.environments.tool_calls import recognise_form
+from grpo_core.environments.tool_calls import recognise_parser
 from grpo_core.environments.user_code import digest_environment
 from grpo_core.environments.worker import EnvironmentWorker
 from grpo_core.sampling.sampler import Sampler
@@ -149,18 +149,18 @@ def sample_turns(
 
 
 def find_parser(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
-    """Return the form of calls that the chat template asks for.
+    """Return the name of the parser for the calls that the chat template asks for.
 
     Raises:
         ConfigError: it is not known.
     """
-    form = recognise_form(str(tokenizer.chat_template), _render_call(tokenizer, config), PROBE_TOOL)
-    if form is None:
+    parser = recognise_parser(str(tokenizer.chat_template), _render_call(tokenizer, config), PROBE_TOOL)
+    if parser is None:
         raise ConfigError(
             "the form in which the model's chat template writes calls of tools is not known; set tool_parser to a "
             "function that reads the calls in a turn, my_parser.py:parse"
         )
-    return form
+    return parser
 
 
 def _render_call(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str | None:

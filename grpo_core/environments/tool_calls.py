@@ -1,7 +1,7 @@
-"""Read the calls of tools in a turn of the policy.
+"""Parse the calls of tools in a turn of the policy.
 
-A form is a function of a turn's text that returns its calls in order; [] if the turn has none. A call is {"name": ...,
-"arguments": {...}}, or a text that says why it cannot be read. A user's parser is such a function too.
+A parser is a function of a turn's text that returns its calls in order; [] if the turn has none. A call is {"name":
+..., "arguments": {...}}, or a text that says why it cannot be read. A user's tool_parser is such a function too.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ _SEPARATOR = re.compile(r"[\s;,]*")
 _IN_TAGS = re.compile(rf"{OPEN}(.*?)(?:{CLOSE}|(?={OPEN})|$)", re.S)
 
 
-def read_tagged_json(text: str) -> list[Call]:
+def parse_tagged_json(text: str) -> list[Call]:
     """Return the calls in <tool_call>{"name": ..., "arguments": ...}</tool_call>, the form of Qwen and Hermes.
 
-    >>> read_tagged_json('Let me see. <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>')
+    >>> parse_tagged_json('Let me see. <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>')
     [{'name': 'add', 'arguments': {'a': 1}}]
     """
-    return [_read_object(part.strip(), "arguments") for part in _IN_TAGS.findall(cut_thinking(text))]
+    return [_parse_object(part.strip(), "arguments") for part in _IN_TAGS.findall(cut_thinking(text))]
 
 
-def read_llama_3_json(text: str) -> list[Call]:
+def parse_llama_3_json(text: str) -> list[Call]:
     """Return the calls of a turn that is {"name": ..., "parameters": ...} alone, the form of Llama 3.
 
     <|python_tag|> may stand in front, and several objects may follow one another.
 
-    >>> read_llama_3_json('<|python_tag|>{"name": "add", "parameters": {"a": 1}}')
+    >>> parse_llama_3_json('<|python_tag|>{"name": "add", "parameters": {"a": 1}}')
     [{'name': 'add', 'arguments': {'a': 1}}]
     """
     text = cut_thinking(text).strip()
@@ -50,41 +50,44 @@ def read_llama_3_json(text: str) -> list[Call]:
             value, place = json.JSONDecoder().raw_decode(text, place)
         except (ValueError, RecursionError) as error:
             return [*calls, f"the call is no JSON: {error}"]
-        calls.append(_read_call(value, "parameters"))
+        calls.append(_parse_call(value, "parameters"))
         place = _SEPARATOR.match(text, place).end()  # type: ignore[union-attr]
     return calls or ["the call is empty"]
 
 
-FORMS: dict[str, Callable[[str], list[Call]]] = {"tagged_json": read_tagged_json, "llama_3_json": read_llama_3_json}
-for _name, _form in FORMS.items():
-    TOOL_PARSERS.register(_name)(_form)
+PARSERS: dict[str, Callable[[str], list[Call]]] = {
+    "tagged_json": parse_tagged_json,
+    "llama_3_json": parse_llama_3_json,
+}
+for _name, _parser in PARSERS.items():
+    TOOL_PARSERS.register(_name)(_parser)
 
 
-def recognise_form(template: str, rendered: str | None, name: str) -> str | None:
-    """Return the name of the form of calls that a chat template asks for, or None.
+def recognise_parser(template: str, rendered: str | None, name: str) -> str | None:
+    """Return the name of the parser for the calls that a chat template asks for, or None.
 
     `rendered` is what the template writes for an assistant's turn that calls the tool `name`; None if it refuses it.
     """
     if OPEN in template and not any(tag in template for tag in NOT_JSON):
-        form = "tagged_json"
+        parser = "tagged_json"
     elif PYTHON_TAG in template or ("ipython" in template and '"parameters"' in template.replace("\\", "")):
-        form = "llama_3_json"
+        parser = "llama_3_json"
     else:
         return None
     if rendered is None or name not in rendered:
-        return form
-    calls = FORMS[form](rendered)
-    return form if any(isinstance(call, dict) and call["name"] == name for call in calls) else None
+        return parser
+    calls = PARSERS[parser](rendered)
+    return parser if any(isinstance(call, dict) and call["name"] == name for call in calls) else None
 
 
-def _read_object(text: str, key: str) -> Call:
+def _parse_object(text: str, key: str) -> Call:
     try:
-        return _read_call(json.loads(text), key)
+        return _parse_call(json.loads(text), key)
     except (ValueError, RecursionError) as error:
         return f"the call is no JSON: {error}"
 
 
-def _read_call(value: Any, key: str) -> Call:
+def _parse_call(value: Any, key: str) -> Call:
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):

@@ -27,7 +27,7 @@ KNOWN_TYPES = (bool, int, float, str, list, dict, Any, None, type(None))
 
 @ENVIRONMENTS.register(BUILT_IN_TOOLS)
 class Tools:
-    """The tools named `tools`; `parser` is the form of the calls (tool_calls.py), or a function in a user's file."""
+    """The tools named `tools`; `parser` is a name of tool_calls.PARSERS, or a function in a user's file."""
 
     def __init__(
         self, row: dict[str, Any], seed: int, *, tools: list[str] | None = None, parser: str = "tagged_json"

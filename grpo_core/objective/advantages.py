@@ -5,9 +5,9 @@ statistic of the group is a reduction over dim 1. The rows are those of all rank
 reduction over both dimensions.
 
 A reward of NaN stands for None, a completion that could not be scored. It is left out of means and standard deviations,
-and its advantage is 0. A group whose rewards are all equal (a tied group) has advantage exactly 0. This is enforced,
-because the mean of equal floats is not always that float, and dividing the rounding error by a small eps makes it
-large.
+and its advantage is 0. A group whose rewards are all equal (a tied group) has advantage exactly 0, except in
+reinforce_plus_plus, which has no groups. This is enforced, because the mean of equal floats is not always that float,
+and dividing the rounding error by a small eps makes it large.
 
 A function may also ask by name for the inputs of inputs.py: `lengths` [N, G] (tokens of each completion), `components`
 [K, N, G] (the K rewards before they are summed), `weights` [K], `turn_rewards` [N, G, T] of completions of several

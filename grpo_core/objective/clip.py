@@ -1,7 +1,8 @@
 """The clip of a policy loss: PPO's clipped surrogate, as a loss (`clipped_loss`) and as a quantity (`clip_surrogate`).
 
-The losses that clip the ratio call one of them: grpo, dual_clip, gspo, gspo_token and luspo (losses.py), clip_cov
-(covariance_losses.py). gmpo clips log-ratios and has its clip in its own body.
+grpo, dual_clip, gspo, gspo_token and luspo (losses.py) and clip_cov (covariance_losses.py) call one of them. Losses
+with another clip have it in their own body: gmpo clamps log-ratios; cispo (losses.py) and the losses of
+sampler_losses.py that call `_masked_reinforce` clamp a detached ratio, which is a weight.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Policy losses: pure functions of tensors.
 
 A loss maps log-probs [B, C] to an unreduced loss [B, C]. It does not average, does not handle padding, and does not
-know about micro-batches and ranks. The losses that clip the ratio call `clipped_loss` of clip.py.
+know about micro-batches and ranks. Losses with PPO's clip call `clipped_loss` of clip.py.
 
 `token_weights.token_weights` fixes the weight of every token once per optimizer step, and the trainer's loss is
 (per_token_loss * token_weights).sum(). The gradient therefore does not depend on how a step is cut into micro-batches.

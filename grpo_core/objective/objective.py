@@ -59,7 +59,7 @@ class Objective:
     teacher_coef: float = 0.0  # of l_teacher - l_old in the advantage of each token
     teacher_kl_fn: Callable | None = None  # of kl.py, over the vocabulary; None: no such term
     teacher_kl_coef: float = 0.0
-    learns_from_ties: bool = False  # rows with advantage 0 have a part in the gradient
+    learns_from_ties: bool = False  # a function, or a term of yours, learns from rows with advantage 0
 
     @cached_property
     def loss_needs(self) -> frozenset[str]:
@@ -104,15 +104,15 @@ class Objective:
         """Return whether the KL is a sum over the vocabulary, which costs a reference forward in every micro-batch."""
         return bool(get_fact(self.kl_fn, "full_vocabulary"))
 
-    def learns_from_ties_at(self, kl_coef: float, entropy_bonus: float) -> bool:
-        """Return whether rows with advantage 0 have a part in the gradient: `learns_from_ties`, or a term does."""
+    def needs_tied_rows(self, kl_coef: float, entropy_coef: float) -> bool:
+        """Return whether rows with advantage 0 have a part in the gradient of a step with these coefficients."""
         kl_in_loss = kl_coef != 0 and self.kl_in == "loss"
-        coefficients = (entropy_bonus, self.log_ratio_coef, self.positive_nll_coef, self.router_aux_coef)
+        coefficients = (entropy_coef, self.log_ratio_coef, self.positive_nll_coef, self.router_aux_coef)
         has_term = kl_in_loss or any(coefficient != 0 for coefficient in coefficients)
         return self.learns_from_ties or has_term or self.entropy_adapts
 
 
-def learns_from_ties(average: str, loss_fn: Callable, *others: Callable) -> bool:
+def functions_learn_from_ties(average: str, loss_fn: Callable, *others: Callable) -> bool:
     """Return whether a function declares that it learns from tied groups, or a trial shows that it does.
 
     A loss does if its gradient at advantage 0 is not 0. An average does if leaving out a row changes the weights of the

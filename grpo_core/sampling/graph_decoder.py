@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from grpo_core.sampling.computation import CallSize, Computation, Unsupported
-from grpo_core.sampling.cuda_graph import capture
 from grpo_core.sampling.decode_ops import DONE, DRAWN, FIELDS, LIMIT, PROMPT, ROW, SLOT, START, Tables, TorchOps
 from grpo_core.sampling.draw import restrict
+from grpo_core.sampling.graph_capture import capture_graph
 from grpo_core.sampling.request import DecodeRequest, Draws
 from grpo_core.sampling.turn_columns import TurnColumns
 from grpo_core.sampling.turn_rows import FindStop, TurnRows
@@ -284,15 +284,15 @@ class GraphDecoder:
         elif key in self._graphs:
             self._graphs[key].replay()
         else:
-            self._graphs[key] = self._capture(size)
+            self._graphs[key] = self._capture_token_step(size)
 
-    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
+    def _capture_token_step(self, size: int) -> torch.cuda.CUDAGraph:
         """Compute one token of the first `size` columns, and capture the computation as a graph for later tokens.
 
         The run that capturing requires is that token: one run more would change the states of recurrent layers.
         """
         try:
-            return capture(partial(self._compute_step, size), self._pool)
+            return capture_graph(partial(self._compute_step, size), self._pool)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -61,6 +61,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
 
 
+def describe_resume(run_folder: Path) -> str:
+    """Return from where a run that has ended early can be resumed."""
+    checkpoints = list_checkpoints(run_folder / "checkpoints")
+    if not checkpoints:
+        return "no checkpoint has been written"
+    return f"resume={run_folder} continues the run from {checkpoints[-1].name}"
+
+
 def find_best_step(folder: Path) -> int | None:
     """Return the step of the checkpoint in `folder` that the link `best` names, or None without one."""
     link = folder / BEST
@@ -130,8 +138,8 @@ def save(run: Run, next_step: int, control: Control, good_step: int | None = Non
     problem = ranks.broadcast_from_main(problem)
     if problem:
         run.log.info(
-            f"warning: the checkpoint after {quantify(next_step, 'step')} could not be written ({problem}); the run "
-            "continues"
+            f"warning: the checkpoint after {quantify(next_step, 'step')} could not be written ({problem}); earlier "
+            "checkpoints stay"
         )
     return problem is None
 

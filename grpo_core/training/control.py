@@ -17,8 +17,8 @@ class Control:
     entropy_on: bool = True  # False: no bonus in this step, because the entropy is above its target
 
     @property
-    def entropy_bonus(self) -> float:
-        """Coefficient of the mean entropy in the loss."""
+    def active_entropy_coef(self) -> float:
+        """Coefficient of the mean entropy in this step's loss: `entropy_coef`, or 0 while there is no bonus."""
         return self.entropy_coef if self.entropy_on else 0.0
 
 

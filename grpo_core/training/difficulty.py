@@ -36,8 +36,8 @@ def note_outcomes(run: Run, tasks: Sequence[Task], scores: Scores) -> None:
     run.pass_rates.note(tasks, passed.tolist(), judged.tolist())
 
 
-def end_step(run: Run, step: int, stats: Stats) -> None:
-    """Count the step's groups of all ranks, and update the curriculum. A collective."""
+def update_curriculum(run: Run, step: int, stats: Stats) -> None:
+    """Add the step's outcomes on all ranks to the pass rates, and move the curriculum on. A collective."""
     if run.pass_rates is None:
         return
     visits = run.pass_rates.end_step()

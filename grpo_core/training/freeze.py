@@ -28,7 +28,7 @@ EXACT_KL_ROWS = 8  # completions of each rank at which the exact KL is measured
 def freeze(
     policy: Policy, objective: Objective, budget: Budget, rollouts: Rollouts, trained: Tensor | None = None
 ) -> Frozen:
-    """Return the rollouts with their masks and log-probs; `trained` [N, G] bool are the completions to train (all).
+    """Return the rollouts with masks and log-probs; `trained` [N, G] bool masks the completions to train (all).
 
     Old log-probs cost a forward only where several optimizer steps share the batch (with one, the ratio is 1), where
     the advantages or a teacher's log-probs need the policy's, or where a mask or weight depends on other rows.

@@ -1,4 +1,4 @@
-"""Run a training job: set up, train, export the adapter and log a summary."""
+"""Run a training job: set up, take the steps (`trainer.train`), export the adapter and log a summary."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def train(config: RunConfig) -> Path:
 
     Raises:
         ConfigError: the configuration cannot be run; nothing was written.
-        Interrupted: a signal stopped the run, after a checkpoint was written.
+        Interrupted: a signal stopped the run; its `is_saved` tells whether a checkpoint was written.
         RunFailed: the run could not continue.
     """
     if not isinstance(config, RunConfig):
@@ -51,7 +51,8 @@ def close_at_end(run: Run) -> Iterator[None]:
     try:
         yield
     except signals.Interrupted as signal:
-        run.log.info(f"stopped by {signal} after writing a checkpoint; resume={run.folder} continues the run")
+        manner = "after writing a checkpoint" if signal.is_saved else "without a checkpoint of its last step"
+        run.log.info(f"stopped by {signal} {manner}; {checkpoint.describe_resume(run.folder)}")
         raise
     finally:
         run.log.close()

@@ -38,7 +38,7 @@ from grpo_core.objective.advantages import ADVANTAGES
 from grpo_core.objective.corrections import CORRECTIONS
 from grpo_core.objective.kl import KLS, TEACHER_KLS
 from grpo_core.objective.losses import LOSSES
-from grpo_core.objective.objective import Objective, learns_from_ties
+from grpo_core.objective.objective import Objective, functions_learn_from_ties
 from grpo_core.objective.rejections import REJECTIONS
 from grpo_core.objective.rewards import REWARDS, reads_other_rewards
 from grpo_core.objective.truncation import TRUNCATIONS
@@ -285,7 +285,7 @@ def build_objective(config: RunConfig) -> Objective:
         teacher_coef=teacher.coef if teacher.exists else 0.0,
         teacher_kl_fn=TEACHER_KLS[teacher.kl] if teacher.kl and teacher.kl_coef else None,
         teacher_kl_coef=teacher.kl_coef,
-        learns_from_ties=teacher.trains or learns_from_ties(loss.average, *functions.values()),
+        learns_from_ties=teacher.trains or functions_learn_from_ties(loss.average, *functions.values()),
     )
 
 

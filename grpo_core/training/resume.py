@@ -1,4 +1,4 @@
-"""Resume a run: find its folder and newest sound checkpoint before the model loads, and restore them afterwards.
+"""Resume a run: find its folder and newest sound checkpoint before the model loads, and restore the run afterwards.
 
 A run that was killed at any place and resumed is bitwise equal to one that never stopped: the batch, the sampling noise
 and the dropout noise of a step are functions of (seed, step), and checkpoint.py saves everything else.
@@ -45,8 +45,8 @@ class RunStart:
         return replace(config.lora, path=None) if self.checkpoint else config.lora
 
 
-def find_start(config: RunConfig, job: str = "train") -> RunStart:
-    """Find the start of a run as `look_up_start`, and lock its folder. A collective.
+def find_and_lock_start(config: RunConfig, job: str = "train") -> RunStart:
+    """Find where a run starts, as `look_up_start`, and lock its folder. A collective.
 
     Raises:
         ConfigError: see `look_up_start` and `run_lock.acquire`.
@@ -94,7 +94,7 @@ def check_num_steps(start: RunStart, num_steps: int) -> None:
         )
 
 
-def load_start(run: Run, start: RunStart) -> None:
+def restore_run(run: Run, start: RunStart) -> None:
     """Restore the run's checkpoint, if there is one, and log notes and warnings about it and the model's code.
 
     Raises:

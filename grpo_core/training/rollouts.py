@@ -82,10 +82,10 @@ def shape_rewards(
     kl_coef: float,
     stats: Stats,
 ) -> tuple[Tensor, Tensor]:
-    """Return the rewards that advantages are computed from, [N, G], and the completions that are trained, [N, G] bool.
+    """Return the rewards that advantages are computed from, [N, G], and the mask of trained completions, [N, G] bool.
 
-    They are the scores less kl_coef times the KL of the completion (where loss.kl_in is reward), after the truncation
-    function.
+    The rewards are the scores less kl_coef times the KL of the completion (where loss.kl_in is reward), after the
+    truncation function, which may also leave completions out of the loss.
     """
     rewards = scores.rewards
     if objective.kl_in == "reward" and kl_coef > 0:
@@ -101,7 +101,7 @@ def compute_step_advantages(
     stats: Stats,
     frozen: Frozen | None = None,
 ) -> Tensor:
-    """Return this rank's advantages, [N, G], or [N, G, C] where the function returns a value for each token.
+    """Return this rank's advantages, [N, G(, C)]: [N, G], or [N, G, C] where the function has a value for each token.
 
     With a teacher's part they are [B, C].
 

@@ -42,7 +42,7 @@ from grpo_core.training.prepare import (
     prepare,
     prepare_teacher,
 )
-from grpo_core.training.resume import RunStart, check_num_steps, find_start, load_start
+from grpo_core.training.resume import RunStart, check_num_steps, find_and_lock_start, restore_run
 from grpo_core.training.run import Run
 from grpo_core.training.task_notes import list_held_out, list_leaks
 
@@ -55,7 +55,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
     """
     dtype = initialise_process(config)
     per_rank = prompts_per_rank(config, ranks.world_size())
-    start = find_start(config)
+    start = find_and_lock_start(config)
     prepared = prepare_teacher(config, prepare(config))
     check_num_steps(start, count_steps(config, len(prepared.tasks), config.prompts_per_step))
     note_tasks(config, prepared, config.prompts_per_step)
@@ -68,12 +68,12 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase]:
             replays_routing=config.sampling.replay_routing,
         )
         teacher = load_teacher(config, policy, dtype, ranks.device())
-    run = assemble(config, start, policy, prepared, config.prompts_per_step, dtype, teacher=teacher)
+    run = build_run(config, start, policy, prepared, config.prompts_per_step, dtype, teacher=teacher)
     run.sampler.check_model()
     check_routing(config, policy)
     if config.reference.every:
         policy.start_reference()
-    load_start(run, start)
+    restore_run(run, start)
     sampling, trainer = config.sampling, config.trainer
     run.log.info(
         f"{describe_tasks(config, prepared)}, "
@@ -131,7 +131,7 @@ def note_steps(config: RunConfig, num_tasks: int, tasks_per_step: int) -> None:
         )
 
 
-def assemble(
+def build_run(
     config: RunConfig,
     start: RunStart,
     policy: Policy,

@@ -38,9 +38,9 @@ from grpo_core.training import checkpoint, run_dir
 from grpo_core.training.freeze import forward_all
 from grpo_core.training.job import close_at_end, describe_best
 from grpo_core.training.prepare import Prepared, prepare
-from grpo_core.training.resume import check_num_steps, find_start, load_start
+from grpo_core.training.resume import check_num_steps, find_and_lock_start, restore_run
 from grpo_core.training.run import Run
-from grpo_core.training.setup import assemble, count_steps, describe_tasks, initialise_process, note_tasks
+from grpo_core.training.setup import build_run, count_steps, describe_tasks, initialise_process, note_tasks
 from grpo_core.training.sft_conversations import (
     build_conversation_rollouts,
     choose_conversations,
@@ -48,7 +48,7 @@ from grpo_core.training.sft_conversations import (
 )
 from grpo_core.training.sft_targets import build_target_rollouts, find_longest_target
 from grpo_core.training.skipped_steps import SkippedSteps
-from grpo_core.training.trainer import begin, finish_step, remaining_steps
+from grpo_core.training.trainer import begin, evaluate_save_or_stop, remaining_steps
 from grpo_core.training.update import update_policy
 
 MakeTargets = Callable[[Sequence[Task]], tuple[Rollouts, Tensor]]  # the tasks' targets, and the trained tokens [B, C]
@@ -65,7 +65,7 @@ def run_sft(config: RunConfig) -> Path:
 
     Raises:
         ConfigError: see `setup`.
-        signals.Interrupted: a signal stopped the run, after a checkpoint was written.
+        signals.Interrupted: a signal stopped the run; its `is_saved` tells whether a checkpoint was written.
         signals.RunFailed: the run cannot continue.
     """
     kind = "adapter" if config.lora.r else "model"
@@ -89,7 +89,7 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
     """
     dtype = initialise_process(config)
     config = use_supervised_loss(config)
-    run_start = find_start(config, "sft")
+    run_start = find_and_lock_start(config, "sft")
     if config.sft.output:
         run_dir.check_writable(Path(config.sft.output), "sft.output")
     base, tokenizer = _new_base(config) if config.sft.new_model else (None, None)
@@ -111,10 +111,10 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
         with show_elapsed("loading the model"):
             policy = load_policy(config.model, run_start.lora(config), dtype=dtype, temperature=TEMPERATURE)
     per_step = config.trainer.completions_per_step
-    run = assemble(config, run_start, policy, prepared, per_step, dtype, longest)
+    run = build_run(config, run_start, policy, prepared, per_step, dtype, longest)
     make_targets = find_target_maker(run, prepared.tokenizer, column)
     run = replace(run, job="sft", held_out=partial(compute_held_out_loss, run, make_targets))
-    load_start(run, run_start)
+    restore_run(run, run_start)
     run.log.info(
         f"{describe_tasks(config, prepared)}, {quantify(run.num_steps, 'step')} of "
         f"{_describe_lengths(per_step, longest, longest_whole)} on "
@@ -222,7 +222,7 @@ def train(run: Run, make_targets: MakeTargets) -> None:
         row = {name: row[name] for name in COLUMNS}
         run.log.log_row(step, row, _format_row)
         skipped_steps.record(step, tasks, batch, row, run.control)
-        finish_step(run, step + 1, run.control, alerts.update(row), None, skipped_steps.start)
+        evaluate_save_or_stop(run, step + 1, run.control, alerts.update(row), None, skipped_steps.good_step)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
-"""Steps whose gradient is not finite change nothing; their batches are kept, and too many in a row end the run.
+"""Count steps in a row that `Engine.step` has skipped, keep their batches, and end the run after too many.
 
-Weights that are not finite end it at once.
+`Engine.step` itself leaves the weights unchanged where the gradient is not finite; this module reads its result from
+the step's metrics. Weights that are not finite end the run at once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class SkippedSteps:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.start, self.control = run.start_step, run.control  # state before the current streak of skipped steps
+        self.good_step, self.control = run.start_step, run.control  # state before the streak of skipped steps
 
     def record(self, step: int, tasks: list[Task], batch: TrainBatch, row: dict[str, float], control: Control) -> None:
         """Note a step's `row` of metrics and the coefficients after it; keep the batch of a skipped step. Collective.
@@ -38,17 +39,16 @@ class SkippedSteps:
         if row["skipped"] < self.run.objective.steps_per_batch:
             if not math.isfinite(row["adapter_norm"]):
                 self.fail_not_finite(step)
-            self.start, self.control = step + 1, control
+            self.good_step, self.control = step + 1, control
             return
-        streak = step + 1 - self.start
+        streak = step + 1 - self.good_step
         if streak < self.run.config.trainer.max_skipped_steps:
             return
-        is_saved = checkpoint.save(self.run, self.start, self.control)
-        place = f"in {self.run.folder / 'checkpoints'}" if is_saved else "not written, for lack of room"
+        is_saved = checkpoint.save(self.run, self.good_step, self.control)
+        place = f"in {self.run.folder / 'checkpoints'}" if is_saved else "not written; the warning above has the reason"
         raise signals.RunFailed(
-            f"the gradient was not finite in {quantify(streak, 'step')} in a row, from step {self.start + 1} on; they "
-            "changed nothing, "
-            f"and a checkpoint of the state before them is {place}"
+            f"the gradient was not finite in {quantify(streak, 'step')} in a row, from step {self.good_step + 1} on; "
+            f"they changed nothing, and a checkpoint of the state before them is {place}"
         )
 
     def fail_not_finite(self, step: int) -> NoReturn:

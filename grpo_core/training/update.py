@@ -54,7 +54,7 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
             fits = accumulate_gradients(run, minibatch, plan, totals, control, stats)
         if ranks.all_max(torch.tensor(float(not fits), device="cpu")):
             fail_out_of_memory(run, step, control, weights_unchanged=not results)
-        if len(plan) == 0:  # nothing to learn on this rank: it still adds the names that the others add
+        if len(plan) == 0:  # no row to train here, but every rank must reduce the metrics of the same names
             micro_loss(run.objective, *untrained_row(run, minibatch), totals, control, stats)
         stats.add_total("micro_batches", torch.tensor(float(len(plan)), device="cpu"))
         results.append(run.engine.step())
@@ -65,7 +65,7 @@ def update_policy(run: Run, batch: TrainBatch, step: int, control: Control, stat
         "adapter_norm": float(run.policy.norm()),
         "epoch": float((step + 1) / run.steps_per_epoch),  # tasks seen / tasks
         "kl_coef": control.kl_coef,
-        "entropy_coef": control.entropy_bonus,
+        "entropy_coef": control.active_entropy_coef,
     }
 
 
@@ -83,7 +83,7 @@ def accumulate_gradients(
 
     retries = tokens = 0
     try:
-        for packing in plan:
+        for packing in plan:  # the layout of one micro-batch's forward
             watchdog.beat("update")
             retries += retry_in_halves(run.policy, minibatch.rollouts, packing, forward_and_backward)
             tokens += packing.tokens
@@ -95,12 +95,13 @@ def accumulate_gradients(
 
 
 def rows_to_train(objective: Objective, minibatch: TrainBatch, control: Control) -> list[int]:
-    """Return the rows that the gradient depends on; rows with advantage 0 are left out if only the surrogate learns.
+    """Return the rows that the gradient depends on.
 
-    The loss of given tokens depends on all rows that have any, also those whose drawn tokens are not trained.
+    These are the rows with trained tokens, without those whose advantages are all 0 if no term of the objective learns
+    from them. With `echo_coef`, rows that have tokens given by an environment are added, whatever their advantages.
     """
     rows = minibatch.loss_mask.any(dim=1)
-    if not objective.learns_from_ties_at(control.kl_coef, control.entropy_bonus):
+    if not objective.needs_tied_rows(control.kl_coef, control.active_entropy_coef):
         rows = rows & (minibatch.advantages != 0).any(dim=1)
     if objective.echo_coef:
         rows = rows | minibatch.rollouts.given.any(dim=1)
@@ -115,13 +116,18 @@ def count_over_ranks(objective: Objective, minibatch: TrainBatch, micro_batches:
     mask = minibatch.loss_mask
     positive = _positive_mask(objective, minibatch).sum() if objective.positive_nll_coef else 0
     given = minibatch.rollouts.given.sum() if objective.echo_coef else 0
-    counts = [mask.sum(), len(mask), _surrogate_mask(minibatch).sum(), micro_batches, positive, given]
-    tokens, completions, entropy_tokens, all_micro_batches, *others = ranks.all_sum(
-        torch.stack([torch.as_tensor(count, device=mask.device) for count in counts])
-    )
-    return Totals(
-        tokens, completions, objective.max_new_tokens, entropy_tokens, all_micro_batches.clamp(min=1), *others
-    )
+    counts = {
+        "tokens": mask.sum(),
+        "completions": len(mask),
+        "entropy_tokens": _surrogate_tokens(minibatch).sum(),
+        "micro_batches": micro_batches,
+        "positive_tokens": positive,
+        "given_tokens": given,
+    }
+    sums = ranks.all_sum(torch.stack([torch.as_tensor(count, device=mask.device) for count in counts.values()]))
+    totals = dict(zip(counts, sums, strict=True))
+    totals["micro_batches"] = totals["micro_batches"].clamp(min=1)
+    return Totals(max_new_tokens=objective.max_new_tokens, **totals)
 
 
 def forward_with_gradient(
@@ -135,30 +141,33 @@ def forward_with_gradient(
     """Compute the statistics of a micro-batch's tokens that the loss needs, [b, C] each."""
     kl_in_loss = control.kl_coef > 0 and objective.kl_in == "loss"
     divergence = objective.kl_fn if kl_in_loss and objective.kl_needs_vocabulary else None
-    options = {"entropy_gradient": control.entropy_bonus > 0, "divergence": divergence, "teacher": teacher}
+    options = {"entropy_gradient": control.active_entropy_coef > 0, "divergence": divergence, "teacher": teacher}
     return policy.forward(rollouts, packing, router_balance=objective.router_aux_coef > 0, **options)
 
 
 def micro_loss(
     objective: Objective, micro: TrainBatch, tokens: TokenStats, totals: Totals, control: Control, stats: Stats
 ) -> Tensor:
-    """Return a micro-batch's part of its minibatch's loss, a scalar.
+    """Return a micro-batch's part of its minibatch's loss, a scalar. With l the log-prob of a token, the loss is
 
-    It is (token_loss * token_weights).sum(), less entropy_coef times the mean entropy, with positive_nll_coef times
-    the mean -l of the positive examples (VAPO, arXiv:2504.05118), with echo_coef times the mean -l of the given tokens
-    (ECHO, arXiv:2605.24517), and with router_aux_coef times the load-balancing loss of each row over the completions of
-    the optimizer step.
+      sum(token_loss * token_weights)
+      - entropy_coef * mean entropy
+      - positive_nll_coef * mean l of the tokens of positive examples (VAPO, arXiv:2504.05118)
+      - echo_coef * mean l of the given tokens (ECHO, arXiv:2605.24517)
+      + router_aux_coef * mean load-balancing loss of a completion
+
+    The means are over the optimizer step: all micro-batches, all ranks.
     """
-    mask, given_logprobs = micro.loss_mask, tokens.logprobs
-    if objective.echo_coef:  # elsewhere given tokens are not predicted, and have the log-prob 0 of padding
-        tokens = replace(tokens, logprobs=given_logprobs.masked_fill(micro.rollouts.given, 0.0))
+    mask, all_logprobs = micro.loss_mask, tokens.logprobs
+    if objective.echo_coef:  # the policy loss sees 0 at given tokens, as everywhere else; ECHO reads them below
+        tokens = replace(tokens, logprobs=all_logprobs.masked_fill(micro.rollouts.given, 0.0))
     old_logprobs = tokens.logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
     loss = token_loss(objective, micro, tokens, old_logprobs, control, stats)
     loss = (loss * token_weights(mask, average=objective.average, totals=totals, dtype=loss.dtype)).sum()
-    if control.entropy_bonus > 0:
+    if control.active_entropy_coef > 0:
         counted = totals.tokens if totals.entropy_tokens is None else totals.entropy_tokens
-        weights = mean_weights(_surrogate_mask(micro), counted, dtype=loss.dtype)
-        loss = loss - control.entropy_bonus * (tokens.entropy * weights).sum()
+        weights = mean_weights(_surrogate_tokens(micro), counted, dtype=loss.dtype)
+        loss = loss - control.active_entropy_coef * (tokens.entropy * weights).sum()
     if tokens.router_balance is not None:
         loss = loss + objective.router_aux_coef * tokens.router_balance.sum() / totals.completions
         stats.add_mean("router_aux_loss", tokens.router_balance, mask.any(dim=1, keepdim=True))
@@ -170,8 +179,8 @@ def micro_loss(
     if objective.echo_coef:
         given = micro.rollouts.given
         weights = mean_weights(given, totals.given_tokens, dtype=loss.dtype)
-        loss = loss - objective.echo_coef * (given_logprobs * weights).sum()
-        stats.add_mean("echo", -given_logprobs, given)
+        loss = loss - objective.echo_coef * (all_logprobs * weights).sum()
+        stats.add_mean("echo", -all_logprobs, given)
 
     gap = (old_logprobs - micro.rollouts.rollout_logprobs).abs()
     stats.add_mean("entropy", tokens.entropy, mask)
@@ -187,17 +196,16 @@ def micro_loss(
 
 
 def token_loss(
-    objective: Objective,
-    micro: TrainBatch,
-    tokens: TokenStats,
-    old_logprobs: Tensor,  # [b, C]
-    control: Control,
-    stats: Stats,
+    objective: Objective, micro: TrainBatch, tokens: TokenStats, old_logprobs: Tensor, control: Control, stats: Stats
 ) -> Tensor:
     """Return the loss of every token, [b, C]. This function is the order of operations:
 
-    surrogate, * off-policy mask, * top-entropy mask and rejections from the surrogate, * rollout correction,
-    + kl_coef KL, + log_ratio_coef (l - l_roll)**2, + teacher_kl_coef KL_teacher.
+      surrogate * off_policy_mask * surrogate_mask * rollout_correction
+      + kl_coef * kl + log_ratio_coef * (l - l_roll)**2 + teacher_kl_coef * kl_teacher
+
+    surrogate_mask is 0 at tokens below the top entropies and at those that loss.rejection takes from the surrogate. A
+    loss with its own rollout correction (the fact `corrects_rollout`) is not multiplied by it: it reads old_logprobs
+    that contain the correction.
 
     Raises:
         ConfigError: the loss returned a diagnostic that cannot be logged.
@@ -286,11 +294,11 @@ def fail_out_of_memory(run: Run, step: int, control: Control, *, weights_unchang
     raise signals.RunFailed(
         f"a micro-batch of step {step + 1} does not fit into the GPU's memory, not in halves either; lower "
         f"trainer.tokens_per_micro_batch or sampling.max_new_tokens, or switch model.gradient_checkpointing on; "
-        f"resume={run.folder} goes on from the last checkpoint"
+        f"{checkpoint.describe_resume(run.folder)}"
     )
 
 
-def _surrogate_mask(batch: TrainBatch) -> Tensor:
+def _surrogate_tokens(batch: TrainBatch) -> Tensor:
     """The trained tokens that surrogate and entropy bonus act on, [B, C] bool."""
     return batch.loss_mask if batch.surrogate_mask is None else batch.loss_mask & batch.surrogate_mask
 

@@ -22,9 +22,9 @@ from grpo_core.model.rotation import find_rotations
 from grpo_core.model.routing import RoutedForward, Routers, watching
 from grpo_core.sampling.cache_check import CACHE_ERRORS, check_steps
 from grpo_core.sampling.computation import CallSize, Unsupported
-from grpo_core.sampling.cuda_graph import capture
 from grpo_core.sampling.decode_ops import DRAWN, PROMPT, SLOT, START, TOKEN, TorchOps
 from grpo_core.sampling.expert_table import ExpertTable
+from grpo_core.sampling.graph_capture import capture_graph
 from grpo_core.sampling.live_rows import Method, begin, next_logits
 from grpo_core.sampling.modules.delta_net import find_delta_nets
 from grpo_core.sampling.modules.elementwise import find_elementwise
@@ -106,7 +106,7 @@ class ModuleModel:
         try:
             self.refresh(0)
             # the first step is captured, too, because a model that waits for the GPU fails there
-            return check_steps(self, self.model, capture if self.device.type == "cuda" else None)
+            return check_steps(self, self.model, capture_graph if self.device.type == "cuda" else None)
         except (Unsupported, *CACHE_ERRORS) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise

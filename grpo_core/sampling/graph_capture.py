@@ -1,4 +1,7 @@
-"""Capture a function as a CUDA graph, so that one call launches all of its kernels."""
+"""Capture any function as a CUDA graph, so that one call launches all of its kernels.
+
+graph_decoder.py captures the computation of a token step with it, modules/module_model.py its trial of a model.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 import torch
 
 
-def capture(function: Callable[[], Any], pool: Any = None) -> torch.cuda.CUDAGraph:
+def capture_graph(function: Callable[[], Any], pool: Any = None) -> torch.cuda.CUDAGraph:
     """Return `function` as a graph, which reads and writes the memory that the function uses now.
 
     The function is run once before, which capturing requires, and not while it is captured. `pool` is the memory pool
