@@ -56,6 +56,20 @@ def test_right_calculations(text, points):
     assert right_calculations([text, worked], [worked, worked]) == [points, 1.0]
 
 
+@pytest.mark.parametrize("text, answer", [
+    ("He has <<3*4=", "12>>"), ("<<1/3=", "0.33>>"), ("<<5-7.25=", "-2.25>>"), ("<<(2+3)*1.1=", "5.5>>"), ("<<100000*100000=", "10000000000>>"),
+    ("<<10/2=5>>5, and x =", ""), ("<<x+1=", ""), ("<<2*=", "?>>"), ("<<9**9**9=", "?>>"), ("<<1/0=", "?>>"),
+])  # fmt: skip
+def test_the_calculator_completes_what_is_marked(text, answer):
+    from right_calculations import Calculator
+
+    from grpo_core import Turn
+
+    assert Calculator({}, 0).step(Turn(text, text, 0, "stop")) == answer
+    assert Calculator({}, 0).step(Turn(text, text, 0, "eos")) is None
+
+
+
 def test_rows_of_calculations_are_right_and_of_the_given_form():
     draw = random.Random(1)
     for formula in ["48/2", "1.5*20", "(100-40)/3", "7+80+900"] * 50:

@@ -1,4 +1,4 @@
-"""A reward for the calculations that GSM8K marks as <<3*4=12>>: the share that is right."""
+"""For the calculations that GSM8K marks as <<3*4=12>>: a reward for the share that is right, and a calculator."""
 
 import ast
 import math
@@ -6,6 +6,8 @@ import operator
 import re
 
 MARKED = re.compile(r"<<([-+*/.() \d]+)=(-?[\d.]+)>>")
+BEGUN = re.compile(r"<<([-+*/.() \d]+)=$")
+FAULTS = (SyntaxError, ValueError, ZeroDivisionError, KeyError, OverflowError, RecursionError, MemoryError)
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -22,11 +24,30 @@ def right_calculations(completions, answer):
     ]
 
 
+class Calculator:
+    """An environment that completes marked calculations: after `<<3*4=` it appends `12>>`. A turn ends at an equals sign."""
+
+    def __init__(self, row, seed):
+        pass
+
+    def step(self, turn):
+        """Return the result; `?>>` for a formula without one; no text after an equals sign that is not marked."""
+        if turn.ended_by != "stop":
+            return None
+        begun = BEGUN.search(turn.completion)
+        if begun is None:
+            return ""
+        try:
+            return f"{round(value_of(begun[1]), 2):.2f}".rstrip("0").rstrip(".") + ">>"
+        except FAULTS:
+            return "?>>"
+
+
 def holds(formula, result):
     """Return True if the formula of + - * / and brackets has this value, up to the rounding of GSM8K."""
     try:
         return math.isclose(value_of(formula), float(result), abs_tol=0.005, rel_tol=0.001)
-    except (SyntaxError, ValueError, ZeroDivisionError, KeyError, OverflowError, RecursionError, MemoryError):
+    except FAULTS:
         return False
 
 
