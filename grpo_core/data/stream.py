@@ -37,10 +37,10 @@ class TaskStream:
 
     With several sources each has epochs of its own, and `mixture` says how many prompts of a step are of which source.
 
-    Without a curriculum `batch(step)` is a function of (seed, step), so a resumed run needs only the number of its next step. The
-    prompts of a step do not depend on the number of ranks; rank r has the r-th of `world_size` equal parts of them.
+    Without a curriculum `batch(step)` is a function of (seed, step), so a resumed run needs only the number of its next
+    step. The prompts of a step do not depend on the number of ranks; rank r has the r-th of `world_size` equal parts.
 
-    With a curriculum, `batch(step)` depends on the pass rates too, which a checkpoint holds; so it can be called for the
+    With a curriculum, `batch(step)` depends on the pass rates too, which a checkpoint holds. It is then defined for the
     next step only, and `end_step` moves on.
     """
 
