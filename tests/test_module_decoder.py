@@ -253,7 +253,7 @@ def test_with_graphs_the_draws_are_the_same(name, monkeypatch):
         captured.append(function)
         return SimpleNamespace(replay=function)
 
-    monkeypatch.setattr(graph_decoder, "capture", capture)
+    monkeypatch.setattr(graph_decoder, "capture_graph", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     decoder.on_gpu = True
     agree(sampler.generate(tasks(61), 3), want)
