@@ -37,7 +37,7 @@ PLACES = {  # heavy dependency -> the modules that may import it
     "mlflow": {"monitor/trackers"},
     "httpx": {"scoring/chat_client"},
     "deepspeed": {"training/engine"},
-    "peft": {"model/adapter", "model/policy"},
+    "peft": {"model/peft_names"},
     "datasets": {"data/rows"},
     "yaml": {"config/files", "config/words", "config/yaml_text", "report/run_reader"},
     "matplotlib": {"report/png"},

@@ -13,12 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,6 +22,17 @@ from grpo_core.model.composite import map_keys, names_of, rename_files
 from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.loading import describe_misfit
 from grpo_core.model.lora_targets import find_unadaptable
+from grpo_core.model.peft_names import (
+    AuxiliaryTrainingWrapper,
+    BaseTunerLayer,
+    LoraLayer,
+    ModulesToSaveWrapper,
+    PeftLoraConfig,
+    PeftModel,
+    TrainableTokensLayer,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from grpo_core.model.quantized import QuantizedLinear, is_quantized
 from grpo_core.schema import ConfigError, first_line
 

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -37,6 +35,7 @@ from grpo_core.model.logprobs import (
 )
 from grpo_core.model.optional_kernels import drop_wrong_kernels
 from grpo_core.model.packing import Budget, Layout, Packing, Plan, pack_routed_experts, plan
+from grpo_core.model.peft_names import BaseTunerLayer, PeftModel
 from grpo_core.model.quantized import count_weights
 from grpo_core.model.rotation import find_rotations, forget_lengths
 from grpo_core.model.routing import RoutedForward, Routers, find_routers, watching
