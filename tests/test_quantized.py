@@ -2,10 +2,13 @@
 
 import copy
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from fakes import Alphabet, FixedTasks
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
@@ -306,3 +309,12 @@ def test_the_triton_product_rounds_weights_as_dequantize_does():
     weight, x = quantize(random(64, 256)), torch.eye(256, device=DEVICE, dtype=torch.float16)[:16]
     y, _ = kernels.multiply(x, weight, None, None, kernels.Settings(32, 1, 4, 2, 1))
     assert torch.equal(y, dequantize(weight, torch.float16).t()[:16])
+
+
+def test_peft_is_imported_without_bitsandbytes_and_finds_it_afterwards():
+    code = (
+        "import sys, grpo_core.model.adapter; print('bitsandbytes' in sys.modules); from peft.import_utils import is_bnb_4bit_available; "
+        "from transformers.utils import is_bitsandbytes_available; print(is_bnb_4bit_available(), is_bitsandbytes_available())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-2:] == ["False", "True True"]
