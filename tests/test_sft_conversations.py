@@ -268,7 +268,7 @@ def test_the_longest_conversation_begins_with_a_first_turn_that_calls_a_tool(tmp
     sft.run_sft(configured(tmp_path, *words(path), template, f"data.eval_path={path}", "trainer.num_steps=1"))
     tokenizer = load_tokenizer("builtin:tiny")
     tokenizer.chat_template = TOOLS
-    ids, marks = encode_conversation(tokenizer, rows[0][:1] + [{**call, "content": ""}] + rows[0][2:], CONFIG, {END}, END)
+    ids, marks = encode_conversation(tokenizer, [*rows[0][:1], {**call, "content": ""}, *rows[0][2:]], CONFIG, {END}, END)
     longest = len(ids) - marks.index(True)
     assert longest > 30 and budgets == [longest]
     assert f"up to {longest} of them from the assistant's first turn on" in capsys.readouterr().out
