@@ -12,6 +12,7 @@ from test_boundary import FOLDER, tokenizer_of
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_core.batch import Task
+from grpo_core.commands.dry_run import _format_reward
 from grpo_core.commands.evaluate import _note_failures
 from grpo_core.commands.replay import run_replay
 from grpo_core.commands.sample import describe_turns, format_turns
@@ -311,6 +312,14 @@ def test_a_dry_run_shows_turns_and_refuses_an_environment_that_fails_on_a_whole_
     done = here("train", "--config", TINY, "--dry-run", *words)
     assert done.returncode == 2, done.stdout
     assert f"environment {game} raised ValueError: no letters (game.py, line 11), on all 8 completions of a group" in done.stderr
+
+
+def test_a_reward_that_failed_is_not_a_number_in_a_dry_run():
+    nan = float("nan")
+    scores = Scores(torch.tensor([[nan, 1.0, nan]]), {}, failed={"environment": torch.tensor([[True, False, False]])})
+    assert [_format_reward(scores, value, i, "environment") for i, value in enumerate([nan, 1.0, nan])] == ["failed", "1", "none"]
+    assert [_format_reward(scores, nan, i) for i in (0, 2)] == ["failed", "none"]
+    assert _format_reward(scores, nan, 0, "other") == "none"
 
 
 def test_sample_takes_a_row_of_the_evaluation_data(trained, capsys):

@@ -39,10 +39,10 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Sample one completion per task and measure the accuracy over all ranks; a reward of 1.0 counts as correct.
 
-    Return a mapping with accuracy, correct, n, ci_low, ci_high (Wilson, 95 %) and failed, the number of tasks on which
-    the reward failed, with environments also environment_failed, the number on which they did; and, on the main rank, one row per completion of the first `num_rows` tasks. A task that cannot
-    be scored counts as wrong. Unless sampling is greedy, the mapping also holds the sampling settings, and
-    the noise of a task depends only on its key and row.
+    Return a mapping with accuracy, correct, n, ci_low, ci_high (Wilson, 95 %), failed, the number of tasks on which the
+    reward failed, and with environments environment_failed, the number on which they failed; and, on the main rank, one
+    row per completion of the first `num_rows` tasks. A task that cannot be scored counts as wrong. Unless sampling is
+    greedy, the mapping also holds the sampling settings, and the noise of a task depends only on its key and row.
     """
     indexed = [(i, replace(task, seed=_make_task_key(task))) for i, task in enumerate(tasks)]
     mine = sorted(indexed[ranks.rank() :: ranks.world_size()], key=lambda pair: len(pair[1].prompt_ids))
