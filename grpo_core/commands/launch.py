@@ -34,7 +34,6 @@ from grpo_core.data.forms import recognise
 from grpo_core.distributed.notices import write_notice
 from grpo_core.distributed.ranks import LOST_RANK_CODE, NO_PORT, RUN_FOLDER_VARIABLE, STORE_VARIABLE, read_count
 from grpo_core.schema import ConfigError, describe_exit
-from grpo_core.training.checkpoint import describe_resume, list_checkpoints
 
 PROGRAM = ("-m", "grpo_core")
 GRACE_SECONDS = 5.0  # from the first failure until the other ranks are killed: time to print their errors
@@ -80,6 +79,8 @@ def run_launch(processes: int, config: Path | None, overrides: Sequence[str]) ->
 
 def _advise_resume(note: Path) -> None:
     """Print from where a run that was ended from outside continues, if it has written a checkpoint."""
+    from grpo_core.training.checkpoint import describe_resume, list_checkpoints  # imports the training code: slow
+
     folder = Path(note.read_text(encoding="utf-8")) if note.exists() else None
     if folder and list_checkpoints(folder / "checkpoints"):
         print_error(describe_resume(folder))
