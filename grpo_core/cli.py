@@ -316,7 +316,8 @@ def evaluate(source: str, config: Path | None, overrides: tuple[str, ...], **opt
     type=click.IntRange(min=1),
     help="Longest answer, in tokens.  [default: sampling.max_new_tokens of the run]",
 )
-@click.option("--answer", help="Correct answer, for rewards that need the column answer.")
+@click.option("--answer", help="Correct answer, for rewards and environments that need the column answer.")
+@click.option("--row", type=click.IntRange(min=1), help="Answer this row of the evaluation data, with all its columns.")
 @click.option("--base", is_flag=True, help="Switch the adapter off, so that the base model answers.")
 @click.option("--raw", is_flag=True, help="Use the question as the whole prompt, without the run's template.")
 @click.option("--seed", type=int, default=0, help="Seed of the sampling.")

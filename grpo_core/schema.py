@@ -9,6 +9,7 @@ import math
 import numbers
 import operator
 import os
+import re
 import signal
 import sys
 import traceback
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from grpo_core import trl_names
+
+RAISED = re.compile(r"raised (\w+): .*\(([^()]+, line \d+)\)", re.S)  # as `summarize_error` writes it
+RETURNED = re.compile(r"returned .* for completion \d+", re.S)  # a reward's value that is no number
 
 GENERATED = ("builtin:", "reasoning_gym:")  # how a path of data begins that is generated, with a test split
 MAX_NAME_BYTES = 255  # of one file or folder; the limit of every common file system
@@ -57,6 +61,18 @@ def summarize_error(error: BaseException) -> str:
     kind, message = type(error).__name__, first_line(error)
     description = kind if message == kind else f"{kind}: {message}"
     return f"{description} ({Path(frame.filename).name}, line {frame.lineno})"
+
+
+def find_failure_kind(sentence: str) -> str:
+    """Return a sentence about a failure without the values in it, so that the same failure is known again.
+
+    An exception keeps its type and its line, a wrong value nothing.
+
+    >>> find_failure_kind("reward f raised ValueError: no number in 'x' (f.py, line 3)")
+    'reward f raised ValueError (f.py, line 3)'
+    """
+    sentence = RAISED.sub(r"raised \1 (\2)", sentence)
+    return RETURNED.sub("returned for completion", sentence)
 
 
 def describe_eval_rows(path: str, split: str, eval_path: str | None, eval_split: str | None) -> tuple[str, str]:

@@ -12,9 +12,10 @@ from test_boundary import FOLDER, tokenizer_of
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_core.batch import Task
+from grpo_core.commands.dry_run import _format_reward
 from grpo_core.commands.evaluate import _note_failures
 from grpo_core.commands.replay import run_replay
-from grpo_core.commands.sample import format_turns
+from grpo_core.commands.sample import describe_turns, format_turns
 from grpo_core.config.environment_functions import build_environment
 from grpo_core.config.files import load
 from grpo_core.data.encoding import apply_chat_template
@@ -24,6 +25,7 @@ from grpo_core.environments.interface import Turn
 from grpo_core.environments.scores import add_environment
 from grpo_core.environments.setup import Environments, find_parser
 from grpo_core.model.new_model import new_model
+from grpo_core.monitor.completion_rows import make_turn_columns
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 from grpo_core.scoring.scoring import Scores
@@ -310,6 +312,42 @@ def test_a_dry_run_shows_turns_and_refuses_an_environment_that_fails_on_a_whole_
     done = here("train", "--config", TINY, "--dry-run", *words)
     assert done.returncode == 2, done.stdout
     assert f"environment {game} raised ValueError: no letters (game.py, line 11), on all 8 completions of a group" in done.stderr
+
+
+def test_a_reward_that_failed_is_not_a_number_in_a_dry_run():
+    nan = float("nan")
+    scores = Scores(torch.tensor([[nan, 1.0, nan]]), {}, failed={"environment": torch.tensor([[True, False, False]])})
+    assert [_format_reward(scores, value, i, "environment") for i, value in enumerate([nan, 1.0, nan])] == ["failed", "1", "none"]
+    assert [_format_reward(scores, nan, i) for i in (0, 2)] == ["failed", "none"]
+    assert _format_reward(scores, nan, 0, "other") == "none"
+
+
+def test_sample_takes_a_row_of_the_evaluation_data(trained, capsys):
+    from grpo_core.commands.sample import run_sample
+
+    assert run_sample(str(trained), None, row=2, max_new_tokens=8) == 0
+    first, last = capsys.readouterr().out, (trained / "evaluation_completions.jsonl").read_text().splitlines()
+    assert json.loads(last[1])["prompt"].strip() in first and "not computed" not in first
+    for given, message in (
+        ({"row": 10**6}, r"--row is 1000000; the evaluation data, .*, has [\d,]+ rows"),
+        ({"row": 1, "answer": "3"}, "--row is 1 and --answer is given too"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_sample(str(trained), None, max_new_tokens=8, **given)
+    with pytest.raises(ConfigError, match="--row is 1 and QUESTION is given too"):
+        run_sample(str(trained), "What?", row=1)
+
+
+def test_the_last_line_of_sample_names_the_columns_that_a_row_lacks_and_an_answer_without_room():
+    task = Task(0, "p", [1], {"question": "q"})
+    failed = PlayedCompletion([PlayedTurn("1", "eos")], failure="raised KeyError: 'answer' (my_env.py, line 5)")
+    reason = "the environment raised KeyError: 'answer' (my_env.py, line 5); its row has the columns question, prompt"
+    assert describe_turns(failed, task)[-1] == f"{reason} (--answer adds answer, --row takes a row of the data with all columns)"
+    other = PlayedCompletion([PlayedTurn("1", "eos")], failure="took more than 3 s")
+    assert describe_turns(other, task)[-1] == "the environment took more than 3 s"
+    full = PlayedCompletion([PlayedTurn("1", "eos")], lacks_room=True)
+    assert describe_turns(full, task) == ["1 turn", "ended by an answer that does not fit (sampling.max_new_tokens)"]
+    assert make_turn_columns([other, full])["answer_without_room"] == [False, True]
 
 
 def test_sample_prints_turns_and_answers_apart():

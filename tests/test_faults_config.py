@@ -544,6 +544,16 @@ def test_n16_a_finished_run_does_not_go_on_at_learning_rate_0(rates, base, num_s
         check_num_steps(start, num_steps)
 
 
+def test_a_finished_sft_run_names_its_model_where_there_is_one(tmp_path):
+    meta = {"next_step": 10, "engine": {"schedule": {"_last_lr": [0.0], "base_lrs": [1e-4]}}}
+    start = RunStart(tmp_path, tmp_path / "checkpoints", meta, [], [])
+    with pytest.raises(ValueError, match=f"from its exported model .python -m grpo_core export {tmp_path}., or"):
+        check_num_steps(start, 14)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match=f"start a new run from its model .{tmp_path}/model., or"):
+        check_num_steps(start, 14)
+
+
 # --- N3 ------------------------------------------------------------------------------------------------------------
 
 

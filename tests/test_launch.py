@@ -19,12 +19,16 @@ TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 @pytest.fixture
 def started(monkeypatch):
     """Ends of the starts to come, and the overrides that each was given."""
+    return replace_ranks(monkeypatch, None)
+
+
+def replace_ranks(monkeypatch, folder):
     ends, given = [], []
 
     class Ranks:
         def __init__(self, processes, config, overrides, note):
             given.append(overrides)
-            note.write_text("/runs/tiny")
+            note.write_text(str(folder or "/runs/tiny"))
 
         def wait(self):
             return ends.pop(0)
@@ -48,6 +52,17 @@ def test_what_a_restart_would_not_mend_is_final(started, end):
     ends, given = started
     ends += [end]
     assert launch.run_launch(1, TINY, ["trainer.max_restarts=5"]) == end and len(given) == 1
+
+
+@pytest.mark.parametrize("code, writes", [(137, True), (137, False), (2, True), (143, True)])
+def test_a_run_that_was_ended_from_outside_says_from_where_it_continues(monkeypatch, tmp_path, capsys, code, writes):
+    (ends, _), step = replace_ranks(monkeypatch, tmp_path), tmp_path / "checkpoints" / "step-000004"
+    ends += [code]
+    if writes:
+        step.mkdir(parents=True)
+    assert launch.run_launch(1, TINY, []) == code
+    advice = f"grpo_core: resume={tmp_path} continues the run from step-000004\n"
+    assert capsys.readouterr().err == (advice if writes and code == 137 else "")
 
 
 def test_restarts_are_counted(started):

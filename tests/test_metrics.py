@@ -6,7 +6,7 @@ import torch
 
 from grpo_core.config.sections import AdvantageConfig, FunctionConfig, LossConfig, RewardConfig, RunConfig
 from grpo_core.monitor.aggregates import Stats
-from grpo_core.monitor.run_log import RunLog, find_user_files
+from grpo_core.monitor.run_log import RunLog, _format_step, describe_evaluation, find_user_files
 from grpo_core.schema import finite_or_none
 from grpo_core.training.eval_statistics import wilson_interval
 
@@ -38,6 +38,30 @@ def test_nothing_that_is_said_moves_the_cursor(tmp_path, capsys):
     assert capsys.readouterr().out == (
         "a\\x1b[31mred\\x07\\r\\u202e and\ntwo lines, ×\nwarning: once \\x1b]0;title\\x07\nwarning: more\n"
     )
+
+
+def test_an_exception_is_reported_once_by_type_and_line_whatever_its_message(tmp_path, capsys):
+    log = RunLog(tmp_path, RunConfig(), 0, 1)
+    log.warn(["environment e raised KeyError: 'a (b)' (e.py, line 3)"])
+    log.warn(["environment e raised KeyError: 'x, line 7' (e.py, line 3)", "environment e raised KeyError: 'a (b)' (e.py, line 4)"])
+    log.warn(["environment e raised ValueError: 'a (b)' (e.py, line 3)", "environment f raised KeyError: 'a (b)' (e.py, line 3)"])
+    log.warn(["reward r returned 'x' for completion 0; it must be None", "reward r returned 'y' for completion 5; it must be None"])
+    assert capsys.readouterr().out.splitlines() == [
+        "warning: environment e raised KeyError: 'a (b)' (e.py, line 3)",
+        "warning: environment e raised KeyError: 'a (b)' (e.py, line 4)",
+        "warning: environment e raised ValueError: 'a (b)' (e.py, line 3)",
+        "warning: environment f raised KeyError: 'a (b)' (e.py, line 3)",
+        "warning: reward r returned 'x' for completion 0; it must be None",
+    ]
+
+
+def test_lines_on_the_terminal_show_failures():
+    row = {"length": 8.0, "grad_norm": 1.0, "seconds": 1.0, "skipped": 0.0, "failed/environment": 0.344, "failed/f": 0.001, "failed/g": 0.0}
+    assert _format_step(row, []) == "length 8  failed: environment 34%, f under 1%  grad 1.000  1.0 s"
+    assert "failed" not in _format_step(row | {"failed/environment": 0.0, "failed/f": 0.0}, [])
+    result = {"accuracy": 0.5, "correct": 1, "n": 2, "ci_low": 0.1, "ci_high": 0.9, "failed": 0, "environment_failed": 3}
+    assert "the environment failed on 3" in describe_evaluation(result)
+    assert "failed" not in describe_evaluation(result | {"environment_failed": 0})
 
 
 def test_a_folder_that_is_no_runs_is_never_removed(tmp_path):

@@ -247,3 +247,28 @@ def test_rows_without_an_answer_are_left_out_where_asked(tmp_path, group, capsys
     held_out = write(tmp_path / "held_out.jsonl", [turns("1 + 1?", "#### 2")] * 4)
     sft.run_sft(configured(tmp_path, *words(path), f"data.eval_path={held_out}", "data.bad_rows=drop"))
     assert "1 row is left out of 10 rows, because data.bad_rows is drop: row 1 of the data: column 'messages' has no turn" in capsys.readouterr().out
+
+
+TOOLS = (
+    "{% for m in messages %}{{ m.role[0] | upper }}:{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}A:{% endif %}"
+)
+
+
+def test_the_longest_conversation_begins_with_a_first_turn_that_calls_a_tool(tmp_path, group, capsys, monkeypatch):
+    """The tokens of a call are behind the content, so that only the end of the turn tells what the assistant wrote."""
+    budgets, build_run = [], sft.build_run
+    monkeypatch.setattr(sft, "build_run", lambda *given: budgets.append(given[-1]) or build_run(*given))
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}]}
+    rows = [[{"role": "user", "content": "1 + 2?"}, call, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "#### 3"}]] * 8
+    (tmp_path / "tools.jinja").write_text(TOOLS)
+    path = write(tmp_path / "chats.jsonl", rows)
+    template = f"data.chat_template={tmp_path / 'tools.jinja'}"
+    sft.run_sft(configured(tmp_path, *words(path), template, f"data.eval_path={path}", "trainer.num_steps=1"))
+    tokenizer = load_tokenizer("builtin:tiny")
+    tokenizer.chat_template = TOOLS
+    ids, marks = encode_conversation(tokenizer, [*rows[0][:1], {**call, "content": ""}, *rows[0][2:]], CONFIG, {END}, END)
+    longest = len(ids) - marks.index(True)
+    assert longest > 30 and budgets == [longest]
+    assert f"up to {longest} of them from the assistant's first turn on" in capsys.readouterr().out

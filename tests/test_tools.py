@@ -2,17 +2,27 @@
 
 import asyncio
 import json
+import re
 
 import pytest
+from conftest import ROOT
 from test_boundary import FAMILIES, tokenizer_of
 
 from grpo_core.config.environment_functions import load_tools
+from grpo_core.config.sections import DataConfig
+from grpo_core.data.assistant_tokens import encode_conversation
+from grpo_core.data.encoding import offer_tools
+from grpo_core.data.messages import read_conversation
 from grpo_core.data.tool_schemas import make_schema
+from grpo_core.environments.boundary import Boundary
 from grpo_core.environments.interface import Turn, read_reply
+from grpo_core.environments.setup import find_parser
 from grpo_core.environments.tool_calls import parse_llama_3_json, parse_tagged_json, recognise_parser
 from grpo_core.environments.tools import Tools
+from grpo_core.model.loading import load_tokenizer
 from grpo_core.schema import ConfigError
 
+TEMPLATE = re.search(r"```text\n(.*?)```", (ROOT / "docs" / "environments.md").read_text(), re.S)[1]
 MINE = '''
 import asyncio
 from typing import Literal
@@ -292,3 +302,19 @@ def test_a_form_that_the_template_does_not_write_is_not_recognised():
     assert recognise_parser(template, "<tool_call>add(a=1)</tool_call>", "add") is None
     for tag_of_its_own in ("<function=", "<arg_key>"):
         assert recognise_parser(f"<tool_call>\n{tag_of_its_own}add>", None, "add") is None
+
+
+def test_the_chat_template_of_the_documents_describes_writes_and_answers_calls():
+    tokenizer, config = load_tokenizer("builtin:tiny"), DataConfig(prompt="chat", template="{messages}")
+    end = tokenizer.eos_token_id
+    tokenizer.chat_template = TEMPLATE.replace("<|im_end|>", tokenizer.eos_token)
+    assert find_parser(tokenizer, config) == "tagged_json"
+    Boundary(tokenizer, config, [end], role="tool")  # refuses a template that omits the answer
+    offer_tools(tokenizer, [{"type": "function", "function": {"name": "multiply"}}])
+    row = json.loads(re.search(r"```json\n(.*?)```", (ROOT / "docs" / "environments.md").read_text(), re.S)[1])
+    ids, marks = encode_conversation(tokenizer, read_conversation(row["messages"]), config, {end}, end)
+    text = tokenizer.decode(ids)
+    assert text.startswith("<|im_start|>system\n") and '"name": "multiply"' in text and "<|im_start|>tool\n357<|end|>" in text
+    trained = tokenizer.decode([token for token, mark in zip(ids, marks, strict=True) if mark])
+    call = '<tool_call>{"name": "multiply", "arguments": {"a": 7, "b": 51}}</tool_call>'
+    assert trained == f"{call}<|end|>#### 357<|end|>" and parse_tagged_json(trained)[0]["arguments"] == {"a": 7, "b": 51}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -333,16 +334,26 @@ def describe_group(
     lines += scores.failures
     texts = [format_turns(played) for played in turns] or rollouts.completions
     for i, (text, length) in enumerate(zip(texts, rollouts.lengths().tolist(), strict=True)):
-        by_name = ", ".join(f"{name} {float(values[0, i]):.4g}" for name, values in scores.by_name.items())
+        by_name = ", ".join(
+            f"{name} {_format_reward(scores, float(values[0, i]), i, name)}" for name, values in scores.by_name.items()
+        )
         truncated = ", truncated" if rollouts.truncated[i] else ""
         ellipsis = " ..." if len(text) > MAX_SHOWN_CHARACTERS else ""
-        reward = f"reward {float(scores.rewards[0, i]):.4g} ({by_name}), " if by_name else ""
+        reward = f"reward {_format_reward(scores, float(scores.rewards[0, i]), i)} ({by_name}), " if by_name else ""
         lines += [f"({i + 1})  {reward}{quantify(length, 'token')}{truncated}"]
         lines += [f"     {line}" for line in f"{printable(text[:MAX_SHOWN_CHARACTERS])}{ellipsis}".splitlines()]
     scored = scores.rewards[~scores.rewards.isnan()]
     if len(scored) and scored.max() == scored.min():
         lines.append("all rewards are equal, so this group has advantage 0 and contributes no gradient")
     return "\n".join(lines), list_failures(config, task, rollouts.completions, scores)
+
+
+def _format_reward(scores: Scores, value: float, sample: int, name: str | None = None) -> str:
+    """Return a reward of a sample as text; the sum of all rewards without a name, which fails where any fails."""
+    if not math.isnan(value):
+        return f"{value:.4g}"
+    failed = [values for key, values in scores.failed.items() if name in (None, key)]
+    return "failed" if any(bool(values[0, sample]) for values in failed) else "none"
 
 
 def list_failures(config: RunConfig, task: Task, completions: Sequence[str], scores: Scores) -> list[str]:

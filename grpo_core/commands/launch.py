@@ -65,6 +65,8 @@ def run_launch(processes: int, config: Path | None, overrides: Sequence[str]) ->
         for restarts_left in range(loaded.trainer.max_restarts, -1, -1):
             code = _Ranks(processes, config, overrides, note).wait()
             if code in NO_RESTART_CODES or restarts_left == 0:
+                if code not in EXPLAINED_CODES:
+                    _advise_resume(note)
                 return code
             if note.exists():
                 others = [word for word in overrides if not word.startswith(("resume=", "overwrite="))]
@@ -73,6 +75,15 @@ def run_launch(processes: int, config: Path | None, overrides: Sequence[str]) ->
     finally:
         shutil.rmtree(scratch)
     raise AssertionError
+
+
+def _advise_resume(note: Path) -> None:
+    """Print from where a run that was ended from outside continues, if it has written a checkpoint."""
+    from grpo_core.training.checkpoint import describe_resume, list_checkpoints  # imports the training code: slow
+
+    folder = Path(note.read_text(encoding="utf-8")) if note.exists() else None
+    if folder and list_checkpoints(folder / "checkpoints"):
+        print_error(describe_resume(folder))
 
 
 def check_processes(processes: int) -> None:

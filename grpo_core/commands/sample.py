@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,10 +14,12 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import SamplingParams, Task
+from grpo_core.commands.evaluate import choose_source, load_problems
 from grpo_core.commands.open_policy import OpenedPolicy, open_source
 from grpo_core.counts import quantify
 from grpo_core.data.encoding import encode_prompts
 from grpo_core.data.prompts import list_template_fields, render_prompt
+from grpo_core.data.rows import name_split
 from grpo_core.environments.driver import PlayedCompletion
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.objective.rewards import REWARDS
@@ -67,16 +69,21 @@ def run_sample(
     overrides: Sequence[str] = (),
     *,
     max_new_tokens: int | None = None,
+    row: int | None = None,
     **fields: object,  # of AnswerSettings
 ) -> int:
     """Answer `question`, or questions from an interactive prompt if it is None. Returns 0.
 
+    With `row` the question is that row of the evaluation data, counted from 1, and the task has all its columns.
     Of several sources the template and the rewards are those of the first.
     `overrides` are as in `open_source`: model.path names a base model that has moved.
 
     Raises:
-        ConfigError: the source cannot be opened, has no adapter to switch off, or has a template with other columns.
+        ConfigError: the source cannot be opened, has no adapter to switch off, has no such row, or has a template with
+            other columns.
     """
+    if row is not None:
+        _check_row_alone(row, question, fields)
     overrides = [*overrides, *([f"sampling.max_new_tokens={max_new_tokens}"] if max_new_tokens else [])]
     opened = open_source(source, overrides, config=config, notify=partial(print, file=sys.stderr))
     whole = opened.config
@@ -86,13 +93,43 @@ def run_sample(
     if question is not None and not question.strip():
         raise ConfigError("the question is empty; leave it out to read questions from a prompt")
     try:
-        if question is None:
+        if row is not None:
+            task = load_row(opened, row, settings)
+            print(printable(task.prompt))
+            answer_task(opened, rewards, task, settings)
+        elif question is None:
             run_prompt(opened, rewards, settings)
         else:
             answer_question(opened, rewards, question, settings)
     finally:
         opened.close()
     return 0
+
+
+def _check_row_alone(row: int, question: str | None, fields: Mapping[str, object]) -> None:
+    """Refuse, beside --row, what the row has itself: the question, the answer, and the whole prompt."""
+    given = {"QUESTION": question, "--answer": fields.get("answer"), "--raw": fields.get("raw") or None}
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                f"--row is {row} and {name} is given too; the row has the whole question, so leave it out"
+            )
+
+
+def load_row(opened: OpenedPolicy, row: int, settings: AnswerSettings) -> Task:
+    """Return a row of the data that `evaluate` would answer, counted from 1, as a task with all columns.
+
+    Raises:
+        ConfigError: there is no such row.
+    """
+    chosen, eval_set = choose_source(opened, None)
+    tasks, description = load_problems(chosen, None, None, None, eval_set)
+    if row > len(tasks):
+        raise ConfigError(
+            f"--row is {row}; the evaluation data, {name_split(description['path'], description['split'])}, has "
+            f"{quantify(len(tasks), 'row')}"
+        )
+    return replace(tasks[row - 1], seed=make_key("sample", settings.seed))
 
 
 def run_prompt(opened: OpenedPolicy, rewards: Sequence[Reward], settings: AnswerSettings) -> None:
@@ -166,8 +203,12 @@ def _parse_temperature(value: str) -> float:
 
 
 def answer_question(opened: OpenedPolicy, rewards: Sequence[Reward], question: str, settings: AnswerSettings) -> None:
+    """Print the answers to a question; see `answer_task`."""
+    answer_task(opened, rewards, make_task(opened, question, settings), settings)
+
+
+def answer_task(opened: OpenedPolicy, rewards: Sequence[Reward], task: Task, settings: AnswerSettings) -> None:
     """Print the answers with their lengths and rewards: one answer while it is sampled, several in columns."""
-    task = make_task(opened, question, settings)
     turns: list[PlayedCompletion] = []
     with opened.policy.reference() if settings.base else nullcontext():
         if opened.environments is not None:
@@ -186,7 +227,7 @@ def answer_question(opened: OpenedPolicy, rewards: Sequence[Reward], question: s
     notes = [
         [
             f"{quantify(length, 'token')}{', truncated' if truncated else ''}",
-            *(describe_turns(turns[i]) if turns else []),
+            *(describe_turns(turns[i], task) if turns else []),
             *reward_notes[i],
         ]
         for i, (length, truncated) in enumerate(
@@ -213,13 +254,22 @@ def format_turns(played: PlayedCompletion) -> str:
     return "\n".join(parts)
 
 
-def describe_turns(played: PlayedCompletion) -> list[str]:
-    """Return the number of turns and calls of a completion, its environment's reward, and why it failed, as notes."""
+def describe_turns(played: PlayedCompletion, task: Task) -> list[str]:
+    """Return the number of turns and calls of a completion, its environment's reward, and why it ended or failed."""
     notes = [quantify(len(played.turns), "turn")]
     notes += [quantify(played.calls, "tool call")] if played.calls else []
     rewards = [turn.reward for turn in played.turns if turn.reward is not None]
     notes += [f"environment {sum(rewards):.4g}"] if rewards else []
-    return notes + ([f"the environment {played.failure}"] if played.failure else [])
+    notes += ["ended by an answer that does not fit (sampling.max_new_tokens)"] if played.lacks_room else []
+    if played.failure is None:
+        return notes
+    hint = ""
+    if played.failure.startswith("raised KeyError"):
+        names = ", ".join(dict.fromkeys([*task.columns, "prompt"]))
+        hint = (
+            f"; its row has the columns {names} (--answer adds answer, --row takes a row of the data with all columns)"
+        )
+    return [*notes, f"the environment {played.failure}{hint}"]
 
 
 def make_task(opened: OpenedPolicy, question: str, settings: AnswerSettings) -> Task:

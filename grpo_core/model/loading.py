@@ -12,6 +12,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -154,6 +155,14 @@ def load_whole_config(model: ModelConfig) -> PretrainedConfig:
             f"model.path is {model.path!r}, and it cannot be loaded: {first_line(error)}{_hub_hint(model.path)}"
         ) from error
     return config
+
+
+def load_generation_config(model: ModelConfig) -> GenerationConfig | None:
+    """Load the generation config of model.path; None if it has none that can be read, as the model would then have."""
+    try:
+        return GenerationConfig.from_pretrained(resolve_model_path(model.path), **at_revision(model.revision))
+    except OSError:
+        return None
 
 
 def find_text_config(config: PretrainedConfig) -> PretrainedConfig:

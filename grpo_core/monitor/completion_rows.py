@@ -32,7 +32,8 @@ def make_turn_columns(turns: Sequence[Any]) -> dict[str, list[Any]]:
     """Return the columns that records of turns add to the rows of completions, one value per completion each.
 
     `turns` are those of environments/driver.py; without any there are no columns. `environment_failure` says why the
-    environment failed, as a verb phrase, or is null.
+    environment failed, as a verb phrase, or is null; `answer_without_room` whether an answer that does not fit into the
+    completion has ended it.
     """
     if not turns:
         return {}
@@ -41,6 +42,7 @@ def make_turn_columns(turns: Sequence[Any]) -> dict[str, list[Any]]:
         "tool_calls": [completion.calls for completion in turns],
         "given_tokens": [completion.given_tokens for completion in turns],
         "environment_failure": [completion.failure for completion in turns],
+        "answer_without_room": [completion.lacks_room for completion in turns],
     }
 
 

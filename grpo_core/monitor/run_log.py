@@ -31,7 +31,7 @@ from grpo_core.monitor.progress import LOG_DELAY, keep_refreshing
 from grpo_core.monitor.source_stats import add_source_stats
 from grpo_core.monitor.trackers import Trackers
 from grpo_core.report.eval_sets import label_set, split_sets
-from grpo_core.schema import finite_or_none, printable
+from grpo_core.schema import find_failure_kind, finite_or_none, printable
 from grpo_core.scoring.scoring import Scores
 
 SHOWN_KLS = ("kl", "teacher_kl", "teacher_kl_exact")  # on the terminal
@@ -56,7 +56,7 @@ class RunLog:
         self.bar: tqdm | None = None
         self._steps_taken, self._phase = start_step, "starting"
         self._last_line = self.started  # when the last line was printed
-        self._warnings: set[str] = set()  # those printed so far
+        self._warnings: set[str] = set()  # kinds of those printed so far
         self._unwritten: dict[str, str] = defaultdict(str)  # file -> its rows that are not on the disk yet
         self._cannot_write = False
         self.trackers: Trackers | None = None
@@ -229,13 +229,17 @@ class RunLog:
             sys.stdout.flush()
 
     def warn(self, sentences: Sequence[str]) -> None:
-        """Print the warnings of all ranks, each sentence once in a run. A collective."""
+        """Print the warnings of all ranks, each kind of failure and each other sentence once. A collective.
+
+        The message of an exception may hold the text of a completion, so every step would have another sentence.
+        """
         if not ranks.all_max(torch.tensor(float(len(sentences)), device="cpu")):
             return
         everywhere = {sentence for part in ranks.gather(list(sentences)) for sentence in part}
-        for sentence in sorted(everywhere - self._warnings):
-            self._warnings.add(sentence)
-            self.info(f"warning: {sentence}")
+        for sentence in sorted(everywhere):
+            if (kind := find_failure_kind(sentence)) not in self._warnings:
+                self._warnings.add(kind)
+                self.info(f"warning: {sentence}")
 
     def close(self) -> None:
         if self.bar is not None:
@@ -321,6 +325,8 @@ def describe_evaluation(result: dict[str, float]) -> str:
     )
     loss = f", loss {result['loss']:.4f} nats a token" if result.get("loss") is not None else ""
     failed = f"; the reward failed on {result['failed']}" if result.get("failed") else ""
+    if number := result.get("environment_failed"):
+        failed += f"; the environment failed on {number}"
     return (
         f"accuracy {result['accuracy']:.1%} ({result['correct']:,} of {result['n']:,}, "
         f"95 % interval {result['ci_low']:.1%} to {result['ci_high']:.1%}{sampling}{failed}){loss}"
@@ -355,10 +361,18 @@ def _format_step(row: dict[str, float], rewards: list[str]) -> str:
     return (
         (f"{by_reward.strip()}  " if by_reward else "")
         + f"length {row['length']:.0f}"
+        + _format_failures(row)
         + "".join(f"  {name} {format_fixed(row[name], 4)}" for name in SHOWN_KLS if name in row)
         + f"  grad {row['grad_norm']:.3f}  {row['seconds']:.1f} s"
         + ("  update skipped: gradient not finite" if row["skipped"] else "")
     )
+
+
+def _format_failures(row: dict[str, float]) -> str:
+    """Return the share of completions on which each reward, or the environment, failed; "" without failures."""
+    shares = {key.removeprefix("failed/"): row[key] for key in row if key.startswith("failed/") and row[key] > 0}
+    parts = [f"{name} {share:.0%}" if share >= 0.01 else f"{name} under 1%" for name, share in shares.items()]
+    return f"  failed: {', '.join(parts)}" if parts else ""
 
 
 def _truncate(path: Path, last_step: int) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_core.schema import ConfigError
 
@@ -17,9 +17,16 @@ def find_eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     Raises:
         ConfigError: there is none, or one of them is no token id of the model.
     """
-    check_eos_ids(model.config, model.config, "config.json")
-    check_eos_ids(model.generation_config, model.config, "generation_config.json")
-    ids = _eos_ids_of(model.generation_config) | _eos_ids_of(model.config) | _eos_ids_of(tokenizer)
+    return find_eos_ids_of(model.generation_config, model.config, tokenizer)
+
+
+def find_eos_ids_of(
+    generation_config: GenerationConfig | None, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> set[int]:
+    """Return every token id that ends a completion of a model with these configurations; see `find_eos_ids`."""
+    check_eos_ids(config, config, "config.json")
+    check_eos_ids(generation_config, config, "generation_config.json")
+    ids = _eos_ids_of(generation_config) | _eos_ids_of(config) | _eos_ids_of(tokenizer)
     if not ids:
         raise ConfigError(
             "neither the model nor its tokenizer has an end-of-sequence token, so no completion would ever end; set "

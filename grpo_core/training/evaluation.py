@@ -39,14 +39,14 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Sample one completion per task and measure the accuracy over all ranks; a reward of 1.0 counts as correct.
 
-    Return a mapping with accuracy, correct, n, ci_low, ci_high (Wilson, 95 %) and failed, the number of tasks on which
-    the reward failed; and, on the main rank, one row per completion of the first `num_rows` tasks. A task that cannot
-    be scored counts as wrong. Unless sampling is greedy, the mapping also holds the sampling settings, and
-    the noise of a task depends only on its key and row.
+    Return a mapping with accuracy, correct, n, ci_low, ci_high (Wilson, 95 %), failed, the number of tasks on which the
+    reward failed, and with environments environment_failed, the number on which they failed; and, on the main rank, one
+    row per completion of the first `num_rows` tasks. A task that cannot be scored counts as wrong. Unless sampling is
+    greedy, the mapping also holds the sampling settings, and the noise of a task depends only on its key and row.
     """
     indexed = [(i, replace(task, seed=_make_task_key(task))) for i, task in enumerate(tasks)]
     mine = sorted(indexed[ranks.rank() :: ranks.world_size()], key=lambda pair: len(pair[1].prompt_ids))
-    counts = torch.zeros(2, device="cpu")  # correct, failed
+    counts = torch.zeros(3, device="cpu")  # correct, failed, failed environments
     failures, rows = [], []
     name = tasks[0].eval_set if tasks else ""
     with progress_bar(len(tasks), f"evaluating{f' {name}' if name else ''}", "task") as progress:
@@ -56,16 +56,20 @@ def evaluate(
             scores = score([Reward(REWARD_NAME, 1.0, reward)], part, rollouts.completions, 1)
             failures += [*scores.failures, *(environments.list_problems(turns) if environments else ())]
             correct = scores.rewards.flatten() == 1.0
-            counts += torch.stack([correct.sum(), scores.failed[REWARD_NAME].sum()])
+            broken = torch.tensor(sum(played.failure is not None for played in turns))
+            counts += torch.stack([correct.sum(), scores.failed[REWARD_NAME].sum(), broken])
             columns = {"correct": correct.tolist(), **make_turn_columns(turns)}
             part_rows = completion_rows(part, rollouts, columns, first_sample=None)
             rows += [(i, row) for i, row in zip(indices, part_rows, strict=True) if i < num_rows]
             seen = min(start + batch_size, len(mine))
             progress.update(len(tasks) * seen // len(mine) - progress.count)  # as if the other ranks were as fast
     warn(failures)
-    right, failed = map(int, ranks.all_sum(counts).tolist())
+    right, failed, num_broken = map(int, ranks.all_sum(counts).tolist())
     all_rows = sorted((row for part in ranks.gather(rows) for row in part), key=lambda pair: pair[0])
-    return _summarise(right, failed, len(tasks), settings), [row for _, row in all_rows]
+    result = _summarise(right, failed, len(tasks), settings)
+    if environments is not None:
+        result["environment_failed"] = num_broken
+    return result, [row for _, row in all_rows]
 
 
 def _summarise(right: int, failed: int, count: int, settings: SamplingParams) -> dict[str, float]:

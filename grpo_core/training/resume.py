@@ -86,12 +86,18 @@ def check_num_steps(start: RunStart, num_steps: int) -> None:
     schedule = start.meta.get("engine", {}).get("schedule", {})
     has_ended = any(schedule.get("base_lrs", [1.0])) and not any(schedule.get("_last_lr", [1.0]))
     if start.step and num_steps > start.step and has_ended:
+        model = start.folder / "model"  # of sft without an adapter
+        source = f"its model ({model})" if model.is_dir() else _advise_export(start.folder)
         raise ConfigError(
             f"trainer.num_steps is {num_steps}, but the run in {start.folder} has finished its "
             f"{quantify(start.step, 'step')}, and "
-            f"its learning rate is 0; start a new run from its exported model (python -m grpo_core export "
-            f"{start.folder}), or train a longer run from the start under another name"
+            f"its learning rate is 0; start a new run from {source}, or train a longer run from the start under "
+            f"another name"
         )
+
+
+def _advise_export(folder: Path) -> str:
+    return f"its exported model (python -m grpo_core export {folder})"
 
 
 def restore_run(run: Run, start: RunStart) -> None:

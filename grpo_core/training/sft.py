@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_core.batch import Rollouts, Task, TrainBatch
 from grpo_core.config.precision import DTYPES, dtype_name
-from grpo_core.config.sections import RunConfig, use_supervised_objective
+from grpo_core.config.sections import DataConfig, RunConfig, use_supervised_objective
 from grpo_core.counts import quantify
 from grpo_core.data.encoding import find_turn_end
 from grpo_core.data.eval_sets import group_by_set, load_eval_sets, name_set
@@ -25,6 +25,7 @@ from grpo_core.data.rows import name_split
 from grpo_core.data.tasks import select_source
 from grpo_core.data.tasks_on_disk import split_into_parts
 from grpo_core.distributed import ranks, signals
+from grpo_core.model.loading import load_generation_config
 from grpo_core.model.new_model import new_model
 from grpo_core.model.policy import load_policy, wrap
 from grpo_core.monitor import run_lock
@@ -32,7 +33,7 @@ from grpo_core.monitor.aggregates import Stats
 from grpo_core.monitor.alerts import Alerts
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.random_keys import make_key
-from grpo_core.sampling.end_of_sequence import find_eos_ids
+from grpo_core.sampling.end_of_sequence import find_eos_ids, find_eos_ids_of
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, run_dir
 from grpo_core.training.freeze import forward_all
@@ -99,8 +100,9 @@ def setup(config: RunConfig) -> tuple[Run, PreTrainedTokenizerBase, MakeTargets]
     column = find_conversations(config, prepared.tasks)
     longest = longest_whole = 0
     if column:
+        ends = _find_ends_before_loading(config, prepared, base)
         prepared, longest, longest_whole = choose_conversations(
-            prepared, column, config.data, _name_source_of_tasks(config)
+            prepared, column, config.data, _name_source_of_tasks(config), *ends
         )
     check_num_steps(run_start, count_steps(config, len(prepared.tasks), config.trainer.completions_per_step))
     note_tasks(config, prepared, config.trainer.completions_per_step)
@@ -166,9 +168,7 @@ def find_target_maker(run: Run, tokenizer: PreTrainedTokenizerBase, column: str 
     """Return the function that builds the targets: the conversations of `column`, or those of sft.targets."""
     config, device = run.config, run.sampler.device
     eos_ids = find_eos_ids(run.policy.causal_lm, tokenizer)
-    eos = find_turn_end(tokenizer, config.data, eos_ids)
-    if eos is None:
-        eos = min(eos_ids) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    eos = _choose_end(tokenizer, config.data, eos_ids)
 
     def make_targets(tasks: Sequence[Task]) -> tuple[Rollouts, Tensor]:
         if column is not None:
@@ -177,6 +177,23 @@ def find_target_maker(run: Run, tokenizer: PreTrainedTokenizerBase, column: str 
         return rollouts, rollouts.completion_mask
 
     return make_targets
+
+
+def _find_ends_before_loading(
+    config: RunConfig, prepared: Prepared, base: PreTrainedModel | None
+) -> tuple[set[int], int]:
+    """Return the tokens that end a completion, and the one that ends a target, before the weights are loaded."""
+    generation_config = base.generation_config if base else load_generation_config(config.model)
+    eos_ids = find_eos_ids_of(generation_config, prepared.model_config, prepared.tokenizer)
+    return eos_ids, _choose_end(prepared.tokenizer, config.data, eos_ids)
+
+
+def _choose_end(tokenizer: PreTrainedTokenizerBase, config: DataConfig, eos_ids: set[int]) -> int:
+    """Return the end of a target that the chat template does not end: its own, else the tokenizer's."""
+    eos = find_turn_end(tokenizer, config, eos_ids)
+    if eos is None:
+        eos = min(eos_ids) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    return eos
 
 
 def use_supervised_loss(config: RunConfig) -> RunConfig:

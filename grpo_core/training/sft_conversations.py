@@ -36,13 +36,18 @@ def find_answered_column(config: DataConfig, tasks: Sequence[Task]) -> str | Non
 
 
 def choose_conversations(
-    prepared: Prepared, column: str, config: DataConfig, name_sources: Sequence[Callable[[Task], str]]
+    prepared: Prepared,
+    column: str,
+    config: DataConfig,
+    name_sources: Sequence[Callable[[Task], str]],
+    eos_ids: Collection[int],
+    eos: int,
 ) -> tuple[Prepared, int, int]:
     """Return the tasks whose conversations can be trained, and two token counts of the longest ones.
 
     The first count begins with the assistant's first turn, the second is that of the whole conversation. data.bad_rows
     decides about the other tasks. `name_sources` name the source of a task for training and of one for evaluation in
-    messages.
+    messages. `eos_ids` and `eos` are as in `encode_conversation`: an end-of-sequence token tells where a turn ends.
 
     Raises:
         ConfigError: there are others and data.bad_rows is error; a conversation exceeds the model's positions; or a
@@ -60,7 +65,7 @@ def choose_conversations(
         trained: list[int] = []
         for place, task in enumerate(tasks):
             try:
-                length, whole = _measure(task, column, config, prepared, name_source)
+                length, whole = _measure(task, column, config, prepared, name_source, eos_ids, eos)
             except BadRow as error:
                 faults[task.index] = f"column {column!r} {error}"
             else:
@@ -73,7 +78,13 @@ def choose_conversations(
 
 
 def _measure(
-    task: Task, column: str, config: DataConfig, prepared: Prepared, name_source: Callable[[Task], str]
+    task: Task,
+    column: str,
+    config: DataConfig,
+    prepared: Prepared,
+    name_source: Callable[[Task], str],
+    eos_ids: Collection[int],
+    eos: int,
 ) -> tuple[int, int]:
     """Return the token counts of a conversation from the assistant's first turn on, and of the whole.
 
@@ -82,7 +93,7 @@ def _measure(
         ConfigError: the conversation exceeds the model's positions.
     """
     messages = read_conversation(task.columns[column])
-    ids, is_trained = encode_conversation(prepared.tokenizer, messages, config, (), 0)
+    ids, is_trained = encode_conversation(prepared.tokenizer, messages, config, eos_ids, eos)
     positions = getattr(prepared.model_config.get_text_config(), "max_position_embeddings", None) or math.inf
     if len(ids) > positions:
         raise ConfigError(
