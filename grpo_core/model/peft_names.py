@@ -1,4 +1,4 @@
-"""What grpo_core uses of PEFT, imported without bitsandbytes.
+"""This module imports what grpo_core uses of PEFT, without bitsandbytes.
 
 Where bitsandbytes is installed, peft.helpers imports it for one function, which takes more than a second of every
 start. PEFT is imported here as if it were not installed; afterwards both find it as usual.
