@@ -46,7 +46,7 @@ PLACES = {  # heavy dependency -> the modules that may import it
     "huggingface_hub": {"commands/export", "data/rows"},
     "safetensors": {"training/saved_batches", "model/composite", "training/checkpoint", "commands/export"},
     "triton": {
-        "sampling/kernels/decode_kernels", "sampling/kernels/attention_kernels", "sampling/kernels/state_kernels", "sampling/kernels/expert_kernels", "model/kernels",
+        "sampling/kernels/decode_kernels", "sampling/kernels/attention_kernels", "sampling/kernels/state_kernels", "sampling/kernels/expert_kernels", "model/kernels", "model/layer_kernels",
         "sampling/kernels/delta_net_kernels", "sampling/kernels/row_attention_kernels", "sampling/kernels/elementwise_kernels",
         "sampling/kernels/four_bit_kernels",
         "sampling/kernels/product_kernels",

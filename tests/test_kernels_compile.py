@@ -23,6 +23,7 @@ from offline_compiler import compiling_for
 from triton.runtime.jit import JITFunction
 
 from grpo_core.model import kernels as update_kernels
+from grpo_core.model import layer_kernels
 from grpo_core.sampling.kernels import (
     delta_net_kernels,
     elementwise_kernels,
@@ -153,6 +154,14 @@ def compile_update(dtype):
     update_kernels.silu_mul_backward(gate, gate, update_kernels.silu_mul(gate, gate))
     for with_gradient in (False, True):
         update_kernels.softmax_statistics(empty(256, 152_064, dtype=dtype), torch.zeros(256, dtype=torch.int64), 1.0, with_gradient)
+    for width, columns, gating in ((5376, 5376, "none"), (128, 4096, "after"), (8192, 8192, "before"), (16384, 16384, "before")):
+        x, gate = (empty(4, columns, dtype=dtype).requires_grad_() for _ in range(2))
+        out = layer_kernels.Norm.apply(x, None if gating == "none" else gate, empty(columns, dtype=dtype), width, 1e-6, 1.0, gating)
+        out.backward(torch.ones_like(out))
+    for bias in (None, empty(6144, dtype=dtype)):
+        x = empty(2, 100, 6144, dtype=dtype).transpose(1, 2).requires_grad_()
+        out = layer_kernels.CausalConvolution.apply(x, empty(6144, 4, dtype=dtype), bias, bias is None)
+        out.backward(torch.ones_like(out))
 
 
 PARTS = [compile_decoder, compile_attention, compile_products_in_4_bits, compile_experts, compile_modules, compile_update]
@@ -171,7 +180,7 @@ def check(part, capability, dtype, monkeypatch):
 def name_kernels():
     """The kernels of the package that are started from Python, by the files that have them."""
     names = set()
-    for file in [*(ROOT / "grpo_core" / "sampling" / "kernels").glob("*_kernels.py"), ROOT / "grpo_core" / "model" / "kernels.py"]:
+    for file in [*(ROOT / "grpo_core" / "sampling" / "kernels").glob("*_kernels.py"), *(ROOT / "grpo_core" / "model").glob("*kernels.py")]:
         text = file.read_text()
         module = importlib.import_module(".".join(Path(file).relative_to(ROOT).with_suffix("").parts))
         names |= {name for name, value in vars(module).items() if isinstance(value, JITFunction) and f"{name}[" in text}

@@ -9,11 +9,13 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from test_sampler import MODELS
+from tiny_models import make_config, make_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
 from grpo_core.model import fast_layers
-from grpo_core.model.families import FAMILIES, head_dim
+from grpo_core.model.families import FAMILIES, UNADAPTABLE, head_dim
+from grpo_core.model.optional_kernels import find_optional_kernels, use_convolution_kernel
 
 KERNELS = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -110,3 +112,70 @@ def test_the_kernels_are_their_definitions(device):
     torch.testing.assert_close(kernels.silu_mul(gate, up), fast_layers.silu_mul(gate, up))
     ours, want = (room.silu_mul_backward(grad, gate, up) for room in (kernels, fast_layers))
     torch.testing.assert_close(ours, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), *(["cpu"] if KERNELS else [])])
+@pytest.mark.parametrize("gating", ["none", "after", "before"])
+@pytest.mark.parametrize("columns, width", [(96, 96), (130, 65), (64, 16)])
+def test_the_norm_kernel_is_its_definition(device, columns, width, gating):
+    from grpo_core.model.layer_kernels import Norm
+
+    torch.manual_seed(0)
+    inputs = [torch.randn(5, 3, columns, device=device, requires_grad=True) for _ in range(1 if gating == "none" else 2)]
+    weight, eps, offset = torch.randn(columns, device=device), 1e-3, 0.5
+    x, gate = inputs[0], inputs[-1]
+    groups = (x * torch.nn.functional.silu(gate) if gating == "before" else x).unflatten(-1, (-1, width))
+    want = (groups * (groups.square().mean(-1, keepdim=True) + eps).rsqrt()).flatten(-2) * (offset + weight)
+    want = want * torch.nn.functional.silu(gate) if gating == "after" else want
+    ours = Norm.apply(x, None if gating == "none" else gate, weight, width, eps, offset, gating)
+    grad = torch.randn_like(ours)
+    results = [[y, *torch.autograd.grad(y, inputs, grad)] for y in (ours, want)]
+    torch.testing.assert_close(*results, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), *(["cpu"] if KERNELS else [])])
+@pytest.mark.parametrize("channels, taps, length, has_bias, activation", [
+    (70, 4, 37, True, "silu"), (64, 3, 70, False, None), (5, 4, 2, False, "silu"), (65, 2, 33, True, None),
+])  # fmt: skip
+def test_the_convolution_kernel_is_its_definition(device, channels, taps, length, has_bias, activation):
+    from grpo_core.model.layer_kernels import CausalConvolution
+
+    torch.manual_seed(0)
+    x = torch.randn(3, channels, length, device=device, requires_grad=True)
+    weight, bias = torch.randn(channels, taps, device=device), torch.randn(channels, device=device) if has_bias else None
+    want = torch.nn.functional.conv1d(x, weight[:, None], bias, padding=taps - 1, groups=channels)[..., :length]
+    want = want if activation is None else torch.nn.functional.silu(want)
+    ours = CausalConvolution.apply(x, weight, bias, activation is not None)
+    grad = torch.randn_like(ours)
+    results = [[y, *torch.autograd.grad(y, x, grad)] for y in (ours, want)]
+    torch.testing.assert_close(*results, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name, norms", [
+    ("qwen3_5_text", {"Qwen3_5RMSNorm", "Qwen3_5RMSNormGated"}), ("gemma3_text", {"Gemma3RMSNorm"}),
+    ("granitemoehybrid", {"GraniteMoeHybridRMSNormGated"}), ("olmo_hybrid", {"OlmoHybridRMSNormGated"}), ("falcon_h1", set()),
+])  # fmt: skip
+def test_norms_and_convolutions_of_a_gpu_compute_the_same_with_the_same_gradient(name, norms, monkeypatch):
+    """In float32, against the model's own functions on a CPU."""
+    torch.manual_seed(0)
+    theirs = make_model(make_config(name, 64))
+    theirs = get_peft_model(theirs, PeftLoraConfig(r=4, target_modules="all-linear", exclude_modules=UNADAPTABLE.get(name)))
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if "lora_B" in key or parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    ids = torch.arange(2, 92).view(2, 45) % 64
+    results, ours = [], copy.deepcopy(theirs).cuda()
+    fast_layers.install(ours)
+    assert norms <= replaced(ours)
+    for kernel in find_optional_kernels(ours):
+        monkeypatch.setattr(kernel.file, kernel.name, kernel.function)  # restored after the test
+    for model in (theirs, ours):
+        if model is ours:
+            use_convolution_kernel(ours, lambda: ours(ids.cuda()))
+        logits = model.eval()(ids.to(model.device)).logits
+        results.append([x.cpu() for x in (logits, *torch.autograd.grad(torch.sin(logits).sum(), [p for p in model.parameters() if p.requires_grad]))])
+    torch.testing.assert_close(*results, atol=2e-3, rtol=1e-3)
+    kernels = [kernel.function for kernel in find_optional_kernels(ours) if kernel.name == "causal_conv1d_fn"]
+    assert all(hasattr(function, "for_other_calls") for function in kernels) and bool(kernels) == (name != "gemma3_text")

@@ -100,7 +100,7 @@ def test_the_check_comes_before_the_first_update(monkeypatch):
     from grpo_core.model.policy import Policy
 
     policy = Policy(make_model(make_config("qwen3_5_text", 64)))
-    monkeypatch.setattr(Policy, "drop_wrong_kernels", lambda self: ["a kernel is wrong"])
+    monkeypatch.setattr(Policy, "choose_kernels", lambda self: ["a kernel is wrong"])
     sentences = []
     memory.find_budgets(RunConfig(), policy, (8, 8), 4, sentences.append)
     assert "a kernel is wrong" in sentences

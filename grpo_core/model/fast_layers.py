@@ -2,7 +2,7 @@
 
 `install` replaces the forward of LoRA linear layers, RMSNorm layers and gated MLPs, after comparisons with the model
 as it was loaded have shown the same outputs: of each kind of layer on random numbers, and of the whole model. All other
-modules stay as they are.
+modules stay as they are. Norms that multiply by 1 + w, or by a gate, are replaced on a GPU alone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from grpo_core.model.families import FAMILIES
 from grpo_core.model.quantized import QuantizedLinear, QuantizedWeight, dequantize
 from grpo_core.model.trial import is_same, keep_if_same, without_trace
 
+MAX_NORM = 16384  # columns of a norm that a kernel computes
 TOLERANCE, ROUGH_TOLERANCE = 1e-4, 0.03  # relative, of one layer: tighter than those of a whole model in trial.py
-MLP_CLASSES = {family.mlp_class for family in FAMILIES.values()}
+MLP_CLASSES = {family.mlp_class for family in FAMILIES.values()} | {"Qwen3NextMLP", "Qwen3_5MLP"}
 
 
 def install(model: nn.Module) -> None:
@@ -103,6 +104,48 @@ def make_norm_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def make_offset_norm_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return a forward that computes x / rms(x) * (1 + weight) in one operation on a GPU, for a frozen weight."""
+    original = type(module).forward
+
+    def forward(x: Tensor) -> Tensor:
+        if not _fits_kernel(module, x):
+            return original(module, x)
+        from grpo_core.model.layer_kernels import Norm
+
+        return Norm.apply(x, None, module.weight, x.shape[-1], module.eps, 1.0, "none")
+
+    return forward
+
+
+def make_gated_norm_forward(module: nn.Module) -> Callable[..., Tensor]:
+    """Return a forward that computes a norm of groups of columns and its gate in one operation on a GPU.
+
+    The weight must be frozen. The gate's silu is multiplied after the norm, or before it.
+    """
+    original = type(module).forward
+    has_groups = hasattr(module, "group_size")
+    gating = "before" if has_groups or not getattr(module, "norm_before_gate", True) else "after"
+
+    def forward(x: Tensor, gate: Tensor | None = None) -> Tensor:
+        width = module.group_size if has_groups else x.shape[-1] // getattr(module, "n_groups", 1)
+        if gate is None or gate.shape != x.shape or not _fits_kernel(module, x, width):
+            return original(module, x, gate)
+        from grpo_core.model.layer_kernels import Norm
+
+        return Norm.apply(x, gate, module.weight, width, module.variance_epsilon, 0.0, gating)
+
+    return forward
+
+
+def _fits_kernel(module: nn.Module, x: Tensor, width: int | None = None) -> bool:
+    """Return whether `layer_kernels.Norm` computes the norm of x, in groups of `width` columns."""
+    width = width or x.shape[-1]
+    has_dtype = x.dtype == module.weight.dtype and x.dtype != torch.float64
+    is_trained = torch.is_grad_enabled() and module.weight.requires_grad
+    return x.is_cuda and has_dtype and not is_trained and x.numel() > 0 and width <= MAX_NORM
+
+
 def make_mlp_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return a forward for down(silu(gate(x)) * up(x)); the backward pass recomputes silu instead of storing it."""
     return lambda x: module.down_proj(_SiluMul.apply(module.gate_proj(x), module.up_proj(x)))
@@ -184,11 +227,30 @@ def _is_norm(module: nn.Module) -> bool:
     )
 
 
+def _is_offset_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "eps") and _is_on_gpu(module)
+
+
+def _is_gated_norm(module: nn.Module) -> bool:
+    is_named = type(module).__name__.endswith(("RMSNormGated", "GatedRMSNorm"))
+    return is_named and hasattr(module, "variance_epsilon") and _is_on_gpu(module)
+
+
+def _is_on_gpu(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "weight", None), Tensor) and module.weight.is_cuda
+
+
 def _is_mlp(module: nn.Module) -> bool:
     return type(module).__name__ in MLP_CLASSES
 
 
-REPLACEMENTS = [(_is_lora, make_lora_forward), (_is_norm, make_norm_forward), (_is_mlp, make_mlp_forward)]
+REPLACEMENTS = [
+    (_is_lora, make_lora_forward),
+    (_is_gated_norm, make_gated_norm_forward),
+    (_is_norm, make_norm_forward),
+    (_is_offset_norm, make_offset_norm_forward),
+    (_is_mlp, make_mlp_forward),
+]
 
 
 @torch.no_grad()
@@ -198,8 +260,9 @@ def _computes_the_same(module: nn.Module, forward: Callable[[Tensor], Tensor], d
     first = next((layer for layer in module.modules() if isinstance(layer, QuantizedLinear)), None)
     width = weight.shape[-1] if first is None else first.in_features
     generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(3, width, generator=generator, device="cpu").to(weight.device, dtype)
+    x, gate = torch.randn(2, 3, width, generator=generator, device="cpu").to(weight.device, dtype)
+    inputs = (x, gate) if _is_gated_norm(module) else (x,)
     try:
-        return is_same(forward(x), module.forward(x), TOLERANCE, ROUGH_TOLERANCE)
+        return is_same(forward(*inputs), module.forward(*inputs), TOLERANCE, ROUGH_TOLERANCE)
     except Exception:  # a module of another kind with the same names
         return False

@@ -68,7 +68,7 @@ def find_budgets(
     """
     if policy.layout == "grid":  # find the layout now, while the model is in evaluation mode
         notify("the model's attention cannot be packed: every row is padded to the longest row of its micro-batch")
-    for sentence in policy.drop_wrong_kernels():
+    for sentence in policy.choose_kernels():
         notify(sentence)
     fixed, checkpointing = config.trainer.tokens_per_micro_batch, config.model.gradient_checkpointing
     if not torch.cuda.is_available():

@@ -4,10 +4,13 @@ transformers uses a package's function instead of its own wherever the package c
 GPU, or compute wrong gradients with a version of Triton. So before the first forward with a gradient each of these
 functions is called as the model calls it, and its outputs and gradients are compared with those of transformers' own
 function, which is slower. One that fails or differs is replaced by transformers' own in this process.
+
+Without causal-conv1d, this package's own kernel computes the short convolutions on a GPU, after the same comparison.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -21,6 +24,9 @@ from grpo_core.model.trial import is_same
 from grpo_core.schema import summarize_error
 
 PACKAGES = ("fla", "causal_conv1d", "mamba_ssm")
+CONVOLUTION = "causal_conv1d_fn"
+SILU = ("silu", "swish")  # its names
+PACKED_ROWS = ("seq_idx", "cu_seqlens")  # arguments for rows that lie one behind the other
 GRADIENT_TOLERANCE, ROUGH_GRADIENT_TOLERANCE = 0.01, 0.1  # relative, of one function; rough: for 16 bits
 
 
@@ -35,9 +41,13 @@ class OptionalKernel(NamedTuple):
         """The function in use."""
         return getattr(self.file, self.name)
 
+    def use(self, function: Callable) -> None:
+        """Use another function from now on."""
+        setattr(self.file, self.name, function)
+
     def use_own(self) -> None:
         """Use transformers' own function from now on."""
-        setattr(self.file, self.name, self.function.__wrapped__)
+        self.use(self.function.__wrapped__)
 
 
 def drop_wrong_kernels(model: nn.Module, forward: Callable[[], Any], packages: tuple[str, ...] = PACKAGES) -> list[str]:
@@ -57,6 +67,39 @@ def drop_wrong_kernels(model: nn.Module, forward: Callable[[], Any], packages: t
                 f"package {problem}"
             )
     return sentences
+
+
+def use_convolution_kernel(model: nn.Module, forward: Callable[[], Any]) -> None:
+    """Let the model's files compute short convolutions with `layer_kernels`, unless causal-conv1d is installed.
+
+    `forward` and the comparison are those of `drop_wrong_kernels`.
+    """
+    if importlib.util.find_spec("causal_conv1d"):
+        return
+    for kernel in find_optional_kernels(model):
+        if kernel.name == CONVOLUTION and not hasattr(kernel.function, "for_other_calls"):
+            call, function = _record_call(kernel, forward), make_convolution(kernel.function)
+            if call is not None and not _find_problem(function, *call):
+                kernel.use(function)
+
+
+def make_convolution(other: Callable) -> Callable:
+    """Return a function that convolves with a kernel on a GPU, for frozen weights; all other calls go to `other`."""
+
+    @functools.wraps(other)
+    def convolve(
+        x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **kwargs: Any
+    ) -> Tensor:
+        is_trained = torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in (weight, bias))
+        is_known = activation in (None, *SILU) and all(kwargs.get(name) is None for name in PACKED_ROWS)
+        if not x.is_cuda or x.dtype != weight.dtype or x.dtype == torch.float64 or is_trained or not is_known:
+            return other(x, weight, bias, activation=activation, **kwargs)
+        from grpo_core.model.layer_kernels import CausalConvolution
+
+        return CausalConvolution.apply(x, weight, bias, activation is not None)
+
+    convolve.for_other_calls = other
+    return convolve
 
 
 def find_optional_kernels(model: nn.Module) -> list[OptionalKernel]:
@@ -81,12 +124,12 @@ def _record_call(kernel: OptionalKernel, forward: Callable[[], Any]) -> tuple[tu
         calls.append((args, kwargs))
         return function.__wrapped__(*args, **kwargs)
 
-    setattr(kernel.file, kernel.name, record)
+    kernel.use(record)
     try:
         with torch.no_grad():
             forward()
     finally:
-        setattr(kernel.file, kernel.name, function)
+        kernel.use(function)
     return calls[0] if calls else None
 
 

@@ -33,7 +33,7 @@ from grpo_core.model.logprobs import (
     token_divergence,
     token_logprobs,
 )
-from grpo_core.model.optional_kernels import drop_wrong_kernels
+from grpo_core.model.optional_kernels import drop_wrong_kernels, use_convolution_kernel
 from grpo_core.model.packing import Budget, Layout, Packing, Plan, pack_routed_experts, plan
 from grpo_core.model.peft_names import BaseTunerLayer, PeftModel
 from grpo_core.model.quantized import count_weights
@@ -93,12 +93,18 @@ class Policy:
                 packed_attention.check_grid(self.causal_lm, self._hidden, self._body, self._rotations)
         return layout
 
-    def drop_wrong_kernels(self) -> list[str]:
-        """Stop using optional packages' functions that are wrong for this model; return a sentence for each."""
+    def choose_kernels(self) -> list[str]:
+        """Stop using optional packages' functions that are wrong for this model; return a sentence for each.
+
+        Where they leave it to torch, short convolutions are computed by a kernel on a GPU.
+        """
         size = self.causal_lm.config.get_text_config().vocab_size
         ids = torch.arange(packed_attention.LONG_ROW, device=self.causal_lm.device)[None] % size
         with evaluation_mode(self._modules):
-            return drop_wrong_kernels(self.causal_lm, lambda: self._body(ids, use_cache=False))
+            sentences = drop_wrong_kernels(self.causal_lm, lambda: self._body(ids, use_cache=False))
+            if ids.is_cuda:
+                use_convolution_kernel(self.causal_lm, lambda: self._body(ids, use_cache=False))
+        return sentences
 
     @cached_property
     def routers(self) -> Routers | None:
