@@ -29,11 +29,13 @@ from grpo_core.sampling.kernels import (
     elementwise_kernels,
     expert_kernels,
     four_bit_kernels,
+    product_kernels,
     row_attention_kernels,
     shared_memory,
     state_kernels,
 )
 from grpo_core.sampling.kernels.decode_kernels import TritonOps
+from grpo_core.sampling.kernels.product_kernels import whole
 from grpo_core.sampling.modules.delta_net import DeltaInputs, DeltaWeights
 
 SHARED_KB = {75: 64, 80: 163, 86: 99, 89: 99, 120: 99}  # compute capability -> shared memory of a block, CUDA C++ guide
@@ -50,7 +52,11 @@ def compile_decoder(dtype):
     ops.add_norm(x, x, weight, 1e-6)
     ops.add_norm(x, x, weight, 1e-6, delta_weight=weight, offset=1.0, delta_scale=0.5)
     for activation in ("silu", "gelu_tanh"):
-        ops.gate_mul(empty(32, 2 * 18_944, dtype=dtype), activation)
+        for gate_up in (empty(32, 2 * 18_944, dtype=dtype), whole(empty(32, 2 * 18_944, dtype=dtype))):
+            ops.gate_mul(gate_up, activation)
+    for rows in (1, 32, 64):
+        product = product_kernels.multiply(empty(rows, 3584, dtype=dtype), empty(4608 + 48, 3584, dtype=dtype), None, empty(48, 4608, dtype=dtype), [16] * 3)
+        ops.gate_mul(product, "silu")
     state = torch.zeros(FIELDS, 32, dtype=torch.int64)
     shapes = ((torch.float64, 32, 256), (torch.int64, 32, 256), (torch.float32, 32, 256), (torch.int64, 32), (torch.bool, 32))
     tables = Tables(*(torch.zeros(*shape, dtype=kind) for kind, *shape in shapes), eos=torch.ones(2, dtype=torch.int64))

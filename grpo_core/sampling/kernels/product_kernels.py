@@ -90,7 +90,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, ranks: S
     count = next((count for count in counts if blocks * count >= MIN_PROGRAMS), counts[-1])
     parts = torch.empty(count, rows, len(weight), dtype=torch.float32, device=x.device)
     block_r = max(16, triton.next_power_of_2(rows))
-    _multiply[(blocks, count)](
+    _multiply_parts[(blocks, count)](
         x.contiguous(), weight, parts, rows, len(weight), x.shape[1], x.shape[1] // count, block_r, BLOCK_N, BLOCK_K,
         num_warps=4, num_stages=6 if block_r <= 32 else 4,
     )  # fmt: skip
@@ -98,7 +98,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, ranks: S
 
 
 @triton.jit(do_not_specialize=["R", "N"])
-def _multiply(x, weight, out, R, N, K, SIZE, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _multiply_parts(x, weight, out, R, N, K, SIZE, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Store one part, SIZE of the K dimensions, of the sum of some outputs of all rows."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part, row = tl.program_id(1), tl.arange(0, BLOCK_R)
