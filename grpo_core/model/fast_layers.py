@@ -8,7 +8,7 @@ modules stay as they are. Norms that multiply by 1 + w, or by a gate, are replac
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,19 +28,21 @@ def install(model: nn.Module) -> None:
 
     A module whose forward was already replaced, by the model's own code or by another library, stays as it is.
     """
-    agrees: dict[tuple, bool] = {}
+    chosen: dict[tuple, Callable | None] = {}
     replacements: list[tuple[nn.Module, Callable]] = []
     with without_trace(model):
         model.eval()  # with dropout no two outputs would be equal
         for module in model.modules():
-            make_forward = next((make for applies, make in REPLACEMENTS if applies(module)), None)
-            if make_forward is None or "forward" in vars(module):
+            makers = tuple(make for applies, make in REPLACEMENTS if applies(module))
+            if not makers or "forward" in vars(module):
                 continue
             base = type(getattr(module, "base_layer", None))
-            key = (type(module), base, make_forward, getattr(module, "variance_epsilon", None))
-            if key not in agrees:
-                agrees[key] = _computes_the_same(module, make_forward(module), _dtype_of(module, model))
-            if agrees[key]:
+            key = (type(module), base, makers, getattr(module, "variance_epsilon", None))
+            if key not in chosen:
+                dtype = _dtype_of(module, model)
+                agreeing = (make for make in makers if _computes_the_same(module, make(module), dtype))
+                chosen[key] = next(agreeing, None)
+            if (make_forward := chosen[key]) is not None:
                 replacements.append((module, make_forward(module)))
 
     def replace() -> None:
@@ -118,17 +120,22 @@ def make_offset_norm_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def make_gated_norm_forward(module: nn.Module) -> Callable[..., Tensor]:
-    """Return a forward that computes a norm of groups of columns and its gate in one operation on a GPU.
+def make_norm_forward_with_gate_after(module: nn.Module) -> Callable[..., Tensor]:
+    """Return a forward that computes x / rms(x) * weight * silu(gate) in one operation on a GPU."""
+    return _make_gated_norm_forward(module, "after")
 
-    The weight must be frozen. The gate's silu is multiplied after the norm, or before it.
-    """
+
+def make_norm_forward_with_gate_before(module: nn.Module) -> Callable[..., Tensor]:
+    """Return a forward that computes y / rms(y) * weight of y = x silu(gate) in one operation on a GPU."""
+    return _make_gated_norm_forward(module, "before")
+
+
+def _make_gated_norm_forward(module: nn.Module, gating: Literal["after", "before"]) -> Callable[..., Tensor]:
+    """Return the forward of a gated norm with a frozen weight, which norms groups of columns by themselves."""
     original = type(module).forward
-    has_groups = hasattr(module, "group_size")
-    gating = "before" if has_groups or not getattr(module, "norm_before_gate", True) else "after"
 
     def forward(x: Tensor, gate: Tensor | None = None) -> Tensor:
-        width = module.group_size if has_groups else x.shape[-1] // getattr(module, "n_groups", 1)
+        width = getattr(module, "group_size", None) or x.shape[-1] // getattr(module, "n_groups", 1)
         if gate is None or gate.shape != x.shape or not _fits_kernel(module, x, width):
             return original(module, x, gate)
         from grpo_core.model.layer_kernels import Norm
@@ -246,7 +253,8 @@ def _is_mlp(module: nn.Module) -> bool:
 
 REPLACEMENTS = [
     (_is_lora, make_lora_forward),
-    (_is_gated_norm, make_gated_norm_forward),
+    (_is_gated_norm, make_norm_forward_with_gate_after),
+    (_is_gated_norm, make_norm_forward_with_gate_before),
     (_is_norm, make_norm_forward),
     (_is_offset_norm, make_offset_norm_forward),
     (_is_mlp, make_mlp_forward),
