@@ -7,7 +7,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from grpo_core.counts import quantify
 from grpo_core.data.columns import MISSING, read_path
 from grpo_core.data.csv_rows import read_csv_rows
 from grpo_core.data.gym_rows import make_gym_rows
+from grpo_core.data.parquet_rows import load_in_parts
 from grpo_core.data.rows_on_disk import CHUNK, JsonLines, MappedTable, Row, RowsOnDisk
 from grpo_core.data.word_problems import make_word_problems
 from grpo_core.random_keys import make_generator, make_key
@@ -313,16 +313,18 @@ def _read_with_datasets(path: str, subset: str | None, split: str) -> list[Row] 
         if any((local / name).is_file() for name in SAVED):
             return MappedTable(_read_saved(local, path, subset, split), path)
         if local.is_file():
-            kind = FORMATS[local.suffix]
-            table = load_dataset(kind, data_files=str(local), split="train", **_parquet_options(kind == "parquet"))
-            return MappedTable(table, path)
+            builder, split = load_dataset_builder(FORMATS[local.suffix], data_files=str(local)), "train"
+            if isinstance(builder, Parquet):
+                return MappedTable(load_in_parts(builder, split), path)
+            return MappedTable(load_dataset(FORMATS[local.suffix], data_files=str(local), split=split), path)
         builder = load_dataset_builder(path, subset)
         if local.is_dir():
             _refuse_mixed_formats(local, builder.config.data_files or {})
         if isinstance(builder, Csv):
             return _read_csv_split(builder.config, path, split)
-        options = _parquet_options(local.is_dir() and isinstance(builder, Parquet))
-        return MappedTable(load_dataset(path, subset, split=split, **options), path)
+        if local.is_dir() and isinstance(builder, Parquet):
+            return MappedTable(load_in_parts(builder, split), path)
+        return MappedTable(load_dataset(path, subset, split=split), path)
     except ConfigError:
         raise
     except Exception as error:  # datasets raises many types, all for data that cannot be loaded
@@ -358,16 +360,6 @@ def _read_saved(folder: Path, path: str, subset: str | None, split: str) -> Any:
         for part in parts
     ]
     return concatenate_datasets(tables) if len(tables) > 1 else tables[0]
-
-
-def _parquet_options(is_parquet: bool) -> dict[str, Any]:
-    """Return the options with which a local Parquet file is read in parts; by default much of it is in memory."""
-    from datasets.packaged_modules.parquet.parquet import ParquetConfig
-    from pyarrow.dataset import ParquetFragmentScanOptions
-
-    if not is_parquet or "fragment_scan_options" not in {x.name for x in fields(ParquetConfig)}:
-        return {}
-    return {"fragment_scan_options": ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)}
 
 
 def _find_downloaded(path: str) -> str | None:
