@@ -129,3 +129,33 @@ def test_a_run_with_a_stop_string_trains_evaluates_and_samples_with_it(tmp_path,
     assert (evaluated.returncode, sampled.returncode) == (0, 0), evaluated.stderr + sampled.stderr
 
 
+
+
+def decode_bytes(rows):
+    """Texts of rows of bytes, where a part of a character alone is a replacement character."""
+    return [bytes(row).decode(errors="replace") for row in rows]
+
+
+def decode_stripped(rows):
+    """Texts of rows of bytes without spaces around them, as SentencePiece decodes."""
+    return [text.strip() for text in decode_bytes(rows)]
+
+
+@pytest.mark.parametrize(("stop", "text", "decode"), [
+    ("b→", "a b→", decode_bytes),  # its last character is of three tokens
+    ("b ", "a b c", decode_stripped),  # a space alone has no text
+])  # fmt: skip
+def test_a_row_with_a_stop_string_is_reported_when_it_is_complete(stop, text, decode):
+    stops, ids = StopStrings([stop], decode), torch.tensor([list(text.encode())])
+    want = [stop in decode([ids[0, : n + 1].tolist()])[0] for n in range(ids.shape[1])]
+    assert [bool(stops.are_in(ids, torch.tensor([n + 1]))) for n in range(ids.shape[1])] == want and any(want)
+
+
+def test_only_rows_whose_newest_tokens_may_complete_a_stop_string_are_decoded():
+    decoded = []
+    stops = StopStrings(["x>"], lambda rows: decoded.extend(rows) or decode_bytes(rows))
+    ids, lengths = torch.tensor([list(b"abc"), list(b"ac>"), list(b"bx>")]), torch.tensor([3, 3, 3])
+    assert stops.are_in(ids, lengths).tolist() == [False, False, True]
+    decoded.clear()
+    assert stops.are_in(ids, lengths).tolist() == [False, False, True]
+    assert list(b"abc") not in decoded and list(b"ac>") in decoded

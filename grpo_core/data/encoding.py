@@ -14,6 +14,7 @@ from grpo_core.counts import quantify
 
 PROBE = "a"  # a text that every tokenizer can encode
 TOOLS_ATTRIBUTE = "offered_tools"  # of a tokenizer
+MARKS_ATTRIBUTE = "marks_beginnings"  # of a tokenizer
 REPLY = "reply"  # a turn of the assistant, of which the end is looked for
 ANCHORS = ("\n", "a", "=", "1", ".")  # texts in front of a target, one of which does not merge with its beginning
 
@@ -165,9 +166,17 @@ def encode_continuations(
 
 
 def _marks_beginnings(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return True if a text is encoded in another way at the beginning than behind a line break."""
-    rows = tokenizer([f"\n{PROBE}", "\n", PROBE], add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    return rows[0] != rows[1] + rows[2]
+    """Return True if a text is encoded in another way at the beginning than behind a line break.
+
+    It is looked up once and belongs to the tokenizer: environments ask for each answer.
+    """
+    marks: bool | None = getattr(tokenizer, MARKS_ATTRIBUTE, None)
+    if marks is None:
+        texts = [f"\n{PROBE}", "\n", PROBE]
+        rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        marks = rows[0] != rows[1] + rows[2]
+        setattr(tokenizer, MARKS_ATTRIBUTE, marks)
+    return marks
 
 
 def _encode_behind_anchor(encode: Callable[[Sequence[str]], list[list[int]]], text: str, alone: list[int]) -> list[int]:

@@ -21,4 +21,6 @@ def decode_completions(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], hidden: Collection[int]
 ) -> list[str]:
     """Return the texts of rows of token ids, without the ids in `hidden`."""
+    if not rows:
+        return []  # batch_decode takes an empty list for one row
     return tokenizer.batch_decode([[i for i in row if i not in hidden] for row in rows], skip_special_tokens=False)

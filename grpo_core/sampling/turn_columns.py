@@ -50,19 +50,25 @@ class TurnColumns:
         drawn = host[DRAWN, columns].tolist()
         turns = [ids[i, self.rows.starts[row] : drawn[i]].tolist() for i, row in enumerate(rows)]
         self.rows.report(rows, turns, has_eos)
-        for i, row in enumerate(rows):
-            end = self.rows.places[row]
-            if end < drawn[i]:  # drawn after a stop string that was not seen at once
-                self._cut(state[:, places[row]], row, end)
+        cut = [i for i, row in enumerate(rows) if self.rows.places[row] < drawn[i]]
+        if cut:  # tokens were drawn after a stop string that was not seen at once
+            self._cut(state, columns[cut], [rows[i] for i in cut])
         if self.computation.has_states:
             parked = self.computation.park(state[SLOT, columns.to(state.device)])
             self._parked |= {row: (parked, i) for i, row in enumerate(rows)}
 
-    def _cut(self, column: Tensor, row: int, end: int) -> None:
-        """Forget the tokens of a row from place `end` on. Their keys and values are overwritten by later tokens."""
-        column[TOKEN], column[DRAWN] = self.tables.ids[row, end - 1], end
-        self.tables.ids[row, end:], self.tables.logprobs[row, end:] = self.pad_id, 0.0
-        self.tables.lengths[row] = end
+    def _cut(self, state: Tensor, columns: Tensor, rows: list[int]) -> None:
+        """Forget the tokens of `rows` behind their turns. Their keys and values are overwritten by later tokens."""
+        tables = self.tables
+        columns, index, ends = (
+            torch.as_tensor(values, device=state.device)
+            for values in (columns, rows, [self.rows.places[row] for row in rows])
+        )
+        state[TOKEN, columns], state[DRAWN, columns] = tables.ids[index, ends - 1].to(state.dtype), ends.to(state.dtype)
+        beyond = torch.arange(tables.ids.shape[1], device=state.device) >= ends[:, None]
+        tables.ids[index] = tables.ids[index].masked_fill(beyond, self.pad_id)
+        tables.logprobs[index] = tables.logprobs[index].masked_fill(beyond, 0.0)
+        tables.lengths[index] = ends.to(tables.lengths.dtype)
 
     def take_answers(self, state: Tensor, host: Tensor, done: Tensor, *, wait: bool) -> None:
         """Put the answers that have come into the tables and the state; their columns are no longer `done`."""
