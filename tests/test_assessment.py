@@ -10,12 +10,11 @@ from conftest import start_two_ranks, wait_for
 from grpo_core.cli import main
 from grpo_core.commands.evaluate import (
     compute_figures,
-    format_figure,
-    format_table,
     load_problems,
     make_correctness_and_rewards,
     summarise,
 )
+from grpo_core.commands.evaluate_table import format_figure, format_table
 from grpo_core.config.sections import DataConfig, EvaluationConfig, RunConfig
 from grpo_core.model.loading import load_tokenizer
 from grpo_core.objective.rewards import final_number

@@ -127,11 +127,13 @@ def test_the_cards_code_runs_and_answers_as_the_run_does(run, kind, environment)
     from grpo_core.commands.sample import AnswerSettings, make_task
 
     task = make_task(opened, "What is 12 + 30?", AnswerSettings())
+    assert ("base = \"grpo_core/builtin/tiny\"  # put the folder of the base model here" in code) is (kind == "--adapter")
     assert done.stdout.strip() == opened.sampler.generate([task], 1, greedy=True).completions[0].strip()
 
 
-def test_the_card_tells_what_the_run_was(run):
+def test_the_card_tells_what_the_run_was(run, capsys):
     assert main(["evaluate", str(run), "--limit", "6", "--samples", "2"]) == 0
+    assert "evaluating on 6 problems of builtin:word_problems (test)\n" in capsys.readouterr().out
     text = (run / "config.yaml").read_text().replace("path: builtin:word_problems", f"path: {run}/my_rows.jsonl")
     (run / "my_rows.jsonl").write_text('{"question": "q?", "answer": "1"}\n' * 50)
     (run / "config.yaml").write_text(text)

@@ -81,7 +81,7 @@ REFUSED = {
     "model.rope={rope_theta: 0}": "model.rope.rope_theta is 0; it must be above 0",
     "model.rope={full_attention: {rope_type: yarn, low_freq_factor: 1.0}}": "unknown key model.rope.full_attention.low_freq_factor",
     "data.prompt=chat data.chat_template=nowhere.jinja": "data.chat_template is 'nowhere.jinja': there is no such file",
-    "data.chat_template={{x}}": "data.chat_template is '{{x}}', but data.prompt is template, which uses no chat template",
+    "data.chat_template={{x}}": "data.chat_template is set, but data.prompt is template, which uses no chat template",
     "data.chat_template_kwargs={enable_thinking: false}": "data.chat_template_kwargs is .*, but data.prompt is template",
     "data.prompt=chat data.chat_template_kwargs={tokenize: true}": "data.chat_template_kwargs has 'tokenize', which is set by the prompt",
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """A run folder, a checkpoint, an adapter or a model, opened: the same weights whichever way one comes."""
 
+import json
 import shutil
 
 import pytest
@@ -110,3 +111,18 @@ def test_what_is_nothing_is_one_sentence(source, sentence, monkeypatch):
         monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", None)
     with pytest.raises(ConfigError, match=sentence):
         open_source(source)
+
+
+@pytest.mark.parametrize("base", ["../models/gone", "tiny"])
+def test_an_adapter_whose_base_is_elsewhere_names_it(tiny_run, tmp_path, base, monkeypatch):
+    """The name of a folder alone, as exported adapters have it, is not taken for the run of this name."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(tiny_run / "adapter", adapter)
+    settings = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": base}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    shutil.copy(tiny_run / "config.yaml", tmp_path / "runs" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"^the base model of the adapter in .* is not at {base}; set model.path to its folder$"):
+        open_source(str(adapter))
+    assert open_source(str(adapter), ["model.path=builtin:tiny"]).has_adapter

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo_core.batch import SamplingParams, Task
+from grpo_core.commands.evaluate_table import format_problems, format_table
 from grpo_core.commands.open_policy import OpenedPolicy, open_source
-from grpo_core.config.sections import ENVIRONMENT_REWARD, RunConfig
+from grpo_core.config.sections import ENVIRONMENT_REWARD, DataConfig, RunConfig
 from grpo_core.counts import quantify
 from grpo_core.data.encoding import describe_prompt_changes
 from grpo_core.data.eval_sets import describe_set, load_eval_sets
@@ -120,7 +121,7 @@ def _print_warnings_and_sort(parts: Sequence[tuple[list[Row], dict[str, str]]], 
 def _check_problems(
     opened: OpenedPolicy, tasks: list[Task], description: dict[str, Any], warnings: list[str]
 ) -> list[Task]:
-    """Return the problems that are answered, count them in the description, and add what is odd about them."""
+    """Return and name the problems that are answered, count them in the description, and add what is odd about them."""
     config, place = opened.config, name_split(description["path"], description["split"])
     _, judged, sentences = drop_unjudged(config, [], tasks)
     check_columns(config, judged, judged, place)
@@ -129,6 +130,8 @@ def _check_problems(
     warnings += check_gold_answers(config, [], judged, place)
     description["left_out"] += len(tasks) - len(judged)
     description["problems"] = len(judged)
+    is_default = opened.folder is None and description["path"] == DataConfig().path
+    print(f"evaluating on {format_problems(description)}{'; --data and --config choose others' if is_default else ''}")
     return judged
 
 
@@ -388,53 +391,6 @@ def _add_interval(name: str, values: Sequence[float]) -> dict[str, float | int]:
     else:
         low, high = bootstrap_interval(numbers)
     return {"value": sum(numbers) / len(numbers), "ci_low": low, "ci_high": high, "n": len(numbers)}
-
-
-def format_table(result: dict[str, Any]) -> str:
-    """Return the result as text: a line per figure, a column per policy, 95 % intervals in parentheses."""
-    columns = [name for name in ("base", "policy", "difference") if name in result]
-    width = max(map(len, result["policy"])) + 2
-    lines = [*_format_head(result), "", " " * width + "".join(f"{name:<28}" for name in columns).rstrip()]
-    for name in result["policy"]:
-        cells = [format_figure(name, result[column][name], signed=column == "difference") for column in columns]
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
-    if "paired" in result:
-        paired = result["paired"]
-        lines += [
-            "",
-            f"greedy answers: {quantify(paired['won'], 'problem')} won and {paired['lost']} lost against the base "
-            "model, "
-            f"McNemar's p = {paired['p']:.2g}",
-        ]
-    return "\n".join(lines)
-
-
-def _format_head(result: dict[str, Any]) -> list[str]:
-    """Return lines that name the weights, the problems and the settings of the samples."""
-    data, sampling = result["data"], result["sampling"]
-    lines = [f"{result['weights']}" + (", compared with its base model" if "base" in result else "")]
-    lines.append(f"{quantify(data['problems'], 'problem')} of {data['path']} ({data['split']})")
-    if data.get("cut"):
-        cut = quantify(data["cut"], "of them is", "of them are")
-        lines[-1] += f"; {cut} cut on the left, to data.max_prompt_tokens"
-    if data["left_out"]:
-        left_out = quantify(data["left_out"], "more is", "more are")
-        lines[-1] += f"; {left_out} left out, because the prompt has too many tokens (data.max_prompt_tokens)"
-    if sampling["samples"]:
-        cuts = "".join(f", {name} {sampling[name]:g}" for name in ("top_k", "top_p", "min_p") if name in sampling)
-        lines[-1] += (
-            f"; {quantify(sampling['samples'], 'sample')} per problem at temperature {sampling['temperature']:g}{cuts}"
-        )
-    return lines
-
-
-def format_figure(name: str, figure: dict[str, float], *, signed: bool = False) -> str:
-    """Return the mean and interval of a figure, in per cent if it is a share. `signed` is for differences."""
-    is_share = not name.startswith(("reward", "turns", "length"))
-    scale, number_format = (100, ".1f") if is_share else (1, ".3g")
-    sign, unit = "+" if signed else "", " %" if is_share and not signed else ""
-    mean, low, high = (f"{figure[key] * scale:{sign}{number_format}}" for key in ("value", "ci_low", "ci_high"))
-    return f"{mean}{unit} ({low} to {high})"
 
 
 def _start(data: str | None, output: Path | None) -> None:

@@ -8,7 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from grpo_core.commands.evaluate import format_figure, name_folder
+from grpo_core.commands.evaluate import name_folder
+from grpo_core.commands.evaluate_table import format_figure
 from grpo_core.commands.open_policy import OpenedPolicy
 from grpo_core.config.formula import render
 from grpo_core.config.lora_checks import PLAIN_KEYS
@@ -36,12 +37,13 @@ from peft import PeftModel
 from transformers import {classes}, AutoTokenizer
 
 folder = "."  # the folder of this file, or the name of the hub repository
-{config}{quantization}model = {auto}.from_pretrained("{base}", dtype={dtype}{options})
+base = "{base}"{comment}
+{config}{quantization}model = {auto}.from_pretrained(base, dtype={dtype}{options})
 model = PeftModel.from_pretrained(model, folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 """
 LOAD_CONFIG = """\
-config = AutoConfig.from_pretrained("{base}"{options})
+config = AutoConfig.from_pretrained(base{options})
 config.get_text_config().update({rope})
 """
 LOAD_QUANTIZATION = """\
@@ -142,9 +144,11 @@ def _loading_code(opened: OpenedPolicy, adapter: bool, dtype: str) -> str:
     options = f", revision={config.model.revision!r}" if config.model.revision else ""
     auto = find_auto_class(load_whole_config(config.model)).__name__ if adapter else ""
     values = {"base": base_name(opened), "dtype": DTYPES[dtype], "auto": auto, "classes": auto, "config": ""}
+    is_here = base_name(opened) != config.model.path  # not on the hub
+    values["comment"] = "  # put the folder of the base model here" if is_here else ""
     if config.model.rope:
         rope = {name: getattr(text, name) for name in ("rope_parameters", "max_position_embeddings")}
-        values["config"] = LOAD_CONFIG.format(base=base_name(opened), options=options, rope=rope)
+        values["config"] = LOAD_CONFIG.format(options=options, rope=rope)
         values["classes"], options = f"AutoConfig, {auto}", f"{options}, config=config"
     values["quantization"] = ""
     if config.model.quantize and not find_stored_bits(load_whole_config(config.model)):

@@ -16,6 +16,7 @@ from grpo_core.batch import SamplingParams, Task
 from grpo_core.config.files import load, load_overrides, load_run_config
 from grpo_core.config.precision import resolve_dtype
 from grpo_core.config.sections import DataConfig, LoraConfig, RunConfig
+from grpo_core.config.shipped import describe_run
 from grpo_core.config.words import check_overrides, split_word
 from grpo_core.data.encoding import encode_prompts
 from grpo_core.data.forms import recognise
@@ -273,6 +274,9 @@ def _find_base(adapter: Path) -> tuple[str, str | None]:
         base, revision = None, None
     if not isinstance(base, str) or not base:
         raise ConfigError(f"{adapter / ADAPTER_CONFIG} names no base model (base_model_name_or_path); set model.path")
+    is_path = base.startswith((".", "/", "~")) or describe_run(base) is not None  # the card's name of a folder, too
+    if is_path and not os.path.exists(os.path.expanduser(base)):
+        raise ConfigError(f"the base model of the adapter in {adapter} is not at {base}; set model.path to its folder")
     if Path(base).parts[-3:-1] == ("grpo_core", "builtin") and not os.path.exists(base):  # wherever it lies
         return f"builtin:{Path(base).name}", None
     return base, None if os.path.isdir(base) else revision

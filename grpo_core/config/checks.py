@@ -344,8 +344,8 @@ def _check_chat(config: RunConfig) -> None:
     for key in ("chat_template", "chat_template_kwargs"):
         if getattr(data, key) and not uses_template:
             raise ConfigError(
-                f"data.{key} is {str(getattr(data, key))[:60]!r}, but data.prompt is {data.prompt}, which uses no chat "
-                f"template; set data.prompt to chat"
+                f"data.{key} is set, but data.prompt is {data.prompt}, which uses no chat template; set data.prompt to "
+                f"chat"
             )
     for name in data.chat_template_kwargs:
         if name in SET_BY_RENDERING:

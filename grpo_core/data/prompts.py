@@ -348,7 +348,8 @@ def render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedToke
     try:
         return apply_chat_template(tokenizer, messages, config)
     except Exception as error:  # the template is a Jinja program of the model's author, which may raise anything
-        raise ConfigError(f"the model's chat template cannot be filled in: {summarize_error(error)}") from error
+        name = "data.chat_template" if config.chat_template else "the model's chat template"
+        raise ConfigError(f"{name} cannot be filled in: {summarize_error(error)}") from error
 
 
 def is_text(value: Any) -> bool:
