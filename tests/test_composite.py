@@ -38,6 +38,8 @@ SETTINGS = {
     "a layer": {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [1], "exclude_modules": ["o_proj"]},
     "patterns": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"model.layers.0.self_attn.q_proj": 2},
         "alpha_pattern": {r"model\.layers\.1\.self_attn\.v_proj": 32}, "use_dora": True},
+    "overlapping patterns": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"^model.layers.0.self_attn.q_proj": 2, "model.layers.*": 3},
+        "alpha_pattern": {"q_proj": 64, "layers.0.*proj": 4}},
     "modules": {"target_modules": ["q_proj"], "modules_to_save": ["post_feedforward_layernorm", "model.norm"], "trainable_token_indices": {"embed_tokens": [5, 6]}},
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from grpo_core.batch import Task
 from grpo_core.config.files import load, load_overrides
 from grpo_core.config.lora_checks import use_settings_of_adapter
 from grpo_core.config.sections import LoraConfig, ModelConfig
+from grpo_core.model.adapter import load_adapter
 from grpo_core.model.adapter_check import check_targets
 from grpo_core.model.policy import Policy, load_policy, wrap
 from grpo_core.model.teacher import TEACHER_ADAPTER
@@ -131,6 +132,29 @@ def test_every_option_computes_what_plain_peft_computes(name, tied, tmp_path):
         ids, length = torch.tensor([task.prompt_ids]), int(greedy.lengths()[i])
         out = plain.generate(input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=EOS, pad_token_id=0)
         assert out[0, len(task.prompt_ids) :][:length].tolist() == greedy.completion_ids[i, :length].tolist()
+
+
+OVERLAPPING = {  # patterns of which another one is first after PEFT has sorted them
+    "alpha": {"alpha_pattern": {"q_proj": 64.0, "layers.0.*proj": 4.0}},
+    "rank": {"rank_pattern": {"q_proj": 8, "layers.0.*proj": 3}},
+}
+
+
+@pytest.mark.parametrize("name", OVERLAPPING)
+def test_the_first_pattern_of_several_counts_in_the_file_of_an_adapter_too(name, tmp_path):
+    """PEFT takes the first pattern that matches a module, and sorts them when it writes adapter_config.json."""
+    base, lora = qwen(False), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **OVERLAPPING[name])
+    untouched = copy.deepcopy(base)
+    check_targets(base.config, lora)
+    policy = moved(base, lora)
+    plain, _ = in_plain_peft(policy, untouched, tmp_path)
+    rollouts = grouped_rollouts(vocabulary=VOCAB)
+    torch.testing.assert_close(naive_logprobs(Policy(plain), rollouts), policy.logprobs(rollouts), atol=1e-4, rtol=0)
+    file = tmp_path / "adapter_config.json"  # its own order counts for an adapter that another program wrote
+    file.write_text(json.dumps({**json.loads(file.read_text()), **OVERLAPPING[name]}))
+    loaded = load_adapter(copy.deepcopy(untouched), tmp_path, "a model")
+    plain, _ = in_plain_peft(Policy(loaded), untouched, tmp_path / "again")
+    torch.testing.assert_close(naive_logprobs(Policy(plain), rollouts), policy.logprobs(rollouts), atol=1e-4, rtol=0)
 
 
 def test_experts_are_adapted_by_the_names_of_their_weights(tmp_path):

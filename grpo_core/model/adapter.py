@@ -21,6 +21,7 @@ from grpo_core.counts import quantify
 from grpo_core.model.composite import map_keys, names_of, rename_files
 from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.loading import describe_misfit
+from grpo_core.model.lora_patterns import PATTERNS, settle_order
 from grpo_core.model.lora_targets import find_unadaptable
 from grpo_core.model.peft_names import (
     AuxiliaryTrainingWrapper,
@@ -54,7 +55,21 @@ def add_adapter(base: PreTrainedModel, lora: LoraConfig, revision: str | None = 
         raise ConfigError(f"lora.{_find_key(error, lora)}: {first_line(error)}") from error
     fit_quantized(model, "the section lora")
     model.peft_config[ADAPTER].revision = revision
+    _settle_patterns(model)
     return model
+
+
+def list_adapted(model: PeftModel) -> list[str]:
+    """Return the names of the modules and of the weights that LoRA adapts."""
+    tuner: Any = model.base_model
+    return [*tuner.targeted_module_names, *tuner.targeted_parameter_names]
+
+
+def _settle_patterns(model: PeftModel) -> None:
+    """Let the adapter's file mean the ranks and scales that the model has, though PEFT sorts the patterns in it."""
+    config, names = model.peft_config[ADAPTER], list_adapted(model)
+    for key in PATTERNS:
+        setattr(config, key, settle_order(getattr(config, key), names))
 
 
 def _make_peft_config(lora: LoraConfig, unadaptable: Sequence[str] = ()) -> PeftLoraConfig:
@@ -108,6 +123,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, model_path: str) -> PeftMo
     check_complete(report, ADAPTER, f"the adapter in {folder}", model_path)
     fit_quantized(model, f"the adapter in {folder}")
     check_finite(model, f"the adapter in {folder}")
+    _settle_patterns(model)
     return model
 
 
@@ -154,7 +170,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     if names := names_of(base := model.get_base_model()):
         tuner: Any = model.base_model
         copied = [name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)]
-        rename_files(folder, names, tuner.targeted_module_names, copied)
+        rename_files(folder, names, tuner.targeted_module_names, copied, list_adapted(model))
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from grpo_core.config.lora_checks import PLAIN_KEYS, as_list
 from grpo_core.config.sections import LoraConfig
 from grpo_core.counts import quantify
-from grpo_core.model.adapter import add_adapter
+from grpo_core.model.adapter import add_adapter, list_adapted
+from grpo_core.model.lora_patterns import PATTERNS, find_pattern
 from grpo_core.model.lora_targets import ends_in, find_unadaptable, make_without_weights
 from grpo_core.schema import ConfigError, list_known
 
@@ -55,8 +56,7 @@ def check_targets(config: PretrainedConfig, lora: LoraConfig, trust_remote_code:
             f"lora.init_lora_weights is {lora.init_lora_weights!r}, which PEFT does not apply to embeddings "
             f"({embeddings[0].removeprefix('base_model.model.')}); set it to true"
         )
-    tuner = adapted.base_model
-    _check_effects([*tuner.targeted_module_names, *tuner.targeted_parameter_names], lora)
+    _check_effects(list_adapted(adapted), lora)
 
 
 def _check_names(model: PreTrainedModel, lora: LoraConfig) -> None:
@@ -109,10 +109,9 @@ def _check_effects(adapted: Iterable[str], lora: LoraConfig) -> None:
                     f"lora.layers_to_transform names {layer}, but the model has no module to adapt in a layer of that "
                     f"number"
                 )
-    for key in ("rank_pattern", "alpha_pattern"):
+    for key in PATTERNS:
         patterns = getattr(lora, key)
-        # as PEFT does, the first that matches counts
-        used = {next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None) for name in adapted}
+        used = {find_pattern(patterns, name) for name in adapted}
         for pattern in patterns:
             if pattern not in used:
                 last = {name.rpartition(".")[2] for name in adapted}

@@ -25,6 +25,8 @@ from transformers import (
     PretrainedConfig,
 )
 
+from grpo_core.model.lora_patterns import PATTERNS, read_values
+
 PEFT_PREFIX = "base_model.model."  # of every key in an adapter's file
 ATTRIBUTE = "names_in_composite"  # of a text model that was loaded from a composite one
 
@@ -66,11 +68,13 @@ def map_keys(model: Any) -> dict[str, str] | None:
     return {rf"^{re.escape(outer)}\.": f"{inner}." for inner, outer in names_of(model).items()} or None
 
 
-def rename_files(folder: Path, names: Mapping[str, str], targeted: Iterable[str], copied: Sequence[str]) -> None:
+def rename_files(
+    folder: Path, names: Mapping[str, str], targeted: Iterable[str], copied: Sequence[str], adapted: Sequence[str]
+) -> None:
     """Rename what the files of an adapter in `folder` name, from the text model to the composite model.
 
-    `targeted` are the names of all modules that have an adapter, also another one, and `copied` those of modules that
-    are trained whole.
+    `targeted` are the names of all modules that have an adapter, also another one, `copied` those of modules that are
+    trained whole, and `adapted` those of `targeted` and of adapted weights.
     """
     file = folder / "adapter_model.safetensors"
     weights = {key.removeprefix(PEFT_PREFIX): x for key, x in load_file(file).items()}
@@ -79,7 +83,9 @@ def rename_files(folder: Path, names: Mapping[str, str], targeted: Iterable[str]
     path = folder / "adapter_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     own = {*targeted} & {name.partition(".lora_")[0] for name in weights}
-    path.write_text(json.dumps(_fit_both(settings, own, copied, names), indent=2), encoding="utf-8")
+    fitting = _fit_both(settings, own, copied, names)
+    fitting |= {key: _fit_patterns(settings[key], adapted, names) for key in PATTERNS if settings.get(key)}
+    path.write_text(json.dumps(fitting, indent=2), encoding="utf-8")
 
 
 def rename(name: str, names: Mapping[str, str]) -> str:
@@ -99,11 +105,6 @@ def _fit_both(
     expression. The modules that are copied get their whole names, of which PEFT needs the last letters alone:
     model.language_model.norm ends in model.norm. In other names the prefix is left out.
     """
-
-    def shorten(name: str) -> str:
-        prefixes = [prefix for inner in names for prefix in (f"{inner}.", re.escape(f"{inner}."))]
-        return next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), name)
-
     fitting = dict(settings)
     if settings.get("target_modules"):
         fitting |= {"target_modules": _match_modules(sorted(targeted), names), "exclude_modules": None}
@@ -111,11 +112,31 @@ def _fit_both(
     if settings.get("modules_to_save") and all(outer.endswith(inner) for inner, outer in names.items()):
         fitting["modules_to_save"] = [*copied]
     if settings.get("target_parameters"):
-        fitting["target_parameters"] = [shorten(name) for name in settings["target_parameters"]]
-    for key in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
-        if isinstance(settings.get(key), dict):
-            fitting[key] = {shorten(name): value for name, value in settings[key].items()}
+        fitting["target_parameters"] = [_shorten(name, names) for name in settings["target_parameters"]]
+    if isinstance(tokens := settings.get("trainable_token_indices"), dict):
+        fitting["trainable_token_indices"] = {_shorten(name, names): value for name, value in tokens.items()}
     return fitting
+
+
+def _shorten(name: str, names: Mapping[str, str]) -> str:
+    """Return a name, or an expression that begins with one, without the prefix that the composite model has not."""
+    prefixes = [prefix for inner in names for prefix in (f"{inner}.", re.escape(f"{inner}."))]
+    prefixes += [f"^{prefix}" for prefix in prefixes]
+    return next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), name)
+
+
+def _fit_patterns(patterns: Mapping[str, Any], adapted: Sequence[str], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return patterns that give the adapted modules and weights the same values in both models.
+
+    They are `patterns` without prefixes; where these match other modules, a name for each.
+    """
+    values = read_values(patterns, adapted)
+    shorter = {_shorten(pattern, names): value for pattern, value in patterns.items()}
+    shorter = dict(sorted(shorter.items()))  # as PEFT does when it writes them again
+    outer = read_values(shorter, [rename(name, names) for name in adapted])
+    if read_values(shorter, adapted) == values and [*outer.values()] == [*values.values()]:
+        return shorter
+    return {re.escape(_shorten(name, names)): value for name, value in values.items() if value is not None}
 
 
 def _match_modules(targeted: Iterable[str], names: Mapping[str, str]) -> str:
