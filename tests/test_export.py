@@ -17,6 +17,8 @@ from grpo_core.cli import main
 from grpo_core.commands import export, model_card
 from grpo_core.commands.export import compare
 from grpo_core.commands.open_policy import open_source
+from grpo_core.config.sections import LoraConfig, ModelConfig
+from grpo_core.model.policy import load_policy
 
 pytestmark = pytest.mark.slow
 BASE = ROOT / "grpo_core" / "builtin" / "tiny"
@@ -69,6 +71,28 @@ def test_a_merge_that_went_wrong_is_refused(run, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert "but fp32 explains 0.001 at most; not exported" in captured.err and "model: " not in captured.out
     assert not (run / "export").exists()
+
+
+@pytest.mark.parametrize("tokens", [{"lm_head": [3, 5]}, {"embed_tokens": [3, 5], "lm_head": [7, 40]}, [3, 5]], ids=str)
+def test_trained_tokens_of_a_tied_model_are_merged_and_compared(tokens, tmp_path):
+    """Tokens of the head alone untie it; the embeddings of these tokens are in no text, so they are compared as well."""
+    lora = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=tokens)
+    policy = load_policy(ModelConfig(), lora, dtype=torch.float32, temperature=1.0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    policy.save(tmp_path / "adapter")
+    opened = open_source(str(tmp_path / "adapter"), ["model.path=builtin:tiny", "model.precision=fp32"])
+    named = tokens if isinstance(tokens, list) else sorted(i for ids in tokens.values() for i in ids)
+    rows = export.choose_rows(opened)
+    assert rows[-1].tolist() == named
+    gaps = export.write_merged(opened, tmp_path / "merged", "fp32", rows)
+    assert max(gap.relative for gap in gaps) < 1e-5
+    merged, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), torch.tensor([[3, 5, 7, 40, 9, 3]])
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, plain.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+    assert merged.config.tie_word_embeddings is isinstance(tokens, list)
 
 
 def test_the_gap_of_known_logits():

@@ -230,6 +230,7 @@ UNFIT = [
     ({"trainable_token_indices": [VOCAB]}, f"lora.trainable_token_indices names the token {VOCAB}, but the model has only {VOCAB} embeddings"),
     ({"trainable_token_indices": {"wte": [1]}}, "lora.trainable_token_indices names 'wte', which is no embedding; known: embed_tokens"),
     ({"trainable_token_indices": {"embed_tokens": [1]}, "modules_to_save": ["embed_tokens"]}, "lora.modules_to_save is"),
+    ({"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]}, "lora.trainable_token_indices trains tokens of model.embed_tokens, which lora.modules_to_save trains whole"),
     ({"modules_to_save": ["layers"]}, "lora.modules_to_save is"),
     ({"target_modules": ["embed_tokens"], "init_lora_weights": "orthogonal"}, "lora.init_lora_weights is 'orthogonal', which PEFT does not apply to"),
 ]  # fmt: skip
@@ -240,6 +241,26 @@ def test_what_the_model_does_not_have_is_refused_before_its_weights_load(keys, s
     """PEFT ignores a part of these, or warns."""
     with pytest.raises(ConfigError, match=sentence):
         check_targets(qwen(False).config, LoraConfig(r=4, **keys))
+
+
+@pytest.mark.parametrize("keys, sentence", [
+    ({"modules_to_save": ["lm_head"]}, "trains tokens of lm_head, which lora.modules_to_save trains whole; take it out of one"),
+    ({"target_modules": ["q_proj", "lm_head"]}, "trains tokens of lm_head, to which lora.target_modules gives an adapter"),
+])  # fmt: skip
+def test_the_tokens_of_a_tied_head_are_those_of_the_embeddings(keys, sentence):
+    """PEFT trains them in both, beside what else the head is trained by: it then fails in the forward or the merge."""
+    lora = LoraConfig(r=4, trainable_token_indices=[5], **keys)
+    check_targets(qwen(False).config, lora)
+    with pytest.raises(ConfigError, match=f"lora.trainable_token_indices {sentence}"):
+        check_targets(qwen(True).config, lora)
+
+
+def test_tokens_of_a_head_with_a_bias_are_refused():
+    """PEFT computes such a head without its bias."""
+    config = transformers.PhiConfig(**SIZES, num_key_value_heads=2)
+    check_targets(config, LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5]))
+    with pytest.raises(ConfigError, match="trains tokens of lm_head, whose bias PEFT then leaves out"):
+        check_targets(config, LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices={"lm_head": [5]}))
 
 
 def test_an_adapter_to_start_from_brings_its_own_settings(tmp_path):

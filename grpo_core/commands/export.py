@@ -28,7 +28,7 @@ from grpo_core.commands.open_policy import ADAPTER_CONFIG, OpenedPolicy, open_so
 from grpo_core.config.precision import DTYPES
 from grpo_core.counts import format_significant, quantify
 from grpo_core.data.word_problems import make_word_problems
-from grpo_core.model.adapter import count_adapter
+from grpo_core.model.adapter import count_adapter, find_base_layer, list_trained_tokens, shares_tokens
 from grpo_core.model.quantized import count_weights, to_plain
 from grpo_core.monitor import run_lock
 from grpo_core.monitor.file_modes import apply_umask
@@ -101,9 +101,9 @@ def run_export(
         if adapter:
             _write_adapter(opened, folder)
         else:
-            texts = choose_texts(opened)
+            rows = choose_rows(opened)
             with show_elapsed("merging and comparing"):
-                merge_gap, gap = write_merged(opened, folder, dtype, texts)
+                merge_gap, gap = write_merged(opened, folder, dtype, rows)
             if not _check_gaps(merge_gap, gap, dtype):
                 shutil.rmtree(folder)
                 return 3
@@ -117,39 +117,41 @@ def run_export(
     return 0
 
 
-def write_merged(opened: OpenedPolicy, folder: Path, dtype: str, texts: Sequence[str]) -> tuple[Gap, Gap]:
+def write_merged(opened: OpenedPolicy, folder: Path, dtype: str, rows: Sequence[Tensor]) -> tuple[Gap, Gap]:
     """Merge the adapter in float32 and write the model in `dtype`. Changes the opened policy.
 
-    Weights in 4 bits are dequantised first.
+    Weights in 4 bits are dequantised first. `rows` are the token ids whose logits are compared.
 
     Returns the gaps after merging and after loading the written model.
     """
-    expected = compute_logits(opened.policy.causal_lm, opened, texts)
+    expected = compute_logits(opened.policy.causal_lm, rows)
     to_plain(opened.policy.model, torch.float32)  # PEFT cannot merge into weights in 4 bits
     untie_adapted_embeddings(opened.policy.causal_lm)
     model = opened.policy.model.merge_and_unload() if opened.has_adapter else opened.policy.model
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and embeddings is not None and head.weight is not embeddings.weight:
         _declare_untied(model)  # one of them was trained as a whole module
-    merge_gap = compare(expected, compute_logits(model, opened, texts))
+    merge_gap = compare(expected, compute_logits(model, rows))
     model.to(DTYPES[dtype])
     model.config.dtype = DTYPES[dtype]
     model.save_pretrained(folder)
     apply_umask(*folder.glob("*.safetensors"))
     written = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(opened.sampler.device).eval()
-    return merge_gap, compare(expected, compute_logits(written, opened, texts))
+    return merge_gap, compare(expected, compute_logits(written, rows))
 
 
 def untie_adapted_embeddings(model: PreTrainedModel) -> None:
-    """Give the head its own weight where it shares that of the embeddings and one of the two has an adapter.
+    """Give the head its own weight where it shares that of the embeddings and one of the two has an adapter of its own.
 
-    Merging would otherwise change both.
+    Merging would otherwise change both. Trained tokens of the embeddings are those of a tied head too, so they stay
+    tied.
     """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or embeddings is None or not any(hasattr(x, "get_base_layer") for x in (embeddings, head)):
+    if head is None or embeddings is None:
         return
-    bases = [getattr(x, "get_base_layer", lambda x=x: x)() for x in (embeddings, head)]
-    if bases[0].weight is not bases[1].weight:
+    bases = [find_base_layer(embeddings), find_base_layer(head)]
+    is_adapted = bases[0] is not embeddings or bases[1] is not head
+    if not is_adapted or bases[0].weight is not bases[1].weight or shares_tokens(head):
         return
     bases[1].weight = torch.nn.Parameter(bases[1].weight.detach().clone(), requires_grad=False)
     _declare_untied(model)
@@ -177,14 +179,9 @@ def _check_gaps(merge_gap: Gap, written_gap: Gap, dtype: str) -> bool:
 
 
 @torch.no_grad()
-def compute_logits(model: PreTrainedModel, opened: OpenedPolicy, texts: Sequence[str]) -> list[Tensor]:
-    """Return the logits after every token of each text, [T, V] float32 on the CPU."""
-    logits = []
-    for text in texts:
-        ids = opened.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        ids = ids[:, :MAX_COMPARED_TOKENS].to(opened.sampler.device)
-        logits.append(model(ids, use_cache=False).logits[0].float().cpu())
-    return logits
+def compute_logits(model: PreTrainedModel, rows: Sequence[Tensor]) -> list[Tensor]:
+    """Return the logits after every token of each row of ids, [T, V] float32 on the CPU."""
+    return [model(ids[None].to(model.device), use_cache=False).logits[0].float().cpu() for ids in rows]
 
 
 def compare(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> Gap:
@@ -199,6 +196,17 @@ def compare(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> Gap:
         float((reference.argmax(dim=1) == other.argmax(dim=1)).double().mean()),
         len(reference),
     )
+
+
+def choose_rows(opened: OpenedPolicy) -> list[Tensor]:
+    """Return the token ids to compare logits on: texts, and the tokens whose embeddings the adapter trains."""
+    rows = [
+        opened.tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_COMPARED_TOKENS]
+        for text in choose_texts(opened)
+    ]
+    trained = list_trained_tokens(opened.policy.model)
+    rows += [trained[i : i + MAX_COMPARED_TOKENS] for i in range(0, len(trained), MAX_COMPARED_TOKENS)]
+    return [torch.tensor(ids) for ids in rows if ids]
 
 
 def choose_texts(opened: OpenedPolicy) -> list[str]:

@@ -31,6 +31,7 @@ from grpo_core.model.peft_names import (
     PeftLoraConfig,
     PeftModel,
     TrainableTokensLayer,
+    TrainableTokensWrapper,
     get_peft_model,
     get_peft_model_state_dict,
 )
@@ -227,3 +228,21 @@ def _base_magnitude(layer: Any, name: str, magnitude: Any) -> Tensor:
 def count_adapter(model: nn.Module) -> int:
     """Return the number of weights that an adapter's files hold; 0 without an adapter."""
     return sum(p.numel() for p in get_peft_model_state_dict(model).values()) if isinstance(model, PeftModel) else 0
+
+
+def find_base_layer(module: Any) -> Any:
+    """Return the layer of the base model that LoRA or trained tokens wrap; `module` itself if neither does."""
+    if isinstance(module, TrainableTokensWrapper):
+        return module.token_adapter.get_base_layer()
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def shares_tokens(head: nn.Module) -> bool:
+    """Return whether the trained tokens of a head are those of the embeddings, to which it is tied."""
+    return isinstance(head, TrainableTokensWrapper) and head.token_adapter.tied_adapter is not None
+
+
+def list_trained_tokens(model: nn.Module) -> list[int]:
+    """Return the tokens whose embeddings or rows in the head the adapter trains, in order."""
+    layers = [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
+    return sorted({token for layer in layers for ids in layer.token_indices.values() for token in ids})

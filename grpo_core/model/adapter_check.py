@@ -17,6 +17,7 @@ from grpo_core.counts import quantify
 from grpo_core.model.adapter import add_adapter, list_adapted
 from grpo_core.model.lora_patterns import PATTERNS, find_pattern
 from grpo_core.model.lora_targets import ends_in, find_unadaptable, make_without_weights
+from grpo_core.model.peft_names import BaseTunerLayer, ModulesToSaveWrapper, PeftModel, TrainableTokensLayer
 from grpo_core.schema import ConfigError, list_known
 
 LAYER_NUMBER = re.compile(r".*?\.[^.]*\.(\d+)\.")  # in a module's name, as PEFT finds it
@@ -56,6 +57,7 @@ def check_targets(config: PretrainedConfig, lora: LoraConfig, trust_remote_code:
             f"lora.init_lora_weights is {lora.init_lora_weights!r}, which PEFT does not apply to embeddings "
             f"({embeddings[0].removeprefix('base_model.model.')}); set it to true"
         )
+    _check_token_layers(adapted)
     _check_effects(list_adapted(adapted), lora)
 
 
@@ -96,6 +98,27 @@ def _check_tokens(model: PreTrainedModel, lora: LoraConfig) -> None:
                 f"{key}{f'.{name}' if name else ''} names the token {max(ids)}, but the model has only "
                 f"{quantify(min(sizes), 'embedding')}"
             )
+
+
+def _check_token_layers(adapted: PeftModel) -> None:
+    """Check the modules of which tokens are trained: the head that is tied to the embeddings is one of them.
+
+    PEFT trains tokens of a module beside its copy or its LoRA, and leaves out the bias of a head.
+    """
+    for name, layer in adapted.named_modules():
+        if not isinstance(layer, TrainableTokensLayer):
+            continue
+        name, base = name.removeprefix("base_model.model.").removesuffix(".token_adapter"), layer.base_layer
+        if isinstance(base, ModulesToSaveWrapper):
+            problem = "which lora.modules_to_save trains whole; take it out of one of the two"
+        elif isinstance(base, BaseTunerLayer) or name.endswith(".base_layer"):
+            name = name.removesuffix(".base_layer")
+            problem = "to which lora.target_modules gives an adapter; take it out of one of the two"
+        elif getattr(base, "bias", None) is not None:
+            problem = "whose bias PEFT then leaves out; train it whole with lora.modules_to_save"
+        else:
+            continue
+        raise ConfigError(f"lora.trainable_token_indices trains tokens of {name}, {problem}")
 
 
 def _check_effects(adapted: Iterable[str], lora: LoraConfig) -> None:

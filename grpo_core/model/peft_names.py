@@ -31,7 +31,7 @@ with _without("bitsandbytes"):
     from peft.tuners.lora import LoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
     from transformers.utils import is_bitsandbytes_available
 
 for _is_available in (is_bnb_available, is_bnb_4bit_available, is_bitsandbytes_available):
@@ -39,5 +39,5 @@ for _is_available in (is_bnb_available, is_bnb_4bit_available, is_bitsandbytes_a
 
 __all__ = [
     "AuxiliaryTrainingWrapper", "BaseTunerLayer", "LoraLayer", "ModulesToSaveWrapper", "PeftLoraConfig", "PeftModel",
-    "TrainableTokensLayer", "get_peft_model", "get_peft_model_state_dict",
+    "TrainableTokensLayer", "TrainableTokensWrapper", "get_peft_model", "get_peft_model_state_dict",
 ]  # fmt: skip
