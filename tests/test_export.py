@@ -19,6 +19,7 @@ from grpo_core.commands.export import compare
 from grpo_core.commands.open_policy import open_source
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.model.policy import load_policy
+from grpo_core.schema import ConfigError
 
 pytestmark = pytest.mark.slow
 BASE = ROOT / "grpo_core" / "builtin" / "tiny"
@@ -93,6 +94,55 @@ def test_trained_tokens_of_a_tied_model_are_merged_and_compared(tokens, tmp_path
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, plain.eval()(ids).logits, atol=1e-4, rtol=1e-4)
     assert merged.config.tie_word_embeddings is isinstance(tokens, list)
+
+
+CODE = """
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+
+class OwnConfig(Qwen2Config):
+    model_type = "own"
+
+
+class OwnModel(Qwen2ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_is_exported(tmp_path, capsys):
+    shutil.copytree(BASE, tmp_path / "base")
+    (tmp_path / "base" / "own_code.py").write_text(CODE)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    names = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"}
+    config |= {"model_type": "own", "architectures": ["OwnModel"], "auto_map": names}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    words = ["export", str(tmp_path / "base"), "--output", str(tmp_path / "out")]
+    assert main([*words, "model.trust_remote_code=true"]) == 0
+    out = tmp_path / "out"
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    torch.testing.assert_close(logits(model, tokenizer), logits(base, tokenizer))
+    assert type(model).__name__ == "OwnModel" and (out / "README.md").read_text().count("trust_remote_code=True") == 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
+def test_an_export_that_fails_leaves_no_files(error, tmp_path, monkeypatch):
+    def fail(opened, folder, *others):
+        (folder / "model.safetensors").touch()
+        raise error
+
+    monkeypatch.setattr(export, "write_merged", fail)
+    with pytest.raises(ConfigError if error is OSError else error):
+        export.run_export(str(BASE), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_written_model_that_cannot_be_loaded_is_a_sentence(tmp_path, monkeypatch):
+    opened = open_source(str(BASE), ["model.precision=fp32"])
+    monkeypatch.setattr(export, "apply_umask", lambda *files: files[0].write_bytes(b"broken"))
+    with pytest.raises(ConfigError, match="the written model cannot be loaded: SafetensorError: .*; not exported"):
+        export.write_merged(opened, tmp_path / "out", "fp32", export.choose_rows(opened))
 
 
 def test_the_gap_of_known_logits():

@@ -34,7 +34,7 @@ from grpo_core.monitor import run_lock
 from grpo_core.monitor.file_modes import apply_umask
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.report.run_reader import locate_completions, read_rows
-from grpo_core.schema import ConfigError, describe_impossible_path, first_line, printable
+from grpo_core.schema import ConfigError, describe_impossible_path, first_line, printable, summarize_error
 from grpo_core.training.checkpoint import error_text
 from grpo_core.training.run_dir import describe_unwritable
 
@@ -79,10 +79,10 @@ def run_export(
 
     `overrides` are as in `open_source`: model.path names a base model that has moved.
 
-    Returns 0, or 3 if the logits differ by more than merging or rounding explains; the export is then deleted.
+    Returns 0, or 3 if the logits differ by more than merging or rounding explains. An export that fails is deleted.
 
     Raises:
-        ConfigError: the source cannot be opened, written or uploaded, or has no adapter to export.
+        ConfigError: the source cannot be opened, written, loaded again or uploaded, or has no adapter to export.
     """
     check_repository(push)
     if output is not None or os.path.exists(Path(source) / "config.yaml"):
@@ -95,8 +95,23 @@ def run_export(
     if dry_run:
         _preview(opened, folder, adapter, dtype, push)
         return 0
+    if not _write(opened, folder, adapter, dtype):
+        return 3
+    print(f"{'adapter' if adapter else 'model'}: {folder}")
+    if push is not None:
+        upload(folder, push, private=private)
+        print(f"uploaded: {push}")
+    return 0
+
+
+def _write(opened: OpenedPolicy, folder: Path, adapter: bool, dtype: str) -> bool:
+    """Write all files of an export. Return False if the logits differ too much; the folder is then deleted.
+
+    Raises:
+        ConfigError: see `run_export`. Whatever is raised, the folder is deleted.
+    """
     _make_empty_folder(folder)
-    gap = None
+    is_whole, gap = False, None
     try:
         if adapter:
             _write_adapter(opened, folder)
@@ -105,16 +120,15 @@ def run_export(
             with show_elapsed("merging and comparing"):
                 merge_gap, gap = write_merged(opened, folder, dtype, rows)
             if not _check_gaps(merge_gap, gap, dtype):
-                shutil.rmtree(folder)
-                return 3
+                return False
         _write_rest(opened, folder, adapter, dtype, gap)
+        is_whole = True
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--output {folder} cannot be written: {error_text(error)}") from None
-    print(f"{'adapter' if adapter else 'model'}: {folder}")
-    if push is not None:
-        upload(folder, push, private=private)
-        print(f"uploaded: {push}")
-    return 0
+    finally:
+        if not is_whole:
+            shutil.rmtree(folder, ignore_errors=True)
+    return True
 
 
 def write_merged(opened: OpenedPolicy, folder: Path, dtype: str, rows: Sequence[Tensor]) -> tuple[Gap, Gap]:
@@ -136,8 +150,12 @@ def write_merged(opened: OpenedPolicy, folder: Path, dtype: str, rows: Sequence[
     model.config.dtype = DTYPES[dtype]
     model.save_pretrained(folder)
     apply_umask(*folder.glob("*.safetensors"))
-    written = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(opened.sampler.device).eval()
-    return merge_gap, compare(expected, compute_logits(written, rows))
+    try:
+        trust = opened.config.model.trust_remote_code
+        written = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust)
+    except Exception as error:  # models raise errors of many types
+        raise ConfigError(f"the written model cannot be loaded: {summarize_error(error)}; not exported") from error
+    return merge_gap, compare(expected, compute_logits(written.to(opened.sampler.device).eval(), rows))
 
 
 def untie_adapted_embeddings(model: PreTrainedModel) -> None:

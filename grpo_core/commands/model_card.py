@@ -40,7 +40,7 @@ folder = "."  # the folder of this file, or the name of the hub repository
 base = "{base}"{comment}
 {config}{quantization}model = {auto}.from_pretrained(base, dtype={dtype}{options})
 model = PeftModel.from_pretrained(model, folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 """
 LOAD_CONFIG = """\
 config = AutoConfig.from_pretrained(base{options})
@@ -56,8 +56,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # the folder of this file, or the name of the hub repository
-model = AutoModelForCausalLM.from_pretrained(folder, dtype={dtype})
-tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype={dtype}{trust})
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 """
 GENERATE = """\
 prompt = {prompt!r}
@@ -141,9 +141,11 @@ def _describe_model(opened: OpenedPolicy, adapter: bool, run: RunFolder | None) 
 def _loading_code(opened: OpenedPolicy, adapter: bool, dtype: str) -> str:
     config = opened.config.of_source(opened.config.source_names[0])
     text = opened.policy.causal_lm.config.get_text_config()
-    options = f", revision={config.model.revision!r}" if config.model.revision else ""
+    trust = ", trust_remote_code=True" if config.model.trust_remote_code else ""
+    options = (f", revision={config.model.revision!r}" if config.model.revision else "") + trust
     auto = find_auto_class(load_whole_config(config.model)).__name__ if adapter else ""
     values = {"base": base_name(opened), "dtype": DTYPES[dtype], "auto": auto, "classes": auto, "config": ""}
+    values["trust"] = trust
     is_here = base_name(opened) != config.model.path  # not on the hub
     values["comment"] = "  # put the folder of the base model here" if is_here else ""
     if config.model.rope:
