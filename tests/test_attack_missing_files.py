@@ -5,11 +5,14 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 from test_loop import make_run
 
 from grpo_core.commands.open_policy import _find_source
 from grpo_core.config.files import dump, load
+from grpo_core.config.lora_checks import check_adapter_weights
 from grpo_core.config.sections import ModelConfig
 from grpo_core.model.loading import load_model_config, load_tokenizer
 from grpo_core.model.policy import load_policy
@@ -75,7 +78,7 @@ def adapter(newest):
     folder = newest.parents[1] / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(BUILTIN)}))
-    (folder / "adapter_model.safetensors").write_bytes(b"")
+    save_file({"weight": torch.ones(9)}, folder / "adapter_model.safetensors")
     return folder
 
 
@@ -90,6 +93,36 @@ def test_attack_6_a_missing_file_of_an_adapter_is_named(adapter, tmp_path, file)
             find(adapter.parent)
     else:  # the export of the adapter was interrupted; the checkpoint has the weights
         assert find(adapter.parent).checkpoint is not None
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
+
+
+@pytest.mark.parametrize("name, content, sentence", [
+    ("adapter_model.safetensors", lambda whole: whole[:-4], "adapter_model.safetensors is cut off: it has "),
+    ("adapter_model.safetensors", lambda whole: whole + b"x", "adapter_model.safetensors is damaged: it has "),
+    ("adapter_model.safetensors", lambda whole: whole[:20], "adapter_model.safetensors is damaged or cut off: it does not have the header"),
+    ("adapter_model.safetensors", lambda whole: b"", "adapter_model.safetensors is damaged or cut off"),
+    ("adapter_model.safetensors", lambda whole: whole[:8] + b"[" + whole[9:], "adapter_model.safetensors is damaged: its header cannot be read"),
+    ("adapter_model.safetensors", lambda whole: POINTER, "adapter_model.safetensors is a pointer of Git LFS in place of the file"),
+    ("adapter_config.json", lambda whole: POINTER, "adapter_config.json is a pointer of Git LFS"),
+    ("adapter_config.json", lambda whole: whole[:9], "adapter_config.json is not JSON"),
+    ("adapter_config.json", lambda whole: b"", "adapter_config.json is not JSON"),
+])  # fmt: skip
+def test_a_damaged_file_of_an_adapter_is_named(adapter, name, content, sentence):
+    (adapter / name).write_bytes(content((adapter / name).read_bytes()))
+    with pytest.raises(ConfigError, match=f"the adapter in {adapter} is incomplete: {sentence}"):
+        find(adapter)
+    settings = json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]})
+    if name != "adapter_config.json":
+        (adapter / "adapter_config.json").write_text(settings)
+        for key in ("lora.path", "teacher.adapter"):
+            with pytest.raises(ConfigError, match=f"{key} is '{adapter}', whose adapter cannot be loaded: {sentence}"):
+                check_adapter_weights(key, str(adapter))
+        (adapter / name).rename(adapter / "adapter_model.bin")  # which PEFT takes where there is no other
+        (adapter / "adapter_model.bin").write_bytes(POINTER)
+        with pytest.raises(ConfigError, match="adapter_model.bin is a pointer of Git LFS"):
+            check_adapter_weights("lora.path", str(adapter))
 
 
 def test_attack_6_a_model_without_its_configuration_or_tokenizer(tmp_path):

@@ -4,12 +4,14 @@ import copy
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 import yaml
 from fakes import EOS, Alphabet
+from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_faults_of_models import EXPERTS, SIZES, VOCAB
@@ -17,15 +19,17 @@ from test_packing import forwards, grouped_rollouts
 from test_policy import naive_logprobs
 
 from grpo_core.batch import Task
+from grpo_core.commands.open_policy import open_source
 from grpo_core.config.files import load, load_overrides
-from grpo_core.config.lora_checks import use_settings_of_adapter
-from grpo_core.config.sections import LoraConfig, ModelConfig
+from grpo_core.config.lora_checks import PEFT_DEFAULTS, PEFT_NAMES, read_adapter, use_settings_of_adapter
+from grpo_core.config.sections import DataConfig, LoraConfig, ModelConfig, RunConfig
 from grpo_core.model.adapter import load_adapter
 from grpo_core.model.adapter_check import check_targets
 from grpo_core.model.policy import Policy, load_policy, wrap
 from grpo_core.model.teacher import TEACHER_ADAPTER
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
+from grpo_core.training.prepare import prepare
 
 ALL = {"target_modules": "all-linear"}
 VARIANTS = {  # name -> (keys of the section, whether the fused decoder serves it)
@@ -197,6 +201,7 @@ REFUSED = {
     "lora.rank_pattern={q_proj: 0}": "lora.rank_pattern.q_proj is 0; it must be at least 1",
     "lora.rank_pattern={q_proj: 2.5}": "lora.rank_pattern.q_proj is 2.5; it must be an integer",
     "lora.alpha_pattern={q_proj: 0}": "lora.alpha_pattern.q_proj is 0.0; it must be above 0",
+    "lora.rank_pattern={'(?i)Q_PROJ': 2}": "lora.rank_pattern names '..i.Q_PROJ', which cannot be the end of a longer regular expression",
     "lora.rank_pattern={'(': 2}": "lora.rank_pattern is '.'; it must be a mapping of module names or regular expressions",
     "lora.init_lora_weights=pissa": "lora.init_lora_weights is 'pissa'; it must be true or false or one of gaussian, orthogonal",
     "lora.init_lora_weights=orthogonal lora.r=3": "lora.r is 3; with lora.init_lora_weights orthogonal it must be even",
@@ -302,6 +307,65 @@ def test_an_adapter_to_start_from_brings_its_own_settings(tmp_path):
         file.write_text(json.dumps(settings | changes))
         with pytest.raises(ConfigError, match=f"lora.path is .*{sentence}"):
             load_overrides([start])
+
+
+def change_settings(folder, **changes):
+    """Change settings in the file of an adapter; None takes one out."""
+    file = folder / "adapter_config.json"
+    settings = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
+
+
+def test_a_setting_that_an_adapters_file_lacks_is_pefts_default(tmp_path):
+    """Also in the section that a checkpoint of the run is opened with."""
+    lora = LoraConfig(r=8, alpha=8, dropout=0.0, target_modules=["q_proj"])
+    base, policy = qwen(False), moved(qwen(False), lora)
+    policy.save(tmp_path)
+    change_settings(tmp_path, **dict.fromkeys([
+        "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
+    ]))  # fmt: skip
+    read = use_settings_of_adapter(LoraConfig(path=str(tmp_path)))
+    assert replace(read, path=None) == lora
+    rollouts = grouped_rollouts(vocabulary=VOCAB)
+    loaded, again = Policy(load_adapter(copy.deepcopy(base), tmp_path, "a model")), wrap(base, ModelConfig(), read, temperature=1.0)
+    with torch.no_grad():
+        for p, value in zip(again.parameters(), loaded.parameters(), strict=True):
+            p.copy_(value)
+    torch.testing.assert_close(again.logprobs(rollouts), loaded.logprobs(rollouts))
+    own = {name for name in LoraConfig.__dataclass_fields__ if name not in ("path", "target_modules")}
+    defaults = {name: PEFT_DEFAULTS.get(name, getattr(LoraConfig(), name)) for name in own}
+    assert defaults == {name: getattr(PeftLoraConfig(), PEFT_NAMES.get(name, name)) for name in own}
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    ({"lora_alpha": "8"}, "lora_alpha in the adapter .* is '8'; it must be a number, and not text"),
+    ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern in the adapter .* is {'q_proj': '8'}; it must be a number, and not text"),
+    ({"r": "4"}, "r in the adapter .* is '4'; it must be an integer"),
+    ({"rank_pattern": []}, r"rank_pattern in the adapter .* is \[\]; it must be a mapping"),
+])  # fmt: skip
+def test_a_setting_of_a_wrong_type_is_refused_wherever_an_adapter_is_read(tmp_path, changes, sentence):
+    moved(qwen(False), LoraConfig(r=4, target_modules=["q_proj"])).save(tmp_path)
+    change_settings(tmp_path, **changes)
+    for read in (
+        lambda: load_overrides([f"lora.path={tmp_path}"]),
+        lambda: read_adapter("teacher.adapter", str(tmp_path)),
+        lambda: open_source(str(tmp_path), ["model.path=builtin:tiny"]),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            read()
+    with pytest.raises(ConfigError, match="the adapter in .* does not fit the model a model: "):
+        load_adapter(qwen(False), tmp_path, "a model")
+
+
+@pytest.mark.parametrize("base, is_other", [
+    ("Qwen/Qwen2.5-7B", True), ("elsewhere/grpo_core/builtin/tiny", False), ("builtin:tiny", False), ("", False), (None, False), (3, False),
+])  # fmt: skip
+def test_an_adapter_of_another_base_is_named(tmp_path, base, is_other):
+    moved(qwen(False), LoraConfig(r=4, target_modules=["q_proj"])).save(tmp_path)
+    change_settings(tmp_path, base_model_name_or_path=base)
+    config = RunConfig(lora=LoraConfig(path=str(tmp_path)), data=DataConfig(limit=20))
+    sentence = f"lora.path is {str(tmp_path)!r}, an adapter of the model {base}, and it is used with builtin:tiny"
+    assert (sentence in prepare(config).warnings) == is_other
 
 
 SHORT = [

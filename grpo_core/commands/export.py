@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from grpo_core.commands.errors import print_error
 from grpo_core.commands.evaluate import load_problems
 from grpo_core.commands.model_card import base_name, make_card
-from grpo_core.commands.open_policy import ADAPTER_CONFIG, OpenedPolicy, open_source
+from grpo_core.commands.open_policy import OpenedPolicy, open_source
+from grpo_core.config.lora_checks import ADAPTER_FILE
 from grpo_core.config.precision import DTYPES
 from grpo_core.counts import format_significant, quantify
 from grpo_core.data.word_problems import make_word_problems
@@ -298,7 +299,7 @@ def _write_adapter(opened: OpenedPolicy, folder: Path) -> None:
     """Write the adapter in PEFT's format, without paths of this machine."""
     opened.policy.model.to(DTYPES[_trained_dtype(opened)])
     opened.policy.save(folder)
-    path = folder / ADAPTER_CONFIG
+    path = folder / ADAPTER_FILE
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["base_model_name_or_path"] = base_name(opened)
     path.write_text(json.dumps(settings, indent=2), encoding="utf-8")

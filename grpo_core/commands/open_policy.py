@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import SamplingParams, Task
+from grpo_core.config.damaged_files import describe_damage
 from grpo_core.config.files import load, load_overrides, load_run_config
+from grpo_core.config.lora_checks import (
+    ADAPTER_FILE,
+    ADAPTER_WEIGHTS,
+    check_setting_types,
+    describe_adapter_weights,
+    read_adapter_settings,
+)
 from grpo_core.config.precision import resolve_dtype
 from grpo_core.config.sections import DataConfig, LoraConfig, RunConfig
 from grpo_core.config.shipped import describe_run
@@ -34,8 +41,6 @@ from grpo_core.schema import ConfigError, check_integer, check_number, check_pat
 from grpo_core.training import checkpoint
 from grpo_core.training.prepare import make_sampler
 
-ADAPTER_CONFIG = "adapter_config.json"  # the file that PEFT writes beside an adapter
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # one of them
 Prompt = str | Sequence[Mapping[str, str]]  # a text, or the messages of a chat
 
 
@@ -222,7 +227,7 @@ def _find_source(source: str, overrides: list[str], config_file: Path | None, no
         )
     forms = {"recognise": recognise, "notify": notify}
     config = load(config_file, overrides, **forms) if config_file else None
-    if any((path / name).exists() for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)):
+    if any((path / name).exists() for name in (ADAPTER_FILE, *ADAPTER_WEIGHTS)):
         _check_adapter(path)
         config = config or load_overrides(overrides, **forms)
         if not any(
@@ -241,7 +246,7 @@ def _find_in_run(folder: Path, overrides: list[str], chosen: Path | None, notify
     config = load_run_config(folder, overrides, notify)
     if chosen is None:
         adapter = folder / "adapter"
-        if (adapter / ADAPTER_CONFIG).exists():
+        if (adapter / ADAPTER_FILE).exists():
             _check_adapter(adapter)
             tokenizer = _find_tokenizer(adapter, config.model.path)
             return _Source(config, folder, f"the adapter in {adapter}", tokenizer, adapter=adapter)
@@ -267,13 +272,10 @@ def _find_base(adapter: Path) -> tuple[str, str | None]:
     Raises:
         ConfigError: it names none.
     """
-    try:
-        settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        base, revision = settings["base_model_name_or_path"], settings.get("revision")
-    except (ValueError, KeyError, TypeError):
-        base, revision = None, None
+    settings = read_adapter_settings(adapter) or {}
+    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not isinstance(base, str) or not base:
-        raise ConfigError(f"{adapter / ADAPTER_CONFIG} names no base model (base_model_name_or_path); set model.path")
+        raise ConfigError(f"{adapter / ADAPTER_FILE} names no base model (base_model_name_or_path); set model.path")
     is_path = base.startswith((".", "/", "~")) or describe_run(base) is not None  # the card's name of a folder, too
     if is_path and not os.path.exists(os.path.expanduser(base)):
         raise ConfigError(f"the base model of the adapter in {adapter} is not at {base}; set model.path to its folder")
@@ -283,10 +285,10 @@ def _find_base(adapter: Path) -> tuple[str, str | None]:
 
 
 def _check_adapter(folder: Path) -> None:
-    """Raise ConfigError if the folder of an adapter lacks its configuration or its weights."""
-    for names in ((ADAPTER_CONFIG,), ADAPTER_WEIGHTS):
-        if not any((folder / name).exists() for name in names):
-            raise ConfigError(f"the adapter in {folder} is incomplete: {names[0]} is missing")
+    """Raise ConfigError if the folder of an adapter lacks its configuration or its weights, or one is damaged."""
+    if problem := describe_damage(folder / ADAPTER_FILE) or describe_adapter_weights(folder):
+        raise ConfigError(f"the adapter in {folder} is incomplete: {problem}")
+    check_setting_types(read_adapter_settings(folder) or {}, str(folder))
 
 
 def _find_tokenizer(folder: Path, base: str) -> str | Path:

@@ -9,12 +9,16 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from grpo_core.config.damaged_files import describe_damage
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.schema import ConfigError, coerce, describe_impossible_path, list_known
 
 ADAPTER_FILE = "adapter_config.json"  # the file that PEFT writes beside an adapter
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # one of them, the first before the second
 PEFT_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}  # where PEFT has another name than the section
+PEFT_DEFAULTS = {"r": 8, "alpha": 8.0}  # of a setting that an adapter's file lacks, where they are not the section's
 PLAIN_KEYS = ("r", "alpha", "dropout", "target_modules")  # with lora.r 0 they are there and have no effect
+NOT_READ = {"path", "init_lora_weights"}  # keys of the section that are not read from an adapter's file
 # settings of an adapter that change nothing of what it computes
 WITHOUT_EFFECT = {
     *("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "megatron_core", "peft_type"),
@@ -120,6 +124,13 @@ def _check_patterns(lora: LoraConfig) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern, value in getattr(lora, name).items():
             _check_expression(name, pattern, "a mapping of module names or regular expressions")
+            try:
+                re.compile(rf"(.*\.)?({pattern})$")
+            except re.error:
+                raise ConfigError(
+                    f"lora.{name} names {pattern!r}, which cannot be the end of a longer regular expression, as PEFT "
+                    f"uses it; write options such as (?i) with what they are for, as in (?i:q_proj)"
+                ) from None
             if name == "rank_pattern" and value < 1:
                 raise ConfigError(f"lora.rank_pattern.{pattern} is {value}; it must be at least 1")
             if not value > 0:
@@ -185,13 +196,45 @@ def read_adapter(key: str, path: str) -> dict[str, Any]:
         inner = [child.name for child in folder.iterdir() if (child / ADAPTER_FILE).exists()]
         hint = f"; {list_known('adapter', inner)}" if inner else ""
         raise ConfigError(f"{key} is {path!r}, which holds no adapter: it has no {ADAPTER_FILE}{hint}")
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
+    settings = read_adapter_settings(folder)
+    if settings is None:
         raise ConfigError(f"{key} is {path!r}, and its {ADAPTER_FILE} is damaged: it holds no mapping")
+    check_setting_types(settings, path)
     return settings
+
+
+def check_adapter_weights(key: str, path: str) -> None:
+    """Raise ConfigError if the file of an adapter's weights is missing or damaged; the message names `key`."""
+    if problem := describe_adapter_weights(Path(path)):
+        raise ConfigError(f"{key} is {path!r}, whose adapter cannot be loaded: {problem}")
+
+
+def read_adapter_settings(folder: Path) -> dict[str, Any] | None:
+    """Return what an adapter's file of settings holds; None if there is none or it holds no mapping."""
+    try:
+        settings = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def describe_adapter_weights(folder: Path) -> str | None:
+    """Return a sentence about the file of an adapter's weights, if it is missing or damaged; otherwise None."""
+    first, second = (folder / name for name in ADAPTER_WEIGHTS)
+    return describe_damage(second if second.exists() and not first.exists() else first)
+
+
+def describe_other_base(key: str, path: str, model_path: str) -> str | None:
+    """Return a sentence if the adapter at `path` was trained on another model than `model_path`; otherwise None.
+
+    The last parts of the two names are compared, since a model may have been moved.
+    """
+    base = (read_adapter_settings(Path(path)) or {}).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        return None
+    if len({Path(name.replace("builtin:", "")).name for name in (base, model_path)}) == 1:
+        return None
+    return f"{key} is {path!r}, an adapter of the model {base}, and it is used with {model_path}"
 
 
 def use_settings_of_adapter(lora: LoraConfig, written: Collection[str] | None = None) -> LoraConfig:
@@ -209,11 +252,9 @@ def use_settings_of_adapter(lora: LoraConfig, written: Collection[str] | None = 
     problem = _describe_unsupported(settings)
     if problem:
         raise ConfigError(f"lora.path is {lora.path!r}, whose adapter cannot be trained here: {problem}")
-    hints, values = get_type_hints(LoraConfig), {}
-    for name in defaults.keys() - {"path", "init_lora_weights"}:
-        value = settings.get(PEFT_NAMES.get(name, name))
-        value = defaults[name] if value is None else value
-        values[name] = coerce(value, hints[name], f"{PEFT_NAMES.get(name, name)} in the adapter {lora.path}")
+    values = {}
+    for name in defaults.keys() - NOT_READ:
+        values[name] = _read_setting(settings, name, defaults[name], lora.path)
         own = getattr(lora, name)
         asks = own != defaults[name] or own not in (None, False, {})  # null, false and {} ask for nothing
         is_written = asks and name in written if written is not None else own != defaults[name]
@@ -222,13 +263,46 @@ def use_settings_of_adapter(lora: LoraConfig, written: Collection[str] | None = 
                 f"lora.{name} is {own!r}, but the adapter of lora.path ({lora.path}) has {values[name]!r}; its own "
                 f"settings count, so leave lora.{name} out or set it to the same"
             )
+    check_adapter_weights("lora.path", lora.path)
     return replace(lora, **values)
+
+
+def check_setting_types(settings: dict[str, Any], path: str) -> None:
+    """Check the types of the settings of a LoRA adapter at `path`, with which PEFT fails while it loads the adapter.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if settings.get("peft_type") != "LORA":
+        return
+    defaults = asdict(LoraConfig())
+    absent = {"target_modules"} if settings.get("target_modules") is None else set()  # the model's type has them then
+    for name in defaults.keys() - NOT_READ - absent:
+        _read_setting(settings, name, defaults[name], path)
+
+
+def _read_setting(settings: dict[str, Any], name: str, default: Any, path: str) -> Any:
+    """Return the value of an adapter's setting for the key `name` of the section lora.
+
+    Raises:
+        ConfigError: it has a type that PEFT does not take.
+    """
+    kind, key = get_type_hints(LoraConfig)[name], PEFT_NAMES.get(name, name)
+    value = settings.get(key, PEFT_DEFAULTS.get(name, default))
+    if value is None and isinstance(default, bool):
+        value = default
+    numbers = value.values() if isinstance(value, dict) else [value]
+    if kind in (float, dict[str, float]) and any(isinstance(number, str) for number in numbers):
+        raise ConfigError(f"{key} in the adapter {path} is {value!r}; it must be a number, and not text")
+    return coerce(value, kind, f"{key} in the adapter {path}")
 
 
 def _describe_unsupported(settings: dict[str, Any]) -> str | None:
     """Return a clause about a setting of an adapter that this package does not serve; None if there is none."""
     if settings.get("peft_type") != "LORA":
         return f"its peft_type is {settings.get('peft_type')!r}, not LORA"
+    if settings.get("target_modules") is None:
+        return "its target_modules is null, so they depend on the type of the model; write their names there"
     start = str(settings.get("init_lora_weights"))
     if start.startswith(OTHER_STARTS):
         return f"its init_lora_weights is {start!r}, which needs other weights than those of the base model"

@@ -113,19 +113,30 @@ def load_adapter(base: PreTrainedModel, folder: Path, model_path: str) -> PeftMo
     Raises:
         ConfigError: the adapter does not fit the model, or holds a value that is not finite.
     """
-    try:
-        options: Any = {"is_trainable": True, "autocast_adapter_dtype": False, "key_mapping": map_keys(base)}
+    options: Any = {"is_trainable": True, "autocast_adapter_dtype": False, "key_mapping": map_keys(base)}
+    with explaining_misfit(f"the adapter in {folder}", model_path):
         model: Any = PeftModel.from_pretrained(base, folder, **options)
         report = model.load_adapter(str(folder), ADAPTER, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"the adapter in {folder} does not fit the model {model_path}: {describe_misfit(error)}"
-        ) from error
     check_complete(report, ADAPTER, f"the adapter in {folder}", model_path)
     fit_quantized(model, f"the adapter in {folder}")
     check_finite(model, f"the adapter in {folder}")
     _settle_patterns(model)
     return model
+
+
+@contextmanager
+def explaining_misfit(description: str, model_path: str) -> Iterator[None]:
+    """Let what PEFT raises while it loads an adapter be one sentence; `description` begins it.
+
+    Raises:
+        ConfigError: the block has raised an error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many types: the settings in its file may have any
+        raise ConfigError(f"{description} does not fit the model {model_path}: {describe_misfit(error)}") from error
 
 
 def fit_quantized(model: nn.Module, description: str) -> None:

@@ -24,7 +24,7 @@ from grpo_core.counts import quantify
 from grpo_core.data.tool_schemas import offer_tools_of
 from grpo_core.model.rope import override_rope
 from grpo_core.model.rotation import find_rotations
-from grpo_core.schema import ConfigError, first_line, list_known
+from grpo_core.schema import ConfigError, first_line, list_known, summarize_error
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
 
@@ -223,8 +223,7 @@ def describe_misfit(error: Exception) -> str:
     if match := re.search(pattern, str(error)):
         name, own, models = match.groups()
         return f"its weight {name.removeprefix('base_model.model.')} has the size {own}, that of the model {models}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) if lines and lines[0].endswith(":") else first_line(error)
+    return first_line(error) if isinstance(error, (OSError, ValueError, RuntimeError)) else summarize_error(error)
 
 
 def _is_hub_run(path: str) -> bool:

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.batch import Rollouts
-from grpo_core.config.lora_checks import read_adapter
+from grpo_core.config.lora_checks import check_adapter_weights, read_adapter
 from grpo_core.config.sections import LoraConfig, ModelConfig, RunConfig
-from grpo_core.model.adapter import check_complete, fit_quantized
+from grpo_core.model.adapter import check_complete, explaining_misfit, fit_quantized
 from grpo_core.model.composite import map_keys
 from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.loading import (
     check_vocabulary,
-    describe_misfit,
     load_model_config,
     load_tokenizer,
     using_key,
@@ -129,6 +128,7 @@ def _check_adapter(path: str, *, is_shared: bool) -> None:
             f"{key}, which is not LoRA alone ({other}), so it cannot share the policy's base; set teacher.path to "
             f"its base model"
         )
+    check_adapter_weights("teacher.adapter", path)
 
 
 def load_teacher(config: RunConfig, policy: Policy, dtype: torch.dtype, device: torch.device) -> Teacher | None:
@@ -149,14 +149,9 @@ def load_teacher(config: RunConfig, policy: Policy, dtype: torch.dtype, device: 
         return Teacher(own, shares_policy=False)
     if adapter is None:
         return Teacher(policy)
-    try:
-        options: Any = {"autocast_adapter_dtype": False, "key_mapping": map_keys(policy.causal_lm)}
+    options: Any = {"autocast_adapter_dtype": False, "key_mapping": map_keys(policy.causal_lm)}
+    with explaining_misfit(f"the adapter in {adapter} (teacher.adapter)", config.model.path):
         report = policy.model.load_adapter(adapter, TEACHER_ADAPTER, is_trainable=False, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"the adapter in {adapter} (teacher.adapter) does not fit the model {config.model.path}: "
-            f"{describe_misfit(error)}"
-        ) from error
     check_complete(report, TEACHER_ADAPTER, f"the adapter in {adapter} (teacher.adapter)", config.model.path)
     fit_quantized(policy.model, f"the adapter in {adapter}")
     teacher = Teacher(policy, TEACHER_ADAPTER)

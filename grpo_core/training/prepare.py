@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from grpo_core.batch import Task
+from grpo_core.config.lora_checks import describe_other_base
 from grpo_core.config.precision import resolve_dtype
 from grpo_core.config.sections import RewardConfig, RunConfig, SamplingConfig
 from grpo_core.counts import quantify
@@ -98,7 +99,15 @@ def prepare(
     check_targets(model_config, config.lora, config.model.trust_remote_code)
     for key, value in find_routing_keys(config).items():
         check_has_routers(model_config, key, value, config.model.trust_remote_code)
-    return Prepared(tokenizer, model_config, tasks, eval_tasks, num_too_long, warnings)
+    return Prepared(tokenizer, model_config, tasks, eval_tasks, num_too_long, warnings + _describe_other_bases(config))
+
+
+def _describe_other_bases(config: RunConfig) -> list[str]:
+    """Return sentences about adapters that were trained on another model than they are used with."""
+    adapters = [("lora.path", config.lora.path, config.model.path)]
+    adapters += [("teacher.adapter", config.teacher.adapter, config.teacher.path or config.model.path)]
+    named = [(key, path, model) for key, path, model in adapters if path is not None]
+    return [sentence for args in named if (sentence := describe_other_base(*args))]
 
 
 def _check_data(
