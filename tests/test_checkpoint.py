@@ -1,11 +1,15 @@
 """Checkpoints as files; test_faults.py has the real runs."""
 
+import json
 from dataclasses import replace
 
 import pytest
+import torch
+from test_faults_of_models import EXPERTS
 from test_loop import make_run
 
-from grpo_core.config.sections import RewardConfig, SourceConfig
+from grpo_core.config.sections import LoraConfig, ModelConfig, RewardConfig, SourceConfig
+from grpo_core.model.policy import wrap
 from grpo_core.schema import ConfigError
 from grpo_core.training import checkpoint, run_dir
 
@@ -55,6 +59,33 @@ def test_a_folder_can_be_named_and_a_new_run_never_takes_an_old_ones_unasked(two
         None,
         [],
     )
+
+
+def test_the_order_of_weights_is_no_difference(tmp_path):
+    """PEFT's forward replaces the weights of lora.target_parameters, which are then the last of their module."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
+    policy = wrap(EXPERTS["qwen3_moe"]().eval(), ModelConfig(), lora, temperature=1.0)
+    run = make_run(tmp_path / "run", policy=policy)
+    names = [name for name, p in policy.model.named_parameters()]
+    fresh, older = (checkpoint.compute_fingerprints(run, by_name=by_name) for by_name in (True, False))
+    policy.causal_lm(torch.arange(4)[None])
+    assert [name for name, p in policy.model.named_parameters()] != names
+    assert checkpoint.compute_fingerprints(run) == fresh != older
+
+
+def test_a_checkpoint_with_the_weights_in_another_order_is_resumed(two, monkeypatch):
+    """As they were written before."""
+    run, _ = two
+    newest = run.folder / "checkpoints" / "step-000002"
+    meta = json.loads((newest / checkpoint.META).read_text())
+    older = checkpoint.compute_fingerprints(run, by_name=False)
+    assert older != meta["fingerprints"]
+    monkeypatch.setattr(run.engine, "load", lambda *arguments: None, raising=False)
+    assert checkpoint.load(newest, {**meta, "fingerprints": older}, run) == []
+    changed = {**older, "the weights of model.path": "0"}
+    with pytest.raises(ConfigError, match="because the weights of model.path have changed"):
+        checkpoint.load(newest, {**meta, "fingerprints": changed}, run)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing_behind(two, monkeypatch, capsys):

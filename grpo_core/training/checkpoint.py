@@ -279,6 +279,9 @@ def load(checkpoint: Path, meta: dict[str, Any], run: Run) -> list[str]:
     """
     saved, current = meta["fingerprints"], compute_fingerprints(run)
     differing = [key for key in current if saved.get(key) != current[key]]
+    if differing:
+        older = compute_fingerprints(run, by_name=False)
+        differing = [key for key in differing if saved.get(key) != older[key]]
     if differing and run.config.resume != "force":
         raise ConfigError(
             f"cannot resume from {checkpoint}, because {' and '.join(differing)} have changed since it was written; "
@@ -313,11 +316,13 @@ def load_outcomes(checkpoint: Path) -> dict[str, Tensor]:
     return {name: value for name, value in load_file(checkpoint / TENSORS).items() if name.startswith(PREFIX)}
 
 
-def compute_fingerprints(run: Run) -> dict[str, str]:
+def compute_fingerprints(run: Run, *, by_name: bool = True) -> dict[str, str]:
     """Return short digests of the content of data.path (rows), model.path and the teacher (frozen weights).
 
     They detect that a path in the configuration has other content than when the checkpoint was written. The keys are
-    part of the checkpoint format and appear in messages.
+    part of the checkpoint format and appear in messages. Weights are in the order of their names, since the order in
+    the model changes in its forward, where PEFT replaces the weights of lora.target_parameters. Older checkpoints have
+    the order in the model, without `by_name`.
     """
     rows = hashlib.sha256()
     for task in run.tasks.tasks:
@@ -326,6 +331,8 @@ def compute_fingerprints(run: Run) -> dict[str, str]:
     of_teacher = {id(weight) for _, weight in taught}
     named = run.policy.model.named_parameters()
     frozen = [(name, weight) for name, weight in named if not weight.requires_grad and id(weight) not in of_teacher]
+    if by_name:
+        frozen, taught = (sorted(pairs, key=lambda pair: pair[0]) for pairs in (frozen, taught))
     digests = {"the rows of data.path": rows.hexdigest()[:16], "the weights of model.path": _digest_weights(frozen)}
     return digests | ({"the weights of the teacher": _digest_weights(taught)} if taught else {})
 
