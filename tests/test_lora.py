@@ -237,6 +237,15 @@ UNFIT = [
     ({"trainable_token_indices": {"embed_tokens": [1]}, "modules_to_save": ["embed_tokens"]}, "lora.modules_to_save is"),
     ({"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]}, "lora.trainable_token_indices trains tokens of model.embed_tokens, which lora.modules_to_save trains whole"),
     ({"modules_to_save": ["layers"]}, "lora.modules_to_save is"),
+    ({"modules_to_save": ["norm", "rotary_emb"]}, "lora.modules_to_save names 'rotary_emb', but model.rotary_emb has no weights to train"),
+    ({"exclude_modules": ["up_proj"]}, "lora.exclude_modules names 'up_proj', which leaves out no module that would get an adapter; known: k_proj, o_proj, q_proj, v_proj"),
+    ({"exclude_modules": ["k_proj", "lm_head"], **ALL}, "lora.exclude_modules names 'lm_head', which leaves out no module"),
+    ({"exclude_modules": ".*mlp.*"}, "lora.exclude_modules names '.*mlp.*', which leaves out no module"),
+    ({"target_modules": ".*"}, "lora.target_modules is '..', which names the whole model, a Qwen2ForCausalLM; LoRA adapts linear layers"),
+    ({"target_modules": ["q_proj", "model"]}, "lora.target_modules is .*, which names model, a Qwen2Model; LoRA adapts linear layers"),
+    ({"target_modules": ["norm"]}, "lora.target_modules is .*, which names model.norm, a Qwen2RMSNorm; LoRA adapts linear layers"),
+    ({"target_parameters": ["input_layernorm.weight"]}, "lora.target_parameters names 'input_layernorm.weight', but model.layers.0.input_layernorm.weight has 1 dimension"),
+    ({"target_parameters": ["up_proj.weight"], **ALL}, "lora.target_parameters is .*, which names a weight of model.layers.0.mlp.up_proj, to which lora.target_modules"),
     ({"target_modules": ["embed_tokens"], "init_lora_weights": "orthogonal"}, "lora.init_lora_weights is 'orthogonal', which PEFT does not apply to"),
 ]  # fmt: skip
 
@@ -245,6 +254,16 @@ UNFIT = [
 def test_what_the_model_does_not_have_is_refused_before_its_weights_load(keys, sentence):
     """PEFT ignores a part of these, or warns."""
     with pytest.raises(ConfigError, match=sentence):
+        check_targets(qwen(False).config, LoraConfig(r=4, **keys))
+
+
+def test_modules_that_are_left_out_may_be_of_any_type():
+    """PEFT leaves out what lora.exclude_modules and lora.modules_to_save name before it looks at a type."""
+    for keys in (
+        {"target_modules": ".*self_attn.*", "exclude_modules": ".*attn"},
+        {"target_modules": ".*(proj|norm)", "modules_to_save": ["norm", "input_layernorm", "post_attention_layernorm"]},
+        {"target_parameters": ["q_proj.weight"], "exclude_modules": ["q_proj"]},
+    ):
         check_targets(qwen(False).config, LoraConfig(r=4, **keys))
 
 

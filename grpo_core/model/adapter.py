@@ -53,6 +53,11 @@ def add_adapter(base: PreTrainedModel, lora: LoraConfig, revision: str | None = 
     try:
         model: Any = get_peft_model(base, _make_peft_config(lora, unadaptable), autocast_adapter_dtype=False)
     except (ValueError, TypeError) as error:
+        if layer := re.search(r"wrap an `nn.Parameter` of layer '(\S+)'", str(error)):
+            raise ConfigError(
+                f"lora.target_parameters is {lora.target_parameters}, which names a weight of {layer[1]}, to which "
+                f"lora.target_modules gives an adapter; take it out of one of the two"
+            ) from error
         raise ConfigError(f"lora.{_find_key(error, lora)}: {first_line(error)}") from error
     fit_quantized(model, "the section lora")
     model.peft_config[ADAPTER].revision = revision

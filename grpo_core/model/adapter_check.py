@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from grpo_core.config.lora_checks import PLAIN_KEYS, as_list
 from grpo_core.config.sections import LoraConfig
 from grpo_core.counts import quantify
 from grpo_core.model.adapter import add_adapter, list_adapted
 from grpo_core.model.lora_patterns import PATTERNS, find_pattern
-from grpo_core.model.lora_targets import ends_in, find_unadaptable, make_without_weights
+from grpo_core.model.lora_targets import ends_in, find_unadaptable, is_named, make_without_weights
 from grpo_core.model.peft_names import BaseTunerLayer, ModulesToSaveWrapper, PeftModel, TrainableTokensLayer
 from grpo_core.schema import ConfigError, list_known
 
+ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D)
 LAYER_NUMBER = re.compile(r".*?\.[^.]*\.(\d+)\.")  # in a module's name, as PEFT finds it
 
 
@@ -43,13 +46,10 @@ def check_targets(config: PretrainedConfig, lora: LoraConfig, trust_remote_code:
         return
     _check_names(model, lora)
     _check_tokens(model, lora)
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PEFT warns of is refused below
-            adapted = add_adapter(model, lora)
-    except ConfigError:
-        raise
-    except Exception:  # what cannot be done without weights
+    if lora.exclude_modules is not None:
+        _check_exclusion(make_without_weights(config, trust_remote_code), lora)
+    adapted = _adapt(model, lora)
+    if adapted is None:
         return
     embeddings = [name for name, module in adapted.named_modules() if getattr(module, "lora_embedding_A", None)]
     if embeddings and isinstance(lora.init_lora_weights, str):
@@ -59,6 +59,39 @@ def check_targets(config: PretrainedConfig, lora: LoraConfig, trust_remote_code:
         )
     _check_token_layers(adapted)
     _check_effects(list_adapted(adapted), lora)
+
+
+def _adapt(model: PreTrainedModel, lora: LoraConfig) -> PeftModel | None:
+    """Return the model without weights with an adapter; None if that cannot be done without weights.
+
+    Raises:
+        ConfigError: PEFT refuses the adapter.
+    """
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PEFT warns of is refused here
+            return add_adapter(model, lora)
+    except ConfigError:
+        raise
+    except Exception:  # of many types
+        return None
+
+
+def _check_exclusion(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Check that each part of lora.exclude_modules leaves out a module that would get an adapter; changes `model`."""
+    excluded, whole = lora.exclude_modules, None
+    with contextlib.suppress(ConfigError):  # without the exclusion PEFT may refuse the adapter
+        whole = _adapt(model, replace(lora, exclude_modules=None))
+    if whole is None:
+        return
+    names: list[str] = whole.base_model.targeted_module_names  # type: ignore[assignment]
+    for part in [excluded] if isinstance(excluded, str) else [[name] for name in excluded or ()]:
+        if not any(is_named(name, part) for name in names):
+            given = repr(part) if isinstance(part, str) else repr(part[0])
+            raise ConfigError(
+                f"lora.exclude_modules names {given}, which leaves out no module that would get an adapter; "
+                f"{list_known('', {name.rpartition('.')[2] for name in names})}"
+            )
 
 
 def _check_names(model: PreTrainedModel, lora: LoraConfig) -> None:
@@ -72,13 +105,32 @@ def _check_names(model: PreTrainedModel, lora: LoraConfig) -> None:
     for key, name in (*listed, *(("modules_to_save", name) for name in lora.modules_to_save or ())):
         if not any(ends_in(module, name) for module in names):
             raise ConfigError(f"lora.{key} names {name!r}, which the model does not have; {list_known(name, known)}")
-    weights = [name for name, _ in model.named_parameters()]
+    for name in lora.modules_to_save or ():
+        copied = [module for module in names if ends_in(module, name)]
+        if not any(True for module in copied for _ in model.get_submodule(module).parameters()):
+            raise ConfigError(
+                f"lora.modules_to_save names {name!r}, but {copied[0]} has no weights to train; leave it out"
+            )
+    _check_parameters(model, lora)
+
+
+def _check_parameters(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Check that LoRA can adapt the weights that lora.target_parameters names."""
+    weights = dict(model.named_parameters())
     short = {".".join(name.split(".")[-2:]) for name in weights}
     for name in lora.target_parameters or ():
-        if not any(ends_in(weight, name) for weight in weights):
+        targeted = [weight for weight in weights if ends_in(weight, name)]
+        if not targeted:
             raise ConfigError(
                 f"lora.target_parameters names {name!r}, which the model does not have; {list_known(name, short)}"
             )
+        for weight in targeted:
+            if weights[weight].dim() not in (2, 3):
+                raise ConfigError(
+                    f"lora.target_parameters names {name!r}, but {weight} has "
+                    f"{quantify(weights[weight].dim(), 'dimension')}, and LoRA adapts weights of 2 or 3; leave it out, "
+                    f"or train its module whole with lora.modules_to_save"
+                )
 
 
 def _check_tokens(model: PreTrainedModel, lora: LoraConfig) -> None:
@@ -154,6 +206,7 @@ def _check_target_modules(
         if not targeted:
             raise ConfigError(f"lora.target_modules is {lora.target_modules!r}, which matches no module of the model")
         _check_adaptable(lora.target_modules, targeted, unadaptable)
+        _check_types(model, targeted, lora)
         return
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     doubtful = [target for target in lora.target_modules if not any(ends_in(name, target) for name in names)]
@@ -165,6 +218,21 @@ def _check_target_modules(
                 f"lora.target_modules names {target!r}, which the model does not have; {list_known(target, linear)}"
             )
         _check_adaptable(target, targeted, unadaptable)
+        _check_types(model, targeted, lora)
+
+
+def _check_types(model: PreTrainedModel, targeted: Sequence[str], lora: LoraConfig) -> None:
+    """Check that the targeted modules are of types that LoRA adapts, without those that PEFT leaves out."""
+    saved = [rf"(^|.*\.){name}($|\..*)" for name in lora.modules_to_save or ()]
+    for name in targeted:
+        if is_named(name, lora.exclude_modules) or any(re.match(pattern, name) for pattern in saved):
+            continue
+        module = model.get_submodule(name)
+        if not isinstance(module, ADAPTABLE):
+            raise ConfigError(
+                f"lora.target_modules is {lora.target_modules!r}, which names {name or 'the whole model'}, a "
+                f"{type(module).__name__}; LoRA adapts linear layers, embeddings and convolutions alone"
+            )
 
 
 def _check_adaptable(target: str, targeted: Sequence[str], unadaptable: Sequence[str]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -75,3 +78,10 @@ def make_without_weights(config: PretrainedConfig, trust_remote_code: bool) -> P
 def ends_in(name: str, target: str) -> bool:
     """Return whether PEFT's target `target` means the module `name`."""
     return name == target or name.endswith(f".{target}")
+
+
+def is_named(name: str, targets: str | Sequence[str] | None) -> bool:
+    """Return whether PEFT finds the module `name` among `targets`, which are a regular expression or names."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(ends_in(name, target) for target in targets or ())
