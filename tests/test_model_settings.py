@@ -19,6 +19,7 @@ from grpo_core.model import loading
 from grpo_core.model.base_model import load_base_model
 from grpo_core.model.loading import load_model_config, load_tokenizer_of
 from grpo_core.model.policy import Policy, load_policy
+from grpo_core.model.rope_effect import check_rope_effect
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
 
@@ -36,6 +37,8 @@ def folder(tmp_path_factory):
     transformers.LlamaForCausalLM(config).save_pretrained(path / "llama3")
     config = transformers.Gemma3TextConfig(**SIZES, num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
     transformers.Gemma3ForCausalLM(config).save_pretrained(path / "gemma3")
+    config = transformers.Phi3Config(**SIZES, num_key_value_heads=2, max_position_embeddings=64)
+    config.save_pretrained(path / "phi3")
     return path
 
 
@@ -109,6 +112,28 @@ def test_what_does_not_fit_the_model_is_refused_before_its_weights_load(folder):
         load_model_config(ModelConfig(str(folder), revision="main"))
     with pytest.raises(ConfigError, match="but the gpt2 model has no rotary embedding"):
         loading.override_rope(transformers.GPT2Config(), YARN)
+
+
+HALF = {"partial_rotary_factor": 0.5}
+IGNORED = "is 0.5, which changes nothing in this .* model; leave it out"
+
+
+@pytest.mark.parametrize("name, rope, sentence", [
+    ("", HALF, f"model.rope.partial_rotary_factor {IGNORED}"),
+    ("", {**HALF, "rope_theta": 50.0}, f"model.rope.partial_rotary_factor {IGNORED}"),
+    ("gemma3", {"full_attention": HALF}, f"model.rope.full_attention.partial_rotary_factor {IGNORED}"),
+    ("", {**HALF, "rope_type": "linear", "factor": 2.0}, "model.rope is .*, with which the llama model fails: RuntimeError: "),
+    ("phi3", HALF, None), ("", {"rope_theta": 1e4}, None), ("", {"rope_theta": 50.0, "partial_rotary_factor": 1.0}, None), ("", {}, None),
+    ("", {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}, None), ("gemma3", {"sliding_attention": {"rope_theta": 50.0}}, None),
+], ids=str)  # fmt: skip
+def test_a_rotary_parameter_that_the_models_code_ignores_is_refused(folder, name, rope, sentence):
+    """transformers takes it for every model; one with its own value is no mistake."""
+    model = ModelConfig(str(folder / name), rope=rope)
+    if sentence is None:
+        check_rope_effect(model)
+        return
+    with pytest.raises(ConfigError, match=sentence):
+        check_rope_effect(model)
 
 
 def test_the_revision_reaches_every_file_of_the_model(monkeypatch):

@@ -33,6 +33,7 @@ from grpo_core.model.policy import Policy
 from grpo_core.model.quantized_loading import check_training
 from grpo_core.model.reward_model import NAME as REWARD_MODEL
 from grpo_core.model.reward_model import check_reward_model, load_reward_model
+from grpo_core.model.rope_effect import check_rope_effect
 from grpo_core.model.routing import check_can_route, check_has_routers
 from grpo_core.model.teacher import check_teacher, model_of_teacher
 from grpo_core.objective.advantages import ADVANTAGES
@@ -92,6 +93,7 @@ def prepare(
         warnings.append(_describe_long_eval_prompts(config, num_eval_too_long))
     if model_config is None:
         check_training(config.model, config.lora)
+        check_rope_effect(config.model)
         model_config = load_model_config(config.model)
     check_vocabulary(model_config, tokenizer)
     check_eos_ids(model_config, model_config, "config.json")
