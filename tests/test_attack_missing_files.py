@@ -139,6 +139,56 @@ def test_attack_6_a_model_without_its_configuration_or_tokenizer(tmp_path):
         load_tokenizer(str(model))
 
 
+def damage_model(folder, name, content):
+    shutil.copytree(BUILTIN, folder)
+    file = folder / name
+    file.write_bytes(content(file.read_bytes() if file.exists() else b""))
+
+
+INDEX = "model.safetensors.index.json"
+MODEL_FILES = [
+    ("model.safetensors", lambda whole: whole[:-4], "model.safetensors is cut off: it has "),
+    ("model.safetensors", lambda whole: POINTER, "model.safetensors is a pointer of Git LFS"),
+    (INDEX, lambda whole: b"{", f"{INDEX} is not JSON"),
+    (INDEX, lambda whole: b"[]", f"{INDEX} has no mapping weight_map"),
+    (INDEX, lambda whole: b'{"metadata": {}}', f"{INDEX} has no mapping weight_map"),
+    (INDEX, lambda whole: b'{"weight_map": {"a": "one.safetensors"}}', "one.safetensors is missing"),
+    ("config.json", lambda whole: whole[:9], "config.json is not JSON"),
+    ("config.json", lambda whole: b"null", "config.json holds no mapping"),
+    ("generation_config.json", lambda whole: b"{bad", "generation_config.json is not JSON: .*; correct it or delete it"),
+    ("generation_config.json", lambda whole: b"[]", "generation_config.json holds no mapping; correct it or delete it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, content, sentence", MODEL_FILES)
+def test_a_damaged_file_of_a_model_is_named_before_weights_load(tmp_path, name, content, sentence):
+    damage_model(tmp_path / "model", name, content)
+    if name == INDEX:
+        (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=f"model.path is '{tmp_path}/model', and it cannot be loaded: {sentence}"):
+        load_model_config(ModelConfig(str(tmp_path / "model")))
+    if name == "config.json":  # which is no fault of the tokenizer
+        with pytest.raises(ConfigError, match=f"and it cannot be loaded: {sentence}"):
+            load_tokenizer(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name, content, sentence", [
+    ("tokenizer.json", lambda whole: whole[:999], "tokenizer.json is not JSON"),
+    ("tokenizer.json", lambda whole: POINTER, "tokenizer.json is a pointer of Git LFS"),
+    ("tokenizer.json", lambda whole: b"[]", "tokenizer.json holds no mapping"),
+    ("tokenizer_config.json", lambda whole: b"{", "tokenizer_config.json is not JSON"),
+])  # fmt: skip
+def test_a_damaged_file_of_a_tokenizer_is_named(tmp_path, name, content, sentence):
+    damage_model(tmp_path / "model", name, content)
+    with pytest.raises(ConfigError, match=f"model.path is '{tmp_path}/model', and its tokenizer cannot be loaded: {sentence}"):
+        load_tokenizer(str(tmp_path / "model"))
+
+
+def test_an_adapter_is_no_model_though_it_has_no_tokenizer(adapter):
+    with pytest.raises(ConfigError, match=f"model.path is '{adapter}', which holds an adapter and not a model"):
+        load_tokenizer(str(adapter))
+
+
 @pytest.mark.parametrize("suffix", ["json", "safetensors"])
 def test_attack_6_a_missing_file_of_a_saved_batch_is_named_once(tmp_path, suffix):
     folder = tmp_path / "batches"

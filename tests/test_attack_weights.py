@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grpo_core.commands.open_policy import open_source
-from grpo_core.config.sections import LoraConfig, ModelConfig, RunConfig
+from grpo_core.config.sections import DataConfig, LoraConfig, ModelConfig, RunConfig
+from grpo_core.model.adapter import load_adapter
 from grpo_core.model.base_model import load_base_model
 from grpo_core.model.loading import BUILTIN, load_model_config, load_tokenizer
 from grpo_core.model.policy import load_policy
+from grpo_core.model.quantized_loading import adopt
 from grpo_core.sampling.end_of_sequence import find_eos_ids
 from grpo_core.schema import ConfigError, first_line
 from grpo_core.training.prepare import prepare
@@ -53,13 +55,88 @@ def test_attack_1_weights_that_the_files_lack_are_never_random(model):
     ({"vocab_size": 700}, "the weight model.embed_tokens.weight has the size [496, 192] in the model's files, but [700, 192] by its"),
     ({"intermediate_size": 64}, "and 5 others; use the config.json that belongs to the weights"),
     ({"pad_token_id": 9_999}, "Padding_idx must be within num_embeddings"),
-    ({"hidden_act": "nope"}, "KeyError: 'nope'"),
+    ({"hidden_act": "nope"}, "hidden_act in its config.json is 'nope', which transformers does not know"),
     ({"num_attention_heads": 0}, "ZeroDivisionError: integer division or modulo by zero"),
 ])  # fmt: skip
 def test_attack_1_a_configuration_that_does_not_fit_the_weights_is_a_sentence(model, keys, sentence):
     with pytest.raises(ConfigError, match=re.escape(sentence)) as error:
         load_base_model(model[1](**keys), torch.float32)
     assert str(error.value).startswith(f"model.path is {str(model[0])!r}, and it cannot be loaded: ")
+
+
+ROPE = {"rope_theta": 1e4}
+LONG = {**ROPE, "rope_type": "longrope", "original_max_position_embeddings": 64}
+CONFIGS = {  # changes of config.json, and what is wrong
+    "type of a number": ({"hidden_size": "32"}, "its config.json cannot be used: Validation error for field 'hidden_size'"),
+    "dtype": ({"dtype": "float7"}, "dtype in its config.json is 'float7', which transformers does not know"),
+    "layers": ({"num_hidden_layers": 0, "layer_types": []}, "num_hidden_layers in its config.json is 0; it must be at least 1"),
+    "activation": ({"hidden_act": "nope"}, "hidden_act in its config.json is 'nope', which transformers does not know"),
+    "rotation": ({"rope_parameters": {**ROPE, "rope_type": "weird"}}, "rope_parameters.rope_type in its config.json is 'weird'"),
+    "no rotation": ({"rope_parameters": {**ROPE, "rope_type": None}}, "rope_parameters.rope_type in its config.json is None"),
+    "factors": ({"rope_parameters": {**LONG, "short_factor": [1.0] * 3, "long_factor": [1.0] * 3}}, "the rotary embedding has 3 numbers in short_factor and 3 in long_factor; both must have 16"),
+    "a factor": ({"rope_parameters": {**LONG, "short_factor": [1.0] * 16, "long_factor": [1.0] * 3}}, "the rotary embedding has 16 numbers in short_factor and 3 in long_factor"),
+    "kind": ({"model_type": "t5"}, "transformers has no causal language model of the type t5"),
+    "quantisation": ({"quantization_config": "x"}, "quantization_config in its config.json is 'x'; it must be a mapping with a quant_method"),
+    "no method": ({"quantization_config": {}}, "quantization_config in its config.json is {}; it must be a mapping with a quant_method"),
+    "code": ({"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}, "it has code of its own; set model.trust_remote_code to true"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_fault_of_the_configuration_is_called_one_before_weights_load(model, name, monkeypatch):
+    """Also where the tokenizer, which reads it too, is loaded first."""
+    changes, sentence = CONFIGS[name]
+    monkeypatch.setattr("grpo_core.model.base_model.AutoModelForCausalLM.from_pretrained", None)
+    data = DataConfig(limit=20)
+    with pytest.raises(ConfigError, match=f"^model.path is {str(model[0])!r}, and it cannot be loaded: {sentence}"):
+        prepare(RunConfig(model=model[1](**changes), data=data))
+
+
+def test_the_factors_of_the_key_are_named_by_the_key(model):
+    rope = {**LONG, "short_factor": [1.0] * 16, "long_factor": [1.0] * 3}
+    with pytest.raises(ConfigError, match="^model.rope is .*, with which the rotary embedding has 16 numbers in short_factor and 3"):
+        prepare(RunConfig(model=ModelConfig(str(model[0]), rope=rope), data=DataConfig(limit=20)))
+
+
+def test_weights_that_are_not_quantised_as_the_configuration_says_are_refused(model):
+    pytest.importorskip("bitsandbytes")
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    sentence = "whose config.json has a quantization_config of bitsandbytes, but whose weights are not in 4 bits"
+    config = model[1](quantization_config=stored)
+    with pytest.raises(ConfigError, match=sentence):
+        prepare(RunConfig(model=config, data=DataConfig(limit=20)))
+    layer = torch.nn.Linear(2, 2)
+    layer.__class__ = type("Linear4bit", (torch.nn.Linear,), {})
+    network = torch.nn.Sequential(layer)
+    network.hf_quantizer = object()  # as of a model of the hub
+    with pytest.raises(ConfigError, match=f"model.path is 'me/model', {sentence}.* [(]0[)]"):
+        adopt(network, "me/model")
+
+
+class Other:
+    """An object that is no weight."""
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (lambda weights: [1, 2], "pytorch_model.bin holds a list and no mapping of names to weights"),
+    (lambda weights: {**weights, "x": Other()}, "pytorch_model.bin is damaged, or holds objects other than weights"),
+    (None, "pytorch_model.bin is damaged, or holds objects other than weights"),
+])  # fmt: skip
+def test_weights_in_the_older_format_that_cannot_be_read_are_named(model, content, sentence, tmp_path):
+    folder, change = model
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    file = folder / "pytorch_model.bin"
+    file.write_bytes(b"junk") if content is None else torch.save(content(weights), file)
+    with pytest.raises(ConfigError, match=f"and it cannot be loaded: {sentence}") as error:
+        load_base_model(change(), torch.float32)
+    assert "weights_only" not in str(error.value)
+    policy = load_policy(ModelConfig(), LoraConfig(target_modules=["q_proj"]), dtype=torch.float32, temperature=1.0)
+    policy.save(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    shutil.copy(file, tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(ConfigError, match=f"does not fit the model a model: {sentence.replace('pytorch', 'adapter')}"):
+        load_adapter(load_base_model(ModelConfig(), torch.float32), tmp_path / "adapter", "a model")
 
 
 def test_attack_1_running_out_of_memory_is_no_mistake_of_the_configuration(model, monkeypatch):

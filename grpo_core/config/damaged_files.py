@@ -11,6 +11,7 @@ from grpo_core.schema import ConfigError
 
 POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
 SIZE_BYTES = 8  # at the start of a safetensors file: the size of its header
+METADATA = "__metadata__"  # the entry of the header that is no weight
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as the library has it
 
 
@@ -45,7 +46,7 @@ def _describe_cut(file: Path, begin: bytes, opened: BinaryIO) -> str | None:
         return f"{file.name} is damaged or cut off: it does not have the header of a safetensors file"
     try:
         entries = json.loads(opened.read(header))
-        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != METADATA]
         expected = SIZE_BYTES + header + max(ends, default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         return f"{file.name} is damaged: its header cannot be read"
@@ -53,3 +54,10 @@ def _describe_cut(file: Path, begin: bytes, opened: BinaryIO) -> str | None:
         return None
     problem = "cut off" if size < expected else "damaged"
     return f"{file.name} is {problem}: it has {size:,} of {expected:,} bytes"
+
+
+def read_weight_names(file: Path) -> set[str]:
+    """Return the names of the weights in a safetensors file that is not damaged."""
+    with open(file, "rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(SIZE_BYTES), "little")))
+    return {*header} - {METADATA}

@@ -23,6 +23,7 @@ from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.loading import describe_misfit
 from grpo_core.model.lora_patterns import PATTERNS, settle_order
 from grpo_core.model.lora_targets import find_unadaptable
+from grpo_core.model.model_files import describe_pickle
 from grpo_core.model.peft_names import (
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
@@ -119,7 +120,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, model_path: str) -> PeftMo
         ConfigError: the adapter does not fit the model, or holds a value that is not finite.
     """
     options: Any = {"is_trainable": True, "autocast_adapter_dtype": False, "key_mapping": map_keys(base)}
-    with explaining_misfit(f"the adapter in {folder}", model_path):
+    with explaining_misfit(f"the adapter in {folder}", folder, model_path):
         model: Any = PeftModel.from_pretrained(base, folder, **options)
         report = model.load_adapter(str(folder), ADAPTER, **options)
     check_complete(report, ADAPTER, f"the adapter in {folder}", model_path)
@@ -130,8 +131,8 @@ def load_adapter(base: PreTrainedModel, folder: Path, model_path: str) -> PeftMo
 
 
 @contextmanager
-def explaining_misfit(description: str, model_path: str) -> Iterator[None]:
-    """Let what PEFT raises while it loads an adapter be one sentence; `description` begins it.
+def explaining_misfit(description: str, folder: Path, model_path: str) -> Iterator[None]:
+    """Let what PEFT raises while it loads the adapter in `folder` be one sentence; `description` begins it.
 
     Raises:
         ConfigError: the block has raised an error.
@@ -141,7 +142,8 @@ def explaining_misfit(description: str, model_path: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of many types: the settings in its file may have any
-        raise ConfigError(f"{description} does not fit the model {model_path}: {describe_misfit(error)}") from error
+        problem = describe_pickle(folder) or describe_misfit(error)
+        raise ConfigError(f"{description} does not fit the model {model_path}: {problem}") from error
 
 
 def fit_quantized(model: nn.Module, description: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from grpo_core.model.loading import (
     resolve_model_path,
 )
 from grpo_core.model.lora_targets import make_without_weights
+from grpo_core.model.model_files import describe_bad_config, describe_pickle
 from grpo_core.model.quantized_loading import (
     adopt,
     check_quantization,
@@ -27,7 +29,7 @@ from grpo_core.model.quantized_loading import (
     find_stored_bits,
     loading_options,
 )
-from grpo_core.model.rope import override_rope
+from grpo_core.model.rope import describe_factors, override_rope
 from grpo_core.monitor.progress import print_note
 from grpo_core.schema import ConfigError, first_line, summarize_error
 
@@ -54,8 +56,8 @@ def load_base_model(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     options = loading_options(model, whole, dtype)
     options |= {"config": config} if config is not whole or model.rope else {}
     options |= {"key_mapping": names} if names else {}
-    base, report = _read(model, dtype, options)
-    adopt(base)
+    base, report = _read(model, config, dtype, options)
+    adopt(base, model.path)
     _forget_names(base, names)
     if names:
         setattr(base, ATTRIBUTE, find_names(whole, base))
@@ -71,8 +73,12 @@ def load_base_model(model: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     return base
 
 
-def _read(model: ModelConfig, dtype: torch.dtype, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _read(
+    model: ModelConfig, config: PretrainedConfig, dtype: torch.dtype, options: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """Return the model of transformers, and its report of weights that are missing or of another size.
+
+    `config` explains an error.
 
     Raises:
         ConfigError: the model cannot be loaded or has no such attention implementation.
@@ -95,9 +101,31 @@ def _read(model: ModelConfig, dtype: torch.dtype, options: Mapping[str, Any]) ->
             raise ConfigError(
                 f"model.attention is {model.attention}, which the model at model.path does not support; use eager"
             ) from error
+        check_can_be_made(config, model)
         has_sentence = isinstance(error, (OSError, ValueError, ImportError))
         reason = first_line(error) if has_sentence else summarize_error(error)
+        reason = describe_pickle(Path(resolve_model_path(model.path))) or reason
         raise ConfigError(f"model.path is {model.path!r}, and it cannot be loaded: {reason}") from error
+
+
+def check_can_be_made(config: PretrainedConfig, model: ModelConfig) -> None:
+    """Check that transformers can make a model of `config`, that of model.path with model.rope, without its weights.
+
+    Raises:
+        ConfigError: names the value in config.json where that is known.
+    """
+    problem = None
+    try:
+        make_without_weights(config, model.trust_remote_code)
+        factors = describe_factors(config, is_sure=False)
+    except Exception as error:  # models raise errors of many types
+        factors, problem = describe_factors(config), describe_bad_config(error, config.to_dict())
+        if "Unrecognized configuration class" in str(error):
+            problem = f"transformers has no causal language model of the type {config.model_type}"
+    if factors and model.rope:
+        raise ConfigError(f"model.rope is {model.rope}, with which {factors}")
+    if problem := factors or problem:
+        raise ConfigError(f"model.path is {model.path!r}, and it cannot be loaded: {problem}")
 
 
 def _name_text_weights(config: PretrainedConfig) -> dict[str, str]:

@@ -18,10 +18,18 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from grpo_core.config.lora_checks import ADAPTER_FILE
 from grpo_core.config.sections import ModelConfig, RunConfig
 from grpo_core.config.shipped import describe_run
 from grpo_core.counts import quantify
 from grpo_core.data.tool_schemas import offer_tools_of
+from grpo_core.model.model_files import (
+    CONFIG,
+    describe_bad_config,
+    describe_bad_files,
+    describe_bad_tokenizer,
+    read_config,
+)
 from grpo_core.model.rope import override_rope
 from grpo_core.model.rotation import find_rotations
 from grpo_core.schema import ConfigError, first_line, list_known, summarize_error
@@ -87,19 +95,22 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, revision: str | N
     Raises:
         ConfigError: the tokenizer cannot be loaded.
     """
-    folder = resolve_model_path(path)
-    no_files = (
-        f"model.path is {path!r}, and its tokenizer cannot be loaded: the folder has no tokenizer files, such as "
-        f"tokenizer.json"
-    )
-    if Path(folder).is_dir() and not [*Path(folder).glob("*token*"), *Path(folder).glob("vocab*")]:
+    folder = Path(resolve_model_path(path))
+    problem = f"model.path is {path!r}, and its tokenizer cannot be loaded: "
+    no_files = f"{problem}the folder has no tokenizer files, such as tokenizer.json"
+    if folder.is_dir() and not [*folder.glob("*token*"), *folder.glob("vocab*")]:
+        _check_no_adapter(path, folder)
         raise ConfigError(no_files)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **at_revision(revision))
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, **at_revision(revision)
+        )
     except Exception as error:  # tokenizers raise errors of many types
-        raise ConfigError(
-            f"model.path is {path!r}, and its tokenizer cannot be loaded: {first_line(error)}{_hub_hint(path)}"
-        ) from error
+        if damage := describe_bad_tokenizer(folder):
+            raise ConfigError(problem + damage) from error
+        if (folder / CONFIG).exists():  # which AutoTokenizer reads as well
+            load_whole_config(ModelConfig(path, revision=revision, trust_remote_code=trust_remote_code))
+        raise ConfigError(f"{problem}{first_line(error)}{_hub_hint(path)}") from error
     if not tokenizer("one 1", add_special_tokens=False)["input_ids"]:  # it loads without files, but empty
         raise ConfigError(no_files)
     return tokenizer
@@ -110,10 +121,22 @@ def at_revision(revision: str | None) -> dict[str, str]:
     return {} if revision is None else {"revision": revision}
 
 
-def check_has_config(path: str, folder: str) -> None:
-    """Raise ConfigError if the folder of the model at `path` lacks config.json."""
-    if Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
-        raise ConfigError(f"model.path is {path!r}, and it cannot be loaded: config.json is missing")
+def _check_files(path: str, folder: Path) -> None:
+    """Raise ConfigError if the folder of the model at `path` lacks config.json, or a file in it is damaged."""
+    problem = describe_bad_files(folder)
+    if folder.is_dir() and not (folder / CONFIG).exists():
+        problem = f"{CONFIG} is missing"
+    if problem:
+        raise ConfigError(f"model.path is {path!r}, and it cannot be loaded: {problem}")
+
+
+def _check_no_adapter(path: str, folder: Path) -> None:
+    """Raise ConfigError if the folder of the model at `path` holds an adapter."""
+    if (folder / ADAPTER_FILE).exists():
+        raise ConfigError(
+            f"model.path is {path!r}, which holds an adapter and not a model; merge the run that trained it into "
+            f"a model with python -m grpo_core export RUN --merged, and set model.path to that"
+        )
 
 
 def load_model_config(model: ModelConfig) -> PretrainedConfig:
@@ -135,25 +158,30 @@ def load_whole_config(model: ModelConfig) -> PretrainedConfig:
     Raises:
         ConfigError: see `load_model_config`.
     """
-    folder = resolve_model_path(model.path)
-    if (Path(folder) / "adapter_config.json").exists():
-        raise ConfigError(
-            f"model.path is {model.path!r}, which holds an adapter and not a model; merge the run that trained it into "
-            f"a model with python -m grpo_core export RUN --merged, and set model.path to that"
-        )
-    check_has_config(model.path, folder)
-    if model.revision is not None and Path(folder).is_dir():
+    folder = Path(resolve_model_path(model.path))
+    _check_no_adapter(model.path, folder)
+    _check_files(model.path, folder)
+    if model.revision is not None and folder.is_dir():
         raise ConfigError(
             f"model.revision is {model.revision!r}, but model.path is {model.path!r}, a folder, which has no "
             f"revisions; leave it out"
         )
     try:
         options = {"trust_remote_code": model.trust_remote_code, **at_revision(model.revision)}
-        config = AutoConfig.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(str(folder), **options)
     except Exception as error:  # models raise errors of many types
+        reason = f"{first_line(error)}{_hub_hint(model.path)}"
+        if not model.trust_remote_code and "trust_remote_code" in str(error):
+            reason = "it has code of its own; set model.trust_remote_code to true to let that run"
+        elif folder.is_dir() and not re.search("model.type", reason):
+            reason = describe_bad_config(error, read_config(folder))
+        raise ConfigError(f"model.path is {model.path!r}, and it cannot be loaded: {reason}") from error
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers < 1:
         raise ConfigError(
-            f"model.path is {model.path!r}, and it cannot be loaded: {first_line(error)}{_hub_hint(model.path)}"
-        ) from error
+            f"model.path is {model.path!r}, and it cannot be loaded: num_hidden_layers in its {CONFIG} is {layers}; it "
+            f"must be at least 1"
+        )
     return config
 
 

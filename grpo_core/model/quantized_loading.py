@@ -8,6 +8,7 @@ bitsandbytes has quantised is loaded by transformers' own quantizer; `adopt` mak
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from grpo_core.config.lora_checks import check_lora_of_quantized
 from grpo_core.config.sections import LoraConfig, ModelConfig
 from grpo_core.distributed import ranks
 from grpo_core.model.families import UNADAPTABLE
-from grpo_core.model.loading import load_whole_config
+from grpo_core.model.loading import load_whole_config, resolve_model_path
+from grpo_core.model.model_files import list_weight_names
 from grpo_core.model.quantized import (
     BlockScales,
     NestedScales,
@@ -36,6 +38,11 @@ from grpo_core.schema import ConfigError, summarize_error
 
 BITSANDBYTES = "bitsandbytes"  # the name of its format in a folder's configuration
 METHOD = "grpo_core_nf4"  # the name by which transformers finds the loader
+STATE = ".quant_state."  # in the names of what bitsandbytes writes beside a weight in 4 bits
+NOT_QUANTIZED = (
+    "whose config.json has a quantization_config of bitsandbytes, but whose weights are not in 4 bits; take it out of "
+    "config.json, or use the weights that belong to it"
+)
 IN_LAYER = re.compile(r"\.\d+\.")  # in the name of a module of a decoder layer
 ROUTERS = ("gate", "router")  # last parts of the names of linear layers that choose experts
 
@@ -125,12 +132,24 @@ def check_quantization(model: ModelConfig, whole: PretrainedConfig) -> None:
     problem = f"model.path is {model.path!r}, whose weights are already quantised ({kind})"
     if stored.get("quant_method") != BITSANDBYTES or not stored.get("load_in_4bit"):
         raise ConfigError(f"{problem}; only those of bitsandbytes in 4 bits can be used")
+    _check_are_quantized(model)
     if model.quantize is not None and kind != _name_kind(model.quantize, model.double_quant):
         raise ConfigError(
             f"{problem}, but model.quantize is {model.quantize} and model.double_quant is "
             f"{str(model.double_quant).lower()}; leave both out, and they are used as they are"
         )
     check_installed(key, value)
+
+
+def _check_are_quantized(model: ModelConfig) -> None:
+    """Check that a folder's weights are in 4 bits, as its config.json says; a model of the hub is checked when loaded.
+
+    Raises:
+        ConfigError: no weight in its safetensors files is.
+    """
+    names = list_weight_names(Path(resolve_model_path(model.path)))
+    if names and not any(STATE in name for name in names):
+        raise ConfigError(f"model.path is {model.path!r}, {NOT_QUANTIZED}")
 
 
 def check_training(model: ModelConfig, lora: LoraConfig) -> None:
@@ -197,14 +216,20 @@ def loading_options(model: ModelConfig, whole: PretrainedConfig, dtype: torch.dt
     return options
 
 
-def adopt(model: PreTrainedModel) -> None:
-    """Let a model that was loaded in 4 bits be an ordinary model of transformers with layers of quantized.py."""
+def adopt(model: PreTrainedModel, path: str) -> None:
+    """Let the model at `path`, loaded in 4 bits, be an ordinary model of transformers with layers of quantized.py.
+
+    Raises:
+        ConfigError: a layer that should be in 4 bits is not.
+    """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None:
         return
     if not isinstance(quantizer, Nf4Loader):
         for name, module in [*model.named_modules()]:
             if type(module).__name__ == "Linear4bit":
+                if getattr(module.weight, "quant_state", None) is None:
+                    raise ConfigError(f"model.path is {path!r}, {NOT_QUANTIZED} ({name})")
                 model.set_submodule(name, _take_over(module))
         model.is_loaded_in_4bit = False
     quantizer.remove_quantization_config(model)

@@ -62,3 +62,26 @@ def _merge(config: Any, own: dict[str, Any], rope: dict[str, Any], key: str) -> 
             merged[LENGTH] = original
         config.max_position_embeddings = max(config.max_position_embeddings, int(original * merged["factor"]))
     return merged
+
+
+def describe_factors(config: PretrainedConfig, *, is_sure: bool = True) -> str | None:
+    """Return a sentence about longrope's factors if they do not fit the heads, or each other; otherwise None.
+
+    Their number is half the numbers of a head that are rotated. Without `is_sure` that the model cannot be made, only
+    two different numbers are a fault, since a model's own code may rotate another part of a head.
+    """
+    text = config.get_text_config()
+    own = getattr(text, "rope_parameters", None) or {}
+    for values in [value for value in own.values() if isinstance(value, dict)] or [own]:
+        lists = [values.get(name) for name in ("short_factor", "long_factor")]
+        if not all(isinstance(factors, list) for factors in lists):
+            continue
+        short, long = map(len, lists)
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        half = int(width * values.get("partial_rotary_factor", 1.0)) // 2
+        if short != long or (is_sure and short != half):
+            return (
+                f"the rotary embedding has {short} numbers in short_factor and {long} in long_factor; both must have "
+                f"{half}"
+            )
+    return None

@@ -150,7 +150,7 @@ def load_teacher(config: RunConfig, policy: Policy, dtype: torch.dtype, device: 
     if adapter is None:
         return Teacher(policy)
     options: Any = {"autocast_adapter_dtype": False, "key_mapping": map_keys(policy.causal_lm)}
-    with explaining_misfit(f"the adapter in {adapter} (teacher.adapter)", config.model.path):
+    with explaining_misfit(f"the adapter in {adapter} (teacher.adapter)", adapter, config.model.path):
         report = policy.model.load_adapter(adapter, TEACHER_ADAPTER, is_trainable=False, **options)
     check_complete(report, TEACHER_ADAPTER, f"the adapter in {adapter} (teacher.adapter)", config.model.path)
     fit_quantized(policy.model, f"the adapter in {adapter}")

@@ -23,6 +23,7 @@ from grpo_core.data.tasks_on_disk import TasksOnDisk, list_rows, prompt_lengths,
 from grpo_core.data.turns import describe_dropped_turns, show_prompt
 from grpo_core.distributed import ranks
 from grpo_core.model.adapter_check import check_targets
+from grpo_core.model.base_model import check_can_be_made
 from grpo_core.model.loading import (
     check_lengths,
     check_vocabulary,
@@ -93,8 +94,9 @@ def prepare(
         warnings.append(_describe_long_eval_prompts(config, num_eval_too_long))
     if model_config is None:
         check_training(config.model, config.lora)
-        check_rope_effect(config.model)
         model_config = load_model_config(config.model)
+        check_can_be_made(model_config, config.model)
+        check_rope_effect(config.model)
     check_vocabulary(model_config, tokenizer)
     check_eos_ids(model_config, model_config, "config.json")
     check_lengths([*prompt_lengths(tasks), *prompt_lengths(eval_tasks)], config.sampling.max_new_tokens, model_config)
