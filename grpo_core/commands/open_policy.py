@@ -276,11 +276,11 @@ def _find_base(adapter: Path) -> tuple[str, str | None]:
     base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not isinstance(base, str) or not base:
         raise ConfigError(f"{adapter / ADAPTER_FILE} names no base model (base_model_name_or_path); set model.path")
+    if Path(base).parts[-3:-1] == ("grpo_core", "builtin") and not os.path.exists(base):  # wherever it lies
+        return f"builtin:{Path(base).name}", None
     is_path = base.startswith((".", "/", "~")) or describe_run(base) is not None  # the card's name of a folder, too
     if is_path and not os.path.exists(os.path.expanduser(base)):
         raise ConfigError(f"the base model of the adapter in {adapter} is not at {base}; set model.path to its folder")
-    if Path(base).parts[-3:-1] == ("grpo_core", "builtin") and not os.path.exists(base):  # wherever it lies
-        return f"builtin:{Path(base).name}", None
     return base, None if os.path.isdir(base) else revision
 
 
