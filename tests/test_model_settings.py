@@ -14,7 +14,7 @@ from test_policy import naive_logprobs
 from grpo_core.batch import Task
 from grpo_core.commands.open_policy import open_source
 from grpo_core.config.files import load_overrides
-from grpo_core.config.sections import LoraConfig, ModelConfig
+from grpo_core.config.sections import DataConfig, LoraConfig, ModelConfig, RunConfig
 from grpo_core.model import loading
 from grpo_core.model.base_model import load_base_model
 from grpo_core.model.loading import load_model_config, load_tokenizer_of
@@ -22,6 +22,7 @@ from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.rope_effect import check_rope_effect
 from grpo_core.sampling.sampler import Sampler
 from grpo_core.schema import ConfigError
+from grpo_core.training.prepare import prepare
 
 YARN = {"rope_type": "yarn", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
@@ -134,6 +135,11 @@ def test_a_rotary_parameter_that_the_models_code_ignores_is_refused(folder, name
         return
     with pytest.raises(ConfigError, match=sentence):
         check_rope_effect(model)
+
+
+def test_an_ignored_rotary_parameter_is_refused_before_weights_load():
+    with pytest.raises(ConfigError, match=f"model.rope.partial_rotary_factor {IGNORED}"):
+        prepare(RunConfig(model=ModelConfig(rope=HALF), data=DataConfig(limit=20)))
 
 
 def test_the_revision_reaches_every_file_of_the_model(monkeypatch):
