@@ -9,6 +9,7 @@ from test_loop import make_run, rows
 
 from grpo_core.batch import Task
 from grpo_core.commands import evaluate as evaluate_command
+from grpo_core.commands import evaluate_table
 from grpo_core.commands.model_card import _describe_accuracy
 from grpo_core.config.files import load_overrides
 from grpo_core.config.sections import EvaluationConfig, EvaluationSetConfig
@@ -249,5 +250,5 @@ def test_attack_2_evaluate_says_what_is_done_with_long_prompts(tmp_path, treatme
     opened = SimpleNamespace(config=config, tokenizer=load_tokenizer("builtin:tiny"), folder=None)
     _, data = evaluate_command.load_problems(opened, str(file), None, None)
     assert {name: data.get(name) for name in counts} == counts
-    head = evaluate_command._format_head({"weights": "a", "data": data, "sampling": {"samples": 0}})
+    head = evaluate_table.format_head({"weights": "a", "data": data, "sampling": {"samples": 0}})
     assert any(line.startswith(sentence.format(file)) for line in head), head

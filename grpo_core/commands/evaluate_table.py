@@ -11,7 +11,7 @@ def format_table(result: dict[str, Any]) -> str:
     """Return the result as text: a line per figure, a column per policy, 95 % intervals in parentheses."""
     columns = [name for name in ("base", "policy", "difference") if name in result]
     width = max(map(len, result["policy"])) + 2
-    lines = [*_format_head(result), "", " " * width + "".join(f"{name:<28}" for name in columns).rstrip()]
+    lines = [*format_head(result), "", " " * width + "".join(f"{name:<28}" for name in columns).rstrip()]
     for name in result["policy"]:
         cells = [format_figure(name, result[column][name], signed=column == "difference") for column in columns]
         lines.append(f"{name:<{width}}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
@@ -31,7 +31,7 @@ def format_problems(data: dict[str, Any]) -> str:
     return f"{quantify(data['problems'], 'problem')} of {data['path']} ({data['split']})"
 
 
-def _format_head(result: dict[str, Any]) -> list[str]:
+def format_head(result: dict[str, Any]) -> list[str]:
     """Return lines that name the weights, the problems and the settings of the samples."""
     data, sampling = result["data"], result["sampling"]
     lines = [f"{result['weights']}" + (", compared with its base model" if "base" in result else "")]
