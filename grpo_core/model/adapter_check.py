@@ -18,7 +18,13 @@ from grpo_core.config.sections import LoraConfig
 from grpo_core.counts import quantify
 from grpo_core.model.adapter import add_adapter, list_adapted
 from grpo_core.model.lora_patterns import PATTERNS, find_pattern
-from grpo_core.model.lora_targets import ends_in, find_unadaptable, is_named, make_without_weights
+from grpo_core.model.lora_targets import (
+    ends_in,
+    find_unadaptable,
+    is_named,
+    list_outside_experts,
+    make_without_weights,
+)
 from grpo_core.model.peft_names import BaseTunerLayer, ModulesToSaveWrapper, PeftModel, TrainableTokensLayer
 from grpo_core.schema import ConfigError, list_known
 
@@ -58,6 +64,7 @@ def check_targets(config: PretrainedConfig, lora: LoraConfig, trust_remote_code:
             f"({embeddings[0].removeprefix('base_model.model.')}); set it to true"
         )
     _check_token_layers(adapted)
+    _check_weights(adapted, lora)
     _check_effects(list_adapted(adapted), lora)
 
 
@@ -84,13 +91,49 @@ def _check_exclusion(model: PreTrainedModel, lora: LoraConfig) -> None:
         whole = _adapt(model, replace(lora, exclude_modules=None))
     if whole is None:
         return
-    names: list[str] = whole.base_model.targeted_module_names  # type: ignore[assignment]
+    names: list[str] = [*whole.base_model.targeted_module_names]  # type: ignore[arg-type]
+    names += [name for weight in _list_converted(whole, lora) for name in (weight, weight.rpartition(".")[0])]
     for part in [excluded] if isinstance(excluded, str) else [[name] for name in excluded or ()]:
         if not any(is_named(name, part) for name in names):
             given = repr(part) if isinstance(part, str) else repr(part[0])
             raise ConfigError(
                 f"lora.exclude_modules names {given}, which leaves out no module that would get an adapter; "
                 f"{list_known('', {name.rpartition('.')[2] for name in names})}"
+            )
+
+
+def _list_converted(adapted: PeftModel, lora: LoraConfig) -> list[str]:
+    """Return the weights that PEFT adapts in place of modules of lora.target_modules, as the experts of Qwen3-MoE."""
+    weights: list[str] = adapted.base_model.targeted_parameter_names  # type: ignore[assignment]
+    return [weight for weight in weights if not is_named(weight, lora.target_parameters)]
+
+
+def _check_weights(adapted: PeftModel, lora: LoraConfig) -> None:
+    """Check that no weight is adapted that two keys leave out, which PEFT applies to modules alone.
+
+    With lora.path PEFT has ignored the keys before, and the adapter has these weights.
+    """
+    if lora.path is not None:
+        return
+    excluded = lora.exclude_modules
+    for weight in _list_converted(adapted, lora):
+        if any(is_named(name, excluded) for name in (weight, weight.rpartition(".")[0])):
+            targets = ", ".join(list_outside_experts(adapted))
+            raise ConfigError(
+                f"lora.exclude_modules is {excluded!r}, which PEFT does not apply to {weight}, one of the weights of "
+                f"experts and routers; leave it out of lora.exclude_modules, and set lora.target_modules to a list "
+                f"without experts and routers, such as [{targets}]"
+            )
+    if lora.layers_to_transform is None:
+        return
+    layers = as_list(lora.layers_to_transform)
+    for weight in adapted.base_model.targeted_parameter_names:  # type: ignore[union-attr]
+        if (match := LAYER_NUMBER.match(weight)) and int(match[1]) not in layers:
+            end = weight[match.end() :]
+            named = ", ".join(f"layers.{layer}.{end}" for layer in layers)
+            raise ConfigError(
+                f"lora.layers_to_transform is {lora.layers_to_transform}, which PEFT does not apply to weights such as "
+                f"{weight}; name the layers in lora.target_parameters, such as [{named}]"
             )
 
 

@@ -44,8 +44,9 @@ def describe_frozen_experts(model: nn.Module) -> str | None:
     """
     frozen = []
     for name, module in model.named_modules():
-        is_packed = any(p.dim() == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
-        if not (is_packed or name.endswith("experts")) or any(name.startswith(f"{other}.") for other in frozen):
+        if not (_is_packed(module) or name.endswith("experts")) or any(
+            name.startswith(f"{other}.") for other in frozen
+        ):
             continue
         weights = [*module.parameters()]
         is_frozen = bool(weights) and not any(p.requires_grad for p in weights)
@@ -58,6 +59,27 @@ def describe_frozen_experts(model: nn.Module) -> str | None:
         f"lora.target_modules does not reach the experts of this model, so they stay frozen: {first}"
         f"{f' and {len(frozen) - 1} more' if len(frozen) > 1 else ''}"
     )
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Return whether a module owns a packed weight [experts, ..., ...]."""
+    return any(p.dim() == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
+
+
+def list_outside_experts(model: nn.Module) -> list[str]:
+    """Return the last names of linear layers, without the head and the names that blocks of experts have.
+
+    `model` may have an adapter, or a part of one that PEFT has refused meanwhile.
+    """
+    modules = [
+        (name.removeprefix("base_model.model.").replace(".base_layer", ""), module)
+        for name, module in model.named_modules()
+        if ".lora_" not in name
+    ]
+    blocks = [name.rpartition(".")[0] for name, module in modules if _is_packed(module) or name.endswith("experts")]
+    layers = [name for name, module in modules if isinstance(module, nn.Linear) and "." in name]
+    inside = {name.rpartition(".")[2] for name in layers if any(name.startswith(f"{block}.") for block in blocks)}
+    return [name for name in dict.fromkeys(x.rpartition(".")[2] for x in layers) if name not in inside]
 
 
 def _has_trained_wrapper(model: nn.Module, name: str) -> bool:

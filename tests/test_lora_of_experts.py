@@ -1,0 +1,42 @@
+"""The section lora on mixtures of experts, of which PEFT adapts weights in place of modules."""
+
+import re
+
+import pytest
+from test_faults_of_models import EXPERTS
+
+from grpo_core.config.sections import LoraConfig
+from grpo_core.model.adapter_check import check_targets
+from grpo_core.schema import ConfigError
+
+ALL = {"target_modules": "all-linear"}
+LISTED = "[q_proj, k_proj, v_proj, o_proj]"
+REFUSED = [
+    ({"exclude_modules": ["gate", "experts"], **ALL}, rf"lora.exclude_modules is \['gate', 'experts'\], which PEFT does not apply to model.layers.0.mlp.*set lora.target_modules to a list without experts and routers, such as {re.escape(LISTED)}"),
+    ({"exclude_modules": ["gate"], **ALL}, r"lora.exclude_modules is \['gate'\], which PEFT does not apply to model.layers.0.mlp.gate.weight"),
+    ({"exclude_modules": ".*mlp.*", **ALL}, r"lora.exclude_modules is '.*mlp..', which PEFT does not apply to model.layers.0.mlp"),
+    ({"exclude_modules": ".*(mlp|q_proj).*", **ALL}, "lora.exclude_modules is .*, which PEFT does not apply to model.layers.0.mlp"),
+    ({"layers_to_transform": [1], "target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
+     r"lora.layers_to_transform is \[1\], which PEFT does not apply to weights such as model.layers.0.mlp.experts.down_proj; "
+     r"name the layers in lora.target_parameters, such as \[layers.1.mlp.experts.down_proj\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("keys, sentence", REFUSED)
+def test_what_peft_ignores_or_fails_with_is_refused_in_a_sentence(keys, sentence):
+    """PEFT would adapt what is left out, or raise an error about its own classes."""
+    with pytest.raises(ConfigError, match=sentence):
+        check_targets(EXPERTS["qwen3_moe"]().config, LoraConfig(r=4, **keys))
+
+
+ACCEPTED = [
+    {"exclude_modules": ["q_proj"], **ALL},
+    {"exclude_modules": ["q_proj"], "target_parameters": ["q_proj.weight"]},
+    {"layers_to_transform": [1], "target_modules": ["q_proj"], "target_parameters": ["layers.1.mlp.experts.down_proj"]},
+]
+
+
+@pytest.mark.parametrize("keys", ACCEPTED)
+def test_what_the_sentences_advise_is_accepted(keys):
+    """So is what PEFT applies."""
+    check_targets(EXPERTS["qwen3_moe"]().config, LoraConfig(r=4, **keys))
