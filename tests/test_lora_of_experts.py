@@ -6,7 +6,9 @@ import pytest
 from test_faults_of_models import EXPERTS
 
 from grpo_core.config.sections import LoraConfig
+from grpo_core.model.adapter import add_adapter
 from grpo_core.model.adapter_check import check_targets
+from grpo_core.model.lora_targets import describe_frozen_experts
 from grpo_core.schema import ConfigError
 
 ALL = {"target_modules": "all-linear"}
@@ -40,3 +42,10 @@ ACCEPTED = [
 def test_what_the_sentences_advise_is_accepted(keys):
     """So is what PEFT applies."""
     check_targets(EXPERTS["qwen3_moe"]().config, LoraConfig(r=4, **keys))
+
+
+@pytest.mark.parametrize("module", ["experts", "mlp"])
+def test_experts_that_are_trained_whole_are_not_said_to_stay_frozen(module):
+    """lora.modules_to_save trains a copy; the original beside it is frozen."""
+    lora = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=[module])
+    assert describe_frozen_experts(add_adapter(EXPERTS["qwen3_moe"](), lora)) is None

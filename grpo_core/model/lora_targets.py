@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from grpo_core.model.families import UNADAPTABLE
+from grpo_core.model.quantized import is_quantized
 from grpo_core.model.trial import without_trace
 
 
@@ -44,6 +45,8 @@ def describe_frozen_experts(model: nn.Module) -> str | None:
     """
     frozen = []
     for name, module in model.named_modules():
+        if "original_module" in name.split("."):  # of which lora.modules_to_save trains a copy
+            continue
         if not (_is_packed(module) or name.endswith("experts")) or any(
             name.startswith(f"{other}.") for other in frozen
         ):
@@ -57,8 +60,25 @@ def describe_frozen_experts(model: nn.Module) -> str | None:
     first = frozen[0].removeprefix("base_model.model.")
     return (
         f"lora.target_modules does not reach the experts of this model, so they stay frozen: {first}"
-        f"{f' and {len(frozen) - 1} more' if len(frozen) > 1 else ''}"
+        f"{f' and {len(frozen) - 1} more' if len(frozen) > 1 else ''}{_advise_on_experts(model, frozen[0])}"
     )
+
+
+def _advise_on_experts(model: nn.Module, name: str) -> str:
+    """Return the end of a sentence, with the key that adapts the experts in the module `name`."""
+    experts = model.get_submodule(name)
+    if is_quantized(model):
+        return ""
+    if names := list_weights(name, experts, (3,)):
+        return f"; lora.target_parameters='[{', '.join(names)}]' adapts them"
+    linear = dict.fromkeys(x.rpartition(".")[2] for x, m in experts.named_modules() if isinstance(m, nn.Linear))
+    return f"; lora.target_modules adapts them if it also names {', '.join(linear)}" if linear else ""
+
+
+def list_weights(name: str, module: nn.Module, dims: Sequence[int]) -> list[str]:
+    """Return the last two names of the weights in the module `name` that have one of these numbers of dimensions."""
+    weights = [f"{name}.{weight}" for weight, p in module.named_parameters() if p.dim() in dims]
+    return [*dict.fromkeys(".".join(weight.split(".")[-2:]) for weight in weights if "bias" not in weight)]
 
 
 def _is_packed(module: nn.Module) -> bool:
