@@ -21,6 +21,10 @@ REFUSED = [
     ({"layers_to_transform": [1], "target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
      r"lora.layers_to_transform is \[1\], which PEFT does not apply to weights such as model.layers.0.mlp.experts.down_proj; "
      r"name the layers in lora.target_parameters, such as \[layers.1.mlp.experts.down_proj\]"),
+    ({"target_modules": ["experts"]}, r"a Qwen3MoeExperts; LoRA adapts .* alone, and weights that lora.target_parameters names, here \[experts.gate_up_proj, experts.down_proj\]"),
+    ({"modules_to_save": ["gate"], **ALL}, rf"lora.modules_to_save is \['gate'\], but lora.target_modules \(here 'all-linear'\) already adapts weights of these modules; leave it out, or set lora.target_modules to a list without experts and routers, such as {re.escape(LISTED)}"),
+    ({"use_dora": True, **ALL}, rf"lora.use_dora is True, which PEFT does not support for weights of experts and routers, and lora.target_modules \(here 'all-linear'\) adapts these; set lora.use_dora to false, or .* such as {re.escape(LISTED)}"),
+    ({"dropout": 0.1, **ALL}, "lora.dropout is 0.1, which PEFT does not support for weights of experts and routers.*set lora.dropout to 0.0, or"),
 ]  # fmt: skip
 
 
@@ -33,6 +37,8 @@ def test_what_peft_ignores_or_fails_with_is_refused_in_a_sentence(keys, sentence
 
 ACCEPTED = [
     {"exclude_modules": ["q_proj"], **ALL},
+    {"target_modules": ["q_proj", "gate"]},
+    {"use_dora": True, "dropout": 0.1, "modules_to_save": ["gate"]},
     {"exclude_modules": ["q_proj"], "target_parameters": ["q_proj.weight"]},
     {"layers_to_transform": [1], "target_modules": ["q_proj"], "target_parameters": ["layers.1.mlp.experts.down_proj"]},
 ]

@@ -40,6 +40,7 @@ def check_targets(config: PretrainedConfig, lora: LoraConfig, trust_remote_code:
     """
     defaults = LoraConfig()
     is_plain = all(getattr(lora, f.name) == getattr(defaults, f.name) for f in fields(lora) if f.name not in PLAIN_KEYS)
+    is_plain = is_plain and not lora.dropout  # which PEFT refuses for weights of experts
     if not lora.r or (lora.target_modules == "all-linear" and is_plain):
         return
     try:
@@ -249,7 +250,7 @@ def _check_target_modules(
         if not targeted:
             raise ConfigError(f"lora.target_modules is {lora.target_modules!r}, which matches no module of the model")
         _check_adaptable(lora.target_modules, targeted, unadaptable)
-        _check_types(model, targeted, lora)
+        _check_types(model, targeted, config, lora, trust_remote_code)
         return
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     doubtful = [target for target in lora.target_modules if not any(ends_in(name, target) for name in names)]
@@ -261,21 +262,37 @@ def _check_target_modules(
                 f"lora.target_modules names {target!r}, which the model does not have; {list_known(target, linear)}"
             )
         _check_adaptable(target, targeted, unadaptable)
-        _check_types(model, targeted, lora)
+        _check_types(model, targeted, config, lora, trust_remote_code)
 
 
-def _check_types(model: PreTrainedModel, targeted: Sequence[str], lora: LoraConfig) -> None:
+def _check_types(
+    model: PreTrainedModel, targeted: Sequence[str], config: PretrainedConfig, lora: LoraConfig, trust_remote_code: bool
+) -> None:
     """Check that the targeted modules are of types that LoRA adapts, without those that PEFT leaves out."""
     saved = [rf"(^|.*\.){name}($|\..*)" for name in lora.modules_to_save or ()]
     for name in targeted:
         if is_named(name, lora.exclude_modules) or any(re.match(pattern, name) for pattern in saved):
             continue
         module = model.get_submodule(name)
-        if not isinstance(module, ADAPTABLE):
+        if not isinstance(module, ADAPTABLE) and not _peft_adapts(config, lora, trust_remote_code):
+            own = [
+                f"{name.rpartition('.')[2]}.{key}" for key, p in module.named_parameters(recurse=False) if p.dim() > 1
+            ]
+            own = [weight for weight in own if "bias" not in weight]
+            hint = f", and weights that lora.target_parameters names, here [{', '.join(own)}]" if own else ""
             raise ConfigError(
                 f"lora.target_modules is {lora.target_modules!r}, which names {name or 'the whole model'}, a "
                 f"{type(module).__name__}; LoRA adapts linear layers, embeddings and convolutions alone"
+                f"{hint}"
             )
+
+
+def _peft_adapts(config: PretrainedConfig, lora: LoraConfig, trust_remote_code: bool) -> bool:
+    """Return whether PEFT takes lora.target_modules, since it adapts weights in place of modules that LoRA cannot."""
+    own = {key: getattr(lora, key) for key in ("target_modules", "exclude_modules", "modules_to_save")}
+    with contextlib.suppress(ConfigError):
+        return _adapt(make_without_weights(config, trust_remote_code), LoraConfig(**own)) is not None
+    return False
 
 
 def _check_adaptable(target: str, targeted: Sequence[str], unadaptable: Sequence[str]) -> None:
