@@ -27,8 +27,19 @@ REFUSED = [
     ({"dropout": 0.1, **ALL}, "lora.dropout is 0.1, which PEFT does not support for weights of experts and routers.*set lora.dropout to 0.0, or"),
 ]  # fmt: skip
 
+NOT_THERE = [
+    ({"target_modules": "q_proj"}, r"lora.target_modules is 'q_proj', which matches no module of the model, since a text is a regular expression of whole names; did you mean \[q_proj\]\?"),
+    ({"target_modules": "q_proj,v_proj"}, r"did you mean \[q_proj, v_proj\]\?"),
+    ({"target_modules": "p_proj"}, "which matches no module of the model$"),
+    ({"target_modules": ".*language_model.*q_proj"}, "which matches no module of the model, since of a model with several parts only the text model is loaded, whose names have no language_model$"),
+    ({"target_modules": ["model.language_model.layers.0.self_attn.q_proj"]}, "the model does not have, since .* only the text model is loaded, whose names have no language_model; known: "),
+    ({"exclude_modules": ["vision_tower"]}, "lora.exclude_modules names 'vision_tower', which the model does not have, since .* have no vision_tower; known: "),
+    ({"exclude_modules": ".*vision_tower.*"}, "lora.exclude_modules is .*, which matches no module of the model, since .* have no vision_tower$"),
+    ({"exclude_modules": "q_proj"}, r"lora.exclude_modules is .*did you mean \[q_proj\]\?"),
+]  # fmt: skip
 
-@pytest.mark.parametrize("keys, sentence", REFUSED)
+
+@pytest.mark.parametrize("keys, sentence", [*REFUSED, *NOT_THERE])
 def test_what_peft_ignores_or_fails_with_is_refused_in_a_sentence(keys, sentence):
     """PEFT would adapt what is left out, or raise an error about its own classes."""
     with pytest.raises(ConfigError, match=sentence):

@@ -118,8 +118,8 @@ def _explain_refusal(error: Exception, base: nn.Module, lora: LoraConfig) -> str
         for key, value, default in (("use_dora", lora.use_dora, False), ("dropout", lora.dropout, 0.0)):
             if key in str(error) and value != default:
                 return (
-                    f"lora.{key} is {value}, which PEFT does not support for weights of experts and routers, and {targets} "
-                    f"adapts these; set lora.{key} to {str(default).lower()}, or {without}"
+                    f"lora.{key} is {value}, which PEFT does not support for weights of experts and routers, and "
+                    f"{targets} adapts these; set lora.{key} to {str(default).lower()}, or {without}"
                 )
     return f"lora.{_find_key(error, lora)}: {first_line(error)}"
 

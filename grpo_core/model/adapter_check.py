@@ -19,6 +19,7 @@ from grpo_core.counts import quantify
 from grpo_core.model.adapter import add_adapter, list_adapted
 from grpo_core.model.lora_patterns import PATTERNS, find_pattern
 from grpo_core.model.lora_targets import (
+    describe_whole_model,
     ends_in,
     find_unadaptable,
     is_named,
@@ -144,11 +145,17 @@ def _check_names(model: PreTrainedModel, lora: LoraConfig) -> None:
     known = {name.rpartition(".")[2] for name in names} - {str(i) for i in range(len(names))}
     excluded = lora.exclude_modules
     if isinstance(excluded, str) and not any(re.fullmatch(excluded, name) for name in names):
-        raise ConfigError(f"lora.exclude_modules is {excluded!r}, which matches no module of the model")
+        raise ConfigError(
+            f"lora.exclude_modules is {excluded!r}, which matches no module of the model"
+            f"{_suggest_list(excluded, names) or describe_whole_model(excluded)}"
+        )
     listed = [("exclude_modules", name) for name in excluded or ()] if isinstance(excluded, list) else []
     for key, name in (*listed, *(("modules_to_save", name) for name in lora.modules_to_save or ())):
         if not any(ends_in(module, name) for module in names):
-            raise ConfigError(f"lora.{key} names {name!r}, which the model does not have; {list_known(name, known)}")
+            raise ConfigError(
+                f"lora.{key} names {name!r}, which the model does not have{describe_whole_model(name)}; "
+                f"{list_known(name, known)}"
+            )
     for name in lora.modules_to_save or ():
         copied = [module for module in names if ends_in(module, name)]
         if not any(True for module in copied for _ in model.get_submodule(module).parameters()):
@@ -166,7 +173,8 @@ def _check_parameters(model: PreTrainedModel, lora: LoraConfig) -> None:
         targeted = [weight for weight in weights if ends_in(weight, name)]
         if not targeted:
             raise ConfigError(
-                f"lora.target_parameters names {name!r}, which the model does not have; {list_known(name, short)}"
+                f"lora.target_parameters names {name!r}, which the model does not have{describe_whole_model(name)}; "
+                f"{list_known(name, short)}"
             )
         for weight in targeted:
             if weights[weight].dim() not in (2, 3):
@@ -248,7 +256,10 @@ def _check_target_modules(
     if isinstance(lora.target_modules, str):
         targeted = [name for name in names if re.fullmatch(lora.target_modules, name)]
         if not targeted:
-            raise ConfigError(f"lora.target_modules is {lora.target_modules!r}, which matches no module of the model")
+            raise ConfigError(
+                f"lora.target_modules is {lora.target_modules!r}, which matches no module of the model"
+                f"{_suggest_list(lora.target_modules, names) or describe_whole_model(lora.target_modules)}"
+            )
         _check_adaptable(lora.target_modules, targeted, unadaptable)
         _check_types(model, targeted, config, lora, trust_remote_code)
         return
@@ -259,10 +270,20 @@ def _check_target_modules(
         targeted = [name for name in names if ends_in(name, target)]
         if target in doubtful and not known:
             raise ConfigError(
-                f"lora.target_modules names {target!r}, which the model does not have; {list_known(target, linear)}"
+                f"lora.target_modules names {target!r}, which the model does not have"
+                f"{describe_whole_model(target)}; {list_known(target, linear)}"
             )
         _check_adaptable(target, targeted, unadaptable)
         _check_types(model, targeted, config, lora, trust_remote_code)
+
+
+def _suggest_list(text: str, names: Iterable[str]) -> str:
+    """Return the end of a sentence if `text` holds last names of modules where a regular expression must be."""
+    words, last = [word for word in re.split(r"[,|\s]+", text) if word], {name.rpartition(".")[2] for name in names}
+    is_list = bool(words) and last.issuperset(words)
+    return (
+        f", since a text is a regular expression of whole names; did you mean [{', '.join(words)}]?" if is_list else ""
+    )
 
 
 def _check_types(

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from grpo_core.model.families import UNADAPTABLE
+from grpo_core.model.peft_names import ModulesToSaveWrapper, PeftModel
 from grpo_core.model.quantized import is_quantized
 from grpo_core.model.trial import without_trace
+
+# a part of a composite model in the name of a module
+COMPOSITE_PART = re.compile(r"language_model|text_model|(vision|visual|image|audio|speech|multi_modal)\w*|\w*projector")
 
 
 @torch.no_grad()
@@ -81,6 +86,28 @@ def list_weights(name: str, module: nn.Module, dims: Sequence[int]) -> list[str]
     return [*dict.fromkeys(".".join(weight.split(".")[-2:]) for weight in weights if "bias" not in weight)]
 
 
+def describe_untied(model: nn.Module) -> str | None:
+    """Return a sentence if the adapter trains a copy of the head or of the embeddings it is tied to; otherwise None."""
+    if not isinstance(model, PeftModel):
+        return None
+    base: Any = model.get_base_model()
+    parts = [base.get_input_embeddings(), base.get_output_embeddings()]
+    copied = [isinstance(part, ModulesToSaveWrapper) for part in parts]
+    weights = [getattr(find_original(part), "weight", None) for part in parts]
+    if not any(copied) or weights[0] is None or weights[0] is not weights[1]:
+        return None
+    names = [next(name for name, module in base.named_modules() if module is part) for part in parts]
+    copy, other = (names[i] for i in ((0, 1) if copied[0] else (1, 0)))
+    if all(copied):
+        return f"lora.modules_to_save trains a copy of {copy} and one of {other}, which are no longer tied"
+    return f"lora.modules_to_save trains a copy of {copy}, which is then no longer tied to {other}; that stays frozen"
+
+
+def find_original(module: Any) -> Any:
+    """Return the module of the base model of which an adapter trains a copy; `module` itself if it has none."""
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
 def _is_packed(module: nn.Module) -> bool:
     """Return whether a module owns a packed weight [experts, ..., ...]."""
     return any(p.dim() == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
@@ -115,6 +142,20 @@ def make_without_weights(config: PretrainedConfig, trust_remote_code: bool) -> P
     """Return a model of the configuration on the device meta: shapes without weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def describe_whole_model(name: str) -> str:
+    """Return a clause if a name that the model lacks has a part as in a composite model, of which it is the text model.
+
+    >>> describe_whole_model("vision_tower")
+    ', since of a model with several parts only the text model is loaded, whose names have no vision_tower'
+    """
+    part = COMPOSITE_PART.search(name)
+    return (
+        f", since of a model with several parts only the text model is loaded, whose names have no {part[0]}"
+        if part
+        else ""
+    )
 
 
 def ends_in(name: str, target: str) -> bool:
