@@ -131,8 +131,8 @@ def _check_weights(adapted: PeftModel, lora: LoraConfig) -> None:
     layers = as_list(lora.layers_to_transform)
     for weight in adapted.base_model.targeted_parameter_names:  # type: ignore[union-attr]
         if (match := LAYER_NUMBER.match(weight)) and int(match[1]) not in layers:
-            end = weight[match.end() :]
-            named = ", ".join(f"layers.{layer}.{end}" for layer in layers)
+            stack, end = weight[: match.start(1) - 1].rpartition(".")[2], weight[match.end() :]
+            named = ", ".join(f"{stack}.{layer}.{end}" for layer in layers)
             raise ConfigError(
                 f"lora.layers_to_transform is {lora.layers_to_transform}, which PEFT does not apply to weights such as "
                 f"{weight}; name the layers in lora.target_parameters, such as [{named}]"
