@@ -317,8 +317,11 @@ def describe(kind: Any) -> str:
     if origin is Literal:
         return ("one of " if len(options) > 1 else "") + ", ".join(str(option) for option in options)
     if origin in (Union, types.UnionType):
-        return " or ".join(describe(option) for option in options)
+        *others, last = [describe(option) for option in options]
+        is_enumerated = any(get_origin(option) is Literal for option in options)  # which has commas of its own
+        return f"{(' or ' if is_enumerated else ', ').join(others)} or {last}"
     if origin is list:
-        return f"a list of {describe(options[0])}"
+        plural = {int: "integers", float: "numbers"}.get(options[0])
+        return f"a list of {plural or describe(options[0])}"
     names = {bool: "true or false", int: "an integer", float: "a number", str: "text", dict: "a mapping"}
     return "null" if kind in (None, type(None)) else names.get(origin or kind, getattr(kind, "__name__", str(kind)))

@@ -285,9 +285,9 @@ def test_rows_that_are_done_have_no_experts(monkeypatch):
 
 
 @pytest.mark.parametrize("change, reason", [
-    ("adapter", "its experts or its routers have an adapter"),
+    ("adapter", "the model's experts or routers have an adapter; lora.target_modules=.* leaves them without"),
     ("quantised", "its Qwen3MoeExperts has weights that are not plain float32"),
-    ("router", "its experts or its routers have an adapter|trains whole modules"),
+    ("router", "the model's experts or routers have an adapter|trains whole modules"),
     ("class", "its Linear is not a class of transformers"),
     ("forward", "the forward of its Qwen3MoeTopKRouter was replaced"),
 ])  # fmt: skip

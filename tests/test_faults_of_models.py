@@ -575,10 +575,13 @@ def test_fault_15_targets_that_peft_finds_in_packed_experts_are_not_refused():
     ("phimoe", "all-linear", "model.layers.0.mlp.experts and 1 more"),
 ])  # fmt: skip
 def test_fault_s7_experts_that_stay_frozen_are_said_once(name, targets, place):
-    """FAULTS S7: also 15, all-linear on Qwen2-MoE."""
+    """FAULTS S7: and with the weights that adapt them, whose names are right."""
     policy = wrap(EXPERTS[name](), ModelConfig(), LoraConfig(r=4, target_modules=targets), temperature=1.0)
     sentence = describe_frozen_experts(policy.model)
-    assert sentence.endswith(f"so they stay frozen: {place}")
+    weights = "[experts.gate_up_proj, experts.down_proj]"
+    assert sentence.endswith(f"so they stay frozen: {place}; lora.target_parameters='{weights}' adapts them")
+    lora = LoraConfig(r=4, target_modules=targets, target_parameters=weights.strip("[]").split(", "))
+    assert describe_frozen_experts(wrap(EXPERTS[name](), ModelConfig(), lora, temperature=1.0).model) is None
 
 
 def test_fault_s7_nothing_is_said_where_there_are_no_experts():

@@ -25,6 +25,7 @@ from grpo_core.config.lora_checks import PEFT_DEFAULTS, PEFT_NAMES, read_adapter
 from grpo_core.config.sections import DataConfig, LoraConfig, ModelConfig, RunConfig
 from grpo_core.model.adapter import load_adapter
 from grpo_core.model.adapter_check import check_targets
+from grpo_core.model.lora_targets import describe_untied
 from grpo_core.model.policy import Policy, load_policy, wrap
 from grpo_core.model.teacher import TEACHER_ADAPTER
 from grpo_core.sampling.sampler import Sampler
@@ -209,6 +210,7 @@ REFUSED = {
     "lora.target_parameters=[q_proj.weight] lora.dropout=0.1": "lora.dropout is 0.1 with lora.target_parameters",
     "lora.target_parameters=[q_proj.weight] lora.use_dora=true": "lora.use_dora is True with lora.target_parameters",
     "lora.target_parameters=[q_proj.weight] lora.init_lora_weights=orthogonal": "lora.init_lora_weights is 'orthogonal' with",
+    "lora.trainable_token_indices=['<|im_start|>']": "lora.trainable_token_indices is .*; it must be a list of integers, a mapping or null",
     "lora.trainable_token_indices=[3, 3]": "lora.trainable_token_indices is .3, 3.; it must be token ids",
     "lora.trainable_token_indices={embed_tokens: []}": "lora.trainable_token_indices.embed_tokens is ..; it must name at least one",
     "lora.trainable_token_indices={}": "lora.trainable_token_indices is ..; it must name at least one",
@@ -222,6 +224,18 @@ def test_what_peft_refuses_or_ignores_is_refused_before_a_model_loads(words):
     """One sentence that names the key."""
     with pytest.raises(ConfigError, match=REFUSED[words]):
         load_overrides(re.findall(r"\S+=.+?(?= [a-z_.]+=|$)", words))
+
+
+@pytest.mark.parametrize("names, sentence", [
+    (["lm_head"], "lora.modules_to_save trains a copy of lm_head, which is then no longer tied to model.embed_tokens; that stays frozen"),
+    (["embed_tokens"], "lora.modules_to_save trains a copy of model.embed_tokens, which is then no longer tied to lm_head; that stays frozen"),
+    (["embed_tokens", "lm_head"], "lora.modules_to_save trains a copy of model.embed_tokens and one of lm_head, which are no longer tied"),
+    (["norm"], None),
+])  # fmt: skip
+def test_a_copy_that_unties_the_head_is_said(names, sentence):
+    """PEFT trains the copy apart from the weight that it was tied to."""
+    assert describe_untied(moved(qwen(True), LoraConfig(r=2, modules_to_save=names)).model) == sentence
+    assert describe_untied(moved(qwen(False), LoraConfig(r=2, modules_to_save=names)).model) is None
 
 
 UNFIT = [

@@ -46,7 +46,7 @@ class LoraConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)  # module name or regular expression -> its own r
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # module name or regular expression -> its own alpha
     modules_to_save: list[str] | None = None  # modules that are trained whole, such as lm_head
-    target_parameters: list[str] | None = None  # weights that are no modules, such as mlp.experts.gate_up_proj
+    target_parameters: list[str] | None = None  # weights that are no modules, such as experts.gate_up_proj
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None  # tokens whose embeddings are trained
 
 

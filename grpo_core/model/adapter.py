@@ -22,7 +22,7 @@ from grpo_core.model.composite import map_keys, names_of, rename_files
 from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.loading import describe_misfit
 from grpo_core.model.lora_patterns import PATTERNS, settle_order
-from grpo_core.model.lora_targets import find_unadaptable
+from grpo_core.model.lora_targets import find_unadaptable, list_outside_experts
 from grpo_core.model.model_files import describe_pickle
 from grpo_core.model.peft_names import (
     AuxiliaryTrainingWrapper,
@@ -54,12 +54,7 @@ def add_adapter(base: PreTrainedModel, lora: LoraConfig, revision: str | None = 
     try:
         model: Any = get_peft_model(base, _make_peft_config(lora, unadaptable), autocast_adapter_dtype=False)
     except (ValueError, TypeError) as error:
-        if layer := re.search(r"wrap an `nn.Parameter` of layer '(\S+)'", str(error)):
-            raise ConfigError(
-                f"lora.target_parameters is {lora.target_parameters}, which names a weight of {layer[1]}, to which "
-                f"lora.target_modules gives an adapter; take it out of one of the two"
-            ) from error
-        raise ConfigError(f"lora.{_find_key(error, lora)}: {first_line(error)}") from error
+        raise ConfigError(_explain_refusal(error, base, lora)) from error
     fit_quantized(model, "the section lora")
     model.peft_config[ADAPTER].revision = revision
     _settle_patterns(model)
@@ -102,6 +97,31 @@ def _make_peft_config(lora: LoraConfig, unadaptable: Sequence[str] = ()) -> Peft
         trainable_token_indices=lora.trainable_token_indices,
         task_type="CAUSAL_LM",
     )
+
+
+def _explain_refusal(error: Exception, base: nn.Module, lora: LoraConfig) -> str:
+    """Return a sentence about an adapter that PEFT refuses to give to `base`."""
+    if layer := re.search(r"wrap an `nn.Parameter` of layer '(\S+)'", str(error)):
+        return (
+            f"lora.target_parameters is {lora.target_parameters}, which names a weight of {layer[1]}, to which "
+            f"lora.target_modules gives an adapter; take it out of one of the two"
+        )
+    if "ParamWrapper" in str(error):  # PEFT's adapter of the weights of experts and routers
+        targets = f"lora.target_modules (here {lora.target_modules!r})"
+        names = ", ".join(list_outside_experts(base))
+        without = f"lora.target_modules to a list without experts and routers, such as [{names}]"
+        if "modules_to_save" in str(error):
+            return (
+                f"lora.modules_to_save is {lora.modules_to_save}, but {targets} already adapts weights of these "
+                f"modules; leave it out, or set {without}"
+            )
+        for key, value, default in (("use_dora", lora.use_dora, False), ("dropout", lora.dropout, 0.0)):
+            if key in str(error) and value != default:
+                return (
+                    f"lora.{key} is {value}, which PEFT does not support for weights of experts and routers, and "
+                    f"{targets} adapts these; set lora.{key} to {str(default).lower()}, or {without}"
+                )
+    return f"lora.{_find_key(error, lora)}: {first_line(error)}"
 
 
 def _find_key(error: Exception, lora: LoraConfig) -> str:

@@ -18,7 +18,14 @@ from grpo_core.config.sections import LoraConfig
 from grpo_core.counts import quantify
 from grpo_core.model.adapter import add_adapter, list_adapted
 from grpo_core.model.lora_patterns import PATTERNS, find_pattern
-from grpo_core.model.lora_targets import ends_in, find_unadaptable, is_named, make_without_weights
+from grpo_core.model.lora_targets import (
+    describe_whole_model,
+    ends_in,
+    find_unadaptable,
+    is_named,
+    list_outside_experts,
+    make_without_weights,
+)
 from grpo_core.model.peft_names import BaseTunerLayer, ModulesToSaveWrapper, PeftModel, TrainableTokensLayer
 from grpo_core.schema import ConfigError, list_known
 
@@ -34,6 +41,7 @@ def check_targets(config: PretrainedConfig, lora: LoraConfig, trust_remote_code:
     """
     defaults = LoraConfig()
     is_plain = all(getattr(lora, f.name) == getattr(defaults, f.name) for f in fields(lora) if f.name not in PLAIN_KEYS)
+    is_plain = is_plain and not lora.dropout  # which PEFT refuses for weights of experts
     if not lora.r or (lora.target_modules == "all-linear" and is_plain):
         return
     try:
@@ -58,6 +66,7 @@ def check_targets(config: PretrainedConfig, lora: LoraConfig, trust_remote_code:
             f"({embeddings[0].removeprefix('base_model.model.')}); set it to true"
         )
     _check_token_layers(adapted)
+    _check_weights(adapted, lora)
     _check_effects(list_adapted(adapted), lora)
 
 
@@ -84,7 +93,8 @@ def _check_exclusion(model: PreTrainedModel, lora: LoraConfig) -> None:
         whole = _adapt(model, replace(lora, exclude_modules=None))
     if whole is None:
         return
-    names: list[str] = whole.base_model.targeted_module_names  # type: ignore[assignment]
+    names: list[str] = [*whole.base_model.targeted_module_names]  # type: ignore[arg-type]
+    names += [name for weight in _list_converted(whole, lora) for name in (weight, weight.rpartition(".")[0])]
     for part in [excluded] if isinstance(excluded, str) else [[name] for name in excluded or ()]:
         if not any(is_named(name, part) for name in names):
             given = repr(part) if isinstance(part, str) else repr(part[0])
@@ -94,17 +104,58 @@ def _check_exclusion(model: PreTrainedModel, lora: LoraConfig) -> None:
             )
 
 
+def _list_converted(adapted: PeftModel, lora: LoraConfig) -> list[str]:
+    """Return the weights that PEFT adapts in place of modules of lora.target_modules, as the experts of Qwen3-MoE."""
+    weights: list[str] = adapted.base_model.targeted_parameter_names  # type: ignore[assignment]
+    return [weight for weight in weights if not is_named(weight, lora.target_parameters)]
+
+
+def _check_weights(adapted: PeftModel, lora: LoraConfig) -> None:
+    """Check that no weight is adapted that two keys leave out, which PEFT applies to modules alone.
+
+    With lora.path PEFT has ignored the keys before, and the adapter has these weights.
+    """
+    if lora.path is not None:
+        return
+    excluded = lora.exclude_modules
+    for weight in _list_converted(adapted, lora):
+        if any(is_named(name, excluded) for name in (weight, weight.rpartition(".")[0])):
+            targets = ", ".join(list_outside_experts(adapted))
+            raise ConfigError(
+                f"lora.exclude_modules is {excluded!r}, which PEFT does not apply to {weight}, one of the weights of "
+                f"experts and routers; leave it out of lora.exclude_modules, and set lora.target_modules to a list "
+                f"without experts and routers, such as [{targets}]"
+            )
+    if lora.layers_to_transform is None:
+        return
+    layers = as_list(lora.layers_to_transform)
+    for weight in adapted.base_model.targeted_parameter_names:  # type: ignore[union-attr]
+        if (match := LAYER_NUMBER.match(weight)) and int(match[1]) not in layers:
+            stack, end = weight[: match.start(1) - 1].rpartition(".")[2], weight[match.end() :]
+            named = ", ".join(f"{stack}.{layer}.{end}" for layer in layers)
+            raise ConfigError(
+                f"lora.layers_to_transform is {lora.layers_to_transform}, which PEFT does not apply to weights such as "
+                f"{weight}; name the layers in lora.target_parameters, such as [{named}]"
+            )
+
+
 def _check_names(model: PreTrainedModel, lora: LoraConfig) -> None:
     """Check that the model has what lora.modules_to_save, exclude_modules and target_parameters name."""
     names = [name for name, _ in model.named_modules() if name]
     known = {name.rpartition(".")[2] for name in names} - {str(i) for i in range(len(names))}
     excluded = lora.exclude_modules
     if isinstance(excluded, str) and not any(re.fullmatch(excluded, name) for name in names):
-        raise ConfigError(f"lora.exclude_modules is {excluded!r}, which matches no module of the model")
+        raise ConfigError(
+            f"lora.exclude_modules is {excluded!r}, which matches no module of the model"
+            f"{_suggest_list(excluded, names) or describe_whole_model(excluded)}"
+        )
     listed = [("exclude_modules", name) for name in excluded or ()] if isinstance(excluded, list) else []
     for key, name in (*listed, *(("modules_to_save", name) for name in lora.modules_to_save or ())):
         if not any(ends_in(module, name) for module in names):
-            raise ConfigError(f"lora.{key} names {name!r}, which the model does not have; {list_known(name, known)}")
+            raise ConfigError(
+                f"lora.{key} names {name!r}, which the model does not have{describe_whole_model(name)}; "
+                f"{list_known(name, known)}"
+            )
     for name in lora.modules_to_save or ():
         copied = [module for module in names if ends_in(module, name)]
         if not any(True for module in copied for _ in model.get_submodule(module).parameters()):
@@ -122,7 +173,8 @@ def _check_parameters(model: PreTrainedModel, lora: LoraConfig) -> None:
         targeted = [weight for weight in weights if ends_in(weight, name)]
         if not targeted:
             raise ConfigError(
-                f"lora.target_parameters names {name!r}, which the model does not have; {list_known(name, short)}"
+                f"lora.target_parameters names {name!r}, which the model does not have{describe_whole_model(name)}; "
+                f"{list_known(name, short)}"
             )
         for weight in targeted:
             if weights[weight].dim() not in (2, 3):
@@ -204,9 +256,12 @@ def _check_target_modules(
     if isinstance(lora.target_modules, str):
         targeted = [name for name in names if re.fullmatch(lora.target_modules, name)]
         if not targeted:
-            raise ConfigError(f"lora.target_modules is {lora.target_modules!r}, which matches no module of the model")
+            raise ConfigError(
+                f"lora.target_modules is {lora.target_modules!r}, which matches no module of the model"
+                f"{_suggest_list(lora.target_modules, names) or describe_whole_model(lora.target_modules)}"
+            )
         _check_adaptable(lora.target_modules, targeted, unadaptable)
-        _check_types(model, targeted, lora)
+        _check_types(model, targeted, config, lora, trust_remote_code)
         return
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     doubtful = [target for target in lora.target_modules if not any(ends_in(name, target) for name in names)]
@@ -215,24 +270,50 @@ def _check_target_modules(
         targeted = [name for name in names if ends_in(name, target)]
         if target in doubtful and not known:
             raise ConfigError(
-                f"lora.target_modules names {target!r}, which the model does not have; {list_known(target, linear)}"
+                f"lora.target_modules names {target!r}, which the model does not have"
+                f"{describe_whole_model(target)}; {list_known(target, linear)}"
             )
         _check_adaptable(target, targeted, unadaptable)
-        _check_types(model, targeted, lora)
+        _check_types(model, targeted, config, lora, trust_remote_code)
 
 
-def _check_types(model: PreTrainedModel, targeted: Sequence[str], lora: LoraConfig) -> None:
+def _suggest_list(text: str, names: Iterable[str]) -> str:
+    """Return the end of a sentence if `text` holds last names of modules where a regular expression must be."""
+    words, last = [word for word in re.split(r"[,|\s]+", text) if word], {name.rpartition(".")[2] for name in names}
+    is_list = bool(words) and last.issuperset(words)
+    return (
+        f", since a text is a regular expression of whole names; did you mean [{', '.join(words)}]?" if is_list else ""
+    )
+
+
+def _check_types(
+    model: PreTrainedModel, targeted: Sequence[str], config: PretrainedConfig, lora: LoraConfig, trust_remote_code: bool
+) -> None:
     """Check that the targeted modules are of types that LoRA adapts, without those that PEFT leaves out."""
     saved = [rf"(^|.*\.){name}($|\..*)" for name in lora.modules_to_save or ()]
     for name in targeted:
         if is_named(name, lora.exclude_modules) or any(re.match(pattern, name) for pattern in saved):
             continue
         module = model.get_submodule(name)
-        if not isinstance(module, ADAPTABLE):
+        if not isinstance(module, ADAPTABLE) and not _peft_adapts(config, lora, trust_remote_code):
+            own = [
+                f"{name.rpartition('.')[2]}.{key}" for key, p in module.named_parameters(recurse=False) if p.dim() > 1
+            ]
+            own = [weight for weight in own if "bias" not in weight]
+            hint = f", and weights that lora.target_parameters names, here [{', '.join(own)}]" if own else ""
             raise ConfigError(
                 f"lora.target_modules is {lora.target_modules!r}, which names {name or 'the whole model'}, a "
                 f"{type(module).__name__}; LoRA adapts linear layers, embeddings and convolutions alone"
+                f"{hint}"
             )
+
+
+def _peft_adapts(config: PretrainedConfig, lora: LoraConfig, trust_remote_code: bool) -> bool:
+    """Return whether PEFT takes lora.target_modules, since it adapts weights in place of modules that LoRA cannot."""
+    own = {key: getattr(lora, key) for key in ("target_modules", "exclude_modules", "modules_to_save")}
+    with contextlib.suppress(ConfigError):
+        return _adapt(make_without_weights(config, trust_remote_code), LoraConfig(**own)) is not None
+    return False
 
 
 def _check_adaptable(target: str, targeted: Sequence[str], unadaptable: Sequence[str]) -> None:

@@ -79,7 +79,10 @@ def check_experts(mlp: Any, layers: ExpertLayers, norms: Sequence[nn.Module], dt
     for module in (getattr(mlp, layers.router), mlp.experts, *norms):
         name = type(module).__name__
         if any("lora_" in key for key, _ in module.named_parameters()) or hasattr(module, "base_layer"):
-            raise Unsupported("its experts or its routers have an adapter")
+            raise Unsupported(
+                "the model's experts or routers have an adapter; lora.target_modules='[q_proj, k_proj, v_proj, "
+                "o_proj]' leaves them without"
+            )
         if not type(module).__module__.startswith("transformers.models."):
             raise Unsupported(f"its {name} is not a class of transformers")
         if any(p.dtype != dtype for p in module.parameters()) or any([*x.parameters()] for x in module.children()):

@@ -19,7 +19,7 @@ from grpo_core.data.stream import TaskStream
 from grpo_core.data.tasks_on_disk import TasksOnDisk, prompt_lengths
 from grpo_core.distributed import ranks
 from grpo_core.environments.setup import make_environments
-from grpo_core.model.lora_targets import describe_frozen_experts
+from grpo_core.model.lora_targets import describe_frozen_experts, describe_untied
 from grpo_core.model.memory import Taught, find_budgets
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.quieten import quieten
@@ -186,8 +186,9 @@ def build_run(
 def _log_notes(log: RunLog, policy: Policy, prepared: Prepared) -> None:
     if sentence := describe_eos_mismatch(policy.causal_lm, prepared.tokenizer):
         log.info(f"warning: {sentence}")
-    if sentence := describe_frozen_experts(policy.model):
-        log.info(f"note: {sentence}")
+    for sentence in (describe_frozen_experts(policy.model), describe_untied(policy.model)):
+        if sentence:
+            log.info(f"note: {sentence}")
     for sentence in prepared.warnings:
         log.info(f"warning: {sentence}")
 
