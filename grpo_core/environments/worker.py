@@ -145,29 +145,35 @@ class EnvironmentWorker(WorkerProcess):
         return [max(0.0, x.deadline - now) for x in self._requests.values() if x.deadline is not None]
 
     def _send_requests(self) -> None:
-        """Send what may be sent."""
+        """Send what may be sent, all of it at once: a write for each request would cost more than its step."""
         suspects = [number for number, x in self._requests.items() if x.is_suspect]
-        for number in suspects[:1] or [*self._requests]:
+        numbers = [number for number in suspects[:1] or [*self._requests] if not self._requests[number].is_sent]
+        contents = {number: content for number in numbers if (content := self._pickle(number)) is not None}
+        if not contents:
+            return
+        if not self._is_open:
+            self._start()
+        self._problem, self._deadline = None, time.monotonic() + START_TIMEOUT
+        self._send(*contents.values())
+        if self._problem is not None:
+            self._handle_end(self._problem)
+            return
+        for number in contents:
             request = self._requests[number]
-            if request.is_sent:
-                continue
-            seen = self._seen.get(request.key)
-            turns = request.turns[seen or 0 :]
-            request.seconds = self.timeout * max(1, len(turns))
-            row = request.row if seen is None else None
-            try:
-                content = pickle.dumps(Step(number, request.key, turns, row, request.seed, request.seconds))
-            except Exception as error:
-                self._fail([number], f"cannot be sent its row, which cannot be pickled: {error}")
-                continue
-            if not self._is_open:
-                self._start()
-            self._problem, self._deadline = None, time.monotonic() + START_TIMEOUT
-            self._send(content)
-            if self._problem is not None:
-                self._handle_end(self._problem)
-                return
             request.is_sent, self._seen[request.key] = True, len(request.turns)
+
+    def _pickle(self, number: int) -> bytes | None:
+        """Return the message of a request; None if its row cannot be pickled, with which it fails."""
+        request = self._requests[number]
+        seen = self._seen.get(request.key)
+        turns = request.turns[seen or 0 :]
+        request.seconds = self.timeout * max(1, len(turns))
+        row = request.row if seen is None else None
+        try:
+            return pickle.dumps(Step(number, request.key, turns, row, request.seed, request.seconds))
+        except Exception as error:
+            self._fail([number], f"cannot be sent its row, which cannot be pickled: {error}")
+            return None
 
     def _receive_messages(self, seconds: float) -> bool:
         """Read what has come, wait at most `seconds` for the first of it, and return whether there was any."""

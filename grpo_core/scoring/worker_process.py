@@ -102,10 +102,11 @@ class WorkerProcess:
         except OSError:
             return True
 
-    def _send(self, request: bytes) -> None:
+    def _send(self, *requests: bytes) -> None:
+        content = b"".join(SIZE.pack(len(request)) + request for request in requests)
         try:
             self._socket.settimeout(max(0.01, self._deadline - time.monotonic()))
-            self._socket.sendall(SIZE.pack(len(request)) + request)
+            self._socket.sendall(content)
         except OSError as error:
             self._problem = self._describe(error)
 
