@@ -13,7 +13,7 @@ from conftest import ROOT
 from test_loop import make_run
 
 from grpo_core.batch import Task
-from grpo_core.commands import launch
+from grpo_core.commands import launch, study
 from grpo_core.config.sections import EvaluationConfig
 from grpo_core.distributed import notices, ranks, signals
 from grpo_core.monitor import progress
@@ -85,9 +85,10 @@ def test_n18_the_launcher_prints_a_line_for_each_signal(capfd):
     sent = []
     ranks_of_a_run = object.__new__(launch._Ranks)
     process = SimpleNamespace(poll=lambda: None, send_signal=sent.append)
-    ranks_of_a_run.ranks, ranks_of_a_run.signals = {0: process, 1: process}, 0
+    ranks_of_a_run.ranks, ranks_of_a_run.signal_times, ranks_of_a_run.is_passed_on = {0: process, 1: process}, [], False
     for _ in range(2):
         ranks_of_a_run._pass_on(signal.SIGINT, None)
+        time.sleep(1.5 * notices.REPEAT_SECONDS)
     assert sent == [signal.SIGINT] * 2 + [signal.SIGKILL] * 2
     assert capfd.readouterr().err.splitlines() == [
         "grpo_core: SIGINT received; it is passed on to the processes of the run (2)",
@@ -176,3 +177,43 @@ def test_n18_a_signal_before_the_first_step_ends_the_run_before_it(tmp_path, mon
     assert evaluated == ([] if moment == "while the model loads" else [0])
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000"]
     assert not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_signal_that_is_sent_twice_is_one(ends, capfd, monkeypatch):
+    """`timeout` and schedulers send a signal to the process and to its group: the run had ended without a checkpoint."""
+    monkeypatch.setattr(ranks, "is_main", lambda: True)
+    with signals.handle_signals():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert capfd.readouterr().err.count("received") == 1
+        time.sleep(1.5 * notices.REPEAT_SECONDS)
+        with pytest.raises(Ended, match="143"):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_signals_are_counted_by_their_times(monkeypatch):
+    clock = iter([0.0, 0.01, 5.0, 5.1, 9.0])
+    monkeypatch.setattr(notices.time, "monotonic", lambda: next(clock))
+    times = []
+    assert [notices.count_signals(times) for _ in range(5)] == [1, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("pause, killed", [(0.0, False), (1.5, True)])
+def test_the_launcher_passes_on_a_signal_that_is_sent_twice_once(pause, killed):
+    launched, sent = launch._Ranks.__new__(launch._Ranks), []
+    launched.signal_times, launched.is_passed_on, launched.ranks = [], False, {}
+    launched._send = sent.append
+    launched._pass_on(signal.SIGTERM, None)
+    time.sleep(pause * notices.REPEAT_SECONDS)
+    launched._pass_on(signal.SIGTERM, None)
+    assert sent == [signal.SIGTERM, signal.SIGKILL][: 1 + killed]
+
+
+@pytest.mark.parametrize("pause, passed", [(0.0, 1), (1.5, 2)])
+def test_a_study_passes_on_a_signal_that_is_sent_twice_once(pause, passed, capfd):
+    runs = study._Training.__new__(study._Training)
+    runs._signal_times, runs._signals_sent, runs._running = [], 0, {}
+    runs._pass_on(signal.SIGTERM, None)
+    time.sleep(pause * notices.REPEAT_SECONDS)
+    runs._pass_on(signal.SIGTERM, None)
+    assert capfd.readouterr().err.count("SIGTERM received") == passed

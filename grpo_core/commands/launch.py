@@ -31,7 +31,7 @@ from grpo_core.config.checks import prompts_per_rank
 from grpo_core.config.files import load_job
 from grpo_core.counts import quantify
 from grpo_core.data.forms import recognise
-from grpo_core.distributed.notices import write_notice
+from grpo_core.distributed.notices import count_signals, write_notice
 from grpo_core.distributed.ranks import LOST_RANK_CODE, NO_PORT, RUN_FOLDER_VARIABLE, STORE_VARIABLE, read_count
 from grpo_core.schema import ConfigError, describe_exit
 
@@ -145,7 +145,8 @@ class _Ranks:
         threads = max(1, (os.cpu_count() or 1) // (2 * processes))
         self.ended: queue.Queue[tuple[int, int]] = queue.Queue()  # (rank, exit code)
         self.ranks: dict[int, subprocess.Popen | ForkedRank] = {}
-        self.signals = 0  # received
+        self.signal_times: list[float] = []
+        self.is_passed_on = False  # the first signal
         fork = can_fork()
         for number in STOP_SIGNALS:
             signal.signal(number, self._pass_on)
@@ -196,13 +197,14 @@ class _Ranks:
         self.ended.put((rank, self.ranks[rank].wait()))
 
     def _pass_on(self, number: int, frame: object) -> None:
-        self.signals += 1
-        name, is_first = signal.Signals(number).name, self.signals == 1
-        if is_first:
-            write_notice(f"{name} received; it is passed on to the processes of the run ({len(self.ranks)})")
-        else:
+        name = signal.Signals(number).name
+        if count_signals(self.signal_times) > 1:
             write_notice(f"{name} received again; the processes are ended at once")
-        self._send(number if is_first else signal.SIGKILL)
+            self._send(signal.SIGKILL)
+        elif not self.is_passed_on:
+            self.is_passed_on = True
+            write_notice(f"{name} received; it is passed on to the processes of the run ({len(self.ranks)})")
+            self._send(number)
 
     def _send(self, number: int) -> None:
         for process in self.ranks.values():

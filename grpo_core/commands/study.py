@@ -20,7 +20,7 @@ from grpo_core.config.sections import RunConfig
 from grpo_core.config.study import Study, list_differing, load_study
 from grpo_core.counts import quantify
 from grpo_core.distributed import ranks
-from grpo_core.distributed.notices import write_notice
+from grpo_core.distributed.notices import count_signals, write_notice
 from grpo_core.monitor.run_log import find_user_files
 from grpo_core.report.png import draw_bands, has_matplotlib
 from grpo_core.report.run_reader import read_run
@@ -130,6 +130,8 @@ class _Training:
         self.study, self.waiting, self.jobs = study, waiting, jobs
         self.failures: dict[RunKey, str] = {}
         self.signal = 0  # that stopped the study
+        self._signal_times: list[float] = []
+        self._signals_sent = 0
         self._running: dict[RunKey, tuple[subprocess.Popen, float, int]] = {}  # process, start, size of its log before
         self._total = len(waiting)
 
@@ -181,12 +183,16 @@ class _Training:
         print(f"{self.study.run_folder(*key)} {event} ({left:,} of {self._total:,} waiting)", flush=True)
 
     def _pass_on(self, number: int, frame: object) -> None:
-        self.signal = number
+        """Pass a signal on; a launcher ends its processes at the second."""
+        count = count_signals(self._signal_times)
+        if count == self._signals_sent:
+            return
+        self.signal, self._signals_sent = number, count
         running = quantify(len(self._running), "run")
         write_notice(f"{signal.Signals(number).name} received; it is passed on to {running}, and no other is started")
         for process, *_ in self._running.values():
             if process.poll() is None:
-                process.send_signal(number)  # the launcher kills its processes at the second
+                process.send_signal(number)
 
 
 def _find_reason(log: Path, size: int, code: int) -> str:

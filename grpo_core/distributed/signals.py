@@ -10,10 +10,11 @@ from contextlib import contextmanager
 import torch
 
 from grpo_core.distributed import ranks
-from grpo_core.distributed.notices import write_notice
+from grpo_core.distributed.notices import count_signals, write_notice
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _received = 0
+_times: list[float] = []  # of the signals
 
 
 class Interrupted(Exception):
@@ -33,9 +34,10 @@ class RunFailed(Exception):
 
 @contextmanager
 def handle_signals() -> Iterator[None]:
-    """Inside the block, record the first signal; a second one ends the process at once."""
+    """Inside the block, record the first signal; a second one, which `count_signals` decides, ends the process at once."""
     global _received
     _received = 0
+    _times.clear()
     previous = {number: signal.signal(number, _record) for number in SIGNALS}
     try:
         yield
@@ -52,8 +54,10 @@ def received_signal() -> int:
 
 def _record(number: int, frame: object) -> None:
     global _received
-    if _received:
+    if count_signals(_times) > 1:
         os._exit(128 + number)
+    if _received:
+        return
     _received = number
     if ranks.is_main():
         name = signal.Signals(number).name
