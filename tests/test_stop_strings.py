@@ -10,7 +10,7 @@ from fakes import EOS, Alphabet, tiny_policy
 from grpo_core.batch import Task
 from grpo_core.config.files import load_overrides
 from grpo_core.model.loading import load_tokenizer
-from grpo_core.sampling import plain_decoder
+from grpo_core.sampling import plain_decoder, stop_strings
 from grpo_core.sampling.graph_decoder import GraphDecoder
 from grpo_core.sampling.live_rows import PaddedRows
 from grpo_core.sampling.request import Draws
@@ -159,3 +159,25 @@ def test_only_rows_whose_newest_tokens_may_complete_a_stop_string_are_decoded():
     decoded.clear()
     assert stops.are_in(ids, lengths).tolist() == [False, False, True]
     assert list(b"abc") not in decoded and list(b"ac>") in decoded
+
+
+def test_a_token_beyond_the_table_of_known_tokens_may_complete_a_stop_string():
+    texts = {stop_strings.KNOWN_IDS - 1: "a", stop_strings.KNOWN_IDS: "b", stop_strings.KNOWN_IDS + 1: ">"}
+    stops = StopStrings([">"], lambda rows: ["".join(texts[i] for i in row) for row in rows])
+    first = stop_strings.KNOWN_IDS - 1
+    ids = torch.tensor([[first, first, first], [first, first + 1, first + 1], [first, first + 1, first + 2]])
+    for _ in range(2):
+        assert stops.are_in(ids, torch.tensor([3, 3, 3])).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(("text", "stop"), [("a>b>c>", "c>"), ("aab", "ab"), ("a>>", ">"), ("b>", "a>"), (">>>>>x", ">x")])
+def test_the_end_is_found_with_few_decodings(text, stop):
+    count = []
+    stops = StopStrings([stop], lambda rows: count.append(len(rows)) or decode_bytes(rows))
+    ids = list(text.encode())
+    end = next((n for n in range(1, len(ids) + 1) if stop.encode() in bytes(ids[:n])), None)
+    assert stops.find(ids) == end
+    count.clear()
+    assert stops.find(ids) == end and sum(count) <= 1 + len(bin(text.count(stop[-1])))
+    count.clear()
+    assert stops.find(list(b"uvw")) is None and count == [3]  # its three tokens, which are new, and no text

@@ -23,9 +23,9 @@ def write_notice(text: str) -> None:
 def count_signals(times: list[float]) -> int:
     """Add the time of a signal to those of earlier ones, and return how many different signals there were.
 
-    A signal often comes twice, since `timeout` and schedulers send it to a process and to the process's group. So one that
-    comes within REPEAT_SECONDS of another is the same. A handler may interrupt itself, which does not change the count:
-    the time is added first.
+    A signal often comes twice, since `timeout` and schedulers send it to a process and to the process's group. So one
+    that comes within REPEAT_SECONDS of another is the same. A handler may interrupt itself, which does not change the
+    count: the time is added first.
     """
     times.append(time.monotonic())
     return 1 + sum(later - earlier > REPEAT_SECONDS for earlier, later in pairwise(sorted(times)))

@@ -34,7 +34,7 @@ class RunFailed(Exception):
 
 @contextmanager
 def handle_signals() -> Iterator[None]:
-    """Inside the block, record the first signal; a second one, which `count_signals` decides, ends the process at once."""
+    """Inside the block, record the first signal; a second one (see `count_signals`) ends the process at once."""
     global _received
     _received = 0
     _times.clear()

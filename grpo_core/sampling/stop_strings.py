@@ -6,6 +6,7 @@ at the same token, however often the decoder has called and whichever rows it de
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -17,17 +18,20 @@ from grpo_core.sampling.request import Draws
 Decode = Callable[[Sequence[Sequence[int]]], list[str]]  # texts of rows of token ids
 
 MAX_STEPS = 16  # tokens that a decoder draws between two questions, at most
+KNOWN_IDS = 1 << 18  # token ids that `_is_ruled_out` has a place for, the last of which stands for all greater ones
 
 
 class StopStrings:
     """The texts that end a completion. `decode` returns the texts that rewards and users see."""
 
     def __init__(self, texts: Sequence[str], decode: Decode) -> None:
-        self.texts, self.decode = list(texts), decode
+        self.texts = list(texts)
+        self.decode: Decode = lambda rows: decode(rows) if rows else []  # a tokenizer takes an empty list for one row
         self.margin = 8 + 2 * max(len(text.encode()) for text in texts)  # tokens: one may be a part of a character
         self._last_characters = {text[-1] for text in texts}
         self._any_token = any(character.isspace() for character in self._last_characters)
         self._may_complete: dict[int, bool] = {}  # of token ids that were drawn
+        self._is_ruled_out = torch.zeros(0, dtype=torch.bool, device="cpu")  # [KNOWN_IDS] once it is needed
 
     def are_in(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Return for rows of ids [R, T], of which the first `lengths` [R] are drawn, whether a stop string is in them.
@@ -36,23 +40,31 @@ class StopStrings:
         them; the whole row only if a stop string is in them. One that became complete earlier is therefore not
         reported.
         """
-        width = MAX_STEPS + self.margin
-        place = (lengths[:, None] - width + torch.arange(width, device=lengths.device)).clamp(min=-1).to(ids.device)
-        newest = ids.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1).tolist()
-        self._learn({token for row in newest for token in row[-MAX_STEPS:] if token >= 0})
-        rows = [i for i, row in enumerate(newest) if any(map(self._may_complete.get, row[-MAX_STEPS:]))]
-        result = torch.zeros(len(newest), dtype=torch.bool, device="cpu")
-        for row, text in zip(rows, self.decode([[i for i in newest[row] if i >= 0] for row in rows]), strict=True):
-            if self._is_in(text):
-                (text,) = self.decode([ids[row, : int(lengths[row])].tolist()])
-                result[row] = self._is_in(text)
+        result = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
+        place = lengths.to(ids.device)[:, None] - MAX_STEPS + torch.arange(MAX_STEPS, device=ids.device)
+        newest = ids.gather(1, place.clamp(min=0)).clamp(max=KNOWN_IDS - 1)
+        rows = ((place >= 0) & ~self._read_ruled_out(ids)[newest]).any(1).nonzero().flatten().cpu()
+        width, ends = MAX_STEPS + self.margin, lengths.cpu()[rows].tolist()
+        if not ends:
+            return result.to(ids.device)
+        drawn = [row[:end] for row, end in zip(ids[rows.to(ids.device)].tolist(), ends, strict=True)]
+        self._learn({token for row in drawn for token in row[-MAX_STEPS:]})
+        rows = [
+            (number, row)
+            for number, row in zip(rows.tolist(), drawn, strict=True)
+            if any(self._may_complete[token] for token in row[-MAX_STEPS:])
+        ]
+        texts = self.decode([row[-width:] for _, row in rows])
+        rows = [row for row, text in zip(rows, texts, strict=True) if self._is_in(text)]
+        for (number, _), text in zip(rows, self.decode([row for _, row in rows]), strict=True):
+            result[number] = self._is_in(text)
         return result.to(ids.device)
 
     def cut(self, draws: Draws, pad_id: int) -> Draws:
         """End each completion with the token that completes its first stop string; such a completion has ended."""
         rows = [row[:n] for row, n in zip(draws.ids.tolist(), draws.lengths.tolist(), strict=True)]
         ends = [
-            self._find_end(row) if self._is_in(text) else None
+            self.find(row) or len(row) if self._is_in(text) else None
             for row, text in zip(rows, self.decode(rows), strict=True)
         ]
         if not any(ends):
@@ -76,8 +88,15 @@ class StopStrings:
         return row[: self.find(row)]
 
     def find(self, row: Sequence[int]) -> int | None:
-        """Return the number of tokens up to the one that completes the first stop string; None without one."""
-        return self._find_end(row) if self._is_in(self.decode([row])[0]) else None
+        """Return the number of tokens up to the one that completes the first stop string; None without one.
+
+        Only the tokens that may complete one are tried, by bisection.
+        """
+        self._learn(set(row))
+        ends = [n for n, token in enumerate(row, 1) if self._may_complete[token]]
+        if not ends or not self._is_in(self.decode([row[: ends[-1]]])[0]):
+            return None
+        return ends[bisect_left(ends[:-1], True, key=lambda n: self._is_in(self.decode([row[:n]])[0]))]
 
     def _learn(self, tokens: set[int]) -> None:
         """Note which tokens may complete a stop string.
@@ -89,14 +108,20 @@ class StopStrings:
         for token, text in zip(new, self.decode([[token] for token in new]), strict=True):
             is_part = not text or "\N{REPLACEMENT CHARACTER}" in text
             self._may_complete[token] = self._any_token or is_part or not self._last_characters.isdisjoint(text)
+        self._rule_out(new)
 
-    def _find_end(self, row: Sequence[int]) -> int:
-        """Return the least number of tokens of `row` whose text has a stop string; the text of all of them has one."""
-        low, high = 1, len(row)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._is_in(self.decode([row[:middle]])[0]) else (middle + 1, high)
-        return high
+    def _read_ruled_out(self, ids: Tensor) -> Tensor:
+        """Return which token ids are known to complete no stop string, [KNOWN_IDS] bool on the device of `ids`."""
+        if self._is_ruled_out.device != ids.device or not len(self._is_ruled_out):
+            self._is_ruled_out = torch.zeros(KNOWN_IDS, dtype=torch.bool, device=ids.device)
+            self._rule_out([*self._may_complete])
+        return self._is_ruled_out
+
+    def _rule_out(self, tokens: Sequence[int]) -> None:
+        """Write those of `tokens` that complete no stop string to the table."""
+        ids = [token for token in tokens if token < KNOWN_IDS - 1 and not self._may_complete[token]]
+        if ids and len(self._is_ruled_out):
+            self._is_ruled_out[torch.tensor(ids, device=self._is_ruled_out.device)] = True
 
     def _is_in(self, text: str) -> bool:
         return any(stop in text for stop in self.texts)

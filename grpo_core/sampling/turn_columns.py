@@ -39,8 +39,8 @@ class TurnColumns:
 
     def report(self, state: Tensor, host: Tensor, done: Tensor) -> None:
         """Report the turns of columns that are done and neither wait nor are over."""
-        known = self.rows.waiting | self.rows.over
-        places = {int(host[ROW, i]): i for i in done.nonzero().flatten().tolist() if int(host[ROW, i]) not in known}
+        known, row_of = self.rows.waiting | self.rows.over, host[ROW].tolist()
+        places = {row_of[i]: i for i in done.nonzero().flatten().tolist() if row_of[i] not in known}
         rows = sorted(places)
         if not rows:
             return
