@@ -40,24 +40,22 @@ class StopStrings:
         them; the whole row only if a stop string is in them. One that became complete earlier is therefore not
         reported.
         """
-        result = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
-        place = lengths.to(ids.device)[:, None] - MAX_STEPS + torch.arange(MAX_STEPS, device=ids.device)
+        result, lengths = torch.zeros(len(ids), dtype=torch.bool, device="cpu"), lengths.to(ids.device)
+        place = lengths[:, None] - MAX_STEPS + torch.arange(MAX_STEPS, device=ids.device)
         newest = ids.gather(1, place.clamp(min=0)).clamp(max=KNOWN_IDS - 1)
-        rows = ((place >= 0) & ~self._read_ruled_out(ids)[newest]).any(1).nonzero().flatten().cpu()
-        width, ends = MAX_STEPS + self.margin, lengths.cpu()[rows].tolist()
-        if not ends:
+        rows = ((place >= 0) & ~self._read_ruled_out(ids)[newest]).any(1).nonzero().flatten()
+        if not len(rows):
             return result.to(ids.device)
-        drawn = [row[:end] for row, end in zip(ids[rows.to(ids.device)].tolist(), ends, strict=True)]
-        self._learn({token for row in drawn for token in row[-MAX_STEPS:]})
-        rows = [
-            (number, row)
-            for number, row in zip(rows.tolist(), drawn, strict=True)
-            if any(self._may_complete[token] for token in row[-MAX_STEPS:])
-        ]
-        texts = self.decode([row[-width:] for _, row in rows])
-        rows = [row for row, text in zip(rows, texts, strict=True) if self._is_in(text)]
-        for (number, _), text in zip(rows, self.decode([row for _, row in rows]), strict=True):
-            result[number] = self._is_in(text)
+        width, ends, windows = MAX_STEPS + self.margin, lengths[rows], ids[rows]
+        place = ends[:, None] - width + torch.arange(width, device=ids.device)
+        windows = windows.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1).tolist()
+        windows = [[token for token in window if token >= 0] for window in windows]
+        self._learn({token for window in windows for token in window[-MAX_STEPS:]})
+        texts = self.decode([window if self._may_end(window[-MAX_STEPS:]) else [] for window in windows])
+        for row, end, text in zip(rows.tolist(), ends.tolist(), texts, strict=True):
+            if self._is_in(text):
+                (text,) = self.decode([ids[row, :end].tolist()])
+                result[row] = self._is_in(text)
         return result.to(ids.device)
 
     def cut(self, draws: Draws, pad_id: int) -> Draws:
@@ -98,13 +96,18 @@ class StopStrings:
             return None
         return ends[bisect_left(ends[:-1], True, key=lambda n: self._is_in(self.decode([row[:n]])[0]))]
 
+    def _may_end(self, tokens: Sequence[int]) -> bool:
+        return any(map(self._may_complete.__getitem__, tokens))
+
     def _learn(self, tokens: set[int]) -> None:
         """Note which tokens may complete a stop string.
 
         Their text has the last character of one, or is a part of a character, or is unknown (a token may decode to
         nothing alone). Where a stop string ends with a space every token may: one alone loses its spaces.
         """
-        new = sorted(tokens - self._may_complete.keys())
+        new = sorted(token for token in tokens if token not in self._may_complete)
+        if not new:
+            return
         for token, text in zip(new, self.decode([[token] for token in new]), strict=True):
             is_part = not text or "\N{REPLACEMENT CHARACTER}" in text
             self._may_complete[token] = self._any_token or is_part or not self._last_characters.isdisjoint(text)
