@@ -99,6 +99,8 @@ def run_evaluate(
     with closing(opened):
         rows = answer_with_policies(opened, tasks, samples, settings, base=base, failures=failures)
     parts = ranks.gather((rows, failures))
+    if ranks.world_size() > 1:
+        ranks.shutdown()  # or NCCL warns when the processes end
     if not parts:  # only the main rank receives the rows, and writes them
         return 0
     rows = _print_warnings_and_sort(parts, warnings)
