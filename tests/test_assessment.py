@@ -20,7 +20,6 @@ from grpo_core.model.loading import load_tokenizer
 from grpo_core.objective.rewards import final_number
 from grpo_core.schema import ConfigError
 
-
 EVALUATE = """
 import sys
 from grpo_core.cli import main

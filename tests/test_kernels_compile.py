@@ -55,7 +55,7 @@ def compile_decoder(dtype):
         for gate_up in (empty(32, 2 * 18_944, dtype=dtype), whole(empty(32, 2 * 18_944, dtype=dtype))):
             ops.gate_mul(gate_up, activation)
     for rows in (1, 32, 64):
-        product = product_kernels.multiply(empty(rows, 3584, dtype=dtype), empty(4608 + 48, 3584, dtype=dtype), None, empty(48, 4608, dtype=dtype), [16] * 3)
+        product = ops.lora_linear(empty(rows, 3584, dtype=dtype), empty(4608 + 48, 3584, dtype=dtype), None, empty(48, 4608, dtype=dtype), [16] * 3)
         ops.gate_mul(product, "silu")
     state = torch.zeros(FIELDS, 32, dtype=torch.int64)
     shapes = ((torch.float64, 32, 256), (torch.int64, 32, 256), (torch.float32, 32, 256), (torch.int64, 32), (torch.bool, 32))
