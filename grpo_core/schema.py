@@ -49,6 +49,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
+JINJA_FILES = ("<template>", "<unknown>")  # names of a template's own frames in a traceback
+
+
 def summarize_error(error: BaseException) -> str:
     """Describe an exception in one line: its type, the first line of its message, and the line of code that raised it.
 
@@ -60,7 +63,8 @@ def summarize_error(error: BaseException) -> str:
     frame = (own or frames)[-1]
     kind, message = type(error).__name__, first_line(error)
     description = kind if message == kind else f"{kind}: {message}"
-    return f"{description} ({Path(frame.filename).name}, line {frame.lineno})"
+    file = "the template" if frame.filename in JINJA_FILES else Path(frame.filename).name
+    return f"{description} ({file}, line {frame.lineno})"
 
 
 def find_failure_kind(sentence: str) -> str:

@@ -13,6 +13,7 @@ from grpo_core.data.stream import TaskStream
 from grpo_core.distributed import ranks
 from grpo_core.model.loading import load_tokenizer, resolve_model_path
 from grpo_core.objective.rewards import REWARDS
+from grpo_core.schema import ConfigError
 
 ROWS = [{"question": f"q{i}", "cot": f"c{i}", "answer": str(i)} for i in range(10)]
 
@@ -116,6 +117,18 @@ def test_chat_prompts_hold_the_system_turn_and_end_where_the_model_starts():
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     config = DataConfig(prompt="chat", template="Q {question}", system="be kind")
     assert render_prompt({"question": "x"}, config, tokenizer) == "<system>be kind<user>Q x<assistant>"
+
+
+@pytest.mark.parametrize(("template", "message"), [
+    ("{% for m in messages %}\n{{ m.content }\n{% endfor %}", r"TemplateSyntaxError: unexpected '}' \(the template, line 2\)"),
+    ("{{ messages }}\n{{ 1 // 0 }}", r"ZeroDivisionError: .* \(the template, line 2\)"),
+])  # fmt: skip
+def test_a_fault_of_a_chat_template_is_named_with_its_line(template, message):
+    tokenizer = load_tokenizer("builtin:tiny")
+    tokenizer.chat_template = template
+    config = DataConfig(prompt="chat", template="{question}", chat_template=template)
+    with pytest.raises(ConfigError, match="^data.chat_template cannot be filled in: " + message):
+        render_prompt({"question": "1 + 1"}, config, tokenizer)
 
 
 def test_unknown_builtin_model():

@@ -158,8 +158,9 @@ def test_the_guessing_game_by_hand(guessing_game):
 
     assert play(50) == ("lower\n", -0.58)  # the middle of 1 to 100 is 50.5
     assert play(25) == ("higher\n", 0.0)  # of 1 to 49
-    assert play(60) == ("lower\n", round(-math.log2(23.5) - 1, 2))  # ruled out, 22.5 from the middle of 26 to 49
-    assert play(10) == ("higher\n", round(-math.log2(28.5) - 1, 2)) and (game.low, game.high) == (26, 49)
+    assert play(60) == ("lower\n", -7.0)  # ruled out, as 10 is
+    assert play(10) == ("higher\n", -7.0) and (game.low, game.high) == (26, 49)
+    assert 7.0 > max(math.log2(1 + abs(guess - 50.5)) for guess in range(1, 101)) > 5.6
     assert play("37 or") == play("²") == ("?\n", -8.0)
     assert play(37) == (None, round(-math.log2(1.5), 2))
     middles = [guesses_by_halving(guessing_game, number) for number in range(1, 101)]
