@@ -29,7 +29,6 @@ from grpo_core.sampling.kernels import (
     elementwise_kernels,
     expert_kernels,
     four_bit_kernels,
-    product_kernels,
     row_attention_kernels,
     shared_memory,
     state_kernels,

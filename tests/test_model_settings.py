@@ -12,6 +12,7 @@ from test_faults_of_models import SIZES, VOCAB, grouped_rollouts
 from test_policy import naive_logprobs
 
 from grpo_core.batch import Task
+from grpo_core.commands import open_policy
 from grpo_core.commands.open_policy import open_source
 from grpo_core.config.files import load_overrides
 from grpo_core.config.sections import DataConfig, LoraConfig, ModelConfig, RunConfig
@@ -140,6 +141,12 @@ def test_a_rotary_parameter_that_the_models_code_ignores_is_refused(folder, name
 def test_an_ignored_rotary_parameter_is_refused_before_weights_load():
     with pytest.raises(ConfigError, match=f"model.rope.partial_rotary_factor {IGNORED}"):
         prepare(RunConfig(model=ModelConfig(rope=HALF), data=DataConfig(limit=20)))
+
+
+def test_the_commands_that_open_a_policy_refuse_it_too(monkeypatch):
+    monkeypatch.setattr(open_policy, "load_policy", lambda *given, **options: pytest.fail("the weights were loaded"))
+    with pytest.raises(ConfigError, match=f"model.rope.partial_rotary_factor {IGNORED}"):
+        open_source("builtin:tiny", ["model.rope={partial_rotary_factor: 0.5}"])
 
 
 def test_the_revision_reaches_every_file_of_the_model(monkeypatch):

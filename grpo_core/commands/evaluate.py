@@ -98,9 +98,7 @@ def run_evaluate(
     failures: dict[str, str] = {}
     with closing(opened):
         rows = answer_with_policies(opened, tasks, samples, settings, base=base, failures=failures)
-    parts = ranks.gather((rows, failures))
-    if ranks.world_size() > 1:
-        ranks.shutdown()  # or NCCL warns when the processes end
+    parts = _gather((rows, failures))
     if not parts:  # only the main rank receives the rows, and writes them
         return 0
     rows = _print_warnings_and_sort(parts, warnings)
@@ -110,6 +108,14 @@ def run_evaluate(
     print(table := format_table(result))
     _write_files(folder, result, table, rows)
     return 0
+
+
+def _gather(part: tuple[list[Row], dict[str, str]]) -> list[tuple[list[Row], dict[str, str]]]:
+    """Return the parts of all ranks on the main rank, and leave their group, since NCCL warns at the end otherwise."""
+    parts = ranks.gather(part)
+    if ranks.world_size() > 1:
+        ranks.shutdown()
+    return parts
 
 
 def _print_warnings_and_sort(parts: Sequence[tuple[list[Row], dict[str, str]]], warnings: Sequence[str]) -> list[Row]:

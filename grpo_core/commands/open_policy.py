@@ -34,6 +34,7 @@ from grpo_core.model.finite_weights import check_finite
 from grpo_core.model.loading import check_vocabulary, describe_missing_folder, load_model_config, load_tokenizer_of
 from grpo_core.model.policy import Policy, load_policy
 from grpo_core.model.quieten import quieten
+from grpo_core.model.rope_effect import check_rope_effect
 from grpo_core.monitor.progress import show_elapsed
 from grpo_core.random_keys import make_key
 from grpo_core.sampling.sampler import Sampler
@@ -197,6 +198,7 @@ def _load(files: _Source, source: str, notify: Callable[[str], None]) -> OpenedP
     with show_elapsed("loading the model"):
         tokenizer = load_tokenizer_of(config, str(files.tokenizer))
         check_vocabulary(load_model_config(config.model), tokenizer)
+        check_rope_effect(config.model)
         policy = load_policy(
             config.model, lora, dtype=dtype, temperature=config.sampling.temperature, adapter=files.adapter
         )
