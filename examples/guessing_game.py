@@ -3,7 +3,7 @@
     python examples/guessing_game.py runs/guessing_game
     python -m grpo_core sft --config configs/experiments/guessing_game_sft.yaml
     python -m grpo_core train --config configs/experiments/guessing_game.yaml
-    python -m grpo_core train --config configs/experiments/guessing_game_30.yaml
+    python -m grpo_core train --config configs/experiments/guessing_game_16.yaml
 
 The first command plays a game and writes the data: numbers.jsonl, the 100 numbers, and random_guesses.jsonl, games for
 the supervised start in which all guesses are random. docs/environments.md describes what an environment receives and
@@ -20,12 +20,14 @@ from grpo_core import Reply, Turn
 
 MOST = 100
 MAX_GUESSES = 30
+EXCLUDED_COST = 7.0  # of a guess that the answers have ruled out; no other costs more than 5.7
 
 
 class GuessingGame:
     """One game. It remembers which numbers the answers have left.
 
-    A guess costs log2(1 + its distance from the middle of these numbers), and 1 more if it is none of them.
+    A guess among these numbers costs log2(1 + its distance from their middle). All others cost the same: if it depended
+    on their distance, a ruled-out guess would be cheaper than a try at another first digit, and be guessed for ever.
     """
 
     def __init__(self, row: dict, seed: int):
@@ -38,7 +40,8 @@ class GuessingGame:
         if not (text.isascii() and text.isdigit()):
             return Reply("?\n", -8.0)
         guess = int(text)
-        cost = math.log2(1 + abs(guess - (self.low + self.high) / 2)) + (not self.low <= guess <= self.high)
+        is_left = self.low <= guess <= self.high
+        cost = math.log2(1 + abs(guess - (self.low + self.high) / 2)) if is_left else EXCLUDED_COST
         if guess == self.number:
             return Reply(None, -cost)
         if guess < self.number:
