@@ -162,10 +162,10 @@ def test_only_rows_whose_newest_tokens_may_complete_a_stop_string_are_decoded():
 
 
 def test_a_token_beyond_the_table_of_known_tokens_may_complete_a_stop_string():
-    texts = {stop_strings.KNOWN_IDS - 1: "a", stop_strings.KNOWN_IDS: "b", stop_strings.KNOWN_IDS + 1: ">"}
+    size = stop_strings.KNOWN_IDS
+    texts = {size - 2: "a", size - 1: "b", size: "c", size + 1: ">"}
     stops = StopStrings([">"], lambda rows: ["".join(texts[i] for i in row) for row in rows])
-    first = stop_strings.KNOWN_IDS - 1
-    ids = torch.tensor([[first, first, first], [first, first + 1, first + 1], [first, first + 1, first + 2]])
+    ids = torch.tensor([[size - 2] * 3, [size - 2, size - 1, size], [size - 2, size, size + 1]])
     for _ in range(2):
         assert stops.are_in(ids, torch.tensor([3, 3, 3])).tolist() == [False, False, True]
 
