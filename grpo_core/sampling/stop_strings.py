@@ -61,10 +61,7 @@ class StopStrings:
     def cut(self, draws: Draws, pad_id: int) -> Draws:
         """End each completion with the token that completes its first stop string; such a completion has ended."""
         rows = [row[:n] for row, n in zip(draws.ids.tolist(), draws.lengths.tolist(), strict=True)]
-        ends = [
-            self.find(row) or len(row) if self._is_in(text) else None
-            for row, text in zip(rows, self.decode(rows), strict=True)
-        ]
+        ends = [self.find(row) for row in rows]
         if not any(ends):
             return draws
         device = draws.lengths.device
