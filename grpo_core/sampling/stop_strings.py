@@ -43,7 +43,7 @@ class StopStrings:
         result, lengths = torch.zeros(len(ids), dtype=torch.bool, device="cpu"), lengths.to(ids.device)
         place = lengths[:, None] - MAX_STEPS + torch.arange(MAX_STEPS, device=ids.device)
         newest = ids.gather(1, place.clamp(min=0)).clamp(max=KNOWN_IDS - 1)
-        rows = ((place >= 0) & ~self._read_ruled_out(ids)[newest]).any(1).nonzero().flatten()
+        rows = (~self._read_ruled_out(ids)[newest]).any(1).nonzero().flatten()
         if not len(rows):
             return result.to(ids.device)
         width, ends, windows = MAX_STEPS + self.margin, lengths[rows], ids[rows]
